@@ -1,0 +1,53 @@
+"""python -m megatron_srpo train CONFIG.yaml [section.key=value …] — with torchrun for more than one process."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+
+def main() -> int:
+    """Parse the command line and run it. Returns the exit status: 2 for a configuration that cannot be run."""
+    parser = argparse.ArgumentParser(prog="python -m megatron_srpo", description="Sample-Routed Policy Optimization on megatron-core")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("train", help="train by a configuration file")
+    command.add_argument("config", type=Path, help="YAML file, see examples/")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    arguments = parser.parse_args()
+    is_first = os.environ.get("RANK", "0") == "0"
+    _quieten(is_first)
+
+    from megatron_srpo.config import ConfigError, load_config
+
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        from megatron_srpo.train import TrainingStopped, train
+
+        try:
+            train(config)
+        except TrainingStopped as error:
+            if is_first:
+                print(f"stopped: {error}", file=sys.stderr)
+            return 1
+    except ConfigError as error:
+        if is_first:
+            print(f"configuration error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _quieten(is_first: bool) -> None:
+    """Our own log lines from the first rank; libraries only when something is wrong."""
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron needs it for tensor parallelism on Hopper and before
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.ERROR, format="%(name)s: %(message)s")
+    logging.getLogger("megatron_srpo").setLevel(logging.INFO if is_first else logging.ERROR)
+    warnings.filterwarnings("ignore", module="megatron|torch|transformers")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

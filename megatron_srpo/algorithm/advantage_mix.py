@@ -1,0 +1,19 @@
+"""The SRPO paper's ablation: GRPO and SDPO mixed on every sample instead of routed (METHOD.md §3)."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from megatron_srpo.algorithm.settings import Algorithm
+
+
+class AdvantageMix(Algorithm):
+    """λ · GRPO on every sample plus (1 - λ) · SDPO on every sample with a teacher."""
+
+    name: Literal["advantage_mix"] = "advantage_mix"
+    lr: float = 5e-6
+    mix_lambda: float = Field(0.9, ge=0, le=1, description="λ, the share of GRPO")
+
+    def branch_weights(self, correct: bool, has_teacher: bool) -> tuple[float, float]:
+        """z^GRPO = λ, z^SDPO = (1 - λ) m."""
+        return self.mix_lambda, (1.0 - self.mix_lambda) * has_teacher

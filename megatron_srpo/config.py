@@ -1,0 +1,257 @@
+"""The run's configuration: one typed tree, read from YAML and dotted overrides, checked before anything starts."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from megatron_srpo.algorithm import AnyAlgorithm
+from megatron_srpo.algorithm.srpo import SRPO
+
+
+class ConfigError(ValueError):
+    """The user's configuration cannot be run; the message names key, place, what was expected and what to do."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSection(_Section):
+    hf_path: Path = Field(description="Hugging Face folder (config.json, safetensors, tokenizer); the architecture is read from it")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on CUDA, float32 on CPU")
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = Field(
+        "auto", description="auto: Transformer Engine where it is installed and CUDA is there, else local layers"
+    )
+    make_vocab_size_divisible_by: int = Field(16, gt=0, description="pad the vocabulary to a multiple of this times TP")
+
+
+class ParallelSection(_Section):
+    tensor_model_parallel_size: int = Field(1, gt=0)
+    pipeline_model_parallel_size: int = Field(1, gt=0)
+    virtual_pipeline_model_parallel_size: int | None = Field(None, gt=1, description="model chunks per pipeline rank (interleaved 1F1B)")
+    context_parallel_size: Literal[1] = Field(1, description="only 1 so far")
+    expert_model_parallel_size: Literal[1] = Field(1, description="only 1: dense models")
+    sequence_parallel: bool = False
+    use_distributed_optimizer: bool = Field(True, description="shard the optimizer's state over the data-parallel ranks")
+    distributed_timeout_minutes: float = Field(10, gt=0, description="a collective that waits longer ends the run")
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise ValueError("sequence_parallel: true needs tensor_model_parallel_size > 1")
+        if self.virtual_pipeline_model_parallel_size and self.pipeline_model_parallel_size == 1:
+            raise ValueError("virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size > 1")
+        return self
+
+
+class TaskSection(_Section):
+    name: str = "addition"
+
+
+class RolloutSection(_Section):
+    engine: Literal["transformers"] = Field("transformers", description="transformers: Qwen3ForCausalLM in this process")
+    prompts_per_step: int = Field(32, gt=0)
+    samples_per_prompt: int = Field(8, gt=0, description="G, the group size")
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_prompt_tokens: int = Field(2048, gt=0)
+    max_response_tokens: int = Field(8192, gt=0)
+    enable_thinking: bool = Field(False, description="passed to the chat template")
+    batch_size: int = Field(256, gt=0, description="sequences the embedded engine samples at once")
+    replay: Path | None = Field(None, description="train on the rollouts dumped in this folder, without an engine")
+
+
+class TeacherSection(_Section):
+    kind: Literal["ema", "frozen", "live"] = Field("ema", description="ema: θ' ← (1-rate) θ' + rate θ after each step, fp32")
+    ema_rate: float = Field(0.05, gt=0, le=1)
+    max_prompt_tokens: int = Field(10240, gt=0, description="the demonstration is shortened to fit")
+
+
+class OptimizerSection(_Section):
+    lr: float | None = Field(None, gt=0, description="null: the algorithm's own")
+    lr_warmup_steps: int = Field(10, ge=0, description="training steps of linear warm-up, then constant")
+    weight_decay: float = Field(0.01, ge=0)
+    clip_grad: float = Field(1.0, gt=0, description="global gradient norm")
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_eps: float = Field(1e-8, gt=0)
+
+
+class TrainSection(_Section):
+    steps: int = Field(gt=0)
+    seed: int = Field(1, ge=0)
+    micro_batch_tokens: int = Field(20480, gt=0, description="token budget of one packed micro-batch on one data-parallel rank")
+    max_skipped_updates: int = Field(3, gt=0, description="stop after this many non-finite updates in a row")
+
+
+class EvaluationSection(_Section):
+    every: int = Field(5, ge=0, description="steps between evaluations, also before the first and after the last; 0: never")
+    prompts: int = Field(64, gt=0, description="test prompts")
+    samples: int = Field(16, gt=0, description="samples a prompt: K of avg@K and pass@K")
+    temperature: float = Field(0.6, ge=0, description="0: greedy")
+    top_p: float = Field(0.95, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _greedy_once(self):
+        if self.temperature == 0 and self.samples != 1:
+            raise ValueError("temperature: 0 is greedy, where more than one sample a prompt says nothing: set samples: 1")
+        return self
+
+
+class LoggingSection(_Section):
+    dir: Path = Field(description="the run folder; must be new or empty")
+    rollouts: bool = Field(True, description="dump every sample, one file a step (replayable)")
+
+
+class Config(_Section):
+    """Everything a run depends on."""
+
+    model: ModelSection
+    parallel: ParallelSection = ParallelSection()
+    task: TaskSection = TaskSection()
+    rollout: RolloutSection = RolloutSection()
+    algorithm: AnyAlgorithm = SRPO()
+    teacher: TeacherSection = TeacherSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    train: TrainSection
+    evaluation: EvaluationSection = EvaluationSection()
+    logging: LoggingSection
+    megatron: dict[str, Any] = Field(default_factory=dict, description="passed to megatron-core's TransformerConfig, by field name")
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate: optimizer.lr or the algorithm's own."""
+        return self.optimizer.lr or self.algorithm.lr
+
+    @property
+    def mini_batch_prompts(self) -> int:
+        """Prompts per optimizer step."""
+        return self.algorithm.mini_batch_prompts or self.rollout.prompts_per_step
+
+    @model_validator(mode="after")
+    def _contradictions(self):
+        rollout, train = self.rollout, self.train
+        if rollout.samples_per_prompt < 2:
+            raise ValueError(
+                f"rollout.samples_per_prompt: {self.algorithm.name} compares the samples of a group, so it needs at least 2, not 1"
+            )
+        if rollout.prompts_per_step % self.mini_batch_prompts:
+            raise ValueError(
+                f"rollout.prompts_per_step: {rollout.prompts_per_step} is not a multiple of algorithm.mini_batch_prompts"
+                f" ({self.mini_batch_prompts}; null: one optimizer step per batch)"
+            )
+        longest = {"rollout.max_prompt_tokens": rollout.max_prompt_tokens}
+        if self.algorithm.distils:
+            longest["teacher.max_prompt_tokens"] = self.teacher.max_prompt_tokens
+        for key, prompt_tokens in longest.items():
+            if (needed := prompt_tokens + rollout.max_response_tokens) > train.micro_batch_tokens:
+                raise ValueError(
+                    f"train.micro_batch_tokens: {train.micro_batch_tokens} cannot hold one sequence of {key} +"
+                    f" rollout.max_response_tokens = {needed} tokens; raise it or lower those"
+                )
+        return self
+
+
+def load_config(path: Path, overrides: list[str]) -> Config:
+    """The configuration in YAML file `path` with `section.key=value` overrides applied (values are YAML too).
+
+    Raises ConfigError naming every wrong key with its file and line (or the override), and the nearest valid name.
+    """
+    tree, places = _read_yaml(path)
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise ConfigError(f"override {override!r}: expected section.key=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
+        *sections, name = key.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"override {override!r}: {section} is not a section")
+        node[name] = value
+        places[key] = f"override {override!r}"
+    if isinstance(algorithm := tree.get("algorithm"), dict):
+        algorithm.setdefault("name", "srpo")
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(problem, path, places) for problem in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the configuration as run, every default spelled out."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def _read_yaml(path: Path) -> tuple[dict, dict[str, str]]:
+    """The file's tree and the place ("file:line") of every dotted key. Raises ConfigError for bad YAML or repeated keys."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        root = yaml.compose(text, yaml.SafeLoader)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not valid YAML: {error}") from None
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(f"{path}: expected sections (model:, train:, …) at the top level")
+    places: dict[str, str] = {}
+
+    def walk(node: yaml.MappingNode, prefix: str) -> None:
+        for key_node, value_node in node.value:
+            key, place = f"{prefix}{key_node.value}", f"{path}:{key_node.start_mark.line + 1}"
+            if key in places:
+                raise ConfigError(f"{place}: {key}: given twice, first at {places[key]}")
+            places[key] = place
+            if isinstance(value_node, yaml.MappingNode):
+                walk(value_node, f"{key}.")
+
+    walk(root, "")
+    tree = yaml.safe_load(text)
+    return {key: {} if value is None and key in Config.model_fields else value for key, value in tree.items()}, places
+
+
+def _explain(problem: dict, path: Path, places: dict[str, str]) -> str:
+    """One line for one pydantic error: place, key, what is wrong, nearest valid name."""
+    location = [str(part) for part in problem["loc"]]
+    if location[:1] == ["algorithm"] and len(location) > 1:  # pydantic inserts the union's tag
+        location = ["algorithm", *location[2:]]
+    key = ".".join(location)
+    place = places.get(key) or places.get(location[0] if location else "", str(path))
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(location[-1], known := _known_names(location[:-1], problem), n=1)
+        message = "unknown key; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}")
+    elif problem["type"] == "missing":
+        message = "is required"
+    elif problem["type"] == "union_tag_invalid":
+        key, known = "algorithm.name", [get_args(model.model_fields["name"].annotation)[0] for model in _algorithms()]
+        given = str(problem["ctx"]["tag"])
+        near = difflib.get_close_matches(given, known, n=1)
+        message = f"unknown algorithm {given!r}; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}")
+        place = places.get(key, place)
+    elif problem["type"] != "value_error":
+        message = f"{message}, not {problem['input']!r}"
+    return f"{place}: {key}: {message}" if key else f"{place}: {message}"
+
+
+def _algorithms() -> tuple[type[BaseModel], ...]:
+    return get_args(get_args(AnyAlgorithm)[0])
+
+
+def _known_names(section: list[str], problem: dict) -> list[str]:
+    if not section:
+        return list(Config.model_fields)
+    if section[0] == "algorithm":
+        by_name = {get_args(model.model_fields["name"].annotation)[0]: model for model in _algorithms()}
+        return list(by_name[str(problem["loc"][1])].model_fields)
+    return list(Config.model_fields[section[0]].annotation.model_fields)

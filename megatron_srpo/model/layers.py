@@ -1,0 +1,65 @@
+"""Local layers where Transformer Engine is not: an RMSNorm that knows sequence parallelism, attention over packed documents."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_srpo.runtime import cpu
+
+cpu.install()
+
+from megatron.core.transformer.module import MegatronModule  # noqa: E402
+
+
+class RMSNorm(torch.nn.Module):
+    """x / rms(x) · weight, computed in fp32. Its weight is marked for the gradient all-reduce of sequence parallelism."""
+
+    def __init__(self, config, hidden_size: int, eps: float = 1e-6, **_):
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=torch.get_default_device()))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden_size] in, the same out."""
+        wide = x.float() if x.dtype != torch.float64 else x
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+class PackedAttention(MegatronModule):
+    """Causal attention inside each document of a packed (`thd`) micro-batch, by torch's SDPA; grouped-query aware."""
+
+    def __init__(self, config, layer_number: int, attn_mask_type, attention_type: str, softmax_scale=None, **_):
+        super().__init__(config=config)
+        self.scale = softmax_scale
+        if config.attention_dropout:
+            raise ValueError("attention_dropout is not supported by the local attention")
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, packed_seq_params, **_) -> Tensor:
+        """query [t, heads, d], key and value [t, kv_heads, d] → [t, heads · d]. Documents end at packed_seq_params.cu_seqlens_q."""
+        bounds = packed_seq_params.cu_seqlens_q.tolist()
+        lengths = [end - start for start, end in zip(bounds, bounds[1:])]
+        if len(lengths) * max(lengths) <= 2 * query.shape[0]:
+            return self._padded(query, key, value, lengths)
+        documents = (tensor.split(lengths) for tensor in (query, key, value))
+        outputs = [self._attend(q[None], k[None], v[None])[0] for q, k, v in zip(*documents)]
+        return torch.cat(outputs).flatten(1)
+
+    def _padded(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
+        """Documents of like length as one batch. Padding stands after each document's end, where causality hides it."""
+        longest = max(lengths)
+        rows = torch.arange(longest, device=query.device)[None]
+        ends = torch.tensor(lengths, device=query.device)[:, None]
+        starts = ends.cumsum(0) - ends
+        index = (starts + rows.minimum(ends - 1)).flatten()  # padding repeats the last token, and is dropped again
+        batch = (tensor[index].unflatten(0, (len(lengths), longest)) for tensor in (query, key, value))
+        return self._attend(*batch)[rows < ends].flatten(1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[documents, length, heads, d] → the same shape."""
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        grouped = query.shape[1] != key.shape[1]
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale, enable_gqa=grouped).transpose(1, 2)

@@ -1,0 +1,192 @@
+"""Qwen3 on megatron-core: config.json → TransformerConfig, layer specs, model chunks of this rank."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_srpo.config import Config, ConfigError
+from megatron_srpo.model.hf_folder import Architecture
+from megatron_srpo.model.layers import PackedAttention, RMSNorm
+from megatron_srpo.runtime import cpu
+
+cpu.install()
+
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build  # noqa: E402
+from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+
+log = logging.getLogger(__name__)
+
+
+def model_dtype(config: Config) -> torch.dtype:
+    """The dtype weights and activations have: model.dtype, or bfloat16 on CUDA and float32 on CPU."""
+    if config.model.dtype == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return getattr(torch, config.model.dtype)
+
+
+def uses_transformer_engine(config: Config) -> bool:
+    """Whether layers come from Transformer Engine. Raises ConfigError when it was asked for and is not there."""
+    available = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    if config.model.transformer_impl == "transformer_engine" and not available:
+        raise ConfigError("model.transformer_impl: transformer_engine needs CUDA and the transformer_engine package; use auto or local")
+    return available and config.model.transformer_impl != "local"
+
+
+def padded_vocab_size(architecture: Architecture, config: Config) -> int:
+    """The vocabulary rounded up so that every tensor-parallel rank holds the same number of rows."""
+    multiple = config.model.make_vocab_size_divisible_by * config.parallel.tensor_model_parallel_size
+    return -(-architecture.vocab_size // multiple) * multiple
+
+
+def check_layout(architecture: Architecture, config: Config) -> None:
+    """Raises ConfigError when heads, feed-forward width or layers do not divide over the ranks."""
+    parallel = config.parallel
+    tensor = parallel.tensor_model_parallel_size
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if (value := getattr(architecture, name)) % tensor:
+            raise ConfigError(f"parallel.tensor_model_parallel_size: {tensor} does not divide the model's {name} ({value})")
+    stages = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
+    uneven = any("pipeline" in key for key in config.megatron)  # Megatron's own keys place layers otherwise
+    if architecture.num_hidden_layers % stages and not uneven:
+        raise ConfigError(
+            f"parallel.pipeline_model_parallel_size: the model's {architecture.num_hidden_layers} layers cannot be divided evenly"
+            f" into {stages} stages (pipeline × virtual pipeline)"
+        )
+
+
+def transformer_config(architecture: Architecture, config: Config) -> TransformerConfig:
+    """The TransformerConfig of this run. Raises ConfigError for unknown or forbidden names under `megatron:`."""
+    dtype, parallel = model_dtype(config), config.parallel
+    on_gpu = torch.cuda.is_available()
+    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    derived: dict[str, Any] = dict(
+        num_layers=architecture.num_hidden_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.intermediate_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_key_value_heads,
+        kv_channels=architecture.head_dim,
+        layernorm_epsilon=architecture.rms_norm_eps,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=False,
+        qk_layernorm=True,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        # The loss arrives already divided by the batch's one denominator: Megatron must not divide again.
+        calculate_per_token_loss=True,
+    )
+    chosen: dict[str, Any] = dict(
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        attention_softmax_in_fp32=True,
+        use_cpu_initialization=not on_gpu,
+        persist_layer_norm=False,
+        bias_activation_fusion=on_gpu,
+        bias_dropout_fusion=on_gpu,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        # Interleaved 1F1B gives wrong gradients with batched point-to-point calls.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+    )
+    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    for key in config.megatron:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise ConfigError(f"megatron.{key}: TransformerConfig has no such field" + (f"; did you mean {near[0]}?" if near else ""))
+        if key in derived:
+            raise ConfigError(f"megatron.{key}: comes from config.json or another section and cannot be set here")
+    try:
+        return TransformerConfig(**derived, **(chosen | config.megatron))
+    except (ValueError, AssertionError, TypeError) as error:
+        raise ConfigError(f"megatron: TransformerConfig refuses these settings: {error}") from None
+
+
+class Qwen3(GPTModel):
+    """A GPTModel whose last stage returns final hidden states: the loss computes logits itself, tile by tile."""
+
+    def _postprocess(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        return hidden_states
+
+    @property
+    def output_weight(self) -> Tensor:
+        """[padded vocabulary / TP, H] this rank's rows of the output matrix (last stage only)."""
+        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+
+    def final_hidden(self, output: Tensor) -> Tensor:
+        """The last stage's output [T or T/TP, 1, H] as [T, H], identical on all tensor-parallel ranks.
+
+        Its backward sums the ranks' gradients (each rank's loss sees only its vocabulary shard), and with sequence
+        parallelism hands each rank its own tokens: one gather forward, one reduce-scatter backward.
+        """
+        if self.config.sequence_parallel:
+            output = tensor_parallel.gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=True)
+        else:
+            output = tensor_parallel.copy_to_tensor_model_parallel_region(output)
+        return output[:, 0]
+
+
+def build_chunks(architecture: Architecture, config: Config, device: torch.device) -> list[Qwen3]:
+    """This rank's model chunks (one, or one per virtual stage) with unloaded weights."""
+    core = transformer_config(architecture, config)
+    engine = uses_transformer_engine(config)
+    log.info("layers: %s", "Transformer Engine" if engine else "local, torch SDPA attention")
+    virtual = config.parallel.virtual_pipeline_model_parallel_size
+    chunks = []
+    for stage in range(virtual) if virtual else (None,):
+        chunk = Qwen3(
+            core,
+            get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True) if engine else _local_spec(core, stage),
+            vocab_size=padded_vocab_size(architecture, config),
+            max_sequence_length=architecture.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            share_embeddings_and_output_weights=architecture.tie_word_embeddings,
+            position_embedding_type="rope",
+            rotary_base=architecture.rope_theta,
+            vp_stage=stage,
+        )
+        chunks.append(chunk.to(device))
+    return chunks
+
+
+def _local_spec(core: TransformerConfig, stage: int | None) -> TransformerBlockSubmodules:
+    layer = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.q_layernorm = attention.k_layernorm = RMSNorm
+    attention.core_attention = PackedAttention
+    layers = get_num_layers_to_build(core, vp_stage=stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
+
+
+def packed_params(cu_seqlens: Tensor, max_seqlen: int) -> PackedSeqParams:
+    """Megatron's description of packed documents: cu_seqlens is [documents + 1] int32, in tokens."""
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_kv=max_seqlen
+    )

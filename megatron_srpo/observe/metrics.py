@@ -1,0 +1,79 @@
+"""The numbers of one step, and metrics.jsonl: one JSON object a line, the source of everything that is drawn."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_srpo.records import Group
+from megatron_srpo.runtime.trainer import UpdateReport
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """What the routed groups of a step say; shares are of samples unless named otherwise."""
+    samples = [sample for group in groups for sample in group]
+    lengths = [len(sample.response_ids) for sample in samples]
+    distilled = [sample.route.distillation_weight > 0 for sample in samples]
+    failed = [sample for sample in samples if not sample.verdict.correct]
+    return {
+        "reward_mean": _mean([sample.verdict.reward for sample in samples]),
+        "pass_rate": _mean([float(sample.verdict.correct) for sample in samples]),
+        "response_tokens_mean": _mean(lengths),
+        "truncated_share": _mean([float(sample.finish_reason == "length") for sample in samples]),
+        "format_rate": _mean([float(sample.verdict.format_ok) for sample in samples]),
+        "sdpo_sample_share": _mean([float(is_distilled) for is_distilled in distilled]),
+        "sdpo_token_share": sum(length for length, d in zip(lengths, distilled) if d) / sum(lengths),
+        "teacherless_failed_share": _mean([float(sample.route.no_teacher is not None) for sample in failed]),
+        "teacher_prompts_cut": sum(sample.route.demonstration_cut for sample in samples),
+        "teacher_prompts_too_long": sum(sample.route.no_teacher == "does_not_fit" for sample in samples),
+        "zero_advantage_share": _mean([float(all(sample.route.advantage == 0 for sample in group)) for group in groups]),
+    }
+
+
+def update_metrics(report: UpdateReport) -> dict[str, float]:
+    """What the step's updates say. Means over no token (nothing distilled) are 0: see sdpo_token_share."""
+    sums = report.sums
+    per_token = lambda name: sums[name] / sums["tokens"] if sums["tokens"] else 0.0  # noqa: E731
+    per_distilled = lambda name: sums[name] / sums["distilled"] if sums["distilled"] else 0.0  # noqa: E731
+    variance = per_distilled("weight_squared") - per_distilled("weight") ** 2
+    return {
+        "loss": _mean(report.losses),
+        "grad_norm": _mean(report.grad_norms),
+        "lr": report.lr,
+        "updates": len(report.losses),
+        "updates_skipped": len(report.skipped_updates),
+        "policy_entropy": per_token("entropy"),
+        "teacher_entropy": per_distilled("teacher_entropy"),
+        "distillation_divergence": per_distilled("divergence"),
+        "entropy_weight_mean": per_distilled("weight"),
+        "entropy_weight_std": math.sqrt(max(variance, 0.0)) if math.isfinite(variance) else variance,
+        "engine_logprob_gap": per_token("gap"),
+        "engine_logprob_gap_max": report.gap_max,
+        "importance_mean": per_token("importance"),
+        "importance_clip_share": per_token("clipped"),
+        "tokens": int(sums["tokens"]),
+    }
+
+
+class MetricsFile:
+    """Appends to metrics.jsonl; every line is on disk when `write` returns. Non-finite numbers become null."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, row: dict[str, Any]) -> None:
+        """One line."""
+        clean = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+        self._file.write(json.dumps(clean) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()

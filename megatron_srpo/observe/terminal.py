@@ -1,0 +1,102 @@
+"""The terminal: a calm live view where there is a terminal, one plain line a step where there is none."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_PHASES = ("rollout", "verify", "teacher", "update", "publish", "evaluate")
+
+
+def sparkline(values: list[float], width: int = 40) -> str:
+    """The last `width` values of [0, 1] as block characters."""
+    return "".join(_BLOCKS[min(len(_BLOCKS) - 1, int(max(value, 0.0) * len(_BLOCKS)))] for value in values[-width:])
+
+
+class Terminal:
+    """Shows progress. `enabled` is False on every rank but the first."""
+
+    def __init__(self, title: str, steps: int, enabled: bool):
+        self.console = Console(quiet=not enabled, highlight=False)
+        self.title, self.steps = title, steps
+        self.pass_rates: list[float] = []
+        self.evaluations: list[str] = []
+        self.started = time.monotonic()
+        self.row: dict[str, Any] = {}
+        self.phase_name = "start"
+        self.progress = Progress(
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(None), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
+        )
+        self.task = self.progress.add_task("train", total=steps)
+        self.live = Live(console=self.console, get_renderable=self._render, refresh_per_second=4, transient=True)
+        self.is_live = enabled and self.console.is_terminal
+
+    def __enter__(self) -> Terminal:
+        if self.is_live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self.is_live:
+            self.live.stop()
+
+    def say(self, message: str, style: str = "") -> None:
+        """One line that stays."""
+        self.console.print(Text(message, style=style), soft_wrap=True)
+
+    def phase(self, name: str) -> None:
+        """What the run does now."""
+        self.phase_name = name
+
+    def step(self, row: dict[str, Any]) -> None:
+        """A finished training step (its metrics.jsonl row)."""
+        self.row = row
+        self.pass_rates.append(row["pass_rate"])
+        self.progress.update(self.task, completed=row["step"])
+        if not self.is_live:
+            self.say(
+                f"step {row['step']:>4}/{self.steps}  pass {row['pass_rate']:.3f}  sdpo {row['sdpo_sample_share']:.2f}"
+                f"  length {row['response_tokens_mean']:.1f}  loss {row['loss']:+.4f}  grad {row['grad_norm']:.3f}"
+                f"  entropy {row['policy_entropy']:.3f}  gap {row['engine_logprob_gap']:.1e}  {row['seconds']:.2f} s"
+            )
+
+    def evaluation(self, row: dict[str, Any]) -> None:
+        """A finished evaluation (its metrics.jsonl row)."""
+        scores = "  ".join(f"{key.removeprefix('eval/')} {value:.3f}" for key, value in row.items() if "@" in key)
+        self.evaluations.append(f"after step {row['step']:>4}  {scores}")
+        if not self.is_live:
+            self.say(f"evaluation after step {row['step']}: {scores}")
+
+    def _render(self) -> Panel:
+        lines: list[Any] = [self.progress]
+        row = self.row
+        if row:
+            table = Table.grid(padding=(0, 3))
+            for _ in range(4):
+                table.add_column()
+            table.add_row(f"pass rate {row['pass_rate']:.3f}", Text(sparkline(self.pass_rates), style="green"))
+            table.add_row(
+                f"GRPO {1 - row['sdpo_sample_share']:.0%} · SDPO {row['sdpo_sample_share']:.0%}",
+                f"zero-advantage groups {row['zero_advantage_share']:.0%}",
+                f"length {row['response_tokens_mean']:.1f}",
+                f"truncated {row['truncated_share']:.0%}",
+            )
+            table.add_row(
+                f"loss {row['loss']:+.4f}",
+                f"grad norm {row['grad_norm']:.3f}",
+                f"entropy {row['policy_entropy']:.3f}",
+                f"teacher {row['teacher_entropy']:.3f}",
+            )
+            lines.append(table)
+            lines.append(Text("  ".join(f"{name} {row.get(f'seconds_{name}', 0.0):.2f} s" for name in _PHASES), style="dim"))
+        lines += [Text(f"evaluation {line}", style="cyan") for line in self.evaluations[-4:]]
+        lines.append(Text(f"now: {self.phase_name}", style="dim"))
+        return Panel(Group(*lines), title=self.title, border_style="dim")

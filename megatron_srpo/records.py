@@ -1,0 +1,70 @@
+"""The data of one training step, in the order it is born: Prompt, Sample, Verdict, Route.
+
+All records are frozen; a later phase returns copies that carry one field more. One `Sample` is one line of
+`rollouts/step_NNNNNN.jsonl`, and the same line is what ranks exchange and what replay reads.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Prompt(_Record):
+    """One question as the policy sees it."""
+
+    id: str = Field(description="unique in its task and split, the same on every run with the same seed")
+    task: str
+    messages: tuple[dict[str, str], ...] = Field(description="chat messages: role, content")
+    answer: str = Field(description="ground truth, read by the verifier alone")
+    ids: tuple[int, ...] = Field(default=(), description="token ids, generation header included")
+
+
+class Verdict(_Record):
+    """What the verifier says of one response."""
+
+    reward: float
+    correct: bool = Field(description="c_i of METHOD.md: reward >= 0.5")
+    format_ok: bool
+    feedback: str | None = None
+
+
+class Route(_Record):
+    """What the algorithm makes of one sample; the two weights are z^GRPO and z^SDPO (METHOD.md §3)."""
+
+    branch: Literal["grpo", "sdpo", "mixed", "none"]
+    policy_weight: float
+    distillation_weight: float
+    advantage: float
+    sibling: int | None = Field(default=None, description="index in the group of the sibling shown to the teacher")
+    teacher_ids: tuple[int, ...] | None = Field(default=None, description="the teacher's longer prompt")
+    no_teacher: Literal["no_correct_sibling", "does_not_fit"] | None = None
+    demonstration_cut: bool = Field(default=False, description="the sibling's text was shortened to fit")
+
+
+class Sample(_Record):
+    """One rollout. `logprobs[t]` is the engine's log-probability (nats) of `response_ids[t]` at the rollout temperature."""
+
+    prompt: Prompt
+    index: int = Field(description="place in its group, 0 .. samples_per_prompt - 1")
+    response_ids: tuple[int, ...] = Field(min_length=1)
+    logprobs: tuple[float, ...]
+    versions: tuple[tuple[str, int, int], ...] = Field(description="half-open spans (weight version, start, end)")
+    finish_reason: Literal["stop", "length", "abort"]
+    text: str = Field(default="", description="the response decoded, for verifiers and people; never tokenised again")
+    verdict: Verdict | None = None
+    route: Route | None = None
+
+    @model_validator(mode="after")
+    def _one_logprob_a_token(self):
+        if len(self.logprobs) != len(self.response_ids):
+            raise ValueError(f"{len(self.response_ids)} response_ids but {len(self.logprobs)} logprobs")
+        return self
+
+
+Group = tuple[Sample, ...]  # the samples of one prompt, by index

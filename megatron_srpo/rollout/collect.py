@@ -1,0 +1,75 @@
+"""From prompt numbers to verified groups: this rank's share of a step, and the exchange that shows every rank all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_srpo.config import ConfigError
+from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.records import Group, Prompt, Sample
+from megatron_srpo.rollout.engine import Completion, Engine, Request, Sampling
+from megatron_srpo.runtime.parallel import Layout
+from megatron_srpo.tasks import Task
+
+
+class Collector:
+    """Samples and verifies prompts of one task with this rank's engine."""
+
+    def __init__(self, task: Task, engine: Engine, folder: HFFolder, layout: Layout, max_prompt_tokens: int, enable_thinking: bool):
+        self.task, self.engine, self.folder, self.layout = task, engine, folder, layout
+        self.max_prompt_tokens, self.enable_thinking = max_prompt_tokens, enable_thinking
+
+    def prompts(self, split: str, start: int, count: int) -> list[Prompt]:
+        """This rank's share of prompts start … start + count - 1: every world_size-th, from its rank on.
+
+        Raises ConfigError for a prompt longer than allowed.
+        """
+        prompts = []
+        for index in range(start + self.layout.rank, start + count, self.layout.world_size):
+            prompt = self.task.prompt(split, index)
+            ids = tuple(self.folder.encode(list(prompt.messages), self.enable_thinking))
+            if len(ids) > self.max_prompt_tokens:
+                raise ConfigError(f"rollout.max_prompt_tokens: prompt {prompt.id} has {len(ids)} tokens, more than {self.max_prompt_tokens}")
+            prompts.append(prompt.model_copy(update={"ids": ids}))
+        return prompts
+
+    def sample(self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: Sampling, seed: str) -> list[Group]:
+        """`samples_per_prompt` responses to each prompt. A sample's randomness is (seed, prompt id, index) alone."""
+        requests = [
+            Request(prompt.ids, f"{seed}/{prompt.id}/{index}") for prompt in prompts for index in range(samples_per_prompt)
+        ]
+        completions = iter(self.engine.generate(requests, sampling))
+        return [tuple(self._sample(prompt, index, next(completions)) for index in range(samples_per_prompt)) for prompt in prompts]
+
+    def _sample(self, prompt: Prompt, index: int, completion: Completion) -> Sample:
+        return Sample(
+            prompt=prompt,
+            index=index,
+            response_ids=tuple(completion.ids),
+            logprobs=tuple(completion.logprobs),
+            versions=tuple(completion.versions),
+            finish_reason=completion.finish_reason,
+            text=self.folder.tokenizer.decode(completion.ids, skip_special_tokens=True),
+        )
+
+    def verify(self, groups: Sequence[Group]) -> list[Group]:
+        """Every sample with its verdict."""
+        return [
+            tuple(sample.model_copy(update={"verdict": self.task.verify(sample.prompt, sample.text)}) for sample in group)
+            for group in groups
+        ]
+
+
+def exchange(groups: Sequence[Group], layout: Layout) -> list[Group]:
+    """Every rank's groups on every rank, in the order of their prompts (rank r holds every world_size-th)."""
+    if layout.world_size == 1:
+        return list(groups)
+    lines = "\n".join(sample.model_dump_json() for group in groups for sample in group)
+    size = len(groups[0]) if groups else 0
+    by_rank = []
+    for payload in layout.gather_bytes(f"{size}\n{lines}".encode()):
+        header, *rows = payload.decode().split("\n")
+        samples = [Sample.model_validate_json(row) for row in rows if row]
+        by_rank.append([tuple(samples[i : i + int(header)]) for i in range(0, len(samples), int(header) or 1)])
+    longest = max(map(len, by_rank))
+    return [share[place] for place in range(longest) for share in by_rank if place < len(share)]

@@ -1,0 +1,71 @@
+"""Rollouts on disk: one file a step, one JSON line a sample, readable by people and replayable by the trainer."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from megatron_srpo.config import ConfigError
+from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.records import Group, Sample
+
+
+def step_file(folder: Path, step: int) -> Path:
+    """Where step `step` (from 1) is kept."""
+    return folder / f"step_{step:06d}.jsonl"
+
+
+def dump(groups: Sequence[Group], folder: Path, step: int) -> None:
+    """Write the step's samples; the file appears whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = step_file(folder, step)
+    partial = file.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8") as out:
+        for sample in itertools.chain.from_iterable(groups):
+            out.write(json.dumps({"step": step, **sample.model_dump(mode="json")}, ensure_ascii=False) + "\n")
+        out.flush()
+        os.fsync(out.fileno())
+    partial.replace(file)
+
+
+def replay(folder: Path, step: int, samples_per_prompt: int, model: HFFolder) -> list[Group]:
+    """The groups dumped for `step`, verified but not routed: the present algorithm routes them.
+
+    Raises ConfigError naming file and line for a missing file, a damaged line, an id outside the vocabulary or a group
+    that is not whole.
+    """
+    file = step_file(folder, step)
+    if not file.is_file():
+        raise ConfigError(f"rollout.replay: {file} is missing; steps are replayed from 1 to train.steps")
+    samples = []
+    text = file.read_text(encoding="utf-8").removesuffix("\n")
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): model output may hold U+2028
+        try:
+            row = json.loads(line)
+            row.pop("step", None)
+            sample = Sample.model_validate(row)
+            if sample.verdict is None:
+                raise ValueError("verdict: is missing; a replayed sample must have been verified")
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(str(part) for part in problem["loc"])
+            raise ConfigError(f"{file}:{number}: {where}: {problem['msg'].removeprefix('Value error, ')}") from None
+        except ValueError as error:
+            raise ConfigError(f"{file}:{number}: {error}") from None
+        ids = (*sample.prompt.ids, *sample.response_ids)
+        if not sample.prompt.ids or min(ids) < 0 or max(ids) >= model.architecture.vocab_size:
+            raise ConfigError(f"{file}:{number}: prompt.ids are missing or an id is outside the model's vocabulary")
+        samples.append(sample.model_copy(update={"route": None}))
+    groups = [tuple(group) for _, group in itertools.groupby(samples, key=lambda sample: sample.prompt.id)]
+    for group in groups:
+        if [sample.index for sample in group] != list(range(samples_per_prompt)):
+            raise ConfigError(
+                f"{file}: the group of {group[0].prompt.id} has samples {[sample.index for sample in group]},"
+                f" expected 0 to {samples_per_prompt - 1} (rollout.samples_per_prompt)"
+            )
+    return groups

@@ -1,0 +1,44 @@
+"""The engine protocol: token ids in, token ids with log-probabilities out, weights as a stream of HF-named tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Sampling(NamedTuple):
+    """How to sample. temperature 0 is greedy."""
+
+    temperature: float
+    top_p: float
+    max_tokens: int
+    stop_ids: tuple[int, ...]
+
+
+class Request(NamedTuple):
+    """One response wanted. `seed` alone decides its randomness, whatever else is sampled beside it."""
+
+    prompt_ids: tuple[int, ...]
+    seed: str
+
+
+class Completion(NamedTuple):
+    """One response. A stop token stays in `ids`. `logprobs` are those of the full softmax at the sampling temperature
+    (temperature 1 when greedy); top_p does not renormalise them. `versions`: half-open spans (weight version, start, end)."""
+
+    ids: list[int]
+    logprobs: list[float]
+    versions: list[tuple[str, int, int]]
+    finish_reason: Literal["stop", "length", "abort"]
+
+
+class Engine(Protocol):
+    """What samples. Implementations: `transformers_engine` (in this process)."""
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """One completion a request, in order."""
+
+    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
+        """Take the whole stream and sample with it from now on, as `version`."""

@@ -1,0 +1,115 @@
+"""The embedded engine: transformers' Qwen3ForCausalLM in this process.
+
+An implementation of the model that shares nothing with the trainer's: their log-probabilities are compared every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.rollout.engine import Completion, Request, Sampling
+
+
+class TransformersEngine:
+    """Batched sampling with a KV cache. Holds a full copy of the model in `dtype` on `device`."""
+
+    def __init__(self, folder: HFFolder, device: torch.device, dtype: torch.dtype, batch_size: int):
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.from_pretrained(folder.path, local_files_only=True)
+        self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").to(device).eval()
+        self.device, self.batch_size, self.version = device, batch_size, None
+
+    @torch.no_grad()
+    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
+        """Copy the stream into the model. Raises ValueError when a tensor is unknown, misshapen or missing."""
+        own = dict(self.model.named_parameters())  # tied matrices appear once, as in the stream
+        for name, tensor in tensors:
+            parameter = own.pop(name, None)
+            if parameter is None or parameter.shape != tensor.shape:
+                raise ValueError(f"weight update: {name} {list(tensor.shape)} does not fit the engine's model")
+            parameter.copy_(tensor)
+        if own:
+            raise ValueError(f"weight update: {len(own)} tensors did not arrive, first {next(iter(own))}")
+        self.version = version
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """See `Engine.generate`. Prompts of like length are batched together; the results do not depend on it."""
+        order = sorted(range(len(requests)), key=lambda number: len(requests[number].prompt_ids))
+        completions: list[Completion | None] = [None] * len(requests)
+        for start in range(0, len(order), self.batch_size):
+            numbers = order[start : start + self.batch_size]
+            for number, completion in zip(numbers, self._generate_batch([requests[n] for n in numbers], sampling)):
+                completions[number] = completion
+        return completions
+
+    @torch.inference_mode()
+    def _generate_batch(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        ids, mask = self._left_padded([request.prompt_ids for request in requests])
+        uniforms = np.stack([_uniforms(request.seed, sampling.max_tokens) for request in requests])
+        uniforms = torch.from_numpy(uniforms).to(self.device)
+        stops = torch.tensor(sampling.stop_ids, device=self.device)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        cache, live = None, torch.arange(len(requests), device=self.device)
+        tokens = torch.zeros(len(requests), sampling.max_tokens, dtype=torch.long, device=self.device)
+        logprobs = torch.zeros(len(requests), sampling.max_tokens, device=self.device)
+        for step in range(sampling.max_tokens):
+            output = self.model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
+            cache = output.past_key_values
+            chosen, chosen_logprobs = _sample(output.logits[:, -1].float(), uniforms[live, step], sampling)
+            tokens[live, step], logprobs[live, step] = chosen, chosen_logprobs
+            going = ~torch.isin(chosen, stops)
+            if not going.any():
+                break
+            ids, mask = chosen[:, None], torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
+            positions = positions[:, -1:] + 1
+            if going.sum() <= len(live) // 2:  # most are done: carry only the others on
+                keep = going.nonzero()[:, 0]
+                cache.batch_select_indices(keep)
+                live, ids, mask, positions = live[keep], ids[keep], mask[keep], positions[keep]
+        return [self._completion(*row, sampling) for row in zip(tokens.tolist(), logprobs.tolist())]
+
+    def _completion(self, tokens: list[int], logprobs: list[float], sampling: Sampling) -> Completion:
+        """A finished row may have been carried on with others: what stands after its first stop token is not its own."""
+        end = next((place + 1 for place, token in enumerate(tokens) if token in sampling.stop_ids), None)
+        reason = "length" if end is None else "stop"
+        end = end or len(tokens)
+        return Completion(tokens[:end], logprobs[:end], [(self.version, 0, end)], reason)
+
+    def _left_padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        longest = max(map(len, prompts))
+        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[row, longest - len(prompt) :] = 1
+        return ids.to(self.device), mask.to(self.device)
+
+
+def _uniforms(seed: str, count: int) -> np.ndarray:
+    """`count` uniform numbers in [0, 1) that belong to `seed`: a sample's randomness does not depend on its batch."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(list(seed.encode())))).random(count)
+
+
+def _sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Token ids [n] and their log-probabilities [n], by inverting the cumulative distribution at `uniforms` [n]."""
+    if sampling.temperature == 0:
+        logprobs = logits.log_softmax(-1)
+        best = logits.argmax(-1)
+        return best, logprobs.gather(1, best[:, None])[:, 0]
+    logprobs = (logits / sampling.temperature).log_softmax(-1)
+    sorted_logprobs, ids = logprobs.sort(dim=-1, descending=True)
+    mass = sorted_logprobs.double().exp().cumsum(-1)
+    total = mass[:, -1]
+    if sampling.top_p < 1:  # the smallest set of tokens whose mass reaches top_p
+        kept = (mass < sampling.top_p * total[:, None]).sum(-1, keepdim=True).clamp(max=mass.shape[1] - 1)
+        total = mass.gather(1, kept)[:, 0]
+    place = (mass <= (uniforms * total)[:, None]).sum(-1, keepdim=True).clamp(max=mass.shape[1] - 1)
+    return ids.gather(1, place)[:, 0], sorted_logprobs.gather(1, place)[:, 0]

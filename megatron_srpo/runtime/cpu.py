@@ -1,0 +1,210 @@
+"""The CPU stand-ins: what megatron-core asks of CUDA, answered by the CPU. The only module that knows of this.
+
+megatron-core calls `torch.cuda.*` and `device="cuda"` in some thirty places. An import hook gives every
+`megatron.core.*` module a view of `torch` whose `cuda` is the CPU; torch itself stays as it is, save for
+`Tensor.cuda` and `Module.cuda`, which could only raise here. `install()` does nothing where CUDA is available.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.abc
+import sys
+import types
+
+import torch
+
+_CPU = torch.device("cpu")
+_FACTORIES = (
+    "tensor as_tensor empty zeros ones full arange linspace rand randn randint eye empty_strided "
+    "empty_like zeros_like ones_like full_like rand_like randn_like"
+).split()
+
+
+def install() -> None:
+    """Make `megatron.core` usable without CUDA. Must run before anything imports it.
+
+    Raises RuntimeError when megatron.core was imported before.
+    """
+    if torch.cuda.is_available() or any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return
+    if any(name.startswith("megatron.core") for name in sys.modules):
+        raise RuntimeError("megatron.core was imported before megatron_srpo.runtime.cpu.install()")
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+    sys.meta_path.insert(0, _Finder())
+
+
+class _View(types.ModuleType):
+    """A module with some attributes replaced."""
+
+    def __init__(self, module: types.ModuleType, **replaced):
+        super().__init__(module.__name__)
+        self.__dict__.update(replaced, _module=module)
+
+    def __getattr__(self, name: str):
+        return getattr(self._module, name)
+
+
+class _NoStream:
+    """CUDA streams and events: everything is already in order on a CPU."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __getattr__(self, name: str):
+        return lambda *args, **kwargs: None
+
+    def query(self) -> bool:
+        return True
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        return False
+
+
+def _to_cpu(device):
+    is_cuda = isinstance(device, str) and device.startswith("cuda") or isinstance(device, torch.device) and device.type == "cuda"
+    return _CPU if is_cuda else device
+
+
+def _on_cpu(factory):
+    @functools.wraps(factory)
+    def wrapper(*args, **kwargs):
+        if "device" in kwargs:
+            kwargs["device"] = _to_cpu(kwargs["device"])
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return wrapper
+
+
+def _torch_view() -> _View:
+    nothing = lambda *args, **kwargs: None  # noqa: E731
+    cuda = _View(
+        torch.cuda,
+        current_device=lambda: _CPU,
+        device_count=lambda: 1,
+        set_device=nothing,
+        synchronize=nothing,
+        empty_cache=nothing,
+        get_rng_state=lambda *args, **kwargs: torch.get_rng_state(),
+        set_rng_state=lambda state, *args, **kwargs: torch.set_rng_state(state),
+        manual_seed=torch.default_generator.manual_seed,
+        Stream=_NoStream,
+        Event=_NoStream,
+        stream=lambda stream: contextlib.nullcontext(),
+        current_stream=_NoStream,
+        default_stream=_NoStream,
+        set_stream=nothing,
+        nvtx=types.SimpleNamespace(range_push=nothing, range_pop=nothing, range=lambda *args: contextlib.nullcontext()),
+        memory_allocated=lambda *args: 0,
+        max_memory_allocated=lambda *args: 0,
+    )
+    factories = {name: _on_cpu(getattr(torch, name)) for name in _FACTORIES}
+    return _View(torch, cuda=cuda, device=lambda *args, **kwargs: _to_cpu(torch.device(*args, **kwargs)), **factories)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds megatron.core modules as usual and patches each right after it has run."""
+
+    def __init__(self):
+        self.torch = _torch_view()
+
+    def find_spec(self, name, path, target=None):
+        if not name.startswith("megatron.core"):
+            return None
+        for finder in sys.meta_path:
+            if finder is self:
+                continue
+            spec = finder.find_spec(name, path, target)
+            if spec is not None:
+                if hasattr(spec.loader, "exec_module"):
+                    self._patch_after(spec.loader)
+                return spec
+        return None
+
+    def _patch_after(self, loader) -> None:
+        execute = loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            self._patch(module)
+
+        loader.exec_module = exec_module
+
+    def _patch(self, module: types.ModuleType) -> None:
+        if vars(module).get("torch") is torch:
+            module.torch = self.torch
+        name = module.__name__.removeprefix("megatron.core.")
+        if name == "tensor_parallel.random":
+            module._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+            module._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+        elif name == "optimizer.clip_grads":
+            module.clip_grad_by_total_norm_fp32 = _with_cuda_type_names(module.clip_grad_by_total_norm_fp32)
+        elif name == "optimizer.optimizer":
+            optimizer = module.Float16OptimizerWithFloat16Params
+            optimizer.__init__ = _with_cuda_type_names(optimizer.__init__)
+        elif name == "optimizer.distrib_optimizer":
+            optimizer = module.DistributedOptimizer
+            optimizer.__init__ = _with_cuda_type_names(optimizer.__init__)
+            module.HAVE_APEX_OR_TE, module.USING_APEX_OPTIMIZER = True, True  # our Adam has Apex's state layout
+            module.Adam = FusedAdam
+        elif name == "optimizer":
+            module.Adam, module.USING_PYTORCH_OPTIMIZER = FusedAdam, False
+
+
+def _with_cuda_type_names(function):
+    """megatron-core's optimizers compare `param.type()` with 'torch.cuda.FloatTensor': let the CPU say so, inside."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        original = torch.Tensor.type
+
+        def cuda_type(self, dtype=None, *rest, **more):
+            if dtype is None:
+                return original(self).replace("torch.", "torch.cuda.", 1)
+            return original(self, dtype, *rest, **more)
+
+        torch.Tensor.type = cuda_type
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.Tensor.type = original
+
+    return wrapper
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """AdamW with the state layout of Apex and Transformer Engine, which core's distributed checkpoints expect.
+
+    The step count lives in the param group, `exp_avg` and `exp_avg_sq` per parameter. (torch.optim.AdamW keeps the step
+    per parameter: such checkpoints can be saved but not loaded.)
+    """
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, adam_w_mode=True, bias_correction=True, **_):
+        if not (adam_w_mode and bias_correction):
+            raise ValueError("the CPU's FusedAdam is AdamW with bias correction only")
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=True))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """θ ← θ - lr (wd θ + m̂ / (√v̂ + eps)) for every parameter with a gradient."""
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            beta1, beta2 = group["betas"]
+            correction1, correction2 = 1 - beta1 ** group["step"], 1 - beta2 ** group["step"]
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                state = self.state[param]
+                if not state:
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
+                param.mul_(1 - group["lr"] * group["weight_decay"])
+                state["exp_avg"].lerp_(param.grad, 1 - beta1)
+                state["exp_avg_sq"].mul_(beta2).addcmul_(param.grad, param.grad, value=1 - beta2)
+                denominator = (state["exp_avg_sq"] / correction2).sqrt_().add_(group["eps"])
+                param.addcdiv_(state["exp_avg"], denominator, value=-group["lr"] / correction1)

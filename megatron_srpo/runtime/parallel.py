@@ -1,0 +1,149 @@
+"""Processes: backends, Megatron's process groups, seeds, and the few exchanges that are not Megatron's."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_srpo.config import ConfigError, ParallelSection
+from megatron_srpo.runtime import cpu
+
+cpu.install()
+
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402  (after the stand-ins)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where this process stands. `device` is where its tensors live."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    data_parallel_rank: int
+    data_parallel_size: int
+    tensor_parallel_rank: int
+    tensor_parallel_size: int
+    pipeline_parallel_size: int
+    is_first_stage: bool
+    is_last_stage: bool
+
+    @property
+    def tensor_parallel_group(self) -> dist.ProcessGroup:
+        """Ranks that share this rank's layers and tokens, each with a shard of every matrix."""
+        return parallel_state.get_tensor_model_parallel_group()
+
+    @property
+    def data_parallel_group(self) -> dist.ProcessGroup:
+        """Ranks with the same shard of the model and other tokens."""
+        return parallel_state.get_data_parallel_group()
+
+    def sum_over_data_parallel(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum in place over the data-parallel ranks."""
+        dist.all_reduce(values, group=self.data_parallel_group)
+        return values
+
+    def max_over_data_parallel(self, values: torch.Tensor) -> torch.Tensor:
+        """Maximum in place over the data-parallel ranks."""
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.data_parallel_group)
+        return values
+
+    def from_last_stage(self, values: torch.Tensor) -> torch.Tensor:
+        """In place: what the last pipeline stage holds, on every stage."""
+        if self.pipeline_parallel_size > 1:
+            dist.broadcast(
+                values,
+                parallel_state.get_pipeline_model_parallel_last_rank(),
+                group=parallel_state.get_pipeline_model_parallel_group(),
+            )
+        return values
+
+    def gather_bytes(self, mine: bytes) -> list[bytes]:
+        """Every rank's bytes, in rank order, on every rank. Plain bytes, no pickle."""
+        if self.world_size == 1:
+            return [mine]
+        sizes = torch.zeros(self.world_size, dtype=torch.long, device=self.device)
+        sizes[self.rank] = len(mine)
+        dist.all_reduce(sizes)
+        longest = int(sizes.max())
+        buffer = torch.zeros(longest, dtype=torch.uint8, device=self.device)
+        buffer[: len(mine)] = torch.frombuffer(bytearray(mine or b"\0"), dtype=torch.uint8)[: len(mine)].to(self.device)
+        everything = torch.empty(self.world_size * longest, dtype=torch.uint8, device=self.device)
+        dist.all_gather_into_tensor(everything, buffer)
+        rows = everything.view(self.world_size, longest).cpu()
+        return [bytes(row[:size].numpy()) for row, size in zip(rows, sizes.tolist())]
+
+
+def world_size_from_environment() -> int:
+    """Number of processes torchrun started; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank_from_environment() -> int:
+    """This process's rank; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def data_parallel_size(parallel: ParallelSection, world_size: int) -> int:
+    """Model replicas in `world_size` processes. Raises ConfigError when they do not divide."""
+    replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    if world_size % replica:
+        raise ConfigError(
+            f"parallel: tensor_model_parallel_size × pipeline_model_parallel_size = {replica} does not divide the"
+            f" {world_size} processes that were started (torchrun --nproc-per-node × --nnodes)"
+        )
+    return world_size // replica
+
+
+def initialize(parallel: ParallelSection, seed: int) -> Layout:
+    """Join the process group (NCCL with CUDA, gloo without), build Megatron's groups and seed every generator."""
+    world_size = world_size_from_environment()
+    data_parallel_size(parallel, world_size)
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        backend = "nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
+    if not dist.is_initialized():
+        if "MASTER_ADDR" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes)),
+    )
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return current_layout(device)
+
+
+def current_layout(device: torch.device) -> Layout:
+    """The layout of Megatron's process groups as they stand."""
+    return Layout(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        device=device,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        is_first_stage=parallel_state.is_pipeline_first_stage(),
+        is_last_stage=parallel_state.is_pipeline_last_stage(),
+    )
+
+
+def shut_down() -> None:
+    """Leave Megatron's groups and the process group."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

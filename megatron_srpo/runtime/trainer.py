@@ -1,0 +1,229 @@
+"""The policy on its ranks: packs routed samples, scores, runs forward-backward with the routed loss, updates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_srpo.algorithm.objective import (
+    TokenTerms,
+    entropy_weights,
+    raw_entropy_weights,
+    routed_objective,
+)
+from megatron_srpo.config import Config
+from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.model.qwen3 import Qwen3, build_chunks
+from megatron_srpo.records import Sample
+from megatron_srpo.runtime.optimizer import Optimizer, wrap_data_parallel
+from megatron_srpo.runtime.packing import OptimizerBatch, PackingRules, pack
+from megatron_srpo.runtime.parallel import Layout
+from megatron_srpo.runtime.schedule import run_schedule
+from megatron_srpo.runtime.teacher import Teacher, TeacherTargets
+from megatron_srpo.vocab_parallel.divergence import Divergence
+from megatron_srpo.vocab_parallel.fused import Statistics, VocabShard, fused_objective, score
+from megatron_srpo.weights.transfer import export, load
+
+
+@dataclass
+class UpdateReport:
+    """One training step's updates. `sums` are token sums over all ranks (see `_SUMS`), `gap_max` the largest log-prob gap."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    moved: list[bool]
+    lr: float
+    sums: dict[str, float]
+    gap_max: float
+
+    @property
+    def skipped_updates(self) -> list[tuple[float, float]]:
+        """(loss, gradient norm) of the updates that were not made."""
+        return [(loss, norm) for loss, norm, moved in zip(self.losses, self.grad_norms, self.moved) if not moved]
+
+    def skipped_in_a_row(self, before: int) -> int:
+        """Skipped updates since the last one made, when `before` had been skipped before this step."""
+        for moved in self.moved:
+            before = 0 if moved else before + 1
+        return before
+
+
+_SUMS = ("tokens", "entropy", "gap", "clipped", "importance", "distilled", "divergence", "teacher_entropy", "weight", "weight_squared")
+
+
+class Trainer:
+    """Policy, optimizer and teacher of this rank."""
+
+    def __init__(self, config: Config, folder: HFFolder, layout: Layout):
+        self.config, self.folder, self.layout = config, folder, layout
+        self.algorithm = config.algorithm
+        chunks = build_chunks(folder.architecture, config, layout.device)
+        load(chunks, folder)
+        self.chunks = wrap_data_parallel(chunks, config)
+        self.optimizer = Optimizer(self.chunks, config)
+        self.teacher = None
+        if self.algorithm.distils:
+            self.teacher = Teacher(
+                config.teacher, layout, folder.architecture.vocab_size, config.rollout.temperature, self.chunks, self._copy_of_policy
+            )
+        parallel = config.parallel
+        self.rules = PackingRules(
+            token_budget=config.train.micro_batch_tokens,
+            length_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+            uniform=parallel.pipeline_model_parallel_size > 1,
+            count_multiple=parallel.pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size else 1,
+        )
+        top_k = self.algorithm.divergence_topk if self.algorithm.divergence_support == "student_topk" else None
+        self.divergence = Divergence(self.algorithm.divergence, self.algorithm.divergence_alpha, top_k)
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The policy's parameters on this rank, chunk by chunk."""
+        return [parameter for chunk in self.chunks for parameter in chunk.module.parameters()]
+
+    def _copy_of_policy(self) -> list[Qwen3]:
+        copies = build_chunks(self.folder.architecture, self.config, self.layout.device)
+        with torch.no_grad():
+            for copy, chunk in zip(copies, self.chunks):
+                for own, source in zip(copy.parameters(), chunk.module.parameters()):
+                    own.copy_(source)
+        return copies
+
+    def export(self) -> Iterator[tuple[str, Tensor]]:
+        """The policy as HF-named full tensors; every rank must consume the stream."""
+        return export(self.chunks, self.folder.architecture)
+
+    def pack(self, samples: Sequence[Sample]) -> list[OptimizerBatch]:
+        """The step's optimizer batches, `mini_batch_prompts` prompts each. `samples` are whole groups, all ranks' alike."""
+        size = self.config.mini_batch_prompts * self.config.rollout.samples_per_prompt
+        layout, aggregation = self.layout, self.algorithm.loss_aggregation
+        return [
+            pack(samples[start : start + size], layout.data_parallel_rank, layout.data_parallel_size, self.rules, aggregation)
+            for start in range(0, len(samples), size)
+        ]
+
+    def score_teacher(self, batches: Sequence[OptimizerBatch]) -> list[TeacherTargets]:
+        """The teacher's targets for every optimizer batch, before any update."""
+        return [TeacherTargets() if self.teacher is None else self.teacher.score(batch) for batch in batches]
+
+    def update(self, batches: Sequence[OptimizerBatch], targets: Sequence[TeacherTargets]) -> UpdateReport:
+        """One optimizer step per batch, then the teacher follows once (not if every update was skipped)."""
+        self.optimizer.start_step()
+        lr = self.optimizer.lr
+        old_logprobs = [self._score_policy(batch) if len(batches) > 1 else None for batch in batches]
+        report = UpdateReport([], [], [], lr, dict.fromkeys(_SUMS, 0.0), 0.0)
+        for batch, target, old in zip(batches, targets, old_logprobs):
+            loss, norm, moved, sums, gap = self._update_once(batch, target, old)
+            report.losses.append(loss)
+            report.grad_norms.append(norm)
+            report.moved.append(moved)
+            report.sums = {name: report.sums[name] + value for name, value in zip(_SUMS, sums)}
+            report.gap_max = max(report.gap_max, gap)
+        if self.teacher is not None and any(report.moved):
+            self.teacher.follow(self.optimizer, self.parameters)
+        return report
+
+    def _shard(self, weight: Tensor) -> VocabShard:
+        return VocabShard.of_rank(
+            self.layout.tensor_parallel_rank,
+            weight.shape[0],
+            self.folder.architecture.vocab_size,
+            self.layout.tensor_parallel_group,
+        )
+
+    def _score_policy(self, batch: OptimizerBatch) -> dict[int, Tensor]:
+        """log π_old [R] of each micro-batch, by its number, on the last stage."""
+        logprobs: dict[int, Tensor] = {}
+
+        def keep(number: int, hidden: Tensor, model: Qwen3) -> Tensor:
+            weight = model.output_weight
+            targets = batch.micro_batches[number].targets.to(hidden.device)
+            logprobs[number] = score(
+                hidden, weight, targets, self._shard(weight), temperature=self.config.rollout.temperature
+            ).logprob
+            return hidden.new_zeros(())
+
+        run_schedule(self.chunks, batch.micro_batches, keep, backward=False)
+        return logprobs
+
+    def _update_once(self, batch: OptimizerBatch, targets: TeacherTargets, old_logprobs: dict[int, Tensor] | None):
+        """(loss, gradient norm, whether weights moved, token sums, largest log-prob gap), the same on every rank."""
+        mean_weight = self._mean_entropy_weight(batch, targets)
+        device = self.layout.device
+        total = torch.zeros(1 + len(_SUMS), dtype=torch.float64, device=device)
+        gap_max = torch.zeros((), device=device)
+
+        def routed_loss(number: int, hidden: Tensor, model: Qwen3) -> Tensor:
+            micro_batch = batch.micro_batches[number]
+            distilled = [document.key for document in micro_batch.documents[: batch.distilled_count(micro_batch)]]
+            terms = batch.terms(micro_batch, device)._replace(old_logprob=old_logprobs and old_logprobs[number])
+            weights, teacher_entropy, teacher_hidden = hidden.new_empty(0).float(), hidden.new_empty(0).float(), None
+            if distilled:
+                teacher_entropy = torch.cat([targets.entropy[key] for key in distilled])
+                teacher_hidden = torch.cat([targets.hidden[key] for key in distilled])
+                raw = raw_entropy_weights(teacher_entropy, self.algorithm.entropy_beta)
+                weights = entropy_weights(raw, mean_weight, self.algorithm.entropy_weight_cap).float()
+                terms.distillation_weight[: len(weights)] *= weights
+
+            def objective(rows: slice, logprob: Tensor, divergence: Tensor | None) -> Tensor:
+                return routed_objective(logprob, divergence, terms.rows(rows), self.algorithm)
+
+            output_weight = model.output_weight
+            loss, statistics = fused_objective(
+                hidden,
+                output_weight,
+                micro_batch.targets.to(device),
+                objective,
+                self._shard(output_weight),
+                teacher_hidden=teacher_hidden,
+                teacher_weight=targets.weight,
+                divergence=self.divergence,
+                temperature=self.config.rollout.temperature,
+            )
+            sums, gap = _token_sums(statistics, terms, weights, teacher_entropy, self.algorithm.importance_cap)
+            total.add_(torch.cat([loss.detach().double().view(1), sums]))
+            torch.maximum(gap_max, gap, out=gap_max)
+            return loss
+
+        self.optimizer.zero_grad()
+        run_schedule(self.chunks, batch.micro_batches, routed_loss, backward=True)
+        self.layout.from_last_stage(self.layout.sum_over_data_parallel(total))
+        self.layout.from_last_stage(self.layout.max_over_data_parallel(gap_max))
+        loss, *sums = total.tolist()
+        norm, moved = self.optimizer.step(loss)
+        return loss, norm, moved, sums, float(gap_max)
+
+    def _mean_entropy_weight(self, batch: OptimizerBatch, targets: TeacherTargets) -> Tensor:
+        """Mean of w̃ over Ω: every rank takes part, whatever its share, and an empty Ω gives 1."""
+        total = torch.zeros(1, dtype=torch.float64, device=self.layout.device)
+        for entropy in targets.entropy.values():
+            total += raw_entropy_weights(entropy, self.algorithm.entropy_beta).double().sum()
+        self.layout.sum_over_data_parallel(total)
+        return (total / batch.distilled_tokens).float() if batch.distilled_tokens else torch.ones_like(total).float()
+
+
+def _token_sums(
+    statistics: Statistics, terms: TokenTerms, weights: Tensor, teacher_entropy: Tensor, importance_cap: float | None
+) -> tuple[Tensor, Tensor]:
+    """The micro-batch's `_SUMS` in order, and its largest |log π_old - log π_roll|."""
+    old = statistics.logprob if terms.old_logprob is None else terms.old_logprob
+    gap = old - terms.engine_logprob
+    importance = gap.exp()
+    capped = importance if importance_cap is None else importance.clamp(max=importance_cap)
+    vectors = (
+        torch.ones_like(gap),
+        statistics.entropy,
+        gap.abs(),
+        (importance > capped).double(),
+        capped,
+        torch.ones_like(weights),
+        statistics.divergence,
+        teacher_entropy,
+        weights,
+        weights.square(),
+    )
+    largest = gap.abs().max() if len(gap) else gap.new_zeros(())
+    return torch.stack([vector.double().sum() for vector in vectors]), largest.float()

@@ -1,0 +1,96 @@
+"""The one table HF ↔ Megatron for dense Qwen3.
+
+Each row maps one Megatron parameter to the HF tensors it is made of. Every HF tensor is sharded over tensor-parallel
+ranks by contiguous slices along one dimension; a rank's parameter is then a local arrangement of its own slices. So
+both directions, at any TP, are: slice ↔ concatenate, and `merge` ↔ `split`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_srpo.model.hf_folder import Architecture
+
+Split = Callable[[Tensor, Architecture], list[Tensor]]
+Merge = Callable[[Sequence[Tensor], Architecture], Tensor]
+
+
+@dataclass(frozen=True)
+class Row:
+    """megatron: parameter name inside its layer (or model); hf: tensor names inside theirs; dim: sharded dimension or None."""
+
+    megatron: str
+    hf: tuple[str, ...]
+    dim: int | None = None
+    merge: Merge = lambda pieces, architecture: pieces[0]
+    split: Split = lambda tensor, architecture: [tensor]
+
+
+def _merge_qkv(pieces: Sequence[Tensor], a: Architecture) -> Tensor:
+    """Megatron keeps the heads of one query group together: its queries, its key, its value."""
+    query, key, value = pieces
+    groups, width = key.shape[0] // a.head_dim, key.shape[1]
+    grouped = [query.view(groups, -1, width), key.view(groups, a.head_dim, width), value.view(groups, a.head_dim, width)]
+    return torch.cat(grouped, dim=1).reshape(-1, width)
+
+
+def _split_qkv(tensor: Tensor, a: Architecture) -> list[Tensor]:
+    queries = a.num_attention_heads // a.num_key_value_heads * a.head_dim
+    grouped = tensor.view(-1, queries + 2 * a.head_dim, tensor.shape[1])
+    return [part.reshape(-1, tensor.shape[1]) for part in grouped.split([queries, a.head_dim, a.head_dim], dim=1)]
+
+
+LAYER_ROWS = (
+    Row("input_layernorm.weight", ("input_layernorm.weight",)),
+    Row(
+        "self_attention.linear_qkv.weight",
+        ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+        0,
+        _merge_qkv,
+        _split_qkv,
+    ),
+    Row("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight",)),
+    Row("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",)),
+    Row("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), 1),
+    Row("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",)),
+    Row(
+        "mlp.linear_fc1.weight",
+        ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+        0,
+        lambda pieces, architecture: torch.cat(list(pieces)),
+        lambda tensor, architecture: list(tensor.chunk(2)),
+    ),
+    Row("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), 1),
+)
+MODEL_ROWS = (
+    Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), 0),
+    Row("decoder.final_layernorm.weight", ("model.norm.weight",)),
+    Row("output_layer.weight", ("lm_head.weight",), 0),
+)
+VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")  # padded at their end in Megatron
+
+# Transformer Engine fuses a norm into the matrix product after it, and names its weight there.
+_FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+_BY_NAME = {row.megatron: row for row in LAYER_ROWS + MODEL_ROWS}
+
+
+def row_of(name: str, layer_offset: int) -> tuple[Row, str]:
+    """The row of a chunk's parameter and the prefix of its HF names.
+
+    Args:
+        name: as in `named_parameters()` of the chunk, layers counted from the chunk's first.
+        layer_offset: the chunk's first layer in the whole model.
+
+    Raises KeyError for a parameter the table does not know.
+    """
+    if not name.startswith("decoder.layers."):
+        return _BY_NAME[name], ""
+    layer, inner = name.removeprefix("decoder.layers.").split(".", 1)
+    return _BY_NAME[_FUSED_NORMS.get(inner, inner)], f"model.layers.{int(layer) + layer_offset}."

