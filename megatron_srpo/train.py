@@ -130,7 +130,7 @@ def train(config: Config) -> Path:
     try:
         return _run(config, folder, layout)
     finally:
-        shut_down()
+        shut_down(layout)
 
 
 def _run(config: Config, folder: HFFolder, layout: Layout) -> Path:

@@ -31,6 +31,7 @@ class Layout:
     pipeline_parallel_size: int
     is_first_stage: bool
     is_last_stage: bool
+    owns_process_group: bool
 
     @property
     def tensor_parallel_group(self) -> dist.ProcessGroup:
@@ -110,7 +111,8 @@ def initialize(parallel: ParallelSection, seed: int) -> Layout:
     else:
         device, backend = torch.device("cpu"), "gloo"
     timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
-    if not dist.is_initialized():
+    owns_process_group = not dist.is_initialized()
+    if owns_process_group:
         if "MASTER_ADDR" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:
@@ -123,11 +125,6 @@ def initialize(parallel: ParallelSection, seed: int) -> Layout:
     )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    return current_layout(device)
-
-
-def current_layout(device: torch.device) -> Layout:
-    """The layout of Megatron's process groups as they stand."""
     return Layout(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -139,11 +136,12 @@ def current_layout(device: torch.device) -> Layout:
         pipeline_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
         is_first_stage=parallel_state.is_pipeline_first_stage(),
         is_last_stage=parallel_state.is_pipeline_last_stage(),
+        owns_process_group=owns_process_group,
     )
 
 
-def shut_down() -> None:
-    """Leave Megatron's groups and the process group."""
+def shut_down(layout: Layout) -> None:
+    """Leave Megatron's groups, and the process group if `initialize` made it."""
     parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
+    if layout.owns_process_group:
         dist.destroy_process_group()

@@ -1,0 +1,203 @@
+"""Advantages and routes against METHOD §3's table, written out by hand."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from samples import encode_bytes, make_group
+
+from megatron_srpo.algorithm.advantage_mix import AdvantageMix
+from megatron_srpo.algorithm.grpo import GRPO
+from megatron_srpo.algorithm.routing import choose_sibling, group_advantages, route_groups
+from megatron_srpo.algorithm.sdpo import SDPO
+from megatron_srpo.algorithm.srpo import SRPO
+
+PLENTY = 10_000
+
+
+def routes(algorithm, correct, limit=PLENTY, seed="1/1"):
+    """The routes of one group's samples."""
+    (group,) = route_groups([make_group(correct)], algorithm, encode_bytes, limit, seed)
+    return [sample.route for sample in group]
+
+
+# correct -> (branch, z^GRPO, z^SDPO) of every sample
+TABLE = {
+    "srpo": {
+        (1, 0, 0, 1): [("grpo", 1, 0), ("sdpo", 0, 1), ("sdpo", 0, 1), ("grpo", 1, 0)],
+        (1, 0, 0, 0): [("grpo", 1, 0), ("sdpo", 0, 1), ("sdpo", 0, 1), ("sdpo", 0, 1)],
+        (0, 0, 0, 0): [("grpo", 1, 0)] * 4,
+        (1, 1, 1, 1): [("grpo", 1, 0)] * 4,
+        (0, 1): [("sdpo", 0, 1), ("grpo", 1, 0)],
+    },
+    "grpo": {
+        (1, 0, 0, 1): [("grpo", 1, 0)] * 4,
+        (1, 0, 0, 0): [("grpo", 1, 0)] * 4,
+        (0, 0, 0, 0): [("grpo", 1, 0)] * 4,
+        (1, 1, 1, 1): [("grpo", 1, 0)] * 4,
+    },
+    "sdpo": {
+        (1, 0, 0, 1): [("sdpo", 0, 1)] * 4,
+        (1, 0, 0, 0): [("none", 0, 0), ("sdpo", 0, 1), ("sdpo", 0, 1), ("sdpo", 0, 1)],
+        (0, 0, 0, 0): [("none", 0, 0)] * 4,
+        (1, 1, 1, 1): [("sdpo", 0, 1)] * 4,
+    },
+    "advantage_mix": {
+        (1, 0, 0, 1): [("mixed", 0.9, 0.1)] * 4,
+        (1, 0, 0, 0): [("grpo", 0.9, 0), ("mixed", 0.9, 0.1), ("mixed", 0.9, 0.1), ("mixed", 0.9, 0.1)],
+        (0, 0, 0, 0): [("grpo", 0.9, 0)] * 4,
+        (1, 1, 1, 1): [("mixed", 0.9, 0.1)] * 4,
+    },
+}
+ALGORITHMS = {"srpo": SRPO(), "grpo": GRPO(), "sdpo": SDPO(), "advantage_mix": AdvantageMix()}
+CASES = [(name, correct) for name, table in TABLE.items() for correct in table]
+
+
+@pytest.mark.parametrize("name, correct", CASES)
+def test_routing_table(name, correct):
+    found = routes(ALGORITHMS[name], correct)
+    for route, (branch, policy, distillation) in zip(found, TABLE[name][correct], strict=True):
+        assert (route.branch, route.policy_weight) == (branch, policy)
+        assert route.distillation_weight == pytest.approx(distillation)
+        assert (route.teacher_ids is not None) == (distillation > 0) == (route.sibling is not None)
+
+
+@pytest.mark.parametrize("name, correct", CASES)
+def test_advantages_are_of_the_whole_group_whatever_the_route(name, correct):
+    mean = sum(correct) / len(correct)
+    assert [route.advantage for route in routes(ALGORITHMS[name], correct)] == [c - mean for c in correct]
+
+
+def test_uniform_groups_have_advantage_exactly_zero():
+    for size in range(2, 20):
+        for value in (0, 1):
+            for divide in (False, True):
+                assert group_advantages([float(value)] * size, divide) == [0.0] * size
+
+
+@given(st.lists(st.floats(-5, 5), min_size=2, max_size=12), st.booleans())
+@settings(deadline=None, max_examples=100)
+def test_advantages_closed_form(rewards, divide):
+    values = np.array(rewards)
+    expected = values - values.mean()
+    if divide:
+        expected = expected / (values.std(ddof=1) + 1e-6)
+    np.testing.assert_allclose(group_advantages(rewards, divide), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_advantage_std_is_a_switch_of_the_algorithm():
+    plain, divided = routes(SRPO(), (1, 0, 0, 1)), routes(SRPO(advantage_std=True), (1, 0, 0, 1))
+    assert plain[0].advantage == 0.5
+    assert divided[0].advantage == pytest.approx(0.5 / (np.std([1, 0, 0, 1], ddof=1) + 1e-6))
+
+
+@given(st.lists(st.booleans(), min_size=2, max_size=10))
+@settings(deadline=None, max_examples=100)
+def test_srpo_never_sends_a_negative_advantage_to_grpo(correct):
+    for route in routes(SRPO(), correct):
+        assert route.policy_weight == 0 or route.advantage >= 0
+        assert route.policy_weight + route.distillation_weight == 1
+
+
+def test_other_algorithms_do_have_negative_advantages():
+    """Otherwise the test above could not fail."""
+    assert min(route.advantage for route in routes(GRPO(), (1, 0))) < 0
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=10), st.integers(0, 10**6))
+@settings(deadline=None, max_examples=200)
+def test_sibling_is_another_correct_one(correct, seed):
+    for index in range(len(correct)):
+        sibling = choose_sibling(correct, index, f"{seed}/{index}")
+        candidates = [other for other in range(len(correct)) if correct[other] and other != index]
+        assert (sibling in candidates) if candidates else sibling is None
+
+
+def test_sibling_is_uniform_and_deterministic():
+    correct = [True, False, True, True, False, True]
+    draws = [choose_sibling(correct, 2, f"run/{number}") for number in range(3000)]
+    assert draws == [choose_sibling(correct, 2, f"run/{number}") for number in range(3000)]
+    counts = Counter(draws)
+    assert set(counts) == {0, 3, 5}
+    for count in counts.values():  # expected 1000, standard deviation 26
+        assert abs(count - 1000) < 130
+
+
+def test_routing_is_decided_by_the_seed_alone():
+    """Same seed, same siblings; also when a group is routed beside others or alone (as ranks do)."""
+    groups = [make_group((1, 0, 1, 0, 1, 1, 0, 0), prompt_id=f"p{number}") for number in range(10)]
+
+    def siblings(groups, seed):
+        return [[sample.route.sibling for sample in group] for group in route_groups(groups, SRPO(), encode_bytes, PLENTY, seed)]
+
+    together = siblings(groups, "1/1")
+    assert together == siblings(groups, "1/1")
+    assert together == [siblings([group], "1/1")[0] for group in groups]
+    assert together != siblings(groups, "1/2")
+    assert len({str(row) for row in together}) > 1  # the prompt's id takes part
+
+
+def test_teacher_sees_the_question_and_the_chosen_siblings_answer():
+    for index, route in enumerate(routes(SDPO(), (1, 0, 1, 1))):
+        assert route.sibling != index
+        expected = f"[user]What is it?\nCorrect solution:\n\nanswer <{route.sibling}>\n\nCorrectly solve the original question."
+        assert bytes(route.teacher_ids).decode() == expected
+        assert not route.demonstration_cut
+
+
+def test_sibling_is_shown_without_its_thoughts():
+    right, wrong = make_group((1, 0))
+    right = right.model_copy(update={"text": "<think>secret</think>It is 4."})
+    ((_, routed),) = route_groups([(right, wrong)], SRPO(), encode_bytes, PLENTY, "s")
+    assert b"solution:\n\nIt is 4.\n\nCorrectly" in bytes(routed.route.teacher_ids)
+
+
+def test_grpo_builds_no_teacher_prompt():
+    def refuse(messages):
+        raise AssertionError("GRPO has no teacher")
+
+    route_groups([make_group((1, 0, 1))], GRPO(), refuse, PLENTY, "s")
+
+
+def test_srpo_builds_teacher_prompts_for_distilled_samples_alone():
+    seen = []
+
+    def count(messages):
+        seen.append(messages)
+        return encode_bytes(messages)
+
+    route_groups([make_group((1, 0, 1)), make_group((1, 1)), make_group((0, 0, 0))], SRPO(), count, PLENTY, "s")
+    assert len(seen) == 1
+
+
+def test_cut_demonstration_is_marked():
+    whole = len(routes(SRPO(), (1, 0))[1].teacher_ids)
+    route = routes(SRPO(), (1, 0), limit=whole - 3)[1]
+    assert route.branch == "sdpo" and route.demonstration_cut and len(route.teacher_ids) == whole - 3
+
+
+@pytest.mark.parametrize(
+    "name, expected", [("srpo", ("grpo", 1, 0)), ("sdpo", ("none", 0, 0)), ("advantage_mix", ("grpo", 0.9, 0)), ("grpo", ("grpo", 1, 0))]
+)
+def test_no_teacher_when_its_prompt_does_not_fit(name, expected):
+    route = routes(ALGORITHMS[name], (1, 0), limit=20)[1]
+    assert (route.branch, route.policy_weight, route.distillation_weight) == expected
+    assert route.teacher_ids is None and route.sibling is None and not route.demonstration_cut
+    assert route.no_teacher == (None if name == "grpo" else "does_not_fit")
+
+
+def test_teacherless_samples_are_counted():
+    from megatron_srpo.observe.metrics import rollout_metrics
+
+    groups = [make_group((1, 0, 0, 0), "a"), make_group((0, 0, 0, 0), "b"), make_group((1, 1, 1, 1), "c")]
+    fits = rollout_metrics(route_groups(groups, SRPO(), encode_bytes, PLENTY, "s"))
+    assert fits["teacherless_failed_share"] == pytest.approx(4 / 7)  # 3 failed with a sibling, 4 without
+    assert fits["teacher_prompts_too_long"] == 0
+    assert fits["sdpo_sample_share"] == pytest.approx(3 / 12)
+    assert fits["zero_advantage_share"] == pytest.approx(2 / 3)
+    tight = rollout_metrics(route_groups(groups, SRPO(), encode_bytes, 20, "s"))
+    assert tight["teacherless_failed_share"] == 1
+    assert tight["teacher_prompts_too_long"] == 3
+    assert tight["sdpo_sample_share"] == 0

@@ -1,0 +1,372 @@
+"""Model folders that are not as they should be, one fault at a time, and what the messages name."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import make_model, make_tokenizer, save_folder
+
+from megatron_srpo.config import Config, ConfigError
+from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.model.qwen3 import check_layout, padded_vocab_size, transformer_config
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    """One good folder per kind: tied in one file, untied in two shards with an index."""
+    root = tmp_path_factory.mktemp("pristine")
+    save_folder(root / "tied")
+    make_model(tied=False).save_pretrained(root / "untied", max_shard_size="400KB")
+    make_tokenizer().save_pretrained(root / "untied")
+    return root
+
+
+@pytest.fixture
+def tied(pristine, tmp_path):
+    """A copy to damage."""
+    return shutil.copytree(pristine / "tied", tmp_path / "tied")
+
+
+@pytest.fixture
+def untied(pristine, tmp_path):
+    """A sharded copy to damage."""
+    return shutil.copytree(pristine / "untied", tmp_path / "untied")
+
+
+def edit_json(file, **changes):
+    """Sets keys; None deletes them."""
+    content = json.loads(file.read_text())
+    for key, value in changes.items():
+        content.pop(key, None)
+        if value is not None:
+            content[key] = value
+    file.write_text(json.dumps(content))
+
+
+def edit_tensors(file, change):
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def refusal(read) -> str:
+    with pytest.raises(ConfigError) as caught:
+        read()
+    return str(caught.value)
+
+
+def config_with(folder="x", **sections) -> Config:
+    return Config(model={"hf_path": folder}, train={"steps": 1}, logging={"dir": "x"}, **sections)
+
+
+# ---- good folders ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, tie", [("tied", True), ("untied", False)])
+def test_good_folder(pristine, kind, tie):
+    folder = HFFolder(pristine / kind)
+    architecture = folder.architecture
+    assert (architecture.vocab_size, architecture.hidden_size, architecture.intermediate_size) == (270, 64, 96)
+    assert (architecture.num_hidden_layers, architecture.num_attention_heads, architecture.num_key_value_heads) == (4, 8, 4)
+    assert (architecture.head_dim, architecture.rms_norm_eps, architecture.rope_theta) == (16, 1e-6, 1e6)
+    assert (architecture.max_position_embeddings, architecture.tie_word_embeddings) == (1024, tie)
+    assert folder.stop_ids == (2,)
+    parameters = dict(make_model(tied=tie).named_parameters())
+    assert architecture.tensor_shapes() == {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    assert set(folder.file_of) == set(parameters)
+    for name, file in folder.file_of.items():
+        assert torch.equal(load_file(file)[name], parameters[name])
+
+
+def test_the_untied_folder_is_sharded(pristine):
+    assert len(set(HFFolder(pristine / "untied").file_of.values())) >= 2
+
+
+def test_tied_folder_may_hold_a_copy_of_the_embedding(tied):
+    edit_tensors(tied / "model.safetensors", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    assert "lm_head.weight" not in HFFolder(tied).file_of
+
+
+def test_encode_is_the_template_with_header(pristine):
+    folder = HFFolder(pristine / "tied")
+    text = folder.tokenizer.decode(folder.encode([{"role": "user", "content": "Ünï?"}]))
+    assert text == "<|im_start|>user\nÜnï?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_encode_passes_enable_thinking(tied):
+    (tied / "chat_template.jinja").write_text("{{ messages[0].content }}{% if enable_thinking %}T{% else %}N{% endif %}")
+    folder = HFFolder(tied)
+    decode = folder.tokenizer.decode
+    assert decode(folder.encode([{"role": "user", "content": "a"}])) == "aN"
+    assert decode(folder.encode([{"role": "user", "content": "a"}], enable_thinking=True)) == "aT"
+
+
+@pytest.mark.parametrize("given, expected", [([1, 2], (1, 2)), (0, (0, 2)), (None, (2,))])
+def test_stop_ids(tied, given, expected):
+    edit_json(tied / "generation_config.json", eos_token_id=given)
+    assert HFFolder(tied).stop_ids == expected
+
+
+def test_generation_config_that_is_no_object(tied):
+    (tied / "generation_config.json").write_text("[]")
+    assert "generation_config.json" in refusal(lambda: HFFolder(tied).stop_ids)
+
+
+def test_rope_theta_of_older_folders(tied):
+    """Before transformers 5 rope_theta stood at the top level."""
+    edit_json(tied / "config.json", rope_parameters=None, rope_theta=5e5, rope_scaling=None)
+    assert HFFolder(tied).architecture.rope_theta == 5e5
+
+
+# ---- config.json -----------------------------------------------------------------------------------------------------
+
+
+def test_missing_folder(tmp_path):
+    message = refusal(lambda: HFFolder(tmp_path / "nowhere"))
+    assert "model.hf_path" in message and str(tmp_path / "nowhere") in message
+
+
+def test_file_instead_of_folder(tied):
+    assert "is not a folder" in refusal(lambda: HFFolder(tied / "config.json"))
+
+
+def test_missing_config(tied):
+    (tied / "config.json").unlink()
+    assert "config.json is missing" in refusal(lambda: HFFolder(tied).architecture)
+
+
+@pytest.mark.parametrize("content", ["", '{"model_type": "qwen3",', "not json", "\udcff"])
+def test_broken_config(tied, content):
+    (tied / "config.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    assert "config.json cannot be read" in refusal(lambda: HFFolder(tied).architecture)
+
+
+@pytest.mark.parametrize("content", ["[]", "5", "null", '"qwen3"'])
+def test_config_that_is_no_object(tied, content):
+    (tied / "config.json").write_text(content)
+    assert "config.json" in refusal(lambda: HFFolder(tied).architecture)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3_moe", "llama", None])
+def test_foreign_model_type(tied, model_type):
+    edit_json(tied / "config.json", model_type=model_type)
+    message = refusal(lambda: HFFolder(tied).architecture)
+    assert "config.json" in message and repr(model_type) in message and "qwen3" in message
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"attention_bias": True}, "attention_bias"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"hidden_act": "gelu"}, "silu"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}}, "yarn"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"num_key_value_heads": None, "vocab_size": None}, "vocab_size, num_key_value_heads"),
+    ],
+)
+def test_unsupported_config(tied, changes, named):
+    edit_json(tied / "config.json", **changes)
+    message = refusal(lambda: HFFolder(tied).architecture)
+    assert "config.json" in message and named in message
+
+
+def test_number_that_is_no_number(tied):
+    edit_json(tied / "config.json", num_hidden_layers="four")
+    assert "num_hidden_layers" in refusal(lambda: HFFolder(tied).file_of)
+
+
+# ---- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def test_no_weights(tied):
+    (tied / "model.safetensors").unlink()
+    assert "model.safetensors is missing" in refusal(lambda: HFFolder(tied).file_of)
+
+
+def test_missing_shard(untied):
+    shard = sorted(untied.glob("model-*.safetensors"))[-1]
+    shard.unlink()
+    message = refusal(lambda: HFFolder(untied).file_of)
+    assert f"{shard} is missing" in message and "model.safetensors.index.json" in message
+
+
+def test_broken_index(untied):
+    (untied / "model.safetensors.index.json").write_text('{"weight_map": {')
+    assert "model.safetensors.index.json cannot be read" in refusal(lambda: HFFolder(untied).file_of)
+
+
+def test_missing_tensor(tied):
+    name = "model.layers.2.self_attn.q_norm.weight"
+    edit_tensors(tied / "model.safetensors", lambda tensors: tensors.pop(name))
+    assert f"{name} is missing" in refusal(lambda: HFFolder(tied).file_of)
+
+
+def test_missing_output_matrix(untied):
+    for file in untied.glob("model-*.safetensors"):
+        edit_tensors(file, lambda tensors: tensors.pop("lm_head.weight", None))
+    assert "lm_head.weight is missing" in refusal(lambda: HFFolder(untied).file_of)
+
+
+def test_wrong_shape(tied):
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit_tensors(tied / "model.safetensors", lambda tensors: tensors.update({name: torch.zeros(95, 64)}))
+    message = refusal(lambda: HFFolder(tied).file_of)
+    assert name in message and "[95, 64]" in message and "[96, 64]" in message and "model.safetensors" in message
+
+
+def test_config_that_disagrees_with_the_weights(tied):
+    edit_json(tied / "config.json", num_key_value_heads=2)
+    message = refusal(lambda: HFFolder(tied).file_of)
+    assert "model.layers.0.self_attn.k_proj.weight" in message and "[64, 64]" in message and "[32, 64]" in message
+
+
+def test_unexpected_tensor(tied):
+    name = "model.layers.0.self_attn.q_proj.bias"
+    edit_tensors(tied / "model.safetensors", lambda tensors: tensors.update({name: torch.zeros(128)}))
+    message = refusal(lambda: HFFolder(tied).file_of)
+    assert f"unexpected tensor {name}" in message and "model.safetensors" in message
+
+
+def test_more_layers_than_config_says(tied):
+    edit_json(tied / "config.json", num_hidden_layers=3)
+    assert "unexpected tensor model.layers.3." in refusal(lambda: HFFolder(tied).file_of)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 200, -1000])
+def test_truncated_safetensors(tied, keep):
+    file = tied / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    message = refusal(lambda: HFFolder(tied).file_of)
+    assert str(file) in message and "damaged" in message
+
+
+def test_safetensors_that_is_something_else(tied):
+    (tied / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n" * 10)
+    assert "damaged" in refusal(lambda: HFFolder(tied).file_of)
+
+
+# ---- tokenizer -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "Qwen2Tokenizer", None])
+def test_no_tokenizer(tied, kind):
+    """transformers makes up an empty Qwen2Tokenizer for such folders, which encodes every word to nothing."""
+    (tied / "tokenizer.json").unlink()
+    if kind is None:
+        (tied / "tokenizer_config.json").unlink()
+    else:
+        edit_json(tied / "tokenizer_config.json", tokenizer_class=kind)
+    assert str(tied) in refusal(lambda: HFFolder(tied).tokenizer)
+
+
+@pytest.mark.parametrize("file, content", [("tokenizer.json", "{}"), ("tokenizer.json", "[]"), ("tokenizer_config.json", "[]")])
+def test_tokenizer_files_that_hold_something_else(tied, file, content):
+    (tied / file).write_text(content)
+    assert str(tied) in refusal(lambda: HFFolder(tied).tokenizer)
+
+
+def test_truncated_tokenizer(tied):
+    file = tied / "tokenizer.json"
+    file.write_text(file.read_text()[:500])
+    assert "tokenizer" in refusal(lambda: HFFolder(tied).tokenizer)
+
+
+def test_tokenizer_larger_than_the_embedding(tmp_path):
+    save_folder(tmp_path / "small", vocab_size=258)
+    message = refusal(lambda: HFFolder(tmp_path / "small").tokenizer)
+    assert "259" in message and "258" in message
+
+
+def test_tokenizer_as_large_as_the_embedding(tmp_path):
+    save_folder(tmp_path / "exact", vocab_size=259)
+    assert len(HFFolder(tmp_path / "exact").tokenizer) == 259
+
+
+def test_no_chat_template(tied):
+    (tied / "chat_template.jinja").unlink()
+    assert "chat template" in refusal(lambda: HFFolder(tied).tokenizer)
+
+
+def test_no_end_of_sequence_token(tied):
+    edit_json(tied / "tokenizer_config.json", eos_token=None)
+    assert "end-of-sequence" in refusal(lambda: HFFolder(tied).tokenizer)
+
+
+# ---- layouts and TransformerConfig -----------------------------------------------------------------------------------
+
+
+def parallel(tensor=1, pipeline=1, virtual=None):
+    return {
+        "tensor_model_parallel_size": tensor,
+        "pipeline_model_parallel_size": pipeline,
+        "virtual_pipeline_model_parallel_size": virtual,
+    }
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 1), (4, 1), (1, 2), (1, 4), (1, 2, 2), (2, 2)])
+def test_layouts_that_divide(pristine, sizes):
+    check_layout(HFFolder(pristine / "tied").architecture, config_with(parallel=parallel(*sizes)))
+
+
+@pytest.mark.parametrize(
+    "sizes, named",
+    [
+        ((3, 1), ["tensor_model_parallel_size: 3", "num_attention_heads", "8"]),
+        ((8, 1), ["tensor_model_parallel_size: 8", "num_key_value_heads", "4"]),
+        ((1, 3), ["pipeline_model_parallel_size", "4 layers", "3 stages"]),
+        ((1, 2, 3), ["pipeline_model_parallel_size", "4 layers", "6 stages"]),
+        ((1, 8), ["pipeline_model_parallel_size", "4 layers", "8 stages"]),
+    ],
+)
+def test_layouts_that_do_not_divide(pristine, sizes, named):
+    architecture = HFFolder(pristine / "tied").architecture
+    message = refusal(lambda: check_layout(architecture, config_with(parallel=parallel(*sizes))))
+    assert all(part in message for part in named)
+
+
+@pytest.mark.parametrize("tensor, divisor, expected", [(1, 1, 270), (1, 16, 272), (2, 16, 288), (4, 16, 320), (2, 128, 512), (2, 135, 270)])
+def test_padded_vocabulary(pristine, tensor, divisor, expected):
+    config = config_with(parallel=parallel(tensor))
+    config = config.model_copy(update={"model": config.model.model_copy(update={"make_vocab_size_divisible_by": divisor})})
+    assert padded_vocab_size(HFFolder(pristine / "tied").architecture, config) == expected
+
+
+def test_transformer_config_is_the_architecture(pristine):
+    core = transformer_config(HFFolder(pristine / "tied").architecture, config_with(megatron={"recompute_granularity": "selective"}))
+    assert (core.num_layers, core.hidden_size, core.ffn_hidden_size, core.kv_channels) == (4, 64, 96, 16)
+    assert (core.num_attention_heads, core.num_query_groups, core.layernorm_epsilon) == (8, 4, 1e-6)
+    assert (core.add_bias_linear, core.add_qkv_bias, core.qk_layernorm, core.gated_linear_unit) == (False, False, True, True)
+    assert (core.hidden_dropout, core.attention_dropout, core.calculate_per_token_loss) == (0, 0, True)
+    assert core.recompute_granularity == "selective"
+
+
+@pytest.mark.parametrize(
+    "settings, named",
+    [
+        ({"recompute_granularty": "full"}, ["megatron.recompute_granularty", "did you mean recompute_granularity?"]),
+        ({"zzzzzz": 1}, ["megatron.zzzzzz", "no such field"]),
+        ({"num_layers": 2}, ["megatron.num_layers", "cannot be set here"]),
+        ({"tensor_model_parallel_size": 2}, ["megatron.tensor_model_parallel_size", "cannot be set here"]),
+        ({"calculate_per_token_loss": False}, ["megatron.calculate_per_token_loss", "cannot be set here"]),
+        ({"bf16": True}, ["megatron.bf16", "cannot be set here"]),
+        ({"recompute_granularity": "sometimes"}, ["megatron", "recompute"]),
+    ],
+)
+def test_megatron_section(pristine, settings, named):
+    architecture = HFFolder(pristine / "tied").architecture
+    message = refusal(lambda: transformer_config(architecture, config_with(megatron=settings)))
+    assert all(part in message for part in named)
+
+
+def test_small_numbers_in_the_megatron_section_are_numbers(pristine, tmp_path):
+    """`1e-2` without a dot is text to YAML; every other section takes it as the number it is."""
+    from megatron_srpo.config import load_config
+
+    file = tmp_path / "config.yaml"
+    file.write_text("model: {hf_path: x}\ntrain: {steps: 1}\nlogging: {dir: x}\nmegatron:\n  init_method_std: 1e-2\n")
+    core = transformer_config(HFFolder(pristine / "tied").architecture, load_config(file, []))
+    assert core.init_method_std == 0.01

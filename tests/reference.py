@@ -1,0 +1,115 @@
+"""The whole routed training step once more, independently: plain float64 torch and autograd on the Hugging Face model.
+
+Knows nothing of shards, tiles, packing or closed forms. Reads the samples' routes (tested on their own) from a run's
+dumped rollouts; everything numeric is done anew from METHOD's equations, sample by sample.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+
+def _logps(model, prompt, response):
+    """log softmax over the vocabulary at the positions that predict the response, [R, V]."""
+    ids = torch.tensor([*prompt, *response])
+    return model(ids[None]).logits[0, len(prompt) - 1 : len(ids) - 1].log_softmax(-1)
+
+
+def _divergence(logp, logq, kind, alpha, top_k):
+    if top_k is not None:
+        ids = logp.detach().topk(top_k, dim=-1).indices
+
+        def buckets(x):
+            head = x.gather(1, ids)
+            inside = torch.zeros_like(x, dtype=torch.bool).scatter(1, ids, True)
+            return torch.cat([head, x.masked_fill(inside, -math.inf).logsumexp(1, keepdim=True)], dim=1)
+
+        logp, logq = buckets(logp), buckets(logq)
+    p, q = logp.exp(), logq.exp()
+    if kind == "forward":
+        return (q * (logq - logp)).sum(1)
+    if kind == "reverse":
+        return (p * (logp - logq)).sum(1)
+    logm = ((1 - alpha) * p + alpha * q).log()
+    return (1 - alpha) * (p * (logp - logm)).sum(1) + alpha * (q * (logq - logm)).sum(1)
+
+
+class Reference:
+    """AdamW on the HF model in float64 with the routed loss; `run(step_file)` returns (loss, gradient norm)."""
+
+    def __init__(self, hf_path: Path, lr: float, warmup: int, beta: float, kind="jsd", alpha=0.5, top_k=None, aggregation="token_mean"):
+        self.model = AutoModelForCausalLM.from_pretrained(hf_path, dtype=torch.float64, attn_implementation="eager")
+        self.teacher = copy.deepcopy(self.model).requires_grad_(False)
+        norms = [p for p in self.model.parameters() if p.ndim == 1]
+        others = [p for p in self.model.parameters() if p.ndim > 1]
+        groups = [{"params": others, "weight_decay": 0.01}, {"params": norms, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8)
+        self.lr, self.warmup, self.beta = lr, warmup, beta
+        self.kind, self.alpha, self.top_k, self.aggregation = kind, alpha, top_k, aggregation
+        self.steps = 0
+        self.gradients: dict[str, torch.Tensor] = {}
+
+    def loss(self, samples, old=None):
+        """The routed loss of one optimizer batch; `old`: log π_old by sample, or None for the present policy."""
+        samples = [s for s in samples if s["route"]["policy_weight"] or s["route"]["distillation_weight"]]
+        teacher = [
+            _logps(self.teacher, s["route"]["teacher_ids"], s["response_ids"]) if s["route"]["distillation_weight"] else None for s in samples
+        ]
+        raw = [torch.exp(self.beta * (q.exp() * q).sum(1)) for q in teacher if q is not None]  # exp(-β H)
+        mean = torch.cat(raw).mean() if raw else 1.0
+        lengths = [len(s["response_ids"]) for s in samples]
+        total = 0.0
+        for s, logq in zip(samples, teacher, strict=True):
+            logp = _logps(self.model, s["prompt"]["ids"], s["response_ids"])
+            chosen = logp.gather(1, torch.tensor(s["response_ids"])[:, None])[:, 0]
+            before = chosen.detach() if old is None else old[s["prompt"]["id"], s["index"]]
+            rho = (before - torch.tensor(s["logprobs"], dtype=torch.float64)).exp().clamp(max=2)
+            w, a = (chosen - before).exp(), s["route"]["advantage"]
+            policy = -torch.minimum(w * a, w.clamp(0.8, 1.28) * a)
+            if a < 0:
+                policy = policy.clamp(max=-3 * a)
+            term = s["route"]["policy_weight"] * rho * policy
+            if logq is not None:
+                weight = torch.exp(self.beta * (logq.exp() * logq).sum(1)) / mean
+                divergence = _divergence(logp, logq, self.kind, self.alpha, self.top_k)
+                term = term + s["route"]["distillation_weight"] * weight * rho * w.detach().clamp(max=2) * divergence
+            total = total + (term.sum() / sum(lengths) if self.aggregation == "token_mean" else term.mean() / len(samples))
+        return total
+
+    def run(self, step_file: Path, mini_batches: int = 1):
+        """One training step from a dumped file: (mean loss, mean gradient norm before clipping) over its updates."""
+        samples = [json.loads(line) for line in step_file.read_text().removesuffix("\n").split("\n")]
+        self.steps += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * min(1.0, self.steps / self.warmup) if self.warmup else self.lr
+        old = None
+        if mini_batches > 1:
+            with torch.no_grad():
+                old = {
+                    (s["prompt"]["id"], s["index"]): _logps(self.model, s["prompt"]["ids"], s["response_ids"])
+                    .gather(1, torch.tensor(s["response_ids"])[:, None])[:, 0]
+                    for s in samples
+                }
+        size, losses, norms = len(samples) // mini_batches, [], []
+        for start in range(0, len(samples), size):
+            self.optimizer.zero_grad()
+            loss = self.loss(samples[start : start + size], old)
+            if torch.is_tensor(loss) and loss.requires_grad:
+                loss.backward()
+            for parameter in self.model.parameters():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            self.gradients = {name: p.grad.clone() for name, p in self.model.named_parameters()}
+            norms.append(torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item())
+            losses.append(float(loss))
+            self.optimizer.step()
+        with torch.no_grad():
+            for slow, fast in zip(self.teacher.parameters(), self.model.parameters(), strict=True):
+                slow.lerp_(fast, 0.05)
+        return sum(losses) / len(losses), sum(norms) / len(norms)

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Installs into .venv and runs everything a CPU can prove.
+#   bash tests/run.sh [--with-sglang] [pytest arguments …]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+if [ "${1:-}" = --with-sglang ]; then
+    shift
+    echo "tests: there is no SGLang engine yet, so nothing is tested against a server" # the flag is CI's and will mean more
+fi
+bash tools/install.sh .venv test
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+.venv/bin/python -m ruff check .
+exec .venv/bin/python -m pytest "$@"

@@ -1,0 +1,256 @@
+"""Packing: nobody is lost, every rank does the same number of micro-batches, and every position predicts its own target."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from samples import make_sample
+
+from megatron_srpo.records import Route
+from megatron_srpo.runtime.packing import PackingRules, balance, loss_scales, pack
+
+ROUTES = {  # branch -> (z^GRPO, z^SDPO)
+    "grpo": (1.0, 0.0),
+    "sdpo": (0.0, 1.0),
+    "mixed": (0.9, 0.1),
+    "none": (0.0, 0.0),
+}
+
+
+def routed_sample(number, branch, prompt_length, response_length, teacher_length):
+    """Sample `number`, whose ids are all different from each other and from every other sample's."""
+    fresh = itertools.count(1000 * number + 1)
+    take = lambda count: tuple(next(fresh) for _ in range(count))  # noqa: E731
+    policy, distillation = ROUTES[branch]
+    route = Route(
+        branch=branch,
+        policy_weight=policy,
+        distillation_weight=distillation,
+        advantage=number / 7,
+        teacher_ids=take(teacher_length) if distillation else None,
+    )
+    logprobs = [-number - place / 100 for place in range(response_length)]
+    return make_sample(number, prompt_ids=take(prompt_length), response_ids=take(response_length), logprobs=logprobs, route=route)
+
+
+def samples_of(*rows):
+    return [routed_sample(number, *row) for number, row in enumerate(rows)]
+
+
+batches = st.lists(
+    st.tuples(st.sampled_from(sorted(ROUTES)), st.integers(1, 20), st.integers(1, 20), st.integers(1, 60)), min_size=0, max_size=14
+).map(lambda rows: samples_of(*rows))
+all_rules = st.builds(
+    PackingRules,
+    token_budget=st.integers(1, 90),
+    length_multiple=st.sampled_from([1, 2, 4]),
+    uniform=st.booleans(),
+    count_multiple=st.sampled_from([1, 2, 3]),
+)
+
+
+def rounded(length, multiple):
+    return -(-length // multiple) * multiple
+
+
+@given(batches, st.integers(1, 4), all_rules)
+@settings(deadline=None, max_examples=200)
+def test_invariants(samples, data_size, rules):
+    packed = [pack(samples, rank, data_size, rules, "token_mean") for rank in range(data_size)]
+    distilled = [key for key, sample in enumerate(samples) if sample.route.distillation_weight > 0]
+    for part, keys in (("micro_batches", range(len(samples))), ("teacher_micro_batches", distilled)):
+        of_rank = [getattr(batch, part) for batch in packed]
+        found = [document.key for rows in of_rank for row in rows for document in row.documents]
+        assert sorted(found) == list(keys)  # every sample exactly once
+        assert len({len(rows) for rows in of_rank}) == 1  # the same number on every rank
+        if part == "micro_batches" or distilled:
+            assert len(of_rank[0]) >= 1 and len(of_rank[0]) % rules.count_multiple == 0
+        else:
+            assert of_rank[0] == []
+        for row in itertools.chain.from_iterable(of_rank):
+            tokens = sum(document.length for document in row.documents)
+            assert tokens <= rules.token_budget or len(row.documents) == 1  # an over-long document is alone
+            assert len(row.ids) % rules.length_multiple == 0
+            if not rules.uniform:
+                assert len(row.ids) == rounded(max(tokens, 1), rules.length_multiple)
+        for rows in of_rank if rules.uniform else []:
+            assert len({len(row.ids) for row in rows}) <= 1
+            longest = max((sum(document.length for document in row.documents) for row in rows), default=1)
+            assert all(len(row.ids) == rounded(max(longest, 1), rules.length_multiple) for row in rows)
+    for batch in packed:
+        student_keys = {document.key for row in batch.micro_batches for document in row.documents}
+        teacher_keys = {document.key for row in batch.teacher_micro_batches for document in row.documents}
+        assert teacher_keys == student_keys & set(distilled)  # a rank scores for itself
+        assert batch.distilled_tokens == sum(len(samples[key].response_ids) for key in distilled)
+        assert batch.loss_scale == packed[0].loss_scale and batch.samples == tuple(samples)
+
+
+@given(batches, st.integers(1, 3), all_rules)
+@settings(deadline=None, max_examples=100)
+def test_student_and_teacher_predict_the_same_ids_from_the_right_places(samples, data_size, rules):
+    """METHOD §7 (f): whatever the prompt's length, the position before response token t predicts token t."""
+    for rank in range(data_size):
+        batch = pack(samples, rank, data_size, rules, "token_mean")
+        for rows, prompt_of in (
+            (batch.micro_batches, lambda sample: sample.prompt.ids),
+            (batch.teacher_micro_batches, lambda sample: sample.route.teacher_ids),
+        ):
+            for row in rows:
+                places, targets = row.predicts.tolist(), row.targets.tolist()
+                ids, positions = row.ids.tolist(), row.positions.tolist()
+                assert len(places) == len(targets) == sum(row.response_lengths)
+                cursor = 0
+                for document in row.documents:
+                    sample = samples[document.key]
+                    prompt, response = prompt_of(sample), sample.response_ids
+                    whole = (*prompt, *response)
+                    for t, token in enumerate(response):
+                        place = places[cursor]
+                        assert targets[cursor] == token
+                        assert positions[place] == len(prompt) - 1 + t
+                        # every id the model sees up to here, in this document, is the true context of token t
+                        start = place - positions[place]
+                        assert ids[start : place + 1] == list(whole[: len(prompt) + t])
+                        cursor += 1
+                assert cursor == len(places)
+
+
+@given(batches, st.integers(1, 3), all_rules)
+@settings(deadline=None, max_examples=60)
+def test_documents_are_bounded(samples, data_size, rules):
+    """cu_seqlens cuts the row into its documents (and one of padding); positions restart at each."""
+    for rank in range(data_size):
+        for row in pack(samples, rank, data_size, rules, "token_mean").micro_batches:
+            bounds = row.cu_seqlens.tolist()
+            assert row.cu_seqlens.dtype == torch.int32
+            assert bounds[0] == 0 and bounds[-1] == len(row.ids) == len(row.positions) and bounds == sorted(set(bounds))
+            lengths = [end - start for start, end in itertools.pairwise(bounds)]
+            own = [document.length for document in row.documents]
+            assert lengths[: len(own)] == own and len(lengths) - len(own) in (0, 1)
+            assert row.max_seqlen == max(lengths)
+            assert row.positions.tolist() == [place for length in lengths for place in range(length)]
+            assert all(place < sum(own) for place in row.predicts.tolist())
+
+
+@given(batches, st.integers(1, 3), all_rules)
+@settings(deadline=None, max_examples=60)
+def test_distilled_documents_come_first(samples, data_size, rules):
+    for rank in range(data_size):
+        batch = pack(samples, rank, data_size, rules, "token_mean")
+        for row in batch.micro_batches:
+            is_distilled = [samples[document.key].route.distillation_weight > 0 for document in row.documents]
+            assert is_distilled == sorted(is_distilled, reverse=True)
+            assert batch.distilled_count(row) == sum(is_distilled)
+
+
+@given(batches, st.integers(1, 3), all_rules, st.sampled_from(["token_mean", "seq_mean"]))
+@settings(deadline=None, max_examples=60)
+def test_terms_belong_to_their_tokens(samples, data_size, rules, aggregation):
+    """Each response token carries its own sample's numbers, the denominator included."""
+    routed = [sample for sample in samples if sample.route.branch != "none"]
+    for rank in range(data_size):
+        batch = pack(samples, rank, data_size, rules, aggregation)
+        for row in batch.micro_batches:
+            terms = batch.terms(row, torch.device("cpu"))
+            assert terms.old_logprob is None and all(field.dtype == torch.float32 for field in terms[:4])
+            expected = []
+            for document in row.documents:
+                sample, route = samples[document.key], samples[document.key].route
+                if aggregation == "token_mean":
+                    denominator = sum(len(other.response_ids) for other in routed)
+                else:
+                    denominator = len(routed) * len(sample.response_ids)
+                for logprob in sample.logprobs:
+                    weights = [weight / denominator if weight else 0.0 for weight in (route.policy_weight, route.distillation_weight)]
+                    expected.append([route.advantage, *weights, logprob])
+            found = torch.stack(terms[:4], dim=1)
+            torch.testing.assert_close(found, torch.tensor(expected).view(-1, 4), rtol=1e-6, atol=0)
+
+
+@given(batches, st.sampled_from(["token_mean", "seq_mean"]))
+@settings(deadline=None, max_examples=100)
+def test_loss_scales_sum_to_one_over_the_tokens(samples, aggregation):
+    scales = loss_scales(samples, aggregation)
+    total = sum(scale * len(sample.response_ids) for scale, sample in zip(scales, samples, strict=True))
+    routed = [sample.route.branch != "none" for sample in samples]
+    assert total == pytest.approx(1.0 if any(routed) else 0.0)
+    assert [scale > 0 for scale in scales] == routed
+
+
+def test_loss_scales_by_hand():
+    """Distilled and all-wrong (advantage 0) samples share one denominator; those routed nowhere are not in it."""
+    samples = samples_of(("grpo", 2, 3, 1), ("sdpo", 2, 5, 4), ("none", 2, 7, 1), ("grpo", 2, 2, 1))
+    assert loss_scales(samples, "token_mean") == (0.1, 0.1, 0.0, 0.1)
+    assert loss_scales(samples, "seq_mean") == pytest.approx((1 / 9, 1 / 15, 0.0, 1 / 6))
+
+
+@given(st.lists(st.integers(1, 100), max_size=20), st.integers(1, 5))
+@settings(deadline=None, max_examples=100)
+def test_balance(costs, bins):
+    contents = balance(costs, bins)
+    assert len(contents) == bins and sorted(itertools.chain.from_iterable(contents)) == list(range(len(costs)))
+    loads = [sum(costs[item] for item in items) for items in contents]
+    assert max(loads) - min(loads) <= max(costs, default=0)
+
+
+def test_row_by_hand():
+    """Two documents and padding, every number written out."""
+    samples = samples_of(("grpo", 2, 3, 1), ("sdpo", 1, 2, 4))
+    batch = pack(samples, 0, 1, PackingRules(token_budget=20, length_multiple=8), "token_mean")
+    (row,) = batch.micro_batches
+    assert [document.key for document in row.documents] == [1, 0]  # distilled first
+    # sample 0: prompt 1 2, response 3 4 5. sample 1: its ids are drawn teacher first
+    teacher, prompt, response = samples[1].route.teacher_ids, samples[1].prompt.ids, samples[1].response_ids
+    assert row.ids.tolist() == [*prompt, response[0], 1, 2, 3, 4, 0, 0]
+    assert row.positions.tolist() == [0, 1, 0, 1, 2, 3, 0, 1]
+    assert row.cu_seqlens.tolist() == [0, 2, 6, 8]
+    assert row.predicts.tolist() == [0, 1, 3, 4, 5]
+    assert row.targets.tolist() == [*response, 3, 4, 5]
+    assert row.max_seqlen == 4
+    (teacher_row,) = batch.teacher_micro_batches
+    assert teacher_row.ids.tolist() == [*teacher, response[0], 0, 0, 0]
+    assert teacher_row.predicts.tolist() == [3, 4]
+    assert teacher_row.targets.tolist() == list(response)
+
+
+def test_document_longer_than_the_budget_has_a_row_of_its_own():
+    samples = samples_of(("grpo", 2, 3, 1), ("grpo", 30, 20, 1), ("grpo", 3, 3, 1))
+    rows = pack(samples, 0, 1, PackingRules(token_budget=12), "token_mean").micro_batches
+    assert sorted([document.key for document in row.documents] for row in rows) == [[1], [2, 0]]
+    assert sorted(len(row.ids) for row in rows) == [9, 49]
+
+
+def test_ranks_with_nothing_to_do_still_take_part():
+    """More ranks than samples: empty rows of one padding token, with nothing to predict and no terms."""
+    samples = samples_of(("sdpo", 2, 3, 5))
+    idle = pack(samples, 1, 2, PackingRules(token_budget=50, length_multiple=4), "token_mean")
+    for (row,) in (idle.micro_batches, idle.teacher_micro_batches):
+        assert row.documents == () and row.ids.tolist() == [0, 0, 0, 0] and row.cu_seqlens.tolist() == [0, 4]
+        assert len(row.predicts) == len(row.targets) == 0
+    assert [len(field) for field in idle.terms(idle.micro_batches[0], torch.device("cpu"))[:4]] == [0, 0, 0, 0]
+    assert idle.distilled_tokens == 3
+
+
+def test_nothing_distilled_means_no_teacher_rows_anywhere():
+    samples = samples_of(("grpo", 2, 3, 1), ("none", 2, 3, 1))
+    for rank in range(3):
+        batch = pack(samples, rank, 3, PackingRules(token_budget=50, count_multiple=2), "token_mean")
+        assert batch.teacher_micro_batches == [] and batch.distilled_tokens == 0 and len(batch.micro_batches) == 2
+
+
+def test_dearest_samples_are_spread():
+    """A distilled sample costs its teacher's forward pass too."""
+    samples = samples_of(*[("grpo", 10, 10, 1)] * 4, *[("sdpo", 10, 10, 200)] * 2)
+    for rank in range(2):
+        batch = pack(samples, rank, 2, PackingRules(token_budget=1000), "token_mean")
+        assert [len(rows[0].documents) for rows in (batch.micro_batches, batch.teacher_micro_batches)] == [3, 1]
+
+
+def test_plan_is_deterministic():
+    samples = samples_of(*[("sdpo", 3, 5, 9), ("grpo", 3, 5, 1)] * 4)
+    keys = lambda: [  # noqa: E731
+        [document.key for document in row.documents] for row in pack(samples, 0, 2, PackingRules(token_budget=15), "token_mean").micro_batches
+    ]
+    assert keys() == keys()

@@ -1,0 +1,42 @@
+"""Made-up samples and groups for unit tests, with every field in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_srpo.records import Group, Prompt, Route, Sample, Verdict
+
+
+def make_sample(
+    index: int = 0,
+    correct: bool | None = None,
+    prompt_id: str = "p",
+    prompt_ids: Sequence[int] = (5, 6, 7),
+    response_ids: Sequence[int] = (8, 9),
+    logprobs: Sequence[float] | None = None,
+    text: str = "",
+    question: str = "What is it?",
+    route: Route | None = None,
+) -> Sample:
+    """One sample; verified when `correct` is given."""
+    return Sample(
+        prompt=Prompt(id=prompt_id, task="made-up", messages=({"role": "user", "content": question},), answer="", ids=tuple(prompt_ids)),
+        index=index,
+        response_ids=tuple(response_ids),
+        logprobs=tuple(logprobs if logprobs is not None else [-1.0] * len(response_ids)),
+        versions=(("0", 0, len(response_ids)),),
+        finish_reason="stop",
+        text=text,
+        verdict=None if correct is None else Verdict(reward=float(correct), correct=correct, format_ok=True),
+        route=route,
+    )
+
+
+def make_group(correct: Sequence[bool], prompt_id: str = "p") -> Group:
+    """A verified group; sample i wrote "answer <i>"."""
+    return tuple(make_sample(index, bool(c), prompt_id, text=f"answer <{index}>") for index, c in enumerate(correct))
+
+
+def encode_bytes(messages: Sequence[dict[str, str]]) -> list[int]:
+    """Chat messages to ids, one a UTF-8 byte: a stand-in for a tokenizer."""
+    return list("".join(f"[{message['role']}]{message['content']}" for message in messages).encode())

@@ -1,0 +1,417 @@
+"""The configuration file: what is read, what is refused, and how the refusal reads."""
+
+import re
+
+import pytest
+import yaml
+
+from megatron_srpo.algorithm.advantage_mix import AdvantageMix
+from megatron_srpo.algorithm.grpo import GRPO
+from megatron_srpo.algorithm.sdpo import SDPO
+from megatron_srpo.algorithm.srpo import SRPO
+from megatron_srpo.config import Config, ConfigError, load_config, save_config
+
+GOOD = """\
+model:
+  hf_path: some/folder
+train:
+  steps: 3
+logging:
+  dir: runs/first
+"""
+
+
+@pytest.fixture
+def config_of(tmp_path):
+    """Loads a YAML text; a file called config.yaml stands for it in messages."""
+
+    def load(text, *overrides):
+        file = tmp_path / "config.yaml"
+        file.write_text(text, encoding="utf-8")
+        return load_config(file, list(overrides))
+
+    return load
+
+
+@pytest.fixture
+def message_of(config_of):
+    """The ConfigError's text, without the folder's name."""
+
+    def refuse(text, *overrides):
+        with pytest.raises(ConfigError) as caught:
+            config_of(text, *overrides)
+        return re.sub(r"\S*/config\.yaml", "config.yaml", str(caught.value))
+
+    return refuse
+
+
+def test_good_config(config_of):
+    config = config_of(GOOD + "rollout:\n  prompts_per_step: 4\n  samples_per_prompt: 2\nalgorithm:\n  name: sdpo\n")
+    assert str(config.model.hf_path) == "some/folder" and config.train.steps == 3
+    assert config.algorithm == SDPO()
+    assert (config.rollout.prompts_per_step, config.rollout.samples_per_prompt) == (4, 2)
+    assert config.mini_batch_prompts == 4 and config.parallel.tensor_model_parallel_size == 1
+
+
+def test_paper_is_the_default(config_of):
+    """METHOD §4: what nobody sets is the papers' setting."""
+    config = config_of(GOOD)
+    assert config.algorithm.name == "srpo"
+    assert (config.rollout.prompts_per_step, config.rollout.samples_per_prompt) == (32, 8)
+    assert (config.rollout.max_prompt_tokens, config.rollout.max_response_tokens) == (2048, 8192)
+    assert (config.rollout.temperature, config.rollout.top_p, config.rollout.enable_thinking) == (1.0, 1.0, False)
+    assert (config.optimizer.weight_decay, config.optimizer.clip_grad, config.optimizer.lr_warmup_steps) == (0.01, 1.0, 10)
+    assert (config.optimizer.adam_beta1, config.optimizer.adam_beta2) == (0.9, 0.999)
+    assert (config.teacher.kind, config.teacher.ema_rate, config.teacher.max_prompt_tokens) == ("ema", 0.05, 10240)
+    evaluation = config.evaluation
+    assert (evaluation.samples, evaluation.temperature, evaluation.top_p, evaluation.every) == (16, 0.6, 0.95, 5)
+
+
+@pytest.mark.parametrize(
+    "name, lr, mini_batch, beta, distils",
+    [("grpo", 1e-6, 8, 0.0, False), ("sdpo", 1e-5, 32, 0.0, True), ("srpo", 5e-6, 32, 1.0, True), ("advantage_mix", 5e-6, 32, 0.0, True)],
+)
+def test_naming_the_algorithm_is_the_algorithm(config_of, name, lr, mini_batch, beta, distils):
+    config = config_of(GOOD, f"algorithm.name={name}")
+    assert (config.lr, config.mini_batch_prompts) == (lr, mini_batch)
+    assert (config.algorithm.entropy_beta, config.algorithm.distils) == (beta, distils)
+
+
+@pytest.mark.parametrize("algorithm", [SRPO(), GRPO(), SDPO(), AdvantageMix()], ids=lambda a: a.name)
+def test_defaults_common_to_all_algorithms(algorithm):
+    assert (algorithm.clip_low, algorithm.clip_high, algorithm.dual_clip, algorithm.importance_cap) == (0.2, 0.28, 3.0, 2.0)
+    assert (algorithm.divergence, algorithm.divergence_alpha, algorithm.divergence_support) == ("jsd", 0.5, "full")
+    assert (algorithm.divergence_topk, algorithm.advantage_std, algorithm.loss_aggregation) == (100, False, "token_mean")
+
+
+def test_own_learning_rate_and_mini_batch_win(config_of):
+    config = config_of(GOOD, "optimizer.lr=0.5", "algorithm.mini_batch_prompts=16")
+    assert (config.lr, config.mini_batch_prompts) == (0.5, 16)
+
+
+def test_small_numbers_without_a_dot_are_numbers(config_of):
+    """YAML 1.1 reads 1e-6 as text."""
+    assert yaml.safe_load("1e-6") == "1e-6"
+    assert config_of(GOOD + "optimizer:\n  lr: 1e-6\n  adam_eps: 1e-9\n").optimizer.lr == 1e-6
+    assert config_of(GOOD, "optimizer.lr=3e-6").optimizer.lr == 3e-6
+
+
+def test_empty_sections_are_defaults(config_of):
+    assert config_of(GOOD + "rollout:\nalgorithm:\nmegatron:\n") == config_of(GOOD)
+
+
+def test_config_is_frozen(config_of):
+    with pytest.raises(ValueError):
+        config_of(GOOD).train.steps = 4
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (GOOD + "rollout:\n  temprature: 1\n", "config.yaml:8: rollout.temprature: unknown key; did you mean temperature?"),
+        (GOOD + "algorithm:\n  name: grpo\n  clip_hihg: 1\n", "config.yaml:9: algorithm.clip_hihg: unknown key; did you mean clip_high?"),
+        (GOOD + "algorithm:\n  clip_hihg: 1\n", "config.yaml:8: algorithm.clip_hihg: unknown key; did you mean clip_high?"),
+        (GOOD + "rolout:\n  temperature: 1\n", "config.yaml:7: rolout: unknown key; did you mean rollout?"),
+        (GOOD + "rolout:\n", "config.yaml:7: rolout: unknown key; did you mean rollout?"),
+    ],
+)
+def test_unknown_keys_name_place_and_nearest(message_of, text, expected):
+    assert message_of(text) == expected
+
+
+def test_unknown_key_far_from_all_lists_the_known(message_of):
+    message = message_of(GOOD + "task:\n  zzzz: 1\n")
+    assert message == "config.yaml:8: task.zzzz: unknown key; known: name"
+
+
+def test_another_algorithms_key_is_unknown(message_of):
+    assert "algorithm.mix_lambda: unknown key" in message_of(GOOD + "algorithm:\n  name: srpo\n  mix_lambda: 0.5\n")
+
+
+def test_every_wrong_key_is_named(message_of):
+    lines = message_of(GOOD + "rollout:\n  top_p: 2\n  engin: x\noptimizer:\n  lr: -1\n").split("\n")
+    assert sorted(line.split(": ")[1] for line in lines) == ["optimizer.lr", "rollout.engin", "rollout.top_p"]
+    assert {line.split(": ")[0] for line in lines} == {"config.yaml:8", "config.yaml:9", "config.yaml:11"}
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("srop", "config.yaml:8: algorithm.name: unknown algorithm 'srop'; did you mean srpo?"),
+        ("reinforce", "config.yaml:8: algorithm.name: unknown algorithm 'reinforce'; known: srpo, grpo, sdpo, advantage_mix"),
+    ],
+)
+def test_unknown_algorithm(message_of, name, expected):
+    assert message_of(GOOD + f"algorithm:\n  name: {name}\n") == expected
+
+
+def test_algorithm_given_as_a_word(message_of):
+    assert message_of(GOOD + "algorithm: grpo\n").startswith("config.yaml:7: algorithm: ")
+
+
+@pytest.mark.parametrize("missing", ["model", "train", "logging"])
+def test_required_sections(message_of, missing):
+    tree = yaml.safe_load(GOOD)
+    del tree[missing]
+    assert message_of(yaml.safe_dump(tree)) == f"config.yaml: {missing}: is required"
+
+
+def test_required_key_names_its_section(message_of):
+    assert message_of(GOOD.replace("  steps: 3\n", "  seed: 3\n")) == "config.yaml:3: train.steps: is required"
+    assert message_of(GOOD.replace("  steps: 3\n", "")) == "config.yaml:3: train.steps: is required"
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("rollout.max_response_tokens", "0"),
+        ("rollout.max_prompt_tokens", "0"),
+        ("rollout.samples_per_prompt", "0"),
+        ("rollout.prompts_per_step", "-1"),
+        ("rollout.temperature", "0"),
+        ("rollout.top_p", "0"),
+        ("rollout.top_p", "1.5"),
+        ("rollout.engine", "vllm"),
+        ("train.steps", "0"),
+        ("train.steps", "many"),
+        ("train.steps", "1.5"),
+        ("train.steps", ""),
+        ("train.seed", "-1"),
+        ("train.micro_batch_tokens", "0"),
+        ("optimizer.lr", "0"),
+        ("optimizer.lr", ".nan"),
+        ("optimizer.adam_beta2", "1"),
+        ("optimizer.clip_grad", "0"),
+        ("teacher.kind", "best"),
+        ("teacher.ema_rate", "0"),
+        ("teacher.ema_rate", "1.01"),
+        ("model.dtype", "float16"),
+        ("parallel.tensor_model_parallel_size", "0"),
+        ("parallel.context_parallel_size", "2"),
+        ("parallel.expert_model_parallel_size", "2"),
+        ("parallel.virtual_pipeline_model_parallel_size", "1"),
+        ("evaluation.every", "-1"),
+        ("evaluation.samples", "0"),
+        ("evaluation.temperature", "-0.1"),
+        ("algorithm.divergence", "hellinger"),
+        ("algorithm.divergence_alpha", "0"),
+        ("algorithm.divergence_alpha", "1"),
+        ("algorithm.dual_clip", "1"),
+        ("algorithm.divergence_topk", "0"),
+        ("algorithm.loss_aggregation", "sum"),
+        ("algorithm.divergence_support", "sampled"),
+    ],
+)
+def test_value_out_of_range(message_of, key, value):
+    """The message names the override, the key and the value that was given."""
+    message = message_of(GOOD, f"{key}={value}")
+    assert message.startswith(f"override '{key}={value}': {key}: ")
+    assert message.endswith(f", not {yaml.safe_load(value)!r}") and "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["srpo", "grpo", "sdpo", "advantage_mix"])
+@pytest.mark.parametrize(
+    "key, value", [("lr", "0"), ("lr", "-1"), ("mini_batch_prompts", "0"), ("mini_batch_prompts", "-8"), ("entropy_beta", "-1")]
+)
+def test_every_algorithm_keeps_the_common_bounds(message_of, name, key, value):
+    """An algorithm that sets its own default must not lose the limits."""
+    message = message_of(GOOD, f"algorithm.name={name}", f"algorithm.{key}={value}")
+    assert message.startswith(f"override 'algorithm.{key}={value}': algorithm.{key}: ")
+
+
+def test_wrong_value_in_the_file_names_the_line(message_of):
+    assert message_of(GOOD + "rollout:\n  max_response_tokens: 0\n").startswith("config.yaml:8: rollout.max_response_tokens: ")
+
+
+@pytest.mark.parametrize(
+    "overrides, section, named",
+    [
+        (["parallel.sequence_parallel=true"], "parallel", ["sequence_parallel", "tensor_model_parallel_size"]),
+        (
+            ["parallel.virtual_pipeline_model_parallel_size=2"],
+            "parallel",
+            ["virtual_pipeline_model_parallel_size", "pipeline_model_parallel_size > 1"],
+        ),
+        (["evaluation.temperature=0"], "evaluation", ["greedy", "samples: 1"]),
+        (["rollout.samples_per_prompt=1"], "rollout.samples_per_prompt", ["srpo", "at least 2"]),
+        (["rollout.samples_per_prompt=1", "algorithm.name=grpo"], "rollout.samples_per_prompt", ["grpo", "at least 2"]),
+        (
+            ["rollout.prompts_per_step=12", "algorithm.name=grpo"],
+            "rollout.prompts_per_step",
+            ["12", "algorithm.mini_batch_prompts", "8"],
+        ),
+        (["algorithm.mini_batch_prompts=64"], "rollout.prompts_per_step", ["32", "algorithm.mini_batch_prompts", "64"]),
+        (
+            ["train.micro_batch_tokens=18431"],
+            "train.micro_batch_tokens",
+            ["18431", "teacher.max_prompt_tokens", "rollout.max_response_tokens", "18432"],
+        ),
+        (
+            ["train.micro_batch_tokens=10239", "algorithm.name=grpo"],
+            "train.micro_batch_tokens",
+            ["10239", "rollout.max_prompt_tokens", "rollout.max_response_tokens", "10240"],
+        ),
+    ],
+)
+def test_contradictions(message_of, overrides, section, named):
+    message = message_of(GOOD, *overrides)
+    assert f": {section}: " in message
+    for part in named:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["parallel.sequence_parallel=true", "parallel.tensor_model_parallel_size=2"],
+        ["parallel.virtual_pipeline_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"],
+        ["evaluation.temperature=0", "evaluation.samples=1"],
+        ["rollout.samples_per_prompt=2"],
+        ["rollout.prompts_per_step=12", "algorithm.name=grpo", "algorithm.mini_batch_prompts=null"],
+        ["train.micro_batch_tokens=18432"],
+        ["train.micro_batch_tokens=10240", "algorithm.name=grpo"],
+    ],
+)
+def test_almost_contradictions(config_of, overrides):
+    """Each refusal's neighbour that is allowed."""
+    config_of(GOOD, *overrides)
+
+
+@pytest.mark.parametrize(
+    "text, override, place",
+    [
+        (GOOD + "rollout:\n  samples_per_prompt: 1\n", None, "config.yaml:8"),
+        (GOOD, "rollout.samples_per_prompt=1", "override 'rollout.samples_per_prompt=1'"),
+    ],
+    ids=["file", "override"],
+)
+def test_contradictions_name_their_place(message_of, text, override, place):
+    """load_config: every wrong key with its file and line, or the override."""
+    assert message_of(text, *([override] if override else [])).startswith(f"{place}: rollout.samples_per_prompt: ")
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot be read: No such file"):
+        load_config(tmp_path / "nowhere.yaml", [])
+
+
+def test_folder_instead_of_file(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path, [])
+
+
+@pytest.mark.parametrize("text", ["train: [1, 2\n", "train:\n\tsteps: 1\n", "a: b: c\n", "train: @x\n"])
+def test_not_yaml(message_of, text):
+    assert message_of(text).startswith("config.yaml: is not valid YAML: ")
+
+
+def test_not_utf8(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_bytes(b"train:\n  steps: \xff\n")
+    with pytest.raises(ConfigError, match="is not valid YAML"):
+        load_config(file, [])
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "- model\n", "just words\n"])
+def test_no_sections(message_of, text):
+    assert message_of(text) == "config.yaml: expected sections (model:, train:, …) at the top level"
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (GOOD + "train:\n  steps: 4\n", "config.yaml:7: train: given twice, first at config.yaml:3"),
+        (
+            GOOD.replace("  steps: 3\n", "  steps: 3\n  seed: 1\n  steps: 4\n"),
+            "config.yaml:6: train.steps: given twice, first at config.yaml:4",
+        ),
+        (GOOD + "megatron:\n  a: 1\n  a: 1\n", "config.yaml:9: megatron.a: given twice, first at config.yaml:8"),
+    ],
+)
+def test_repeated_key(message_of, text, expected):
+    assert message_of(text) == expected
+
+
+def test_section_that_is_no_section(message_of):
+    assert message_of(GOOD + "rollout: 5\n").startswith("config.yaml:7: rollout: ")
+
+
+@pytest.mark.parametrize("text", [GOOD + "1: x\n", GOOD + "null: x\n", GOOD + "rollout:\n  2: x\n"])
+def test_keys_that_are_no_words(message_of, text):
+    assert message_of(text).startswith("config.yaml:")
+
+
+# ---- overrides -------------------------------------------------------------------------------------------------------
+
+
+def test_overrides_replace_the_file_and_are_yaml(config_of):
+    config = config_of(
+        GOOD,
+        "train.steps=7",
+        "train.steps=9",
+        "parallel.use_distributed_optimizer=false",
+        "algorithm.dual_clip=null",
+        "logging.dir=a=b",
+        "megatron={recompute_granularity: full}",
+        "rollout={prompts_per_step: 4, samples_per_prompt: 2}",
+    )
+    assert config.train.steps == 9
+    assert config.parallel.use_distributed_optimizer is False
+    assert config.algorithm.dual_clip is None
+    assert str(config.logging.dir) == "a=b"
+    assert config.megatron == {"recompute_granularity": "full"}
+    assert config.rollout.prompts_per_step == 4
+
+
+def test_override_into_an_absent_section(config_of):
+    assert config_of(GOOD, "teacher.kind=frozen").teacher.kind == "frozen"
+    assert config_of(GOOD, "megatron.recompute_granularity=full").megatron == {"recompute_granularity": "full"}
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        ("train.steps", "override 'train.steps': expected section.key=value"),
+        ("train.stps=4", "override 'train.stps=4': train.stps: unknown key; did you mean steps?"),
+        ("tain.steps=4", "tain: unknown key; did you mean train?"),
+        ("train.steps.more=4", "override 'train.steps.more=4': steps is not a section"),
+        ("train.steps=[1", "override 'train.steps=[1': the value is not YAML"),
+        ("steps=4", "override 'steps=4': steps: unknown key"),
+        ("algorithm.name=sprpo", "override 'algorithm.name=sprpo': algorithm.name: unknown algorithm 'sprpo'; did you mean srpo?"),
+        ("=4", "override '=4': "),
+    ],
+)
+def test_bad_overrides(message_of, override, expected):
+    assert expected in message_of(GOOD, override)
+
+
+def test_unknown_section_by_override_names_the_override(message_of):
+    assert message_of(GOOD, "tain.steps=4").startswith("override 'tain.steps=4': ")
+
+
+# ---- what is saved ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["algorithm.name=grpo", "optimizer.lr=1e-6"],
+        ["algorithm.name=advantage_mix", "algorithm.mix_lambda=0.3", "algorithm.dual_clip=null", "rollout.replay=some/where"],
+        ["algorithm.name=sdpo", "megatron={recompute_granularity: full, recompute_num_layers: 1}", "logging.dir=läufe/日本"],
+    ],
+)
+def test_saved_config_loads_again(config_of, tmp_path, overrides):
+    config = config_of(GOOD, *overrides)
+    file = tmp_path / "saved.yaml"
+    save_config(config, file)
+    assert load_config(file, []) == config
+    saved = yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert set(saved) == set(Config.model_fields)  # every default spelled out
+    assert set(saved["algorithm"]) == set(type(config.algorithm).model_fields)
