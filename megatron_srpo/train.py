@@ -16,7 +16,7 @@ from megatron_srpo.model.qwen3 import check_layout, model_dtype, transformer_con
 from megatron_srpo.observe.metrics import MetricsFile, rollout_metrics, update_metrics
 from megatron_srpo.observe.terminal import Terminal
 from megatron_srpo.records import Group
-from megatron_srpo.rollout.collect import Collector, exchange
+from megatron_srpo.rollout.collect import Collector, encode_prompt, exchange
 from megatron_srpo.rollout.dump import dump, replay, step_file
 from megatron_srpo.rollout.engine import Sampling
 from megatron_srpo.rollout.transformers_engine import TransformersEngine
@@ -51,7 +51,9 @@ def preflight(config: Config) -> HFFolder:
             f"rollout.max_prompt_tokens + rollout.max_response_tokens = {longest}, but the model's max_position_embeddings is"
             f" {folder.architecture.max_position_embeddings}"
         )
-    create_task(config.task.name, config.train.seed)
+    task = create_task(config.task.name, config.train.seed)
+    for number in range(config.rollout.prompts_per_step):
+        encode_prompt(task.prompt("train", number), folder, config.rollout)
     directory = config.logging.dir
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())) and rank_from_environment() == 0:
         raise ConfigError(f"logging.dir: {directory.resolve()} is not empty; a run needs a folder of its own")
@@ -94,7 +96,7 @@ class Rollouts:
         if settings.replay is None:
             engine = TransformersEngine(folder, layout.device, model_dtype(config), settings.batch_size)
             task = create_task(config.task.name, config.train.seed)
-            self.collector = Collector(task, engine, folder, layout, settings.max_prompt_tokens, settings.enable_thinking)
+            self.collector = Collector(task, engine, folder, layout, settings)
         self.sampling = Sampling(settings.temperature, settings.top_p, settings.max_response_tokens, folder.stop_ids)
 
     def collect(self, step: int, watch: Stopwatch) -> list[Group]:
@@ -103,8 +105,8 @@ class Rollouts:
         if self.collector is None:
             with watch("rollout"):
                 groups = replay(settings.replay, step, settings.samples_per_prompt, self.folder)
-            if len(groups) != settings.prompts_per_step:
-                raise ConfigError(f"rollout.replay: step {step} holds {len(groups)} groups; rollout.prompts_per_step is {settings.prompts_per_step}")
+            if len(groups) != (expected := settings.prompts_per_step):
+                raise ConfigError(f"rollout.replay: step {step} holds {len(groups)} groups; rollout.prompts_per_step is {expected}")
             return groups[self.layout.rank :: self.layout.world_size]
         with watch("rollout"):
             prompts = self.collector.prompts("train", (step - 1) * settings.prompts_per_step, settings.prompts_per_step)
@@ -152,9 +154,7 @@ def _run(config: Config, folder: HFFolder, layout: Layout) -> Path:
     return directory
 
 
-def _loop(
-    config: Config, trainer: Trainer, rollouts: Rollouts, watch: Stopwatch, metrics: MetricsFile, terminal: Terminal
-) -> list[dict]:
+def _loop(config: Config, trainer: Trainer, rollouts: Rollouts, watch: Stopwatch, metrics: MetricsFile, terminal: Terminal) -> list[dict]:
     evaluations: list[dict] = []
     skipped_in_a_row = 0
 
@@ -196,9 +196,7 @@ def _loop(
     return evaluations
 
 
-def _step(
-    config: Config, trainer: Trainer, rollouts: Rollouts, watch: Stopwatch, step: int
-) -> tuple[list[Group], str, UpdateReport]:
+def _step(config: Config, trainer: Trainer, rollouts: Rollouts, watch: Stopwatch, step: int) -> tuple[list[Group], str, UpdateReport]:
     """Algorithm 1 of arXiv 2604.02288, once. Returns all ranks' groups, the version that sampled them, and the update's report."""
     version = rollouts.version
     groups = rollouts.collect(step, watch)

@@ -59,7 +59,8 @@ class Reference:
         """The routed loss of one optimizer batch; `old`: log π_old by sample, or None for the present policy."""
         samples = [s for s in samples if s["route"]["policy_weight"] or s["route"]["distillation_weight"]]
         teacher = [
-            _logps(self.teacher, s["route"]["teacher_ids"], s["response_ids"]) if s["route"]["distillation_weight"] else None for s in samples
+            _logps(self.teacher, s["route"]["teacher_ids"], s["response_ids"]) if s["route"]["distillation_weight"] else None
+            for s in samples
         ]
         raw = [torch.exp(self.beta * (q.exp() * q).sum(1)) for q in teacher if q is not None]  # exp(-β H)
         mean = torch.cat(raw).mean() if raw else 1.0
@@ -92,8 +93,9 @@ class Reference:
         if mini_batches > 1:
             with torch.no_grad():
                 old = {
-                    (s["prompt"]["id"], s["index"]): _logps(self.model, s["prompt"]["ids"], s["response_ids"])
-                    .gather(1, torch.tensor(s["response_ids"])[:, None])[:, 0]
+                    (s["prompt"]["id"], s["index"]): _logps(self.model, s["prompt"]["ids"], s["response_ids"]).gather(
+                        1, torch.tensor(s["response_ids"])[:, None]
+                    )[:, 0]
                     for s in samples
                 }
         size, losses, norms = len(samples) // mini_batches, [], []

@@ -1,6 +1,6 @@
 """The mathematics of the papers: pure functions on small arrays. Nothing here knows of processes, devices or shards."""
 
-from typing import Annotated, Union
+from typing import Annotated
 
 from pydantic import Field
 
@@ -9,4 +9,4 @@ from megatron_srpo.algorithm.grpo import GRPO
 from megatron_srpo.algorithm.sdpo import SDPO
 from megatron_srpo.algorithm.srpo import SRPO
 
-AnyAlgorithm = Annotated[Union[SRPO, GRPO, SDPO, AdvantageMix], Field(discriminator="name")]
+AnyAlgorithm = Annotated[SRPO | GRPO | SDPO | AdvantageMix, Field(discriminator="name")]

@@ -49,7 +49,7 @@ def _route_group(group: Group, algorithm: Algorithm, teacher_prompt: Callable, s
     advantages = group_advantages([sample.verdict.reward for sample in group], algorithm.advantage_std)
     correct = [sample.verdict.correct for sample in group]
     routed = []
-    for sample, advantage in zip(group, advantages):
+    for sample, advantage in zip(group, advantages, strict=True):
         sibling = choose_sibling(correct, sample.index, f"{seed}/{sample.prompt.id}/{sample.index}")
         shown, missing = TeacherPrompt(None, False), None if sibling is not None else "no_correct_sibling"
         wants_teacher = sibling is not None and algorithm.branch_weights(sample.verdict.correct, True)[1] > 0

@@ -20,12 +20,18 @@ class Algorithm(BaseModel):
     clip_low: float = Field(0.2, ge=0, lt=1, description="the ratio is clipped to [1 - clip_low, 1 + clip_high]")
     clip_high: float = Field(0.28, ge=0)
     dual_clip: float | None = Field(3.0, gt=1, description="c: the loss of a negative advantage is at most -c·A; null: no bound")
-    importance_cap: float | None = Field(2.0, gt=0, description="cap of π_old/π_roll (TIS) and of π_θ/π_old in the distillation; null: no correction")
-    loss_aggregation: Literal["token_mean", "seq_mean"] = Field("token_mean", description="seq_mean averages per-sequence means, as the SDPO code")
+    importance_cap: float | None = Field(
+        2.0, gt=0, description="cap of π_old/π_roll (TIS) and of π_θ/π_old in the distillation; null: no importance correction"
+    )
+    loss_aggregation: Literal["token_mean", "seq_mean"] = Field(
+        "token_mean", description="one denominator for all tokens; seq_mean averages per-sequence means, as the SDPO code"
+    )
 
-    divergence: Literal["jsd", "forward", "reverse"] = Field("jsd", description="between student p and teacher q: jsd(α), KL(q‖p), KL(p‖q)")
+    divergence: Literal["jsd", "forward", "reverse"] = Field("jsd", description="student p, teacher q: jsd(α), KL(q‖p), KL(p‖q)")
     divergence_alpha: float = Field(0.5, gt=0, lt=1, description="α of jsd: m = (1-α)p + αq")
-    divergence_support: Literal["full", "student_topk"] = Field("full", description="student_topk: the student's top K ids and one tail bucket")
+    divergence_support: Literal["full", "student_topk"] = Field(
+        "full", description="student_topk: the student's top K ids and one tail bucket"
+    )
     divergence_topk: int = Field(100, gt=0, description="K of student_topk")
     entropy_beta: float = Field(0.0, ge=0, description="β of w = exp(-β H) / mean; 0: no weighting")
     entropy_weight_cap: float | None = Field(None, gt=0, description="optional upper bound of w, applied after normalisation")

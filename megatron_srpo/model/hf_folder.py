@@ -75,10 +75,10 @@ class HFFolder:
         """The architecture in config.json. Refuses anything but dense Qwen3 as our layers compute it."""
         config = self._json("config.json")
         file = self.path / "config.json"
-        if config.get("model_type") != "qwen3":
-            raise ConfigError(f"model.hf_path: {file}: model_type is {config.get('model_type')!r}; only dense 'qwen3' models are supported")
+        if (kind := config.get("model_type")) != "qwen3":
+            raise ConfigError(f"model.hf_path: {file}: model_type is {kind!r}; only dense 'qwen3' models are supported")
         if config.get("attention_bias") or config.get("use_sliding_window") or config.get("hidden_act", "silu") != "silu":
-            raise ConfigError(f"model.hf_path: {file}: attention_bias, use_sliding_window and activations other than silu are not supported")
+            raise ConfigError(f"model.hf_path: {file}: attention_bias, use_sliding_window and hidden_act other than silu are not supported")
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type != "default":
@@ -108,7 +108,7 @@ class HFFolder:
                 raise ConfigError(f"model.hf_path: {file} is missing" + (f" ({index.name} lists it)" if index.exists() else ""))
             try:
                 with safe_open(file, framework="pt") as tensors:
-                    found |= {key: (file, tuple(tensors.get_slice(key).get_shape())) for key in tensors.keys()}
+                    found |= {key: (file, tuple(tensors.get_slice(key).get_shape())) for key in tensors.keys()}  # noqa: SIM118
             except (SafetensorError, OSError) as error:
                 raise ConfigError(f"model.hf_path: {file} is damaged or no safetensors file: {error}") from None
         expected = self.architecture.tensor_shapes()
@@ -116,7 +116,8 @@ class HFFolder:
             if key not in found:
                 raise ConfigError(f"model.hf_path: {self.path}: tensor {key} is missing")
             if found[key][1] != shape:
-                raise ConfigError(f"model.hf_path: {found[key][0]}: {key} has shape {list(found[key][1])}, config.json implies {list(shape)}")
+                file, wrong = found[key]
+                raise ConfigError(f"model.hf_path: {file}: {key} has shape {list(wrong)}, config.json implies {list(shape)}")
         allowed = {"lm_head.weight"} if self.architecture.tie_word_embeddings else set()
         if unexpected := sorted(set(found) - set(expected) - allowed):
             raise ConfigError(f"model.hf_path: {found[unexpected[0]][0]}: unexpected tensor {unexpected[0]} ({len(unexpected)} in all)")
@@ -132,9 +133,8 @@ class HFFolder:
         except (OSError, ValueError) as error:
             raise ConfigError(f"model.hf_path: {self.path}: no tokenizer can be loaded: {error}") from None
         if len(tokenizer) > self.architecture.vocab_size:
-            raise ConfigError(
-                f"model.hf_path: {self.path}: the tokenizer has {len(tokenizer)} tokens but the embedding only {self.architecture.vocab_size}"
-            )
+            rows = self.architecture.vocab_size
+            raise ConfigError(f"model.hf_path: {self.path}: the tokenizer has {len(tokenizer)} tokens but the embedding only {rows}")
         if tokenizer.chat_template is None:
             raise ConfigError(f"model.hf_path: {self.path}: the tokenizer has no chat template")
         if tokenizer.eos_token_id is None:
@@ -152,7 +152,5 @@ class HFFolder:
 
     def encode(self, messages: list[dict[str, str]], enable_thinking: bool = False) -> list[int]:
         """Token ids of chat messages with the assistant's generation header."""
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking
-        )
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking)
         return self.tokenizer(text, add_special_tokens=False).input_ids

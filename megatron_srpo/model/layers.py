@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,11 +43,11 @@ class PackedAttention(MegatronModule):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, packed_seq_params, **_) -> Tensor:
         """query [t, heads, d], key and value [t, kv_heads, d] → [t, heads · d]. Documents end at packed_seq_params.cu_seqlens_q."""
         bounds = packed_seq_params.cu_seqlens_q.tolist()
-        lengths = [end - start for start, end in zip(bounds, bounds[1:])]
+        lengths = [end - start for start, end in itertools.pairwise(bounds)]
         if len(lengths) * max(lengths) <= 2 * query.shape[0]:
             return self._padded(query, key, value, lengths)
         documents = (tensor.split(lengths) for tensor in (query, key, value))
-        outputs = [self._attend(q[None], k[None], v[None])[0] for q, k, v in zip(*documents)]
+        outputs = [self._attend(q[None], k[None], v[None])[0] for q, k, v in zip(*documents, strict=True)]
         return torch.cat(outputs).flatten(1)
 
     def _padded(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:

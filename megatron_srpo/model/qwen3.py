@@ -42,7 +42,7 @@ def uses_transformer_engine(config: Config) -> bool:
     """Whether layers come from Transformer Engine. Raises ConfigError when it was asked for and is not there."""
     available = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
     if config.model.transformer_impl == "transformer_engine" and not available:
-        raise ConfigError("model.transformer_impl: transformer_engine needs CUDA and the transformer_engine package; use auto or local")
+        raise ConfigError("model.transformer_impl: transformer_engine needs CUDA and its package installed; use auto or local")
     return available and config.model.transformer_impl != "local"
 
 
@@ -136,7 +136,9 @@ class Qwen3(GPTModel):
     @property
     def output_weight(self) -> Tensor:
         """[padded vocabulary / TP, H] this rank's rows of the output matrix (last stage only)."""
-        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
 
     def final_hidden(self, output: Tensor) -> Tensor:
         """The last stage's output [T or T/TP, 1, H] as [T, H], identical on all tensor-parallel ranks.

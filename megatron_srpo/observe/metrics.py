@@ -29,7 +29,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "truncated_share": _mean([float(sample.finish_reason == "length") for sample in samples]),
         "format_rate": _mean([float(sample.verdict.format_ok) for sample in samples]),
         "sdpo_sample_share": _mean([float(is_distilled) for is_distilled in distilled]),
-        "sdpo_token_share": sum(length for length, d in zip(lengths, distilled) if d) / sum(lengths),
+        "sdpo_token_share": sum(length for length, d in zip(lengths, distilled, strict=True) if d) / sum(lengths),
         "teacherless_failed_share": _mean([float(sample.route.no_teacher is not None) for sample in failed]),
         "teacher_prompts_cut": sum(sample.route.demonstration_cut for sample in samples),
         "teacher_prompts_too_long": sum(sample.route.no_teacher == "does_not_fit" for sample in samples),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_srpo.config import ConfigError
+from megatron_srpo.config import ConfigError, RolloutSection
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.records import Group, Prompt, Sample
 from megatron_srpo.rollout.engine import Completion, Engine, Request, Sampling
@@ -12,32 +12,30 @@ from megatron_srpo.runtime.parallel import Layout
 from megatron_srpo.tasks import Task
 
 
+def encode_prompt(prompt: Prompt, folder: HFFolder, settings: RolloutSection) -> Prompt:
+    """The prompt with its token ids. Raises ConfigError when it is longer than rollout.max_prompt_tokens."""
+    ids = tuple(folder.encode(list(prompt.messages), settings.enable_thinking))
+    if len(ids) > settings.max_prompt_tokens:
+        raise ConfigError(
+            f"rollout.max_prompt_tokens: {settings.max_prompt_tokens}, but prompt {prompt.id} has {len(ids)} tokens; raise it"
+        )
+    return prompt.model_copy(update={"ids": ids})
+
+
 class Collector:
     """Samples and verifies prompts of one task with this rank's engine."""
 
-    def __init__(self, task: Task, engine: Engine, folder: HFFolder, layout: Layout, max_prompt_tokens: int, enable_thinking: bool):
-        self.task, self.engine, self.folder, self.layout = task, engine, folder, layout
-        self.max_prompt_tokens, self.enable_thinking = max_prompt_tokens, enable_thinking
+    def __init__(self, task: Task, engine: Engine, folder: HFFolder, layout: Layout, settings: RolloutSection):
+        self.task, self.engine, self.folder, self.layout, self.settings = task, engine, folder, layout, settings
 
     def prompts(self, split: str, start: int, count: int) -> list[Prompt]:
-        """This rank's share of prompts start … start + count - 1: every world_size-th, from its rank on.
-
-        Raises ConfigError for a prompt longer than allowed.
-        """
-        prompts = []
-        for index in range(start + self.layout.rank, start + count, self.layout.world_size):
-            prompt = self.task.prompt(split, index)
-            ids = tuple(self.folder.encode(list(prompt.messages), self.enable_thinking))
-            if len(ids) > self.max_prompt_tokens:
-                raise ConfigError(f"rollout.max_prompt_tokens: prompt {prompt.id} has {len(ids)} tokens, more than {self.max_prompt_tokens}")
-            prompts.append(prompt.model_copy(update={"ids": ids}))
-        return prompts
+        """This rank's share of prompts start … start + count - 1: every world_size-th, from its rank on."""
+        numbers = range(start + self.layout.rank, start + count, self.layout.world_size)
+        return [encode_prompt(self.task.prompt(split, number), self.folder, self.settings) for number in numbers]
 
     def sample(self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: Sampling, seed: str) -> list[Group]:
         """`samples_per_prompt` responses to each prompt. A sample's randomness is (seed, prompt id, index) alone."""
-        requests = [
-            Request(prompt.ids, f"{seed}/{prompt.id}/{index}") for prompt in prompts for index in range(samples_per_prompt)
-        ]
+        requests = [Request(prompt.ids, f"{seed}/{prompt.id}/{index}") for prompt in prompts for index in range(samples_per_prompt)]
         completions = iter(self.engine.generate(requests, sampling))
         return [tuple(self._sample(prompt, index, next(completions)) for index in range(samples_per_prompt)) for prompt in prompts]
 

@@ -44,7 +44,7 @@ class TransformersEngine:
         completions: list[Completion | None] = [None] * len(requests)
         for start in range(0, len(order), self.batch_size):
             numbers = order[start : start + self.batch_size]
-            for number, completion in zip(numbers, self._generate_batch([requests[n] for n in numbers], sampling)):
+            for number, completion in zip(numbers, self._generate_batch([requests[n] for n in numbers], sampling), strict=True):
                 completions[number] = completion
         return completions
 
@@ -74,7 +74,7 @@ class TransformersEngine:
                 keep = going.nonzero()[:, 0]
                 cache.batch_select_indices(keep)
                 live, ids, mask, positions = live[keep], ids[keep], mask[keep], positions[keep]
-        return [self._completion(*row, sampling) for row in zip(tokens.tolist(), logprobs.tolist())]
+        return [self._completion(*row, sampling) for row in zip(tokens.tolist(), logprobs.tolist(), strict=True)]
 
     def _completion(self, tokens: list[int], logprobs: list[float], sampling: Sampling) -> Completion:
         """A finished row may have been carried on with others: what stands after its first stop token is not its own."""

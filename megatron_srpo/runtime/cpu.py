@@ -17,9 +17,9 @@ import torch
 
 _CPU = torch.device("cpu")
 _FACTORIES = (
-    "tensor as_tensor empty zeros ones full arange linspace rand randn randint eye empty_strided "
-    "empty_like zeros_like ones_like full_like rand_like randn_like"
-).split()
+    *("tensor", "as_tensor", "empty", "zeros", "ones", "full", "arange", "linspace", "rand", "randn", "randint", "eye"),
+    *("empty_strided", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"),
+)
 
 
 def install() -> None:
@@ -185,9 +185,9 @@ class FusedAdam(torch.optim.Optimizer):
     per parameter: such checkpoints can be saved but not loaded.)
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, adam_w_mode=True, bias_correction=True, **_):
-        if not (adam_w_mode and bias_correction):
-            raise ValueError("the CPU's FusedAdam is AdamW with bias correction only")
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, adam_w_mode=True, **_):
+        if not adam_w_mode:
+            raise ValueError("the CPU's FusedAdam is AdamW only: decoupled_weight_decay must be true")
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=True))
 
     @torch.no_grad()

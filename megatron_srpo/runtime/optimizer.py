@@ -37,9 +37,7 @@ def wrap_data_parallel(chunks: Sequence[Qwen3], config: Config) -> list[Distribu
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         average_in_collective=False,
     )
-    return [
-        DistributedDataParallel(chunk.config, settings, chunk, disable_bucketing=number > 0) for number, chunk in enumerate(chunks)
-    ]
+    return [DistributedDataParallel(chunk.config, settings, chunk, disable_bucketing=number > 0) for number, chunk in enumerate(chunks)]
 
 
 def _finalize(chunks, num_tokens=None, **kwargs) -> None:

@@ -76,8 +76,8 @@ class OptimizerBatch:
         engine = list(itertools.chain.from_iterable(self.samples[key].logprobs for key in keys))
         return TokenTerms(
             advantage=per_token([route.advantage for route in routes]),
-            policy_weight=per_token([route.policy_weight * scale for route, scale in zip(routes, scales)]),
-            distillation_weight=per_token([route.distillation_weight * scale for route, scale in zip(routes, scales)]),
+            policy_weight=per_token([route.policy_weight * scale for route, scale in zip(routes, scales, strict=True)]),
+            distillation_weight=per_token([route.distillation_weight * scale for route, scale in zip(routes, scales, strict=True)]),
             engine_logprob=torch.tensor(engine, dtype=torch.float32, device=device),
             old_logprob=None,
         )
@@ -106,8 +106,8 @@ def loss_scales(samples: Sequence[Sample], aggregation: str) -> tuple[float, ...
     routed = [sample.route.branch != "none" for sample in samples]
     lengths = [len(sample.response_ids) for sample in samples]
     if aggregation == "seq_mean":
-        return tuple(1.0 / (sum(routed) * length) if is_routed else 0.0 for is_routed, length in zip(routed, lengths))
-    tokens = sum(length for is_routed, length in zip(routed, lengths) if is_routed)
+        return tuple(1.0 / (sum(routed) * length) if is_routed else 0.0 for is_routed, length in zip(routed, lengths, strict=True))
+    tokens = sum(length for is_routed, length in zip(routed, lengths, strict=True) if is_routed)
     return tuple(1.0 / tokens if is_routed else 0.0 for is_routed in routed)
 
 
@@ -172,10 +172,12 @@ def _rows_to_micro_batches(rows: list[list[Document]], rules: PackingRules) -> l
     lengths = [max(sum(document.length for document in row), 1) for row in rows]
     if rules.uniform:
         lengths = [max(lengths)] * len(rows)
-    return [_micro_batch(row, -(-length // rules.length_multiple) * rules.length_multiple) for row, length in zip(rows, lengths)]
+    return [
+        micro_batch(row, -(-length // rules.length_multiple) * rules.length_multiple) for row, length in zip(rows, lengths, strict=True)
+    ]
 
 
-def _micro_batch(documents: list[Document], total: int) -> MicroBatch:
+def micro_batch(documents: list[Document], total: int) -> MicroBatch:
     ids: list[int] = []
     bounds, predicts, targets = [0], [], []
     for document in documents:
@@ -188,7 +190,7 @@ def _micro_batch(documents: list[Document], total: int) -> MicroBatch:
     if len(ids) < total:  # padding is one more document, with nothing to predict
         bounds.append(total)
         ids.extend([0] * (total - len(ids)))
-    lengths = [end - start for start, end in zip(bounds, bounds[1:])]
+    lengths = [end - start for start, end in itertools.pairwise(bounds)]
     return MicroBatch(
         documents=tuple(documents),
         ids=torch.tensor(ids),

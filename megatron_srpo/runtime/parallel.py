@@ -76,7 +76,7 @@ class Layout:
         everything = torch.empty(self.world_size * longest, dtype=torch.uint8, device=self.device)
         dist.all_gather_into_tensor(everything, buffer)
         rows = everything.view(self.world_size, longest).cpu()
-        return [bytes(row[:size].numpy()) for row, size in zip(rows, sizes.tolist())]
+        return [bytes(row[:size].numpy()) for row, size in zip(rows, sizes.tolist(), strict=True)]
 
 
 def world_size_from_environment() -> int:

@@ -60,4 +60,3 @@ def run_schedule(chunks: Sequence[torch.nn.Module], micro_batches: Sequence[Micr
             micro_batch_size=1,
             forward_only=not backward,
         )
-

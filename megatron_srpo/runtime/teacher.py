@@ -38,7 +38,15 @@ class Teacher:
     there is one); the copy it scores with has the model's dtype and is refreshed from the shares after every step.
     """
 
-    def __init__(self, settings: TeacherSection, layout: Layout, vocab_size: int, temperature: float, policy_chunks, copy_of_policy: Callable):
+    def __init__(
+        self,
+        settings: TeacherSection,
+        layout: Layout,
+        vocab_size: int,
+        temperature: float,
+        policy_chunks: Sequence[torch.nn.Module],
+        copy_of_policy: Callable[[], Sequence[Qwen3]],
+    ):
         """`copy_of_policy()` builds chunks with the policy's present weights; it is not called for `live`."""
         self.settings, self.layout = settings, layout
         self.vocab_size, self.temperature = vocab_size, temperature
@@ -54,13 +62,15 @@ class Teacher:
 
         def keep(number: int, hidden: Tensor, model: Qwen3) -> Tensor:
             micro_batch = batch.teacher_micro_batches[number]
-            weight = targets.weight = model.output_weight.detach()
+            if targets.weight is None:  # the live policy's own matrix moves between mini-batches
+                targets.weight = model.output_weight.detach().clone() if self.settings.kind == "live" else model.output_weight
+            weight = targets.weight
             shard = VocabShard.of_rank(
                 self.layout.tensor_parallel_rank, weight.shape[0], self.vocab_size, self.layout.tensor_parallel_group
             )
             entropy = score(hidden, weight, None, shard, temperature=self.temperature).entropy
             lengths = micro_batch.response_lengths
-            for document, rows, values in zip(micro_batch.documents, hidden.split(lengths), entropy.split(lengths)):
+            for document, rows, values in zip(micro_batch.documents, hidden.split(lengths), entropy.split(lengths), strict=True):
                 targets.hidden[document.key], targets.entropy[document.key] = rows, values
             return hidden.new_zeros(())
 
@@ -78,8 +88,8 @@ class Teacher:
         own = [parameter for chunk in self.chunks for parameter in chunk.parameters()]
         shards = [optimizer.shard_of(parameter) for parameter in policy_parameters]
         if not self.shares:  # the copy still holds the initial weights exactly
-            self.shares = [p.view(-1)[s.start : s.end].to(torch.float32, copy=True) for p, s in zip(own, shards)]
-        for parameter, share, shard in zip(own, self.shares, shards):
+            self.shares = [p.view(-1)[s.start : s.end].to(torch.float32, copy=True) for p, s in zip(own, shards, strict=True)]
+        for parameter, share, shard in zip(own, self.shares, shards, strict=True):
             share.lerp_(shard.values.float(), self.settings.ema_rate)
             flat = parameter.view(-1)
             if self.layout.data_parallel_size == 1:

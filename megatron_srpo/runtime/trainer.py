@@ -42,7 +42,7 @@ class UpdateReport:
     @property
     def skipped_updates(self) -> list[tuple[float, float]]:
         """(loss, gradient norm) of the updates that were not made."""
-        return [(loss, norm) for loss, norm, moved in zip(self.losses, self.grad_norms, self.moved) if not moved]
+        return [(loss, norm) for loss, norm, moved in zip(self.losses, self.grad_norms, self.moved, strict=True) if not moved]
 
     def skipped_in_a_row(self, before: int) -> int:
         """Skipped updates since the last one made, when `before` had been skipped before this step."""
@@ -87,8 +87,8 @@ class Trainer:
     def _copy_of_policy(self) -> list[Qwen3]:
         copies = build_chunks(self.folder.architecture, self.config, self.layout.device)
         with torch.no_grad():
-            for copy, chunk in zip(copies, self.chunks):
-                for own, source in zip(copy.parameters(), chunk.module.parameters()):
+            for copy, chunk in zip(copies, self.chunks, strict=True):
+                for own, source in zip(copy.parameters(), chunk.module.parameters(), strict=True):
                     own.copy_(source)
         return copies
 
@@ -115,12 +115,12 @@ class Trainer:
         lr = self.optimizer.lr
         old_logprobs = [self._score_policy(batch) if len(batches) > 1 else None for batch in batches]
         report = UpdateReport([], [], [], lr, dict.fromkeys(_SUMS, 0.0), 0.0)
-        for batch, target, old in zip(batches, targets, old_logprobs):
+        for batch, target, old in zip(batches, targets, old_logprobs, strict=True):
             loss, norm, moved, sums, gap = self._update_once(batch, target, old)
             report.losses.append(loss)
             report.grad_norms.append(norm)
             report.moved.append(moved)
-            report.sums = {name: report.sums[name] + value for name, value in zip(_SUMS, sums)}
+            report.sums = {name: report.sums[name] + value for name, value in zip(_SUMS, sums, strict=True)}
             report.gap_max = max(report.gap_max, gap)
         if self.teacher is not None and any(report.moved):
             self.teacher.follow(self.optimizer, self.parameters)
@@ -141,9 +141,7 @@ class Trainer:
         def keep(number: int, hidden: Tensor, model: Qwen3) -> Tensor:
             weight = model.output_weight
             targets = batch.micro_batches[number].targets.to(hidden.device)
-            logprobs[number] = score(
-                hidden, weight, targets, self._shard(weight), temperature=self.config.rollout.temperature
-            ).logprob
+            logprobs[number] = score(hidden, weight, targets, self._shard(weight), temperature=self.config.rollout.temperature).logprob
             return hidden.new_zeros(())
 
         run_schedule(self.chunks, batch.micro_batches, keep, backward=False)

@@ -63,7 +63,7 @@ def fused_objective(
     *,
     teacher_hidden: Tensor | None = None,
     teacher_weight: Tensor | None = None,
-    divergence: Divergence = Divergence(),
+    divergence: Divergence = Divergence(),  # noqa: B008  (immutable)
     temperature: float = 1.0,
     tile_tokens: int | None = None,
 ) -> tuple[Tensor, Statistics]:
@@ -166,9 +166,10 @@ class _Tile:
         if is_distilled:
             shard, kind = call.shard, call.divergence
             if kind.top_k is None:
-                self.divergence, self.divergence_grad = divergences.full(*logps, kind, shard.group)
+                result = divergences.full(*logps, kind, shard.group)
             else:
-                self.divergence, self.divergence_grad = divergences.top_k(*logps, kind, shard.start, shard.vocab_size, shard.group)
+                result = divergences.top_k(*logps, kind, shard.start, shard.vocab_size, shard.group)
+            self.divergence, self.divergence_grad = result
 
     def evaluate(self, call: _Call) -> tuple[Tensor, Tensor]:
         """The objective of this tile and its gradient with respect to the tile's raw logits, [n, width]."""
@@ -213,7 +214,7 @@ def _log_softmax(logits: list[Tensor], targets: Tensor | None, shard: VocabShard
     empty = shard.width == 0
     maxima = torch.stack([z.new_full((z.shape[0],), -math.inf) if empty else z.amax(1) for z in logits])
     all_reduce(maxima, shard.group, dist.ReduceOp.MAX)
-    shifted = [z.sub_(m[:, None]) for z, m in zip(logits, maxima)]
+    shifted = [z.sub_(m[:, None]) for z, m in zip(logits, maxima, strict=True)]
     sums = []
     for z in shifted:
         exponentials = z.exp()
@@ -224,6 +225,6 @@ def _log_softmax(logits: list[Tensor], targets: Tensor | None, shard: VocabShard
         target_logit = torch.where(mine, shifted[0].gather(1, column[:, None])[:, 0], target_logit)
     *sums, target_logit = all_reduce(torch.stack([*sums, target_logit]), shard.group)
     log_sums = [total.log() for total in sums[0::2]]
-    entropies = [log_sum - weighted / total for log_sum, weighted, total in zip(log_sums, sums[1::2], sums[0::2])]
-    logps = [z.sub_(log_sum[:, None]) for z, log_sum in zip(shifted, log_sums)]
+    entropies = [log_sum - weighted / total for log_sum, weighted, total in zip(log_sums, sums[1::2], sums[0::2], strict=True)]
+    logps = [z.sub_(log_sum[:, None]) for z, log_sum in zip(shifted, log_sums, strict=True)]
     return logps, entropies, target_logit - log_sums[0]

@@ -89,7 +89,7 @@ def export(chunks: Sequence[torch.nn.Module], architecture: Architecture) -> Ite
         else:
             shapes = architecture.tensor_shapes()
             full = [torch.empty(shapes[name], dtype=dtype, device=device) for name in names]
-        for name, tensor in zip(names, full):
+        for name, tensor in zip(names, full, strict=True):
             if dist.get_world_size(pipeline_group) > 1:
                 tensor = tensor.contiguous()
                 dist.broadcast(tensor, owners[first], group=pipeline_group)
@@ -114,14 +114,14 @@ def _owners(architecture: Architecture, own: dict, pipeline_group) -> dict[str, 
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     ranks = ranks.to(device)
     dist.all_reduce(ranks, op=dist.ReduceOp.MAX, group=pipeline_group)
-    return dict(zip(firsts, ranks.tolist()))
+    return dict(zip(firsts, ranks.tolist(), strict=True))
 
 
 def _full_tensors(row: Row, local: Tensor, architecture: Architecture, group) -> list[Tensor]:
     pieces = row.split(local, architecture)
     if row.dim is not None and dist.get_world_size(group) > 1:
         pieces = [_gather(piece.contiguous(), row.dim, group) for piece in pieces]
-    return [piece[: architecture.vocab_size] if name in VOCABULARY_TENSORS else piece for name, piece in zip(row.hf, pieces)]
+    return [piece[: architecture.vocab_size] if name in VOCABULARY_TENSORS else piece for name, piece in zip(row.hf, pieces, strict=True)]
 
 
 def _gather(piece: Tensor, dim: int, group) -> Tensor:

@@ -31,14 +31,11 @@ class Run:
         return load_file(self.folder / "hf" / "model.safetensors")
 
 
-def run_jobs(ranks: int, config: Path, jobs: dict[str, list[str]], folder: Path, timeout: float = 420) -> dict[str, Run]:
-    """Train `config` once a job, {name: overrides}, in one launch of `ranks` processes; run folders are folder/name."""
-    listed = [{"config": str(config), "overrides": [*overrides, f"logging.dir={folder / name}"]} for name, overrides in jobs.items()]
-    file = folder / f"jobs-{ranks}.json"
-    file.write_text(json.dumps(listed))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+def torchrun(ranks: int, script: str, jobs: list[dict], file: Path, timeout: float = 420) -> None:
+    """Run tests/distributed/`script` on `ranks` processes with `jobs` written to `file`; what rank 0 said is in the failure."""
+    file.write_text(json.dumps(jobs))
     done = subprocess.run(
-        [*command, str(HERE / "layouts.py"), str(file)],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), str(HERE / script), str(file)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -46,4 +43,10 @@ def run_jobs(ranks: int, config: Path, jobs: dict[str, list[str]], folder: Path,
     )
     told = [line for line in done.stderr.splitlines() if line.startswith("[rank0]")] or done.stderr.splitlines()
     assert done.returncode == 0, "\n".join([done.stdout[-2000:], *told[-40:]])
+
+
+def run_jobs(ranks: int, config: Path, jobs: dict[str, list[str]], folder: Path) -> dict[str, Run]:
+    """Train `config` once a job, {name: overrides}, in one launch of `ranks` processes; run folders are folder/name."""
+    listed = [{"config": str(config), "overrides": [*overrides, f"logging.dir={folder / name}"]} for name, overrides in jobs.items()]
+    torchrun(ranks, "layouts.py", listed, folder / f"jobs-{ranks}.json")
     return {name: Run(folder / name) for name in jobs}

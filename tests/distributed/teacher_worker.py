@@ -1,0 +1,70 @@
+"""Run by torchrun: moves the teacher's copy away from a constant student and lets it follow.
+
+    torchrun --nproc-per-node N tests/distributed/teacher_worker.py jobs.json
+
+jobs.json: [{"config": path, "overrides": [...], "output": file}, …]; `output` gets {"ratios": the distance after each `follow`
+over the one before, as float64 means over all parameters of this rank 0, "elements": fp32 numbers kept, "parameters": …}.
+"""
+
+import datetime
+import json
+import sys
+from pathlib import Path
+
+from megatron_srpo.__main__ import _quieten
+
+
+def main() -> None:
+    _quieten(is_first=False)
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=1))
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        run(job)
+    dist.destroy_process_group()
+
+
+def run(job: dict) -> None:
+    """One layout."""
+    import torch
+
+    from megatron_srpo.config import load_config
+    from megatron_srpo.model.hf_folder import HFFolder
+    from megatron_srpo.runtime.parallel import initialize, shut_down
+    from megatron_srpo.runtime.trainer import Trainer
+
+    config = load_config(Path(job["config"]), job["overrides"])
+    layout = initialize(config.parallel, seed=1)
+    trainer = Trainer(config, HFFolder(config.model.hf_path), layout)
+    teacher = [parameter for chunk in trainer.teacher.chunks for parameter in chunk.parameters()]
+    with torch.no_grad():
+        for parameter in teacher:
+            parameter.add_(1.0)
+
+    def distance() -> float:
+        pairs = zip(teacher, trainer.parameters, strict=True)
+        return sum((slow.double() - fast.double()).sum().item() for slow, fast in pairs)
+
+    distances = [distance()]
+    for _ in range(3):
+        trainer.teacher.follow(trainer.optimizer, trainer.parameters)
+        distances.append(distance())
+    kept = torch.tensor([sum(share.numel() for share in trainer.teacher.shares)])
+    layout.sum_over_data_parallel(kept)
+    if layout.rank == 0:
+        ratios = [after / before for before, after in zip(distances, distances[1:], strict=False)]
+        total = sum(parameter.numel() for parameter in teacher)
+        report = {"ratios": ratios, "elements": int(kept), "parameters": total, "fp32": teacher_is_fp32(trainer)}
+        Path(job["output"]).write_text(json.dumps(report))
+    shut_down(layout)
+
+
+def teacher_is_fp32(trainer) -> bool:
+    """Whether every share of the EMA is fp32, whatever the model's dtype."""
+    import torch
+
+    return all(share.dtype == torch.float32 for share in trainer.teacher.shares)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""The EMA teacher on several layouts, sharded over data-parallel ranks, in fp32 whatever the model's dtype."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from launch import torchrun
+from tiny import save_folder
+
+TP, PP = (f"parallel.{name}_model_parallel_size=2" for name in ("tensor", "pipeline"))
+BF16, REPLICATED = "model.dtype=bfloat16", "parallel.use_distributed_optimizer=false"
+JOBS = {
+    "dp2": [],
+    "dp2-replicated": [REPLICATED],
+    "dp2-bf16": [BF16],
+    "dp2-bf16-replicated": [BF16, REPLICATED],
+    "tp2": [TP],
+    "pp2": [PP],
+}
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """{layout: what the worker wrote}; one launch."""
+    root = tmp_path_factory.mktemp("teacher")
+    config = root / "config.yaml"
+    config.write_text("model: {hf_path: set, dtype: float32}\ntrain: {steps: 1}\nlogging: {dir: unused}\n")
+    folder = save_folder(root / "hf")
+    jobs = [
+        {"config": str(config), "overrides": [f"model.hf_path={folder}", *overrides], "output": str(root / name)}
+        for name, overrides in JOBS.items()
+    ]
+    torchrun(2, "teacher_worker.py", jobs, root / "jobs.json")
+    return {name: json.loads((root / name).read_text()) for name in JOBS}
+
+
+@pytest.mark.parametrize("layout", list(JOBS))
+def test_distance_to_a_constant_student_shrinks_by_its_rate(reports, layout):
+    """METHOD §7 (g): by 0.95 a step; the bf16 copy shows it to bf16's precision."""
+    precision = 5e-3 if "bf16" in layout else 1e-5
+    assert reports[layout]["ratios"] == pytest.approx([0.95] * 3, rel=precision)
+
+
+@pytest.mark.parametrize("layout", list(JOBS))
+def test_ema_is_fp32_and_each_number_is_kept_once(reports, layout):
+    """Sharded: all data-parallel ranks together hold each parameter element once."""
+    report = reports[layout]
+    assert report["fp32"] and report["elements"] == report["parameters"]

@@ -1,0 +1,67 @@
+"""Run by torchrun: loads HF folders at several layouts, writes the logits of packed documents and the exported tensors.
+
+    torchrun --nproc-per-node N tests/distributed/weights_worker.py jobs.json
+
+jobs.json: [{"config": path, "overrides": [...], "documents": [[ids], …], "output": file}, …]; `output` holds "logits" [T, vocab]
+as computed with the vocabulary sharded, and every exported tensor under "export.".
+"""
+
+import datetime
+import json
+import sys
+from pathlib import Path
+
+from megatron_srpo.__main__ import _quieten
+
+
+def main() -> None:
+    _quieten(is_first=False)
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=1))
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        run(job)
+    dist.destroy_process_group()
+
+
+def run(job: dict) -> None:
+    """One layout."""
+    import torch
+    import torch.distributed as dist
+    from safetensors.torch import save_file
+
+    from megatron_srpo.config import load_config
+    from megatron_srpo.model.hf_folder import HFFolder
+    from megatron_srpo.model.qwen3 import build_chunks
+    from megatron_srpo.runtime.packing import Document, micro_batch
+    from megatron_srpo.runtime.parallel import initialize, shut_down
+    from megatron_srpo.runtime.schedule import run_schedule
+    from megatron_srpo.weights.transfer import export, load
+
+    config = load_config(Path(job["config"]), job["overrides"])
+    folder = HFFolder(config.model.hf_path)
+    layout = initialize(config.parallel, seed=1)
+    chunks = build_chunks(folder.architecture, config, layout.device)
+    load(chunks, folder)
+    # Every token is a "response" token but the first, so every position's logits but the last come back.
+    documents = [Document(n, (ids[0],), tuple(ids[1:])) for n, ids in enumerate(job["documents"])]
+    total = -(-sum(document.length for document in documents) // 4) * 4
+    results = {}
+
+    def keep(number, hidden, model):
+        local = hidden @ model.output_weight.t()
+        shards = [torch.empty_like(local) for _ in range(layout.tensor_parallel_size)]
+        dist.all_gather(shards, local.contiguous(), group=layout.tensor_parallel_group)
+        results["logits"] = torch.cat(shards, dim=1)[:, : folder.architecture.vocab_size].contiguous()
+        return hidden.new_zeros(())
+
+    run_schedule(chunks, [micro_batch(documents, total)] * (layout.pipeline_parallel_size), keep, backward=False)
+    exported = {f"export.{name}": tensor.detach().clone() for name, tensor in export(chunks, folder.architecture)}
+    if layout.is_last_stage and layout.tensor_parallel_rank == 0 and layout.data_parallel_rank == 0:
+        save_file({**results, **exported}, job["output"])
+    dist.barrier()
+    shut_down(layout)
+
+
+if __name__ == "__main__":
+    main()

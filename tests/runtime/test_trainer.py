@@ -1,0 +1,125 @@
+"""The trainer in one process: non-finite updates, bf16, teacher kinds."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from rollouts import write_rollouts
+from tiny import make_model, save_folder
+
+from megatron_srpo.algorithm.routing import route_groups
+from megatron_srpo.config import load_config
+from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.rollout.dump import replay
+from megatron_srpo.runtime.parallel import initialize, shut_down
+from megatron_srpo.runtime.trainer import Trainer
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    """make_trainer(*overrides) → (trainer, routed samples of one step); Megatron's groups are taken down afterwards."""
+    model = make_model()
+    folder = HFFolder(save_folder(tmp_path / "hf", model))
+    rollouts = write_rollouts(tmp_path / "rollouts", folder, model, steps=1)
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"model: {{hf_path: {folder.path}, dtype: float32}}\n"
+        "rollout: {prompts_per_step: 4, samples_per_prompt: 4, max_prompt_tokens: 128, max_response_tokens: 64}\n"
+        "teacher: {max_prompt_tokens: 160}\n"
+        "train: {steps: 3, micro_batch_tokens: 400}\n"
+        "optimizer: {lr: 1.0e-3, lr_warmup_steps: 0}\n"
+        "logging: {dir: unused}\n"
+    )
+    layouts = []
+
+    def leave():
+        while layouts:
+            shut_down(layouts.pop())
+
+    def make(*overrides):
+        leave()  # one set of Megatron's groups at a time
+        settings = load_config(config, list(overrides))
+        layouts.append(initialize(settings.parallel, seed=1))
+        groups = route_groups(replay(rollouts, 1, 4, folder), settings.algorithm, folder.encode, 160, seed="1/1")
+        return Trainer(settings, folder, layouts[-1]), [sample for group in groups for sample in group]
+
+    yield make
+    leave()
+
+
+def step(trainer, samples):
+    """One training step; returns its report."""
+    batches = trainer.pack(samples)
+    return trainer.update(batches, trainer.score_teacher(batches))
+
+
+def snapshot(parameters):
+    """A copy of the parameters' values."""
+    return [parameter.detach().clone() for parameter in parameters]
+
+
+def teacher_parameters(trainer):
+    """The weights the teacher scores with."""
+    return [parameter for chunk in trainer.teacher.chunks for parameter in chunk.parameters()]
+
+
+def poisoned(samples):
+    """The same samples, one of them with an infinite advantage: the loss is not finite."""
+    victim = next(sample for sample in samples if sample.route.policy_weight and sample.route.advantage)
+    bad = victim.model_copy(update={"route": victim.route.model_copy(update={"advantage": math.inf})})
+    return [bad if sample is victim else sample for sample in samples]
+
+
+@pytest.mark.parametrize("optimizer", ["true", "false"])
+def test_a_non_finite_update_is_skipped_and_leaves_weights_and_teacher_alone(make_trainer, optimizer):
+    trainer, samples = make_trainer(f"parallel.use_distributed_optimizer={optimizer}")
+    step(trainer, samples)
+    policy, teacher = snapshot(trainer.parameters), snapshot(teacher_parameters(trainer))
+    report = step(trainer, poisoned(samples))
+    assert report.moved == [False] and report.skipped_in_a_row(2) == 3
+    assert all(map(torch.equal, policy, trainer.parameters))
+    assert all(map(torch.equal, teacher, teacher_parameters(trainer)))
+    report = step(trainer, samples)  # and the run goes on
+    assert report.moved == [True] and report.skipped_in_a_row(3) == 0
+    assert not all(map(torch.equal, policy, trainer.parameters))
+    assert all(torch.isfinite(parameter).all() for parameter in trainer.parameters)
+
+
+def test_teacher_kinds(make_trainer):
+    """frozen keeps the initial weights, live is the policy, ema lies 5 % of the way."""
+    trainer, samples = make_trainer("teacher.kind=ema")
+    start = snapshot(trainer.parameters)
+    step(trainer, samples)
+    for slow, fast, first in zip(teacher_parameters(trainer), trainer.parameters, start, strict=True):
+        torch.testing.assert_close(slow, 0.95 * first + 0.05 * fast, atol=1e-7, rtol=1e-6)
+        assert not torch.equal(fast, first)
+
+
+def test_frozen_teacher_stays(make_trainer):
+    trainer, samples = make_trainer("teacher.kind=frozen")
+    start = snapshot(trainer.parameters)
+    step(trainer, samples)
+    assert all(map(torch.equal, start, teacher_parameters(trainer)))
+
+
+def test_live_teacher_is_the_policy(make_trainer):
+    trainer, samples = make_trainer("teacher.kind=live", "algorithm.mini_batch_prompts=2")
+    assert [id(parameter) for parameter in teacher_parameters(trainer)] == [id(parameter) for parameter in trainer.parameters]
+    targets = trainer.score_teacher(trainer.pack(samples))
+    before = targets[0].weight.clone()
+    step(trainer, samples)
+    assert torch.equal(targets[0].weight, before)  # a later mini-batch sees the weights that made the hidden states
+
+
+@pytest.mark.parametrize("optimizer", ["true", "false"])
+def test_bf16_has_fp32_main_gradients_and_stays_near_fp32(make_trainer, optimizer):
+    exact, samples = make_trainer()
+    wanted = step(exact, samples)
+    trainer, samples = make_trainer("model.dtype=bfloat16", f"parallel.use_distributed_optimizer={optimizer}")
+    report = step(trainer, samples)
+    assert all(parameter.dtype == torch.bfloat16 and parameter.main_grad.dtype == torch.float32 for parameter in trainer.parameters)
+    assert report.losses[0] == pytest.approx(wanted.losses[0], rel=0.05)
+    assert report.grad_norms[0] == pytest.approx(wanted.grad_norms[0], rel=0.05)
+    assert report.moved == [True]
