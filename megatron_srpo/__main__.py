@@ -19,7 +19,7 @@ def main() -> int:
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     arguments = parser.parse_args()
     is_first = os.environ.get("RANK", "0") == "0"
-    _quieten(is_first)
+    quieten_libraries()
 
     from megatron_srpo.config import ConfigError, load_config
 
@@ -40,12 +40,11 @@ def main() -> int:
     return 0
 
 
-def _quieten(is_first: bool) -> None:
-    """Our own log lines from the first rank; libraries only when something is wrong."""
+def quieten_libraries() -> None:
+    """Before torch and Megatron are imported: their errors only, and the settings they read from the environment."""
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron needs it for tensor parallelism on Hopper and before
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.ERROR, format="%(name)s: %(message)s")
-    logging.getLogger("megatron_srpo").setLevel(logging.INFO if is_first else logging.ERROR)
     warnings.filterwarnings("ignore", module="megatron|torch|transformers")
 
 

@@ -143,6 +143,8 @@ def _run(config: Config, folder: HFFolder, layout: Layout) -> Path:
     metrics = MetricsFile(directory / "metrics.jsonl" if is_first else Path(os.devnull))
     title = f"{config.algorithm.name} · {folder.path.name} · {layout.world_size} process{'es' * (layout.world_size > 1)}"
     with Terminal(title, config.train.steps, is_first) as terminal:
+        layers = "Transformer Engine" if uses_transformer_engine(config) else "local layers, torch SDPA attention"
+        terminal.say(f"{layout.device.type}, {str(model_dtype(config)).removeprefix('torch.')}, {layers}")
         trainer = Trainer(config, folder, layout)
         rollouts = Rollouts(config, folder, layout)
         watch = Stopwatch(terminal)

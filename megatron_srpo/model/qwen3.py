@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.util
-import logging
 from typing import Any
 
 import torch
@@ -27,9 +26,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
 from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
-
-log = logging.getLogger(__name__)
-
 
 def model_dtype(config: Config) -> torch.dtype:
     """The dtype weights and activations have: model.dtype, or bfloat16 on CUDA and float32 on CPU."""
@@ -157,7 +153,6 @@ def build_chunks(architecture: Architecture, config: Config, device: torch.devic
     """This rank's model chunks (one, or one per virtual stage) with unloaded weights."""
     core = transformer_config(architecture, config)
     engine = uses_transformer_engine(config)
-    log.info("layers: %s", "Transformer Engine" if engine else "local, torch SDPA attention")
     virtual = config.parallel.virtual_pipeline_model_parallel_size
     chunks = []
     for stage in range(virtual) if virtual else (None,):

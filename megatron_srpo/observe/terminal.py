@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
-_PHASES = ("rollout", "verify", "teacher", "update", "publish", "evaluate")
+_PHASES = ("rollout", "verify", "teacher", "update", "publish")
 
 
 def sparkline(values: list[float], width: int = 40) -> str:
@@ -28,7 +28,6 @@ class Terminal:
         self.console = Console(quiet=not enabled, highlight=False)
         self.title, self.steps = title, steps
         self.pass_rates: list[float] = []
-        self.evaluations: list[str] = []
         self.started = time.monotonic()
         self.row: dict[str, Any] = {}
         self.phase_name = "start"
@@ -71,9 +70,7 @@ class Terminal:
     def evaluation(self, row: dict[str, Any]) -> None:
         """A finished evaluation (its metrics.jsonl row)."""
         scores = "  ".join(f"{key.removeprefix('eval/')} {value:.3f}" for key, value in row.items() if "@" in key)
-        self.evaluations.append(f"after step {row['step']:>4}  {scores}")
-        if not self.is_live:
-            self.say(f"evaluation after step {row['step']}: {scores}")
+        self.say(f"evaluation after step {row['step']}: {scores}", "cyan")
 
     def _render(self) -> Panel:
         lines: list[Any] = [self.progress]
@@ -97,6 +94,5 @@ class Terminal:
             )
             lines.append(table)
             lines.append(Text("  ".join(f"{name} {row.get(f'seconds_{name}', 0.0):.2f} s" for name in _PHASES), style="dim"))
-        lines += [Text(f"evaluation {line}", style="cyan") for line in self.evaluations[-4:]]
         lines.append(Text(f"now: {self.phase_name}", style="dim"))
         return Panel(Group(*lines), title=self.title, border_style="dim")

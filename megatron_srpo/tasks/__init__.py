@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from megatron_srpo.config import ConfigError
 from megatron_srpo.records import Prompt, Verdict
 
 
@@ -20,9 +21,9 @@ class Task(Protocol):
 
 
 def create_task(name: str, seed: int) -> Task:
-    """The task called `name`. Raises ValueError for an unknown name."""
+    """The task called `name`. Raises ConfigError for an unknown name."""
     if name == "addition":
         from megatron_srpo.tasks.addition import Addition
 
         return Addition(seed)
-    raise ValueError(f"task.name: unknown task {name!r}; known: addition")
+    raise ConfigError(f"task.name: unknown task {name!r}; known: addition")

@@ -10,11 +10,11 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_srpo.__main__ import _quieten
+from megatron_srpo.__main__ import quieten_libraries
 
 
 def main() -> None:
-    _quieten(is_first=False)
+    quieten_libraries()
     import torch.distributed as dist
 
     from megatron_srpo.config import load_config

@@ -11,11 +11,11 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_srpo.__main__ import _quieten
+from megatron_srpo.__main__ import quieten_libraries
 
 
 def main() -> None:
-    _quieten(is_first=False)
+    quieten_libraries()
     import torch.distributed as dist
 
     dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=1))
