@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,7 +19,14 @@ class ConfigError(ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-6 as text; everybody means the number."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
 
 
 class ModelSection(_Section):
@@ -168,7 +176,7 @@ def load_config(path: Path, overrides: list[str]) -> Config:
         if not separator:
             raise ConfigError(f"override {override!r}: expected section.key=value")
         try:
-            value = yaml.safe_load(text)
+            value = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
             raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
         *sections, name = key.split(".")
@@ -178,6 +186,8 @@ def load_config(path: Path, overrides: list[str]) -> Config:
             if not isinstance(node, dict):
                 raise ConfigError(f"override {override!r}: {section} is not a section")
         node[name] = value
+        for depth in range(1, len(sections) + 1):
+            places.setdefault(".".join(sections[:depth]), f"override {override!r}")
         places[key] = f"override {override!r}"
     if isinstance(algorithm := tree.get("algorithm"), dict):
         algorithm.setdefault("name", "srpo")
@@ -197,7 +207,7 @@ def _read_yaml(path: Path) -> tuple[dict, dict[str, str]]:
     """The file's tree and the place ("file:line") of every dotted key. Raises ConfigError for bad YAML or repeated keys."""
     try:
         text = path.read_text(encoding="utf-8")
-        root = yaml.compose(text, yaml.SafeLoader)
+        root = yaml.compose(text, _Loader)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -216,7 +226,7 @@ def _read_yaml(path: Path) -> tuple[dict, dict[str, str]]:
                 walk(value_node, f"{key}.")
 
     walk(root, "")
-    tree = yaml.safe_load(text)
+    tree = yaml.load(text, _Loader)
     return {key: {} if value is None and key in Config.model_fields else value for key, value in tree.items()}, places
 
 
@@ -228,6 +238,9 @@ def _explain(problem: dict, path: Path, places: dict[str, str]) -> str:
     key = ".".join(location)
     place = places.get(key) or places.get(location[0] if location else "", str(path))
     message = problem["msg"].removeprefix("Value error, ")
+    if not key and message.split(": ")[0] in places:
+        key, message = message.split(": ", 1)
+        place = places[key]
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(location[-1], known := _known_names(location[:-1], problem), n=1)
         message = "unknown key; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}")

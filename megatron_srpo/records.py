@@ -43,7 +43,7 @@ class Route(_Record):
     advantage: float
     sibling: int | None = Field(default=None, description="index in the group of the sibling shown to the teacher")
     teacher_ids: tuple[int, ...] | None = Field(default=None, description="the teacher's longer prompt")
-    no_teacher: Literal["no_correct_sibling", "does_not_fit"] | None = None
+    no_teacher: Literal["no_correct_sibling", "nothing_to_show"] | None = None
     demonstration_cut: bool = Field(default=False, description="the sibling's text was shortened to fit")
 
 

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 
 from megatron_srpo.algorithm.settings import Algorithm
 
@@ -11,7 +11,7 @@ class AdvantageMix(Algorithm):
     """λ · GRPO on every sample plus (1 - λ) · SDPO on every sample with a teacher."""
 
     name: Literal["advantage_mix"] = "advantage_mix"
-    lr: float = 5e-6
+    lr: PositiveFloat = 5e-6
     mix_lambda: float = Field(0.9, ge=0, le=1, description="λ, the share of GRPO")
 
     def branch_weights(self, correct: bool, has_teacher: bool) -> tuple[float, float]:

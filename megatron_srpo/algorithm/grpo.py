@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from pydantic import PositiveFloat, PositiveInt
+
 from megatron_srpo.algorithm.settings import Algorithm
 
 
@@ -9,8 +11,8 @@ class GRPO(Algorithm):
     """Several optimizer steps per rollout batch, in mini-batches of 8 prompts; no teacher."""
 
     name: Literal["grpo"] = "grpo"
-    lr: float = 1e-6
-    mini_batch_prompts: int | None = 8
+    lr: PositiveFloat = 1e-6
+    mini_batch_prompts: PositiveInt | None = 8
 
     @property
     def distils(self) -> bool:

@@ -34,9 +34,14 @@ def truncated_importance(old_logprob: Tensor, engine_logprob: Tensor, cap: float
     return (old_logprob - engine_logprob).detach().exp().clamp(max=cap)
 
 
+def _ratio(logprob: Tensor, old_logprob: Tensor) -> Tensor:
+    """π_θ/π_old, [T], held within e^±20: beyond, fp32 would overflow and 0 · inf make NaN of tokens that weigh nothing."""
+    return (logprob - old_logprob).clamp(-20.0, 20.0).exp()
+
+
 def policy_term(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, algorithm: Algorithm) -> Tensor:
     """- min(w A, clip(w, 1 - ε_low, 1 + ε_high) A) with w = π_θ/π_old, [T]; with dual clip c, at most -c·A where A < 0."""
-    ratio = (logprob - old_logprob).exp()
+    ratio = _ratio(logprob, old_logprob)
     clipped = ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high)
     loss = -torch.minimum(ratio * advantage, clipped * advantage)
     if algorithm.dual_clip is not None:
@@ -55,7 +60,7 @@ def routed_objective(logprob: Tensor, divergence: Tensor | None, terms: TokenTer
     importance = truncated_importance(old, terms.engine_logprob, algorithm.importance_cap)
     loss = (terms.policy_weight * importance * policy_term(logprob, old, terms.advantage, algorithm)).sum()
     if divergence is not None:
-        drift = (logprob.detach() - old).exp()
+        drift = _ratio(logprob.detach(), old)
         if algorithm.importance_cap is not None:
             drift = drift.clamp(max=algorithm.importance_cap)
         loss = loss + (terms.distillation_weight * importance * drift * divergence).sum()
@@ -64,7 +69,7 @@ def routed_objective(logprob: Tensor, divergence: Tensor | None, terms: TokenTer
 
 def raw_entropy_weights(teacher_entropy: Tensor, beta: float) -> Tensor:
     """w̃ = exp(-β H), [T], from the teacher's full-vocabulary entropies in nats."""
-    return torch.exp(-beta * teacher_entropy)
+    return torch.exp(-beta * teacher_entropy.detach())
 
 
 def entropy_weights(raw: Tensor, mean: Tensor, cap: float | None = None) -> Tensor:

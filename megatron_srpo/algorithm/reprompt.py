@@ -17,7 +17,7 @@ Message = dict[str, str]
 
 
 class TeacherPrompt(NamedTuple):
-    """Token ids of the teacher's prompt, or None when even an empty demonstration does not fit."""
+    """Token ids of the teacher's prompt, or None when there is nothing to show: an empty demonstration, or none of it fits."""
 
     ids: list[int] | None
     demonstration_cut: bool
@@ -66,6 +66,8 @@ def build_teacher_prompt(
     def ids_for(characters: int) -> list[int]:
         return encode(teacher_messages(messages, demonstration[:characters], feedback))
 
+    if not demonstration.strip():  # a prompt that shows nothing teaches nothing
+        return TeacherPrompt(None, False)
     whole = ids_for(len(demonstration))
     if len(whole) <= max_tokens:
         return TeacherPrompt(whole, False)
@@ -78,6 +80,6 @@ def build_teacher_prompt(
             best, low = (ids, middle), middle + 1
         else:
             high = middle - 1
-    if best is None or not demonstration[: best[1]].strip():  # a prompt that shows nothing teaches nothing
+    if best is None or not demonstration[: best[1]].strip():
         return TeacherPrompt(None, False)
     return TeacherPrompt(best[0], True)

@@ -55,7 +55,7 @@ def _route_group(group: Group, algorithm: Algorithm, teacher_prompt: Callable, s
         wants_teacher = sibling is not None and algorithm.branch_weights(sample.verdict.correct, True)[1] > 0
         if wants_teacher:
             shown = teacher_prompt(sample, group[sibling])
-            missing = "does_not_fit" if shown.ids is None else None
+            missing = "nothing_to_show" if shown.ids is None else None
         policy_weight, distillation_weight = algorithm.branch_weights(sample.verdict.correct, shown.ids is not None)
         distilled = distillation_weight > 0
         branch = ("mixed" if distilled else "grpo") if policy_weight > 0 else ("sdpo" if distilled else "none")

@@ -8,9 +8,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Algorithm(BaseModel):
-    """Settings shared by all algorithms. A subclass names itself, sets its paper's defaults and says who learns from what."""
+    """Settings shared by all algorithms. A subclass names itself, sets its paper's defaults and says who learns from what.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    A field declared again in a subclass loses the limits set here: repeat them in its type (PositiveFloat, …).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str
     lr: float = Field(gt=0, description="the paper's learning rate, used when optimizer.lr is not given")

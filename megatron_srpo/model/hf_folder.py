@@ -64,7 +64,10 @@ class HFFolder:
     def _json(self, name: str) -> dict:
         file = self.path / name
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(content, dict):
+                raise ValueError("expected a JSON object")
+            return content
         except FileNotFoundError:
             raise ConfigError(f"model.hf_path: {file} is missing; is this a Hugging Face model folder?") from None
         except (OSError, ValueError) as error:
@@ -90,6 +93,10 @@ class HFFolder:
         names = list(Architecture.__dataclass_fields__)
         if missing := [name for name in names if values.get(name) is None]:
             raise ConfigError(f"model.hf_path: {file}: missing {', '.join(missing)}")
+        for name, field in Architecture.__dataclass_fields__.items():
+            wanted = {"int": int, "float": (int, float), "bool": bool}[field.type]
+            if not isinstance(values[name], wanted) or (isinstance(values[name], bool) and field.type != "bool"):
+                raise ConfigError(f"model.hf_path: {file}: {name} is {values[name]!r}, expected {field.type}")
         return Architecture(**{name: values[name] for name in names})
 
     @cached_property
@@ -128,9 +135,11 @@ class HFFolder:
         """The folder's tokenizer, with a chat template and no token beyond the embedding."""
         from transformers import AutoTokenizer
 
+        if not (self.path / "tokenizer.json").is_file() and not (self.path / "vocab.json").is_file():
+            raise ConfigError(f"model.hf_path: {self.path}: tokenizer.json is missing")
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.path, local_files_only=True)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # the libraries raise whatever a damaged file makes them trip over
             raise ConfigError(f"model.hf_path: {self.path}: no tokenizer can be loaded: {error}") from None
         if len(tokenizer) > self.architecture.vocab_size:
             rows = self.architecture.vocab_size

@@ -27,6 +27,7 @@ from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
+
 def model_dtype(config: Config) -> torch.dtype:
     """The dtype weights and activations have: model.dtype, or bfloat16 on CUDA and float32 on CPU."""
     if config.model.dtype == "auto":

@@ -32,7 +32,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "sdpo_token_share": sum(length for length, d in zip(lengths, distilled, strict=True) if d) / sum(lengths),
         "teacherless_failed_share": _mean([float(sample.route.no_teacher is not None) for sample in failed]),
         "teacher_prompts_cut": sum(sample.route.demonstration_cut for sample in samples),
-        "teacher_prompts_too_long": sum(sample.route.no_teacher == "does_not_fit" for sample in samples),
+        "teacher_prompts_empty": sum(sample.route.no_teacher == "nothing_to_show" for sample in samples),
         "zero_advantage_share": _mean([float(all(sample.route.advantage == 0 for sample in group)) for group in groups]),
     }
 

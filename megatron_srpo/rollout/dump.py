@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,12 +44,15 @@ def replay(folder: Path, step: int, samples_per_prompt: int, model: HFFolder) ->
     if not file.is_file():
         raise ConfigError(f"rollout.replay: {file} is missing; steps are replayed from 1 to train.steps")
     samples = []
-    text = file.read_text(encoding="utf-8").removesuffix("\n")
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): model output may hold U+2028
+    for number, line in enumerate(file.read_bytes().removesuffix(b"\n").split(b"\n"), 1):
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode("utf-8"))
+            if not isinstance(row, dict):
+                raise ValueError("expected a JSON object")
             row.pop("step", None)
             sample = Sample.model_validate(row)
+            if not all(math.isfinite(logprob) for logprob in sample.logprobs):
+                raise ValueError("logprobs: not all are finite numbers")
             if sample.verdict is None:
                 raise ValueError("verdict: is missing; a replayed sample must have been verified")
         except ValidationError as error:

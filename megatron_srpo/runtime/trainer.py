@@ -160,6 +160,8 @@ class Trainer:
             terms = batch.terms(micro_batch, device)._replace(old_logprob=old_logprobs and old_logprobs[number])
             weights, teacher_entropy, teacher_hidden = hidden.new_empty(0).float(), hidden.new_empty(0).float(), None
             if distilled:
+                # Student and teacher must have scored the same response tokens, though their prompts differ in length.
+                assert [len(targets.hidden[key]) for key in distilled] == micro_batch.response_lengths[: len(distilled)]
                 teacher_entropy = torch.cat([targets.entropy[key] for key in distilled])
                 teacher_hidden = torch.cat([targets.hidden[key] for key in distilled])
                 raw = raw_entropy_weights(teacher_entropy, self.algorithm.entropy_beta)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import random
-import re
 import zlib
 
 from megatron_srpo.records import Prompt, Verdict
 
 DIGITS = 3
 TEST_SHARE = 10  # one sum in ten belongs to the test split and is never trained on
-_ANSWER = re.compile(r"<answer>\s*(.*?)\s*</answer>", re.DOTALL)
 
 
 def question(a: int, b: int) -> str:
@@ -44,6 +42,7 @@ class Addition:
 
     def verify(self, prompt: Prompt, text: str) -> Verdict:
         """Reward 1 when the last complete `<answer>` block equals the sum, else 0."""
-        answers = _ANSWER.findall(text)
-        correct = bool(answers) and answers[-1] == prompt.answer
-        return Verdict(reward=float(correct), correct=correct, format_ok=bool(answers))
+        end = text.rfind("</answer>")
+        start = text.rfind("<answer>", 0, end) if end >= 0 else -1
+        correct = start >= 0 and text[start + len("<answer>") : end].strip() == prompt.answer
+        return Verdict(reward=float(correct), correct=correct, format_ok=start >= 0)

@@ -83,7 +83,7 @@ def top_k(logp: Tensor, logq: Tensor, kind: Divergence, start: int, vocab_size: 
     ids = _global_top_ids(logp, kind.top_k, start, group)
     local = ids - start
     mine = (local >= 0) & (local < logp.shape[1])
-    p, q = logp.exp(), logq.exp()
+    p = logp.exp()
     if logp.shape[1]:
         column = local.clamp(0, logp.shape[1] - 1)
         chosen = torch.stack([logp.gather(1, column), logq.gather(1, column)]) * mine
@@ -91,16 +91,22 @@ def top_k(logp: Tensor, logq: Tensor, kind: Divergence, start: int, vocab_size: 
     else:
         chosen, in_head = logp.new_zeros(2, *ids.shape), torch.zeros_like(logp).bool()
     all_reduce(chosen, group)
-    tails = all_reduce(torch.stack([p.masked_fill(in_head, 0).sum(1), q.masked_fill(in_head, 0).sum(1)]), group)
-    buckets = torch.cat([chosen, tails.log()[..., None]], dim=2)  # [2, n, K + 1]
+    tails = _log_sum_exp(torch.stack([logp, logq]).masked_fill(in_head, -math.inf), group)
+    buckets = torch.cat([chosen, tails[..., None]], dim=2)  # [2, n, K + 1]
     terms, pf = _terms(buckets[0], buckets[1], kind)
     mean = pf.sum(1, keepdim=True)
-    share_of_tail = torch.where(tails[0] > 0, pf[:, -1] / tails[0], torch.zeros_like(tails[0]))
-    gradient = p * share_of_tail[:, None]
+    gradient = (logp - tails[0][:, None]).exp() * pf[:, -1:]
     if logp.shape[1]:
         head = torch.zeros_like(logp).scatter_add_(1, column, pf[:, :-1] * mine)
         gradient = torch.where(in_head, head, gradient)
     return terms.sum(1), gradient - p * mean
+
+
+def _log_sum_exp(logs: Tensor, group) -> Tensor:
+    largest = logs.amax(-1) if logs.shape[-1] else logs.new_full(logs.shape[:-1], -math.inf)
+    largest = all_reduce(largest, group, dist.ReduceOp.MAX).clamp(min=-1e30)
+    total = all_reduce((logs - largest[..., None]).exp().sum(-1), group)
+    return largest + total.log()
 
 
 def _global_top_ids(logp: Tensor, k: int, start: int, group) -> Tensor:

@@ -227,4 +227,4 @@ def _log_softmax(logits: list[Tensor], targets: Tensor | None, shard: VocabShard
     log_sums = [total.log() for total in sums[0::2]]
     entropies = [log_sum - weighted / total for log_sum, weighted, total in zip(log_sums, sums[1::2], sums[0::2], strict=True)]
     logps = [z.sub_(log_sum[:, None]) for z, log_sum in zip(shifted, log_sums, strict=True)]
-    return logps, entropies, target_logit - log_sums[0]
+    return logps, entropies, target_logit if targets is None else target_logit - log_sums[0]

@@ -116,9 +116,7 @@ def test_routed_objective_token_by_token(rows, has_old, cap):
     logprobs, divergences, engines, olds, advantages, weights = zip(*rows, strict=True)
     logprob, divergence = tensor(*logprobs, grad=True), tensor(*divergences, grad=True)
     policy, distillation = zip(*weights, strict=True)
-    terms = TokenTerms(
-        tensor(*advantages), tensor(*policy), tensor(*distillation), tensor(*engines), tensor(*olds) if has_old else None
-    )
+    terms = TokenTerms(tensor(*advantages), tensor(*policy), tensor(*distillation), tensor(*engines), tensor(*olds) if has_old else None)
     loss = routed_objective(logprob, divergence, terms, SRPO(importance_cap=cap))
     loss.backward()
     expected = np.array(

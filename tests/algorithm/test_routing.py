@@ -181,11 +181,11 @@ def test_cut_demonstration_is_marked():
 @pytest.mark.parametrize(
     "name, expected", [("srpo", ("grpo", 1, 0)), ("sdpo", ("none", 0, 0)), ("advantage_mix", ("grpo", 0.9, 0)), ("grpo", ("grpo", 1, 0))]
 )
-def test_no_teacher_when_its_prompt_does_not_fit(name, expected):
+def test_no_teacher_when_its_prompt_nothing_to_show(name, expected):
     route = routes(ALGORITHMS[name], (1, 0), limit=20)[1]
     assert (route.branch, route.policy_weight, route.distillation_weight) == expected
     assert route.teacher_ids is None and route.sibling is None and not route.demonstration_cut
-    assert route.no_teacher == (None if name == "grpo" else "does_not_fit")
+    assert route.no_teacher == (None if name == "grpo" else "nothing_to_show")
 
 
 def test_teacherless_samples_are_counted():
@@ -194,10 +194,10 @@ def test_teacherless_samples_are_counted():
     groups = [make_group((1, 0, 0, 0), "a"), make_group((0, 0, 0, 0), "b"), make_group((1, 1, 1, 1), "c")]
     fits = rollout_metrics(route_groups(groups, SRPO(), encode_bytes, PLENTY, "s"))
     assert fits["teacherless_failed_share"] == pytest.approx(4 / 7)  # 3 failed with a sibling, 4 without
-    assert fits["teacher_prompts_too_long"] == 0
+    assert fits["teacher_prompts_empty"] == 0
     assert fits["sdpo_sample_share"] == pytest.approx(3 / 12)
     assert fits["zero_advantage_share"] == pytest.approx(2 / 3)
     tight = rollout_metrics(route_groups(groups, SRPO(), encode_bytes, 20, "s"))
     assert tight["teacherless_failed_share"] == 1
-    assert tight["teacher_prompts_too_long"] == 3
+    assert tight["teacher_prompts_empty"] == 3
     assert tight["sdpo_sample_share"] == 0

@@ -72,6 +72,12 @@ def test_one_json_object_a_line(tmp_path):
     assert [row["verdict"]["correct"] for row in rows] == [True, False]
 
 
+def test_dump_is_readable_by_people(tmp_path):
+    sample = make_sample(text="naïve 🙂 日本")
+    dump([(sample,)], tmp_path, 1)
+    assert "naïve 🙂 日本" in step_file(tmp_path, 1).read_text(encoding="utf-8")
+
+
 def test_routes_are_dumped_for_people_and_dropped_by_replay(tmp_path, model):
     route = Route(branch="sdpo", policy_weight=0, distillation_weight=1, advantage=-0.5, sibling=1, teacher_ids=(1, 2, 3))
     group = tuple(sample.model_copy(update={"route": route}) for sample in make_group((1, 0)))

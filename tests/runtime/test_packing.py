@@ -242,7 +242,8 @@ def test_nothing_distilled_means_no_teacher_rows_anywhere():
 
 def test_dearest_samples_are_spread():
     """A distilled sample costs its teacher's forward pass too."""
-    samples = samples_of(*[("grpo", 10, 10, 1)] * 4, *[("sdpo", 10, 10, 200)] * 2)
+    distilled, plain = ("sdpo", 10, 10, 200), ("grpo", 10, 10, 1)
+    samples = samples_of(distilled, plain, distilled, plain, plain, plain)
     for rank in range(2):
         batch = pack(samples, rank, 2, PackingRules(token_budget=1000), "token_mean")
         assert [len(rows[0].documents) for rows in (batch.micro_batches, batch.teacher_micro_batches)] == [3, 1]

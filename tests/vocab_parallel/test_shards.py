@@ -74,7 +74,7 @@ def of_ranks(tmp_path_factory):
     """Every rank's results of every case."""
     folder = tmp_path_factory.mktemp("shards")
     mp.spawn(run_rank, (str(folder / "store"), str(folder / "results")), nprocs=RANKS)
-    return torch.load(folder / "results", weights_only=False)
+    return torch.load(folder / "results", weights_only=False, weights_only=True)
 
 
 @pytest.mark.parametrize("padded_width", PADDED_WIDTHS)
