@@ -138,8 +138,8 @@ class Config(_Section):
 
     @property
     def mini_batch_prompts(self) -> int:
-        """Prompts per optimizer step."""
-        return self.algorithm.mini_batch_prompts or self.rollout.prompts_per_step
+        """Prompts per optimizer step: the algorithm's, or the whole batch where that is not larger."""
+        return min(self.algorithm.mini_batch_prompts or self.rollout.prompts_per_step, self.rollout.prompts_per_step)
 
     @model_validator(mode="after")
     def _contradictions(self):

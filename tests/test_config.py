@@ -243,7 +243,6 @@ def test_wrong_value_in_the_file_names_the_line(message_of):
             "rollout.prompts_per_step",
             ["12", "algorithm.mini_batch_prompts", "8"],
         ),
-        (["algorithm.mini_batch_prompts=64"], "rollout.prompts_per_step", ["32", "algorithm.mini_batch_prompts", "64"]),
         (
             ["train.micro_batch_tokens=18431"],
             "train.micro_batch_tokens",
@@ -271,13 +270,15 @@ def test_contradictions(message_of, overrides, section, named):
         ["evaluation.temperature=0", "evaluation.samples=1"],
         ["rollout.samples_per_prompt=2"],
         ["rollout.prompts_per_step=12", "algorithm.name=grpo", "algorithm.mini_batch_prompts=null"],
+        ["rollout.prompts_per_step=4", "algorithm.name=grpo"],
         ["train.micro_batch_tokens=18432"],
         ["train.micro_batch_tokens=10240", "algorithm.name=grpo"],
     ],
 )
 def test_almost_contradictions(config_of, overrides):
-    """Each refusal's neighbour that is allowed."""
-    config_of(GOOD, *overrides)
+    """Each refusal's neighbour that is allowed; a mini-batch is never larger than the batch."""
+    config = config_of(GOOD, *overrides)
+    assert config.rollout.prompts_per_step % config.mini_batch_prompts == 0
 
 
 @pytest.mark.parametrize(

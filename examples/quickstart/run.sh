@@ -4,5 +4,6 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 bash tools/install.sh .venv
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # so small a model gains nothing from more, and loses much on a busy machine
 run="runs/quickstart-$(date +%Y%m%d-%H%M%S)"
 exec .venv/bin/python -m megatron_srpo train examples/quickstart/config.yaml "logging.dir=$run" "$@"

@@ -133,8 +133,10 @@ def _gather(piece: Tensor, dim: int, group) -> Tensor:
 def save_hf(stream: Iterable[tuple[str, Tensor]], folder: HFFolder, output: Path, write: bool) -> None:
     """Write the stream as an HF folder that `AutoModelForCausalLM` loads: shards, index, config and tokenizer.
 
-    Every rank consumes the stream, the one with `write` writes. Config and tokenizer are the start model's.
+    Every rank consumes the stream, the one with `write` writes. Config and tokenizer are the start model's. The folder
+    appears under its name when it is whole.
     """
+    final, output = output, output.with_name(output.name + ".partial")
     weight_map: dict[str, str] = {}
     shard: dict[str, Tensor] = {}
     held = total = 0
@@ -171,3 +173,4 @@ def save_hf(stream: Iterable[tuple[str, Tensor]], folder: HFFolder, output: Path
     config = json.loads((output / "config.json").read_text())
     config.pop("torch_dtype", None)
     (output / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
+    output.rename(final)

@@ -1,0 +1,59 @@
+"""Writing HF folders: several shards, the index, what appears when."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny import make_model, save_folder
+from transformers import AutoModelForCausalLM
+
+from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.weights import transfer
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A tiny folder and the stream an export would be."""
+    model = make_model(tied=False)
+    folder = HFFolder(save_folder(tmp_path / "source", model))
+    return folder, list(model.state_dict().items())
+
+
+def test_many_shards_load_in_transformers_and_in_our_reader(source, tmp_path, monkeypatch):
+    folder, tensors = source
+    monkeypatch.setattr(transfer, "SHARD_BYTES", 100_000)
+    transfer.save_hf(tensors, folder, tmp_path / "out", write=True)
+    written = HFFolder(tmp_path / "out")
+    assert len(set(written.file_of.values())) > 2
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.numel() * 4 for _, tensor in tensors)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors)
+    assert len(written.tokenizer) == len(folder.tokenizer)
+
+
+def test_the_dtype_written_is_the_dtype_declared(source, tmp_path):
+    folder, tensors = source
+    transfer.save_hf(((name, tensor.bfloat16()) for name, tensor in tensors), folder, tmp_path / "out", write=True)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
+
+
+def test_a_stream_that_breaks_leaves_no_folder_that_looks_whole(source, tmp_path):
+    folder, tensors = source
+
+    def breaks():
+        yield tensors[0]
+        raise OSError("lost")
+
+    with pytest.raises(OSError, match="lost"):
+        transfer.save_hf(breaks(), folder, tmp_path / "out", write=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_ranks_that_do_not_write_consume_the_stream(source, tmp_path):
+    folder, tensors = source
+    stream = iter(tensors)
+    transfer.save_hf(stream, folder, tmp_path / "out", write=False)
+    assert next(stream, None) is None and not (tmp_path / "out").exists()
