@@ -1,9 +1,9 @@
 """Makes the quick start's model: a 369,504-parameter Qwen3 that adds three-digit numbers and is right about half of the time.
 
-Its tokenizer is trained here too. The supervised warm-up shows two ways to answer: with the carries written out, which is soon
-learnt, and at once, which at the end of these steps is not. So a group of samples mostly holds right and wrong ones. Some rows
-show a solution before the answer, in the re-prompt form of `megatron_srpo.algorithm.reprompt`: a model that cannot use a solution
-would be no teacher. The folder is written after the warm-up, read back and measured.
+Its tokenizer is trained here too. The supervised warm-up shows two ways to answer: with the carries written out, which such a
+model learns, and at once, by guessing, which is hardly ever right. So a group of samples mostly holds right and wrong ones.
+Some rows show a solution before the answer, in the re-prompt form of `megatron_srpo.algorithm.reprompt`: a model that cannot
+use a solution it is shown would be no teacher. The folder is written at the end of the warm-up, read back and measured.
 
     python examples/quickstart/make_start.py --output start     # about three minutes on one core
 """
@@ -38,11 +38,11 @@ CHATML = """\
 PRE_TOKEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 VOCABULARY = 384  # at most; the model's embedding has this many rows
 
-STEPS, BATCH = 450, 64
-STEPS_SHARE = 0.6  # rows answered with written steps; at one half the direct answers began to be right after 450 to 550 steps
+STEPS, BATCH = 550, 64
+STEPS_SHARE = 0.55  # rows answered with written steps
 SHOWN_SHARE = 0.4  # rows whose prompt shows a solution
 LEARNING_RATE, LEARNING_RATE_FLOOR, LEARNING_RATE_WARMUP = 2e-3, 0.05, 50
-FIRST_SUM = 1_000_000  # runs count their prompts from 0: theirs are not the ones learnt here, even with the same seed
+FIRST_SUM = 1_000_000  # runs count their prompts from 0: with the same seed they still draw sums of their own
 
 TEST_PROMPTS, GROUP, MAX_RESPONSE = 256, 8, 64
 SAMPLING_BATCH = 512
@@ -55,9 +55,9 @@ class Row(NamedTuple):
     answer: list[int]
 
 
-def answer_directly(a: int, b: int) -> str:
-    """The sum and nothing else."""
-    return f"<answer>{a + b}</answer>"
+def answer_directly(total: int) -> str:
+    """A sum and nothing else."""
+    return f"<answer>{total}</answer>"
 
 
 def answer_in_steps(a: int, b: int) -> str:
@@ -67,7 +67,7 @@ def answer_in_steps(a: int, b: int) -> str:
         total = int(x) + int(y) + carry
         columns.append(f"{x}+{y}+{carry}={total:02d}")
         carry = total // 10
-    return f"Steps: {' '.join(columns)}\n{answer_directly(a, b)}"
+    return f"Steps: {' '.join(columns)}\n{answer_directly(a + b)}"
 
 
 def operands(prompt: Prompt) -> tuple[int, int]:
@@ -81,8 +81,8 @@ def make_tokenizer(task: Addition) -> PreTrainedTokenizerFast:
     corpus = ["system\nuser\nassistant\n"]
     for index in range(FIRST_SUM, FIRST_SUM + 300):
         prompt = task.prompt("train", index)
-        for answer in (answer_in_steps, answer_directly):
-            solution = answer(*operands(prompt))
+        a, b = operands(prompt)
+        for solution in (answer_in_steps(a, b), answer_directly(a + b)):
             corpus += [solution, teacher_messages(prompt.messages, solution)[-1]["content"]]
     bpe = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(PRE_TOKEN), behavior="isolated")
@@ -128,8 +128,14 @@ def batches(task: Addition, tokenizer: PreTrainedTokenizerFast, count: int) -> I
         rows = []
         for index in range(start, start + BATCH):
             prompt = task.prompt("train", index)
-            answer = (answer_in_steps if rng.random() < STEPS_SHARE else answer_directly)(*operands(prompt))
+            a, b = operands(prompt)
             shown = rng.random() < SHOWN_SHARE
+            if rng.random() < STEPS_SHARE:
+                answer = answer_in_steps(a, b)
+            elif shown:
+                answer = answer_directly(a + b)
+            else:  # a guess: so many hundreds, and something
+                answer = answer_directly((a + b) // 100 * 100 + rng.randrange(100))
             messages = teacher_messages(prompt.messages, answer) if shown else prompt.messages
             rows.append(Row(encode(tokenizer, messages), tokenizer(answer).input_ids + [tokenizer.eos_token_id]))
         yield rows
