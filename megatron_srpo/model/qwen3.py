@@ -14,6 +14,7 @@ from megatron_srpo.config import Config, ConfigError
 from megatron_srpo.model.hf_folder import Architecture
 from megatron_srpo.model.layers import PackedAttention, RMSNorm
 from megatron_srpo.runtime import cpu
+from megatron_srpo.vocab_parallel.fused import VocabShard
 
 cpu.install()
 
@@ -125,7 +126,12 @@ def transformer_config(architecture: Architecture, config: Config) -> Transforme
 
 
 class Qwen3(GPTModel):
-    """A GPTModel whose last stage returns final hidden states: the loss computes logits itself, tile by tile."""
+    """A GPTModel whose last stage returns final hidden states: the loss computes logits itself, tile by tile.
+
+    unpadded_vocab_size: the columns of the output matrix that are real tokens; set by `build_chunks`.
+    """
+
+    unpadded_vocab_size: int
 
     def _postprocess(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         return hidden_states
@@ -136,6 +142,12 @@ class Qwen3(GPTModel):
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
+
+    @property
+    def vocab_shard(self) -> VocabShard:
+        """Which ids this rank's rows of `output_weight` stand for."""
+        rank, group = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_group()
+        return VocabShard.of_rank(rank, self.output_weight.shape[0], self.unpadded_vocab_size, group)
 
     def final_hidden(self, output: Tensor) -> Tensor:
         """The last stage's output [T or T/TP, 1, H] as [T, H], identical on all tensor-parallel ranks.
@@ -169,6 +181,7 @@ def build_chunks(architecture: Architecture, config: Config, device: torch.devic
             rotary_base=architecture.rope_theta,
             vp_stage=stage,
         )
+        chunk.unpadded_vocab_size = architecture.vocab_size
         chunks.append(chunk.to(device))
     return chunks
 

@@ -15,7 +15,7 @@ from megatron_srpo.runtime.optimizer import Optimizer
 from megatron_srpo.runtime.packing import OptimizerBatch
 from megatron_srpo.runtime.parallel import Layout
 from megatron_srpo.runtime.schedule import run_schedule
-from megatron_srpo.vocab_parallel.fused import VocabShard, score
+from megatron_srpo.vocab_parallel.fused import score
 
 
 @dataclass
@@ -42,14 +42,13 @@ class Teacher:
         self,
         settings: TeacherSection,
         layout: Layout,
-        vocab_size: int,
         temperature: float,
         policy_chunks: Sequence[torch.nn.Module],
         copy_of_policy: Callable[[], Sequence[Qwen3]],
     ):
         """`copy_of_policy()` builds chunks with the policy's present weights; it is not called for `live`."""
         self.settings, self.layout = settings, layout
-        self.vocab_size, self.temperature = vocab_size, temperature
+        self.temperature = temperature
         self.chunks: Sequence[Qwen3] = policy_chunks if settings.kind == "live" else copy_of_policy()
         self.shares: list[Tensor] = []
         if settings.kind != "live":
@@ -64,11 +63,7 @@ class Teacher:
             micro_batch = batch.teacher_micro_batches[number]
             if targets.weight is None:  # the live policy's own matrix moves between mini-batches
                 targets.weight = model.output_weight.detach().clone() if self.settings.kind == "live" else model.output_weight
-            weight = targets.weight
-            shard = VocabShard.of_rank(
-                self.layout.tensor_parallel_rank, weight.shape[0], self.vocab_size, self.layout.tensor_parallel_group
-            )
-            entropy = score(hidden, weight, None, shard, temperature=self.temperature).entropy
+            entropy = score(hidden, targets.weight, None, model.vocab_shard, temperature=self.temperature).entropy
             lengths = micro_batch.response_lengths
             for document, rows, values in zip(micro_batch.documents, hidden.split(lengths), entropy.split(lengths), strict=True):
                 targets.hidden[document.key], targets.entropy[document.key] = rows, values

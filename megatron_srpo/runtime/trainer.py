@@ -24,7 +24,7 @@ from megatron_srpo.runtime.parallel import Layout
 from megatron_srpo.runtime.schedule import run_schedule
 from megatron_srpo.runtime.teacher import Teacher, TeacherTargets
 from megatron_srpo.vocab_parallel.divergence import Divergence
-from megatron_srpo.vocab_parallel.fused import Statistics, VocabShard, fused_objective, score
+from megatron_srpo.vocab_parallel.fused import Statistics, fused_objective, score
 from megatron_srpo.weights.transfer import export, load
 
 
@@ -66,9 +66,7 @@ class Trainer:
         self.optimizer = Optimizer(self.chunks, config)
         self.teacher = None
         if self.algorithm.distils:
-            self.teacher = Teacher(
-                config.teacher, layout, folder.architecture.vocab_size, config.rollout.temperature, self.chunks, self._copy_of_policy
-            )
+            self.teacher = Teacher(config.teacher, layout, config.rollout.temperature, self.chunks, self._copy_of_policy)
         parallel = config.parallel
         self.rules = PackingRules(
             token_budget=config.train.micro_batch_tokens,
@@ -126,22 +124,14 @@ class Trainer:
             self.teacher.follow(self.optimizer, self.parameters)
         return report
 
-    def _shard(self, weight: Tensor) -> VocabShard:
-        return VocabShard.of_rank(
-            self.layout.tensor_parallel_rank,
-            weight.shape[0],
-            self.folder.architecture.vocab_size,
-            self.layout.tensor_parallel_group,
-        )
-
     def _score_policy(self, batch: OptimizerBatch) -> dict[int, Tensor]:
         """log π_old [R] of each micro-batch, by its number, on the last stage."""
         logprobs: dict[int, Tensor] = {}
 
         def keep(number: int, hidden: Tensor, model: Qwen3) -> Tensor:
-            weight = model.output_weight
             targets = batch.micro_batches[number].targets.to(hidden.device)
-            logprobs[number] = score(hidden, weight, targets, self._shard(weight), temperature=self.config.rollout.temperature).logprob
+            temperature = self.config.rollout.temperature
+            logprobs[number] = score(hidden, model.output_weight, targets, model.vocab_shard, temperature=temperature).logprob
             return hidden.new_zeros(())
 
         run_schedule(self.chunks, batch.micro_batches, keep, backward=False)
@@ -171,13 +161,12 @@ class Trainer:
             def objective(rows: slice, logprob: Tensor, divergence: Tensor | None) -> Tensor:
                 return routed_objective(logprob, divergence, terms.rows(rows), self.algorithm)
 
-            output_weight = model.output_weight
             loss, statistics = fused_objective(
                 hidden,
-                output_weight,
+                model.output_weight,
                 micro_batch.targets.to(device),
                 objective,
-                self._shard(output_weight),
+                model.vocab_shard,
                 teacher_hidden=teacher_hidden,
                 teacher_weight=targets.weight,
                 divergence=self.divergence,
