@@ -4,125 +4,26 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_srpo.algorithm.routing import route_groups
-from megatron_srpo.config import Config, ConfigError, save_config
-from megatron_srpo.evaluate import evaluate
+from megatron_srpo.config import Config, save_config
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.model.qwen3 import check_layout, model_dtype, transformer_config, uses_transformer_engine
+from megatron_srpo.model.qwen3 import model_dtype, uses_transformer_engine
 from megatron_srpo.observe.metrics import MetricsFile, rollout_metrics, update_metrics
-from megatron_srpo.observe.terminal import Terminal
+from megatron_srpo.observe.terminal import Stopwatch, Terminal
+from megatron_srpo.preflight import preflight
 from megatron_srpo.records import Group
-from megatron_srpo.rollout.collect import Collector, encode_prompt, exchange
-from megatron_srpo.rollout.dump import dump, replay, step_file
-from megatron_srpo.rollout.engine import Sampling
-from megatron_srpo.rollout.transformers_engine import TransformersEngine
-from megatron_srpo.runtime.parallel import (
-    Layout,
-    data_parallel_size,
-    initialize,
-    rank_from_environment,
-    shut_down,
-    world_size_from_environment,
-)
+from megatron_srpo.rollout.collect import exchange
+from megatron_srpo.rollout.dump import dump
+from megatron_srpo.rollout.source import Rollouts
+from megatron_srpo.runtime.parallel import Layout, initialize, shut_down
 from megatron_srpo.runtime.trainer import Trainer, UpdateReport
-from megatron_srpo.tasks import create_task
 from megatron_srpo.weights.transfer import save_hf
 
 
 class TrainingStopped(RuntimeError):
     """The run cannot go on; the message says why and what to look at."""
-
-
-def preflight(config: Config) -> HFFolder:
-    """Everything that can be found wrong before processes meet or weights are read. Raises ConfigError."""
-    folder = HFFolder(config.model.hf_path)
-    check_layout(folder.architecture, config)
-    data_parallel_size(config.parallel, world_size_from_environment())
-    uses_transformer_engine(config)
-    transformer_config(folder.architecture, config)
-    folder.file_of, folder.tokenizer  # noqa: B018  (both check what they read)
-    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    if longest > folder.architecture.max_position_embeddings:
-        raise ConfigError(
-            f"rollout.max_prompt_tokens + rollout.max_response_tokens = {longest}, but the model's max_position_embeddings is"
-            f" {folder.architecture.max_position_embeddings}"
-        )
-    task = create_task(config.task.name, config.train.seed)
-    for number in range(config.rollout.prompts_per_step):
-        encode_prompt(task.prompt("train", number), folder, config.rollout)
-    directory = config.logging.dir
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())) and rank_from_environment() == 0:
-        raise ConfigError(f"logging.dir: {directory.resolve()} is not empty; a run needs a folder of its own")
-    if config.rollout.replay is not None:
-        for step in range(1, config.train.steps + 1):
-            if not step_file(config.rollout.replay, step).is_file():
-                raise ConfigError(
-                    f"rollout.replay: {step_file(config.rollout.replay, step)} is missing, but train.steps is {config.train.steps}"
-                )
-    return folder
-
-
-class Stopwatch:
-    """Seconds of each phase of a step, and the phase's name on the terminal."""
-
-    def __init__(self, terminal: Terminal):
-        self.terminal, self.seconds = terminal, {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        self.terminal.phase(name)
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-    def read(self) -> dict[str, float]:
-        """seconds and seconds_<phase> since the last reading."""
-        phases = ("rollout", "verify", "teacher", "update", "publish")
-        row = {f"seconds_{name}": self.seconds.pop(name, 0.0) for name in phases}
-        return {"seconds": sum(row.values()), **row}
-
-
-class Rollouts:
-    """Where groups come from: an engine that samples and is fed the policy's weights, or a folder of dumped steps."""
-
-    def __init__(self, config: Config, folder: HFFolder, layout: Layout):
-        settings = config.rollout
-        self.config, self.folder, self.layout = config, folder, layout
-        self.version, self.collector = "0", None
-        if settings.replay is None:
-            engine = TransformersEngine(folder, layout.device, model_dtype(config), settings.batch_size)
-            task = create_task(config.task.name, config.train.seed)
-            self.collector = Collector(task, engine, folder, layout, settings)
-        self.sampling = Sampling(settings.temperature, settings.top_p, settings.max_response_tokens, folder.stop_ids)
-
-    def collect(self, step: int, watch: Stopwatch) -> list[Group]:
-        """This rank's share of the step's verified groups; all of them when replaying."""
-        settings = self.config.rollout
-        if self.collector is None:
-            with watch("rollout"):
-                groups = replay(settings.replay, step, settings.samples_per_prompt, self.folder)
-            if len(groups) != (expected := settings.prompts_per_step):
-                raise ConfigError(f"rollout.replay: step {step} holds {len(groups)} groups; rollout.prompts_per_step is {expected}")
-            return groups[self.layout.rank :: self.layout.world_size]
-        with watch("rollout"):
-            prompts = self.collector.prompts("train", (step - 1) * settings.prompts_per_step, settings.prompts_per_step)
-            groups = self.collector.sample(prompts, settings.samples_per_prompt, self.sampling, f"{self.config.train.seed}/{step}")
-        with watch("verify"):
-            return self.collector.verify(groups)
-
-    def publish(self, trainer: Trainer, step: int) -> None:
-        """The policy's weights to the engine, as version `step`; all ranks together."""
-        self.version = str(step)
-        if self.collector is not None:
-            self.collector.engine.update_weights(trainer.export(), self.version)
-
-    def evaluate(self) -> dict[str, float]:
-        """Scores on held-out prompts with the weights published last."""
-        return evaluate(self.collector, self.config.evaluation, self.config.rollout.max_response_tokens, self.config.train.seed)
 
 
 def train(config: Config) -> Path:
@@ -148,11 +49,17 @@ def _run(config: Config, folder: HFFolder, layout: Layout) -> Path:
         trainer = Trainer(config, folder, layout)
         rollouts = Rollouts(config, folder, layout)
         watch = Stopwatch(terminal)
-        evaluations = _loop(config, trainer, rollouts, watch, metrics, terminal)
+        stopped = None
+        try:
+            evaluations = _loop(config, trainer, rollouts, watch, metrics, terminal)
+        except TrainingStopped as error:  # on every rank alike: what was learnt before is kept
+            stopped, evaluations = error, []
         terminal.phase("export")
         save_hf(trainer.export(), folder, directory / "hf", write=is_first)
         _say_goodbye(terminal, evaluations, directory)
     metrics.close()
+    if stopped is not None:
+        raise stopped
     return directory
 
 
@@ -191,7 +98,7 @@ def _loop(config: Config, trainer: Trainer, rollouts: Rollouts, watch: Stopwatch
         if skipped_in_a_row >= config.train.max_skipped_updates:
             raise TrainingStopped(
                 f"step {step}: {skipped_in_a_row} updates in a row had a non-finite loss or gradient norm"
-                " (train.max_skipped_updates); the weights are those of the last finite update"
+                " (train.max_skipped_updates); hf/ holds the weights of the last finite update"
             )
         if evaluates and (step % config.evaluation.every == 0 or step == config.train.steps):
             evaluate_after(step)

@@ -94,6 +94,7 @@ def test_a_run_that_diverges_stops_with_a_reason_and_a_readable_folder(start, co
     first, second = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     assert first["updates_skipped"] == 0 and second["updates_skipped"] == 1
     assert second["loss"] is None or second["grad_norm"] is None
+    assert (run / "hf" / "model.safetensors").exists()  # the policy of the last finite update is not lost
 
 
 def test_a_run_leaves_its_folder_and_replays_itself(start, command, tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, Group
@@ -96,3 +98,23 @@ class Terminal:
             lines.append(Text("  ".join(f"{name} {row.get(f'seconds_{name}', 0.0):.2f} s" for name in _PHASES), style="dim"))
         lines.append(Text(f"now: {self.phase_name}", style="dim"))
         return Panel(Group(*lines), title=self.title, border_style="dim")
+
+
+class Stopwatch:
+    """Seconds of each phase of a step, and the phase's name on the terminal."""
+
+    def __init__(self, terminal: Terminal):
+        self.terminal = terminal
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self.terminal.phase(name)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def read(self) -> dict[str, float]:
+        """seconds and seconds_<phase> since the last reading."""
+        row = {f"seconds_{name}": self.seconds.pop(name, 0.0) for name in _PHASES}
+        return {"seconds": sum(row.values()), **row}

@@ -1,0 +1,56 @@
+"""Where a step's groups come from: an engine fed with the policy's weights, or a folder of dumped steps."""
+
+from __future__ import annotations
+
+from megatron_srpo.config import Config, ConfigError
+from megatron_srpo.evaluate import evaluate
+from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.model.qwen3 import model_dtype
+from megatron_srpo.observe.terminal import Stopwatch
+from megatron_srpo.records import Group
+from megatron_srpo.rollout.collect import Collector
+from megatron_srpo.rollout.dump import replay
+from megatron_srpo.rollout.engine import Sampling
+from megatron_srpo.rollout.transformers_engine import TransformersEngine
+from megatron_srpo.runtime.parallel import Layout
+from megatron_srpo.runtime.trainer import Trainer
+from megatron_srpo.tasks import create_task
+
+
+class Rollouts:
+    """`collector` is None when replaying: then nothing is sampled, published or evaluated."""
+
+    def __init__(self, config: Config, folder: HFFolder, layout: Layout):
+        settings = config.rollout
+        self.config, self.folder, self.layout = config, folder, layout
+        self.version, self.collector = "0", None
+        if settings.replay is None:
+            engine = TransformersEngine(folder, layout.device, model_dtype(config), settings.batch_size)
+            task = create_task(config.task.name, config.train.seed)
+            self.collector = Collector(task, engine, folder, layout, settings)
+        self.sampling = Sampling(settings.temperature, settings.top_p, settings.max_response_tokens, folder.stop_ids)
+
+    def collect(self, step: int, watch: Stopwatch) -> list[Group]:
+        """This rank's share of the step's verified groups. Raises ConfigError for a dumped step that does not fit."""
+        settings = self.config.rollout
+        if self.collector is None:
+            with watch("rollout"):
+                groups = replay(settings.replay, step, settings.samples_per_prompt, self.folder)
+            if len(groups) != (expected := settings.prompts_per_step):
+                raise ConfigError(f"rollout.replay: step {step} holds {len(groups)} groups; rollout.prompts_per_step is {expected}")
+            return groups[self.layout.rank :: self.layout.world_size]
+        with watch("rollout"):
+            prompts = self.collector.prompts("train", (step - 1) * settings.prompts_per_step, settings.prompts_per_step)
+            groups = self.collector.sample(prompts, settings.samples_per_prompt, self.sampling, f"{self.config.train.seed}/{step}")
+        with watch("verify"):
+            return self.collector.verify(groups)
+
+    def publish(self, trainer: Trainer, step: int) -> None:
+        """The policy's weights to the engine, as version `step`; all ranks together."""
+        self.version = str(step)
+        if self.collector is not None:
+            self.collector.engine.update_weights(trainer.export(), self.version)
+
+    def evaluate(self) -> dict[str, float]:
+        """Scores on held-out prompts with the weights published last."""
+        return evaluate(self.collector, self.config.evaluation, self.config.rollout.max_response_tokens, self.config.train.seed)
