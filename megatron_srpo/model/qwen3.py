@@ -14,7 +14,7 @@ from megatron_srpo.config import Config, ConfigError
 from megatron_srpo.model.hf_folder import Architecture
 from megatron_srpo.model.layers import PackedAttention, RMSNorm
 from megatron_srpo.runtime import cpu
-from megatron_srpo.vocab_parallel.fused import VocabShard
+from megatron_srpo.vocab_parallel.shard import VocabShard
 
 cpu.install()
 

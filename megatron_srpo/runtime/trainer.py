@@ -168,7 +168,7 @@ class Trainer:
                 objective,
                 model.vocab_shard,
                 teacher_hidden=teacher_hidden,
-                teacher_weight=targets.weight,
+                teacher_weight=targets.weight if distilled else None,
                 divergence=self.divergence,
                 temperature=self.config.rollout.temperature,
             )

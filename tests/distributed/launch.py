@@ -42,7 +42,7 @@ def torchrun(ranks: int, script: str, jobs: list[dict], file: Path, timeout: flo
         timeout=timeout,
     )
     told = [line for line in done.stderr.splitlines() if line.startswith("[rank0]")] or done.stderr.splitlines()
-    assert done.returncode == 0, "\n".join([done.stdout[-2000:], *told[-40:]])
+    assert done.returncode == 0, "\n".join([done.stdout[-2000:], *told[-60:]])
 
 
 def run_jobs(ranks: int, config: Path, jobs: dict[str, list[str]], folder: Path) -> dict[str, Run]:

@@ -8,8 +8,11 @@ from exact import WIDE, divergence, entropy, log_softmax, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_srpo.vocab_parallel import fused
 from megatron_srpo.vocab_parallel.divergence import Divergence
-from megatron_srpo.vocab_parallel.fused import VocabShard, fused_objective, score
+from megatron_srpo.vocab_parallel.fused import fused_objective, score
+from megatron_srpo.vocab_parallel.reference import ReferenceKernel
+from megatron_srpo.vocab_parallel.shard import VocabShard
 
 KINDS = [
     Divergence("jsd", 0.5),
@@ -20,6 +23,15 @@ KINDS = [
 ]
 KINDS += [kind._replace(top_k=6) for kind in KINDS]
 JSD = Divergence()
+
+
+@pytest.fixture(scope="module", params=["fastest", "reference"], autouse=True)
+def kernel(request):
+    """Every test runs with the kernel that is chosen for its inputs, and with the plain one."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "reference":
+            patch.setattr(fused, "_kernel", lambda *arguments: ReferenceKernel(*arguments[:5]))
+        yield
 
 
 class Problem:
@@ -291,3 +303,35 @@ def test_teacher_entropy_is_of_the_full_vocabulary():
 def test_shard_of_rank(rank, padded_width, vocab_size, expected):
     shard = VocabShard.of_rank(rank, padded_width, vocab_size, None)
     assert (shard.start, shard.width, shard.vocab_size) == (*expected, vocab_size)
+
+
+def arguments(**changes):
+    """Arguments of `fused_objective` that fit, but for `changes`."""
+    problem = Problem()
+    shard = VocabShard.of_rank(0, 32, 29, None)
+    given = {"hidden": problem.hidden, "weight": problem.weight, "targets": problem.targets, "shard": shard}
+    given |= {"teacher_hidden": problem.teacher_hidden, "teacher_weight": problem.teacher_weight, "objective": problem.objective}
+    return given | changes
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"hidden": torch.zeros(13, 7, dtype=WIDE)}, r"hidden \[13, 7\] and weight \[32, 8\]"),
+        ({"hidden": torch.zeros(13, 1, 8, dtype=WIDE)}, r"hidden \[13, 1, 8\]"),
+        ({"hidden": torch.zeros(13, 8)}, r"hidden \(torch.float32, cpu\) and weight \(torch.float64, cpu\)"),
+        ({"weight": torch.zeros(32, 8, dtype=WIDE, device="meta")}, "weight .torch.float64, meta."),
+        ({"targets": torch.zeros(12, dtype=torch.int64)}, r"targets \[12\].*expected \[13\] int64"),
+        ({"targets": torch.zeros(13, dtype=torch.int32)}, r"torch.int32.*expected \[13\] int64"),
+        ({"targets": torch.full((13,), 29)}, "ids from 29 to 29, the vocabulary has 29"),
+        ({"targets": torch.full((13,), -1)}, "ids from -1 to -1"),
+        ({"shard": VocabShard(0, 33, 40)}, "does not fit weight of 32 rows"),
+        ({"shard": VocabShard(20, 10, 29)}, "or its own vocabulary"),
+        ({"teacher_weight": None}, "give both or neither"),
+        ({"teacher_hidden": torch.zeros(14, 8, dtype=WIDE)}, r"teacher_hidden \[14, 8\].*at most 13 tokens"),
+        ({"teacher_weight": torch.zeros(31, 8, dtype=WIDE)}, "does not fit teacher_weight of 31 rows|exactly 32 rows"),
+    ],
+)
+def test_what_does_not_fit_is_named(changes, said):
+    with pytest.raises(ValueError, match=said):
+        fused_objective(**arguments(**changes))

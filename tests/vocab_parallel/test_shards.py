@@ -9,8 +9,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from megatron_srpo.vocab_parallel import fused
 from megatron_srpo.vocab_parallel.divergence import Divergence
-from megatron_srpo.vocab_parallel.fused import VocabShard, fused_objective, score
+from megatron_srpo.vocab_parallel.fused import fused_objective, score
+from megatron_srpo.vocab_parallel.reference import ReferenceKernel
+from megatron_srpo.vocab_parallel.shard import VocabShard
 
 sys.path.insert(0, str(Path(__file__).parent))  # the spawned processes find their neighbours too
 from test_fused import Problem, assert_close  # noqa: E402
@@ -38,7 +41,11 @@ def run_rank(rank: int, store: str, results: str) -> None:
         shard = VocabShard.of_rank(rank, padded_width, VOCABULARY, dist.group.WORLD)
         for kind in KINDS:
             for distilled in (5, 0) if kind == KINDS[0] else (5,):
-                saved[padded_width, kind, distilled] = _case(problem_of(padded_width, distilled), kind, shard, padded_width, rank)
+                case = problem_of(padded_width, distilled), kind, shard, padded_width, rank
+                saved[padded_width, kind, distilled] = _case(*case)
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(fused, "_kernel", lambda *arguments: ReferenceKernel(*arguments[:5]))
+                    torch.testing.assert_close(_case(*case), saved[padded_width, kind, distilled])
         problem = problem_of(padded_width)
         own = slice(rank * padded_width, (rank + 1) * padded_width)
         saved[padded_width, "score"] = tuple(score(problem.hidden, problem.weight[own], problem.targets, shard, temperature=0.7))
