@@ -71,7 +71,7 @@ class RolloutSection(_Section):
     max_response_tokens: int = Field(8192, gt=0)
     enable_thinking: bool = Field(False, description="passed to the chat template")
     batch_size: int = Field(256, gt=0, description="sequences the embedded engine samples at once")
-    replay: Path | None = Field(None, description="train on the rollouts dumped in this folder, without an engine")
+    replay: Path | None = Field(None, description="train on the rollouts dumped by this run (its folder or rollouts/), without an engine")
 
 
 class TeacherSection(_Section):
@@ -93,7 +93,9 @@ class OptimizerSection(_Section):
 class TrainSection(_Section):
     steps: int = Field(gt=0)
     seed: int = Field(1, ge=0)
-    micro_batch_tokens: int = Field(20480, gt=0, description="token budget of one packed micro-batch on one data-parallel rank")
+    micro_batch_tokens: int = Field(
+        20480, gt=0, description="token budget of one packed micro-batch on one rank; a longer sequence gets a micro-batch of its own"
+    )
     max_skipped_updates: int = Field(3, gt=0, description="stop after this many non-finite updates in a row")
 
 
@@ -112,7 +114,7 @@ class EvaluationSection(_Section):
 
 
 class LoggingSection(_Section):
-    dir: Path = Field(description="the run folder; must be new or empty")
+    dir: Path = Field(description="the run folder; must not hold a run already")
     rollouts: bool = Field(True, description="dump every sample, one file a step (replayable)")
 
 
@@ -143,7 +145,7 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _contradictions(self):
-        rollout, train = self.rollout, self.train
+        rollout = self.rollout
         if rollout.samples_per_prompt < 2:
             raise ValueError(
                 f"rollout.samples_per_prompt: {self.algorithm.name} compares the samples of a group, so it needs at least 2, not 1"
@@ -153,15 +155,6 @@ class Config(_Section):
                 f"rollout.prompts_per_step: {rollout.prompts_per_step} is not a multiple of algorithm.mini_batch_prompts"
                 f" ({self.mini_batch_prompts}; null: one optimizer step per batch)"
             )
-        longest = {"rollout.max_prompt_tokens": rollout.max_prompt_tokens}
-        if self.algorithm.distils:
-            longest["teacher.max_prompt_tokens"] = self.teacher.max_prompt_tokens
-        for key, prompt_tokens in longest.items():
-            if (needed := prompt_tokens + rollout.max_response_tokens) > train.micro_batch_tokens:
-                raise ValueError(
-                    f"train.micro_batch_tokens: {train.micro_batch_tokens} cannot hold one sequence of {key} +"
-                    f" rollout.max_response_tokens = {needed} tokens; raise it or lower those"
-                )
         return self
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from megatron_srpo.config import Config, ConfigError
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.model.qwen3 import check_layout, transformer_config, uses_transformer_engine
@@ -19,18 +21,11 @@ def preflight(config: Config) -> HFFolder:
     uses_transformer_engine(config)
     transformer_config(folder.architecture, config)
     folder.file_of, folder.tokenizer  # noqa: B018  (both check what they read)
-    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    if longest > folder.architecture.max_position_embeddings:
-        raise ConfigError(
-            f"rollout.max_prompt_tokens + rollout.max_response_tokens = {longest}, but the model's max_position_embeddings is"
-            f" {folder.architecture.max_position_embeddings}"
-        )
     task = create_task(config.task.name, config.train.seed)
     for number in range(config.rollout.prompts_per_step):
         encode_prompt(task.prompt("train", number), folder, config.rollout)
-    directory = config.logging.dir
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())) and rank_from_environment() == 0:
-        raise ConfigError(f"logging.dir: {directory.resolve()} is not empty; a run needs a folder of its own")
+    if rank_from_environment() == 0:
+        _check_run_folder(config.logging.dir)
     if config.rollout.replay is not None:
         for step in range(1, config.train.steps + 1):
             if not step_file(config.rollout.replay, step).is_file():
@@ -38,3 +33,11 @@ def preflight(config: Config) -> HFFolder:
                     f"rollout.replay: {step_file(config.rollout.replay, step)} is missing, but train.steps is {config.train.steps}"
                 )
     return folder
+
+
+def _check_run_folder(directory: Path) -> None:
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"logging.dir: {directory.resolve()} is not a folder")
+    held = [name for name in ("metrics.jsonl", "rollouts", "hf", "hf.partial") if (directory / name).exists()]
+    if held:
+        raise ConfigError(f"logging.dir: {directory.resolve()} already holds a run ({', '.join(held)}); name another folder")

@@ -46,6 +46,9 @@ def _run(config: Config, folder: HFFolder, layout: Layout) -> Path:
     with Terminal(title, config.train.steps, is_first) as terminal:
         layers = "Transformer Engine" if uses_transformer_engine(config) else "local layers, torch SDPA attention"
         terminal.say(f"{layout.device.type}, {str(model_dtype(config)).removeprefix('torch.')}, {layers}")
+        longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+        if longest > (positions := folder.architecture.max_position_embeddings):
+            terminal.say(f"sequences may reach {longest} tokens (rollout.max_*_tokens); the model was made for {positions}", "yellow")
         trainer = Trainer(config, folder, layout)
         rollouts = Rollouts(config, folder, layout)
         watch = Stopwatch(terminal)

@@ -52,7 +52,6 @@ def command(start, monkeypatch, capsys):
         (["rollout.samples_per_prompt=1"], "at least 2, not 1"),
         (["rollout.max_response_tokens=0"], "greater than 0"),
         (["rollout.max_prompt_tokens=20"], "prompt addition/train/0 has"),
-        (["rollout.max_response_tokens=1000", "train.micro_batch_tokens=4000"], "max_position_embeddings is 1024"),
         (["parallel.tensor_model_parallel_size=2"], "does not divide the 1 processes"),
         (["parallel.tensor_model_parallel_size=3"], "does not divide the model's num_attention_heads (8)"),
         (["parallel.pipeline_model_parallel_size=3"], "4 layers cannot be divided evenly into 3 stages"),
@@ -73,10 +72,11 @@ def test_what_cannot_run_is_refused_before_anything_starts(start, command, overr
     assert not (start[0] / "never").exists()
 
 
-def test_a_folder_with_something_in_it_is_not_overwritten(command, tmp_path):
-    (tmp_path / "precious").write_text("data")
+def test_a_folder_that_holds_a_run_is_not_written_to(command, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("precious")
     status, error = command(f"logging.dir={tmp_path}")
-    assert status == 2 and "not empty" in error
+    assert status == 2 and "already holds a run (metrics.jsonl)" in error
+    assert (tmp_path / "metrics.jsonl").read_text() == "precious"
 
 
 def test_too_few_replayed_steps(start, command, tmp_path):
@@ -101,7 +101,7 @@ def test_a_run_leaves_its_folder_and_replays_itself(start, command, tmp_path):
     """Sample two steps, then replay them: same losses, same routes, and the documented files and keys."""
     sampled, replayed = tmp_path / "sampled", tmp_path / "replayed"
     assert command(f"logging.dir={sampled}", "evaluation.every=1", "train.seed=3")[0] == 0
-    assert command(f"rollout.replay={sampled / 'rollouts'}", f"logging.dir={replayed}", "train.seed=3")[0] == 0
+    assert command(f"rollout.replay={sampled}", f"logging.dir={replayed}", "train.seed=3")[0] == 0
     rows = [json.loads(line) for line in (sampled / "metrics.jsonl").read_text().splitlines()]
     again = [json.loads(line) for line in (replayed / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 1, 2, 2]

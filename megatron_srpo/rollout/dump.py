@@ -17,8 +17,9 @@ from megatron_srpo.records import Group, Sample
 
 
 def step_file(folder: Path, step: int) -> Path:
-    """Where step `step` (from 1) is kept."""
-    return folder / f"step_{step:06d}.jsonl"
+    """Where step `step` (from 1) is kept in a folder of rollouts, or in that of the run whose folder is given."""
+    inner = folder / "rollouts"
+    return (inner if inner.is_dir() else folder) / f"step_{step:06d}.jsonl"
 
 
 def dump(groups: Sequence[Group], folder: Path, step: int) -> None:

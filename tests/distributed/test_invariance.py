@@ -49,6 +49,7 @@ CASES = {
 LAYOUTS = {
     1: {
         "one": ([], list(CASES)),
+        "alone": (["train.micro_batch_tokens=1"], ["srpo"]),  # every sequence is longer: each in a micro-batch of its own
         "small": (["train.micro_batch_tokens=240"], ["srpo"]),
         "middle": (["train.micro_batch_tokens=400"], ["srpo"]),
         "full-recompute": (["megatron={recompute_granularity: full, recompute_method: uniform, recompute_num_layers: 1}"], ["srpo"]),
