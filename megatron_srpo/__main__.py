@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -35,7 +36,9 @@ def main() -> int:
             return 1
     except ConfigError as error:
         if is_first:
-            print(f"configuration error: {error}", file=sys.stderr)
+            print(f"configuration error: {error}", file=sys.stderr, flush=True)
+        else:  # every rank finds the same error; torchrun ends all of them when one leaves, so let the first speak before
+            time.sleep(5)
         return 2
     return 0
 

@@ -178,6 +178,7 @@ def _rows_to_micro_batches(rows: list[list[Document]], rules: PackingRules) -> l
 
 
 def micro_batch(documents: list[Document], total: int) -> MicroBatch:
+    """The documents in one row of `total` tokens, the rest of it a padding document. Documents may be none."""
     ids: list[int] = []
     bounds, predicts, targets = [0], [], []
     for document in documents:

@@ -2,29 +2,21 @@
 
     torchrun --nproc-per-node N tests/distributed/layouts.py jobs.json
 
-jobs.json: [{"config": path, "overrides": ["section.key=value", …]}, …]. A launch costs 20 s of imports, a layout two.
+jobs.json: [{"config": path, "overrides": ["section.key=value", …]}, …].
 """
 
-import datetime
-import json
-import sys
 from pathlib import Path
 
-from megatron_srpo.__main__ import quieten_libraries
+from worker import each_job
 
 
-def main() -> None:
-    quieten_libraries()
-    import torch.distributed as dist
-
+def run(job: dict) -> None:
+    """One training."""
     from megatron_srpo.config import load_config
     from megatron_srpo.train import train
 
-    dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=1))  # once: train() leaves what it did not make
-    for job in json.loads(Path(sys.argv[1]).read_text()):
-        train(load_config(Path(job["config"]), job["overrides"]))
-    dist.destroy_process_group()
+    train(load_config(Path(job["config"]), job["overrides"]))
 
 
 if __name__ == "__main__":
-    main()
+    each_job(run)

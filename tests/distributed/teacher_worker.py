@@ -6,22 +6,10 @@ jobs.json: [{"config": path, "overrides": [...], "output": file}, …]; `output`
 over the one before, as float64 means over all parameters of this rank 0, "elements": fp32 numbers kept, "parameters": …}.
 """
 
-import datetime
 import json
-import sys
 from pathlib import Path
 
-from megatron_srpo.__main__ import quieten_libraries
-
-
-def main() -> None:
-    quieten_libraries()
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=1))
-    for job in json.loads(Path(sys.argv[1]).read_text()):
-        run(job)
-    dist.destroy_process_group()
+from worker import each_job
 
 
 def run(job: dict) -> None:
@@ -67,4 +55,4 @@ def teacher_is_fp32(trainer) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    each_job(run)

@@ -6,22 +6,9 @@ jobs.json: [{"config": path, "overrides": [...], "documents": [[ids], …], "out
 as computed with the vocabulary sharded, and every exported tensor under "export.".
 """
 
-import datetime
-import json
-import sys
 from pathlib import Path
 
-from megatron_srpo.__main__ import quieten_libraries
-
-
-def main() -> None:
-    quieten_libraries()
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=1))
-    for job in json.loads(Path(sys.argv[1]).read_text()):
-        run(job)
-    dist.destroy_process_group()
+from worker import each_job
 
 
 def run(job: dict) -> None:
@@ -64,4 +51,4 @@ def run(job: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    each_job(run)
