@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_srpo.algorithm.routing import route_groups
 from megatron_srpo.config import Config, save_config
+from megatron_srpo.evaluate import evaluate
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.model.qwen3 import model_dtype, uses_transformer_engine
 from megatron_srpo.observe.metrics import MetricsFile, rollout_metrics, update_metrics
@@ -73,7 +74,8 @@ def _loop(config: Config, trainer: Trainer, rollouts: Rollouts, watch: Stopwatch
     def evaluate_after(step: int) -> None:
         terminal.phase("evaluate")
         start = time.perf_counter()
-        row = {"step": step, **rollouts.evaluate(), "seconds_evaluate": time.perf_counter() - start}
+        scores = evaluate(rollouts.collector, config.evaluation, config.rollout.max_response_tokens, config.train.seed)
+        row = {"step": step, **scores, "seconds_evaluate": time.perf_counter() - start}
         evaluations.append(row)
         metrics.write(row)
         terminal.evaluation(row)
@@ -81,7 +83,7 @@ def _loop(config: Config, trainer: Trainer, rollouts: Rollouts, watch: Stopwatch
     evaluates = config.evaluation.every > 0 and rollouts.collector is not None
     if config.evaluation.every > 0 and not evaluates:
         terminal.say("replaying: there is no engine, so there are no evaluations", "yellow")
-    rollouts.publish(trainer, 0)
+    rollouts.publish(trainer.export(), 0)
     if evaluates:
         evaluate_after(0)
     for step in range(1, config.train.steps + 1):
@@ -111,8 +113,10 @@ def _loop(config: Config, trainer: Trainer, rollouts: Rollouts, watch: Stopwatch
 def _step(config: Config, trainer: Trainer, rollouts: Rollouts, watch: Stopwatch, step: int) -> tuple[list[Group], str, UpdateReport]:
     """Algorithm 1 of arXiv 2604.02288, once. Returns all ranks' groups, the version that sampled them, and the update's report."""
     version = rollouts.version
-    groups = rollouts.collect(step, watch)
+    with watch("rollout"):
+        groups = rollouts.collect(step)
     with watch("verify"):
+        groups = rollouts.verify(groups)
         groups = route_groups(
             groups,
             config.algorithm,
@@ -129,7 +133,7 @@ def _step(config: Config, trainer: Trainer, rollouts: Rollouts, watch: Stopwatch
     with watch("update"):
         report = trainer.update(batches, targets)
     with watch("publish"):
-        rollouts.publish(trainer, step)
+        rollouts.publish(trainer.export(), step)
     return groups, version, report
 
 

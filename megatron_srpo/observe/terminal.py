@@ -30,7 +30,6 @@ class Terminal:
         self.console = Console(quiet=not enabled, highlight=False)
         self.title, self.steps = title, steps
         self.pass_rates: list[float] = []
-        self.started = time.monotonic()
         self.row: dict[str, Any] = {}
         self.phase_name = "start"
         self.progress = Progress(

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
 from megatron_srpo.config import Config, ConfigError
-from megatron_srpo.evaluate import evaluate
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.model.qwen3 import model_dtype
-from megatron_srpo.observe.terminal import Stopwatch
 from megatron_srpo.records import Group
 from megatron_srpo.rollout.collect import Collector
 from megatron_srpo.rollout.dump import replay
 from megatron_srpo.rollout.engine import Sampling
 from megatron_srpo.rollout.transformers_engine import TransformersEngine
 from megatron_srpo.runtime.parallel import Layout
-from megatron_srpo.runtime.trainer import Trainer
 from megatron_srpo.tasks import create_task
 
 
@@ -30,27 +31,23 @@ class Rollouts:
             self.collector = Collector(task, engine, folder, layout, settings)
         self.sampling = Sampling(settings.temperature, settings.top_p, settings.max_response_tokens, folder.stop_ids)
 
-    def collect(self, step: int, watch: Stopwatch) -> list[Group]:
-        """This rank's share of the step's verified groups. Raises ConfigError for a dumped step that does not fit."""
+    def collect(self, step: int) -> list[Group]:
+        """This rank's share of the step's groups. Raises ConfigError for a dumped step that does not fit."""
         settings = self.config.rollout
         if self.collector is None:
-            with watch("rollout"):
-                groups = replay(settings.replay, step, settings.samples_per_prompt, self.folder)
+            groups = replay(settings.replay, step, settings.samples_per_prompt, self.folder)
             if len(groups) != (expected := settings.prompts_per_step):
                 raise ConfigError(f"rollout.replay: step {step} holds {len(groups)} groups; rollout.prompts_per_step is {expected}")
             return groups[self.layout.rank :: self.layout.world_size]
-        with watch("rollout"):
-            prompts = self.collector.prompts("train", (step - 1) * settings.prompts_per_step, settings.prompts_per_step)
-            groups = self.collector.sample(prompts, settings.samples_per_prompt, self.sampling, f"{self.config.train.seed}/{step}")
-        with watch("verify"):
-            return self.collector.verify(groups)
+        prompts = self.collector.prompts("train", (step - 1) * settings.prompts_per_step, settings.prompts_per_step)
+        return self.collector.sample(prompts, settings.samples_per_prompt, self.sampling, f"{self.config.train.seed}/{step}")
 
-    def publish(self, trainer: Trainer, step: int) -> None:
-        """The policy's weights to the engine, as version `step`; all ranks together."""
+    def verify(self, groups: Sequence[Group]) -> list[Group]:
+        """Every sample with its verdict; dumped samples keep theirs."""
+        return list(groups) if self.collector is None else self.collector.verify(groups)
+
+    def publish(self, tensors: Iterable[tuple[str, Tensor]], step: int) -> None:
+        """The policy's weights to the engine, as version `step`; all ranks together. The stream is left alone when replaying."""
         self.version = str(step)
         if self.collector is not None:
-            self.collector.engine.update_weights(trainer.export(), self.version)
-
-    def evaluate(self) -> dict[str, float]:
-        """Scores on held-out prompts with the weights published last."""
-        return evaluate(self.collector, self.config.evaluation, self.config.rollout.max_response_tokens, self.config.train.seed)
+            self.collector.engine.update_weights(tensors, self.version)

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_srpo.vocab_parallel.divergence import Divergence, all_reduce
-from megatron_srpo.vocab_parallel.shard import VocabShard, own_columns
+from megatron_srpo.vocab_parallel.divergence import Divergence
+from megatron_srpo.vocab_parallel.shard import VocabShard, all_reduce, own_columns
 
 _ROW_NUMBERS = 1 << 17  # elements handled together: several short rows, or one long one
 _TINY = 1e-37  # log m of a column that neither student nor teacher can choose: its weight is 0, its log only must be finite

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_srpo.vocab_parallel.shard import all_reduce
+
 
 class Divergence(NamedTuple):
     """Which divergence, on which support.
@@ -28,13 +30,6 @@ class Divergence(NamedTuple):
     kind: Literal["jsd", "forward", "reverse"] = "jsd"
     alpha: float = 0.5
     top_k: int | None = None
-
-
-def all_reduce(values: Tensor, group: dist.ProcessGroup | None, op=dist.ReduceOp.SUM) -> Tensor:
-    """In-place all-reduce; nothing to do without a group."""
-    if group is not None and dist.get_world_size(group) > 1:
-        dist.all_reduce(values, op=op, group=group)
-    return values
 
 
 def _terms(logp: Tensor, logq: Tensor, kind: Divergence) -> tuple[Tensor, Tensor]:
@@ -76,7 +71,8 @@ def top_k(logp: Tensor, logq: Tensor, kind: Divergence, start: int, vocab_size: 
         logp, logq: [n, width] this rank's columns, the first of which is id `start`.
 
     Returns:
-        D [n] and dD/dz [n, width]. Two all-reduces of [n, K] and smaller, and an all-gather of [n, 2K] a rank.
+        D [n] and dD/dz [n, width]. Two all-gathers of [n, K] a rank, and all-reduces of [2, n, K] and
+        twice [2, n].
     """
     if kind.top_k >= vocab_size:
         return full(logp, logq, kind, group)

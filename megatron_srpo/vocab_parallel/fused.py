@@ -1,9 +1,9 @@
 """One pass over the vocabulary for everything the loss needs, from hidden states, tile by tile.
 
-For each tile of tokens: logits of this rank's vocabulary shard → statistics (log-prob, entropy, divergence) with at most
-three small all-reduces → the caller's objective on those per-token vectors, differentiated by autograd → the closed-form
-gradient of the tile's logits → accumulated into dHidden and dWeight. Nothing of size [tokens, vocabulary] outlives a
-tile and nothing is computed twice: four matrix products a distilled token, three otherwise.
+For each tile of tokens: logits of this rank's vocabulary shard → statistics (log-prob, entropy, divergence), on the full
+support with at most three small all-reduces → the caller's objective on those per-token vectors, differentiated by
+autograd → the closed-form gradient of the tile's logits → accumulated into dHidden and dWeight. Nothing of size
+[tokens, vocabulary] outlives a tile and nothing is computed twice: four matrix products a distilled token, three otherwise.
 
 What is elementwise is a kernel's: `CpuKernel` for exact losses in fp32 on a CPU, `ReferenceKernel` for everything else.
 """

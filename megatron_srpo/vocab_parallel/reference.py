@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_srpo.vocab_parallel import divergence as divergences
-from megatron_srpo.vocab_parallel.divergence import Divergence, all_reduce
-from megatron_srpo.vocab_parallel.shard import VocabShard, own_columns, wide
+from megatron_srpo.vocab_parallel.divergence import Divergence
+from megatron_srpo.vocab_parallel.shard import VocabShard, all_reduce, own_columns, wide
 
 
 class ReferenceKernel:

@@ -27,6 +27,13 @@ class VocabShard(NamedTuple):
         return cls(start, min(padded_width, vocab_size - start), vocab_size, group)
 
 
+def all_reduce(values: Tensor, group: dist.ProcessGroup | None, op=dist.ReduceOp.SUM) -> Tensor:
+    """In-place all-reduce; nothing to do without a group."""
+    if group is not None and dist.get_world_size(group) > 1:
+        dist.all_reduce(values, op=op, group=group)
+    return values
+
+
 def own_columns(targets: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
     """Which targets this shard holds, and their columns (0 for the others)."""
     column = targets - shard.start

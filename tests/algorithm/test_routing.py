@@ -158,7 +158,8 @@ def test_grpo_builds_no_teacher_prompt():
     def refuse(messages):
         raise AssertionError("GRPO has no teacher")
 
-    route_groups([make_group((1, 0, 1))], GRPO(), refuse, PLENTY, "s")
+    (routed,) = route_groups([make_group((1, 0, 1))], GRPO(), refuse, PLENTY, "s")
+    assert all(sample.route.teacher_ids is None and sample.route.branch == "grpo" for sample in routed)
 
 
 def test_srpo_builds_teacher_prompts_for_distilled_samples_alone():

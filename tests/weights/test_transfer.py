@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.weights import transfer
+from megatron_srpo.weights.table import LAYER_ROWS, MODEL_ROWS
 
 
 @pytest.fixture
@@ -57,3 +58,51 @@ def test_ranks_that_do_not_write_consume_the_stream(source, tmp_path):
     stream = iter(tensors)
     transfer.save_hf(stream, folder, tmp_path / "out", write=False)
     assert next(stream, None) is None and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_reads_only_its_own_slices(source, monkeypatch, rank):
+    """Of two tensor-parallel ranks, each reads as many numbers from the file as its parameters hold, and no more."""
+    folder, tensors = source
+    full, size = dict(tensors), 2
+    read = 0
+
+    class Slice:
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __getitem__(self, index):
+            nonlocal read
+            piece = self.inner[index]
+            read += piece.numel()
+            return piece
+
+    class File:
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            return False
+
+        def get_slice(self, name):
+            return Slice(self.inner.get_slice(name))
+
+    rows = [(row, "") for row in MODEL_ROWS] + [(row, f"model.layers.{n}.") for n in range(4) for row in LAYER_ROWS]
+
+    def own(row, prefix):
+        pieces = [full[prefix + name] for name in row.hf]
+        return row.merge([p if row.dim is None else p.chunk(size, row.dim)[rank] for p in pieces], folder.architecture)
+
+    parameters = [(row, prefix, torch.nn.Parameter(torch.zeros_like(own(row, prefix)))) for row, prefix in rows]
+    real = transfer.safe_open
+    folder.file_of  # noqa: B018  (its own checks read headers before)
+    monkeypatch.setattr(transfer, "safe_open", lambda *arguments, **options: File(real(*arguments, **options)))
+    monkeypatch.setattr(transfer, "parameters_of", lambda chunks: parameters)
+    monkeypatch.setattr(transfer.parallel_state, "get_tensor_model_parallel_rank", lambda: rank)
+    monkeypatch.setattr(transfer.parallel_state, "get_tensor_model_parallel_world_size", lambda: size)
+    transfer.load([], folder)
+    assert read == sum(parameter.numel() for _, _, parameter in parameters) < 0.6 * sum(t.numel() for t in full.values())
+    assert all(torch.equal(parameter, own(row, prefix)) for row, prefix, parameter in parameters)
