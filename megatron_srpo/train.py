@@ -51,6 +51,7 @@ def _run(config: Config, folder: HFFolder, layout: Layout) -> Path:
         if longest > (positions := folder.architecture.max_position_embeddings):
             terminal.say(f"sequences may reach {longest} tokens (rollout.max_*_tokens); the model was made for {positions}", "yellow")
         trainer = Trainer(config, folder, layout)
+        terminal.say(trainer.loss_path)
         rollouts = Rollouts(config, folder, layout)
         watch = Stopwatch(terminal)
         stopped = None

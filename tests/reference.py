@@ -21,9 +21,13 @@ def _logps(model, prompt, response):
     return model(ids[None]).logits[0, len(prompt) - 1 : len(ids) - 1].log_softmax(-1)
 
 
-def _divergence(logp, logq, kind, alpha, top_k):
-    if top_k is not None:
-        ids = logp.detach().topk(top_k, dim=-1).indices
+def _divergence(logp, logq, response, kind, alpha, support, top_k):
+    if support == "sampled":  # the SDPO code's score-function form, moved to the value log p - log q
+        chosen, of_teacher = (x.gather(1, torch.tensor(response)[:, None])[:, 0] for x in (logp, logq))
+        ratio = (chosen - of_teacher).detach()
+        return ratio * (chosen - chosen.detach()) + ratio
+    if support != "full":
+        ids = (logp.detach() if support == "student_topk" else logq).topk(top_k, dim=-1).indices
 
         def buckets(x):
             head = x.gather(1, ids)
@@ -43,7 +47,19 @@ def _divergence(logp, logq, kind, alpha, top_k):
 class Reference:
     """AdamW on the HF model in float64 with the routed loss; `run(step_file)` returns (loss, gradient norm)."""
 
-    def __init__(self, hf_path: Path, lr: float, warmup: int, beta: float, kind="jsd", alpha=0.5, top_k=None, aggregation="token_mean"):
+    def __init__(
+        self,
+        hf_path: Path,
+        lr: float,
+        warmup: int,
+        beta: float,
+        kind="jsd",
+        alpha=0.5,
+        support="full",
+        top_k=None,
+        aggregation="token_mean",
+        trust_region=None,
+    ):
         self.model = AutoModelForCausalLM.from_pretrained(hf_path, dtype=torch.float64, attn_implementation="eager")
         self.teacher = copy.deepcopy(self.model).requires_grad_(False)
         norms = [p for p in self.model.parameters() if p.ndim == 1]
@@ -51,7 +67,8 @@ class Reference:
         groups = [{"params": others, "weight_decay": 0.01}, {"params": norms, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8)
         self.lr, self.warmup, self.beta = lr, warmup, beta
-        self.kind, self.alpha, self.top_k, self.aggregation = kind, alpha, top_k, aggregation
+        self.divergence = (kind, alpha, support, top_k)
+        self.aggregation, self.trust_region = aggregation, trust_region
         self.steps = 0
         self.gradients: dict[str, torch.Tensor] = {}
 
@@ -59,7 +76,7 @@ class Reference:
         """The routed loss of one optimizer batch; `old`: log π_old by sample, or None for the present policy."""
         samples = [s for s in samples if s["route"]["policy_weight"] or s["route"]["distillation_weight"]]
         teacher = [
-            _logps(self.teacher, s["route"]["teacher_ids"], s["response_ids"]) if s["route"]["distillation_weight"] else None
+            self._teacher_logps(s["route"]["teacher_ids"], s["response_ids"]) if s["route"]["distillation_weight"] else None
             for s in samples
         ]
         raw = [torch.exp(self.beta * (q.exp() * q).sum(1)) for q in teacher if q is not None]  # exp(-β H)
@@ -78,10 +95,18 @@ class Reference:
             term = s["route"]["policy_weight"] * rho * policy
             if logq is not None:
                 weight = torch.exp(self.beta * (logq.exp() * logq).sum(1)) / mean
-                divergence = _divergence(logp, logq, self.kind, self.alpha, self.top_k)
+                divergence = _divergence(logp, logq, s["response_ids"], *self.divergence)
                 term = term + s["route"]["distillation_weight"] * weight * rho * w.detach().clamp(max=2) * divergence
             total = total + (term.sum() / sum(lengths) if self.aggregation == "token_mean" else term.mean() / len(samples))
         return total
+
+    @torch.no_grad()
+    def _teacher_logps(self, prompt, response):
+        logq = _logps(self.teacher, prompt, response)
+        if self.trust_region is None:
+            return logq
+        logp = _logps(self.model, prompt, response)  # logits but for a constant a row, which the softmax drops
+        return ((1 - self.trust_region) * logq + self.trust_region * logp).log_softmax(-1)
 
     def run(self, step_file: Path, mini_batches: int = 1):
         """One training step from a dumped file: (mean loss, mean gradient norm before clipping) over its updates."""
@@ -112,6 +137,6 @@ class Reference:
             losses.append(float(loss))
             self.optimizer.step()
         with torch.no_grad():
-            for slow, fast in zip(self.teacher.parameters(), self.model.parameters(), strict=True):
+            for slow, fast in [] if self.trust_region else zip(self.teacher.parameters(), self.model.parameters(), strict=True):
                 slow.lerp_(fast, 0.05)
         return sum(losses) / len(losses), sum(norms) / len(norms)

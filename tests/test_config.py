@@ -202,7 +202,9 @@ def test_required_key_names_its_section(message_of):
         ("algorithm.dual_clip", "1"),
         ("algorithm.divergence_topk", "0"),
         ("algorithm.loss_aggregation", "sum"),
-        ("algorithm.divergence_support", "sampled"),
+        ("algorithm.divergence_support", "top"),
+        ("teacher.interpolation", "1"),
+        ("train.logits_memory_mib", "0"),
     ],
 )
 def test_value_out_of_range(message_of, key, value):
@@ -210,6 +212,12 @@ def test_value_out_of_range(message_of, key, value):
     message = message_of(GOOD, f"{key}={value}")
     assert message.startswith(f"override '{key}={value}': {key}: ")
     assert message.endswith(f", not {yaml.safe_load(value)!r}") and "\n" not in message
+
+
+def test_sampled_tokens_cannot_estimate_every_divergence(message_of):
+    message = message_of(GOOD, "algorithm.divergence_support=sampled")
+    assert message.startswith("override 'algorithm.divergence_support=sampled': algorithm.divergence_support: sampled tokens")
+    assert message.endswith("not jsd; set algorithm.divergence: reverse")
 
 
 @pytest.mark.parametrize("name", ["srpo", "grpo", "sdpo", "advantage_mix"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Algorithm(BaseModel):
@@ -32,12 +32,23 @@ class Algorithm(BaseModel):
 
     divergence: Literal["jsd", "forward", "reverse"] = Field("jsd", description="student p, teacher q: jsd(α), KL(q‖p), KL(p‖q)")
     divergence_alpha: float = Field(0.5, gt=0, lt=1, description="α of jsd: m = (1-α)p + αq")
-    divergence_support: Literal["full", "student_topk"] = Field(
-        "full", description="student_topk: the student's top K ids and one tail bucket"
+    divergence_support: Literal["full", "student_topk", "teacher_topk", "sampled"] = Field(
+        "full",
+        description="full: exact; student_topk, teacher_topk: the likeliest K ids of one side and one tail bucket;"
+        " sampled: the response's own token (divergence: reverse)",
     )
-    divergence_topk: int = Field(100, gt=0, description="K of student_topk")
+    divergence_topk: int = Field(100, gt=0, description="K of student_topk and teacher_topk")
     entropy_beta: float = Field(0.0, ge=0, description="β of w = exp(-β H) / mean; 0: no weighting")
     entropy_weight_cap: float | None = Field(None, gt=0, description="optional upper bound of w, applied after normalisation")
+
+    @model_validator(mode="after")
+    def _one_sample_estimates_the_reverse_kl(self):
+        if self.divergence_support == "sampled" and self.divergence != "reverse":
+            raise ValueError(
+                f"algorithm.divergence_support: sampled tokens estimate the reverse KL only, not {self.divergence};"
+                " set algorithm.divergence: reverse"
+            )
+        return self
 
     @property
     def distils(self) -> bool:

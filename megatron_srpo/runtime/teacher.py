@@ -16,23 +16,32 @@ from megatron_srpo.runtime.packing import OptimizerBatch
 from megatron_srpo.runtime.parallel import Layout
 from megatron_srpo.runtime.schedule import run_schedule
 from megatron_srpo.vocab_parallel.fused import score
+from megatron_srpo.vocab_parallel.sources import Mixture, Projection
 
 
 @dataclass
 class TeacherTargets:
     """The teacher's view of one optimizer batch's distilled samples of this rank, by sample key; filled on the last stage.
 
-    hidden: [R, H] final hidden states that predict the response, in the model's dtype. entropy: [R] nats, full vocabulary.
-    weight: [padded vocabulary / TP, H] the teacher's output matrix.
+    hidden: of each of the teacher's models, [R, H] final hidden states that predict the response, in the model's dtype.
+    weights: of each, [padded vocabulary / TP, H] its output matrix. entropy: [R] nats, full vocabulary.
+    interpolation: the second model's share of the logits, where there are two.
     """
 
-    hidden: dict[int, Tensor] = field(default_factory=dict)
+    hidden: dict[int, list[Tensor]] = field(default_factory=dict)
     entropy: dict[int, Tensor] = field(default_factory=dict)
-    weight: Tensor | None = None
+    weights: list[Tensor] = field(default_factory=list)
+    interpolation: float = 0.0
+
+    def logits(self, keys: Sequence[int]) -> Projection | Mixture:
+        """The teacher's logits for these samples' response tokens, one after another."""
+        states = [torch.cat(parts) for parts in zip(*(self.hidden[key] for key in keys), strict=True)]
+        models = [Projection(*pair) for pair in zip(states, self.weights, strict=True)]
+        return models[0] if len(models) == 1 else Mixture(*models, self.interpolation)
 
 
 class Teacher:
-    """Weights by `teacher.kind`: `ema` and `frozen` hold a copy of the model, `live` is the policy itself.
+    """Weights by `teacher.kind`: `ema` and `frozen` hold a copy of the model, `live` is the policy itself, `trust_region` is both.
 
     The EMA is kept in fp32, every data-parallel rank a share of each parameter (the distributed optimizer's own where
     there is one); the copy it scores with has the model's dtype and is refreshed from the shares after every step.
@@ -43,38 +52,51 @@ class Teacher:
         settings: TeacherSection,
         layout: Layout,
         temperature: float,
+        logits_memory: int | None,
         policy_chunks: Sequence[torch.nn.Module],
         copy_of_policy: Callable[[], Sequence[Qwen3]],
     ):
         """`copy_of_policy()` builds chunks with the policy's present weights; it is not called for `live`."""
         self.settings, self.layout = settings, layout
-        self.temperature = temperature
-        self.chunks: Sequence[Qwen3] = policy_chunks if settings.kind == "live" else copy_of_policy()
+        self.temperature, self.logits_memory = temperature, logits_memory
+        self.policy_chunks = policy_chunks
+        self.chunks: Sequence[Qwen3] = [] if settings.kind == "live" else copy_of_policy()
         self.shares: list[Tensor] = []
-        if settings.kind != "live":
-            for chunk in self.chunks:
-                chunk.requires_grad_(False)
+        for chunk in self.chunks:
+            chunk.requires_grad_(False)
 
     def score(self, batch: OptimizerBatch) -> TeacherTargets:
-        """One forward pass over the distilled samples, packed on their own, with the teacher's longer prompts."""
-        targets = TeacherTargets()
+        """A forward pass over the distilled samples, packed on their own, with the teacher's longer prompts; two of `trust_region`."""
+        targets = TeacherTargets(interpolation=self.settings.interpolation)
+        if self.settings.kind in ("ema", "frozen", "trust_region"):
+            self._forward(self.chunks, batch, targets, is_last=self.settings.kind != "trust_region")
+        if self.settings.kind in ("live", "trust_region"):
+            self._forward(self.policy_chunks, batch, targets, is_last=True)
+        return targets
+
+    def _forward(self, chunks: Sequence[torch.nn.Module], batch: OptimizerBatch, targets: TeacherTargets, is_last: bool) -> None:
+        """Add one model's hidden states and output matrix to `targets`, and after the last model the entropies."""
+        position = len(targets.weights)
 
         def keep(number: int, hidden: Tensor, model: Qwen3) -> Tensor:
             micro_batch = batch.teacher_micro_batches[number]
-            if targets.weight is None:  # the live policy's own matrix moves between mini-batches
-                targets.weight = model.output_weight.detach().clone() if self.settings.kind == "live" else model.output_weight
-            entropy = score(hidden, targets.weight, None, model.vocab_shard, temperature=self.temperature).entropy
-            lengths = micro_batch.response_lengths
-            for document, rows, values in zip(micro_batch.documents, hidden.split(lengths), entropy.split(lengths), strict=True):
-                targets.hidden[document.key], targets.entropy[document.key] = rows, values
+            if len(targets.weights) == position:  # the live policy's own matrix moves between mini-batches
+                weight = model.output_weight.detach()
+                targets.weights.append(weight.clone() if chunks is self.policy_chunks else weight)
+            keys, lengths = [document.key for document in micro_batch.documents], micro_batch.response_lengths
+            for key, rows in zip(keys, hidden.split(lengths), strict=True):
+                targets.hidden.setdefault(key, []).append(rows)
+            if is_last and keys:
+                options = {"temperature": self.temperature, "memory": self.logits_memory}
+                entropy = score(targets.logits(keys), None, model.vocab_shard, **options).entropy
+                targets.entropy.update(zip(keys, entropy.split(lengths), strict=True))
             return hidden.new_zeros(())
 
-        run_schedule(self.chunks, batch.teacher_micro_batches, keep, backward=False)
-        return targets
+        run_schedule(chunks, batch.teacher_micro_batches, keep, backward=False)
 
     @torch.no_grad()
     def follow(self, optimizer: Optimizer, policy_parameters: Sequence[torch.nn.Parameter]) -> None:
-        """θ' ← (1 - ema_rate) θ' + ema_rate θ in fp32; nothing to do for `frozen` and `live`.
+        """θ' ← (1 - ema_rate) θ' + ema_rate θ in fp32; nothing to do for other kinds.
 
         `policy_parameters` are in the order of the teacher's own. Call once per training step, not when it was skipped.
         """

@@ -16,7 +16,7 @@ from megatron_srpo.algorithm.objective import (
 )
 from megatron_srpo.config import Config
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.model.qwen3 import Qwen3, build_chunks
+from megatron_srpo.model.qwen3 import Qwen3, build_chunks, model_dtype
 from megatron_srpo.records import Sample
 from megatron_srpo.runtime.optimizer import Optimizer, wrap_data_parallel
 from megatron_srpo.runtime.packing import OptimizerBatch, PackingRules, pack
@@ -24,7 +24,8 @@ from megatron_srpo.runtime.parallel import Layout
 from megatron_srpo.runtime.schedule import run_schedule
 from megatron_srpo.runtime.teacher import Teacher, TeacherTargets
 from megatron_srpo.vocab_parallel.divergence import Divergence
-from megatron_srpo.vocab_parallel.fused import Statistics, fused_objective, score
+from megatron_srpo.vocab_parallel.fused import Statistics, fused_objective, kernel_name, score
+from megatron_srpo.vocab_parallel.sources import Projection, Rows
 from megatron_srpo.weights.transfer import export, load
 
 
@@ -65,8 +66,10 @@ class Trainer:
         self.chunks = wrap_data_parallel(chunks, config)
         self.optimizer = Optimizer(self.chunks, config)
         self.teacher = None
+        self.logits_memory = config.train.logits_memory_mib and config.train.logits_memory_mib * 2**20
         if self.algorithm.distils:
-            self.teacher = Teacher(config.teacher, layout, config.rollout.temperature, self.chunks, self._copy_of_policy)
+            temperature = config.rollout.temperature
+            self.teacher = Teacher(config.teacher, layout, temperature, self.logits_memory, self.chunks, self._copy_of_policy)
         parallel = config.parallel
         self.rules = PackingRules(
             token_budget=config.train.micro_batch_tokens,
@@ -74,8 +77,20 @@ class Trainer:
             uniform=parallel.pipeline_model_parallel_size > 1,
             count_multiple=parallel.pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size else 1,
         )
-        top_k = self.algorithm.divergence_topk if self.algorithm.divergence_support == "student_topk" else None
-        self.divergence = Divergence(self.algorithm.divergence, self.algorithm.divergence_alpha, top_k)
+        algorithm = self.algorithm
+        self.divergence = Divergence(
+            algorithm.divergence, algorithm.divergence_alpha, algorithm.divergence_support, algorithm.divergence_topk
+        )
+
+    @property
+    def loss_path(self) -> str:
+        """How the vocabulary pass of the loss is computed, in words."""
+        kernel = kernel_name(self.layout.device, model_dtype(self.config))
+        if not self.algorithm.distils:
+            return f"log-probabilities: {kernel}"
+        support, top_k = self.divergence.support, self.divergence.top_k
+        what = {"full": "full vocabulary", "sampled": "sampled token"}.get(support, f"{support} {top_k} and tail")
+        return f"{self.divergence.kind} on the {what}: {kernel}"
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -131,7 +146,8 @@ class Trainer:
         def keep(number: int, hidden: Tensor, model: Qwen3) -> Tensor:
             targets = batch.micro_batches[number].targets.to(hidden.device)
             temperature = self.config.rollout.temperature
-            logprobs[number] = score(hidden, model.output_weight, targets, model.vocab_shard, temperature=temperature).logprob
+            policy = Projection(hidden, model.output_weight)
+            logprobs[number] = score(policy, targets, model.vocab_shard, temperature=temperature, memory=self.logits_memory).logprob
             return hidden.new_zeros(())
 
         run_schedule(self.chunks, batch.micro_batches, keep, backward=False)
@@ -148,29 +164,29 @@ class Trainer:
             micro_batch = batch.micro_batches[number]
             distilled = [document.key for document in micro_batch.documents[: batch.distilled_count(micro_batch)]]
             terms = batch.terms(micro_batch, device)._replace(old_logprob=old_logprobs and old_logprobs[number])
-            weights, teacher_entropy, teacher_hidden = hidden.new_empty(0).float(), hidden.new_empty(0).float(), None
+            weights, teacher_entropy, teacher = hidden.new_empty(0).float(), hidden.new_empty(0).float(), None
             if distilled:
                 # Student and teacher must have scored the same response tokens, though their prompts differ in length.
-                assert [len(targets.hidden[key]) for key in distilled] == micro_batch.response_lengths[: len(distilled)]
+                assert [len(targets.entropy[key]) for key in distilled] == micro_batch.response_lengths[: len(distilled)]
                 teacher_entropy = torch.cat([targets.entropy[key] for key in distilled])
-                teacher_hidden = torch.cat([targets.hidden[key] for key in distilled])
+                teacher = targets.logits(distilled)
                 raw = raw_entropy_weights(teacher_entropy, self.algorithm.entropy_beta)
                 weights = entropy_weights(raw, mean_weight, self.algorithm.entropy_weight_cap).float()
                 terms.distillation_weight[: len(weights)] *= weights
 
-            def objective(rows: slice, logprob: Tensor, divergence: Tensor | None) -> Tensor:
-                return routed_objective(logprob, divergence, terms.rows(rows), self.algorithm)
+            def objective(rows: Rows, tile: Statistics) -> Tensor:
+                return routed_objective(tile.logprob, tile.divergence, terms.rows(rows), self.algorithm)
 
             loss, statistics = fused_objective(
-                hidden,
-                model.output_weight,
+                Projection(hidden, model.output_weight),
                 micro_batch.targets.to(device),
                 objective,
                 model.vocab_shard,
-                teacher_hidden=teacher_hidden,
-                teacher_weight=targets.weight if distilled else None,
+                weight_grad=model.output_weight.main_grad,
+                teacher=teacher,
                 divergence=self.divergence,
                 temperature=self.config.rollout.temperature,
+                memory=self.logits_memory,
             )
             sums, gap = _token_sums(statistics, terms, weights, teacher_entropy, self.algorithm.importance_cap)
             total.add_(torch.cat([loss.detach().double().view(1), sums]))

@@ -1,115 +1,113 @@
-"""The tile on a CPU: two logits buffers made once, every elementwise pass over one row at a time, while it is in cache.
+"""The elementwise passes on a CPU: in place in the logits' tiles, a few rows at a time, while they are in cache.
 
 A pass over a whole tile in fresh memory costs a page fault every 4 KiB and the bandwidth of DRAM; a row of 152,000 fp32
-columns (600 KB) stays in L2 and L3 through all the operations on it. Same interface and results as `ReferenceKernel`.
+columns (600 KB) stays in L2 and L3 through all the operations on it.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_srpo.vocab_parallel.divergence import Divergence
-from megatron_srpo.vocab_parallel.shard import VocabShard, all_reduce, own_columns
+from megatron_srpo.vocab_parallel.exact import FLOOR
 
 _ROW_NUMBERS = 1 << 17  # elements handled together: several short rows, or one long one
-_TINY = 1e-37  # log m of a column that neither student nor teacher can choose: its weight is 0, its log only must be finite
-_FLOOR = -1e30  # stands for logits of -inf
+_TINY = 1e-37  # for logarithms of 0 and of 0/0, where the factor before them is 0
 
 
-class CpuKernel:
-    """For contiguous fp32 or float64 inputs and the full support. Holds two tiles [tile_tokens, width] and three rows."""
+class CpuPasses:
+    """For fp32 and float64 tiles. Extra memory: three rows (or as many short ones as make `_ROW_NUMBERS` elements)."""
 
-    def __init__(
-        self, weight: Tensor, teacher_weight: Tensor | None, shard: VocabShard, kind: Divergence, temperature: float, tile_tokens: int
-    ):
-        width = shard.width
-        self.weight = weight[:width]
-        self.teacher_weight = None if teacher_weight is None else teacher_weight[:width]
-        self.shard, self.kind, self.temperature = shard, kind, temperature
+    name = "CPU, row by row in cache"
+    gradient_is_separate = False
+
+    def __init__(self, width: int, dtype: torch.dtype, kind: Divergence):
+        self.kind = kind
         self.rows = max(1, _ROW_NUMBERS // max(width, 1))
-        self.student = weight.new_empty(tile_tokens, width)
-        self.teacher = weight.new_empty(tile_tokens if teacher_weight is not None else 0, width)
-        self.scratch = weight.new_empty(3, self.rows, width)
-
-    def statistics(self, hidden: Tensor, teacher_hidden: Tensor | None, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """See `ReferenceKernel.statistics`; three all-reduces with a teacher, two without."""
-        count, width = len(hidden), self.shard.width
-        tiles = [torch.mm(hidden, self.weight.t(), out=self.student[:count])]
-        if teacher_hidden is not None:
-            tiles.append(torch.mm(teacher_hidden, self.teacher_weight.t(), out=self.teacher[:count]))
-        maxima = hidden.new_full((len(tiles), count), _FLOOR)
-        for tile, maximum in zip(tiles, maxima, strict=True):
-            for rows in self._blocks(count):
-                block = tile[rows]
-                if self.temperature != 1.0:
-                    block.div_(self.temperature)
-                if width:
-                    torch.amax(block.clamp_(min=_FLOOR), 1, out=maximum[rows])
-        all_reduce(maxima, self.shard.group, dist.ReduceOp.MAX)
-        sums = hidden.new_zeros(len(tiles) + 2, count)  # Σ exp of each, Σ exp·z and the target's logit of the student
-        for number, (tile, maximum) in enumerate(zip(tiles, maxima, strict=True)):
-            for rows in self._blocks(count):
-                block = tile[rows].sub_(maximum[rows, None])
-                exponential = torch.exp(block, out=self.scratch[0, : len(block)])
-                torch.sum(exponential, 1, out=sums[number, rows])
-                if number == 0:
-                    torch.sum(exponential.mul_(block), 1, out=sums[-2, rows])
-        if targets is not None and width:
-            mine, column = own_columns(targets, self.shard)
-            sums[-1] = tiles[0].gather(1, column[:, None])[:, 0] * mine
-        *totals, weighted, target = all_reduce(sums, self.shard.group)
-        self.targets, self.log_total = targets, [total.log() for total in totals]
-        entropy = self.log_total[0] - weighted / totals[0]
-        logprob = target if targets is None else target - self.log_total[0]
-        return logprob, entropy, self._divergence(count) if teacher_hidden is not None else None
+        self.scratch = torch.empty(3, self.rows, width, dtype=dtype)
 
     def _blocks(self, count: int):
         return (slice(start, min(start + self.rows, count)) for start in range(0, count, self.rows))
 
-    def _divergence(self, count: int) -> Tensor:
-        """D [n]. Leaves p·f in the student's tile and p in the teacher's (see `divergence.py` for f)."""
-        sums = self.student.new_empty(2, count)  # Σ p f, and for the JSD Σ q (log q - log m); forward KL: its own sum
-        kind, alpha = self.kind.kind, self.kind.alpha
-        for rows in self._blocks(count):
-            logp = self.student[rows].sub_(self.log_total[0][rows, None])
-            logq = self.teacher[rows].sub_(self.log_total[1][rows, None])
-            p, q, logm = (buffer[: len(logp)] for buffer in self.scratch)
-            torch.exp(logp, out=p)
-            torch.exp(logq, out=q)
-            if kind == "jsd":
-                torch.mul(p, 1 - alpha, out=logm).add_(q, alpha=alpha).clamp_(min=_TINY).log_()
-                torch.sum(logq.sub_(logm).mul_(q), 1, out=sums[1, rows])
-                logp.sub_(logm).mul_(p)
-            elif kind == "reverse":
-                logp.sub_(logq).mul_(p)
-            else:
-                torch.sum(logq.sub_(logp).mul_(q), 1, out=sums[1, rows])
-                torch.neg(q, out=logp)
-            torch.sum(logp, 1, out=sums[0, rows])
-            logq.copy_(p)
-        if kind == "reverse":
-            sums[1].zero_()
-        all_reduce(sums, self.shard.group)
-        self.mean = sums[0]
-        return {"jsd": (1 - alpha) * sums[0] + alpha * sums[1], "reverse": sums[0], "forward": sums[1]}[kind]
+    def row_sums(self, tiles: list[Tensor], sums: Tensor) -> None:
+        """See `Passes`. Leaves z - m in the tiles, m the maximum of these columns."""
+        self.tiles, self.own_maximum, self.distilled = tiles, sums[0], False
+        sums[0] = FLOOR
+        if not tiles[0].shape[1]:
+            return
+        for number, tile in enumerate(tiles):
+            for rows in self._blocks(len(tile)):
+                block = tile[rows]
+                maximum = torch.amax(block.clamp_(min=FLOOR), 1, out=sums[0, number, rows])
+                exponential = torch.exp(block.sub_(maximum[:, None]), out=self.scratch[0, : len(block)])
+                torch.sum(exponential, 1, out=sums[1, number, rows])
+                if number == 0:
+                    torch.sum(exponential.mul_(block), 1, out=sums[2, 0, rows])
 
-    def logits_grad(self, logprob_grad: Tensor, divergence_grad: Tensor | None) -> Tensor:
-        """See `ReferenceKernel.logits_grad`. The result lives in the student's tile, until the next `statistics`."""
-        count = len(logprob_grad)
-        gradient = self.student[:count]
-        logprob_grad = logprob_grad / self.temperature
-        if divergence_grad is not None:
-            scale = divergence_grad / self.temperature * ((1 - self.kind.alpha) if self.kind.kind == "jsd" else 1.0)
-            of_p = -(scale * self.mean + logprob_grad)
-        for rows in self._blocks(count):
-            block = gradient[rows]
-            if divergence_grad is None:
-                block.sub_(self.log_total[0][rows, None]).exp_().mul_(-logprob_grad[rows, None])
+    def divergence_sums(self, tiles: list[Tensor], maximum: Tensor, total: Tensor) -> Tensor:
+        """See `Passes`. Leaves p·f in the student's tile and p in the teacher's."""
+        self.distilled = True
+        scale, shift = self._normalisers(maximum, total)
+        sums = tiles[0].new_zeros(2, len(tiles[0]))
+        kind, alpha = self.kind.kind, self.kind.alpha
+        for rows in self._blocks(len(tiles[0])):
+            x, y = tiles[0][rows], tiles[1][rows]  # log p = x - shift, p = scale · exp x
+            q, m, p = (buffer[: len(x)] for buffer in self.scratch)
+            torch.exp(y, out=q).mul_(scale[1, rows])
+            if kind == "jsd":  # log(p / m), not log p - log m: exactly 0 where p = q
+                terms, p = p, torch.exp(x, out=y).mul_(scale[0, rows])
+                torch.lerp(p, q, alpha, out=m).add_(_TINY)
+                torch.add(q, _TINY, out=terms).div_(m).log_().mul_(q)
+                torch.sum(terms, 1, out=sums[1, rows])
+                torch.add(p, _TINY, out=x).div_(m).log_().mul_(p)
             else:
-                block.mul_(scale[rows, None]).addcmul_(self.teacher[rows], of_p[rows, None])
-        if self.shard.width:
-            mine, column = own_columns(self.targets, self.shard)
-            gradient.scatter_add_(1, column[:, None], (logprob_grad * mine)[:, None])
+                torch.exp(x, out=p).mul_(scale[0, rows])
+                difference = shift[0, rows] - shift[1, rows]
+                if kind == "reverse":
+                    x.sub_(y).sub_(difference).mul_(p)
+                else:
+                    torch.sum(y.sub_(x).add_(difference).mul_(q), 1, out=sums[1, rows])
+                    torch.sub(p, q, out=x)
+                y.copy_(p)
+            torch.sum(x, 1, out=sums[0, rows])
+        return sums
+
+    def _normalisers(self, maximum: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        """(scale, shift), [tiles, n, 1] each: p = scale · exp x and log p = x - shift for the x = z - m left in the tiles."""
+        above = maximum - self.own_maximum
+        return ((-above).exp() / total)[..., None], (above + total.log())[..., None]
+
+    def gradient(
+        self,
+        scales: tuple[Tensor | None, Tensor, Tensor | None],
+        maximum: Tensor,
+        total: Tensor,
+        column: Tensor,
+        of_target: Tensor,
+    ) -> Tensor:
+        """See `Passes`. In the student's tile."""
+        gradient = self.tiles[0]
+        of_pf, of_p, of_plogp = (None if scale is None else scale[:, None] for scale in scales)
+        scale, shift = (of_tiles[0] for of_tiles in self._normalisers(maximum, total))
+        for rows in self._blocks(len(gradient)):
+            x, plogp = gradient[rows], self.scratch[0, : len(gradient[rows])]
+            if self.distilled:
+                p = self.tiles[1][rows]
+                if of_plogp is not None:
+                    torch.clamp(p, min=_TINY, out=plogp).log_().mul_(p).mul_(of_plogp[rows])
+                if of_pf is None:
+                    torch.mul(p, of_p[rows], out=x)
+                else:
+                    x.mul_(of_pf[rows]).addcmul_(p, of_p[rows])
+            else:
+                if of_plogp is not None:
+                    torch.sub(x, shift[rows], out=plogp).mul_(torch.exp(x, out=self.scratch[1, : len(x)])).mul_(
+                        scale[rows] * of_plogp[rows]
+                    )
+                x.exp_().mul_(scale[rows] * of_p[rows])
+            if of_plogp is not None:
+                x.add_(plogp)
+        if gradient.shape[1]:
+            gradient.scatter_add_(1, column.clamp(min=0)[:, None], (of_target * (column >= 0))[:, None])
         return gradient

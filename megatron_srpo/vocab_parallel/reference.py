@@ -1,79 +1,83 @@
-"""The tile, written plainly: any device, dtype and divergence. Faster kernels are tested against it."""
+"""The tile, written plainly: any device, dtype, divergence and support. Faster kernels are tested against it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_srpo.vocab_parallel import divergence as divergences
-from megatron_srpo.vocab_parallel.divergence import Divergence
-from megatron_srpo.vocab_parallel.shard import VocabShard, all_reduce, own_columns, wide
+from megatron_srpo.vocab_parallel.divergence import Divergence, on_tile
+from megatron_srpo.vocab_parallel.shard import VocabShard, all_reduce, own_columns
 
 
 class ReferenceKernel:
-    """Statistics of one tile of tokens at a time, and the gradient of its logits.
+    """Same interface and results as `ExactKernel`. Holds log p, log q and dD/dz of the last tile and some temporaries of its size."""
 
-    Keeps what the gradient needs of the last tile: log p, log q and dD/dz, [n, width] each, freshly allocated.
-    """
+    name = "plain torch"
+    gradient_is_separate = True
 
-    def __init__(self, weight: Tensor, teacher_weight: Tensor | None, shard: VocabShard, kind: Divergence, temperature: float):
-        self.weight, self.teacher_weight = weight, teacher_weight
-        self.shard, self.kind, self.temperature = shard, kind, temperature
+    def __init__(self, shard: VocabShard, kind: Divergence):
+        self.shard, self.kind = shard, kind
 
-    def statistics(self, hidden: Tensor, teacher_hidden: Tensor | None, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """log p(target), entropy of p and D (None without a teacher), [n] each, of tokens `hidden` [n, H].
+    def statistics(
+        self, tiles: list[Tensor], targets: Tensor | None, meanwhile: Callable[[], None]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """log p(target) (zeros without targets), entropy of p and D (None without a teacher), [n] each.
 
-        Without targets the log-probabilities are zeros. All-reduces: two, and those of the divergence.
+        All-reduces: two, and those of the divergence (see `on_tile`).
         """
-        logits = [self._logits(hidden, self.weight)]
-        if teacher_hidden is not None:
-            logits.append(self._logits(teacher_hidden, self.teacher_weight))
-        logps, entropy, logprob = _log_softmax(logits, targets, self.shard)
+        logps, self.entropy, logprobs = _log_softmax(tiles, targets, self.shard)
         self.targets, self.logp, divergence = targets, logps[0], None
-        if teacher_hidden is not None:
-            shard, kind = self.shard, self.kind
-            if kind.top_k is None:
-                divergence, self.divergence_grad = divergences.full(*logps, kind, shard.group)
+        if len(tiles) == 2:
+            if self.kind.support == "sampled":
+                divergence = logprobs[0] - logprobs[1]
+                self.divergence_grad = divergence[:, None] * self._logprob_grad(torch.ones_like(divergence))
             else:
-                divergence, self.divergence_grad = divergences.top_k(*logps, kind, shard.start, shard.vocab_size, shard.group)
-        return logprob, entropy, divergence
+                divergence, self.divergence_grad = on_tile(*logps, self.kind, self.shard)
+        return logprobs[0], self.entropy, divergence
 
-    def logits_grad(self, logprob_grad: Tensor, divergence_grad: Tensor | None) -> Tensor:
-        """[n, width] gradient with respect to the raw logits of the last tile, from those of its statistics, [n]."""
-        gradient = self.logp.exp().mul_(-logprob_grad[:, None])  # d log p(y) / dz = 1[y] - p
-        mine, column = own_columns(self.targets, self.shard)
-        if self.shard.width:
-            gradient.scatter_add_(1, column[:, None], (logprob_grad * mine)[:, None])
+    def logits_grad(self, logprob_grad: Tensor | None, entropy_grad: Tensor | None, divergence_grad: Tensor | None) -> Tensor:
+        """[n, width] gradient with respect to the last tile's logits, from those of its statistics, [n] or None for zeros."""
+        gradient = torch.zeros_like(self.logp) if logprob_grad is None else self._logprob_grad(logprob_grad)
+        if entropy_grad is not None:
+            p, logp = self.logp.exp(), self.logp.clamp(min=-1e30)
+            gradient.addcmul_(p * (logp + self.entropy[:, None]), -entropy_grad[:, None])
         if divergence_grad is not None:
             gradient.addcmul_(self.divergence_grad, divergence_grad[:, None])
-        return gradient.div_(self.temperature)
+        return gradient
 
-    def _logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """[n, width] logits of the real columns, upcast here and not before."""
-        logits = (hidden @ weight[: self.shard.width].t()).to(wide(hidden.dtype))
-        return logits if self.temperature == 1.0 else logits.div_(self.temperature)
+    def _logprob_grad(self, scale: Tensor) -> Tensor:
+        """scale · (1[v = y] - p_v), [n, width]."""
+        gradient = self.logp.exp().mul_(-scale[:, None])
+        if self.targets is not None and self.shard.width:
+            mine, column = own_columns(self.targets, self.shard)
+            gradient.scatter_add_(1, column[:, None], (scale * mine)[:, None])
+        return gradient
 
 
-def _log_softmax(logits: list[Tensor], targets: Tensor | None, shard: VocabShard) -> tuple[list[Tensor], Tensor, Tensor]:
-    """log softmax over all shards of each tensor; the first one's entropy and log-probability of the targets.
+def _log_softmax(logits: list[Tensor], targets: Tensor | None, shard: VocabShard) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    """log softmax over all shards of each tensor, the first one's entropy, and each one's log-probability of the targets.
 
     Two all-reduces in all: the row maxima, then sums of exponentials, the entropy's numerator and target logits.
     """
     empty = shard.width == 0
-    maxima = torch.stack([z.new_full((z.shape[0],), -math.inf) if empty else z.amax(1) for z in logits])
+    maxima = torch.stack([z.new_full((len(z),), -math.inf) if empty else z.amax(1) for z in logits])
     all_reduce(maxima, shard.group, dist.ReduceOp.MAX)
-    shifted = [z.sub_(m[:, None]) for z, m in zip(logits, maxima, strict=True)]
+    shifted = [z - m[:, None] for z, m in zip(logits, maxima, strict=True)]
     exponentials = [z.exp() for z in shifted]
     weighted = exponentials[0].mul(shifted[0].clamp(min=-1e30)).sum(1)  # 0 · -inf would be NaN
-    target_logit = torch.zeros_like(maxima[0])
+    target_logits = torch.zeros_like(maxima)
     if targets is not None and not empty:
         mine, column = own_columns(targets, shard)
-        target_logit = torch.where(mine, shifted[0].gather(1, column[:, None])[:, 0], target_logit)
-    sums = torch.stack([*(e.sum(1) for e in exponentials), weighted, target_logit])
-    *totals, weighted, target_logit = all_reduce(sums, shard.group)
+        for z, logit in zip(shifted, target_logits, strict=True):
+            logit.copy_(z.gather(1, column[:, None])[:, 0].masked_fill(~mine, 0.0))
+    sums = all_reduce(torch.stack([*(e.sum(1) for e in exponentials), weighted, *target_logits]), shard.group)
+    totals, weighted, target_logits = sums[: len(logits)], sums[len(logits)], sums[len(logits) + 1 :]
     logps = [z.sub_(total.log()[:, None]) for z, total in zip(shifted, totals, strict=True)]
     entropy = totals[0].log() - weighted / totals[0]
-    return logps, entropy, target_logit if targets is None else target_logit - totals[0].log()
+    if targets is None:
+        return logps, entropy, list(torch.zeros_like(target_logits))
+    return logps, entropy, [logit - total.log() for logit, total in zip(target_logits, totals, strict=True)]

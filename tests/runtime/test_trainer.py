@@ -106,11 +106,37 @@ def test_frozen_teacher_stays(make_trainer):
 
 def test_live_teacher_is_the_policy(make_trainer):
     trainer, samples = make_trainer("teacher.kind=live", "algorithm.mini_batch_prompts=2")
-    assert [id(parameter) for parameter in teacher_parameters(trainer)] == [id(parameter) for parameter in trainer.parameters]
+    assert teacher_parameters(trainer) == []  # no copy
     targets = trainer.score_teacher(trainer.pack(samples))
-    before = targets[0].weight.clone()
+    (before,) = (weight.clone() for weight in targets[0].weights)
+    assert torch.equal(before, trainer.chunks[-1].module.output_weight)
     step(trainer, samples)
-    assert torch.equal(targets[0].weight, before)  # a later mini-batch sees the weights that made the hidden states
+    assert torch.equal(targets[0].weights[0], before)  # a later mini-batch sees the weights that made the hidden states
+
+
+def test_trust_region_teacher_is_between_the_initial_model_and_the_policy(make_trainer):
+    """Before the first update both are one; the initial one stays; entropies are those of the interpolated logits."""
+    trainer, samples = make_trainer("teacher.kind=trust_region", "teacher.interpolation=0.3")
+    start = snapshot(trainer.parameters)
+    step(trainer, samples)
+    assert all(map(torch.equal, start, teacher_parameters(trainer)))
+    (targets,) = trainer.score_teacher(trainer.pack(samples))
+    initial, policy = targets.weights
+    assert torch.equal(policy, trainer.chunks[-1].module.output_weight) and not torch.equal(initial, policy)
+    for key, (of_initial, of_policy) in targets.hidden.items():
+        logits = 0.7 * of_initial.double() @ initial.double().t() + 0.3 * of_policy.double() @ policy.double().t()
+        logq = logits[:, : trainer.folder.architecture.vocab_size].log_softmax(1)
+        torch.testing.assert_close(targets.entropy[key].double(), -(logq.exp() * logq).sum(1), rtol=1e-5, atol=1e-5)
+
+
+def test_output_weight_gradient_goes_straight_to_main_grad(make_trainer):
+    """No .grad is left behind (that the tied matrix has its embedding's part too, test_invariance sees)."""
+    trainer, samples = make_trainer()
+    weight = trainer.chunks[-1].module.output_weight
+    trainer.optimizer.zero_grad()
+    assert weight.main_grad.abs().max() == 0 and weight.main_grad.dtype == torch.float32
+    step(trainer, samples)
+    assert weight.grad is None and weight.main_grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("optimizer", ["true", "false"])

@@ -17,11 +17,19 @@ def log_softmax(hidden: Tensor, weight: Tensor, vocab_size: int, temperature: fl
     return torch.log_softmax(hidden @ weight[:vocab_size].t() / temperature, dim=-1)
 
 
-def divergence(logp: Tensor, logq: Tensor, kind: Divergence) -> Tensor:
-    """D [T] between student and teacher, on the support that `kind` names; gradients flow into both."""
+def divergence(logp: Tensor, logq: Tensor, kind: Divergence, targets: Tensor | None = None) -> Tensor:
+    """D [T] between student and teacher, on the support that `kind` names; gradients flow into both.
+
+    On the sampled token: the SDPO code's stopgrad(log p - log q) · log p, moved by a constant to the value log p - log q.
+    """
     vocab_size = logp.shape[1]
-    if kind.top_k is not None and kind.top_k < vocab_size:
-        head = logp.detach().argsort(dim=1, descending=True)[:, : kind.top_k]
+    if kind.support == "sampled":
+        chosen, of_teacher = (x.gather(1, targets[:, None])[:, 0] for x in (logp, logq))
+        ratio = (chosen - of_teacher).detach()
+        return ratio * chosen + (ratio - ratio * chosen).detach()
+    if kind.support.endswith("topk") and kind.top_k < vocab_size:
+        chooses = logp if kind.support == "student_topk" else logq
+        head = chooses.detach().argsort(dim=1, descending=True)[:, : kind.top_k]
         outside = torch.ones_like(logp).scatter(1, head, 0).bool()
         logp, logq = (
             torch.cat([x.gather(1, head), x.masked_fill(~outside, -math.inf).logsumexp(1, keepdim=True)], dim=1) for x in (logp, logq)

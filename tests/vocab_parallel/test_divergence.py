@@ -8,7 +8,8 @@ from exact import WIDE, divergence, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_srpo.vocab_parallel.divergence import Divergence, full, top_k
+from megatron_srpo.vocab_parallel.divergence import Divergence, on_tile
+from megatron_srpo.vocab_parallel.shard import VocabShard
 
 KINDS = [
     Divergence("jsd", 0.5),
@@ -25,12 +26,15 @@ def logits(seed, rows=4, vocab_size=23, scale=2.0, dtype=WIDE):
     return (scale * torch.randn(2, rows, vocab_size, generator=generator, dtype=WIDE)).to(dtype)
 
 
+def on(kind, k, side="student"):
+    """`kind` on the top k of one side and a tail, or on the full support for k = None."""
+    return kind if k is None else kind._replace(support=f"{side}_topk", top_k=k)
+
+
 def ours(z_student, z_teacher, kind):
     """(D, dD/dz) of the package on one shard that holds the whole vocabulary."""
     logp, logq = z_student.log_softmax(1), z_teacher.log_softmax(1)
-    if kind.top_k is None:
-        return full(logp, logq, kind, None)
-    return top_k(logp, logq, kind, 0, logp.shape[1], None)
+    return on_tile(logp, logq, kind, VocabShard(0, logp.shape[1], logp.shape[1]))
 
 
 def reference(z_student, z_teacher, kind):
@@ -43,7 +47,7 @@ def reference(z_student, z_teacher, kind):
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("k", [None, 1, 7, 22, 23, 100])
 def test_value_and_gradient(kind, k):
-    kind = kind._replace(top_k=k)
+    kind = on(kind, k)
     for seed, scale in ((0, 0.3), (1, 2.0), (2, 8.0)):
         student, teacher = logits(seed, scale=scale)
         value, gradient = ours(student, teacher, kind)
@@ -56,7 +60,7 @@ def test_value_and_gradient(kind, k):
 @settings(deadline=None, max_examples=100)
 def test_value_and_gradient_everywhere(seed, scale, kind, k):
     student, teacher = logits(seed, scale=scale)
-    kind = kind._replace(top_k=k)
+    kind = on(kind, k)
     value, gradient = ours(student, teacher, kind)
     expected, expected_gradient = reference(student, teacher, kind)
     torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
@@ -68,7 +72,7 @@ def test_value_and_gradient_everywhere(seed, scale, kind, k):
 def test_top_k_of_the_whole_vocabulary_is_full(seed, scale, kind):
     student, teacher = logits(seed, scale=scale)
     for k in (23, 24, 1000):
-        for found, expected in zip(ours(student, teacher, kind._replace(top_k=k)), ours(student, teacher, kind), strict=True):
+        for found, expected in zip(ours(student, teacher, on(kind, k)), ours(student, teacher, kind), strict=True):
             assert torch.equal(found, expected)
 
 
@@ -78,7 +82,7 @@ def test_bounds(seed, scale, k):
     """0 ≤ JSD_½ ≤ ln 2 and KL ≥ 0; a coarser support never says more than the finer one (data processing)."""
     student, teacher = logits(seed, scale=scale)
     for kind in KINDS:
-        value = ours(student, teacher, kind._replace(top_k=k))[0]
+        value = ours(student, teacher, on(kind, k))[0]
         assert value.min() >= -1e-12
         assert (value <= ours(student, teacher, kind)[0] + 1e-10).all()
         if kind.kind == "jsd" and kind.alpha == 0.5:
@@ -89,7 +93,7 @@ def test_jsd_of_disjoint_distributions_is_ln_2():
     student, teacher = torch.full((1, 6), -1e4), torch.full((1, 6), -1e4)
     student[0, 1], teacher[0, 4] = 1e4, 1e4
     for k in (None, 2):
-        value, gradient = ours(student, teacher, Divergence(top_k=k))
+        value, gradient = ours(student, teacher, on(Divergence(), k))
         assert value.item() == pytest.approx(math.log(2), rel=1e-6)
         assert gradient.isfinite().all()
 
@@ -110,8 +114,8 @@ def test_forward_and_reverse_are_each_other_swapped():
     p, q = torch.tensor([[0.5, 0.5]], dtype=WIDE), torch.tensor([[0.9, 0.1]], dtype=WIDE)
     q_over_p = 0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)
     p_over_q = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
-    assert full(p.log(), q.log(), Divergence("forward"), None)[0].item() == pytest.approx(q_over_p)
-    assert full(p.log(), q.log(), Divergence("reverse"), None)[0].item() == pytest.approx(p_over_q)
+    assert on_tile(p.log(), q.log(), Divergence("forward"), VocabShard(0, 2, 2))[0].item() == pytest.approx(q_over_p)
+    assert on_tile(p.log(), q.log(), Divergence("reverse"), VocabShard(0, 2, 2))[0].item() == pytest.approx(p_over_q)
 
 
 def test_alpha_is_the_weight_of_the_teacher():
@@ -119,7 +123,8 @@ def test_alpha_is_the_weight_of_the_teacher():
     p, q, alpha = [0.5, 0.5], [0.9, 0.1], 0.25
     m = [0.6, 0.4]
     expected = sum(0.75 * a * math.log(a / c) + 0.25 * b * math.log(b / c) for a, b, c in zip(p, q, m, strict=True))
-    value = full(torch.tensor([p], dtype=WIDE).log(), torch.tensor([q], dtype=WIDE).log(), Divergence("jsd", alpha), None)[0]
+    logp, logq = torch.tensor([p], dtype=WIDE).log(), torch.tensor([q], dtype=WIDE).log()
+    value = on_tile(logp, logq, Divergence("jsd", alpha), VocabShard(0, 2, 2))[0]
     assert value.item() == pytest.approx(expected)
 
 
@@ -128,7 +133,7 @@ def test_alpha_is_the_weight_of_the_teacher():
 def test_gradient_sums_to_zero(kind, k):
     """Adding a constant to all logits changes nothing."""
     student, teacher = logits(4)
-    gradient = ours(student, teacher, kind._replace(top_k=k))[1]
+    gradient = ours(student, teacher, on(kind, k))[1]
     assert gradient.sum(1).abs().max() < 1e-14 and gradient.abs().max() > 1e-3
 
 
@@ -137,7 +142,7 @@ def test_gradient_sums_to_zero(kind, k):
 @pytest.mark.parametrize("dtype, tolerance", [(WIDE, 1e-15), (torch.float32, 1e-6)])
 def test_identical_distributions_have_divergence_and_gradient_zero(kind, k, dtype, tolerance):
     student = logits(5, scale=4.0, dtype=dtype)[0]
-    value, gradient = ours(student, student.clone(), kind._replace(top_k=k))
+    value, gradient = ours(student, student.clone(), on(kind, k))
     assert value.abs().max() <= tolerance and gradient.abs().max() <= tolerance
 
 
@@ -157,7 +162,7 @@ def test_extreme_logits_stay_finite_and_right_in_fp32(kind, k, size):
     )
     student, teacher = (size * patterns).repeat_interleave(5, 0), (size * patterns).repeat(5, 1)
     student = student + torch.arange(5) * 1e-3 * size  # no ties: which ids are the top K is beyond doubt
-    kind = kind._replace(top_k=k)
+    kind = on(kind, k)
     value, gradient = ours(student, teacher, kind)
     expected, expected_gradient = reference(student, teacher, kind)
     assert value.isfinite().all() and gradient.isfinite().all()
@@ -172,8 +177,8 @@ def test_tail_bucket_with_next_to_no_mass():
     teacher = torch.tensor([[0.0, 3.0, 2.0, 1.0]] * 3)
     for kind in KINDS:
         for k in (1, 2):
-            value, gradient = ours(student, teacher, kind._replace(top_k=k))
-            expected, expected_gradient = reference(student, teacher, kind._replace(top_k=k))
+            value, gradient = ours(student, teacher, on(kind, k))
+            expected, expected_gradient = reference(student, teacher, on(kind, k))
             assert value.isfinite().all() and gradient.isfinite().all(), kind
             torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-4, atol=1e-5)
@@ -183,7 +188,7 @@ def test_fp32_is_close_to_float64():
     student, teacher = logits(7, rows=64, vocab_size=300, scale=3.0)
     for kind in KINDS:
         for k in (None, 20):
-            found = ours(student.float(), teacher.float(), kind._replace(top_k=k))
-            expected = reference(student.float(), teacher.float(), kind._replace(top_k=k))
+            found = ours(student.float(), teacher.float(), on(kind, k))
+            expected = reference(student.float(), teacher.float(), on(kind, k))
             assert relative_error(found[0], expected[0]) < 1e-5
             assert relative_error(found[1], expected[1]) < 1e-5

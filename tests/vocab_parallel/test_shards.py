@@ -14,6 +14,7 @@ from megatron_srpo.vocab_parallel.divergence import Divergence
 from megatron_srpo.vocab_parallel.fused import fused_objective, score
 from megatron_srpo.vocab_parallel.reference import ReferenceKernel
 from megatron_srpo.vocab_parallel.shard import VocabShard
+from megatron_srpo.vocab_parallel.sources import Projection
 
 sys.path.insert(0, str(Path(__file__).parent))  # the spawned processes find their neighbours too
 from test_fused import Problem, assert_close  # noqa: E402
@@ -23,9 +24,13 @@ VOCABULARY = 29
 # padded rows a rank: shards of 10, 10, 9 columns; of 15, 14, 0; of 29, 0, 0
 PADDED_WIDTHS = (10, 15, 29)
 KINDS = [
-    Divergence(kind, alpha, k)
-    for (kind, alpha), k in itertools.product([("jsd", 0.5), ("jsd", 0.2), ("forward", 0.5), ("reverse", 0.5)], (None, 6, 28, 29))
+    Divergence(kind, alpha, *support)
+    for (kind, alpha), support in itertools.product(
+        [("jsd", 0.5), ("jsd", 0.2), ("forward", 0.5), ("reverse", 0.5)],
+        [("full",), ("student_topk", 6), ("student_topk", 28), ("student_topk", 29), ("teacher_topk", 6), ("teacher_topk", 28)],
+    )
 ]
+KINDS.append(Divergence("reverse", support="sampled"))
 
 
 def problem_of(padded_width: int, distilled: int = 5) -> Problem:
@@ -44,11 +49,12 @@ def run_rank(rank: int, store: str, results: str) -> None:
                 case = problem_of(padded_width, distilled), kind, shard, padded_width, rank
                 saved[padded_width, kind, distilled] = _case(*case)
                 with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr(fused, "_kernel", lambda *arguments: ReferenceKernel(*arguments[:5]))
+                    patch.setattr(fused, "_kernel", lambda tile_tokens, shard, divergence, own: ReferenceKernel(shard, divergence))
                     torch.testing.assert_close(_case(*case), saved[padded_width, kind, distilled])
         problem = problem_of(padded_width)
         own = slice(rank * padded_width, (rank + 1) * padded_width)
-        saved[padded_width, "score"] = tuple(score(problem.hidden, problem.weight[own], problem.targets, shard, temperature=0.7))
+        source = Projection(problem.hidden, problem.weight[own])
+        saved[padded_width, "score"] = tuple(score(source, problem.targets, shard, temperature=0.7))
     gathered = [None] * RANKS
     dist.all_gather_object(gathered, saved)
     if rank == 0:
@@ -60,13 +66,11 @@ def _case(problem: Problem, kind: Divergence, shard: VocabShard, padded_width: i
     own = slice(rank * padded_width, (rank + 1) * padded_width)
     hidden, weight = problem.hidden.clone().requires_grad_(), problem.weight[own].clone().requires_grad_()
     loss, statistics = fused_objective(
-        hidden,
-        weight,
+        Projection(hidden, weight),
         problem.targets,
         problem.objective,
         shard,
-        teacher_hidden=problem.teacher_hidden if problem.distilled else None,
-        teacher_weight=problem.teacher_weight[own] if problem.distilled else None,
+        teacher=Projection(problem.teacher_hidden, problem.teacher_weight[own]) if problem.distilled else None,
         divergence=kind,
         temperature=0.7,
         tile_tokens=4,
