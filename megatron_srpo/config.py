@@ -121,8 +121,34 @@ class EvaluationSection(_Section):
         return self
 
 
+class CheckpointSection(_Section):
+    save_interval: int = Field(10, ge=0, description="steps between checkpoints, also after the last step; 0: never")
+    async_save: bool = Field(True, description="write them while training goes on")
+    keep_last: int = Field(2, gt=0, description="the newest checkpoints that stay")
+    keep_best: int = Field(1, ge=0, description="besides, those with the best evaluation (the first task's avg@K) stay")
+    exit_duration_in_mins: float | None = Field(None, gt=0, description="save and leave when the run has lasted this long")
+
+
+class ResumeSection(_Section):
+    mode: Literal["auto", "never"] = Field(
+        "auto", description="auto: a run folder that holds this run already is gone on with; never: it is refused"
+    )
+    override: tuple[str, ...] = Field(
+        (
+            *("parallel", "optimizer.lr", "train.steps", "train.micro_batch_tokens", "train.logits_memory_mib"),
+            *("rollout.batch_size", "evaluation", "checkpoint", "resume", "logging"),
+        ),
+        description="keys and sections that may differ from the run's own when it is gone on with",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value):
+        return {"mode": value} if isinstance(value, str) else value
+
+
 class LoggingSection(_Section):
-    dir: Path = Field(description="the run folder; must not hold a run already")
+    dir: Path = Field(description="the run folder")
     rollouts: bool = Field(True, description="dump every sample, one file a step (replayable)")
 
 
@@ -138,6 +164,8 @@ class Config(_Section):
     optimizer: OptimizerSection = OptimizerSection()
     train: TrainSection
     evaluation: EvaluationSection = EvaluationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    resume: ResumeSection = Field(ResumeSection(), description="short form: resume: auto | never")
     logging: LoggingSection
     megatron: dict[str, Any] = Field(default_factory=dict, description="passed to megatron-core's TransformerConfig, by field name")
 

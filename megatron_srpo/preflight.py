@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+from megatron_srpo.checkpoint.resume import check_run_folder
 from megatron_srpo.config import Config, ConfigError
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.model.qwen3 import check_layout, transformer_config, uses_transformer_engine
@@ -25,7 +24,7 @@ def preflight(config: Config) -> HFFolder:
     for number in range(config.rollout.prompts_per_step):
         encode_prompt(task.prompt("train", number), folder, config.rollout)
     if rank_from_environment() == 0:
-        _check_run_folder(config.logging.dir)
+        check_run_folder(config, folder.architecture)
     if config.rollout.replay is not None:
         for step in range(1, config.train.steps + 1):
             if not step_file(config.rollout.replay, step).is_file():
@@ -33,11 +32,3 @@ def preflight(config: Config) -> HFFolder:
                     f"rollout.replay: {step_file(config.rollout.replay, step)} is missing, but train.steps is {config.train.steps}"
                 )
     return folder
-
-
-def _check_run_folder(directory: Path) -> None:
-    if directory.exists() and not directory.is_dir():
-        raise ConfigError(f"logging.dir: {directory.resolve()} is not a folder")
-    held = [name for name in ("metrics.jsonl", "rollouts", "hf", "hf.partial") if (directory / name).exists()]
-    if held:
-        raise ConfigError(f"logging.dir: {directory.resolve()} already holds a run ({', '.join(held)}); name another folder")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_srpo.files import write_text
 from megatron_srpo.records import Group
 from megatron_srpo.runtime.trainer import UpdateReport
 
@@ -63,9 +64,10 @@ def update_metrics(report: UpdateReport) -> dict[str, float]:
 
 
 class MetricsFile:
-    """Appends to metrics.jsonl; every line is on disk when `write` returns. Non-finite numbers become null."""
+    """metrics.jsonl; every line is on disk when `write` returns. Non-finite numbers become null."""
 
     def __init__(self, path: Path):
+        self.path = path
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
@@ -73,6 +75,29 @@ class MetricsFile:
         clean = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
+
+    def rewind(self, step: int, with_evaluation: bool) -> list[dict[str, Any]]:
+        """Drop what was written of steps after `step`, or of its evaluation, and a line that a kill tore; returns what stays."""
+        rows = [row for row in self._rows() if row["step"] < step or row["step"] == step and ("loss" in row or with_evaluation)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        if self.path.is_file() and self.path.read_text(encoding="utf-8") != text:
+            self._file.close()
+            write_text(self.path, text)
+            self._file = self.path.open("a", encoding="utf-8")
+        return rows
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The rows of evaluations, in their order."""
+        return [row for row in self._rows() if "loss" not in row]
+
+    def _rows(self) -> list[dict[str, Any]]:
+        rows = []
+        for line in self.path.read_bytes().split(b"\n") if self.path.is_file() else ():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue  # the empty rest of the file, or a torn line
+        return rows
 
     def close(self) -> None:
         """Close the file."""

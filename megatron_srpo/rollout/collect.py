@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 from megatron_srpo.config import ConfigError, RolloutSection
 from megatron_srpo.model.hf_folder import HFFolder
@@ -33,11 +34,37 @@ class Collector:
         numbers = range(start + self.layout.rank, start + count, self.layout.world_size)
         return [encode_prompt(self.task.prompt(split, number), self.folder, self.settings) for number in numbers]
 
-    def sample(self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: Sampling, seed: str) -> list[Group]:
-        """`samples_per_prompt` responses to each prompt. A sample's randomness is (seed, prompt id, index) alone."""
-        requests = [Request(prompt.ids, f"{seed}/{prompt.id}/{index}") for prompt in prompts for index in range(samples_per_prompt)]
-        completions = iter(self.engine.generate(requests, sampling))
-        return [tuple(self._sample(prompt, index, next(completions)) for index in range(samples_per_prompt)) for prompt in prompts]
+    def prompt_ids(self, split: str, start: int, count: int) -> list[str]:
+        """The ids of all ranks' prompts start … start + count - 1."""
+        return [self.task.prompt(split, number).id for number in range(start, start + count)]
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        samples_per_prompt: int,
+        sampling: Sampling,
+        seed: str,
+        kept: Mapping[tuple[str, int], Sample] = MappingProxyType({}),
+        keep: Callable[[Sample], None] = lambda sample: None,
+    ) -> list[Group]:
+        """`samples_per_prompt` responses to each prompt. A sample's randomness is (seed, prompt id, index) alone.
+
+        Args:
+            kept: samples made before, by prompt id and index, that are not made again.
+            keep: called with each new one as soon as it is finished.
+        """
+        places = [(prompt, index) for prompt in prompts for index in range(samples_per_prompt)]
+        done = {key: sample for prompt, index in places if (sample := kept.get(key := (prompt.id, index))) and sample.prompt == prompt}
+        missing = [(prompt, index) for prompt, index in places if (prompt.id, index) not in done]
+
+        def finished(number: int, completion: Completion) -> None:
+            prompt, index = missing[number]
+            done[prompt.id, index] = sample = self._sample(prompt, index, completion)
+            keep(sample)
+
+        requests = [Request(prompt.ids, f"{seed}/{prompt.id}/{index}") for prompt, index in missing]
+        self.engine.generate(requests, sampling, finished)
+        return [tuple(done[prompt.id, index] for index in range(samples_per_prompt)) for prompt in prompts]
 
     def _sample(self, prompt: Prompt, index: int, completion: Completion) -> Sample:
         return Sample(

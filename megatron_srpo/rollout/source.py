@@ -13,18 +13,20 @@ from megatron_srpo.records import Group
 from megatron_srpo.rollout.collect import Collector
 from megatron_srpo.rollout.dump import replay
 from megatron_srpo.rollout.engine import Sampling
+from megatron_srpo.rollout.ledger import Ledger
 from megatron_srpo.rollout.transformers_engine import TransformersEngine
 from megatron_srpo.runtime.parallel import Layout
 from megatron_srpo.tasks import create_task
 
 
 class Rollouts:
-    """`collector` is None when replaying: then nothing is sampled, published or evaluated."""
+    """`collector` is None when replaying: then nothing is sampled, published or evaluated. next_prompt: the first not yet drawn."""
 
     def __init__(self, config: Config, folder: HFFolder, layout: Layout):
         settings = config.rollout
         self.config, self.folder, self.layout = config, folder, layout
-        self.version, self.collector = "0", None
+        self.version, self.collector, self.next_prompt = "0", None, 0
+        self.ledger = Ledger(config.logging.dir / "ledger", layout, keeps_samples=config.checkpoint.save_interval > 0)
         if settings.replay is None:
             engine = TransformersEngine(folder, layout.device, model_dtype(config), settings.batch_size)
             task = create_task(config.task.name, config.train.seed)
@@ -33,14 +35,23 @@ class Rollouts:
 
     def collect(self, step: int) -> list[Group]:
         """This rank's share of the step's groups. Raises ConfigError for a dumped step that does not fit."""
-        settings = self.config.rollout
+        settings, count = self.config.rollout, self.config.rollout.prompts_per_step
         if self.collector is None:
             groups = replay(settings.replay, step, settings.samples_per_prompt, self.folder)
-            if len(groups) != (expected := settings.prompts_per_step):
-                raise ConfigError(f"rollout.replay: step {step} holds {len(groups)} groups; rollout.prompts_per_step is {expected}")
+            if len(groups) != count:
+                raise ConfigError(f"rollout.replay: step {step} holds {len(groups)} groups; rollout.prompts_per_step is {count}")
+            self.ledger.drawn(step, self.version, [group[0].prompt.id for group in groups])
             return groups[self.layout.rank :: self.layout.world_size]
-        prompts = self.collector.prompts("train", (step - 1) * settings.prompts_per_step, settings.prompts_per_step)
-        return self.collector.sample(prompts, settings.samples_per_prompt, self.sampling, f"{self.config.train.seed}/{step}")
+        first, self.next_prompt = self.next_prompt, self.next_prompt + count
+        self.ledger.drawn(step, self.version, self.collector.prompt_ids("train", first, count))
+        return self.collector.sample(
+            self.collector.prompts("train", first, count),
+            settings.samples_per_prompt,
+            self.sampling,
+            seed=f"{self.config.train.seed}/{step}",
+            kept=self.ledger.kept(step, self.version),
+            keep=lambda sample: self.ledger.keep(step, sample),
+        )
 
     def verify(self, groups: Sequence[Group]) -> list[Group]:
         """Every sample with its verdict; dumped samples keep theirs."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -37,36 +39,43 @@ def parameters_of(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[Row, str,
             yield row, prefix, parameter
 
 
+class Place(NamedTuple):
+    """A rank's part of a parameter among the parts of its tensor-parallel ranks, and the stored tensor it is a part of.
+
+    is_only_copy: false where a rank with a lower number holds the same, and for the last stage's copy of a tied matrix.
+    """
+
+    name: str
+    part: int
+    parts: int
+    is_only_copy: bool
+
+    @classmethod
+    def of(cls, row: Row, prefix: str, architecture: Architecture) -> Place:
+        """This rank's, of the parameter that `row` and `prefix` stand for; `name` is its first HF tensor's."""
+        group = _tensor_group(row)
+        name = stored_name(prefix + row.hf[0], architecture)
+        is_tied_copy = name != prefix + row.hf[0]
+        if row.dim is None:
+            return cls(name, 0, 1, group.rank() == 0)
+        return cls(name, group.rank(), group.size(), not is_tied_copy)
+
+
+def stored_name(key: str, architecture: Architecture) -> str:
+    """The HF tensor that holds `key`: a tied matrix is stored once."""
+    return "model.embed_tokens.weight" if key == "lm_head.weight" and architecture.tie_word_embeddings else key
+
+
 def load(chunks: Sequence[torch.nn.Module], folder: HFFolder) -> None:
     """Fill the chunks from `folder`; only this rank's slices of the files are read."""
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    size = parallel_state.get_tensor_model_parallel_world_size()
     architecture = folder.architecture
-    shapes = architecture.tensor_shapes()
     with ExitStack() as stack, torch.no_grad():
         opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in set(folder.file_of.values())}
         for row, prefix, parameter in parameters_of(chunks):
-            pieces = []
-            for name in row.hf:
-                key = prefix + name
-                if key == "lm_head.weight" and architecture.tie_word_embeddings:
-                    key = "model.embed_tokens.weight"  # the last stage's own copy of the tied matrix
-                tensor = opened[folder.file_of[key]].get_slice(key)
-                if key in VOCABULARY_TENSORS:
-                    pieces.append(_vocabulary_rows(tensor, rank, parameter.shape[0], shapes[key]))
-                elif row.dim is None:
-                    pieces.append(tensor[:])
-                else:
-                    width = shapes[key][row.dim] // size
-                    span = slice(rank * width, (rank + 1) * width)
-                    pieces.append(tensor[span] if row.dim == 0 else tensor[:, span])
-            parameter.copy_(row.merge(pieces, architecture))
-
-
-def _vocabulary_rows(tensor, rank: int, rows: int, shape: tuple[int, ...]) -> Tensor:
-    start, end = min(rank * rows, shape[0]), min((rank + 1) * rows, shape[0])
-    own = tensor[start:end]
-    return torch.cat([own, own.new_zeros(rows - own.shape[0], shape[1])])
+            place = Place.of(row, prefix, architecture)
+            keys = [stored_name(prefix + name, architecture) for name in row.hf]
+            slices = [opened[folder.file_of[key]].get_slice(key) for key in keys]
+            parameter.copy_(row.cut(slices, place.part, place.parts, parameter.shape, architecture))
 
 
 def export(chunks: Sequence[torch.nn.Module], architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
@@ -115,6 +124,11 @@ def _owners(architecture: Architecture, own: dict, pipeline_group) -> dict[str, 
     ranks = ranks.to(device)
     dist.all_reduce(ranks, op=dist.ReduceOp.MAX, group=pipeline_group)
     return dict(zip(firsts, ranks.tolist(), strict=True))
+
+
+def _tensor_group(row: Row):
+    """The ranks that share the row's parameters."""
+    return parallel_state.get_tensor_model_parallel_group()
 
 
 def _full_tensors(row: Row, local: Tensor, architecture: Architecture, group) -> list[Tensor]:
@@ -173,4 +187,6 @@ def save_hf(stream: Iterable[tuple[str, Tensor]], folder: HFFolder, output: Path
     config = json.loads((output / "config.json").read_text())
     config.pop("torch_dtype", None)
     (output / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
+    if final.exists():  # an earlier end of a run that went on
+        shutil.rmtree(final)
     output.rename(final)

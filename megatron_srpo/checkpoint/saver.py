@@ -1,0 +1,110 @@
+"""Saving beside training: each rank's file is written by a thread, and the first rank's makes a checkpoint of them.
+
+Ranks say nothing to each other: each leaves a note beside its file, the first rank waits for all notes. The folder must
+therefore be one that all ranks see.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron_srpo.checkpoint import folder as folders
+from megatron_srpo.checkpoint.folder import Manifest, SavedFile
+from megatron_srpo.config import CheckpointSection, ConfigError
+from megatron_srpo.files import write_text
+from megatron_srpo.runtime.parallel import Layout
+from megatron_srpo.weights.safetensors_file import Writer
+
+_POLL_SECONDS = 0.05
+
+
+class SaveFailed(RuntimeError):
+    """A checkpoint could not be written; the one before is still there."""
+
+
+class Saver:
+    """Writes checkpoints into `directory`, one at a time.
+
+    on_commit(step): called on the first rank, in the writing thread, when the checkpoint of `step` is whole.
+    """
+
+    def __init__(self, directory: Path, settings: CheckpointSection, layout: Layout, on_commit: Callable[[int], None]):
+        self.directory, self.settings, self.layout, self.on_commit = directory, settings, layout, on_commit
+        if layout.rank == 0:
+            folders.tidy(directory)
+        # A name that no other run's ranks use: what they leave behind is never taken for ours.
+        self.session = layout.gather_bytes(f"{time.time_ns():x}".encode())[0].decode()
+        if not directory.parent.is_dir():
+            raise ConfigError(f"logging.dir: {directory.parent} was made by the first rank, but rank {layout.rank} does not see it")
+        self._thread: threading.Thread | None = None
+        self._problem: BaseException | None = None
+
+    def save(self, tensors: dict[str, Tensor], manifest: Manifest) -> None:
+        """Begin to write this rank's `tensors` (its own copies); waits for the checkpoint before. All ranks together.
+
+        Raises SaveFailed for that one, or, without `checkpoint.async_save`, for this one.
+        """
+        self.wait()
+        partial = self.directory / f".step_{manifest.step:06d}.{self.session}"
+        self._thread = threading.Thread(target=self._write, args=(partial, tensors, manifest), name="checkpoint", daemon=True)
+        self._thread.start()
+        if not self.settings.async_save:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until nothing is being written. Raises SaveFailed."""
+        if self._thread is not None:
+            self._thread.join()
+        self.check()
+
+    def check(self) -> None:
+        """Raises SaveFailed if a checkpoint could not be written since the last call."""
+        if self._problem is not None:
+            problem, self._problem = self._problem, None
+            raise SaveFailed(f"the checkpoint could not be written: {problem}") from problem
+
+    def _write(self, partial: Path, tensors: dict[str, Tensor], manifest: Manifest) -> None:
+        name = f"rank_{self.layout.rank:05d}.safetensors"
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            try:
+                note: dict[str, Any] = write_tensors(partial / name, tensors).model_dump()
+            except Exception as error:  # a full disk, a quota: the first rank will say it
+                note = {"error": f"rank {self.layout.rank}: {error}"}
+            write_text(partial / f"{name}.note", json.dumps(note))
+            if self.layout.rank == 0:
+                self._finish(partial, manifest)
+        except Exception as error:  # the first rank's own, or a rank that cannot even leave a note
+            self._problem = error
+
+    def _finish(self, partial: Path, manifest: Manifest) -> None:
+        """On the first rank: wait for all ranks' notes, then give the checkpoint its name and remove old ones."""
+        for rank in range(self.layout.world_size):
+            name = f"rank_{rank:05d}.safetensors"
+            note = partial / f"{name}.note"
+            while not note.exists():
+                time.sleep(_POLL_SECONDS)
+            said = json.loads(note.read_text())
+            if "error" in said:
+                raise SaveFailed(said["error"])
+            manifest.files[name] = SavedFile.model_validate(said)
+            note.unlink()
+        folders.commit(partial, manifest, self.directory)
+        folders.retain(self.directory, self.settings.keep_last, self.settings.keep_best)
+        self.on_commit(manifest.step)
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor]) -> SavedFile:
+    """One safetensors file, on the disk when this returns."""
+    writer = Writer(file, {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()})
+    with writer:
+        for key, tensor in tensors.items():
+            writer.write(key, tensor)
+    return SavedFile(bytes=file.stat().st_size, sha256=writer.sha256)
