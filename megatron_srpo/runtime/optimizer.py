@@ -13,10 +13,10 @@ from torch.nn import Parameter
 from megatron_srpo.config import Config
 from megatron_srpo.model.qwen3 import Qwen3
 from megatron_srpo.runtime import cpu
+from megatron_srpo.runtime.parallel import replica_group
 
 cpu.install()
 
-from megatron.core import parallel_state  # noqa: E402
 from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -131,8 +131,8 @@ class Optimizer:
     def shard_of(self, parameter: Parameter) -> Shard:
         """The part of `parameter` this rank keeps where each element is kept once, as it is now.
 
-        That is what its optimizer holds, or an even share of it where all data-parallel ranks hold the same. The values are
-        the optimizer's own memory.
+        That is what its optimizer holds, or an even share of it where all ranks of its replica group hold the same. The
+        values are the optimizer's own memory.
         """
         start, end, master, adam = self._holding(parameter)
         if master is None:
@@ -140,7 +140,7 @@ class Optimizer:
         values = master.detach().view(-1)
         moments = {name: adam.state.get(master, {}).get(name, torch.zeros_like(master)).view(-1) for name in MOMENTS}
         if not self.config.use_distributed_optimizer:
-            rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+            rank, size = (group := replica_group(parameter)).rank(), group.size()
             share = -(-end // size)
             start, end = min(rank * share, end), min((rank + 1) * share, end)
             values, moments = values[start:end], {name: moment[start:end] for name, moment in moments.items()}
