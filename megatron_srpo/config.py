@@ -43,10 +43,18 @@ class ParallelSection(_Section):
     pipeline_model_parallel_size: int = Field(1, gt=0)
     virtual_pipeline_model_parallel_size: int | None = Field(None, gt=1, description="model chunks per pipeline rank (interleaved 1F1B)")
     context_parallel_size: Literal[1] = Field(1, description="only 1 so far")
-    expert_model_parallel_size: Literal[1] = Field(1, description="only 1: dense models")
+    expert_model_parallel_size: int = Field(1, gt=0, description="ranks that share a layer's experts; their tokens are data parallel")
+    expert_tensor_parallel_size: int | None = Field(
+        None, gt=0, description="ranks that share each expert's matrices; null: tensor_model_parallel_size"
+    )
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = Field(True, description="shard the optimizer's state over the data-parallel ranks")
     distributed_timeout_minutes: float = Field(10, gt=0, description="a collective that waits longer ends the run")
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """Ranks that share each expert's matrices."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -54,6 +62,8 @@ class ParallelSection(_Section):
             raise ValueError("sequence_parallel: true needs tensor_model_parallel_size > 1")
         if self.virtual_pipeline_model_parallel_size and self.pipeline_model_parallel_size == 1:
             raise ValueError("virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size > 1")
+        if self.expert_model_parallel_size == 1 and self.expert_tensor_parallel_size not in (None, self.tensor_model_parallel_size):
+            raise ValueError("expert_tensor_parallel_size other than tensor_model_parallel_size needs expert_model_parallel_size > 1")
         return self
 
 
@@ -62,7 +72,7 @@ class TaskSection(_Section):
 
 
 class RolloutSection(_Section):
-    engine: Literal["transformers"] = Field("transformers", description="transformers: Qwen3ForCausalLM in this process")
+    engine: Literal["transformers"] = Field("transformers", description="transformers' model in this process")
     prompts_per_step: int = Field(32, gt=0)
     samples_per_prompt: int = Field(8, gt=0, description="G, the group size")
     temperature: float = Field(1.0, gt=0)

@@ -1,11 +1,11 @@
-"""The embedded engine: transformers' Qwen3ForCausalLM in this process.
+"""The embedded engine: transformers' model of the folder's architecture, in this process.
 
 An implementation of the model that shares nothing with the trainer's: their log-probabilities are compared every step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ class TransformersEngine:
     @torch.no_grad()
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
         """Copy the stream into the model. Raises ValueError when a tensor is unknown, misshapen or missing."""
-        own = dict(self.model.named_parameters())  # tied matrices appear once, as in the stream
+        own = dict(_tensors_as_on_disk(self.model))
         for name, tensor in tensors:
             parameter = own.pop(name, None)
             if parameter is None or parameter.shape != tensor.shape:
@@ -91,6 +91,22 @@ class TransformersEngine:
             ids[row, longest - len(prompt) :] = torch.tensor(prompt)
             mask[row, longest - len(prompt) :] = 1
         return ids.to(self.device), mask.to(self.device)
+
+
+def _tensors_as_on_disk(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The model's parameters by their names in safetensors files; tied matrices once, a layer's fused experts one by one."""
+    for name, parameter in model.named_parameters():
+        prefix, _, fused = name.rpartition(".experts.")
+        if fused == "gate_up_proj":  # [experts, 2 · width, hidden]
+            for expert, both in enumerate(parameter):
+                gate, up = both.chunk(2)
+                yield f"{prefix}.experts.{expert}.gate_proj.weight", gate
+                yield f"{prefix}.experts.{expert}.up_proj.weight", up
+        elif fused == "down_proj":  # [experts, hidden, width]
+            for expert, down in enumerate(parameter):
+                yield f"{prefix}.experts.{expert}.down_proj.weight", down
+        else:
+            yield name, parameter
 
 
 def _uniforms(seed: str, count: int) -> np.ndarray:

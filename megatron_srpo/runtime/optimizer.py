@@ -13,10 +13,10 @@ from torch.nn import Parameter
 from megatron_srpo.config import Config
 from megatron_srpo.model.qwen3 import Qwen3
 from megatron_srpo.runtime import cpu
+from megatron_srpo.runtime.parallel import replica_group
 
 cpu.install()
 
-from megatron.core import parallel_state  # noqa: E402
 from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -119,7 +119,7 @@ class Optimizer:
         return norm, True
 
     def shard_of(self, parameter: Parameter) -> Shard:
-        """The elements of `parameter` this data-parallel rank keeps in fp32, as they are now.
+        """The elements of `parameter` this rank of its replica group keeps in fp32, as they are now.
 
         With the distributed optimizer in bf16 these are its master weights; otherwise every rank holds all of them and
         takes an even share.
@@ -133,7 +133,7 @@ class Optimizer:
                     owned = optimizer._get_model_param_range_map(parameter)["param"]
                     return Shard(owned.start, owned.end, master.detach())
         full = (parameter if master is None else master).detach().view(-1)
-        rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        rank, size = (group := replica_group(parameter)).rank(), group.size()
         share = -(-full.numel() // size)
         start, end = min(rank * share, full.numel()), min((rank + 1) * share, full.numel())
         return Shard(start, end, full[start:end])

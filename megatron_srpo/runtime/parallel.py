@@ -69,13 +69,26 @@ class Layout:
         return [mine] if self.world_size == 1 else gather_bytes(mine, self.device)
 
 
+def replica_group(parameter: torch.nn.Parameter) -> dist.ProcessGroup:
+    """Ranks that hold the same elements of `parameter`: the data-parallel ones, fewer of them for experts that are shared out."""
+    if getattr(parameter, "allreduce", True):  # Megatron's mark
+        return parallel_state.get_data_parallel_group()
+    return parallel_state.get_expert_data_parallel_group()
+
+
 def data_parallel_size(parallel: ParallelSection, world_size: int) -> int:
-    """Model replicas in `world_size` processes. Raises ConfigError when they do not divide."""
+    """Model replicas in `world_size` processes. Raises ConfigError when they, or the experts' ranks, do not divide."""
     replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     if world_size % replica:
         raise ConfigError(
             f"parallel: tensor_model_parallel_size × pipeline_model_parallel_size = {replica} does not divide the"
             f" {world_size} processes that were started (torchrun --nproc-per-node × --nnodes)"
+        )
+    experts = parallel.expert_tensor_size * parallel.expert_model_parallel_size * parallel.pipeline_model_parallel_size
+    if world_size % experts:
+        raise ConfigError(
+            f"parallel: expert_tensor_parallel_size × expert_model_parallel_size × pipeline_model_parallel_size = {experts} does not"
+            f" divide the {world_size} processes that were started; experts are shared out over data-parallel ranks"
         )
     return world_size // replica
 
@@ -101,6 +114,8 @@ def initialize(parallel: ParallelSection, seed: int) -> Layout:
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_size,
         distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes)),
     )
     torch.manual_seed(seed)

@@ -13,7 +13,7 @@ from megatron_srpo.config import TeacherSection
 from megatron_srpo.model.qwen3 import Qwen3
 from megatron_srpo.runtime.optimizer import Optimizer
 from megatron_srpo.runtime.packing import OptimizerBatch
-from megatron_srpo.runtime.parallel import Layout
+from megatron_srpo.runtime.parallel import replica_group
 from megatron_srpo.runtime.schedule import run_schedule
 from megatron_srpo.vocab_parallel.fused import score
 from megatron_srpo.vocab_parallel.sources import Mixture, Projection
@@ -43,21 +43,20 @@ class TeacherTargets:
 class Teacher:
     """Weights by `teacher.kind`: `ema` and `frozen` hold a copy of the model, `live` is the policy itself, `trust_region` is both.
 
-    The EMA is kept in fp32, every data-parallel rank a share of each parameter (the distributed optimizer's own where
+    The EMA is kept in fp32, every rank of a parameter's replica group a share of each parameter (the distributed optimizer's own where
     there is one); the copy it scores with has the model's dtype and is refreshed from the shares after every step.
     """
 
     def __init__(
         self,
         settings: TeacherSection,
-        layout: Layout,
         temperature: float,
         logits_memory: int | None,
         policy_chunks: Sequence[torch.nn.Module],
         copy_of_policy: Callable[[], Sequence[Qwen3]],
     ):
         """`copy_of_policy()` builds chunks with the policy's present weights; it is not called for `live`."""
-        self.settings, self.layout = settings, layout
+        self.settings = settings
         self.temperature, self.logits_memory = temperature, logits_memory
         self.policy_chunks = policy_chunks
         self.chunks: Sequence[Qwen3] = [] if settings.kind == "live" else copy_of_policy()
@@ -109,8 +108,8 @@ class Teacher:
         for parameter, share, shard in zip(own, self.shares, shards, strict=True):
             share.lerp_(shard.values.float(), self.settings.ema_rate)
             flat = parameter.view(-1)
-            if self.layout.data_parallel_size == 1:
+            if (group := replica_group(parameter)).size() == 1:
                 flat.copy_(share)
             else:  # every rank adds its own part to zeros: exact, and blind to how the parts are cut
                 flat.zero_()[shard.start : shard.end] = share.to(flat.dtype)
-                dist.all_reduce(flat, group=self.layout.data_parallel_group)
+                dist.all_reduce(flat, group=group)

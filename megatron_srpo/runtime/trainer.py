@@ -69,7 +69,7 @@ class Trainer:
         self.logits_memory = config.train.logits_memory_mib and config.train.logits_memory_mib * 2**20
         if self.algorithm.distils:
             temperature = config.rollout.temperature
-            self.teacher = Teacher(config.teacher, layout, temperature, self.logits_memory, self.chunks, self._copy_of_policy)
+            self.teacher = Teacher(config.teacher, temperature, self.logits_memory, self.chunks, self._copy_of_policy)
         parallel = config.parallel
         self.rules = PackingRules(
             token_budget=config.train.micro_batch_tokens,

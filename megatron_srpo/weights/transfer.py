@@ -31,22 +31,24 @@ def parameters_of(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[Row, str,
     for chunk in chunks:
         while hasattr(chunk, "module"):
             chunk = chunk.module
-        offset = get_transformer_layer_offset(chunk.config, chunk.vp_stage)
+        config = chunk.config
+        layer_offset = get_transformer_layer_offset(config, chunk.vp_stage)
+        experts = (config.num_moe_experts or 0) // config.expert_model_parallel_size  # of each layer, on this rank
+        expert_offset = experts * parallel_state.get_expert_model_parallel_rank()
         for name, parameter in chunk.named_parameters():
-            row, prefix = row_of(name, offset)
+            row, prefix = row_of(name, layer_offset, expert_offset)
             yield row, prefix, parameter
 
 
 def load(chunks: Sequence[torch.nn.Module], folder: HFFolder) -> None:
     """Fill the chunks from `folder`; only this rank's slices of the files are read."""
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    size = parallel_state.get_tensor_model_parallel_world_size()
     architecture = folder.architecture
     shapes = architecture.tensor_shapes()
     with ExitStack() as stack, torch.no_grad():
         opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in set(folder.file_of.values())}
         for row, prefix, parameter in parameters_of(chunks):
-            pieces = []
+            group, pieces = _tensor_group(row), []
+            rank, size = group.rank(), group.size()
             for name in row.hf:
                 key = prefix + name
                 if key == "lm_head.weight" and architecture.tie_word_embeddings:
@@ -72,27 +74,33 @@ def _vocabulary_rows(tensor, rank: int, rows: int, shape: tuple[int, ...]) -> Te
 def export(chunks: Sequence[torch.nn.Module], architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
     """The whole model as (HF name, full tensor), the same stream on every rank, one tensor at a time.
 
-    Every rank must consume it to the end: each tensor is an all-gather over tensor-parallel ranks and a broadcast from
-    the pipeline stage that owns it. Names come in a fixed order that does not depend on the layout.
+    Every rank must consume it to the end: each tensor is an all-gather over tensor-parallel ranks and broadcasts from
+    the expert-parallel rank and the pipeline stage that own it. Names come in a fixed order that does not depend on the
+    layout.
     """
-    tensor_group = parallel_state.get_tensor_model_parallel_group()
+    expert_group = parallel_state.get_expert_model_parallel_group()
     pipeline_group = parallel_state.get_pipeline_model_parallel_group()
     own = {prefix + row.hf[0]: (row, parameter) for row, prefix, parameter in parameters_of(chunks)}
     if architecture.tie_word_embeddings:
         own.pop("lm_head.weight", None)
-    owners = _owners(architecture, own, pipeline_group)
+    # Of each row: a rank of this stage that holds it, or -1; and the rank of the stage that does, among those this one talks to.
+    me, firsts = dist.get_rank(), [first for first, _ in _tensors_by_row(architecture)]
+    expert_owner = _highest({first: me if first in own else -1 for first in firsts}, expert_group)
+    stage_owner = _highest({first: me if expert_owner[first] >= 0 else -1 for first in firsts}, pipeline_group)
+    shapes = architecture.tensor_shapes()
     device, dtype = next(chunks[0].parameters()).device, next(chunks[0].parameters()).dtype
     for first, names in _tensors_by_row(architecture):
         if first in own:
             row, parameter = own[first]
-            full = _full_tensors(row, parameter.detach(), architecture, tensor_group)
+            full = _full_tensors(row, parameter.detach(), architecture)
         else:
-            shapes = architecture.tensor_shapes()
             full = [torch.empty(shapes[name], dtype=dtype, device=device) for name in names]
         for name, tensor in zip(names, full, strict=True):
-            if dist.get_world_size(pipeline_group) > 1:
-                tensor = tensor.contiguous()
-                dist.broadcast(tensor, owners[first], group=pipeline_group)
+            tensor = tensor.contiguous()
+            if ".experts." in first and expert_group.size() > 1 and expert_owner[first] >= 0:
+                dist.broadcast(tensor, expert_owner[first], group=expert_group)
+            if pipeline_group.size() > 1:
+                dist.broadcast(tensor, stage_owner[first], group=pipeline_group)
             yield name, tensor
 
 
@@ -107,19 +115,24 @@ def _tensors_by_row(architecture: Architecture) -> Iterator[tuple[str, list[str]
         yield name, [name.replace(part, other) for other in together.get(part, (part,))]
 
 
-def _owners(architecture: Architecture, own: dict, pipeline_group) -> dict[str, int]:
-    """Global rank of the pipeline stage that owns each row; one small all-reduce."""
-    firsts = [first for first, _ in _tensors_by_row(architecture)]
-    ranks = torch.tensor([dist.get_rank() if first in own else -1 for first in firsts])
+def _highest(numbers: dict[str, int], group) -> dict[str, int]:
+    """The largest of the group's numbers under each key; one small all-reduce."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    ranks = ranks.to(device)
-    dist.all_reduce(ranks, op=dist.ReduceOp.MAX, group=pipeline_group)
-    return dict(zip(firsts, ranks.tolist(), strict=True))
+    values = torch.tensor(list(numbers.values()), device=device)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
+    return dict(zip(numbers, values.tolist(), strict=True))
 
 
-def _full_tensors(row: Row, local: Tensor, architecture: Architecture, group) -> list[Tensor]:
+def _tensor_group(row: Row):
+    """The ranks that share the row's parameters."""
+    if row.expert:
+        return parallel_state.get_expert_tensor_parallel_group()
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def _full_tensors(row: Row, local: Tensor, architecture: Architecture) -> list[Tensor]:
     pieces = row.split(local, architecture)
-    if row.dim is not None and dist.get_world_size(group) > 1:
+    if row.dim is not None and (group := _tensor_group(row)).size() > 1:
         pieces = [_gather(piece.contiguous(), row.dim, group) for piece in pieces]
     return [piece[: architecture.vocab_size] if name in VOCABULARY_TENSORS else piece for name, piece in zip(row.hf, pieces, strict=True)]
 
