@@ -8,7 +8,8 @@ from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.model.qwen3 import check_layout, transformer_config, uses_transformer_engine
 from megatron_srpo.rollout.collect import encode_prompt
 from megatron_srpo.rollout.dump import step_file
-from megatron_srpo.runtime.parallel import data_parallel_size, rank_from_environment, world_size_from_environment
+from megatron_srpo.runtime.parallel import data_parallel_size
+from megatron_srpo.runtime.processes import rank_from_environment, world_size_from_environment
 from megatron_srpo.tasks import create_task
 
 

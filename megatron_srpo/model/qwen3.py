@@ -238,6 +238,8 @@ def _local_spec(core: TransformerConfig, stage: int | None) -> TransformerBlockS
     attention = layer.submodules.self_attention.submodules
     if core.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if core.num_moe_experts:  # Transformer Engine fuses this norm into dense layers only: its name in checkpoints
+        layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
     attention.core_attention = PackedAttention
     layers = get_num_layers_to_build(core, vp_stage=stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_srpo.config import ConfigError, ParallelSection
 from megatron_srpo.runtime import cpu
+from megatron_srpo.runtime.processes import gather_bytes, world_size_from_environment
 
 cpu.install()
 
@@ -65,18 +66,7 @@ class Layout:
 
     def gather_bytes(self, mine: bytes) -> list[bytes]:
         """Every rank's bytes, in rank order, on every rank. Plain bytes, no pickle."""
-        if self.world_size == 1:
-            return [mine]
-        sizes = torch.zeros(self.world_size, dtype=torch.long, device=self.device)
-        sizes[self.rank] = len(mine)
-        dist.all_reduce(sizes)
-        longest = int(sizes.max())
-        buffer = torch.zeros(longest, dtype=torch.uint8, device=self.device)
-        buffer[: len(mine)] = torch.frombuffer(bytearray(mine or b"\0"), dtype=torch.uint8)[: len(mine)].to(self.device)
-        everything = torch.empty(self.world_size * longest, dtype=torch.uint8, device=self.device)
-        dist.all_gather_into_tensor(everything, buffer)
-        rows = everything.view(self.world_size, longest).cpu()
-        return [bytes(row[:size].numpy()) for row, size in zip(rows, sizes.tolist(), strict=True)]
+        return [mine] if self.world_size == 1 else gather_bytes(mine, self.device)
 
 
 def replica_group(parameter: torch.nn.Parameter) -> dist.ProcessGroup:
@@ -84,16 +74,6 @@ def replica_group(parameter: torch.nn.Parameter) -> dist.ProcessGroup:
     if getattr(parameter, "allreduce", True):  # Megatron's mark
         return parallel_state.get_data_parallel_group()
     return parallel_state.get_expert_data_parallel_group()
-
-
-def world_size_from_environment() -> int:
-    """Number of processes torchrun started; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def rank_from_environment() -> int:
-    """This process's rank; 0 without torchrun."""
-    return int(os.environ.get("RANK", "0"))
 
 
 def data_parallel_size(parallel: ParallelSection, world_size: int) -> int:

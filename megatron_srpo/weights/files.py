@@ -1,0 +1,110 @@
+"""Files and folders that appear whole or not at all: written aside, flushed to disk, renamed."""
+
+from __future__ import annotations
+
+import os
+import threading
+import zlib
+from pathlib import Path
+
+from torch import Tensor, uint8
+
+_FLUSH_BYTES = 256 * 2**20
+
+
+class FileError(ValueError):
+    """A file of weights cannot be read or written; the message names file and tensor, and what to do."""
+
+
+class DurableFile:
+    """A new file for large writes, on disk when `close` returns.
+
+    What has been written goes to disk in the background while the next piece is being made: the system's write-back would
+    else begin late, and closing would wait for most of the file.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self._unflushed = 0
+        self._flusher: threading.Thread | None = None
+
+    def write_at(self, data: memoryview | bytes, offset: int) -> None:
+        """Put `data` at `offset` (bytes). Releases the GIL. Raises FileError when it cannot, such as for a full disk."""
+        data = memoryview(data)
+        while data:
+            try:
+                written = os.pwrite(self._descriptor, data[: 2**30], offset)
+            except OSError as error:
+                raise self._failure(error) from None
+            data, offset = data[written:], offset + written
+            self._unflushed += written
+        if self._unflushed > _FLUSH_BYTES and (self._flusher is None or not self._flusher.is_alive()):
+            self._unflushed = 0
+            self._flusher = threading.Thread(target=self._flush_quietly)
+            self._flusher.start()
+
+    def close(self) -> None:
+        """Wait until everything is on disk. Raises FileError when that fails."""
+        try:
+            if self._flusher is not None:
+                self._flusher.join()
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise self._failure(error) from None
+        finally:
+            os.close(self._descriptor)
+
+    def _flush_quietly(self) -> None:
+        try:
+            os.fdatasync(self._descriptor)
+        except OSError:
+            self._unflushed = _FLUSH_BYTES  # fsync in close() meets it again and tells
+
+    def _failure(self, error: OSError) -> FileError:
+        return FileError(f"{self.path}: cannot be written: {error.strerror}; what was written so far is not complete and can be deleted")
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The elements of a contiguous CPU tensor as they lie in memory, without a copy."""
+    return memoryview(tensor.detach().reshape(-1).view(uint8).numpy()) if tensor.numel() else memoryview(b"")
+
+
+def crc32(data: memoryview | bytes) -> int:
+    """The CRC32 of `data`, as zip files have it. Releases the GIL."""
+    return zlib.crc32(data)
+
+
+def start_aside(output: Path) -> Path:
+    """Make the folder in which `output` is written before it has its name: OUTPUT.partial.
+
+    Raises FileError when `output` is a file or holds something, and when a former attempt's folder is still there.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileError(f"{output}: exists and is not an empty folder; name another one or empty it")
+    partial = output.with_name(output.name + ".partial")
+    try:
+        partial.mkdir(parents=True)
+    except FileExistsError:
+        raise FileError(f"{partial}: is there already, left by an attempt that did not finish or still runs; delete it") from None
+    except OSError as error:
+        raise FileError(f"{partial}: cannot be made: {error.strerror}") from None
+    return partial
+
+
+def commit(partial: Path, output: Path) -> None:
+    """Give a finished folder its name, after all its small files have reached the disk."""
+    for file in partial.iterdir():
+        flush(file)
+    flush(partial)
+    partial.rename(output)
+    flush(output.parent)
+
+
+def flush(path: Path) -> None:
+    """Wait until the file's content, or the folder's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
