@@ -1,7 +1,7 @@
 """The folder of a run's checkpoints: which are whole, which is the newest, which may go.
 
     RUN/checkpoints/step_000010/rank_00000.safetensors …   each rank's tensors (see `pieces.py`)
-                                manifest.json              step, configuration, versions, state, and every file's size and SHA-256
+                                manifest.json              step, configuration, versions, state, and every file's size and checksum
                     latest                                 the newest's name
 
 A checkpoint is written beside (`.step_000010.…`), synced, and renamed when it is whole: what has the name `step_…` is whole
@@ -10,28 +10,31 @@ unless the disk damaged it, which the checksums tell.
 
 from __future__ import annotations
 
-import hashlib
+import json
 import re
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
 
 from megatron_srpo.files import sync, write_text
+from megatron_srpo.weights.files import bytes_of, crc32
 
 FORMAT = 1
 _NAME = re.compile(r"step_(\d{6,})")
 
 
 class SavedFile(BaseModel):
-    """One file of a checkpoint."""
+    """One file of a checkpoint. crc32: see `checksum`."""
 
     model_config = ConfigDict(extra="forbid")
 
     bytes: int
-    sha256: str
+    crc32: int
 
 
 class Manifest(BaseModel):
@@ -80,20 +83,24 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def checksum(of_tensors: dict[str, int]) -> int:
+    """One number for a file: the CRC-32 of its tensors' names and CRC-32s."""
+    return zlib.crc32(json.dumps(sorted(of_tensors.items())).encode())
+
+
 def check_files(folder: Path, manifest: Manifest, share: slice = slice(None)) -> None:
     """Compare sizes and checksums of a share of the files with the manifest. Raises DamagedCheckpoint."""
     for name, expected in sorted(manifest.files.items())[share]:
         file = folder / name
         try:
-            size = file.stat().st_size
-            if size != expected.bytes:
+            if (size := file.stat().st_size) != expected.bytes:
                 raise DamagedCheckpoint(f"{file}: has {size} bytes, the manifest says {expected.bytes}")
-            with file.open("rb") as content:
-                digest = hashlib.file_digest(content, "sha256").hexdigest()
-        except OSError as error:
-            raise DamagedCheckpoint(f"{file}: cannot be read: {error.strerror}") from None
-        if digest != expected.sha256:
-            raise DamagedCheckpoint(f"{file}: its content has changed since it was written (SHA-256)")
+            with safe_open(file, framework="pt") as tensors:
+                found = {key: crc32(bytes_of(tensors.get_tensor(key))) for key in tensors.keys()}  # noqa: SIM118  (not a dict)
+        except (OSError, SafetensorError) as error:
+            raise DamagedCheckpoint(f"{file}: cannot be read: {error}") from None
+        if checksum(found) != expected.crc32:
+            raise DamagedCheckpoint(f"{file}: its content has changed since it was written (CRC-32)")
 
 
 def commit(partial: Path, manifest: Manifest, directory: Path) -> Path:

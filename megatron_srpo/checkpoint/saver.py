@@ -104,7 +104,6 @@ class Saver:
 def write_tensors(file: Path, tensors: dict[str, Tensor]) -> SavedFile:
     """One safetensors file, on the disk when this returns."""
     writer = Writer(file, {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()})
-    with writer:
-        for key, tensor in tensors.items():
-            writer.write(key, tensor)
-    return SavedFile(bytes=file.stat().st_size, sha256=writer.sha256)
+    for key, tensor in tensors.items():
+        writer.write(key, tensor)
+    return SavedFile(bytes=file.stat().st_size, crc32=folders.checksum(writer.close()))
