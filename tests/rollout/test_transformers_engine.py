@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import make_model, save_folder
 
 from megatron_srpo.model.hf_folder import HFFolder
@@ -254,3 +255,45 @@ def test_weight_streams_that_do_not_fit(engine_of, hf, change, named):
 def test_a_tensor_that_comes_twice(engine_of, hf):
     with pytest.raises(ValueError, match="model.norm.weight"):
         engine_of(4).update_weights([*hf.named_parameters(), ("model.norm.weight", torch.zeros(64))], "8")
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    """(HF's mixture of experts, its folder, the folder's tensors: one a matrix of each expert, while the model holds them fused)."""
+    model = make_model("qwen3_moe", tied=False, layers=2, seed=5).eval()
+    path = save_folder(tmp_path_factory.mktemp("experts"), model)
+    return model, HFFolder(path), load_file(path / "model.safetensors")
+
+
+def test_experts_arrive_one_by_one(experts):
+    """The names of files and exports; log-probabilities are those of the model that was saved."""
+    model, folder, tensors = experts
+    engine = TransformersEngine(folder, CPU, torch.float32, 64)
+    engine.update_weights(tensors.items(), "7")
+    assert all(map(torch.equal, engine.model.parameters(), model.parameters()))
+    requests = requests_of(LENGTHS)
+    for request, completion in zip(requests, engine.generate(requests, Sampling(1.0, 1.0, 10, NEVER)), strict=True):
+        expected = exact_logprobs(model, request.prompt_ids, completion.ids, 1.0)
+        chosen = expected[torch.arange(len(completion.ids)), completion.ids]
+        torch.testing.assert_close(torch.tensor(completion.logprobs), chosen, rtol=0, atol=1e-5)
+
+
+GATE, EXPERTS = "model.layers.0.mlp.gate.weight", "model.layers.0.mlp.experts"
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (lambda tensors: tensors.pop(f"{EXPERTS}.7.up_proj.weight"), f"first {EXPERTS}.7.up_proj.weight"),
+        (lambda tensors: tensors.pop(GATE), f"first {GATE}"),
+        (lambda tensors: tensors.update({f"{EXPERTS}.8.up_proj.weight": torch.zeros(48, 64)}), "experts.8.up_proj.weight"),
+        (lambda tensors: tensors.update({f"{EXPERTS}.0.down_proj.weight": torch.zeros(48, 64)}), "down_proj.weight [48, 64]"),
+    ],
+)
+def test_expert_streams_that_do_not_fit(experts, change, named):
+    _, folder, tensors = experts
+    tensors = dict(tensors)
+    change(tensors)
+    with pytest.raises(ValueError) as caught:
+        TransformersEngine(folder, CPU, torch.float32, 4).update_weights(tensors.items(), "8")
+    assert named in str(caught.value)
