@@ -146,7 +146,7 @@ class ResumeSection(_Section):
     override: tuple[str, ...] = Field(
         (
             *("parallel", "optimizer.lr", "train.steps", "train.micro_batch_tokens", "train.logits_memory_mib"),
-            *("rollout.batch_size", "evaluation", "checkpoint", "resume", "logging"),
+            *("rollout.batch_size", "evaluation", "checkpoint", "logging"),
         ),
         description="keys and sections that may differ from the run's own when it is gone on with",
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_srpo.algorithm.routing import route_groups
 from megatron_srpo.checkpoint import resume
 from megatron_srpo.checkpoint.folder import FORMAT, Manifest
-from megatron_srpo.checkpoint.saver import SaveFailed, Saver
+from megatron_srpo.checkpoint.saver import Saver
 from megatron_srpo.checkpoint.state import numbers, snapshot
 from megatron_srpo.config import Config, save_config
 from megatron_srpo.evaluate import evaluate
@@ -87,7 +87,7 @@ class _Run:
             stopped = error
         self.terminal.phase("export")
         save_hf(self.trainer.export(), self.folder, self.directory / "hf", write=self.is_first)
-        self.saver.wait()
+        self.saver.finish()
         self._say_goodbye()
         self.metrics.close()
         if stopped is not None:
@@ -106,6 +106,8 @@ class _Run:
             interval = config.checkpoint.save_interval
             if interval and (step % interval == 0 or step == config.train.steps or reason is not None):
                 self._save(step, evaluation)
+            if problem := self.saver.news():  # the checkpoint before stays, and training goes on
+                self.terminal.say(problem, "bold red")
             if reason is not None and step < config.train.steps:
                 self._leave(step, reason)
 
@@ -177,7 +179,7 @@ class _Run:
         return step, is_evaluated
 
     def _save(self, step: int, evaluation: dict[str, float] | None) -> None:
-        """Begin a checkpoint of the state after `step`. One that fails is said; the one before stays, and training goes on."""
+        """Begin a checkpoint of the state after `step`."""
         with self.watch("checkpoint"):
             manifest = Manifest(
                 format=FORMAT,
@@ -191,16 +193,13 @@ class _Run:
                 evaluation=evaluation,
                 files={},
             )
-            try:
-                self.saver.save(snapshot(self.trainer), manifest)
-            except SaveFailed as error:
-                self.terminal.say(f"step {step}: {error}", "bold red")
+            self.saver.save(snapshot(self.trainer), manifest)
 
     def _leave(self, step: int, reason: str) -> None:
         self.terminal.phase("checkpoint")
         if not self.config.checkpoint.save_interval:
             raise TrainingInterrupted(f"{reason}: left after step {step} without a checkpoint (checkpoint.save_interval: 0)")
-        self.saver.wait()
+        self.saver.finish()
         raise TrainingInterrupted(f"{reason}: saved after step {step} of {self.config.train.steps}; the same command goes on")
 
     def _introduce(self) -> None:

@@ -59,7 +59,7 @@ def check_run_folder(config: Config, architecture: Architecture) -> None:
         raise ConfigError(f"{what} without a checkpoint to go on from; name another folder")
     before, source = _configuration_of(directory, what)
     changes = differences(before, config.model_dump(mode="json"))
-    if refused := [key for key in changes if not _may_change(key, config.resume.override)]:
+    if refused := [key for key in changes if not _may_change(key, ("resume", *config.resume.override))]:
         lines = [f"{key}: was {changes[key][0]!r}, is now {changes[key][1]!r}" for key in refused]
         raise ConfigError(
             f"{what} with another configuration ({source}):\n  " + "\n  ".join(lines) + "\nname another folder; or, if the run may go on"

@@ -7,6 +7,7 @@ therefore be one that all ranks see.
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -26,7 +27,7 @@ _POLL_SECONDS = 0.05
 
 
 class SaveFailed(RuntimeError):
-    """A checkpoint could not be written; the one before is still there."""
+    """The last checkpoint could not be written; the one before is still there."""
 
 
 class Saver:
@@ -44,34 +45,39 @@ class Saver:
         if not directory.parent.is_dir():
             raise ConfigError(f"logging.dir: {directory.parent} was made by the first rank, but rank {layout.rank} does not see it")
         self._thread: threading.Thread | None = None
-        self._problem: BaseException | None = None
+        self._problem: str | None = None  # of the last checkpoint
+        self._untold: str | None = None
 
     def save(self, tensors: dict[str, Tensor], manifest: Manifest) -> None:
-        """Begin to write this rank's `tensors` (its own copies); waits for the checkpoint before. All ranks together.
+        """Begin to write this rank's `tensors` (its own copies), after the checkpoint before is done. All ranks together.
 
-        Raises SaveFailed for that one, or, without `checkpoint.async_save`, for this one.
+        Without `checkpoint.async_save` it is done when this returns. What goes wrong, `news` and `finish` say.
         """
-        self.wait()
+        self._join()
         partial = self.directory / f".step_{manifest.step:06d}.{self.session}"
         self._thread = threading.Thread(target=self._write, args=(partial, tensors, manifest), name="checkpoint", daemon=True)
         self._thread.start()
         if not self.settings.async_save:
-            self.wait()
+            self._join()
 
-    def wait(self) -> None:
-        """Until nothing is being written. Raises SaveFailed."""
+    def news(self) -> str | None:
+        """What went wrong since the last call, if anything did."""
+        untold, self._untold = self._untold, None
+        return untold
+
+    def finish(self) -> None:
+        """Wait for the last checkpoint. Raises SaveFailed when it could not be written."""
+        self._join()
+        if self._problem is not None:
+            raise SaveFailed(self._problem)
+
+    def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
-        self.check()
-
-    def check(self) -> None:
-        """Raises SaveFailed if a checkpoint could not be written since the last call."""
-        if self._problem is not None:
-            problem, self._problem = self._problem, None
-            raise SaveFailed(f"the checkpoint could not be written: {problem}") from problem
+            self._thread = None
 
     def _write(self, partial: Path, tensors: dict[str, Tensor], manifest: Manifest) -> None:
-        name = f"rank_{self.layout.rank:05d}.safetensors"
+        name, self._problem = f"rank_{self.layout.rank:05d}.safetensors", None
         try:
             partial.mkdir(parents=True, exist_ok=True)
             try:
@@ -82,10 +88,11 @@ class Saver:
             if self.layout.rank == 0:
                 self._finish(partial, manifest)
         except Exception as error:  # the first rank's own, or a rank that cannot even leave a note
-            self._problem = error
+            self._problem = self._untold = f"the checkpoint of step {manifest.step} could not be written: {error}"
 
     def _finish(self, partial: Path, manifest: Manifest) -> None:
         """On the first rank: wait for all ranks' notes, then give the checkpoint its name and remove old ones."""
+        problems = []
         for rank in range(self.layout.world_size):
             name = f"rank_{rank:05d}.safetensors"
             note = partial / f"{name}.note"
@@ -93,9 +100,13 @@ class Saver:
                 time.sleep(_POLL_SECONDS)
             said = json.loads(note.read_text())
             if "error" in said:
-                raise SaveFailed(said["error"])
-            manifest.files[name] = SavedFile.model_validate(said)
+                problems.append(said["error"])
+            else:
+                manifest.files[name] = SavedFile.model_validate(said)
             note.unlink()
+        if problems:
+            shutil.rmtree(partial)  # what was written takes room, and is of no use
+            raise OSError("; ".join(problems))
         folders.commit(partial, manifest, self.directory)
         folders.retain(self.directory, self.settings.keep_last, self.settings.keep_best)
         self.on_commit(manifest.step)
