@@ -2,7 +2,7 @@
 
     python tools/bench_checkpoint.py [--steps 20] [--json] [--output FILE]
 
-`seconds` is the median time from one step's end to the next's, `ratio` is to the run without checkpoints, `extra_bytes` a
+`seconds` is the median of a step, what it waits for saving included, `ratio` is to the run without checkpoints, `extra_bytes` a
 checkpoint's size on disk.
 """
 
