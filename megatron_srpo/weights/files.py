@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor, uint8
+
+from megatron_srpo.runtime.processes import Processes
 
 _FLUSH_BYTES = 256 * 2**20
 
@@ -25,7 +30,7 @@ class DurableFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self._file = path.open("xb", buffering=0)
         self._unflushed = 0
         self._flusher: threading.Thread | None = None
 
@@ -34,7 +39,7 @@ class DurableFile:
         data = memoryview(data)
         while data:
             try:
-                written = os.pwrite(self._descriptor, data[: 2**30], offset)
+                written = os.pwrite(self._file.fileno(), data[: 2**30], offset)
             except OSError as error:
                 raise self._failure(error) from None
             data, offset = data[written:], offset + written
@@ -49,15 +54,15 @@ class DurableFile:
         try:
             if self._flusher is not None:
                 self._flusher.join()
-            os.fsync(self._descriptor)
+            os.fsync(self._file.fileno())
         except OSError as error:
             raise self._failure(error) from None
         finally:
-            os.close(self._descriptor)
+            self._file.close()
 
     def _flush_quietly(self) -> None:
         try:
-            os.fdatasync(self._descriptor)
+            os.fdatasync(self._file.fileno())
         except OSError:
             self._unflushed = _FLUSH_BYTES  # fsync in close() meets it again and tells
 
@@ -75,30 +80,41 @@ def crc32(data: memoryview | bytes) -> int:
     return zlib.crc32(data)
 
 
-def start_aside(output: Path) -> Path:
-    """Make the folder in which `output` is written before it has its name: OUTPUT.partial.
+@contextmanager
+def aside(output: Path, processes: Processes) -> Iterator[Path]:
+    """The folder in which the processes write before it is renamed to `output`, all together; after an error it is gone.
 
     Raises FileError when `output` is a file or holds something, and when a former attempt's folder is still there.
     """
+    partial, is_first = output.with_name(output.name + ".partial"), processes.rank == 0
+    if is_first:
+        _make(partial, output)
+    processes.barrier()
+    try:
+        yield partial
+    except BaseException:
+        if is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    processes.barrier()
+    if is_first:
+        for file in partial.iterdir():
+            flush(file)
+        flush(partial)
+        partial.rename(output)
+        flush(output.parent)
+    processes.barrier()
+
+
+def _make(partial: Path, output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileError(f"{output}: exists and is not an empty folder; name another one or empty it")
-    partial = output.with_name(output.name + ".partial")
     try:
         partial.mkdir(parents=True)
     except FileExistsError:
         raise FileError(f"{partial}: is there already, left by an attempt that did not finish or still runs; delete it") from None
     except OSError as error:
         raise FileError(f"{partial}: cannot be made: {error.strerror}") from None
-    return partial
-
-
-def commit(partial: Path, output: Path) -> None:
-    """Give a finished folder its name, after all its small files have reached the disk."""
-    for file in partial.iterdir():
-        flush(file)
-    flush(partial)
-    partial.rename(output)
-    flush(output.parent)
 
 
 def flush(path: Path) -> None:
