@@ -6,6 +6,7 @@ import sys
 import time
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.text import Text
 
@@ -36,7 +37,8 @@ class ByteProgress:
         if self.bar.disable and (tenths := 10 * self.done // max(1, self.total)) > self.tenths:
             self.tenths = tenths
             rate = self.done / (time.perf_counter() - self.started)
-            self.say(f"{self.title}: {self.done / 1e9:.2f} of {self.total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s")
+            done, total, second = (decimal(int(size)) for size in (self.done, self.total, rate))
+            self.say(f"{self.title}: {done} of {total}, {second}/s, {(self.total - self.done) / rate:.0f} s left")
 
     def say(self, message: str) -> None:
         """One line that stays."""
