@@ -5,7 +5,9 @@ Each process writes its share into files of its own; memory is that of the large
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -52,16 +54,20 @@ def to_megatron(
     ):
         writer = torch_dist.Writer(folder, processes.rank)
         empty = writer.write_nothing()
-        for number in mine:
-            part = parts[number]
-            pieces = [_read(source, name, dtypes[name], progress) for name in part.names]
-            merged = part.row.merge(pieces, architecture)
-            shape = part_shape(part, shapes)
-            if part.names[0] in VOCABULARY_TENSORS:
-                merged = _padded(merged, vocabulary_multiple)
-                shape = tuple(merged.shape)
-            writer.write(part.key, merged, (*part.stacks, *shape), (*part.index, *(0 for _ in shape)))
-            progress.advance(sizes[number])
+
+        def part_after_part() -> Iterator[Callable[[], None]]:
+            for number in mine:
+                part = parts[number]
+                pieces = [_read(source, name, dtypes[name], progress) for name in part.names]
+                merged = part.row.merge(pieces, architecture)
+                shape = part_shape(part, shapes)
+                if part.names[0] in VOCABULARY_TENSORS:
+                    merged = _padded(merged, vocabulary_multiple)
+                    shape = tuple(merged.shape)
+                yield partial(writer.write, part.key, merged, (*part.stacks, *shape), (*part.index, *(0 for _ in shape)))
+                progress.advance(sizes[number])
+
+        _write_behind(part_after_part())
         told = processes.gather(torch_dist.chunks_to_json(writer.close()))
         if processes.rank == 0:
             chunks = [chunk for text in told for chunk in torch_dist.chunks_from_json(text)]
@@ -88,15 +94,29 @@ def to_hf(source: Tensors, reference: HFFolder, output: Path, processes: Process
         aside(output, processes) as folder,
         ByteProgress("Megatron → Hugging Face", sum(sizes[n] for n in mine), processes.rank == 0) as progress,
     ):
-        for number in mine:
-            names = shards[files[number]]
-            writer = safetensors_file.Writer(folder / files[number], {name: tensors[name] for name in names})
-            for name in names:
-                writer.write(name, _read(source, name, tensors[name][0], progress))
-                progress.advance(size_of(tensors[name]))
-            writer.close()
+
+        def tensor_after_tensor() -> Iterator[Callable[[], object]]:
+            for number in mine:
+                names = shards[files[number]]
+                writer = safetensors_file.Writer(folder / files[number], {name: tensors[name] for name in names})
+                for name in names:
+                    yield partial(writer.write, name, _read(source, name, tensors[name][0], progress))
+                    progress.advance(size_of(tensors[name]))
+                yield writer.close
+
+        _write_behind(tensor_after_tensor())
         if processes.rank == 0:
             write_companions(folder, reference, tensors, shards)
+
+
+def _write_behind(jobs: Iterable[Callable[[], object]]) -> None:
+    """Run the jobs in order in a thread of their own: one is written while the next is read, both without the GIL."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        pending = pool.submit(lambda: None)
+        for job in jobs:
+            pending.result()
+            pending = pool.submit(job)
+        pending.result()
 
 
 def _share(sizes: Sequence[int], processes: Processes) -> list[int]:

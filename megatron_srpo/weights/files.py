@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from torch import Tensor, uint8
 
 from megatron_srpo.runtime.processes import Processes
 
-_FLUSH_BYTES = 256 * 2**20
+_WRITE_BACK_BYTES = 32 * 2**20
 
 
 class FileError(ValueError):
@@ -24,47 +23,43 @@ class FileError(ValueError):
 class DurableFile:
     """A new file for large writes, on disk when `close` returns.
 
-    What has been written goes to disk in the background while the next piece is being made: the system's write-back would
-    else begin late, and closing would wait for most of the file.
+    What has been written starts on its way to disk while the next piece is being made: the system's own write-back begins
+    late, and closing would wait for most of the file.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self._file = path.open("xb", buffering=0)
-        self._unflushed = 0
-        self._flusher: threading.Thread | None = None
+        self._start = self._end = 0  # written one after the other, not yet on its way
 
     def write_at(self, data: memoryview | bytes, offset: int) -> None:
         """Put `data` at `offset` (bytes). Releases the GIL. Raises FileError when it cannot, such as for a full disk."""
         data = memoryview(data)
-        while data:
-            try:
-                written = os.pwrite(self._file.fileno(), data[: 2**30], offset)
-            except OSError as error:
-                raise self._failure(error) from None
-            data, offset = data[written:], offset + written
-            self._unflushed += written
-        if self._unflushed > _FLUSH_BYTES and (self._flusher is None or not self._flusher.is_alive()):
-            self._unflushed = 0
-            self._flusher = threading.Thread(target=self._flush_quietly)
-            self._flusher.start()
+        if offset != self._end:
+            self._write_back(offset)
+        try:
+            while data:
+                written = os.pwrite(self._file.fileno(), data[:_WRITE_BACK_BYTES], self._end)
+                data, self._end = data[written:], self._end + written
+                if self._end - self._start >= _WRITE_BACK_BYTES:
+                    self._write_back(self._end)
+        except OSError as error:
+            raise self._failure(error) from None
 
     def close(self) -> None:
         """Wait until everything is on disk. Raises FileError when that fails."""
         try:
-            if self._flusher is not None:
-                self._flusher.join()
             os.fsync(self._file.fileno())
         except OSError as error:
             raise self._failure(error) from None
         finally:
             self._file.close()
 
-    def _flush_quietly(self) -> None:
-        try:
-            os.fdatasync(self._file.fileno())
-        except OSError:
-            self._unflushed = _FLUSH_BYTES  # fsync in close() meets it again and tells
+    def _write_back(self, next_offset: int) -> None:
+        """Start it, without waiting: on Linux, advice that pages will not be read again does that."""
+        if hasattr(os, "posix_fadvise") and self._end - self._start >= _WRITE_BACK_BYTES:
+            os.posix_fadvise(self._file.fileno(), self._start, self._end - self._start, os.POSIX_FADV_DONTNEED)
+        self._start = self._end = next_offset
 
     def _failure(self, error: OSError) -> FileError:
         return FileError(f"{self.path}: cannot be written: {error.strerror}; what was written so far is not complete and can be deleted")
