@@ -20,6 +20,7 @@ from megatron_srpo.rollout.dump import dump
 from megatron_srpo.rollout.source import Rollouts
 from megatron_srpo.runtime.parallel import Layout, initialize, shut_down
 from megatron_srpo.runtime.trainer import Trainer, UpdateReport
+from megatron_srpo.scores import with_history
 from megatron_srpo.weights.transfer import save_hf
 
 
@@ -75,8 +76,9 @@ def _loop(config: Config, trainer: Trainer, rollouts: Rollouts, watch: Stopwatch
     def evaluate_after(step: int) -> None:
         terminal.phase("evaluate")
         start = time.perf_counter()
-        scores = evaluate(rollouts.collector, config.evaluation, config.rollout.max_response_tokens, config.train.seed)
-        row = {"step": step, **scores, "seconds_evaluate": time.perf_counter() - start}
+        limit, seed = config.rollout.max_response_tokens, config.train.seed
+        scores = evaluate(rollouts.collector, rollouts.evaluated, config.evaluation, limit, seed)
+        row = {"step": step, **with_history(scores, evaluations), "seconds_evaluate": time.perf_counter() - start}
         evaluations.append(row)
         metrics.write(row)
         terminal.evaluation(row)
@@ -124,6 +126,7 @@ def _step(config: Config, trainer: Trainer, rollouts: Rollouts, watch: Stopwatch
             encode=lambda messages: rollouts.folder.encode(messages, config.rollout.enable_thinking),
             max_teacher_prompt_tokens=config.teacher.max_prompt_tokens,
             seed=f"{config.train.seed}/{step}",
+            feedback=config.teacher.feedback,
         )
         groups = exchange(groups, rollouts.layout)
         if config.logging.rollouts and rollouts.layout.rank == 0:

@@ -15,11 +15,13 @@ from megatron_srpo.rollout.dump import replay
 from megatron_srpo.rollout.engine import Sampling
 from megatron_srpo.rollout.transformers_engine import TransformersEngine
 from megatron_srpo.runtime.parallel import Layout
-from megatron_srpo.tasks import create_task
+from megatron_srpo.tasks import evaluation_tasks, training_tasks
+from megatron_srpo.tasks.mixture import Mixture
+from megatron_srpo.tasks.pool import Pool
 
 
 class Rollouts:
-    """`collector` is None when replaying: then nothing is sampled, published or evaluated."""
+    """`collector` is None when replaying: then nothing is sampled, published or evaluated. `evaluated`: tasks by name."""
 
     def __init__(self, config: Config, folder: HFFolder, layout: Layout):
         settings = config.rollout
@@ -27,8 +29,10 @@ class Rollouts:
         self.version, self.collector = "0", None
         if settings.replay is None:
             engine = TransformersEngine(folder, layout.device, model_dtype(config), settings.batch_size)
-            task = create_task(config.task.name, config.train.seed)
-            self.collector = Collector(task, engine, folder, layout, settings)
+            trained, self.evaluated = training_tasks(config), evaluation_tasks(config)
+            self.mixture = Mixture(trained, {source.name: source.weight for source in config.task.sources})
+            verifiers = Pool({name: task.verifier for name, task in {**trained, **self.evaluated}.items()}, config.task)
+            self.collector = Collector(verifiers, engine, folder, layout, settings)
         self.sampling = Sampling(settings.temperature, settings.top_p, settings.max_response_tokens, folder.stop_ids)
 
     def collect(self, step: int) -> list[Group]:
@@ -39,7 +43,8 @@ class Rollouts:
             if len(groups) != (expected := settings.prompts_per_step):
                 raise ConfigError(f"rollout.replay: step {step} holds {len(groups)} groups; rollout.prompts_per_step is {expected}")
             return groups[self.layout.rank :: self.layout.world_size]
-        prompts = self.collector.prompts("train", (step - 1) * settings.prompts_per_step, settings.prompts_per_step)
+        numbers = range((step - 1) * settings.prompts_per_step, step * settings.prompts_per_step)
+        prompts = self.collector.prompts(self.mixture.prompt, numbers)
         return self.collector.sample(prompts, settings.samples_per_prompt, self.sampling, f"{self.config.train.seed}/{step}")
 
     def verify(self, groups: Sequence[Group]) -> list[Group]:
