@@ -38,7 +38,9 @@ def clean_demonstration(text: str) -> str:
 def teacher_messages(messages: Sequence[Message], demonstration: str, feedback: str | None = None) -> list[Message]:
     """System messages unchanged, then one user message: question, solution, optional feedback, final sentence.
 
-    An empty demonstration leaves the solution's part out: the feedback alone teaches. Raises ValueError when the prompt does not end with a user message or has assistant turns.
+    An empty demonstration leaves the solution out: the feedback alone teaches.
+
+    Raises ValueError when the prompt does not end with a user message or has assistant turns.
     """
     *system, user = messages
     if user["role"] != "user" or any(message["role"] != "system" for message in system):

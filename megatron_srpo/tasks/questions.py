@@ -7,9 +7,10 @@ A line holds `answer` and either `messages` (chat messages, one user message las
 from __future__ import annotations
 
 import json
+import os
 import random
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,6 +77,18 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, row
     if not seen:
         raise ConfigError(f"task.path: {path}: is empty; expected one question a line (JSONL)")
+
+
+def write_questions(rows: Iterable[dict[str, Any]], path: Path) -> None:
+    """Write rows that `read_questions` reads; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8") as out:
+        for row in rows:
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+        out.flush()
+        os.fsync(out.fileno())
+    partial.replace(path)
 
 
 def _question(row: dict[str, Any], number: int, where: str, phrase: Callable[[str], str]) -> Question:
