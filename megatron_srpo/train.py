@@ -26,6 +26,7 @@ from megatron_srpo.rollout.source import Rollouts
 from megatron_srpo.runtime.parallel import Layout, initialize, shut_down
 from megatron_srpo.runtime.stop import StopRequest
 from megatron_srpo.runtime.trainer import Trainer, UpdateReport
+from megatron_srpo.scores import with_history
 from megatron_srpo.weights.transfer import save_hf
 
 
@@ -124,6 +125,7 @@ class _Run:
                 encode=lambda messages: self.folder.encode(messages, config.rollout.enable_thinking),
                 max_teacher_prompt_tokens=config.teacher.max_prompt_tokens,
                 seed=f"{config.train.seed}/{step}",
+                feedback=config.teacher.feedback,
             )
             groups = exchange(groups, self.layout)
             if config.logging.rollouts and self.is_first:
@@ -159,8 +161,9 @@ class _Run:
         config = self.config
         self.terminal.phase("evaluate")
         start = time.perf_counter()
-        scores = evaluate(self.rollouts.collector, config.evaluation, config.rollout.max_response_tokens, config.train.seed)
-        row = {"step": step, **scores, "seconds_evaluate": time.perf_counter() - start}
+        limit, seed = config.rollout.max_response_tokens, config.train.seed
+        scores = evaluate(self.rollouts.collector, self.rollouts.evaluated, config.evaluation, limit, seed)
+        row = {"step": step, **with_history(scores, self.metrics.evaluations()), "seconds_evaluate": time.perf_counter() - start}
         self.metrics.write(row)
         self.terminal.evaluation(row)
         return row

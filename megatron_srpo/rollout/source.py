@@ -16,11 +16,16 @@ from megatron_srpo.rollout.engine import Sampling
 from megatron_srpo.rollout.ledger import Ledger
 from megatron_srpo.rollout.transformers_engine import TransformersEngine
 from megatron_srpo.runtime.parallel import Layout
-from megatron_srpo.tasks import create_task
+from megatron_srpo.tasks import evaluation_tasks, training_tasks
+from megatron_srpo.tasks.mixture import Mixture
+from megatron_srpo.tasks.pool import Pool
 
 
 class Rollouts:
-    """`collector` is None when replaying: then nothing is sampled, published or evaluated. next_prompt: the first not yet drawn."""
+    """`collector` is None when replaying: then nothing is sampled, published or evaluated. `evaluated`: tasks by name.
+
+    next_prompt: the number of the first training prompt not yet drawn.
+    """
 
     def __init__(self, config: Config, folder: HFFolder, layout: Layout):
         settings = config.rollout
@@ -29,8 +34,10 @@ class Rollouts:
         self.ledger = Ledger(config.logging.dir / "ledger", layout, keeps_samples=config.checkpoint.save_interval > 0)
         if settings.replay is None:
             engine = TransformersEngine(folder, layout.device, model_dtype(config), settings.batch_size)
-            task = create_task(config.task.name, config.train.seed)
-            self.collector = Collector(task, engine, folder, layout, settings)
+            trained, self.evaluated = training_tasks(config), evaluation_tasks(config)
+            self.mixture = Mixture(trained, {source.name: source.weight for source in config.task.sources})
+            verifiers = Pool({name: task.verifier for name, task in {**trained, **self.evaluated}.items()}, config.task)
+            self.collector = Collector(verifiers, engine, folder, layout, settings)
         self.sampling = Sampling(settings.temperature, settings.top_p, settings.max_response_tokens, folder.stop_ids)
 
     def collect(self, step: int) -> list[Group]:
@@ -42,10 +49,11 @@ class Rollouts:
                 raise ConfigError(f"rollout.replay: step {step} holds {len(groups)} groups; rollout.prompts_per_step is {count}")
             self.ledger.drawn(step, self.version, [group[0].prompt.id for group in groups])
             return groups[self.layout.rank :: self.layout.world_size]
-        first, self.next_prompt = self.next_prompt, self.next_prompt + count
-        self.ledger.drawn(step, self.version, self.collector.prompt_ids("train", first, count))
+        numbers = range(self.next_prompt, self.next_prompt + count)
+        self.next_prompt += count
+        self.ledger.drawn(step, self.version, [self.mixture.prompt(number).id for number in numbers])
         return self.collector.sample(
-            self.collector.prompts("train", first, count),
+            self.collector.prompts(self.mixture.prompt, numbers),
             settings.samples_per_prompt,
             self.sampling,
             seed=f"{self.config.train.seed}/{step}",
