@@ -138,7 +138,7 @@ class RolloutSection(_Section):
     max_response_tokens: int = Field(8192, gt=0)
     enable_thinking: bool = Field(False, description="passed to the chat template")
     batch_size: int = Field(256, gt=0, description="sequences the embedded engine samples at once")
-    over_sampling: float = Field(1.0, ge=1, description="prompts begun for every one trained on; the slowest are broken off and carried on")
+    over_sampling: float = Field(1.0, ge=1, description="prompts begun for each one trained on; the slowest are broken off and carried on")
     dynamic_filtering: bool = Field(False, description="leave out groups without signal (all rewards alike) and draw others instead")
     filter_rounds: int = Field(4, gt=0, description="rounds of drawing after which the batch is filled with groups without signal")
     max_staleness: int = Field(1, ge=0, description="samples carried on: at most so many weight versions older than the policy they train")
