@@ -110,6 +110,23 @@ def test_a_signal_saves_and_the_same_command_goes_on(command, whole, tmp_path, m
     assert_same(tmp_path / "run", whole)
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [["rollout.overlap=1"], ["rollout.over_sampling=2", "rollout.dynamic_filtering=true", "rollout.batch_size=6"]],
+    ids=["one step off", "over-sampling"],
+)
+def test_a_batch_that_was_under_way_goes_on(command, tmp_path, monkeypatch, overrides):
+    """Sampled ahead by the weights before, or carried on from broken-off responses: the same samples as without the stop."""
+    assert command(tmp_path / "whole", *overrides)[0] == 0
+    interrupt_in_step(monkeypatch, 2)
+    assert command(tmp_path / "run", *overrides)[0] == 75
+    monkeypatch.undo()
+    assert command(tmp_path / "run", *overrides)[0] == 0
+    assert_same(tmp_path / "run", tmp_path / "whole")
+    stale = [row["staleness_max"] for row in rows(tmp_path / "run") if "loss" in row]
+    assert max(stale) == 1, stale
+
+
 def test_the_clock_saves_and_leaves(command, tmp_path):
     status, said = command(tmp_path / "run", "checkpoint.exit_duration_in_mins=1e-6")
     assert status == 75 and "checkpoint.exit_duration_in_mins is over: saved after step 1 of 4" in said
