@@ -123,8 +123,9 @@ def test_unknown_keys_name_place_and_nearest(message_of, text, expected):
 
 
 def test_unknown_key_far_from_all_lists_the_known(message_of):
-    message = message_of(GOOD + "task:\n  zzzz: 1\n")
-    assert message == "config.yaml:8: task.zzzz: unknown key; known: name"
+    message = message_of(GOOD + "teacher:\n  zzzz: 1\n")
+    known = "ema_rate, feedback, interpolation, kind, max_prompt_tokens"
+    assert message == f"config.yaml:8: teacher.zzzz: unknown key; known: {known}"
 
 
 def test_another_algorithms_key_is_unknown(message_of):
@@ -191,7 +192,8 @@ def test_required_key_names_its_section(message_of):
         ("model.dtype", "float16"),
         ("parallel.tensor_model_parallel_size", "0"),
         ("parallel.context_parallel_size", "2"),
-        ("parallel.expert_model_parallel_size", "2"),
+        ("parallel.expert_model_parallel_size", "0"),
+        ("parallel.expert_tensor_parallel_size", "0"),
         ("parallel.virtual_pipeline_model_parallel_size", "1"),
         ("evaluation.every", "-1"),
         ("evaluation.samples", "0"),
@@ -238,6 +240,7 @@ def test_wrong_value_in_the_file_names_the_line(message_of):
     "overrides, section, named",
     [
         (["parallel.sequence_parallel=true"], "parallel", ["sequence_parallel", "tensor_model_parallel_size"]),
+        (["parallel.expert_tensor_parallel_size=2"], "parallel", ["expert_tensor_parallel_size", "expert_model_parallel_size > 1"]),
         (
             ["parallel.virtual_pipeline_model_parallel_size=2"],
             "parallel",

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_srpo.records import Group
+from megatron_srpo.files import write_text
+from megatron_srpo.records import Group, Sample
 from megatron_srpo.runtime.trainer import UpdateReport
 
 
@@ -17,24 +18,48 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """What the routed groups of a step say; shares are of samples unless named otherwise."""
+    """What the routed groups of a step say; shares are of samples unless named otherwise.
+
+    Samples that nobody could judge and that are excluded count in lengths and verifier_failed_share only. With several tasks
+    also pass_rate/<task> and the like.
+    """
     samples = [sample for group in groups for sample in group]
+    judged = [sample for sample in samples if not sample.verdict.excluded]
     lengths = [len(sample.response_ids) for sample in samples]
     distilled = [sample.route.distillation_weight > 0 for sample in samples]
-    failed = [sample for sample in samples if not sample.verdict.correct]
+    failed = [sample for sample in judged if not sample.verdict.correct]
     return {
-        "reward_mean": _mean([sample.verdict.reward for sample in samples]),
-        "pass_rate": _mean([float(sample.verdict.correct) for sample in samples]),
+        "reward_mean": _mean([sample.verdict.reward for sample in judged]),
+        "pass_rate": _mean([float(sample.verdict.correct) for sample in judged]),
         "response_tokens_mean": _mean(lengths),
         "truncated_share": _mean([float(sample.finish_reason == "length") for sample in samples]),
-        "format_rate": _mean([float(sample.verdict.format_ok) for sample in samples]),
+        "format_rate": _mean([float(sample.verdict.format_ok) for sample in judged]),
+        "verifier_failed_share": _mean([float(sample.verdict.verifier_failed is not None) for sample in samples]),
         "sdpo_sample_share": _mean([float(is_distilled) for is_distilled in distilled]),
         "sdpo_token_share": sum(length for length, d in zip(lengths, distilled, strict=True) if d) / sum(lengths),
         "teacherless_failed_share": _mean([float(sample.route.no_teacher is not None) for sample in failed]),
         "teacher_prompts_cut": sum(sample.route.demonstration_cut for sample in samples),
         "teacher_prompts_empty": sum(sample.route.no_teacher == "nothing_to_show" for sample in samples),
         "zero_advantage_share": _mean([float(all(sample.route.advantage == 0 for sample in group)) for group in groups]),
+        **_by_task(samples),
     }
+
+
+def _by_task(samples: Sequence[Sample]) -> dict[str, float]:
+    """The most telling numbers of each task, when there are several."""
+    rows: dict[str, float] = {}
+    if len(names := sorted({sample.prompt.task for sample in samples})) > 1:
+        for name in names:
+            own = [sample for sample in samples if sample.prompt.task == name]
+            judged = [sample for sample in own if not sample.verdict.excluded]
+            rows |= {
+                f"prompt_share/{name}": len(own) / len(samples),
+                f"pass_rate/{name}": _mean([float(sample.verdict.correct) for sample in judged]),
+                f"format_rate/{name}": _mean([float(sample.verdict.format_ok) for sample in judged]),
+                f"truncated_share/{name}": _mean([float(sample.finish_reason == "length") for sample in own]),
+                f"response_tokens_mean/{name}": _mean([len(sample.response_ids) for sample in own]),
+            }
+    return rows
 
 
 def update_metrics(report: UpdateReport) -> dict[str, float]:
@@ -63,9 +88,10 @@ def update_metrics(report: UpdateReport) -> dict[str, float]:
 
 
 class MetricsFile:
-    """Appends to metrics.jsonl; every line is on disk when `write` returns. Non-finite numbers become null."""
+    """metrics.jsonl; every line is on disk when `write` returns. Non-finite numbers become null."""
 
     def __init__(self, path: Path):
+        self.path = path
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
@@ -73,6 +99,29 @@ class MetricsFile:
         clean = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
+
+    def rewind(self, step: int, with_evaluation: bool) -> list[dict[str, Any]]:
+        """Drop what was written of steps after `step`, or of its evaluation, and a line that a kill tore; returns what stays."""
+        rows = [row for row in self._rows() if row["step"] < step or row["step"] == step and ("loss" in row or with_evaluation)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        if self.path.is_file() and self.path.read_text(encoding="utf-8") != text:
+            self._file.close()
+            write_text(self.path, text)
+            self._file = self.path.open("a", encoding="utf-8")
+        return rows
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The rows of evaluations, in their order."""
+        return [row for row in self._rows() if "loss" not in row]
+
+    def _rows(self) -> list[dict[str, Any]]:
+        rows = []
+        for line in self.path.read_bytes().split(b"\n") if self.path.is_file() else ():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue  # the empty rest of the file, or a torn line
+        return rows
 
     def close(self) -> None:
         """Close the file."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 from megatron_srpo.config import ConfigError, RolloutSection
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.records import Group, Prompt, Sample
+from megatron_srpo.records import Group, Prompt, Sample, Verdict
 from megatron_srpo.rollout.engine import Completion, Engine, Request, Sampling
 from megatron_srpo.runtime.parallel import Layout
-from megatron_srpo.tasks import Task
+from megatron_srpo.tasks.pool import Job, Pool
 
 
 def encode_prompt(prompt: Prompt, folder: HFFolder, settings: RolloutSection) -> Prompt:
@@ -23,21 +24,43 @@ def encode_prompt(prompt: Prompt, folder: HFFolder, settings: RolloutSection) ->
 
 
 class Collector:
-    """Samples and verifies prompts of one task with this rank's engine."""
+    """Samples prompts with this rank's engine and has the responses judged."""
 
-    def __init__(self, task: Task, engine: Engine, folder: HFFolder, layout: Layout, settings: RolloutSection):
-        self.task, self.engine, self.folder, self.layout, self.settings = task, engine, folder, layout, settings
+    def __init__(self, verifiers: Pool, engine: Engine, folder: HFFolder, layout: Layout, settings: RolloutSection):
+        self.verifiers, self.engine, self.folder, self.layout, self.settings = verifiers, engine, folder, layout, settings
 
-    def prompts(self, split: str, start: int, count: int) -> list[Prompt]:
-        """This rank's share of prompts start … start + count - 1: every world_size-th, from its rank on."""
-        numbers = range(start + self.layout.rank, start + count, self.layout.world_size)
-        return [encode_prompt(self.task.prompt(split, number), self.folder, self.settings) for number in numbers]
+    def prompts(self, prompt: Callable[[int], Prompt], numbers: range) -> list[Prompt]:
+        """This rank's share of the prompts of `numbers`, with their token ids: every world_size-th, from its rank on."""
+        mine = numbers[self.layout.rank :: self.layout.world_size]
+        return [encode_prompt(prompt(number), self.folder, self.settings) for number in mine]
 
-    def sample(self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: Sampling, seed: str) -> list[Group]:
-        """`samples_per_prompt` responses to each prompt. A sample's randomness is (seed, prompt id, index) alone."""
-        requests = [Request(prompt.ids, f"{seed}/{prompt.id}/{index}") for prompt in prompts for index in range(samples_per_prompt)]
-        completions = iter(self.engine.generate(requests, sampling))
-        return [tuple(self._sample(prompt, index, next(completions)) for index in range(samples_per_prompt)) for prompt in prompts]
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        samples_per_prompt: int,
+        sampling: Sampling,
+        seed: str,
+        kept: Mapping[tuple[str, int], Sample] = MappingProxyType({}),
+        keep: Callable[[Sample], None] = lambda sample: None,
+    ) -> list[Group]:
+        """`samples_per_prompt` responses to each prompt. A sample's randomness is (seed, prompt id, index) alone.
+
+        Args:
+            kept: samples made before, by prompt id and index, that are not made again.
+            keep: called with each new one as soon as it is finished.
+        """
+        places = [(prompt, index) for prompt in prompts for index in range(samples_per_prompt)]
+        done = {key: sample for prompt, index in places if (sample := kept.get(key := (prompt.id, index))) and sample.prompt == prompt}
+        missing = [(prompt, index) for prompt, index in places if (prompt.id, index) not in done]
+
+        def finished(number: int, completion: Completion) -> None:
+            prompt, index = missing[number]
+            done[prompt.id, index] = sample = self._sample(prompt, index, completion)
+            keep(sample)
+
+        requests = [Request(prompt.ids, f"{seed}/{prompt.id}/{index}") for prompt, index in missing]
+        self.engine.generate(requests, sampling, finished)
+        return [tuple(done[prompt.id, index] for index in range(samples_per_prompt)) for prompt in prompts]
 
     def _sample(self, prompt: Prompt, index: int, completion: Completion) -> Sample:
         return Sample(
@@ -51,11 +74,17 @@ class Collector:
         )
 
     def verify(self, groups: Sequence[Group]) -> list[Group]:
-        """Every sample with its verdict."""
-        return [
-            tuple(sample.model_copy(update={"verdict": self.task.verify(sample.prompt, sample.text)}) for sample in group)
-            for group in groups
-        ]
+        """Every sample with its verdict; a failed one of a prompt that carries feedback has that as its feedback."""
+        samples = [sample for group in groups for sample in group]
+        jobs = [Job(sample.prompt.task, sample.prompt.answer, sample.text) for sample in samples]
+        verdicts = iter(self.verifiers.verify(jobs))
+        return [tuple(_judged(sample, next(verdicts)) for sample in group) for group in groups]
+
+
+def _judged(sample: Sample, verdict: Verdict) -> Sample:
+    if sample.prompt.feedback and not verdict.correct and not verdict.verifier_failed:
+        verdict = verdict.model_copy(update={"feedback": sample.prompt.feedback})
+    return sample.model_copy(update={"verdict": verdict})
 
 
 def exchange(groups: Sequence[Group], layout: Layout) -> list[Group]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
@@ -34,11 +34,15 @@ class Completion(NamedTuple):
     finish_reason: Literal["stop", "length", "abort"]
 
 
+# finished(number of the request, its completion): called as each is done, in any order
+Finished = Callable[[int, Completion], None]
+
+
 class Engine(Protocol):
     """What samples. Implementations: `transformers_engine` (in this process)."""
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        """One completion a request, in order."""
+    def generate(self, requests: Sequence[Request], sampling: Sampling, finished: Finished) -> None:
+        """One completion a request, handed to `finished` while others still run."""
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
         """Take the whole stream and sample with it from now on, as `version`."""

@@ -13,34 +13,53 @@ from megatron_srpo.records import Group
 from megatron_srpo.rollout.collect import Collector
 from megatron_srpo.rollout.dump import replay
 from megatron_srpo.rollout.engine import Sampling
+from megatron_srpo.rollout.ledger import Ledger
 from megatron_srpo.rollout.transformers_engine import TransformersEngine
 from megatron_srpo.runtime.parallel import Layout
-from megatron_srpo.tasks import create_task
+from megatron_srpo.tasks import evaluation_tasks, training_tasks
+from megatron_srpo.tasks.mixture import Mixture
+from megatron_srpo.tasks.pool import Pool
 
 
 class Rollouts:
-    """`collector` is None when replaying: then nothing is sampled, published or evaluated."""
+    """`collector` is None when replaying: then nothing is sampled, published or evaluated. `evaluated`: tasks by name.
+
+    next_prompt: the number of the first training prompt not yet drawn.
+    """
 
     def __init__(self, config: Config, folder: HFFolder, layout: Layout):
         settings = config.rollout
         self.config, self.folder, self.layout = config, folder, layout
-        self.version, self.collector = "0", None
+        self.version, self.collector, self.next_prompt = "0", None, 0
+        self.ledger = Ledger(config.logging.dir / "ledger", layout, keeps_samples=config.checkpoint.save_interval > 0)
         if settings.replay is None:
             engine = TransformersEngine(folder, layout.device, model_dtype(config), settings.batch_size)
-            task = create_task(config.task.name, config.train.seed)
-            self.collector = Collector(task, engine, folder, layout, settings)
+            trained, self.evaluated = training_tasks(config), evaluation_tasks(config)
+            self.mixture = Mixture(trained, {source.name: source.weight for source in config.task.sources})
+            verifiers = Pool({name: task.verifier for name, task in {**trained, **self.evaluated}.items()}, config.task)
+            self.collector = Collector(verifiers, engine, folder, layout, settings)
         self.sampling = Sampling(settings.temperature, settings.top_p, settings.max_response_tokens, folder.stop_ids)
 
     def collect(self, step: int) -> list[Group]:
         """This rank's share of the step's groups. Raises ConfigError for a dumped step that does not fit."""
-        settings = self.config.rollout
+        settings, count = self.config.rollout, self.config.rollout.prompts_per_step
         if self.collector is None:
             groups = replay(settings.replay, step, settings.samples_per_prompt, self.folder)
-            if len(groups) != (expected := settings.prompts_per_step):
-                raise ConfigError(f"rollout.replay: step {step} holds {len(groups)} groups; rollout.prompts_per_step is {expected}")
+            if len(groups) != count:
+                raise ConfigError(f"rollout.replay: step {step} holds {len(groups)} groups; rollout.prompts_per_step is {count}")
+            self.ledger.drawn(step, self.version, [group[0].prompt.id for group in groups])
             return groups[self.layout.rank :: self.layout.world_size]
-        prompts = self.collector.prompts("train", (step - 1) * settings.prompts_per_step, settings.prompts_per_step)
-        return self.collector.sample(prompts, settings.samples_per_prompt, self.sampling, f"{self.config.train.seed}/{step}")
+        numbers = range(self.next_prompt, self.next_prompt + count)
+        self.next_prompt += count
+        self.ledger.drawn(step, self.version, [self.mixture.prompt(number).id for number in numbers])
+        return self.collector.sample(
+            self.collector.prompts(self.mixture.prompt, numbers),
+            settings.samples_per_prompt,
+            self.sampling,
+            seed=f"{self.config.train.seed}/{step}",
+            kept=self.ledger.kept(step, self.version),
+            keep=lambda sample: self.ledger.keep(step, sample),
+        )
 
     def verify(self, groups: Sequence[Group]) -> list[Group]:
         """Every sample with its verdict; dumped samples keep theirs."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.rollout.engine import Completion, Request, Sampling
+from megatron_srpo.rollout.engine import Completion, Finished, Request, Sampling
 
 
 class TransformersEngine:
@@ -38,15 +38,13 @@ class TransformersEngine:
             raise ValueError(f"weight update: {len(own)} tensors did not arrive, first {next(iter(own))}")
         self.version = version
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling, finished: Finished) -> None:
         """See `Engine.generate`. Prompts of like length are batched together; the results do not depend on it."""
         order = sorted(range(len(requests)), key=lambda number: len(requests[number].prompt_ids))
-        completions: list[Completion | None] = [None] * len(requests)
         for start in range(0, len(order), self.batch_size):
             numbers = order[start : start + self.batch_size]
             for number, completion in zip(numbers, self._generate_batch([requests[n] for n in numbers], sampling), strict=True):
-                completions[number] = completion
-        return completions
+                finished(number, completion)
 
     @torch.inference_mode()
     def _generate_batch(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:

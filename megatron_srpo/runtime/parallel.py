@@ -135,6 +135,25 @@ def initialize(parallel: ParallelSection, seed: int) -> Layout:
     )
 
 
+def random_states() -> dict[str, torch.Tensor]:
+    """The state of every generator of this process, by name: torch's on the CPU, CUDA's, and Megatron's named ones."""
+    tracker = tensor_parallel.random.get_cuda_rng_tracker()
+    states = {f"megatron|{name}": state for name, state in tracker.get_states().items()}
+    states["cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {name: state.cpu().clone() for name, state in states.items()}
+
+
+def restore_random_states(states: dict[str, torch.Tensor]) -> None:
+    """The inverse of `random_states`."""
+    named = {name.removeprefix("megatron|"): state for name, state in states.items() if name.startswith("megatron|")}
+    tensor_parallel.random.get_cuda_rng_tracker().set_states(named)
+    torch.set_rng_state(states["cpu"])
+    if torch.cuda.is_available() and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+
+
 def shut_down(layout: Layout) -> None:
     """Leave Megatron's groups, and the process group if `initialize` made it."""
     parallel_state.destroy_model_parallel()

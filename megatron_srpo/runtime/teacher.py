@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_srpo.config import TeacherSection
 from megatron_srpo.model.qwen3 import Qwen3
-from megatron_srpo.runtime.optimizer import Optimizer
+from megatron_srpo.runtime.optimizer import Optimizer, Shard
 from megatron_srpo.runtime.packing import OptimizerBatch
 from megatron_srpo.runtime.parallel import replica_group
 from megatron_srpo.runtime.schedule import run_schedule
@@ -64,6 +64,28 @@ class Teacher:
         for chunk in self.chunks:
             chunk.requires_grad_(False)
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether there are weights besides the policy's."""
+        return self.settings.kind != "live"
+
+    def share(self, position: int, shard: Shard) -> Tensor:
+        """Its flat weights of `shard`'s range, of the parameter at `position` in its order: what a checkpoint keeps."""
+        return self.shares[position] if self.shares else self._parameters[position].view(-1)[shard.start : shard.end]
+
+    @torch.no_grad()
+    def restore(self, weights: Iterable[tuple[Tensor, Shard]]) -> None:
+        """Put back every parameter's flat weights, in order; of an EMA, the shard's range in fp32 as well."""
+        self.shares = []
+        for parameter, (values, shard) in zip(self._parameters, weights, strict=True):
+            parameter.view(-1).copy_(values)
+            if self.settings.kind == "ema":
+                self.shares.append(values[shard.start : shard.end].to(parameter.device, torch.float32, copy=True))
+
+    @property
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
+
     def score(self, batch: OptimizerBatch) -> TeacherTargets:
         """A forward pass over the distilled samples, packed on their own, with the teacher's longer prompts; two of `trust_region`."""
         targets = TeacherTargets(interpolation=self.settings.interpolation)
@@ -101,7 +123,7 @@ class Teacher:
         """
         if self.settings.kind != "ema":
             return
-        own = [parameter for chunk in self.chunks for parameter in chunk.parameters()]
+        own = self._parameters
         shards = [optimizer.shard_of(parameter) for parameter in policy_parameters]
         if not self.shares:  # the copy still holds the initial weights exactly
             self.shares = [p.view(-1)[s.start : s.end].to(torch.float32, copy=True) for p, s in zip(own, shards, strict=True)]

@@ -58,11 +58,13 @@ _SUMS = ("tokens", "entropy", "gap", "clipped", "importance", "distilled", "dive
 class Trainer:
     """Policy, optimizer and teacher of this rank."""
 
-    def __init__(self, config: Config, folder: HFFolder, layout: Layout):
+    def __init__(self, config: Config, folder: HFFolder, layout: Layout, is_resumed: bool = False):
+        """`is_resumed`: the weights come from a checkpoint afterwards, not from `folder`."""
         self.config, self.folder, self.layout = config, folder, layout
         self.algorithm = config.algorithm
         chunks = build_chunks(folder.architecture, config, layout.device)
-        load(chunks, folder)
+        if not is_resumed:
+            load(chunks, folder)
         self.chunks = wrap_data_parallel(chunks, config)
         self.optimizer = Optimizer(self.chunks, config)
         self.teacher = None

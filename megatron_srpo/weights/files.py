@@ -76,14 +76,16 @@ def crc32(data: memoryview | bytes) -> int:
 
 
 @contextmanager
-def aside(output: Path, processes: Processes) -> Iterator[Path]:
+def aside(output: Path, processes: Processes, replace: bool = False) -> Iterator[Path]:
     """The folder in which the processes write before it is renamed to `output`, all together; after an error it is gone.
 
-    Raises FileError when `output` is a file or holds something, and when a former attempt's folder is still there.
+    With `replace`, an `output` that holds something and a former attempt's folder make way. Without, they raise FileError.
     """
     partial, is_first = output.with_name(output.name + ".partial"), processes.rank == 0
     if is_first:
-        _make(partial, output)
+        if replace:
+            shutil.rmtree(partial, ignore_errors=True)
+        _make(partial, None if replace else output)
     processes.barrier()
     try:
         yield partial
@@ -96,13 +98,15 @@ def aside(output: Path, processes: Processes) -> Iterator[Path]:
         for file in partial.iterdir():
             flush(file)
         flush(partial)
+        if replace and output.exists():
+            shutil.rmtree(output)
         partial.rename(output)
         flush(output.parent)
     processes.barrier()
 
 
-def _make(partial: Path, output: Path) -> None:
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+def _make(partial: Path, output: Path | None) -> None:
+    if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileError(f"{output}: exists and is not an empty folder; name another one or empty it")
     try:
         partial.mkdir(parents=True)

@@ -20,6 +20,9 @@ Split = Callable[[Tensor, Architecture], list[Tensor]]
 Merge = Callable[[Sequence[Tensor], Architecture], Tensor]
 
 
+VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")  # padded at their end in Megatron
+
+
 @dataclass(frozen=True)
 class Row:
     """megatron: parameter name inside its layer (or model, or expert); hf: tensor names inside theirs; dim: sharded dimension or None.
@@ -33,6 +36,31 @@ class Row:
     merge: Merge = lambda pieces, architecture: pieces[0]
     split: Split = lambda tensor, architecture: [tensor]
     expert: bool = False
+
+    def cut(self, tensors: Sequence, part: int, parts: int, shape: Sequence[int], architecture: Architecture) -> Tensor:
+        """The parameter, of `shape`, of tensor-parallel part `part` of `parts`.
+
+        tensors: the row's whole HF tensors, or safetensors' slices of them, of which only this part is read.
+        """
+        pieces = []
+        for tensor in tensors:
+            if self.dim is None:
+                pieces.append(tensor[:])
+                continue
+            size = (tensor.get_shape() if hasattr(tensor, "get_shape") else tensor.shape)[self.dim]
+            width = shape[0] if self.hf[0] in VOCABULARY_TENSORS else size // parts
+            span = slice(min(part * width, size), min((part + 1) * width, size))
+            pieces.append(tensor[span] if self.dim == 0 else tensor[:, span])
+        merged = self.merge(pieces, architecture)
+        if len(merged) < shape[0]:  # the vocabulary's padding
+            merged = torch.cat([merged, merged.new_zeros(shape[0] - len(merged), *shape[1:])])
+        return merged
+
+    def join(self, parts: Sequence[Tensor], architecture: Architecture) -> list[Tensor]:
+        """The row's whole HF tensors from the parameters of all tensor-parallel parts: the inverse of `cut`."""
+        pieces = zip(*(self.split(part, architecture) for part in parts), strict=True)
+        whole = [torch.cat(same, dim=self.dim) if len(same) > 1 else same[0] for same in pieces]
+        return [whole[0][: architecture.vocab_size]] if self.hf[0] in VOCABULARY_TENSORS else whole
 
 
 def _merge_qkv(pieces: Sequence[Tensor], a: Architecture) -> Tensor:
@@ -88,7 +116,6 @@ MODEL_ROWS = (
     Row("decoder.final_layernorm.weight", ("model.norm.weight",)),
     Row("output_layer.weight", ("lm_head.weight",), 0),
 )
-VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")  # padded at their end in Megatron
 
 # Transformer Engine fuses a norm into the matrix product after it, and names its weight there.
 _FUSED_NORMS = {

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from megatron_srpo.runtime.processes import Processes
 from megatron_srpo.weights.files import aside
 from megatron_srpo.weights.hf_output import SHARD_BYTES, plan_shards, write_companions
 from megatron_srpo.weights.safetensors_file import Writer
-from megatron_srpo.weights.table import VOCABULARY_TENSORS, Row, row_of
+from megatron_srpo.weights.table import Row, row_of
 
 cpu.install()
 
@@ -41,35 +42,43 @@ def parameters_of(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[Row, str,
             yield row, prefix, parameter
 
 
+class Part(NamedTuple):
+    """A rank's part of a parameter among the parts of its tensor-parallel ranks, and the stored tensor it is a part of.
+
+    is_only_copy: false where a rank with a lower number holds the same, and for the last stage's copy of a tied matrix.
+    """
+
+    name: str
+    number: int
+    parts: int
+    is_only_copy: bool
+
+    @classmethod
+    def of(cls, row: Row, prefix: str, architecture: Architecture) -> Part:
+        """This rank's, of the parameter that `row` and `prefix` stand for; `name` is its first HF tensor's."""
+        group = _tensor_group(row)
+        name = stored_name(prefix + row.hf[0], architecture)
+        is_tied_copy = name != prefix + row.hf[0]
+        if row.dim is None:
+            return cls(name, 0, 1, group.rank() == 0)
+        return cls(name, group.rank(), group.size(), not is_tied_copy)
+
+
+def stored_name(key: str, architecture: Architecture) -> str:
+    """The HF tensor that holds `key`: a tied matrix is stored once."""
+    return "model.embed_tokens.weight" if key == "lm_head.weight" and architecture.tie_word_embeddings else key
+
+
 def load(chunks: Sequence[torch.nn.Module], folder: HFFolder) -> None:
     """Fill the chunks from `folder`; only this rank's slices of the files are read."""
     architecture = folder.architecture
-    shapes = architecture.tensor_shapes()
     with ExitStack() as stack, torch.no_grad():
         opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in set(folder.file_of.values())}
         for row, prefix, parameter in parameters_of(chunks):
-            group, pieces = _tensor_group(row), []
-            rank, size = group.rank(), group.size()
-            for name in row.hf:
-                key = prefix + name
-                if key == "lm_head.weight" and architecture.tie_word_embeddings:
-                    key = "model.embed_tokens.weight"  # the last stage's own copy of the tied matrix
-                tensor = opened[folder.file_of[key]].get_slice(key)
-                if key in VOCABULARY_TENSORS:
-                    pieces.append(_vocabulary_rows(tensor, rank, parameter.shape[0], shapes[key]))
-                elif row.dim is None:
-                    pieces.append(tensor[:])
-                else:
-                    width = shapes[key][row.dim] // size
-                    span = slice(rank * width, (rank + 1) * width)
-                    pieces.append(tensor[span] if row.dim == 0 else tensor[:, span])
-            parameter.copy_(row.merge(pieces, architecture))
-
-
-def _vocabulary_rows(tensor, rank: int, rows: int, shape: tuple[int, ...]) -> Tensor:
-    start, end = min(rank * rows, shape[0]), min((rank + 1) * rows, shape[0])
-    own = tensor[start:end]
-    return torch.cat([own, own.new_zeros(rows - own.shape[0], shape[1])])
+            part = Part.of(row, prefix, architecture)
+            keys = [stored_name(prefix + name, architecture) for name in row.hf]
+            slices = [opened[folder.file_of[key]].get_slice(key) for key in keys]
+            parameter.copy_(row.cut(slices, part.number, part.parts, parameter.shape, architecture))
 
 
 def export(chunks: Sequence[torch.nn.Module], architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
@@ -132,25 +141,21 @@ def _tensor_group(row: Row):
 
 
 def _full_tensors(row: Row, local: Tensor, architecture: Architecture) -> list[Tensor]:
-    pieces = row.split(local, architecture)
-    if row.dim is not None and (group := _tensor_group(row)).size() > 1:
-        pieces = [_gather(piece.contiguous(), row.dim, group) for piece in pieces]
-    return [piece[: architecture.vocab_size] if name in VOCABULARY_TENSORS else piece for name, piece in zip(row.hf, pieces, strict=True)]
-
-
-def _gather(piece: Tensor, dim: int, group) -> Tensor:
-    parts = [torch.empty_like(piece) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, piece, group=group)
-    return torch.cat(parts, dim=dim)
+    parts, group = [local], _tensor_group(row)
+    if row.dim is not None and group.size() > 1:
+        parts = [torch.empty_like(local) for _ in range(group.size())]
+        dist.all_gather(parts, local.contiguous(), group=group)
+    return row.join(parts, architecture)
 
 
 def save_hf(stream: Iterable[tuple[str, Tensor]], folder: HFFolder, output: Path, write: bool) -> None:
     """Write the stream as an HF folder that `AutoModelForCausalLM` loads: shards, index, config and tokenizer.
 
     Every rank consumes the stream, the one with `write` writes, each tensor as it comes. Config and tokenizer are the start
-    model's; all tensors have the first one's dtype. The folder appears under its name when it is whole.
+    model's; all tensors have the first one's dtype. The folder appears under its name when it is whole, in place of one that
+    has that name already.
 
-    Raises FileError when `output` is not a new or empty folder, or the disk is full.
+    Raises FileError when the disk is full.
     """
     if not write:
         for _ in stream:
@@ -160,7 +165,7 @@ def save_hf(stream: Iterable[tuple[str, Tensor]], folder: HFFolder, output: Path
     first = next(stream)
     tensors = {name: (first[1].dtype, shape) for name, shape in folder.architecture.tensor_shapes().items()}
     shards = plan_shards(tensors, SHARD_BYTES)
-    with aside(output, Processes(rank=0, world_size=1)) as partial:
+    with aside(output, Processes(rank=0, world_size=1), replace=True) as partial:
         writers = {file: Writer(partial / file, {name: tensors[name] for name in names}) for file, names in shards.items()}
         writer_of = {name: writers[file] for file, names in shards.items() for name in names}
         for name, tensor in chain([first], stream):

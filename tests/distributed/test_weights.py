@@ -18,6 +18,7 @@ MODELS = {
     "tied": dict(tied=True),
     "untied": dict(tied=False),
     "qwen3_moe": dict(family="qwen3_moe", tied=False),
+    "qwen3_moe_not_renormalised": dict(family="qwen3_moe", tied=False, norm_topk_prob=False),
     "qwen2": dict(family="qwen2", tied=True),
     "llama": dict(family="llama", tied=False),
 }
