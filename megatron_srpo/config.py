@@ -138,6 +138,15 @@ class RolloutSection(_Section):
     max_response_tokens: int = Field(8192, gt=0)
     enable_thinking: bool = Field(False, description="passed to the chat template")
     batch_size: int = Field(256, gt=0, description="sequences the embedded engine samples at once")
+    over_sampling: float = Field(1.0, ge=1, description="prompts begun for each one trained on; the slowest are broken off and carried on")
+    dynamic_filtering: bool = Field(False, description="leave out groups without signal (all rewards alike) and draw others instead")
+    filter_rounds: int = Field(4, gt=0, description="rounds of drawing after which the batch is filled with groups without signal")
+    max_staleness: int = Field(1, ge=0, description="samples carried on: at most so many weight versions older than the policy they train")
+    overlap: Literal[0, 1] = Field(0, description="1: the next batch is sampled while one trains, by weights one version older")
+    logprob_gap_warning: float = Field(
+        0.05, gt=0, description="mean |log π_trainer - log π_engine|, nats a token, from which the run warns; overlap adds the policy's move"
+    )
+    logprob_gap_stop: float | None = Field(0.5, gt=0, description="… and from which it stops; null: never")
     replay: Path | None = Field(None, description="train on the rollouts dumped by this run (its folder or rollouts/), without an engine")
 
 
@@ -278,6 +287,8 @@ class Config(_Section):
             raise ValueError(
                 f"rollout.samples_per_prompt: {self.algorithm.name} compares the samples of a group, so it needs at least 2, not 1"
             )
+        if rollout.overlap > rollout.max_staleness:
+            raise ValueError(f"rollout.max_staleness: {rollout.max_staleness}, but rollout.overlap: 1 makes every sample one version old")
         if rollout.prompts_per_step % self.mini_batch_prompts:
             raise ValueError(
                 f"rollout.prompts_per_step: {rollout.prompts_per_step} is not a multiple of algorithm.mini_batch_prompts"

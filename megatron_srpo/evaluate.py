@@ -51,7 +51,7 @@ def evaluate(collector: Collector, tasks: Mapping[str, Task], settings: Evaluati
 def ask(collector: Collector, task: Task, split: str, numbers: range, samples: int, sampling: Sampling, seed: str) -> list[Group]:
     """The verified groups of the questions `numbers` of `split`, all of them on every rank, in order."""
     prompts = collector.prompts(partial(task.prompt, split), numbers)
-    return exchange(collector.verify(collector.sample(prompts, samples, sampling, seed)), collector.layout)
+    return exchange(collector.sample(prompts, samples, sampling, seed), collector.layout)
 
 
 def summarise(label: str, groups: Sequence[Group]) -> dict[str, float]:

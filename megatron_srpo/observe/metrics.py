@@ -62,6 +62,14 @@ def _by_task(samples: Sequence[Sample]) -> dict[str, float]:
     return rows
 
 
+def version_metrics(groups: Sequence[Group], step: int) -> dict[str, Any]:
+    """The newest weights that sampled the step's groups, and how many versions the oldest token of a sample is behind the policy."""
+    versions = [[int(version) for version, _, _ in sample.versions if version.isdigit()] for group in groups for sample in group]
+    behind = [step - 1 - min(of_sample) for of_sample in versions if of_sample]
+    newest = str(max(map(max, filter(None, versions)), default=groups[0][0].versions[-1][0]))
+    return {"weight_version": newest, "staleness_mean": _mean(behind), "staleness_max": max(behind, default=0)}
+
+
 def update_metrics(report: UpdateReport) -> dict[str, float]:
     """What the step's updates say. Means over no token (nothing distilled) are 0: see sdpo_token_share."""
     sums = report.sums
