@@ -4,13 +4,13 @@ Megatron's side has the names and global shapes of `GPTModel.sharded_state_dict(
 which are Transformer Engine's: layers stacked (`decoder.layers.mlp.linear_fc2.weight` is [layers, H, ffn]), experts
 stacked inside them (`decoder.layers.mlp.experts.experts.linear_fc2.weight` is [layers, experts, H, ffn]), the norms that
 Transformer Engine fuses under the matrix after them, the vocabulary padded. megatron-core's local layers ask for the
-same names, by their `sharded_state_dict_keys_map`, so either kind of layers loads one checkpoint, in Megatron-LM, too.
+same names, by their `sharded_state_dict_keys_map`, so either kind of layers loads one checkpoint, and so do Megatron-LM's
+models, which are these.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -48,9 +48,8 @@ class HFTensors:
     """The tensors of a Hugging Face folder. Raises ConfigError or FileError when one is missing, unexpected, or not of its shape."""
 
     def __init__(self, folder: HFFolder):
-        self.folder, self._stack = folder, ExitStack()
-        self._shapes = folder.architecture.tensor_shapes()
-        self._opened = {file: self._stack.enter_context(safe_open(file, framework="pt")) for file in set(folder.file_of.values())}
+        self.folder, self._shapes = folder, folder.architecture.tensor_shapes()
+        self._opened = {file: safe_open(file, framework="pt") for file in set(folder.file_of.values())}
         self._dtypes = {}
         for name, file in folder.file_of.items():
             kind = self._opened[file].get_slice(name).get_dtype()
