@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import runpy
 import shutil
 import signal
 import sys
@@ -234,6 +235,33 @@ def test_another_model_is_refused_and_named(command, whole, tmp_path):
     status, said = command(whole, f"model.hf_path={other}", "resume.override=[model.hf_path, logging]")
     assert status == 2 and "is a checkpoint of another model" in said
     assert "num_hidden_layers: the checkpoint has 3, model.hf_path 2" in said
+
+
+def test_policy_and_teacher_become_hugging_face_folders(command, tmp_path, monkeypatch):
+    """The policy is the run's own hf/; the teacher follows it: θ'₂ = 0.95 θ'₁ + 0.05 θ₂."""
+    run = tmp_path / "run"
+    assert command(run, "train.steps=2", "checkpoint.save_interval=1", "evaluation.every=0")[0] == 0
+
+    def tool(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(START.parents[2] / "tools" / f"{name}.py"), run_name="__main__")
+        return end.value.code
+
+    def convert(checkpoint, weights):
+        output = tmp_path / f"{checkpoint.name}-{weights}"
+        arguments = ("--checkpoint", checkpoint, "--weights", weights, "--hf-reference", START, "--output", output)
+        assert tool("convert_megatron_to_hf", *arguments) == 0
+        return load_file(output / "model.safetensors")
+
+    policy, exported = convert(run, "policy"), load_file(run / "hf" / "model.safetensors")
+    assert set(policy) == set(exported) and all(torch.equal(policy[name], exported[name]) for name in policy)
+    assert tool("verify_checkpoint", run, run / "hf", "--no-logits") == 0
+    before, after = (convert(run / "checkpoints" / f"step_00000{step}", "teacher") for step in (1, 2))
+    for name, tensor in after.items():
+        torch.testing.assert_close(tensor, 0.95 * before[name] + 0.05 * policy[name], atol=1e-7, rtol=1e-6)
+        assert not torch.equal(tensor, before[name])
+    assert tool("verify_checkpoint", run, run / "hf", "--weights", "teacher", "--no-logits") == 1
 
 
 def test_never_means_never(command, whole):
