@@ -38,7 +38,7 @@ class SavedFile(BaseModel):
 
 
 class Manifest(BaseModel):
-    """manifest.json. `dtype`: the model's; `state`: see `state.py`; `evaluation`: the metrics.jsonl row of an evaluation at this step, if there was one."""
+    """manifest.json. dtype: the model's. state: see `state.py`. evaluation: the metrics.jsonl row of one at this step, if there was one."""
 
     model_config = ConfigDict(extra="forbid")
 
