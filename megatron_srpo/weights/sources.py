@@ -11,7 +11,7 @@ models, which are these.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -139,9 +139,17 @@ class MegatronTensors:
     def __init__(self, path: Path, architecture: Architecture):
         self.folder, self.architecture = Folder(path), architecture
         self._shapes = architecture.tensor_shapes()
-        self._places = {name: place for place in places(architecture) for name in place.names}
+        stored = map(self._as_stored, places(architecture))
+        self._places = {name: place for place in stored for name in place.names}
         self._last: tuple[Place, dict[str, Tensor]] | None = None
         self._check()
+
+    def _as_stored(self, place: Place) -> Place:
+        """Megatron can keep each layer under keys of its own (`non_homogeneous_layers`), as where experts are not in all of them."""
+        single = place.key.replace("decoder.layers.", f"decoder.layers.{place.index[0]}.", 1) if place.index else place.key
+        if place.key in self.folder.chunks or single not in self.folder.chunks:
+            return place
+        return replace(place, key=single, index=place.index[1:], stacks=place.stacks[1:])
 
     def _check(self) -> None:
         held, expected = self.folder.chunks, dict.fromkeys(place.key for place in self._places.values())
