@@ -141,10 +141,10 @@ class RolloutSection(_Section):
     over_sampling: float = Field(1.0, ge=1, description="prompts begun for each one trained on; the slowest are broken off and carried on")
     dynamic_filtering: bool = Field(False, description="leave out groups without signal (all rewards alike) and draw others instead")
     filter_rounds: int = Field(4, gt=0, description="rounds of drawing after which the batch is filled with groups without signal")
-    max_staleness: int = Field(1, ge=0, description="samples carried on: at most so many weight versions older than the policy they train")
+    max_staleness: int = Field(1, ge=0, description="samples carried on are at most so many weight versions older than the policy")
     overlap: Literal[0, 1] = Field(0, description="1: the next batch is sampled while one trains, by weights one version older")
     logprob_gap_warning: float = Field(
-        0.05, gt=0, description="mean |log π_trainer - log π_engine|, nats a token, from which the run warns; overlap adds the policy's move"
+        0.05, gt=0, description="mean |log π_trainer - log π_engine|, nats a token, from which the run warns; overlap adds to it"
     )
     logprob_gap_stop: float | None = Field(0.5, gt=0, description="… and from which it stops; null: never")
     replay: Path | None = Field(None, description="train on the rollouts dumped by this run (its folder or rollouts/), without an engine")
