@@ -226,12 +226,14 @@ class Config(_Section):
         if self.evaluation.tasks is None:
             return self.task.sources
         trained = {source.name: source for source in self.task.sources}
-        return tuple(
-            trained[source.name]
-            if source == TaskSource(name=source.name) and source.name in trained
-            else source.model_copy(update={"test_share": 1.0 if source.test_share is None else source.test_share})
-            for source in self.evaluation.tasks
-        )
+        found = []
+        for source in self.evaluation.tasks:
+            if source == TaskSource(name=source.name):
+                source = trained.get(source.name, source)
+            elif source.test_share is None and source.path is not None and source.path.suffix == ".jsonl":
+                source = source.model_copy(update={"test_share": 1.0})  # nothing is trained on it
+            found.append(source)
+        return tuple(found)
 
     @model_validator(mode="after")
     def _contradictions(self):
