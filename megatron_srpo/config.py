@@ -106,8 +106,12 @@ class TaskSection(TaskSource):
     @model_validator(mode="before")
     @classmethod
     def _mixture_alone(cls, given: Any) -> Any:
-        if isinstance(given, dict) and given.get("mixture") and (beside := sorted(set(given) & set(TaskSource.model_fields))):
-            raise ValueError(f"task.mixture: beside it stands task.{beside[0]}, which belongs to one of its tasks (or task.mixture: null)")
+        if isinstance(given, dict) and given.get("mixture"):
+            default = {name: field.get_default(call_default_factory=True) for name, field in TaskSource.model_fields.items()}
+            if beside := sorted(key for key, value in given.items() if key in default and value != default[key]):
+                raise ValueError(
+                    f"task.mixture: beside it stands task.{beside[0]}, which belongs to one of its tasks (or task.mixture: null)"
+                )
         return given
 
     @model_validator(mode="after")

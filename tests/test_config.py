@@ -311,6 +311,13 @@ def test_wrong_tasks(message_of, text, expected):
     assert message_of(GOOD + text).startswith(expected)
 
 
+def test_tasks_are_saved_as_they_are_read(config_of, tmp_path):
+    overrides = ["task.mixture=[{path: a/chemistry, weight: 2}, addition]", "evaluation.tasks=[addition, {path: x.jsonl}]"]
+    config = config_of(GOOD + "task: {name: addition}\n", *overrides)
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml", []) == config
+
+
 def test_tasks_and_their_overrides(config_of):
     config = config_of(GOOD + "task:\n  mixture:\n  - {path: data/chemistry, weight: 2}\n  - addition\n")
     assert [(source.name, source.weight) for source in config.task.sources] == [("chemistry", 2), ("addition", 1)]
