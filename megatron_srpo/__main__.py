@@ -10,9 +10,12 @@ import time
 import warnings
 from pathlib import Path
 
+INTERRUPTED = 75  # sysexits.h's EX_TEMPFAIL: come again
+
 
 def main() -> int:
-    """Parse the command line and run it. Returns the exit status: 2 for a configuration that cannot be run."""
+    """Parse the command line and run it. Returns the exit status: 2 for a configuration that cannot be run, 1 for a run that
+    cannot go on, 75 for one that was asked to leave before its end."""
     parser = argparse.ArgumentParser(prog="python -m megatron_srpo", description="Sample-Routed Policy Optimization on megatron-core")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (("train", "train by a configuration file"), ("eval", "evaluate model.hf_path by a configuration file")):
@@ -33,14 +36,19 @@ def main() -> int:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.command == "eval":
             return evaluate_model(config, is_first)
-        from megatron_srpo.train import TrainingStopped, train
+        from megatron_srpo.checkpoint.saver import SaveFailed
+        from megatron_srpo.train import TrainingInterrupted, TrainingStopped, train
 
         try:
             train(config)
-        except TrainingStopped as error:
+        except (TrainingStopped, SaveFailed) as error:
             if is_first:
                 print(f"stopped: {error}", file=sys.stderr)
             return 1
+        except TrainingInterrupted as error:
+            if is_first:
+                print(error, file=sys.stderr)
+            return INTERRUPTED
     except ConfigError as error:
         if is_first:
             print(f"configuration error: {error}", file=sys.stderr, flush=True)
@@ -76,6 +84,7 @@ def quieten_libraries() -> None:
     """Before torch and Megatron are imported: their errors only, and the settings they read from the environment."""
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron needs it for tensor parallelism on Hopper and before
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.basicConfig(level=logging.ERROR, format="%(name)s: %(message)s")
     warnings.filterwarnings("ignore", module="megatron|torch|transformers")
 

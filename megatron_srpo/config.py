@@ -43,10 +43,18 @@ class ParallelSection(_Section):
     pipeline_model_parallel_size: int = Field(1, gt=0)
     virtual_pipeline_model_parallel_size: int | None = Field(None, gt=1, description="model chunks per pipeline rank (interleaved 1F1B)")
     context_parallel_size: Literal[1] = Field(1, description="only 1 so far")
-    expert_model_parallel_size: Literal[1] = Field(1, description="only 1: dense models")
+    expert_model_parallel_size: int = Field(1, gt=0, description="ranks that share a layer's experts; their tokens are data parallel")
+    expert_tensor_parallel_size: int | None = Field(
+        None, gt=0, description="ranks that share each expert's matrices; null: tensor_model_parallel_size"
+    )
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = Field(True, description="shard the optimizer's state over the data-parallel ranks")
     distributed_timeout_minutes: float = Field(10, gt=0, description="a collective that waits longer ends the run")
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """Ranks that share each expert's matrices."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -54,6 +62,8 @@ class ParallelSection(_Section):
             raise ValueError("sequence_parallel: true needs tensor_model_parallel_size > 1")
         if self.virtual_pipeline_model_parallel_size and self.pipeline_model_parallel_size == 1:
             raise ValueError("virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size > 1")
+        if self.expert_model_parallel_size == 1 and self.expert_tensor_parallel_size not in (None, self.tensor_model_parallel_size):
+            raise ValueError("expert_tensor_parallel_size other than tensor_model_parallel_size needs expert_model_parallel_size > 1")
         return self
 
 
@@ -123,7 +133,7 @@ class TaskSection(TaskSource):
 
 
 class RolloutSection(_Section):
-    engine: Literal["transformers"] = Field("transformers", description="transformers: Qwen3ForCausalLM in this process")
+    engine: Literal["transformers"] = Field("transformers", description="transformers' model in this process")
     prompts_per_step: int = Field(32, gt=0)
     samples_per_prompt: int = Field(8, gt=0, description="G, the group size")
     temperature: float = Field(1.0, gt=0)
@@ -132,6 +142,15 @@ class RolloutSection(_Section):
     max_response_tokens: int = Field(8192, gt=0)
     enable_thinking: bool = Field(False, description="passed to the chat template")
     batch_size: int = Field(256, gt=0, description="sequences the embedded engine samples at once")
+    over_sampling: float = Field(1.0, ge=1, description="prompts begun for each one trained on; the slowest are broken off and carried on")
+    dynamic_filtering: bool = Field(False, description="leave out groups without signal (all rewards alike) and draw others instead")
+    filter_rounds: int = Field(4, gt=0, description="rounds of drawing after which the batch is filled with groups without signal")
+    max_staleness: int = Field(1, ge=0, description="samples carried on are at most so many weight versions older than the policy")
+    overlap: Literal[0, 1] = Field(0, description="1: the next batch is sampled while one trains, by weights one version older")
+    logprob_gap_warning: float = Field(
+        0.05, gt=0, description="mean |log π_trainer - log π_engine|, nats a token, from which the run warns; overlap adds to it"
+    )
+    logprob_gap_stop: float | None = Field(0.5, gt=0, description="… and from which it stops; null: never")
     replay: Path | None = Field(None, description="train on the rollouts dumped by this run (its folder or rollouts/), without an engine")
 
 
@@ -194,8 +213,34 @@ class EvaluationSection(_Section):
         return self
 
 
+class CheckpointSection(_Section):
+    save_interval: int = Field(10, ge=0, description="steps between checkpoints, also after the last step; 0: never")
+    async_save: bool = Field(True, description="write them while training goes on")
+    keep_last: int = Field(2, gt=0, description="the newest checkpoints that stay")
+    keep_best: int = Field(1, ge=0, description="besides, those with the best evaluation (the first task's avg@K) stay")
+    exit_duration_in_mins: float | None = Field(None, gt=0, description="save and leave when the run has lasted this long")
+
+
+class ResumeSection(_Section):
+    mode: Literal["auto", "never"] = Field(
+        "auto", description="auto: a run folder that holds this run already is gone on with; never: it is refused"
+    )
+    override: tuple[str, ...] = Field(
+        (
+            *("parallel", "optimizer.lr", "train.steps", "train.micro_batch_tokens", "train.logits_memory_mib"),
+            *("rollout.batch_size", "evaluation", "checkpoint", "logging"),
+        ),
+        description="keys and sections that may differ from the run's own when it is gone on with",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value):
+        return {"mode": value} if isinstance(value, str) else value
+
+
 class LoggingSection(_Section):
-    dir: Path = Field(description="the run folder; must not hold a run already")
+    dir: Path = Field(description="the run folder")
     rollouts: bool = Field(True, description="dump every sample, one file a step (replayable)")
 
 
@@ -211,6 +256,8 @@ class Config(_Section):
     optimizer: OptimizerSection = OptimizerSection()
     train: TrainSection
     evaluation: EvaluationSection = EvaluationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    resume: ResumeSection = Field(ResumeSection(), description="short form: resume: auto | never")
     logging: LoggingSection
     megatron: dict[str, Any] = Field(default_factory=dict, description="passed to megatron-core's TransformerConfig, by field name")
 
@@ -246,6 +293,8 @@ class Config(_Section):
             raise ValueError(
                 f"rollout.samples_per_prompt: {self.algorithm.name} compares the samples of a group, so it needs at least 2, not 1"
             )
+        if rollout.overlap > rollout.max_staleness:
+            raise ValueError(f"rollout.max_staleness: {rollout.max_staleness}, but rollout.overlap: 1 makes every sample one version old")
         if rollout.prompts_per_step % self.mini_batch_prompts:
             raise ValueError(
                 f"rollout.prompts_per_step: {rollout.prompts_per_step} is not a multiple of algorithm.mini_batch_prompts"

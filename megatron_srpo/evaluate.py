@@ -22,7 +22,8 @@ from megatron_srpo.records import Group, Sample
 from megatron_srpo.rollout.collect import Collector, exchange
 from megatron_srpo.rollout.engine import Sampling
 from megatron_srpo.rollout.transformers_engine import TransformersEngine
-from megatron_srpo.runtime.parallel import Layout, initialize, rank_from_environment, shut_down
+from megatron_srpo.runtime.parallel import Layout, initialize, shut_down
+from megatron_srpo.runtime.processes import rank_from_environment
 from megatron_srpo.tasks import Task, evaluation_tasks, question_count
 from megatron_srpo.tasks.pool import Pool
 
@@ -51,7 +52,7 @@ def evaluate(collector: Collector, tasks: Mapping[str, Task], settings: Evaluati
 def ask(collector: Collector, task: Task, split: str, numbers: range, samples: int, sampling: Sampling, seed: str) -> list[Group]:
     """The verified groups of the questions `numbers` of `split`, all of them on every rank, in order."""
     prompts = collector.prompts(partial(task.prompt, split), numbers)
-    return exchange(collector.verify(collector.sample(prompts, samples, sampling, seed)), collector.layout)
+    return exchange(collector.sample(prompts, samples, sampling, seed), collector.layout)
 
 
 def summarise(label: str, groups: Sequence[Group]) -> dict[str, float]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
+from megatron_srpo.checkpoint.resume import check_run_folder
 from megatron_srpo.config import Config, ConfigError
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.model.qwen3 import check_layout, transformer_config, uses_transformer_engine
 from megatron_srpo.rollout.collect import encode_prompt
 from megatron_srpo.rollout.dump import step_file
-from megatron_srpo.runtime.parallel import data_parallel_size, rank_from_environment, world_size_from_environment
+from megatron_srpo.runtime.parallel import data_parallel_size
+from megatron_srpo.runtime.processes import rank_from_environment, world_size_from_environment
 from megatron_srpo.tasks import Task, evaluation_tasks, question_count, training_tasks
 
 
@@ -28,7 +29,7 @@ def preflight(config: Config) -> HFFolder:
     if config.evaluation.every > 0 and config.rollout.replay is None:
         check_evaluation(config, folder, evaluation_tasks(config))
     if rank_from_environment() == 0:
-        _check_run_folder(config.logging.dir)
+        check_run_folder(config, folder.architecture)
     if config.rollout.replay is not None:
         for step in range(1, config.train.steps + 1):
             if not step_file(config.rollout.replay, step).is_file():
@@ -45,10 +46,3 @@ def check_evaluation(config: Config, folder: HFFolder, tasks: Mapping[str, Task]
             for number in range(question_count(task, split, config.evaluation)):
                 encode_prompt(task.prompt(split, number), folder, config.rollout)
 
-
-def _check_run_folder(directory: Path) -> None:
-    if directory.exists() and not directory.is_dir():
-        raise ConfigError(f"logging.dir: {directory.resolve()} is not a folder")
-    held = [name for name in ("metrics.jsonl", "rollouts", "hf", "hf.partial") if (directory / name).exists()]
-    if held:
-        raise ConfigError(f"logging.dir: {directory.resolve()} already holds a run ({', '.join(held)}); name another folder")

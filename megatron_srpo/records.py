@@ -71,3 +71,10 @@ class Sample(_Record):
 
 
 Group = tuple[Sample, ...]  # the samples of one prompt, by index
+
+
+class Unfinished(_Record):
+    """A prompt that is not yet a group: what has been sampled of it, whole responses and broken-off ones ("abort")."""
+
+    prompt: Prompt
+    samples: tuple[Sample, ...] = ()

@@ -59,12 +59,14 @@ class Reference:
         top_k=None,
         aggregation="token_mean",
         trust_region=None,
+        weight_decay=0.01,
     ):
-        self.model = AutoModelForCausalLM.from_pretrained(hf_path, dtype=torch.float64, attn_implementation="eager")
+        eager = dict(attn_implementation="eager", experts_implementation="eager")
+        self.model = AutoModelForCausalLM.from_pretrained(hf_path, dtype=torch.float64, **eager)
         self.teacher = copy.deepcopy(self.model).requires_grad_(False)
-        norms = [p for p in self.model.parameters() if p.ndim == 1]
+        vectors = [p for p in self.model.parameters() if p.ndim == 1]  # norms and biases
         others = [p for p in self.model.parameters() if p.ndim > 1]
-        groups = [{"params": others, "weight_decay": 0.01}, {"params": norms, "weight_decay": 0.0}]
+        groups = [{"params": others, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8)
         self.lr, self.warmup, self.beta = lr, warmup, beta
         self.divergence = (kind, alpha, support, top_k)

@@ -192,7 +192,8 @@ def test_required_key_names_its_section(message_of):
         ("model.dtype", "float16"),
         ("parallel.tensor_model_parallel_size", "0"),
         ("parallel.context_parallel_size", "2"),
-        ("parallel.expert_model_parallel_size", "2"),
+        ("parallel.expert_model_parallel_size", "0"),
+        ("parallel.expert_tensor_parallel_size", "0"),
         ("parallel.virtual_pipeline_model_parallel_size", "1"),
         ("evaluation.every", "-1"),
         ("evaluation.samples", "0"),
@@ -239,6 +240,7 @@ def test_wrong_value_in_the_file_names_the_line(message_of):
     "overrides, section, named",
     [
         (["parallel.sequence_parallel=true"], "parallel", ["sequence_parallel", "tensor_model_parallel_size"]),
+        (["parallel.expert_tensor_parallel_size=2"], "parallel", ["expert_tensor_parallel_size", "expert_model_parallel_size > 1"]),
         (
             ["parallel.virtual_pipeline_model_parallel_size=2"],
             "parallel",

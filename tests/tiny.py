@@ -1,4 +1,4 @@
-"""Tiny Qwen3 folders for tests: random weights large enough that every layer matters, a byte-level tokenizer, ChatML."""
+"""Tiny model folders for tests: random weights large enough that every layer matters, a byte-level tokenizer, ChatML."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+    Qwen3MoeForCausalLM,
+)
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHAT = (
@@ -28,16 +35,29 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def make_model(tied: bool = True, vocab_size: int = 270, layers: int = 4, seed: int = 0) -> Qwen3ForCausalLM:
-    """hidden 64, 4 query heads on 4 key-value heads' worth of TP (kv 4), head_dim 16, fp32; norms off 1."""
-    config = Qwen3Config(
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+# family → (transformers' model, its configuration beyond what all share); each differs from the others where it can
+FAMILIES = {
+    "qwen3": (Qwen3ForCausalLM, dict(head_dim=16)),
+    "qwen3_moe": (
+        Qwen3MoeForCausalLM,
+        dict(head_dim=16, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=48, norm_topk_prob=True),
+    ),
+    "qwen2": (Qwen2ForCausalLM, {}),
+    "llama": (LlamaForCausalLM, dict(rope_parameters={**LLAMA3, "rope_theta": 1e4})),
+}
+
+
+def make_model(family: str = "qwen3", tied: bool = True, vocab_size: int = 270, layers: int = 4, seed: int = 0, **more) -> PreTrainedModel:
+    """hidden 64, 8 query heads on 4 key-value heads (so TP up to 4), fp32; norms off 1, biases that matter, routers far from ties."""
+    kind, options = FAMILIES[family]
+    shared = dict(
         vocab_size=vocab_size,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=layers,
         num_attention_heads=8,
         num_key_value_heads=4,
-        head_dim=16,
         max_position_embeddings=1024,
         rms_norm_eps=1e-6,
         tie_word_embeddings=tied,
@@ -46,16 +66,17 @@ def make_model(tied: bool = True, vocab_size: int = 270, layers: int = 4, seed: 
         eos_token_id=2,
         pad_token_id=0,
     )
-    model = Qwen3ForCausalLM(config)
+    model = kind(kind.config_class(**{**shared, **options, **more}))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.08 * noise)
+            scale = 0.4 if name.endswith((".bias", "mlp.gate.weight")) else 0.08
+            parameter.copy_(1 + 0.2 * noise if "norm" in name else scale * noise)
     return model.float()
 
 
-def save_folder(path: Path, model: Qwen3ForCausalLM | None = None, **options) -> Path:
+def save_folder(path: Path, model: PreTrainedModel | None = None, **options) -> Path:
     """A whole HF folder at `path`."""
     (model or make_model(**options)).save_pretrained(path)
     make_tokenizer().save_pretrained(path)

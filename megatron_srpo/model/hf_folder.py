@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -13,8 +14,21 @@ from megatron_srpo.config import ConfigError
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretched rotary frequencies (rope type llama3); names as in config.json."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
 class Architecture:
-    """What config.json says of a dense Qwen3; names as there."""
+    """What config.json says of the model; names as there. `num_experts` is 0 in dense models.
+
+    qk_norm (each head's queries and keys are normalised) and qkv_bias follow from the model type.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -27,30 +41,77 @@ class Architecture:
     rope_theta: float
     max_position_embeddings: int
     tie_word_embeddings: bool
+    qk_norm: bool
+    qkv_bias: bool
+    rope_scaling: RopeScaling | None
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    norm_topk_prob: bool
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor the folder must hold."""
-        hidden, ffn, head = self.hidden_size, self.intermediate_size, self.head_dim
-        queries, keys = self.num_attention_heads * head, self.num_key_value_heads * head
-        shapes = {"model.embed_tokens.weight": (self.vocab_size, hidden), "model.norm.weight": (hidden,)}
+        shapes = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size), "model.norm.weight": (self.hidden_size,)}
         if not self.tie_word_embeddings:
-            shapes["lm_head.weight"] = (self.vocab_size, hidden)
-        layer = {
-            "input_layernorm": (hidden,),
-            "post_attention_layernorm": (hidden,),
-            "self_attn.q_proj": (queries, hidden),
-            "self_attn.k_proj": (keys, hidden),
-            "self_attn.v_proj": (keys, hidden),
-            "self_attn.o_proj": (hidden, queries),
-            "self_attn.q_norm": (head,),
-            "self_attn.k_norm": (head,),
-            "mlp.gate_proj": (ffn, hidden),
-            "mlp.up_proj": (ffn, hidden),
-            "mlp.down_proj": (hidden, ffn),
-        }
+            shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
+        layer = self._attention_shapes() | self._mlp_shapes()
         for index in range(self.num_hidden_layers):
-            shapes |= {f"model.layers.{index}.{name}.weight": shape for name, shape in layer.items()}
+            shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
         return shapes
+
+    def _attention_shapes(self) -> dict[str, tuple[int, ...]]:
+        hidden, head = self.hidden_size, self.head_dim
+        queries, keys = self.num_attention_heads * head, self.num_key_value_heads * head
+        shapes = {
+            "input_layernorm.weight": (hidden,),
+            "post_attention_layernorm.weight": (hidden,),
+            "self_attn.q_proj.weight": (queries, hidden),
+            "self_attn.k_proj.weight": (keys, hidden),
+            "self_attn.v_proj.weight": (keys, hidden),
+            "self_attn.o_proj.weight": (hidden, queries),
+        }
+        if self.qk_norm:
+            shapes |= {"self_attn.q_norm.weight": (head,), "self_attn.k_norm.weight": (head,)}
+        if self.qkv_bias:
+            shapes |= {"self_attn.q_proj.bias": (queries,), "self_attn.k_proj.bias": (keys,), "self_attn.v_proj.bias": (keys,)}
+        return shapes
+
+    def _mlp_shapes(self) -> dict[str, tuple[int, ...]]:
+        def mlp(prefix: str, width: int) -> dict[str, tuple[int, ...]]:
+            into, out = (width, self.hidden_size), (self.hidden_size, width)
+            return {f"{prefix}.gate_proj.weight": into, f"{prefix}.up_proj.weight": into, f"{prefix}.down_proj.weight": out}
+
+        if not self.num_experts:
+            return mlp("mlp", self.intermediate_size)
+        shapes = {"mlp.gate.weight": (self.num_experts, self.hidden_size)}
+        for expert in range(self.num_experts):
+            shapes |= mlp(f"mlp.experts.{expert}", self.moe_intermediate_size)
+        return shapes
+
+
+@dataclass(frozen=True)
+class _Family:
+    """A model_type: what its layers have, and the only values of some keys that our layers compute (transformers' defaults)."""
+
+    qk_norm: bool
+    qkv_bias: bool
+    only: dict[str, Any]
+    head_dim: int | None = None  # transformers' default; None: hidden_size / num_attention_heads
+    experts: bool = False
+
+
+_FULL_ATTENTION = {"hidden_act": "silu", "use_sliding_window": False}
+_FAMILIES = {
+    "qwen3": _Family(qk_norm=True, qkv_bias=False, only={**_FULL_ATTENTION, "attention_bias": False}, head_dim=128),
+    "qwen3_moe": _Family(
+        qk_norm=True,
+        qkv_bias=False,
+        only={**_FULL_ATTENTION, "attention_bias": False, "mlp_only_layers": [], "decoder_sparse_step": 1},
+        experts=True,
+    ),
+    "qwen2": _Family(qk_norm=False, qkv_bias=True, only=_FULL_ATTENTION),
+    "llama": _Family(qk_norm=False, qkv_bias=False, only={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}),
+}
 
 
 class HFFolder:
@@ -75,29 +136,58 @@ class HFFolder:
 
     @cached_property
     def architecture(self) -> Architecture:
-        """The architecture in config.json. Refuses anything but dense Qwen3 as our layers compute it."""
+        """The architecture in config.json. Refuses what our layers do not compute."""
         config = self._json("config.json")
-        file = self.path / "config.json"
-        if (kind := config.get("model_type")) != "qwen3":
-            raise ConfigError(f"model.hf_path: {file}: model_type is {kind!r}; only dense 'qwen3' models are supported")
-        if config.get("attention_bias") or config.get("use_sliding_window") or config.get("hidden_act", "silu") != "silu":
-            raise ConfigError(f"model.hf_path: {file}: attention_bias, use_sliding_window and hidden_act other than silu are not supported")
+        if (kind := config.get("model_type")) not in _FAMILIES:
+            raise self._refusal(f"model_type is {kind!r}; supported: {', '.join(_FAMILIES)}")
+        family = _FAMILIES[kind]
+        for key, only in family.only.items():
+            if (given := config.get(key)) is not None and given != only:
+                raise self._refusal(f"{key} is {given!r}; only {only!r} is supported")
+        if any(layer != "full_attention" for layer in config.get("layer_types") or ()):
+            raise self._refusal("layer_types: only 'full_attention' is supported")
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type != "default":
-            raise ConfigError(f"model.hf_path: {file}: rope type {rope_type!r} is not supported, only the default")
-        values = {**config, "rope_theta": rope.get("rope_theta", config.get("rope_theta", 10000.0))}
-        values.setdefault("head_dim", 128)  # transformers' defaults of Qwen3Config
+        if (partial := rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))) != 1.0:
+            raise self._refusal(f"partial_rotary_factor is {partial!r}; only 1.0 is supported")
+        values = {key: value for key, value in config.items() if value is not None}
+        values["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+        values["rope_scaling"] = self._rope_scaling(rope)
         values.setdefault("rms_norm_eps", 1e-6)
         values.setdefault("tie_word_embeddings", False)
-        names = list(Architecture.__dataclass_fields__)
-        if missing := [name for name in names if values.get(name) is None]:
-            raise ConfigError(f"model.hf_path: {file}: missing {', '.join(missing)}")
-        for name, field in Architecture.__dataclass_fields__.items():
-            wanted = {"int": int, "float": (int, float), "bool": bool}[field.type]
-            if not isinstance(values[name], wanted) or (isinstance(values[name], bool) and field.type != "bool"):
-                raise ConfigError(f"model.hf_path: {file}: {name} is {values[name]!r}, expected {field.type}")
-        return Architecture(**{name: values[name] for name in names})
+        if kind == "llama":
+            values.setdefault("num_key_value_heads", config.get("num_attention_heads"))
+        if family.head_dim is not None:
+            values.setdefault("head_dim", family.head_dim)
+        elif isinstance(hidden := values.get("hidden_size"), int) and isinstance(heads := values.get("num_attention_heads"), int):
+            values.setdefault("head_dim", hidden // heads)
+        if family.experts:
+            values.setdefault("num_experts", config.get("num_local_experts"))  # as transformers 5 writes it
+            values.setdefault("norm_topk_prob", False)
+        else:
+            values |= dict(num_experts=0, num_experts_per_tok=0, moe_intermediate_size=0, norm_topk_prob=False)
+        return self._checked(Architecture, {**values, "qk_norm": family.qk_norm, "qkv_bias": family.qkv_bias})
+
+    def _refusal(self, message: str) -> ConfigError:
+        return ConfigError(f"model.hf_path: {self.path / 'config.json'}: {message}")
+
+    def _rope_scaling(self, rope: dict[str, Any]) -> RopeScaling | None:
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("default", "llama3"):
+            raise self._refusal(f"rope type {kind!r} is not supported, only 'default' and 'llama3'")
+        return None if kind == "default" else self._checked(RopeScaling, rope)
+
+    def _checked(self, kind: type, values: dict[str, Any]) -> Any:
+        """A `kind` made of `values`, all of them there and of the declared type."""
+        types = {"int": int, "float": (int, float), "bool": bool}
+        fields = kind.__dataclass_fields__
+        if missing := [name for name, field in fields.items() if field.type in types and values.get(name) is None]:
+            raise self._refusal(f"missing {', '.join(missing)}")
+        for name, field in fields.items():
+            if field.type not in types:  # RopeScaling, checked on its own
+                continue
+            if not isinstance(values[name], types[field.type]) or (isinstance(values[name], bool) and field.type != "bool"):
+                raise self._refusal(f"{name} is {values[name]!r}, expected {field.type}")
+        return kind(**{name: values[name] for name in fields})
 
     @cached_property
     def file_of(self) -> dict[str, Path]:

@@ -13,6 +13,10 @@ from megatron_srpo.runtime import cpu
 cpu.install()
 
 from megatron.core.transformer.module import MegatronModule  # noqa: E402
+from megatron.core.transformer.moe import moe_utils  # noqa: E402
+
+if not hasattr(moe_utils, "te_general_gemm"):  # megatron-core 0.16's router asks for it without Transformer Engine, too
+    moe_utils.te_general_gemm = None
 
 
 class RMSNorm(torch.nn.Module):

@@ -1,4 +1,4 @@
-"""Qwen3 on megatron-core: config.json → TransformerConfig, layer specs, model chunks of this rank."""
+"""Qwen3 and its relatives on megatron-core: config.json → TransformerConfig, layer specs, model chunks of this rank."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
+from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
@@ -51,12 +52,26 @@ def padded_vocab_size(architecture: Architecture, config: Config) -> int:
 
 
 def check_layout(architecture: Architecture, config: Config) -> None:
-    """Raises ConfigError when heads, feed-forward width or layers do not divide over the ranks."""
+    """Raises ConfigError when heads, feed-forward width, experts or layers do not divide over the ranks."""
     parallel = config.parallel
-    tensor = parallel.tensor_model_parallel_size
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        if (value := getattr(architecture, name)) % tensor:
-            raise ConfigError(f"parallel.tensor_model_parallel_size: {tensor} does not divide the model's {name} ({value})")
+    tensor = "tensor_model_parallel_size", parallel.tensor_model_parallel_size
+    divided = {"num_attention_heads": tensor, "num_key_value_heads": tensor}
+    if architecture.num_experts:
+        divided["num_experts"] = "expert_model_parallel_size", parallel.expert_model_parallel_size
+        divided["moe_intermediate_size"] = "expert_tensor_parallel_size", parallel.expert_tensor_size
+        if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+            raise ConfigError(
+                "parallel.sequence_parallel: a mixture-of-experts model with tensor_model_parallel_size > 1 needs it: set it to true"
+            )
+    else:
+        divided["intermediate_size"] = tensor
+        if parallel.expert_model_parallel_size > 1:
+            raise ConfigError(
+                f"parallel.expert_model_parallel_size: {parallel.expert_model_parallel_size}, but the model has no experts: set it to 1"
+            )
+    for name, (key, size) in divided.items():
+        if (value := getattr(architecture, name)) % size:
+            raise ConfigError(f"parallel.{key}: {size} does not divide the model's {name} ({value})")
     stages = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
     uneven = any("pipeline" in key for key in config.megatron)  # Megatron's own keys place layers otherwise
     if architecture.num_hidden_layers % stages and not uneven:
@@ -64,6 +79,10 @@ def check_layout(architecture: Architecture, config: Config) -> None:
             f"parallel.pipeline_model_parallel_size: the model's {architecture.num_hidden_layers} layers cannot be divided evenly"
             f" into {stages} stages (pipeline × virtual pipeline)"
         )
+
+
+# Balance within a micro-batch is no sum over tokens; besides, Megatron scales these losses by the tokens that it divides by later.
+_ROUTER_LOSSES = ("moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_z_loss_coeff")
 
 
 def transformer_config(architecture: Architecture, config: Config) -> TransformerConfig:
@@ -83,8 +102,8 @@ def transformer_config(architecture: Architecture, config: Config) -> Transforme
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
-        add_qkv_bias=False,
-        qk_layernorm=True,
+        add_qkv_bias=architecture.qkv_bias,
+        qk_layernorm=architecture.qk_norm,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -93,9 +112,11 @@ def transformer_config(architecture: Architecture, config: Config) -> Transforme
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         # The loss arrives already divided by the batch's one denominator: Megatron must not divide again.
         calculate_per_token_loss=True,
+        **_experts(architecture, config),
     )
     chosen: dict[str, Any] = dict(
         hidden_dropout=0.0,
@@ -111,18 +132,36 @@ def transformer_config(architecture: Architecture, config: Config) -> Transforme
         # Interleaved 1F1B gives wrong gradients with batched point-to-point calls.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
+        moe_token_dispatcher_type="alltoall",
     )
     known = {field.name for field in dataclasses.fields(TransformerConfig)}
     for key in config.megatron:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             raise ConfigError(f"megatron.{key}: TransformerConfig has no such field" + (f"; did you mean {near[0]}?" if near else ""))
+        if key in _ROUTER_LOSSES:
+            raise ConfigError(f"megatron.{key}: router losses are not supported: they depend on how the batch is split")
         if key in derived:
             raise ConfigError(f"megatron.{key}: comes from config.json or another section and cannot be set here")
     try:
         return TransformerConfig(**derived, **(chosen | config.megatron))
     except (ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"megatron: TransformerConfig refuses these settings: {error}") from None
+
+
+def _experts(architecture: Architecture, config: Config) -> dict[str, Any]:
+    """What TransformerConfig must know of a mixture of experts, routed as transformers does; no token is dropped."""
+    if not architecture.num_experts:
+        return {}
+    return dict(
+        num_moe_experts=architecture.num_experts,
+        moe_router_topk=architecture.num_experts_per_tok,
+        moe_ffn_hidden_size=architecture.moe_intermediate_size,
+        # A softmax over all experts, renormalised over the chosen ones, is a softmax over the chosen ones.
+        moe_router_pre_softmax=not architecture.norm_topk_prob,
+        moe_router_load_balancing_type="none",
+        moe_grouped_gemm=uses_transformer_engine(config),
+    )
 
 
 class Qwen3(GPTModel):
@@ -165,13 +204,12 @@ class Qwen3(GPTModel):
 def build_chunks(architecture: Architecture, config: Config, device: torch.device) -> list[Qwen3]:
     """This rank's model chunks (one, or one per virtual stage) with unloaded weights."""
     core = transformer_config(architecture, config)
-    engine = uses_transformer_engine(config)
     virtual = config.parallel.virtual_pipeline_model_parallel_size
     chunks = []
     for stage in range(virtual) if virtual else (None,):
         chunk = Qwen3(
             core,
-            get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True) if engine else _local_spec(core, stage),
+            _transformer_engine_spec(core) if uses_transformer_engine(config) else _local_spec(core, stage),
             vocab_size=padded_vocab_size(architecture, config),
             max_sequence_length=architecture.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
@@ -182,15 +220,26 @@ def build_chunks(architecture: Architecture, config: Config, device: torch.devic
             vp_stage=stage,
         )
         chunk.unpadded_vocab_size = architecture.vocab_size
+        if (scaling := architecture.rope_scaling) is not None:  # GPTModel takes the factor, but not the other three
+            rotary = chunk.rotary_pos_emb
+            rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **dataclasses.asdict(scaling))
         chunks.append(chunk.to(device))
     return chunks
 
 
+def _transformer_engine_spec(core: TransformerConfig) -> ModuleSpec:
+    experts = dict(num_experts=core.num_moe_experts, moe_grouped_gemm=core.moe_grouped_gemm)
+    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=core.qk_layernorm, **experts)
+
+
 def _local_spec(core: TransformerConfig, stage: int | None) -> TransformerBlockSubmodules:
-    layer = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+    layer = get_gpt_layer_local_spec(num_experts=core.num_moe_experts, qk_layernorm=core.qk_layernorm, normalization="RMSNorm")
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
-    attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if core.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if core.num_moe_experts:  # Transformer Engine fuses this norm into dense layers only: its name in checkpoints
+        layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
     attention.core_attention = PackedAttention
     layers = get_num_layers_to_build(core, vp_stage=stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)

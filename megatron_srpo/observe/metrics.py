@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_srpo.files import write_text
 from megatron_srpo.records import Group, Sample
 from megatron_srpo.runtime.trainer import UpdateReport
 
@@ -61,6 +62,14 @@ def _by_task(samples: Sequence[Sample]) -> dict[str, float]:
     return rows
 
 
+def version_metrics(groups: Sequence[Group], step: int) -> dict[str, Any]:
+    """The newest weights that sampled the step's groups, and how many versions the oldest token of a sample is behind the policy."""
+    versions = [[int(version) for version, _, _ in sample.versions if version.isdigit()] for group in groups for sample in group]
+    behind = [step - 1 - min(of_sample) for of_sample in versions if of_sample]
+    newest = str(max(map(max, filter(None, versions)), default=groups[0][0].versions[-1][0]))
+    return {"weight_version": newest, "staleness_mean": _mean(behind), "staleness_max": max(behind, default=0)}
+
+
 def update_metrics(report: UpdateReport) -> dict[str, float]:
     """What the step's updates say. Means over no token (nothing distilled) are 0: see sdpo_token_share."""
     sums = report.sums
@@ -87,9 +96,10 @@ def update_metrics(report: UpdateReport) -> dict[str, float]:
 
 
 class MetricsFile:
-    """Appends to metrics.jsonl; every line is on disk when `write` returns. Non-finite numbers become null."""
+    """metrics.jsonl; every line is on disk when `write` returns. Non-finite numbers become null."""
 
     def __init__(self, path: Path):
+        self.path = path
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
@@ -97,6 +107,29 @@ class MetricsFile:
         clean = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
+
+    def rewind(self, step: int, with_evaluation: bool) -> list[dict[str, Any]]:
+        """Drop what was written of steps after `step`, or of its evaluation, and a line that a kill tore; returns what stays."""
+        rows = [row for row in self._rows() if row["step"] < step or row["step"] == step and ("loss" in row or with_evaluation)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        if self.path.is_file() and self.path.read_text(encoding="utf-8") != text:
+            self._file.close()
+            write_text(self.path, text)
+            self._file = self.path.open("a", encoding="utf-8")
+        return rows
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The rows of evaluations, in their order."""
+        return [row for row in self._rows() if "loss" not in row]
+
+    def _rows(self) -> list[dict[str, Any]]:
+        rows = []
+        for line in self.path.read_bytes().split(b"\n") if self.path.is_file() else ():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue  # the empty rest of the file, or a torn line
+        return rows
 
     def close(self) -> None:
         """Close the file."""

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
-_PHASES = ("rollout", "verify", "teacher", "update", "publish")
+_PHASES = ("rollout", "verify", "teacher", "update", "publish", "checkpoint")
 
 
 def sparkline(values: list[float], width: int = 40) -> str:
@@ -55,6 +55,12 @@ class Terminal:
     def phase(self, name: str) -> None:
         """What the run does now."""
         self.phase_name = name
+
+    def recall(self, rows: list[dict[str, Any]]) -> None:
+        """The rows of metrics.jsonl before a run that goes on."""
+        steps = [row for row in rows if "pass_rate" in row]
+        self.pass_rates = [row["pass_rate"] for row in steps]
+        self.progress.update(self.task, completed=len(steps))
 
     def step(self, row: dict[str, Any]) -> None:
         """A finished training step (its metrics.jsonl row)."""
@@ -112,6 +118,11 @@ class Stopwatch:
         start = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def move(self, seconds: float, source: str, target: str) -> None:
+        """Count `seconds` of phase `source` as `target`'s."""
+        for name, change in ((source, -seconds), (target, seconds)):
+            self.seconds[name] = self.seconds.get(name, 0.0) + change
 
     def read(self) -> dict[str, float]:
         """seconds and seconds_<phase> since the last reading."""

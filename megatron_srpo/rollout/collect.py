@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 
 from megatron_srpo.config import ConfigError, RolloutSection
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.records import Group, Prompt, Sample, Verdict
+from megatron_srpo.records import Group, Prompt, Sample, Unfinished, Verdict
 from megatron_srpo.rollout.engine import Completion, Engine, Request, Sampling
 from megatron_srpo.runtime.parallel import Layout
 from megatron_srpo.tasks.pool import Job, Pool
@@ -34,10 +36,72 @@ class Collector:
         return [encode_prompt(prompt(number), self.folder, self.settings) for number in mine]
 
     def sample(self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: Sampling, seed: str) -> list[Group]:
-        """`samples_per_prompt` responses to each prompt. A sample's randomness is (seed, prompt id, index) alone."""
-        requests = [Request(prompt.ids, f"{seed}/{prompt.id}/{index}") for prompt in prompts for index in range(samples_per_prompt)]
-        completions = iter(self.engine.generate(requests, sampling))
-        return [tuple(self._sample(prompt, index, next(completions)) for index in range(samples_per_prompt)) for prompt in prompts]
+        """Verified groups of `samples_per_prompt` responses. A sample's randomness is (seed, prompt id, index) alone."""
+        return self.collect([Unfinished(prompt=prompt) for prompt in prompts], samples_per_prompt, sampling, seed)[0]
+
+    def collect(
+        self,
+        begun: Sequence[Unfinished],
+        samples_per_prompt: int,
+        sampling: Sampling,
+        seed: str,
+        is_enough: Callable[[Group], bool] = lambda group: False,
+        keep: Callable[[Sample], None] = lambda sample: None,
+    ) -> tuple[list[Group], list[Unfinished]]:
+        """Groups with their verdicts, and the prompts that were broken off, in the order of `begun`.
+
+        A group is verified as soon as its last sample is finished, while others still run.
+
+        Args:
+            begun: prompts, with what has been sampled of them before: that is not sampled again.
+            is_enough: called with each group when it is verified; True: the rest is broken off.
+            keep: called with each new sample as soon as it is finished.
+        """
+        self.seconds_verifying = 0.0
+        samples = {(sample.prompt.id, sample.index): sample for unfinished in begun for sample in unfinished.samples}
+        missing = [
+            (unfinished.prompt, index)
+            for unfinished in begun
+            for index in range(samples_per_prompt)
+            if (sample := samples.get((unfinished.prompt.id, index))) is None or sample.finish_reason == "abort"
+        ]
+        open_places = Counter(prompt.id for prompt, _ in missing)
+        groups: dict[str, Group] = {}
+
+        def finish_group(prompt_id: str) -> bool:
+            group = tuple(samples[prompt_id, index] for index in range(samples_per_prompt))
+            (groups[prompt_id],) = self.verify([group])
+            return is_enough(groups[prompt_id])
+
+        def finished(number: int, completion: Completion) -> bool:
+            prompt, index = missing[number]
+            if completion.ids:
+                samples[prompt.id, index] = sample = self._sample(prompt, index, completion)
+            if completion.finish_reason == "abort":
+                return False
+            keep(sample)
+            open_places[prompt.id] -= 1
+            return open_places[prompt.id] == 0 and finish_group(prompt.id)
+
+        had_enough = False
+        for unfinished in begun:
+            if not open_places[unfinished.prompt.id]:  # nothing of it is missing
+                had_enough |= finish_group(unfinished.prompt.id)
+        requests = [self._request(prompt, index, samples, seed) for prompt, index in missing]
+        if not had_enough:
+            self.engine.generate(requests, sampling, finished)
+        indices = range(samples_per_prompt)
+        left = [
+            Unfinished(prompt=one.prompt, samples=tuple(sample for i in indices if (sample := samples.get((one.prompt.id, i)))))
+            for one in begun
+            if one.prompt.id not in groups
+        ]
+        return [groups[one.prompt.id] for one in begun if one.prompt.id in groups], left
+
+    def _request(self, prompt: Prompt, index: int, samples: Mapping[tuple[str, int], Sample], seed: str) -> Request:
+        before = samples.get((prompt.id, index))
+        start = None if before is None else Completion([*before.response_ids], [*before.logprobs], [*before.versions], "abort")
+        return Request(prompt.ids, f"{seed}/{prompt.id}/{index}", start)
 
     def _sample(self, prompt: Prompt, index: int, completion: Completion) -> Sample:
         return Sample(
@@ -52,10 +116,12 @@ class Collector:
 
     def verify(self, groups: Sequence[Group]) -> list[Group]:
         """Every sample with its verdict; a failed one of a prompt that carries feedback has that as its feedback."""
-        samples = [sample for group in groups for sample in group]
+        began, samples = time.perf_counter(), [sample for group in groups for sample in group]
         jobs = [Job(sample.prompt.task, sample.prompt.answer, sample.text) for sample in samples]
         verdicts = iter(self.verifiers.verify(jobs))
-        return [tuple(_judged(sample, next(verdicts)) for sample in group) for group in groups]
+        judged = [tuple(_judged(sample, next(verdicts)) for sample in group) for group in groups]
+        self.seconds_verifying += time.perf_counter() - began
+        return judged
 
 
 def _judged(sample: Sample, verdict: Verdict) -> Sample:

@@ -14,6 +14,8 @@ import sys
 import types
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 _CPU = torch.device("cpu")
 _FACTORIES = (
@@ -58,6 +60,9 @@ class _NoStream:
 
     def query(self) -> bool:
         return True
+
+    def record_event(self, event=None):
+        return self
 
     def __enter__(self):
         return self
@@ -143,6 +148,11 @@ class _Finder(importlib.abc.MetaPathFinder):
         if name == "tensor_parallel.random":
             module._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
             module._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+        elif name == "tensor_parallel.mappings":
+            uneven = _View(torch.distributed, all_gather=_all_gather, reduce_scatter=_reduce_scatter)
+            module.torch = _View(self.torch, distributed=uneven)
+        elif name == "transformer.moe.moe_utils":
+            module.maybe_move_tensor_to_cpu = _already_on_cpu
         elif name == "optimizer.clip_grads":
             module.clip_grad_by_total_norm_fp32 = _with_cuda_type_names(module.clip_grad_by_total_norm_fp32)
         elif name == "optimizer.optimizer":
@@ -155,6 +165,30 @@ class _Finder(importlib.abc.MetaPathFinder):
             module.Adam = FusedAdam
         elif name == "optimizer":
             module.Adam, module.USING_PYTORCH_OPTIMIZER = FusedAdam, False
+
+
+def _all_gather(outputs: list[Tensor], tensor: Tensor, group) -> None:
+    """NCCL gathers tensors of unequal length, as experts under tensor parallelism need it; gloo only exchanges them."""
+    lengths, size = [len(output) for output in outputs], len(outputs)
+    gathered = tensor.new_empty(sum(lengths), *tensor.shape[1:])
+    dist.all_to_all_single(gathered, torch.cat([tensor] * size), lengths, [len(tensor)] * size, group=group)
+    for output, part in zip(outputs, gathered.split(lengths), strict=True):
+        output.copy_(part)
+
+
+def _reduce_scatter(output: Tensor, tensors: list[Tensor], group) -> None:
+    """The backward of `_all_gather`: each rank sums what the others have for it."""
+    size = len(tensors)
+    parts = output.new_empty(size, *output.shape)
+    dist.all_to_all_single(
+        parts.flatten(0, 1), torch.cat(tensors), [len(output)] * size, [len(tensor) for tensor in tensors], group=group
+    )
+    torch.sum(parts, dim=0, out=output)
+
+
+def _already_on_cpu(tensor, as_numpy: bool = False, record_stream: bool = False):
+    """The token dispatcher's copy to the host, where split sizes become numpy arrays only on their way from a GPU."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def _with_cuda_type_names(function):

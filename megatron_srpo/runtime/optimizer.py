@@ -13,10 +13,10 @@ from torch.nn import Parameter
 from megatron_srpo.config import Config
 from megatron_srpo.model.qwen3 import Qwen3
 from megatron_srpo.runtime import cpu
+from megatron_srpo.runtime.parallel import replica_group
 
 cpu.install()
 
-from megatron.core import parallel_state  # noqa: E402
 from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -45,12 +45,16 @@ def _finalize(chunks, num_tokens=None, **kwargs) -> None:
     finalize_model_grads(chunks, None, **kwargs)
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
 class Shard(NamedTuple):
-    """The part of a parameter whose fp32 value this rank keeps: flat elements start … end - 1."""
+    """Flat elements start … end - 1 of a parameter: their fp32 values and, by name, Adam's moments (zeros before any update)."""
 
     start: int
     end: int
     values: Tensor
+    moments: dict[str, Tensor]
 
 
 class Optimizer:
@@ -73,6 +77,7 @@ class Optimizer:
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         )
         self.chunks = list(chunks)
+        self.updates = 0  # made so far, as Adam's bias correction counts them
         self.inner = get_megatron_optimizer(self.config, self.chunks, config_overrides=get_standard_config_overrides(self.config))
         # The scheduler also applies the weight-decay multipliers (none for norms), so it must exist before the first step.
         self.schedule = OptimizerParamScheduler(
@@ -116,24 +121,58 @@ class Optimizer:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return norm, False
         self.inner.step()
+        self.updates += 1
         return norm, True
 
-    def shard_of(self, parameter: Parameter) -> Shard:
-        """The elements of `parameter` this data-parallel rank keeps in fp32, as they are now.
+    def held_range(self, parameter: Parameter) -> tuple[int, int]:
+        """Flat elements of `parameter` whose fp32 values and moments this rank's optimizer holds: start, end."""
+        return self._holding(parameter)[:2]
 
-        With the distributed optimizer in bf16 these are its master weights; otherwise every rank holds all of them and
-        takes an even share.
+    def shard_of(self, parameter: Parameter) -> Shard:
+        """The part of `parameter` this rank keeps where each element is kept once, as it is now.
+
+        That is what its optimizer holds, or an even share of it where all ranks of its replica group hold the same. The
+        values are the optimizer's own memory.
         """
-        master = getattr(parameter, "main_param", None)
-        if getattr(parameter, "main_param_sharded", False):
-            if master is None:
-                return Shard(0, 0, parameter.new_empty(0, dtype=torch.float32))
-            for optimizer in getattr(self.inner, "chained_optimizers", [self.inner]):
-                if parameter in optimizer.model_param_gbuf_map:
-                    owned = optimizer._get_model_param_range_map(parameter)["param"]
-                    return Shard(owned.start, owned.end, master.detach())
-        full = (parameter if master is None else master).detach().view(-1)
-        rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        share = -(-full.numel() // size)
-        start, end = min(rank * share, full.numel()), min((rank + 1) * share, full.numel())
-        return Shard(start, end, full[start:end])
+        start, end, master, adam = self._holding(parameter)
+        if master is None:
+            return Shard(0, 0, parameter.new_empty(0, dtype=torch.float32), {})
+        values = master.detach().view(-1)
+        moments = {name: adam.state.get(master, {}).get(name, torch.zeros_like(master)).view(-1) for name in MOMENTS}
+        if not self.config.use_distributed_optimizer:
+            rank, size = (group := replica_group(parameter)).rank(), group.size()
+            share = -(-end // size)
+            start, end = min(rank * share, end), min((rank + 1) * share, end)
+            values, moments = values[start:end], {name: moment[start:end] for name, moment in moments.items()}
+        return Shard(start, end, values, moments)
+
+    @torch.no_grad()
+    def restore(self, parameter: Parameter, values: Tensor, moments: dict[str, Tensor]) -> None:
+        """Put back the fp32 `values` and `moments` of the `held_range`, flat; `updates` must have been set before."""
+        _, _, master, adam = self._holding(parameter)
+        if master is None:
+            return
+        master.view(-1).copy_(values)
+        if self.updates:
+            state = adam.state[master]
+            for name in MOMENTS:
+                state[name] = moments[name].to(master.device, torch.float32, copy=True).view(master.shape)
+            if isinstance(adam, torch.optim.Adam):  # torch's own counts updates for each parameter, Apex's kin for each group
+                state["step"] = torch.tensor(float(self.updates), dtype=torch.float32)
+            else:
+                for group in adam.param_groups:
+                    group["step"] = self.updates
+
+    def _holding(self, parameter: Parameter) -> tuple[int, int, Tensor | None, torch.optim.Optimizer | None]:
+        """(start, end, fp32 master of that range, the torch optimizer that has it) of what this rank holds of `parameter`."""
+        for inner in getattr(self.inner, "chained_optimizers", [self.inner]):
+            if parameter in getattr(inner, "model_param_gbuf_map", ()):
+                owned = inner._get_model_param_range_map(parameter)["param"]
+                group, place = inner.model_param_group_index_map[parameter]
+                return owned.start, owned.end, inner.optimizer.param_groups[group]["params"][place], inner.optimizer
+            if not self.config.use_distributed_optimizer:
+                master = getattr(parameter, "main_param", None)
+                master = parameter if master is None else master
+                if any(master is own for group in inner.optimizer.param_groups for own in group["params"]):
+                    return 0, parameter.numel(), master, inner.optimizer
+        return 0, 0, None, None

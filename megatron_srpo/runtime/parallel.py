@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_srpo.config import ConfigError, ParallelSection
 from megatron_srpo.runtime import cpu
+from megatron_srpo.runtime.processes import gather_bytes, world_size_from_environment
 
 cpu.install()
 
@@ -32,6 +33,7 @@ class Layout:
     is_first_stage: bool
     is_last_stage: bool
     owns_process_group: bool
+    beside_group: dist.ProcessGroup | None  # all ranks, on CPUs: its collectives may cross those of training
 
     @property
     def tensor_parallel_group(self) -> dist.ProcessGroup:
@@ -63,39 +65,33 @@ class Layout:
             )
         return values
 
-    def gather_bytes(self, mine: bytes) -> list[bytes]:
-        """Every rank's bytes, in rank order, on every rank. Plain bytes, no pickle."""
+    def gather_bytes(self, mine: bytes, beside: bool = False) -> list[bytes]:
+        """Every rank's bytes, in rank order, on every rank. Plain bytes, no pickle. `beside`: from a thread beside the training."""
         if self.world_size == 1:
             return [mine]
-        sizes = torch.zeros(self.world_size, dtype=torch.long, device=self.device)
-        sizes[self.rank] = len(mine)
-        dist.all_reduce(sizes)
-        longest = int(sizes.max())
-        buffer = torch.zeros(longest, dtype=torch.uint8, device=self.device)
-        buffer[: len(mine)] = torch.frombuffer(bytearray(mine or b"\0"), dtype=torch.uint8)[: len(mine)].to(self.device)
-        everything = torch.empty(self.world_size * longest, dtype=torch.uint8, device=self.device)
-        dist.all_gather_into_tensor(everything, buffer)
-        rows = everything.view(self.world_size, longest).cpu()
-        return [bytes(row[:size].numpy()) for row, size in zip(rows, sizes.tolist(), strict=True)]
+        return gather_bytes(mine, torch.device("cpu"), self.beside_group) if beside else gather_bytes(mine, self.device)
 
 
-def world_size_from_environment() -> int:
-    """Number of processes torchrun started; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def rank_from_environment() -> int:
-    """This process's rank; 0 without torchrun."""
-    return int(os.environ.get("RANK", "0"))
+def replica_group(parameter: torch.nn.Parameter) -> dist.ProcessGroup:
+    """Ranks that hold the same elements of `parameter`: the data-parallel ones, fewer of them for experts that are shared out."""
+    if getattr(parameter, "allreduce", True):  # Megatron's mark
+        return parallel_state.get_data_parallel_group()
+    return parallel_state.get_expert_data_parallel_group()
 
 
 def data_parallel_size(parallel: ParallelSection, world_size: int) -> int:
-    """Model replicas in `world_size` processes. Raises ConfigError when they do not divide."""
+    """Model replicas in `world_size` processes. Raises ConfigError when they, or the experts' ranks, do not divide."""
     replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     if world_size % replica:
         raise ConfigError(
             f"parallel: tensor_model_parallel_size × pipeline_model_parallel_size = {replica} does not divide the"
             f" {world_size} processes that were started (torchrun --nproc-per-node × --nnodes)"
+        )
+    experts = parallel.expert_tensor_size * parallel.expert_model_parallel_size * parallel.pipeline_model_parallel_size
+    if world_size % experts:
+        raise ConfigError(
+            f"parallel: expert_tensor_parallel_size × expert_model_parallel_size × pipeline_model_parallel_size = {experts} does not"
+            f" divide the {world_size} processes that were started; experts are shared out over data-parallel ranks"
         )
     return world_size // replica
 
@@ -121,6 +117,8 @@ def initialize(parallel: ParallelSection, seed: int) -> Layout:
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_size,
         distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes)),
     )
     torch.manual_seed(seed)
@@ -137,11 +135,33 @@ def initialize(parallel: ParallelSection, seed: int) -> Layout:
         is_first_stage=parallel_state.is_pipeline_first_stage(),
         is_last_stage=parallel_state.is_pipeline_last_stage(),
         owns_process_group=owns_process_group,
+        beside_group=dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None,
     )
+
+
+def random_states() -> dict[str, torch.Tensor]:
+    """The state of every generator of this process, by name: torch's on the CPU, CUDA's, and Megatron's named ones."""
+    tracker = tensor_parallel.random.get_cuda_rng_tracker()
+    states = {f"megatron|{name}": state for name, state in tracker.get_states().items()}
+    states["cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {name: state.cpu().clone() for name, state in states.items()}
+
+
+def restore_random_states(states: dict[str, torch.Tensor]) -> None:
+    """The inverse of `random_states`."""
+    named = {name.removeprefix("megatron|"): state for name, state in states.items() if name.startswith("megatron|")}
+    tensor_parallel.random.get_cuda_rng_tracker().set_states(named)
+    torch.set_rng_state(states["cpu"])
+    if torch.cuda.is_available() and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
 
 
 def shut_down(layout: Layout) -> None:
     """Leave Megatron's groups, and the process group if `initialize` made it."""
     parallel_state.destroy_model_parallel()
+    if layout.beside_group is not None:
+        dist.destroy_process_group(layout.beside_group)
     if layout.owns_process_group:
         dist.destroy_process_group()

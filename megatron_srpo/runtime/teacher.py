@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from megatron_srpo.config import TeacherSection
 from megatron_srpo.model.qwen3 import Qwen3
-from megatron_srpo.runtime.optimizer import Optimizer
+from megatron_srpo.runtime.optimizer import Optimizer, Shard
 from megatron_srpo.runtime.packing import OptimizerBatch
-from megatron_srpo.runtime.parallel import Layout
+from megatron_srpo.runtime.parallel import replica_group
 from megatron_srpo.runtime.schedule import run_schedule
 from megatron_srpo.vocab_parallel.fused import score
 from megatron_srpo.vocab_parallel.sources import Mixture, Projection
@@ -43,27 +43,48 @@ class TeacherTargets:
 class Teacher:
     """Weights by `teacher.kind`: `ema` and `frozen` hold a copy of the model, `live` is the policy itself, `trust_region` is both.
 
-    The EMA is kept in fp32, every data-parallel rank a share of each parameter (the distributed optimizer's own where
+    The EMA is kept in fp32, every rank of a parameter's replica group a share of each parameter (the distributed optimizer's own where
     there is one); the copy it scores with has the model's dtype and is refreshed from the shares after every step.
     """
 
     def __init__(
         self,
         settings: TeacherSection,
-        layout: Layout,
         temperature: float,
         logits_memory: int | None,
         policy_chunks: Sequence[torch.nn.Module],
         copy_of_policy: Callable[[], Sequence[Qwen3]],
     ):
         """`copy_of_policy()` builds chunks with the policy's present weights; it is not called for `live`."""
-        self.settings, self.layout = settings, layout
+        self.settings = settings
         self.temperature, self.logits_memory = temperature, logits_memory
         self.policy_chunks = policy_chunks
         self.chunks: Sequence[Qwen3] = [] if settings.kind == "live" else copy_of_policy()
         self.shares: list[Tensor] = []
         for chunk in self.chunks:
             chunk.requires_grad_(False)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether there are weights besides the policy's."""
+        return self.settings.kind != "live"
+
+    def share(self, position: int, shard: Shard) -> Tensor:
+        """Its flat weights of `shard`'s range, of the parameter at `position` in its order: what a checkpoint keeps."""
+        return self.shares[position] if self.shares else self._parameters[position].view(-1)[shard.start : shard.end]
+
+    @torch.no_grad()
+    def restore(self, weights: Iterable[tuple[Tensor, Shard]]) -> None:
+        """Put back every parameter's flat weights, in order; of an EMA, the shard's range in fp32 as well."""
+        self.shares = []
+        for parameter, (values, shard) in zip(self._parameters, weights, strict=True):
+            parameter.view(-1).copy_(values)
+            if self.settings.kind == "ema":
+                self.shares.append(values[shard.start : shard.end].to(parameter.device, torch.float32, copy=True))
+
+    @property
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
 
     def score(self, batch: OptimizerBatch) -> TeacherTargets:
         """A forward pass over the distilled samples, packed on their own, with the teacher's longer prompts; two of `trust_region`."""
@@ -102,15 +123,15 @@ class Teacher:
         """
         if self.settings.kind != "ema":
             return
-        own = [parameter for chunk in self.chunks for parameter in chunk.parameters()]
+        own = self._parameters
         shards = [optimizer.shard_of(parameter) for parameter in policy_parameters]
         if not self.shares:  # the copy still holds the initial weights exactly
             self.shares = [p.view(-1)[s.start : s.end].to(torch.float32, copy=True) for p, s in zip(own, shards, strict=True)]
         for parameter, share, shard in zip(own, self.shares, shards, strict=True):
             share.lerp_(shard.values.float(), self.settings.ema_rate)
             flat = parameter.view(-1)
-            if self.layout.data_parallel_size == 1:
+            if (group := replica_group(parameter)).size() == 1:
                 flat.copy_(share)
             else:  # every rank adds its own part to zeros: exact, and blind to how the parts are cut
                 flat.zero_()[shard.start : shard.end] = share.to(flat.dtype)
-                dist.all_reduce(flat, group=self.layout.data_parallel_group)
+                dist.all_reduce(flat, group=group)

@@ -58,18 +58,20 @@ _SUMS = ("tokens", "entropy", "gap", "clipped", "importance", "distilled", "dive
 class Trainer:
     """Policy, optimizer and teacher of this rank."""
 
-    def __init__(self, config: Config, folder: HFFolder, layout: Layout):
+    def __init__(self, config: Config, folder: HFFolder, layout: Layout, is_resumed: bool = False):
+        """`is_resumed`: the weights come from a checkpoint afterwards, not from `folder`."""
         self.config, self.folder, self.layout = config, folder, layout
         self.algorithm = config.algorithm
         chunks = build_chunks(folder.architecture, config, layout.device)
-        load(chunks, folder)
+        if not is_resumed:
+            load(chunks, folder)
         self.chunks = wrap_data_parallel(chunks, config)
         self.optimizer = Optimizer(self.chunks, config)
         self.teacher = None
         self.logits_memory = config.train.logits_memory_mib and config.train.logits_memory_mib * 2**20
         if self.algorithm.distils:
             temperature = config.rollout.temperature
-            self.teacher = Teacher(config.teacher, layout, temperature, self.logits_memory, self.chunks, self._copy_of_policy)
+            self.teacher = Teacher(config.teacher, temperature, self.logits_memory, self.chunks, self._copy_of_policy)
         parallel = config.parallel
         self.rules = PackingRules(
             token_budget=config.train.micro_batch_tokens,

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_srpo.model.hf_folder import Architecture, HFFolder
 from megatron_srpo.runtime import cpu
-from megatron_srpo.weights.table import VOCABULARY_TENSORS, Row, row_of
+from megatron_srpo.runtime.processes import Processes
+from megatron_srpo.weights.files import aside
+from megatron_srpo.weights.hf_output import SHARD_BYTES, plan_shards, write_companions
+from megatron_srpo.weights.safetensors_file import Writer
+from megatron_srpo.weights.table import Row, row_of
 
 cpu.install()
 
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset  # noqa: E402
-
-SHARD_BYTES = 4 * 2**30
 
 
 def parameters_of(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[Row, str, Parameter]]:
@@ -31,68 +33,84 @@ def parameters_of(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[Row, str,
     for chunk in chunks:
         while hasattr(chunk, "module"):
             chunk = chunk.module
-        offset = get_transformer_layer_offset(chunk.config, chunk.vp_stage)
+        config = chunk.config
+        layer_offset = get_transformer_layer_offset(config, chunk.vp_stage)
+        experts = (config.num_moe_experts or 0) // config.expert_model_parallel_size  # of each layer, on this rank
+        expert_offset = experts * parallel_state.get_expert_model_parallel_rank()
         for name, parameter in chunk.named_parameters():
-            row, prefix = row_of(name, offset)
+            row, prefix = row_of(name, layer_offset, expert_offset)
             yield row, prefix, parameter
+
+
+class Part(NamedTuple):
+    """A rank's part of a parameter among the parts of its tensor-parallel ranks, and the stored tensor it is a part of.
+
+    is_only_copy: false where a rank with a lower number holds the same, and for the last stage's copy of a tied matrix.
+    """
+
+    name: str
+    number: int
+    parts: int
+    is_only_copy: bool
+
+    @classmethod
+    def of(cls, row: Row, prefix: str, architecture: Architecture) -> Part:
+        """This rank's, of the parameter that `row` and `prefix` stand for; `name` is its first HF tensor's."""
+        group = _tensor_group(row)
+        name = stored_name(prefix + row.hf[0], architecture)
+        is_tied_copy = name != prefix + row.hf[0]
+        if row.dim is None:
+            return cls(name, 0, 1, group.rank() == 0)
+        return cls(name, group.rank(), group.size(), not is_tied_copy)
+
+
+def stored_name(key: str, architecture: Architecture) -> str:
+    """The HF tensor that holds `key`: a tied matrix is stored once."""
+    return "model.embed_tokens.weight" if key == "lm_head.weight" and architecture.tie_word_embeddings else key
 
 
 def load(chunks: Sequence[torch.nn.Module], folder: HFFolder) -> None:
     """Fill the chunks from `folder`; only this rank's slices of the files are read."""
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    size = parallel_state.get_tensor_model_parallel_world_size()
     architecture = folder.architecture
-    shapes = architecture.tensor_shapes()
     with ExitStack() as stack, torch.no_grad():
         opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in set(folder.file_of.values())}
         for row, prefix, parameter in parameters_of(chunks):
-            pieces = []
-            for name in row.hf:
-                key = prefix + name
-                if key == "lm_head.weight" and architecture.tie_word_embeddings:
-                    key = "model.embed_tokens.weight"  # the last stage's own copy of the tied matrix
-                tensor = opened[folder.file_of[key]].get_slice(key)
-                if key in VOCABULARY_TENSORS:
-                    pieces.append(_vocabulary_rows(tensor, rank, parameter.shape[0], shapes[key]))
-                elif row.dim is None:
-                    pieces.append(tensor[:])
-                else:
-                    width = shapes[key][row.dim] // size
-                    span = slice(rank * width, (rank + 1) * width)
-                    pieces.append(tensor[span] if row.dim == 0 else tensor[:, span])
-            parameter.copy_(row.merge(pieces, architecture))
-
-
-def _vocabulary_rows(tensor, rank: int, rows: int, shape: tuple[int, ...]) -> Tensor:
-    start, end = min(rank * rows, shape[0]), min((rank + 1) * rows, shape[0])
-    own = tensor[start:end]
-    return torch.cat([own, own.new_zeros(rows - own.shape[0], shape[1])])
+            part = Part.of(row, prefix, architecture)
+            keys = [stored_name(prefix + name, architecture) for name in row.hf]
+            slices = [opened[folder.file_of[key]].get_slice(key) for key in keys]
+            parameter.copy_(row.cut(slices, part.number, part.parts, parameter.shape, architecture))
 
 
 def export(chunks: Sequence[torch.nn.Module], architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
     """The whole model as (HF name, full tensor), the same stream on every rank, one tensor at a time.
 
-    Every rank must consume it to the end: each tensor is an all-gather over tensor-parallel ranks and a broadcast from
-    the pipeline stage that owns it. Names come in a fixed order that does not depend on the layout.
+    Every rank must consume it to the end: each tensor is an all-gather over tensor-parallel ranks and broadcasts from
+    the expert-parallel rank and the pipeline stage that own it. Names come in a fixed order that does not depend on the
+    layout.
     """
-    tensor_group = parallel_state.get_tensor_model_parallel_group()
+    expert_group = parallel_state.get_expert_model_parallel_group()
     pipeline_group = parallel_state.get_pipeline_model_parallel_group()
     own = {prefix + row.hf[0]: (row, parameter) for row, prefix, parameter in parameters_of(chunks)}
     if architecture.tie_word_embeddings:
         own.pop("lm_head.weight", None)
-    owners = _owners(architecture, own, pipeline_group)
+    # Of each row: a rank of this stage that holds it, or -1; and the rank of the stage that does, among those this one talks to.
+    me, firsts = dist.get_rank(), [first for first, _ in _tensors_by_row(architecture)]
+    expert_owner = _highest({first: me if first in own else -1 for first in firsts}, expert_group)
+    stage_owner = _highest({first: me if expert_owner[first] >= 0 else -1 for first in firsts}, pipeline_group)
+    shapes = architecture.tensor_shapes()
     device, dtype = next(chunks[0].parameters()).device, next(chunks[0].parameters()).dtype
     for first, names in _tensors_by_row(architecture):
         if first in own:
             row, parameter = own[first]
-            full = _full_tensors(row, parameter.detach(), architecture, tensor_group)
+            full = _full_tensors(row, parameter.detach(), architecture)
         else:
-            shapes = architecture.tensor_shapes()
             full = [torch.empty(shapes[name], dtype=dtype, device=device) for name in names]
         for name, tensor in zip(names, full, strict=True):
-            if dist.get_world_size(pipeline_group) > 1:
-                tensor = tensor.contiguous()
-                dist.broadcast(tensor, owners[first], group=pipeline_group)
+            tensor = tensor.contiguous()
+            if ".experts." in first and expert_group.size() > 1 and expert_owner[first] >= 0:
+                dist.broadcast(tensor, expert_owner[first], group=expert_group)
+            if pipeline_group.size() > 1:
+                dist.broadcast(tensor, stage_owner[first], group=pipeline_group)
             yield name, tensor
 
 
@@ -107,70 +125,51 @@ def _tensors_by_row(architecture: Architecture) -> Iterator[tuple[str, list[str]
         yield name, [name.replace(part, other) for other in together.get(part, (part,))]
 
 
-def _owners(architecture: Architecture, own: dict, pipeline_group) -> dict[str, int]:
-    """Global rank of the pipeline stage that owns each row; one small all-reduce."""
-    firsts = [first for first, _ in _tensors_by_row(architecture)]
-    ranks = torch.tensor([dist.get_rank() if first in own else -1 for first in firsts])
+def _highest(numbers: dict[str, int], group) -> dict[str, int]:
+    """The largest of the group's numbers under each key; one small all-reduce."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    ranks = ranks.to(device)
-    dist.all_reduce(ranks, op=dist.ReduceOp.MAX, group=pipeline_group)
-    return dict(zip(firsts, ranks.tolist(), strict=True))
+    values = torch.tensor(list(numbers.values()), device=device)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
+    return dict(zip(numbers, values.tolist(), strict=True))
 
 
-def _full_tensors(row: Row, local: Tensor, architecture: Architecture, group) -> list[Tensor]:
-    pieces = row.split(local, architecture)
-    if row.dim is not None and dist.get_world_size(group) > 1:
-        pieces = [_gather(piece.contiguous(), row.dim, group) for piece in pieces]
-    return [piece[: architecture.vocab_size] if name in VOCABULARY_TENSORS else piece for name, piece in zip(row.hf, pieces, strict=True)]
+def _tensor_group(row: Row):
+    """The ranks that share the row's parameters."""
+    if row.expert:
+        return parallel_state.get_expert_tensor_parallel_group()
+    return parallel_state.get_tensor_model_parallel_group()
 
 
-def _gather(piece: Tensor, dim: int, group) -> Tensor:
-    parts = [torch.empty_like(piece) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, piece, group=group)
-    return torch.cat(parts, dim=dim)
+def _full_tensors(row: Row, local: Tensor, architecture: Architecture) -> list[Tensor]:
+    parts, group = [local], _tensor_group(row)
+    if row.dim is not None and group.size() > 1:
+        parts = [torch.empty_like(local) for _ in range(group.size())]
+        dist.all_gather(parts, local.contiguous(), group=group)
+    return row.join(parts, architecture)
 
 
 def save_hf(stream: Iterable[tuple[str, Tensor]], folder: HFFolder, output: Path, write: bool) -> None:
     """Write the stream as an HF folder that `AutoModelForCausalLM` loads: shards, index, config and tokenizer.
 
-    Every rank consumes the stream, the one with `write` writes. Config and tokenizer are the start model's. The folder
-    appears under its name when it is whole.
+    Every rank consumes the stream, the one with `write` writes, each tensor as it comes. Config and tokenizer are the start
+    model's; all tensors have the first one's dtype. The folder appears under its name when it is whole, in place of one that
+    has that name already.
+
+    Raises FileError when the disk is full.
     """
-    final, output = output, output.with_name(output.name + ".partial")
-    weight_map: dict[str, str] = {}
-    shard: dict[str, Tensor] = {}
-    held = total = 0
-    if write:
-        output.mkdir(parents=True, exist_ok=True)
-
-    def flush() -> None:
-        name = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
-        save_file(shard, output / name, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(shard, name))
-        shard.clear()
-
-    for name, tensor in stream:
-        if not write:
-            continue
-        size = tensor.numel() * tensor.element_size()
-        if shard and held + size > SHARD_BYTES:
-            flush()
-            held = 0
-        shard[name] = tensor.detach().cpu().clone().contiguous()
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        held, total = held + size, total + size
     if not write:
+        for _ in stream:
+            pass
         return
-    flush()
-    if len(set(weight_map.values())) == 1:
-        (output / "model-00001.safetensors").rename(output / "model.safetensors")
-    else:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (output / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-    for file in folder.path.iterdir():
-        if file.is_file() and file.suffix in (".json", ".txt", ".jinja", ".model") and "safetensors" not in file.name:
-            (output / file.name).write_bytes(file.read_bytes())
-    config = json.loads((output / "config.json").read_text())
-    config.pop("torch_dtype", None)
-    (output / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
-    output.rename(final)
+    stream = iter(stream)
+    first = next(stream)
+    tensors = {name: (first[1].dtype, shape) for name, shape in folder.architecture.tensor_shapes().items()}
+    shards = plan_shards(tensors, SHARD_BYTES)
+    with aside(output, Processes(rank=0, world_size=1), replace=True) as partial:
+        writers = {file: Writer(partial / file, {name: tensors[name] for name in names}) for file, names in shards.items()}
+        writer_of = {name: writers[file] for file, names in shards.items() for name in names}
+        for name, tensor in chain([first], stream):
+            writer_of[name].write(name, tensor)
+        for writer in writers.values():
+            writer.close()
+        write_companions(partial, folder, tensors, shards)

@@ -3,7 +3,8 @@
     torchrun --nproc-per-node N tests/distributed/teacher_worker.py jobs.json
 
 jobs.json: [{"config": path, "overrides": [...], "output": file}, …]; `output` gets {"ratios": the distance after each `follow`
-over the one before, as float64 means over all parameters of this rank 0, "elements": fp32 numbers kept, "parameters": …}.
+over the one before, as float64 means over all parameters of this rank 0, "elements": fp32 numbers kept by the data-parallel
+ranks, "parameters": those of their models, replicas counted once, …}.
 """
 
 import json
@@ -41,7 +42,9 @@ def run(job: dict) -> None:
     layout.sum_over_data_parallel(kept)
     if layout.rank == 0:
         ratios = [after / before for before, after in zip(distances, distances[1:], strict=False)]
-        total = sum(parameter.numel() for parameter in teacher)
+        named = [item for chunk in trainer.teacher.chunks for item in chunk.named_parameters()]
+        experts = config.parallel.expert_model_parallel_size  # data-parallel ranks that hold other experts
+        total = sum(parameter.numel() * (experts if ".experts." in name else 1) for name, parameter in named)
         report = {"ratios": ratios, "elements": int(kept), "parameters": total, "fp32": teacher_is_fp32(trainer)}
         Path(job["output"]).write_text(json.dumps(report))
     shut_down(layout)

@@ -11,14 +11,17 @@ import torch
 from launch import run_jobs
 from reference import Reference
 from rollouts import write_rollouts
+from safetensors.torch import load_file
 from tiny import make_model, save_folder
 
 from megatron_srpo.model.hf_folder import HFFolder
 
-TP, PP, VPP, SP, NO_DO = (
+TP, PP, VPP, EP, ETP, SP, NO_DO = (
     "parallel.tensor_model_parallel_size=",
     "parallel.pipeline_model_parallel_size=",
     "parallel.virtual_pipeline_model_parallel_size=",
+    "parallel.expert_model_parallel_size=",
+    "parallel.expert_tensor_parallel_size=",
     "parallel.sequence_parallel=true",
     "parallel.use_distributed_optimizer=false",
 )
@@ -50,6 +53,11 @@ CASES = {
     "one_routed": ("last_only", [ONE_STEP], dict(beta=1.0)),
     "none_right": ("all_wrong", [ONE_STEP], dict(beta=1.0)),
     "none_wrong": ("all_right", [ONE_STEP], dict(beta=1.0)),
+    "moe": ("qwen3_moe", ["train.steps=2"], dict(beta=1.0)),
+    "moe_one_routed": ("qwen3_moe_last_only", [ONE_STEP], dict(beta=1.0)),
+    # A decay that moves weights beyond the tolerance: biases and norms must not feel it.
+    "qwen2": ("qwen2", ["train.steps=2", "optimizer.weight_decay=5"], dict(beta=1.0, weight_decay=5)),
+    "llama": ("llama", ["train.steps=2"], dict(beta=1.0)),
 }  # fmt: skip
 # ranks → {layout: (overrides, the cases it runs)}
 LAYOUTS = {
@@ -58,16 +66,18 @@ LAYOUTS = {
         "alone": (["train.micro_batch_tokens=1"], ["srpo"]),  # every sequence is longer: each in a micro-batch of its own
         "small": (["train.micro_batch_tokens=240"], ["srpo"]),
         "middle": (["train.micro_batch_tokens=400"], ["srpo"]),
-        "full-recompute": (["megatron={recompute_granularity: full, recompute_method: uniform, recompute_num_layers: 1}"], ["srpo"]),
+        "full-recompute": (["megatron={recompute_granularity: full, recompute_method: uniform, recompute_num_layers: 1}"], ["srpo", "moe"]),
         "selective-recompute": (["megatron={recompute_granularity: selective}"], ["srpo"]),
     },
     2: {
         "tp2": ([TP + "2"], ["srpo", "untied", "top_k", "teacher_top_k"]),
-        "tp2-sp": ([TP + "2", SP], ["srpo"]),
-        "pp2": ([PP + "2"], ["srpo", "untied", "grpo", "trust_region"]),
+        "tp2-sp": ([TP + "2", SP], ["srpo", "moe", "qwen2"]),
+        "pp2": ([PP + "2"], ["srpo", "untied", "grpo", "trust_region", "moe", "llama"]),
         "pp2-vpp2": ([PP + "2", VPP + "2"], ["srpo", "one_routed"]),
-        "dp2": ([], ["srpo", "grpo", "many_routed", "none_wrong"]),
+        "dp2": ([], ["srpo", "grpo", "many_routed", "none_wrong", "moe"]),
         "dp2-replicated": ([NO_DO], ["srpo"]),
+        "ep2": ([EP + "2"], ["moe", "moe_one_routed"]),
+        "ep2-replicated": ([EP + "2", NO_DO], ["moe"]),
     },
     4: {
         "tp4": ([TP + "4"], ["srpo", "untied", "top_k", "sampled"]),
@@ -76,6 +86,11 @@ LAYOUTS = {
         "tp2-pp2-vpp2-sp": ([TP + "2", PP + "2", VPP + "2", SP], ["srpo"]),
         "pp2-dp2": ([PP + "2"], ["srpo", "sdpo", "none_right"]),
         "dp4": ([], ["srpo", "one_routed", "none_right"]),
+        "ep2-dp2": ([EP + "2"], ["moe"]),
+        "ep2-dp2-replicated": ([EP + "2", NO_DO], ["moe"]),
+        "pp2-ep2": ([PP + "2", EP + "2"], ["moe"]),
+        "tp2-sp-ep2": ([TP + "2", SP, EP + "2"], ["moe"]),
+        "tp2-sp-ep4-etp1": ([TP + "2", SP, EP + "4", ETP + "1"], ["moe"]),
     },
 }
 PAIRS = [(ranks, layout, case) for ranks, layouts in LAYOUTS.items() for layout, (_, cases) in layouts.items() for case in cases]
@@ -86,16 +101,20 @@ def world(tmp_path_factory):
     """Start models, dumped rollouts and the configuration file."""
     root = tmp_path_factory.mktemp("invariance")
     sources = {}
-    for name, tied, verdicts in (
-        ("mixed", True, None),
-        ("untied", False, None),
-        ("many_wrong", True, MANY_WRONG),
-        ("last_only", True, LAST_ONLY),
-        ("all_wrong", True, ALL_WRONG),
-        ("all_right", True, ALL_RIGHT),
+    for name, family, tied, verdicts in (
+        ("mixed", "qwen3", True, None),
+        ("untied", "qwen3", False, None),
+        ("many_wrong", "qwen3", True, MANY_WRONG),
+        ("last_only", "qwen3", True, LAST_ONLY),
+        ("all_wrong", "qwen3", True, ALL_WRONG),
+        ("all_right", "qwen3", True, ALL_RIGHT),
+        ("qwen3_moe", "qwen3_moe", False, None),
+        ("qwen3_moe_last_only", "qwen3_moe", False, LAST_ONLY),
+        ("qwen2", "qwen2", True, None),
+        ("llama", "llama", False, None),
     ):
         # 261 rows pad to 272, 288 and 320 at TP 1, 2 and 4: uneven shards
-        model = make_model(tied=tied, vocab_size=270 if tied else 261)
+        model = make_model(family, tied=tied, vocab_size=270 if tied else 261)
         folder = HFFolder(save_folder(root / f"{name}-hf", model))
         options = {} if verdicts is None else {"verdicts": verdicts, "steps": 1}
         sources[name] = (folder, write_rollouts(root / f"{name}-rollouts", folder, model, **options))
@@ -130,8 +149,8 @@ def runs(world):
 
 @pytest.fixture(scope="module")
 def references(world, runs):
-    """case → ([(loss, gradient norm)], HF model after the last step), in float64."""
-    _, _, sources = world
+    """case → ([(loss, gradient norm)], the model's tensors after the last step as transformers saves them), in float64."""
+    root, _, sources = world
     results = {}
     for case, (source, _, options) in CASES.items():
         options = dict(options)
@@ -139,7 +158,8 @@ def references(world, runs):
         reference = Reference(sources[source][0].path, lr=1e-3, warmup=2, **options)
         run = runs[f"one_{case}"]
         steps = [reference.run(file, mini_batches) for file in sorted((run.folder / "rollouts").iterdir())]
-        results[case] = steps, dict(reference.model.named_parameters())
+        reference.model.save_pretrained(root / f"{case}-reference")
+        results[case] = steps, load_file(root / f"{case}-reference" / "model.safetensors")
     return results
 
 
@@ -153,9 +173,9 @@ def test_loss_gradient_and_weights_do_not_depend_on_the_split(runs, references, 
         assert row["loss"] == pytest.approx(loss, rel=RELATIVE, abs=1e-9)
         assert row["grad_norm"] == pytest.approx(norm, rel=RELATIVE, abs=1e-9)
     weights = runs[f"{layout}_{case}"].weights
-    assert set(weights) <= set(model)
+    assert set(weights) == set(model)
     for name, tensor in weights.items():
-        torch.testing.assert_close(tensor.double(), model[name].detach(), atol=WEIGHTS, rtol=0)
+        torch.testing.assert_close(tensor.double(), model[name], atol=WEIGHTS, rtol=0)
 
 
 def test_the_cases_exercise_what_they_claim(runs):

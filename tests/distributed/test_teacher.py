@@ -8,15 +8,18 @@ import pytest
 from launch import torchrun
 from tiny import save_folder
 
-TP, PP = (f"parallel.{name}_model_parallel_size=2" for name in ("tensor", "pipeline"))
+TP, PP, EP = (f"parallel.{name}_model_parallel_size=2" for name in ("tensor", "pipeline", "expert"))
 BF16, REPLICATED = "model.dtype=bfloat16", "parallel.use_distributed_optimizer=false"
-JOBS = {
+JOBS = {  # an expert-parallel layout has a mixture of experts, the others are dense
     "dp2": [],
     "dp2-replicated": [REPLICATED],
     "dp2-bf16": [BF16],
     "dp2-bf16-replicated": [BF16, REPLICATED],
     "tp2": [TP],
     "pp2": [PP],
+    "ep2": [EP],
+    "ep2-replicated": [EP, REPLICATED],
+    "ep2-bf16": [EP, BF16],
 }
 
 
@@ -26,9 +29,13 @@ def reports(tmp_path_factory):
     root = tmp_path_factory.mktemp("teacher")
     config = root / "config.yaml"
     config.write_text("model: {hf_path: set, dtype: float32}\ntrain: {steps: 1}\nlogging: {dir: unused}\n")
-    folder = save_folder(root / "hf")
+    dense, experts = save_folder(root / "dense"), save_folder(root / "experts", family="qwen3_moe")
     jobs = [
-        {"config": str(config), "overrides": [f"model.hf_path={folder}", *overrides], "output": str(root / name)}
+        {
+            "config": str(config),
+            "overrides": [f"model.hf_path={experts if EP in overrides else dense}", *overrides],
+            "output": str(root / name),
+        }
         for name, overrides in JOBS.items()
     ]
     torchrun(2, "teacher_worker.py", jobs, root / "jobs.json")
@@ -44,6 +51,6 @@ def test_distance_to_a_constant_student_shrinks_by_its_rate(reports, layout):
 
 @pytest.mark.parametrize("layout", list(JOBS))
 def test_ema_is_fp32_and_each_number_is_kept_once(reports, layout):
-    """Sharded: all data-parallel ranks together hold each parameter element once."""
+    """Sharded: all data-parallel ranks together hold each parameter element once, the experts of all of them included."""
     report = reports[layout]
     assert report["fp32"] and report["elements"] == report["parameters"]

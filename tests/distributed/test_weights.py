@@ -8,55 +8,84 @@ from launch import torchrun
 from safetensors.torch import load_file
 from tiny import make_model, save_folder
 
-TP, PP, VPP = (f"parallel.{name}_model_parallel_size=" for name in ("tensor", "pipeline", "virtual_pipeline"))
+TP, PP, VPP, EP, ETP = (
+    f"parallel.{name}_parallel_size="
+    for name in ("tensor_model", "pipeline_model", "virtual_pipeline_model", "expert_model", "expert_tensor")
+)
 SP = "parallel.sequence_parallel=true"
-LAYOUTS = {
-    1: {"one": []},
-    2: {"tp2": [TP + "2"], "tp2-sp": [TP + "2", SP], "pp2": [PP + "2"], "pp2-vpp2": [PP + "2", VPP + "2"]},
-    4: {"tp2-pp2": [TP + "2", PP + "2"], "tp4": [TP + "4"]},
+# model → how tiny.make_model makes it; 261 rows: padded and uneven shards
+MODELS = {
+    "tied": dict(tied=True),
+    "untied": dict(tied=False),
+    "qwen3_moe": dict(family="qwen3_moe", tied=False),
+    "qwen3_moe_not_renormalised": dict(family="qwen3_moe", tied=False, norm_topk_prob=False),
+    "qwen2": dict(family="qwen2", tied=True),
+    "llama": dict(family="llama", tied=False),
 }
-NAMES = [layout for layouts in LAYOUTS.values() for layout in layouts]
+# ranks → {layout: (overrides, the models it holds)}
+LAYOUTS = {
+    1: {"one": ([], list(MODELS))},
+    2: {
+        "tp2": ([TP + "2"], ["tied", "untied", "qwen2"]),
+        "tp2-sp": ([TP + "2", SP], ["tied", "untied", "llama", "qwen3_moe"]),
+        "pp2": ([PP + "2"], ["tied", "untied", "qwen2", "qwen3_moe"]),
+        "pp2-vpp2": ([PP + "2", VPP + "2"], ["tied", "untied", "llama", "qwen3_moe"]),
+        "ep2": ([EP + "2"], ["qwen3_moe"]),
+    },
+    4: {
+        "tp2-pp2": ([TP + "2", PP + "2"], ["tied", "untied"]),
+        "tp4": ([TP + "4"], ["tied", "untied", "qwen2"]),
+        "pp2-ep2": ([PP + "2", EP + "2"], ["qwen3_moe"]),
+        "tp2-sp-ep2": ([TP + "2", SP, EP + "2"], ["qwen3_moe"]),
+        "tp2-sp-ep4-etp1": ([TP + "2", SP, EP + "4", ETP + "1"], ["qwen3_moe"]),
+    },
+}
+PAIRS = [(layout, model) for layouts in LAYOUTS.values() for layout, (_, models) in layouts.items() for model in models]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """{(layout, tied): what the ranks wrote}, with {tied: (HF logits, the folder's own tensors)} under "hf"."""
+    """{model: (HF logits, the folder's own tensors)}, and {(layout, model): what the ranks wrote}."""
     root = tmp_path_factory.mktemp("weights")
     generator = torch.Generator().manual_seed(5)
-    documents = [torch.randint(0, 261, (length,), generator=generator).tolist() for length in (9, 2, 30, 17)]
+    # The longest one is beyond the 64 positions of the tiny Llama's own rotary frequencies.
+    documents = [torch.randint(0, 261, (length,), generator=generator).tolist() for length in (9, 2, 30, 90)]
     config = root / "config.yaml"
     config.write_text("model: {hf_path: set, dtype: float32}\ntrain: {steps: 1}\nlogging: {dir: unused}\n")
-    wanted, expected = {}, {}
-    for tied in (True, False):
-        model = make_model(tied=tied, vocab_size=261)  # 261 rows: padded and uneven shards
-        folder = save_folder(root / f"hf-{tied}", model)
+    expected = {}
+    for name, options in MODELS.items():
+        model = make_model(vocab_size=261, **options)
+        folder = save_folder(root / name, model)
         with torch.no_grad():
             logits = torch.cat([model(torch.tensor([ids])).logits[0, :-1] for ids in documents])
-        expected[tied] = logits, load_file(folder / "model.safetensors")
-        for ranks, layouts in LAYOUTS.items():
-            for layout, overrides in layouts.items():
-                output = root / f"{layout}-{tied}.safetensors"
-                job = {"config": str(config), "overrides": [f"model.hf_path={folder}", *overrides]}
-                wanted.setdefault(ranks, []).append({**job, "documents": documents, "output": str(output)})
-    for ranks, jobs in wanted.items():
+        expected[name] = logits, load_file(folder / "model.safetensors")
+    for ranks, layouts in LAYOUTS.items():
+        jobs = [
+            {
+                "config": str(config),
+                "overrides": [f"model.hf_path={root / model}", *overrides],
+                "documents": documents,
+                "output": str(root / f"{layout}-{model}.safetensors"),
+            }
+            for layout, (overrides, models) in layouts.items()
+            for model in models
+        ]
         torchrun(ranks, "weights_worker.py", jobs, root / f"jobs-{ranks}.json")
-    return expected, {(layout, tied): load_file(root / f"{layout}-{tied}.safetensors") for layout in NAMES for tied in (True, False)}
+    return expected, {(layout, model): load_file(root / f"{layout}-{model}.safetensors") for layout, model in PAIRS}
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("layout", NAMES)
-def test_logits_equal_transformers(results, layout, tied):
+@pytest.mark.parametrize(("layout", "model"), PAIRS)
+def test_logits_equal_transformers(results, layout, model):
     """Packed documents on shards against one transformers forward pass a document, fp32, to 1e-5."""
     expected, got = results
-    torch.testing.assert_close(got[layout, tied]["logits"], expected[tied][0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(got[layout, model]["logits"], expected[model][0], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("layout", NAMES)
-def test_import_then_export_is_bit_exact(results, layout, tied):
+@pytest.mark.parametrize(("layout", "model"), PAIRS)
+def test_import_then_export_is_bit_exact(results, layout, model):
     """Every tensor of the HF file comes back, the same bits, and no other."""
     expected, got = results
-    exported = {name.removeprefix("export."): tensor for name, tensor in got[layout, tied].items() if name != "logits"}
-    assert set(exported) == set(expected[tied][1])
-    for name, tensor in expected[tied][1].items():
+    exported = {name.removeprefix("export."): tensor for name, tensor in got[layout, model].items() if name != "logits"}
+    assert set(exported) == set(expected[model][1])
+    for name, tensor in expected[model][1].items():
         assert torch.equal(exported[name], tensor), name

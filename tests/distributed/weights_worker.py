@@ -3,9 +3,10 @@
     torchrun --nproc-per-node N tests/distributed/weights_worker.py jobs.json
 
 jobs.json: [{"config": path, "overrides": [...], "documents": [[ids], …], "output": file}, …]; `output` holds "logits" [T, vocab]
-as computed with the vocabulary sharded, and every exported tensor under "export.".
+as computed with the vocabulary sharded, and every exported tensor under "export.". Every rank must export the same stream.
 """
 
+import hashlib
 from pathlib import Path
 
 from worker import each_job
@@ -44,6 +45,10 @@ def run(job: dict) -> None:
 
     run_schedule(chunks, [micro_batch(documents, total)] * (layout.pipeline_parallel_size), keep, backward=False)
     exported = {f"export.{name}": tensor.detach().clone() for name, tensor in export(chunks, folder.architecture)}
+    digest = hashlib.sha256()
+    for name, tensor in exported.items():  # in the order of the stream
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    assert len(set(layout.gather_bytes(digest.digest()))) == 1, "ranks exported different streams"
     if layout.is_last_stage and layout.tensor_parallel_rank == 0 and layout.data_parallel_rank == 0:
         save_file({**results, **exported}, job["output"])
     dist.barrier()

@@ -1,16 +1,19 @@
 """Model folders that are not as they should be, one fault at a time, and what the messages name."""
 
 import json
+import math
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import make_model, make_tokenizer, save_folder
+from tiny import FAMILIES, LLAMA3, make_model, make_tokenizer, save_folder
+from transformers import AutoConfig
 
-from megatron_srpo.config import Config, ConfigError
-from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.config import Config, ConfigError, ParallelSection
+from megatron_srpo.model.hf_folder import HFFolder, RopeScaling
 from megatron_srpo.model.qwen3 import check_layout, padded_vocab_size, transformer_config
+from megatron_srpo.runtime.parallel import data_parallel_size
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +123,105 @@ def test_rope_theta_of_older_folders(tied):
     assert HFFolder(tied).architecture.rope_theta == 5e5
 
 
+# ---- families --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder_of(tmp_path):
+    """folder_of(family, **changes of config.json): an untied folder of that family."""
+
+    def make(family, **changes):
+        path = save_folder(tmp_path / family, family=family, tied=False, layers=2)
+        edit_json(path / "config.json", **changes)
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_tensors_are_those_that_transformers_saves(folder_of, family):
+    path = folder_of(family)
+    saved = {name: tuple(tensor.shape) for name, tensor in load_file(path / "model.safetensors").items()}
+    folder = HFFolder(path)
+    assert folder.architecture.tensor_shapes() == saved and set(folder.file_of) == set(saved)
+
+
+def sizes(vocabulary, hidden, ffn, layers, heads, groups):
+    """As config.json names them."""
+    widths = dict(vocab_size=vocabulary, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers)
+    return {**widths, "num_attention_heads": heads, "num_key_value_heads": groups, "max_position_embeddings": 40960}
+
+
+EXPERTS = dict(model_type="qwen3_moe", head_dim=128, num_experts=128, num_experts_per_tok=8)
+PUBLISHED = {
+    "Llama-3.1-8B": (8_030_261_248, dict(model_type="llama", rope_scaling=LLAMA3) | sizes(128256, 4096, 14336, 32, 32, 8)),
+    "Qwen2.5-7B": (7_615_616_512, dict(model_type="qwen2") | sizes(152064, 3584, 18944, 28, 28, 4)),
+    "Qwen3-30B-A3B": (30_532_122_624, dict(EXPERTS, moe_intermediate_size=768) | sizes(151936, 2048, 6144, 48, 32, 4)),
+    "Qwen3-235B-A22B": (235_093_634_560, dict(EXPERTS, moe_intermediate_size=1536) | sizes(151936, 4096, 12288, 94, 64, 4)),
+}
+
+
+@pytest.mark.parametrize("model", list(PUBLISHED))
+def test_published_models_have_their_number_of_parameters(tmp_path, model):
+    parameters, config = PUBLISHED[model]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert sum(map(math.prod, HFFolder(tmp_path).architecture.tensor_shapes().values())) == parameters
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_absent_keys_have_transformers_defaults(folder_of, family):
+    optional = ["rms_norm_eps", "tie_word_embeddings", "rope_parameters", "head_dim", "norm_topk_prob", "hidden_act", "attention_bias"]
+    path = folder_of(family, **dict.fromkeys(optional + ["num_key_value_heads"] * (family == "llama")))
+    ours, theirs = HFFolder(path).architecture, AutoConfig.from_pretrained(path)
+    assert (ours.rms_norm_eps, ours.tie_word_embeddings) == (theirs.rms_norm_eps, theirs.tie_word_embeddings)
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"] and ours.rope_scaling is None
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
+    assert ours.num_key_value_heads == theirs.num_key_value_heads
+    assert ours.norm_topk_prob == getattr(theirs, "norm_topk_prob", False)
+
+
+def test_experts(folder_of):
+    """transformers 5 writes num_local_experts; the folders on the hub say num_experts."""
+    for changes in ({}, {"num_local_experts": None, "num_experts": 8}):
+        a = HFFolder(folder_of("qwen3_moe", **changes)).architecture
+        assert (a.num_experts, a.num_experts_per_tok, a.moe_intermediate_size, a.norm_topk_prob) == (8, 3, 48, True)
+    assert HFFolder(folder_of("qwen2")).architecture.num_experts == 0
+
+
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+def test_llama3_rope(folder_of, key):
+    """Under transformers 5's key and the older one, where the base frequency stood beside it."""
+    path = folder_of("llama", rope_parameters=None)
+    edit_json(path / "config.json", **{key: LLAMA3}, rope_theta=5e5)
+    architecture = HFFolder(path).architecture
+    assert architecture.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 64) and architecture.rope_theta == 5e5
+
+
+@pytest.mark.parametrize(
+    "family, changes, named",
+    [
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers is [0]"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
+        ("qwen3_moe", {"num_local_experts": None}, "missing num_experts"),
+        ("qwen3_moe", {"norm_topk_prob": 1}, "norm_topk_prob is 1, expected bool"),
+        ("qwen3_moe", {"attention_bias": True}, "attention_bias"),
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window"),
+        ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ("qwen2", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu'"),
+        ("llama", {"attention_bias": True}, "attention_bias"),
+        ("llama", {"mlp_bias": True}, "mlp_bias"),
+        ("llama", {"rope_parameters": {**LLAMA3, "factor": None}}, "missing factor"),
+        ("llama", {"rope_parameters": {**LLAMA3, "high_freq_factor": "four"}}, "high_freq_factor is 'four'"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ("llama", {"rope_parameters": {**LLAMA3, "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+    ],
+)
+def test_what_our_layers_do_not_compute(folder_of, family, changes, named):
+    path = folder_of(family, **changes)
+    message = refusal(lambda: HFFolder(path).architecture)
+    assert "config.json" in message and named in message
+
+
 # ---- config.json -----------------------------------------------------------------------------------------------------
 
 
@@ -149,7 +251,7 @@ def test_config_that_is_no_object(tied, content):
     assert "config.json" in refusal(lambda: HFFolder(tied).architecture)
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "qwen3_moe", "llama", None])
+@pytest.mark.parametrize("model_type", ["mistral", "qwen3_next", None])
 def test_foreign_model_type(tied, model_type):
     edit_json(tied / "config.json", model_type=model_type)
     message = refusal(lambda: HFFolder(tied).architecture)
@@ -299,8 +401,9 @@ def test_no_end_of_sequence_token(tied):
 # ---- layouts and TransformerConfig -----------------------------------------------------------------------------------
 
 
-def parallel(tensor=1, pipeline=1, virtual=None):
+def parallel(tensor=1, pipeline=1, virtual=None, **more):
     return {
+        **more,
         "tensor_model_parallel_size": tensor,
         "pipeline_model_parallel_size": pipeline,
         "virtual_pipeline_model_parallel_size": virtual,
@@ -328,6 +431,39 @@ def test_layouts_that_do_not_divide(pristine, sizes, named):
     assert all(part in message for part in named)
 
 
+@pytest.mark.parametrize(
+    "family, sizes, named",
+    [
+        ("qwen3_moe", dict(expert_model_parallel_size=3), ["expert_model_parallel_size: 3", "num_experts", "8"]),
+        (
+            "qwen3_moe",
+            dict(expert_model_parallel_size=2, expert_tensor_parallel_size=5),
+            ["expert_tensor_parallel_size: 5", "moe_intermediate_size", "48"],
+        ),
+        ("qwen3_moe", dict(tensor=2), ["parallel.sequence_parallel", "set it to true"]),
+        ("qwen3", dict(expert_model_parallel_size=2), ["expert_model_parallel_size: 2", "no experts"]),
+    ],
+)
+def test_experts_that_do_not_divide(folder_of, family, sizes, named):
+    architecture = HFFolder(folder_of(family)).architecture
+    message = refusal(lambda: check_layout(architecture, config_with(parallel=parallel(**sizes))))
+    assert all(part in message for part in named)
+
+
+def test_experts_that_divide(folder_of):
+    architecture = HFFolder(folder_of("qwen3_moe", intermediate_size=97)).architecture  # no layer has this width
+    sizes = parallel(tensor=4, sequence_parallel=True, expert_model_parallel_size=8, expert_tensor_parallel_size=3)
+    check_layout(architecture, config_with(parallel=sizes))
+
+
+@pytest.mark.parametrize("world, data", [(8, 4), (16, 8)])
+def test_experts_are_shared_out_over_data_parallel_ranks(world, data):
+    sizes = ParallelSection(tensor_model_parallel_size=2, sequence_parallel=True, expert_model_parallel_size=4)
+    assert data_parallel_size(sizes, world) == data
+    message = refusal(lambda: data_parallel_size(sizes, 12))
+    assert "expert_tensor_parallel_size × expert_model_parallel_size" in message and "= 8" in message and "12 processes" in message
+
+
 @pytest.mark.parametrize("tensor, divisor, expected", [(1, 1, 270), (1, 16, 272), (2, 16, 288), (4, 16, 320), (2, 128, 512), (2, 135, 270)])
 def test_padded_vocabulary(pristine, tensor, divisor, expected):
     config = config_with(parallel=parallel(tensor))
@@ -342,6 +478,24 @@ def test_transformer_config_is_the_architecture(pristine):
     assert (core.add_bias_linear, core.add_qkv_bias, core.qk_layernorm, core.gated_linear_unit) == (False, False, True, True)
     assert (core.hidden_dropout, core.attention_dropout, core.calculate_per_token_loss) == (0, 0, True)
     assert core.recompute_granularity == "selective"
+
+
+@pytest.mark.parametrize("family, has_bias, has_norm", [("qwen2", True, False), ("llama", False, False), ("qwen3_moe", False, True)])
+def test_transformer_config_of_families(folder_of, family, has_bias, has_norm):
+    core = transformer_config(HFFolder(folder_of(family)).architecture, config_with())
+    assert (core.add_qkv_bias, core.qk_layernorm, core.kv_channels) == (has_bias, has_norm, 16 if family == "qwen3_moe" else 8)
+
+
+@pytest.mark.parametrize("renormalised", [True, False])
+def test_transformer_config_of_experts(folder_of, renormalised):
+    architecture = HFFolder(folder_of("qwen3_moe", norm_topk_prob=renormalised)).architecture
+    core = transformer_config(architecture, config_with(parallel={"expert_model_parallel_size": 2}))
+    assert (core.num_moe_experts, core.moe_router_topk, core.moe_ffn_hidden_size) == (8, 3, 48)
+    assert (core.moe_router_pre_softmax, core.moe_router_load_balancing_type) == (not renormalised, "none")
+    assert core.moe_expert_capacity_factor is None and core.expert_model_parallel_size == 2
+    for key, value in (("moe_aux_loss_coeff", 0.01), ("moe_z_loss_coeff", 1e-3), ("moe_router_load_balancing_type", "aux_loss")):
+        message = refusal(lambda: transformer_config(architecture, config_with(megatron={key: value})))  # noqa: B023
+        assert f"megatron.{key}" in message and "router losses" in message
 
 
 @pytest.mark.parametrize(

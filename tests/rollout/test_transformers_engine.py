@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import make_model, save_folder
 
 from megatron_srpo.model.hf_folder import HFFolder
@@ -28,6 +29,19 @@ def hf():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, hf):
     return HFFolder(save_folder(tmp_path_factory.mktemp("engine"), hf))
+
+
+def sample(engine, requests, sampling):
+    """All completions, in the requests' order; each is handed over once."""
+    completions = {}
+
+    def finished(number, completion):
+        assert number not in completions
+        completions[number] = completion
+        return False
+
+    engine.generate(requests, sampling, finished)
+    return [completions[number] for number in range(len(requests))]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +79,7 @@ LENGTHS = (1, 90, 7, 2, 33, 60, 5)
 def test_logprobs_are_those_of_a_full_forward_pass(engine_of, hf, temperature, top_p):
     """Left padding, positions and cache: prompts of 1 to 90 tokens in one batch. top_p does not renormalise."""
     requests = requests_of(LENGTHS)
-    for request, completion in zip(requests, engine_of(64).generate(requests, Sampling(temperature, top_p, 15, NEVER)), strict=True):
+    for request, completion in zip(requests, sample(engine_of(64), requests, Sampling(temperature, top_p, 15, NEVER)), strict=True):
         assert len(completion.ids) == len(completion.logprobs) == 15
         expected = exact_logprobs(hf, request.prompt_ids, completion.ids, temperature)
         chosen = expected[torch.arange(15), completion.ids]
@@ -76,7 +90,7 @@ def test_logprobs_stay_right_while_rows_finish(engine_of, hf):
     """A third of the vocabulary ends a response: the batch shrinks again and again."""
     stops = tuple(range(0, 270, 3))
     requests = requests_of([1 + number % 40 for number in range(60)])
-    completions = engine_of(60).generate(requests, Sampling(1.0, 1.0, 20, stops))
+    completions = sample(engine_of(60), requests, Sampling(1.0, 1.0, 20, stops))
     assert len({len(completion.ids) for completion in completions}) > 5
     for request, completion in zip(requests, completions, strict=True):
         expected = exact_logprobs(hf, request.prompt_ids, completion.ids, 1.0)
@@ -93,7 +107,7 @@ def generate(hf, prompt, count, stops):
 
 def test_greedy_is_generate_token_for_token(engine_of, hf):
     requests = requests_of(LENGTHS)
-    completions = engine_of(3).generate(requests, Sampling(0.0, 1.0, 12, NEVER))
+    completions = sample(engine_of(3), requests, Sampling(0.0, 1.0, 12, NEVER))
     for request, completion in zip(requests, completions, strict=True):
         assert completion.ids == generate(hf, request.prompt_ids, 12, NEVER)
         chosen = exact_logprobs(hf, request.prompt_ids, completion.ids, 1.0)[torch.arange(12), completion.ids]
@@ -102,9 +116,9 @@ def test_greedy_is_generate_token_for_token(engine_of, hf):
 
 def test_greedy_stops_where_generate_stops(engine_of, hf):
     requests = requests_of(LENGTHS)
-    whole = engine_of(64).generate(requests, Sampling(0.0, 1.0, 12, NEVER))
+    whole = sample(engine_of(64), requests, Sampling(0.0, 1.0, 12, NEVER))
     stops = (whole[0].ids[4], whole[1].ids[7], NEVER[0])
-    completions = engine_of(64).generate(requests, Sampling(0.0, 1.0, 12, stops))
+    completions = sample(engine_of(64), requests, Sampling(0.0, 1.0, 12, stops))
     assert len(completions[0].ids) <= 5 and len(completions[1].ids) <= 8
     for request, completion in zip(requests, completions, strict=True):
         assert completion.ids == generate(hf, request.prompt_ids, 12, stops)
@@ -114,12 +128,12 @@ def test_a_sample_is_its_own(engine_of):
     """Same prompt and seed: the same ids whatever the batch size, the order and the neighbours."""
     requests = requests_of([1 + 13 * number % 50 for number in range(24)])
     sampling = Sampling(1.0, 0.95, 12, tuple(range(0, 270, 9)))
-    alone = engine_of(1).generate(requests, sampling)
+    alone = sample(engine_of(1), requests, sampling)
     assert len({tuple(completion.ids) for completion in alone}) == 24
     for batch_size in (5, 64):
         engine = engine_of(batch_size)
         for numbers in (range(24), range(23, -1, -1), range(0, 24, 5)):
-            together = engine.generate([requests[number] for number in numbers], sampling)
+            together = sample(engine, [requests[number] for number in numbers], sampling)
             for number, completion in zip(numbers, together, strict=True):
                 assert completion.ids == alone[number].ids
                 assert completion.finish_reason == alone[number].finish_reason
@@ -129,21 +143,21 @@ def test_a_sample_is_its_own(engine_of):
 def test_seed_decides(engine_of):
     engine, sampling = engine_of(64), Sampling(1.0, 1.0, 10, NEVER)
     prompt = requests_of([5])[0].prompt_ids
-    first, again, other = engine.generate([Request(prompt, "a"), Request(prompt, "a"), Request(prompt, "b")], sampling)
+    first, again, other = sample(engine, [Request(prompt, "a"), Request(prompt, "a"), Request(prompt, "b")], sampling)
     assert first.ids == again.ids != other.ids
 
 
 def test_a_higher_limit_goes_on_from_the_same_tokens(engine_of):
     engine, requests = engine_of(64), requests_of(LENGTHS)
-    short, long = (engine.generate(requests, Sampling(1.0, 1.0, limit, NEVER)) for limit in (4, 9))
+    short, long = (sample(engine, requests, Sampling(1.0, 1.0, limit, NEVER)) for limit in (4, 9))
     assert [completion.ids for completion in short] == [completion.ids[:4] for completion in long]
 
 
 def test_stop_token_is_kept_and_reasons_are_given(engine_of):
     engine, requests = engine_of(64), requests_of([4] * 40)
     stops = tuple(range(0, 270, 4))
-    free = engine.generate(requests, Sampling(1.0, 1.0, 6, NEVER))
-    stopped = engine.generate(requests, Sampling(1.0, 1.0, 6, stops))
+    free = sample(engine, requests, Sampling(1.0, 1.0, 6, NEVER))
+    stopped = sample(engine, requests, Sampling(1.0, 1.0, 6, stops))
     lengths = Counter()
     for whole, completion in zip(free, stopped, strict=True):
         first_stop = next((place for place, token in enumerate(whole.ids) if token in stops), None)
@@ -175,7 +189,7 @@ def test_frequencies_are_the_probabilities(engine_of, hf, temperature, top_p):
     """3000 first tokens after one prompt; under top_p they are the smallest set whose mass reaches it, renormalised."""
     prompt = requests_of([6])[0].prompt_ids
     requests = [Request(prompt, f"frequency/{number}") for number in range(3000)]
-    completions = engine_of(3000).generate(requests, Sampling(temperature, top_p, 1, NEVER))
+    completions = sample(engine_of(3000), requests, Sampling(temperature, top_p, 1, NEVER))
     logprobs = exact_logprobs(hf, prompt, [0], temperature)[0]
     probabilities = logprobs.double().exp().numpy()
     order = np.argsort(-probabilities)
@@ -193,7 +207,7 @@ def test_later_tokens_are_sampled_from_their_own_distribution(engine_of, hf):
     """The second token, given the most frequent first one."""
     prompt = requests_of([3])[0].prompt_ids
     requests = [Request(prompt, f"second/{number}") for number in range(4000)]
-    completions = engine_of(4000).generate(requests, Sampling(0.8, 1.0, 2, NEVER))
+    completions = sample(engine_of(4000), requests, Sampling(0.8, 1.0, 2, NEVER))
     first, count = Counter(completion.ids[0] for completion in completions).most_common(1)[0]
     assert count > 300
     counts = Counter(completion.ids[1] for completion in completions if completion.ids[0] == first)
@@ -202,20 +216,20 @@ def test_later_tokens_are_sampled_from_their_own_distribution(engine_of, hf):
 
 def test_tiny_top_p_is_greedy(engine_of):
     engine, requests = engine_of(64), requests_of(LENGTHS)
-    greedy = engine.generate(requests, Sampling(0.0, 1.0, 8, NEVER))
-    nucleus = engine.generate(requests, Sampling(1.0, 1e-6, 8, NEVER))
+    greedy = sample(engine, requests, Sampling(0.0, 1.0, 8, NEVER))
+    nucleus = sample(engine, requests, Sampling(1.0, 1e-6, 8, NEVER))
     assert [completion.ids for completion in nucleus] == [completion.ids for completion in greedy]
 
 
 def test_no_requests(engine_of):
-    assert engine_of(4).generate([], Sampling(1.0, 1.0, 5, NEVER)) == []
+    assert sample(engine_of(4), [], Sampling(1.0, 1.0, 5, NEVER)) == []
 
 
 def test_new_weights_are_sampled_from(engine_of):
     engine, requests, sampling = engine_of(64), requests_of(LENGTHS), Sampling(0.0, 1.0, 6, NEVER)
     other = make_model(layers=2, seed=9).eval()
     engine.update_weights(other.named_parameters(), "8")
-    for request, completion in zip(requests, engine.generate(requests, sampling), strict=True):
+    for request, completion in zip(requests, sample(engine, requests, sampling), strict=True):
         assert completion.ids == generate(other, request.prompt_ids, 6, NEVER)
         assert completion.versions == [("8", 0, len(completion.ids))]
 
@@ -242,3 +256,45 @@ def test_weight_streams_that_do_not_fit(engine_of, hf, change, named):
 def test_a_tensor_that_comes_twice(engine_of, hf):
     with pytest.raises(ValueError, match="model.norm.weight"):
         engine_of(4).update_weights([*hf.named_parameters(), ("model.norm.weight", torch.zeros(64))], "8")
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    """(HF's mixture of experts, its folder, the folder's tensors: one a matrix of each expert, while the model holds them fused)."""
+    model = make_model("qwen3_moe", tied=False, layers=2, seed=5).eval()
+    path = save_folder(tmp_path_factory.mktemp("experts"), model)
+    return model, HFFolder(path), load_file(path / "model.safetensors")
+
+
+def test_experts_arrive_one_by_one(experts):
+    """The names of files and exports; log-probabilities are those of the model that was saved."""
+    model, folder, tensors = experts
+    engine = TransformersEngine(folder, CPU, torch.float32, 64)
+    engine.update_weights(tensors.items(), "7")
+    assert all(map(torch.equal, engine.model.parameters(), model.parameters()))
+    requests = requests_of(LENGTHS)
+    for request, completion in zip(requests, sample(engine, requests, Sampling(1.0, 1.0, 10, NEVER)), strict=True):
+        expected = exact_logprobs(model, request.prompt_ids, completion.ids, 1.0)
+        chosen = expected[torch.arange(len(completion.ids)), completion.ids]
+        torch.testing.assert_close(torch.tensor(completion.logprobs), chosen, rtol=0, atol=1e-5)
+
+
+GATE, EXPERTS = "model.layers.0.mlp.gate.weight", "model.layers.0.mlp.experts"
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (lambda tensors: tensors.pop(f"{EXPERTS}.7.up_proj.weight"), f"first {EXPERTS}.7.up_proj.weight"),
+        (lambda tensors: tensors.pop(GATE), f"first {GATE}"),
+        (lambda tensors: tensors.update({f"{EXPERTS}.8.up_proj.weight": torch.zeros(48, 64)}), "experts.8.up_proj.weight"),
+        (lambda tensors: tensors.update({f"{EXPERTS}.0.down_proj.weight": torch.zeros(48, 64)}), "down_proj.weight [48, 64]"),
+    ],
+)
+def test_expert_streams_that_do_not_fit(experts, change, named):
+    _, folder, tensors = experts
+    tensors = dict(tensors)
+    change(tensors)
+    with pytest.raises(ValueError) as caught:
+        TransformersEngine(folder, CPU, torch.float32, 4).update_weights(tensors.items(), "8")
+    assert named in str(caught.value)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import make_model, save_folder
+from safetensors.torch import load_file
+from tiny import FAMILIES, make_model, save_folder
 from transformers import AutoModelForCausalLM
 
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.weights import transfer
-from megatron_srpo.weights.table import LAYER_ROWS, MODEL_ROWS
+from megatron_srpo.weights.table import EXPERT_ROWS, LAYER_ROWS, MODEL_ROWS, row_of
 
 
 @pytest.fixture
@@ -61,15 +63,19 @@ def test_ranks_that_do_not_write_consume_the_stream(source, tmp_path):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_reads_only_its_own_slices(source, monkeypatch, rank):
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_a_rank_reads_only_its_own_slices(tmp_path, monkeypatch, family, rank):
     """Of two tensor-parallel ranks, each reads as many numbers from the file as its parameters hold, and no more."""
-    folder, tensors = source
-    full, size = dict(tensors), 2
+    folder = HFFolder(save_folder(tmp_path, family=family, tied=False))
+    full, size = load_file(tmp_path / "model.safetensors"), 2
     read = 0
 
     class Slice:
         def __init__(self, inner):
             self.inner = inner
+
+        def get_shape(self):
+            return self.inner.get_shape()
 
         def __getitem__(self, index):
             nonlocal read
@@ -90,7 +96,10 @@ def test_a_rank_reads_only_its_own_slices(source, monkeypatch, rank):
         def get_slice(self, name):
             return Slice(self.inner.get_slice(name))
 
-    rows = [(row, "") for row in MODEL_ROWS] + [(row, f"model.layers.{n}.") for n in range(4) for row in LAYER_ROWS]
+    places = [(row, "") for row in MODEL_ROWS] + [(row, f"model.layers.{n}.") for n in range(4) for row in LAYER_ROWS]
+    places += [(row, f"model.layers.{n}.mlp.experts.{expert}.") for n in range(4) for expert in range(8) for row in EXPERT_ROWS]
+    rows = [(row, prefix) for row, prefix in places if prefix + row.hf[0] in full]
+    assert sum(len(row.hf) for row, _ in rows) == len(full)
 
     def own(row, prefix):
         pieces = [full[prefix + name] for name in row.hf]
@@ -101,8 +110,23 @@ def test_a_rank_reads_only_its_own_slices(source, monkeypatch, rank):
     folder.file_of  # noqa: B018  (its own checks read headers before)
     monkeypatch.setattr(transfer, "safe_open", lambda *arguments, **options: File(real(*arguments, **options)))
     monkeypatch.setattr(transfer, "parameters_of", lambda chunks: parameters)
-    monkeypatch.setattr(transfer.parallel_state, "get_tensor_model_parallel_rank", lambda: rank)
-    monkeypatch.setattr(transfer.parallel_state, "get_tensor_model_parallel_world_size", lambda: size)
+    group = SimpleNamespace(rank=lambda: rank, size=lambda: size)
+    for kind in ("tensor_model", "expert_tensor"):
+        monkeypatch.setattr(transfer.parallel_state, f"get_{kind}_parallel_group", lambda: group)
     transfer.load([], folder)
     assert read == sum(parameter.numel() for _, _, parameter in parameters) < 0.6 * sum(t.numel() for t in full.values())
     assert all(torch.equal(parameter, own(row, prefix)) for row, prefix, parameter in parameters)
+
+
+@pytest.mark.parametrize("name", ["local_experts.3.linear_fc1.weight", "linear_fc1.weight3"])
+def test_experts_are_numbered_over_all_ranks(name):
+    """A module for each expert (local layers) or their matrices in one module (Transformer Engine): the same tensors."""
+    row, prefix = row_of(f"decoder.layers.1.mlp.experts.{name}", layer_offset=4, expert_offset=8)
+    assert prefix == "model.layers.5.mlp.experts.11." and row.expert
+    assert row.hf == ("gate_proj.weight", "up_proj.weight")
+
+
+@pytest.mark.parametrize("name", ["decoder.layers.0.mlp.router.bias", "decoder.layers.0.mlp.experts.weight1", "decoder.final_norm"])
+def test_unknown_parameters_are_refused(name):
+    with pytest.raises(KeyError):
+        row_of(name, 0)

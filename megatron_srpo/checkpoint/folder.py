@@ -1,0 +1,170 @@
+"""The folder of a run's checkpoints: which are whole, which is the newest, which may go.
+
+    RUN/checkpoints/step_000010/rank_00000.safetensors …   each rank's tensors (see `pieces.py`)
+                                manifest.json              step, configuration, versions, state, and every file's size and checksum
+                    latest                                 the newest's name
+
+A checkpoint is written beside (`.step_000010.…`), synced, and renamed when it is whole: what has the name `step_…` is whole
+unless the disk damaged it, which the checksums tell.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+
+from megatron_srpo.files import sync, write_text
+from megatron_srpo.weights.files import FileError, bytes_of, crc32
+
+FORMAT = 1
+_NAME = re.compile(r"step_(\d{6,})")
+
+
+class SavedFile(BaseModel):
+    """One file of a checkpoint. crc32: see `checksum`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    bytes: int
+    crc32: int
+
+
+class Manifest(BaseModel):
+    """manifest.json. dtype: the model's. state: see `state.py`. evaluation: the metrics.jsonl row of one at this step, if there was one."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: int
+    step: int
+    session: str
+    architecture: dict[str, Any]
+    dtype: str
+    config: dict[str, Any]
+    versions: dict[str, str]
+    world_size: int
+    state: dict[str, Any]
+    evaluation: dict[str, Any] | None
+    files: dict[str, SavedFile]
+
+
+class DamagedCheckpoint(FileError):
+    """A checkpoint that cannot be used; the message names the file and what is wrong with it."""
+
+
+def folder_of(directory: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is kept in a run's `directory`/checkpoints."""
+    return directory / f"step_{step:06d}"
+
+
+def steps(directory: Path) -> list[int]:
+    """Steps with a checkpoint, the newest first. `directory` need not exist."""
+    names = [_NAME.fullmatch(entry.name) for entry in directory.iterdir()] if directory.is_dir() else []
+    return sorted((int(match[1]) for match in names if match), reverse=True)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the checkpoint in `folder`. Raises DamagedCheckpoint."""
+    file = folder / "manifest.json"
+    try:
+        manifest = Manifest.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise DamagedCheckpoint(f"{file}: cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        raise DamagedCheckpoint(f"{file}: is damaged: {error.errors()[0]['msg']}") from None
+    if manifest.format != FORMAT:
+        raise DamagedCheckpoint(f"{file}: has format {manifest.format}; this version reads {FORMAT}")
+    return manifest
+
+
+def checksum(of_tensors: dict[str, int]) -> int:
+    """One number for a file: the CRC-32 of its tensors' names and CRC-32s."""
+    return zlib.crc32(json.dumps(sorted(of_tensors.items())).encode())
+
+
+def check_files(folder: Path, manifest: Manifest, share: slice = slice(None)) -> None:
+    """Compare sizes and checksums of a share of the files with the manifest. Raises DamagedCheckpoint."""
+    for name, expected in sorted(manifest.files.items())[share]:
+        file = folder / name
+        try:
+            if (size := file.stat().st_size) != expected.bytes:
+                raise DamagedCheckpoint(f"{file}: has {size} bytes, the manifest says {expected.bytes}")
+            with safe_open(file, framework="pt") as tensors:
+                found = {key: crc32(bytes_of(tensors.get_tensor(key))) for key in tensors.keys()}  # noqa: SIM118  (not a dict)
+        except (OSError, SafetensorError) as error:
+            raise DamagedCheckpoint(f"{file}: cannot be read: {error}") from None
+        if checksum(found) != expected.crc32:
+            raise DamagedCheckpoint(f"{file}: its content has changed since it was written (CRC-32)")
+
+
+def commit(partial: Path, manifest: Manifest, directory: Path) -> Path:
+    """Give the checkpoint written in `partial` its name, and point `latest` at it."""
+    write_text(partial / "manifest.json", manifest.model_dump_json(indent=1))
+    sync(partial)
+    final = folder_of(directory, manifest.step)
+    if final.exists():  # an earlier one that was damaged, or of steps that have been taken back
+        discard(final)
+    partial.rename(final)
+    sync(directory)
+    write_text(directory / "latest", final.name + "\n")
+    return final
+
+
+def discard(folder: Path) -> None:
+    """Remove a checkpoint; half-removed, it no longer looks like one."""
+    doomed = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def tidy(directory: Path) -> None:
+    """Remove what killed saves and removals left."""
+    for entry in directory.iterdir() if directory.is_dir() else ():
+        if entry.name.startswith(".step_"):
+            shutil.rmtree(entry)
+
+
+def retain(directory: Path, keep_last: int, keep_best: int) -> list[int]:
+    """Remove all but the newest `keep_last` and the `keep_best` of the best evaluation; returns the steps that stay."""
+    saved = steps(directory)
+    scores = {step: score for step in saved if (score := _score(folder_of(directory, step))) is not None}
+    best = sorted(scores, key=lambda step: (-scores[step], -step))[:keep_best]
+    kept = [step for number, step in enumerate(saved) if number < keep_last or step in best]
+    for step in saved:
+        if step not in kept:
+            discard(folder_of(directory, step))
+    return kept
+
+
+def _score(folder: Path) -> float | None:
+    """The first task's avg@K of the evaluation at this checkpoint."""
+    try:
+        evaluation = read_manifest(folder).evaluation or {}
+    except DamagedCheckpoint:
+        return None
+    return next((value for key, value in evaluation.items() if "/avg@" in key), None)
+
+
+def newest_whole(
+    directory: Path, check: Callable[[Path, Manifest], str | None], say: Callable[[str], None]
+) -> tuple[Path, Manifest] | None:
+    """The newest checkpoint that `check` finds nothing wrong with; each that is passed over is said, loudly."""
+    for step in steps(directory):
+        folder = folder_of(directory, step)
+        try:
+            manifest = read_manifest(folder)
+            problem = check(folder, manifest)
+        except DamagedCheckpoint as error:
+            problem = str(error)
+        if problem is None:
+            return folder, manifest
+        say(f"the checkpoint of step {step} is passed over: {problem}")
+    return None

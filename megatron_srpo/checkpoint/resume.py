@@ -1,0 +1,139 @@
+"""Going on: where a run stands, and whether this configuration may go on with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from megatron_srpo.checkpoint import folder as folders
+from megatron_srpo.checkpoint.folder import DamagedCheckpoint, Manifest
+from megatron_srpo.checkpoint.pieces import SavedTensors
+from megatron_srpo.checkpoint.state import restore, restore_generators
+from megatron_srpo.config import Config, ConfigError
+from megatron_srpo.model.hf_folder import Architecture
+from megatron_srpo.runtime.parallel import Layout
+from megatron_srpo.runtime.trainer import Trainer
+
+_PACKAGES = ("megatron-core", "megatron_srpo", "safetensors", "torch", "transformers")
+
+
+class Checkpoint(NamedTuple):
+    """A whole checkpoint of this run."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def step(self) -> int:
+        """The last step it holds."""
+        return self.manifest.step
+
+    def tensors(self) -> SavedTensors:
+        """Its tensors, for a `with` statement."""
+        return SavedTensors([self.folder / name for name in sorted(self.manifest.files)], Architecture(**self.manifest.architecture))
+
+
+def package_versions() -> dict[str, str]:
+    """Of the packages a run depends on."""
+    return {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def check_run_folder(config: Config, architecture: Architecture) -> None:
+    """Raises ConfigError when the run folder cannot take this run: it holds another one, or may not be gone on with."""
+    directory = config.logging.dir
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"logging.dir: {directory.resolve()} is not a folder")
+    held = [name for name in ("metrics.jsonl", "rollouts", "checkpoints", "hf", "hf.partial") if (directory / name).exists()]
+    if not held:
+        return
+    what = f"logging.dir: {directory.resolve()} already holds a run ({', '.join(held)})"
+    if config.resume.mode == "never":
+        raise ConfigError(f"{what}; name another folder, or set resume: auto to go on with it")
+    has_checkpoint = bool(folders.steps(directory / "checkpoints"))
+    if not has_checkpoint and ("hf" in held or not config.checkpoint.save_interval):
+        raise ConfigError(f"{what} without a checkpoint to go on from; name another folder")
+    before, source = _configuration_of(directory, what)
+    changes = differences(before, config.model_dump(mode="json"))
+    if refused := [key for key in changes if not _may_change(key, ("resume", *config.resume.override))]:
+        lines = [f"{key}: was {changes[key][0]!r}, is now {changes[key][1]!r}" for key in refused]
+        raise ConfigError(
+            f"{what} with another configuration ({source}):\n  " + "\n  ".join(lines) + "\nname another folder; or, if the run may go on"
+            " with these changes, add their keys to resume.override"
+        )
+    for step in folders.steps(directory / "checkpoints")[:1]:
+        _check_model(folders.folder_of(directory / "checkpoints", step), architecture)
+
+
+def _configuration_of(directory: Path, what: str) -> tuple[dict[str, Any], Path]:
+    """The configuration the run was last started with, and its file."""
+    file = directory / "config.yaml"
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8")), file
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{what}, but {file.name} cannot be read ({error}); name another folder") from None
+
+
+def _check_model(folder: Path, architecture: Architecture) -> None:
+    try:
+        saved = folders.read_manifest(folder).architecture
+    except DamagedCheckpoint:
+        return  # said, and passed over, when it is looked at
+    changes = differences(saved, dataclasses.asdict(architecture))
+    if changes:
+        lines = [f"{key}: the checkpoint has {old!r}, model.hf_path {new!r}" for key, (old, new) in changes.items()]
+        raise ConfigError(f"logging.dir: {folder} is a checkpoint of another model:\n  " + "\n  ".join(lines))
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """{dotted key: (old value, new value)} of all that differs between two nested dictionaries."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in dict.fromkeys([*old, *new]):
+        one, other = old.get(key), new.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found |= differences(one, other, f"{prefix}{key}.")
+        elif (list(one) if isinstance(one, tuple) else one) != (list(other) if isinstance(other, tuple) else other):
+            found[f"{prefix}{key}"] = one, other
+    return found
+
+
+def _may_change(key: str, allowed: tuple[str, ...]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in allowed)
+
+
+def find(config: Config, layout: Layout, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint of the run folder whose files are all as they were written; None when there is none.
+
+    Ranks share the reading. Each that is passed over is said. Raises ConfigError when none of those that are there is whole.
+    """
+
+    def check(folder: Path, manifest: Manifest) -> str | None:
+        try:
+            folders.check_files(folder, manifest, slice(layout.rank, None, layout.world_size))
+            problem = ""
+        except DamagedCheckpoint as error:
+            problem = str(error)
+        return next((text.decode() for text in layout.gather_bytes(problem.encode()) if text), None)
+
+    directory = config.logging.dir / "checkpoints"
+    if config.resume.mode == "never" or not folders.steps(directory):
+        return None
+    found = folders.newest_whole(directory, check, say)
+    if found is None:
+        raise ConfigError(f"logging.dir: no checkpoint in {directory.resolve()} is whole; remove that folder to start the run anew")
+    return Checkpoint(*found)
+
+
+def go_on(trainer: Trainer, checkpoint: Checkpoint, layout: Layout, say: Callable[[str], None]) -> None:
+    """Put the trainer where the checkpoint left it."""
+    manifest = checkpoint.manifest
+    with checkpoint.tensors() as saved:
+        restore(trainer, saved, manifest.state)
+        if manifest.world_size == layout.world_size:
+            restore_generators(saved, layout.rank)
+    for name, (old, new) in differences(manifest.versions, package_versions()).items():
+        say(f"the checkpoint was written with {name} {old}, this is {new}")

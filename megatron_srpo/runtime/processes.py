@@ -1,0 +1,65 @@
+"""Processes without Megatron: how many torchrun started, and plain bytes between them."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+def world_size_from_environment() -> int:
+    """Number of processes torchrun started; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank_from_environment() -> int:
+    """This process's rank; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def gather_bytes(mine: bytes, device: torch.device, group: dist.ProcessGroup | None = None) -> list[bytes]:
+    """Every rank's bytes, in rank order, on every rank of the group (default: all). No pickle."""
+    world_size = dist.get_world_size()
+    sizes = torch.zeros(world_size, dtype=torch.long, device=device)
+    sizes[dist.get_rank()] = len(mine)
+    dist.all_reduce(sizes, group=group)
+    longest = int(sizes.max())
+    buffer = torch.zeros(longest, dtype=torch.uint8, device=device)
+    buffer[: len(mine)] = torch.frombuffer(bytearray(mine or b"\0"), dtype=torch.uint8)[: len(mine)].to(device)
+    everything = torch.empty(world_size * longest, dtype=torch.uint8, device=device)
+    dist.all_gather_into_tensor(everything, buffer, group=group)
+    rows = everything.view(world_size, longest).cpu()
+    return [bytes(row[:size].numpy()) for row, size in zip(rows, sizes.tolist(), strict=True)]
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a command-line tool, on CPUs: one, or torchrun's on gloo."""
+
+    rank: int
+    world_size: int
+
+    @classmethod
+    def join(cls, timeout: datetime.timedelta = datetime.timedelta(hours=1)) -> Processes:
+        """Meet the other processes, if there are any. A rank waits for the slowest at most `timeout`."""
+        rank, world_size = rank_from_environment(), world_size_from_environment()
+        if world_size > 1 and not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=timeout)
+        return cls(rank, world_size)
+
+    def gather(self, mine: bytes) -> list[bytes]:
+        """Every rank's bytes, in rank order, on every rank."""
+        return [mine] if self.world_size == 1 else gather_bytes(mine, torch.device("cpu"))
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def leave(self) -> None:
+        """End the process group."""
+        if self.world_size > 1:
+            dist.destroy_process_group()

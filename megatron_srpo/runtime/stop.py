@@ -1,0 +1,48 @@
+"""Leaving in good order: a signal or the clock asks, all ranks leave after the same step."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import torch
+import torch.distributed as dist
+
+from megatron_srpo.runtime.parallel import Layout
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_CLOCK = 1 << 16  # above any signal's number
+
+
+class StopRequest:
+    """Catches SIGTERM, SIGUSR1 and Ctrl-C, and watches the time, while it is entered; a second Ctrl-C interrupts at once.
+
+    limit_minutes: of wall-clock time since it was made, by the first rank's clock; None: no limit.
+    """
+
+    def __init__(self, layout: Layout, limit_minutes: float | None):
+        self.layout, self._received, self._before = layout, 0, {}
+        self._deadline = None if limit_minutes is None else time.monotonic() + 60 * limit_minutes
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame) -> None:
+        if number == signal.SIGINT and self._received == number:
+            raise KeyboardInterrupt
+        self._received = number
+
+    def reason(self) -> str | None:
+        """Why to leave now, the same on every rank, or None. A small all-reduce: call it at the same place on all."""
+        late = self.layout.rank == 0 and self._deadline is not None and time.monotonic() >= self._deadline
+        asked = torch.tensor(_CLOCK if late else self._received, device=self.layout.device)
+        if self.layout.world_size > 1:
+            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        if (number := int(asked)) == 0:
+            return None
+        return "checkpoint.exit_duration_in_mins is over" if number == _CLOCK else f"{signal.Signals(number).name} was received"

@@ -1,0 +1,83 @@
+"""A safetensors file written tensor by tensor: the header first, so nothing is held in memory.
+
+Reading needs no counterpart: `safetensors.safe_open`.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_srpo.weights.files import DurableFile, bytes_of, crc32
+
+# safetensors' names
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Writer:
+    """Writes the file at `path`, which must not exist.
+
+    tensors: {name: (dtype, shape)} of everything the file will hold. Tensors lie in it by falling element size, then in
+    this order, so that each is aligned. Raises ValueError for a dtype that safetensors does not know.
+
+        writer = Writer(path, {"a": (torch.float32, (2, 3))})
+        writer.write("a", tensor)
+        checksums = writer.close()
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]):
+        self.path = path
+        self.checksums: dict[str, int] = {}
+        self._tensors = dict(tensors)
+        self._offsets: dict[str, int] = {}
+        header: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+        end = 0
+        for name, (dtype, shape) in sorted(self._tensors.items(), key=lambda item: -item[1][0].itemsize):
+            if dtype not in _NAMES:
+                raise ValueError(f"{path}: {name}: safetensors files cannot hold {dtype}")
+            start, end = end, end + prod(shape) * dtype.itemsize
+            self._offsets[name] = start
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._data_start = 8 + len(text)
+        self._file = DurableFile(path)
+        self._file.write_at(struct.pack("<Q", len(text)) + text, 0)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor, in any order of names, each once; copies nothing if it is contiguous and on the CPU.
+
+        Raises ValueError for a name, dtype or shape other than announced, FileError when the disk is full.
+        """
+        if name not in self._tensors or name in self.checksums:
+            raise ValueError(f"{self.path}: {name}: {'written twice' if name in self.checksums else 'was not announced'}")
+        if (announced := self._tensors[name]) != (given := (tensor.dtype, tuple(tensor.shape))):
+            raise ValueError(f"{self.path}: {name}: is {given}, announced as {announced}")
+        data = bytes_of(tensor.cpu().contiguous())
+        self._file.write_at(data, self._data_start + self._offsets[name])
+        self.checksums[name] = crc32(data)
+
+    def close(self) -> dict[str, int]:
+        """Wait until the file is on disk; returns the CRC32 of each tensor's bytes. Raises ValueError if some were not written."""
+        self._file.close()
+        if missing := [name for name in self._tensors if name not in self.checksums]:
+            raise ValueError(f"{self.path}: {missing[0]} was not written ({len(missing)} in all)")
+        return self.checksums

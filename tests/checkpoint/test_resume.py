@@ -1,0 +1,294 @@
+"""A run that goes on is the run that was never cut: the command line in this process, cut in every way."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import runpy
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import save_folder
+
+from megatron_srpo import train as driver
+from megatron_srpo.__main__ import main
+from megatron_srpo.checkpoint import folder as folders
+from megatron_srpo.rollout.ledger import history
+
+STEPS = 4
+START = Path(__file__).parents[2] / "examples" / "quickstart" / "start"  # right on half of its samples: gradients are not zero
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A configuration of four sampled steps, with evaluations and checkpoints after the second and the fourth."""
+    root = tmp_path_factory.mktemp("resume")
+    file = root / "config.yaml"
+    file.write_text(
+        f"model: {{hf_path: {START}, dtype: float32}}\n"
+        "rollout: {prompts_per_step: 2, samples_per_prompt: 4, max_prompt_tokens: 64, max_response_tokens: 48, batch_size: 4}\n"
+        "teacher: {max_prompt_tokens: 200}\n"
+        f"train: {{steps: {STEPS}}}\n"
+        "optimizer: {lr: 1.0e-3, lr_warmup_steps: 3}\n"
+        "evaluation: {every: 2, prompts: 2, samples: 2}\n"
+        "checkpoint: {save_interval: 2}\n"
+        "logging: {dir: set}\n"
+    )
+    return file
+
+
+@pytest.fixture
+def command(config, monkeypatch, capsys):
+    """command(run, *overrides) → (exit status, what it said)."""
+
+    def run(folder, *overrides):
+        monkeypatch.setattr(sys, "argv", ["megatron_srpo", "train", str(config), f"logging.dir={folder}", *overrides])
+        status = main()
+        said = capsys.readouterr()
+        return status, said.out + said.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    """The folder of the run that nobody cuts."""
+    folder, argv = tmp_path_factory.mktemp("whole") / "run", sys.argv
+    sys.argv = ["megatron_srpo", "train", str(config), f"logging.dir={folder}"]
+    assert main() == 0
+    sys.argv = argv
+    assert all(row["grad_norm"] > 0 and row["sdpo_token_share"] > 0 for row in rows(folder) if "loss" in row)
+    return folder
+
+
+def rows(run):
+    """metrics.jsonl without what depends on the clock."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if not key.startswith("seconds")} for line in lines]
+
+
+def assert_same(run, whole):
+    """Weights, metrics, samples and the last checkpoint's tensors, bit for bit; every step drawn and trained once."""
+    assert rows(run) == rows(whole)
+    pairs = [("hf/model.safetensors",), ("checkpoints", f"step_{STEPS:06d}", "rank_00000.safetensors")]
+    for parts in pairs:
+        one, other = (load_file(folder.joinpath(*parts)) for folder in (run, whole))
+        assert set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
+    for step in range(1, STEPS + 1):
+        assert (run / "rollouts" / f"step_{step:06d}.jsonl").read_bytes() == (whole / "rollouts" / f"step_{step:06d}.jsonl").read_bytes()
+    ledgers = [history((folder / "ledger" / "events.jsonl").open()) for folder in (run, whole)]
+    assert ledgers[0] == ledgers[1] and list(ledgers[0]) == list(range(1, STEPS + 1))
+
+
+def interrupt_in_step(monkeypatch, step, number=signal.SIGTERM):
+    """Send this process a signal while the samples of `step` are being written."""
+    real = driver.dump
+
+    def dump(groups, folder, at):
+        real(groups, folder, at)
+        if at == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(driver, "dump", dump)
+
+
+@pytest.mark.parametrize(("step", "number"), [(1, signal.SIGTERM), (2, signal.SIGUSR1), (3, signal.SIGINT)])
+def test_a_signal_saves_and_the_same_command_goes_on(command, whole, tmp_path, monkeypatch, step, number):
+    """After any step: also one whose evaluation was due, which is made up for."""
+    interrupt_in_step(monkeypatch, step, number)
+    status, said = command(tmp_path / "run")
+    assert status == 75 and f"{signal.Signals(number).name} was received: saved after step {step} of {STEPS}" in said
+    assert len([row for row in rows(tmp_path / "run") if "loss" in row]) == step and not (tmp_path / "run" / "hf").exists()
+    monkeypatch.undo()
+    status, said = command(tmp_path / "run")
+    assert status == 0 and f"going on after step {step}" in said
+    assert_same(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["rollout.overlap=1"], ["rollout.over_sampling=2", "rollout.dynamic_filtering=true", "rollout.batch_size=6"]],
+    ids=["one step off", "over-sampling"],
+)
+def test_a_batch_that_was_under_way_goes_on(command, tmp_path, monkeypatch, overrides):
+    """Sampled ahead by the weights before, or carried on from broken-off responses: the same samples as without the stop."""
+    assert command(tmp_path / "whole", *overrides)[0] == 0
+    interrupt_in_step(monkeypatch, 2)
+    assert command(tmp_path / "run", *overrides)[0] == 75
+    monkeypatch.undo()
+    assert command(tmp_path / "run", *overrides)[0] == 0
+    assert_same(tmp_path / "run", tmp_path / "whole")
+    stale = [row["staleness_max"] for row in rows(tmp_path / "run") if "loss" in row]
+    assert max(stale) == 1, stale
+
+
+def test_the_clock_saves_and_leaves(command, tmp_path):
+    status, said = command(tmp_path / "run", "checkpoint.exit_duration_in_mins=1e-6")
+    assert status == 75 and "checkpoint.exit_duration_in_mins is over: saved after step 1 of 4" in said
+
+
+def test_samples_of_an_unfinished_step_are_used_again(command, whole, tmp_path, monkeypatch):
+    """Killed while the second batch of step 3 is handed over: what was finished, of a partial group too, is not sampled again."""
+    run, real = tmp_path / "run", driver.Rollouts.collect
+
+    class Killed(BaseException):
+        pass
+
+    def collect(self, step):  # what is kept is kept before the kill
+        if step == 3:
+            keep, kept = self.ledger.keep, []
+
+            def die_after_six(at, sample):
+                keep(at, sample)
+                kept.append(sample)
+                if len(kept) == 6:
+                    raise Killed
+
+            monkeypatch.setattr(self.ledger, "keep", die_after_six)
+        return real(self, step)
+
+    monkeypatch.setattr(driver.Rollouts, "collect", collect)
+    with pytest.raises(Killed):
+        command(run)
+    monkeypatch.undo()
+    torn = run / "ledger" / "step_000003.rank_00000.jsonl"
+    assert len(torn.read_text().splitlines()) == 6
+    torn.write_text(torn.read_text() + '{"prompt": {"id": "add')  # as a kill in the middle of a write leaves it
+    asked = []
+    engine = driver.Rollouts.__init__.__globals__["TransformersEngine"]
+    generate = engine.generate
+
+    def counted(self, requests, *rest):
+        asked.append(len(requests))
+        generate(self, requests, *rest)
+
+    monkeypatch.setattr(engine, "generate", counted)
+    assert command(run)[0] == 0
+    assert asked[0] == 2  # of step 3's eight
+    assert_same(run, whole)
+
+
+def test_a_finished_run_is_left_as_it_is_and_can_be_made_longer(command, whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    status, said = command(run)
+    assert status == 0 and f"going on after step {STEPS}" in said
+    assert_same(run, whole)
+    assert command(run, f"train.steps={STEPS + 1}", "optimizer.lr=1e-4")[0] == 0
+    assert rows(run)[: len(rows(whole))] == rows(whole) and rows(run)[-1]["step"] == STEPS + 1
+    assert rows(run)[-2]["lr"] == 1e-4 and rows(run)[-2]["weight_version"] == str(STEPS)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_loudly(command, whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    file = run / "checkpoints" / f"step_{STEPS:06d}" / "rank_00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-100] + b"\1" * 100)
+    status, said = command(run)
+    assert status == 0 and f"the checkpoint of step {STEPS} is passed over" in said and "its content has changed" in said
+    assert "going on after step 2" in said
+    assert_same(run, whole)
+
+
+def test_without_a_whole_checkpoint_nothing_is_begun_anew_in_silence(command, whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    for step in folders.steps(run / "checkpoints"):
+        (run / "checkpoints" / f"step_{step:06d}" / "manifest.json").write_text("")
+    before = rows(run)
+    status, said = command(run)
+    assert status == 2 and "is whole; remove that folder to start the run anew" in said and rows(run) == before
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("algorithm.name=grpo", "algorithm.name: was 'srpo', is now 'grpo'"),
+        ("rollout.temperature=0.7", "rollout.temperature: was 1.0, is now 0.7"),
+        ("train.seed=5", "train.seed: was 1, is now 5"),
+        ("teacher.ema_rate=0.5", "teacher.ema_rate: was 0.05, is now 0.5"),
+        ("optimizer.weight_decay=0", "optimizer.weight_decay: was 0.01, is now 0.0"),
+    ],
+)
+def test_another_configuration_is_refused_and_named(command, whole, override, said):
+    status, text = command(whole, override)
+    assert status == 2 and said in text and "resume.override" in text
+
+
+def test_what_may_differ_is_the_users_to_say(command, whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    allowed = "resume.override=[train, rollout.temperature, logging]"
+    assert command(run, f"train.steps={STEPS + 1}", "rollout.temperature=0.7", allowed)[0] == 0
+    status, said = command(run, f"train.steps={STEPS + 2}", "rollout.temperature=0.7", "resume.override=[logging]")
+    assert status == 2 and f"train.steps: was {STEPS + 1}, is now {STEPS + 2}" in said
+
+
+def test_another_model_is_refused_and_named(command, whole, tmp_path):
+    other = save_folder(tmp_path / "other", layers=2)
+    status, said = command(whole, f"model.hf_path={other}", "resume.override=[model.hf_path, logging]")
+    assert status == 2 and "is a checkpoint of another model" in said
+    assert "num_hidden_layers: the checkpoint has 3, model.hf_path 2" in said
+
+
+def test_policy_and_teacher_become_hugging_face_folders(command, tmp_path, monkeypatch):
+    """The policy is the run's own hf/; the teacher follows it: θ'₂ = 0.95 θ'₁ + 0.05 θ₂."""
+    run = tmp_path / "run"
+    assert command(run, "train.steps=2", "checkpoint.save_interval=1", "evaluation.every=0")[0] == 0
+
+    def tool(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(START.parents[2] / "tools" / f"{name}.py"), run_name="__main__")
+        return end.value.code
+
+    def convert(checkpoint, weights):
+        output = tmp_path / f"{checkpoint.name}-{weights}"
+        arguments = ("--checkpoint", checkpoint, "--weights", weights, "--hf-reference", START, "--output", output)
+        assert tool("convert_megatron_to_hf", *arguments) == 0
+        return load_file(output / "model.safetensors")
+
+    policy, exported = convert(run, "policy"), load_file(run / "hf" / "model.safetensors")
+    assert set(policy) == set(exported) and all(torch.equal(policy[name], exported[name]) for name in policy)
+    assert tool("verify_checkpoint", run, run / "hf", "--no-logits") == 0
+    before, after = (convert(run / "checkpoints" / f"step_00000{step}", "teacher") for step in (1, 2))
+    for name, tensor in after.items():
+        torch.testing.assert_close(tensor, 0.95 * before[name] + 0.05 * policy[name], atol=1e-7, rtol=1e-6)
+        assert not torch.equal(tensor, before[name])
+    assert tool("verify_checkpoint", run, run / "hf", "--weights", "teacher", "--no-logits") == 1
+
+
+def test_never_means_never(command, whole):
+    status, said = command(whole, "resume=never")
+    assert status == 2 and "already holds a run" in said and "set resume: auto" in said
+
+
+def test_a_run_without_checkpoints_cannot_go_on(command, tmp_path):
+    run = tmp_path / "run"
+    assert command(run, "checkpoint.save_interval=0", "train.steps=1", "evaluation.every=0")[0] == 0
+    assert not (run / "checkpoints").exists() and [file.name for file in (run / "ledger").iterdir()] == ["events.jsonl"]
+    status, said = command(run, "checkpoint.save_interval=0", "train.steps=2", "evaluation.every=0")
+    assert status == 2 and "without a checkpoint to go on from" in said
+
+
+@pytest.mark.parametrize("is_async", ["true", "false"])
+def test_a_full_disk_is_said_and_nothing_half_written_looks_whole(command, tmp_path, is_async):
+    """Files may grow to 3 MB, less than a checkpoint's: each is said, training goes on, and the run ends with an error."""
+    run = tmp_path / "run"
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, before[1]))
+    try:
+        status, said = command(run, f"checkpoint.async_save={is_async}", "evaluation.every=0", "checkpoint.save_interval=1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert status == 1 and len(rows(run)) == STEPS and (run / "hf").is_dir()
+    for step in range(1, STEPS + 1):
+        assert f"the checkpoint of step {step} could not be written: rank 0: " in said
+    assert list((run / "checkpoints").iterdir()) == []

@@ -1,0 +1,72 @@
+"""A run that goes on at another layout, step after step, has the losses and weights of the run that one process trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from launch import Run, run_jobs, torchrun
+from rollouts import write_rollouts
+from tiny import make_model, save_folder
+
+from megatron_srpo.model.hf_folder import HFFolder
+
+TP, PP, VPP, EP = (f"parallel.{name}_model_parallel_size=" for name in ("tensor", "pipeline", "virtual_pipeline", "expert"))
+SP, NO_DO = "parallel.sequence_parallel=true", "parallel.use_distributed_optimizer=false"
+# model → the layout of each step in turn, on two ranks and then on four
+CHAINS = {
+    "tied": {2: [[TP + "2"], [NO_DO], [PP + "2", VPP + "2"]], 4: [[TP + "4", SP], [TP + "2", PP + "2"], []]},
+    "untied": {2: [[], [PP + "2"]], 4: [[TP + "2", NO_DO], [TP + "4"]]},
+    "moe": {2: [[EP + "2"], []], 4: [[EP + "2"], [TP + "2", SP, EP + "2"]]},
+    "trust_region": {2: [[TP + "2"], []], 4: [[PP + "2"]]},
+}
+OVERRIDES = {"trust_region": ["teacher.kind=trust_region", "teacher.interpolation=0.4"]}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """{model: (the run of one process, the chain)}: one launch of one, two and four ranks each."""
+    root = tmp_path_factory.mktemp("resume")
+    config = root / "config.yaml"
+    config.write_text(
+        "model: {hf_path: set, dtype: float32}\n"
+        "parallel: {distributed_timeout_minutes: 1}\n"
+        "rollout: {prompts_per_step: 4, samples_per_prompt: 4, max_prompt_tokens: 128, max_response_tokens: 64}\n"
+        "teacher: {max_prompt_tokens: 160}\n"
+        "train: {steps: 1, micro_batch_tokens: 4000}\n"
+        "optimizer: {lr: 1.0e-3, lr_warmup_steps: 4}\n"
+        "evaluation: {every: 0}\n"
+        "checkpoint: {save_interval: 1, keep_last: 1}\n"
+        "logging: {dir: set}\n"
+    )
+    common = {}
+    for name, chain in CHAINS.items():
+        steps = sum(map(len, chain.values()))
+        options = {"family": "qwen3_moe"} if name == "moe" else {"tied": name != "untied", "vocab_size": 261}
+        model = make_model(**options)
+        folder = HFFolder(save_folder(root / f"{name}-hf", model))
+        rollouts = write_rollouts(root / f"{name}-rollouts", folder, model, steps=steps)
+        common[name] = steps, [f"model.hf_path={folder.path}", f"rollout.replay={rollouts}", *OVERRIDES.get(name, [])]
+    whole = run_jobs(1, config, {name: [*given, f"train.steps={steps}"] for name, (steps, given) in common.items()}, root)
+    for ranks in (2, 4):
+        jobs = []
+        for name, chain in CHAINS.items():
+            for step, layout in enumerate(chain[ranks], 1 if ranks == 2 else len(chain[2]) + 1):
+                overrides = [*common[name][1], *layout, f"train.steps={step}", f"logging.dir={root / name}-chain"]
+                jobs.append({"config": str(config), "overrides": overrides})
+        torchrun(ranks, "layouts.py", jobs, root / f"chain-{ranks}.json")
+    return {name: (run, Run(Path(f"{run.folder}-chain"))) for name, run in whole.items()}
+
+
+@pytest.mark.parametrize("name", list(CHAINS))
+def test_layouts_in_turn_train_as_one_process_does(runs, name):
+    """Every step's loss and gradient norm to 1e-5, the last weights to 1e-4; the teacher's, through the losses after it."""
+    whole, chain = runs[name]
+    assert len(whole.rows) == len(chain.rows) == sum(map(len, CHAINS[name].values()))
+    for one, other in zip(whole.rows, chain.rows, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5, abs=1e-9)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5, abs=1e-9)
+        assert other["lr"] == one["lr"] and one["sdpo_token_share"] > 0
+    for key, tensor in whole.weights.items():
+        torch.testing.assert_close(chain.weights[key], tensor, atol=1e-4, rtol=0)
