@@ -116,8 +116,12 @@ class TaskSection(TaskSource):
     @model_validator(mode="before")
     @classmethod
     def _mixture_alone(cls, given: Any) -> Any:
-        if isinstance(given, dict) and given.get("mixture") and (beside := sorted(set(given) & set(TaskSource.model_fields))):
-            raise ValueError(f"task.mixture: beside it stands task.{beside[0]}, which belongs to one of its tasks (or task.mixture: null)")
+        if isinstance(given, dict) and given.get("mixture"):
+            default = {name: field.get_default(call_default_factory=True) for name, field in TaskSource.model_fields.items()}
+            if beside := sorted(key for key, value in given.items() if key in default and value != default[key]):
+                raise ValueError(
+                    f"task.mixture: beside it stands task.{beside[0]}, which belongs to one of its tasks (or task.mixture: null)"
+                )
         return given
 
     @model_validator(mode="after")
@@ -273,12 +277,14 @@ class Config(_Section):
         if self.evaluation.tasks is None:
             return self.task.sources
         trained = {source.name: source for source in self.task.sources}
-        return tuple(
-            trained[source.name]
-            if source == TaskSource(name=source.name) and source.name in trained
-            else source.model_copy(update={"test_share": 1.0 if source.test_share is None else source.test_share})
-            for source in self.evaluation.tasks
-        )
+        found = []
+        for source in self.evaluation.tasks:
+            if source == TaskSource(name=source.name):
+                source = trained.get(source.name, source)
+            elif source.test_share is None and source.path is not None and source.path.suffix == ".jsonl":
+                source = source.model_copy(update={"test_share": 1.0})  # nothing is trained on it
+            found.append(source)
+        return tuple(found)
 
     @model_validator(mode="after")
     def _contradictions(self):

@@ -23,6 +23,7 @@ from megatron_srpo.rollout.collect import Collector, exchange
 from megatron_srpo.rollout.engine import Sampling
 from megatron_srpo.rollout.transformers_engine import TransformersEngine
 from megatron_srpo.runtime.parallel import Layout, initialize, shut_down
+from megatron_srpo.runtime.processes import rank_from_environment
 from megatron_srpo.tasks import Task, evaluation_tasks, question_count
 from megatron_srpo.tasks.pool import Pool
 
@@ -90,10 +91,10 @@ def run_evaluation(config: Config) -> Path:
     folder.file_of, folder.tokenizer  # noqa: B018  (both check what they read)
     tasks = evaluation_tasks(config)
     check_evaluation(config, folder, tasks)
+    if rank_from_environment() == 0:
+        _open_folder(config)
     layout = initialize(config.parallel, config.train.seed)
     try:
-        if layout.rank == 0:
-            _open_folder(config)
         engine = TransformersEngine(folder, layout.device, model_dtype(config), config.rollout.batch_size)
         engine.update_weights(_tensors(folder), "0")
         verifiers = Pool({name: task.verifier for name, task in tasks.items()}, config.task)

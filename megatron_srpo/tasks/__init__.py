@@ -117,5 +117,5 @@ def _refuse_strangers(source: TaskSource) -> None:
     }
     default = TaskSource()
     for key, is_read in belongs.items():
-        if not is_read and getattr(source, key) != getattr(default, key) and not (key == "test_share" and source.test_share == 1):
+        if not is_read and getattr(source, key) != getattr(default, key):
             raise ConfigError(f"task.{key}: task {source.name} does not read it" + ("" if is_file else "; is task.path missing?"))

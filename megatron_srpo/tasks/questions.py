@@ -170,7 +170,7 @@ def read_splits(source: TaskSource, phrase: Callable[[str], str]) -> dict[str, l
         splits = {name: read_questions(file, phrase) if (file := path / f"{name}.jsonl").is_file() else [] for name in SPLITS}
         if not splits["train"] and not splits["test"]:
             raise ConfigError(f"task.path: {path.resolve()} has neither train.jsonl nor test.jsonl")
-    elif path.suffix == ".jsonl" or path.is_file():
+    elif path.suffix == ".jsonl":
         questions = read_questions(path, phrase)
         test, train = set_aside(questions, 0.1 if source.test_share is None else source.test_share)
         splits = {"train": train, "validation": [], "test": test}

@@ -57,6 +57,13 @@ def test_what_fails_is_marked_and_nothing_else_is_lost(pool):
     assert [v.correct for v in pool.verify(jobs("right", "wrong"))] == [True, False]  # all replaced
 
 
+def test_no_verifier_evaluates_a_string(pool):
+    """Not even a library under it: sympy's parser would."""
+    verdicts = pool.verify(jobs("eval 1", "sympy", "classes", "eval __import__('os')._exit(0)", "right"))
+    assert [verdict.verifier_failed for verdict in verdicts] == ["error", "error", None, "error", None]
+    assert verdicts[-1].correct
+
+
 def test_what_a_verifier_prints_is_no_verdict(pool):
     assert [v.correct for v in pool.verify(jobs("chatter", "right", "chatter"))] == [False, True, False]
 
