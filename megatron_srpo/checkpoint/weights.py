@@ -31,7 +31,7 @@ class RunTensors:
         self.folder = path if (path / "manifest.json").exists() else folders.folder_of(checkpoints, folders.steps(checkpoints)[0])
         manifest = folders.read_manifest(self.folder)
         folders.check_files(self.folder, manifest)
-        self.kind, self.architecture = kind, Architecture(**manifest.architecture)
+        self.kind, self.architecture = kind, Architecture.from_dict(manifest.architecture)
         self._dtype = getattr(torch, manifest.dtype)
         self._saved = SavedTensors([self.folder / name for name in sorted(manifest.files)], self.architecture)
         if kind not in self._saved.kinds():
