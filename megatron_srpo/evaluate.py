@@ -163,7 +163,7 @@ class Answers:
         """The chunk's samples are on disk when this returns."""
         if self.layout.rank == 0:
             lines = "".join(sample.model_dump_json() + "\n" for group in groups for sample in group)
-            for path, text in ((self.path, lines), (self.times, f"{seconds}\n")):
+            for path, text in ((self.times, f"{seconds}\n"), (self.path, lines)):
                 with path.open("a", encoding="utf-8") as out:
                     out.write(text)
                     out.flush()

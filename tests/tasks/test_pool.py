@@ -81,6 +81,16 @@ def test_large_texts_in_both_directions(pool):
     assert [v.correct for v in verdicts] == [False] * 6 + [True]
 
 
+def test_an_interrupted_verification_leaves_no_answers_behind(pool, monkeypatch):
+    """The next jobs must not get the verdicts of those that were given up."""
+    taken = pool._take_in
+    monkeypatch.setattr(pool, "_take_in", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        pool.verify(jobs(*["right"] * 100))
+    monkeypatch.setattr(pool, "_take_in", taken)
+    assert not any(verdict.correct for verdict in pool.verify(jobs(*["wrong"] * 100)))
+
+
 def test_zero_instead_of_excluded():
     pool = Pool({"bad": BAD}, TaskSection(verifier_failed="zero", verifier_workers=1))
     verdict, other = pool.verify(jobs("raise", "right"))
