@@ -43,14 +43,14 @@ def test_what_fails_is_marked_and_nothing_else_is_lost(pool):
         "die": "died",
         "crash": "died",
         "eat": "memory",
-        "raise": "error",
-        "recurse": "error",
-        "nothing": "error",
+        "raise": "error: KeyError: 'a bug'",
+        "recurse": "error: RecursionError: maximum recursion depth exceeded",
+        "nothing": "error: TypeError: the verifier returned NoneType, not a Verdict",
     }
     texts = [text for kind in kinds for text in ("right", kind, "wrong", "right")]
     verdicts = pool.verify(jobs(*texts))
     for text, verdict in zip(texts, verdicts, strict=True):
-        assert verdict.verifier_failed == kinds.get(text), text
+        assert verdict.verifier_failed == kinds.get(text) or verdict.verifier_failed.startswith(kinds[text]), text
         assert verdict.correct == (text == "right")
         assert verdict.excluded == (text in kinds)
         assert verdict.reward == float(verdict.correct)
@@ -60,7 +60,8 @@ def test_what_fails_is_marked_and_nothing_else_is_lost(pool):
 def test_no_verifier_evaluates_a_string(pool):
     """Not even a library under it: sympy's parser would."""
     verdicts = pool.verify(jobs("eval 1", "sympy", "classes", "eval __import__('os')._exit(0)", "right"))
-    assert [verdict.verifier_failed for verdict in verdicts] == ["error", "error", None, "error", None]
+    refused = [verdict.verifier_failed is not None and "wanted to evaluate a string" in verdict.verifier_failed for verdict in verdicts]
+    assert refused == [True, True, False, True, False]
     assert verdicts[-1].correct
 
 
@@ -94,7 +95,7 @@ def test_an_interrupted_verification_leaves_no_answers_behind(pool, monkeypatch)
 def test_zero_instead_of_excluded():
     pool = Pool({"bad": BAD}, TaskSection(verifier_failed="zero", verifier_workers=1))
     verdict, other = pool.verify(jobs("raise", "right"))
-    assert verdict.verifier_failed == "error" and not verdict.excluded and verdict.reward == 0 and other.correct
+    assert verdict.verifier_failed.startswith("error: KeyError") and not verdict.excluded and verdict.reward == 0 and other.correct
     process = pool.workers[0].process
     process.kill()
     process.wait()
