@@ -11,9 +11,9 @@ models, which are these.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -49,17 +49,23 @@ class HFTensors:
 
     def __init__(self, folder: HFFolder):
         self.folder, self._shapes = folder, folder.architecture.tensor_shapes()
-        self._opened = {file: safe_open(file, framework="pt") for file in set(folder.file_of.values())}
-        self._dtypes = {}
-        for name, file in folder.file_of.items():
-            kind = self._opened[file].get_slice(name).get_dtype()
+        self._opened: tuple[Path, Any] | None = None
+        self._dtypes: dict[str, torch.dtype] = {}
+        for name, file in sorted(folder.file_of.items(), key=lambda item: item[1]):
+            kind = self._open(file).get_slice(name).get_dtype()
             if DTYPES.get(kind) not in _FLOATS:
                 raise FileError(f"{file}: {name} has dtype {kind}; expected one of F32, BF16 and F16 (quantised models cannot be read)")
             self._dtypes[name] = DTYPES[kind]
 
+    def _open(self, file: Path) -> Any:
+        """The file, and no other: what is mapped and was read counts as this process's memory."""
+        if self._opened is None or self._opened[0] != file:
+            self._opened = file, safe_open(file, framework="pt")
+        return self._opened[1]
+
     def names(self) -> list[str]:
         """All names."""
-        return list(self._dtypes)
+        return list(self.folder.file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """As in the file."""
@@ -73,7 +79,7 @@ class HFTensors:
         """The tensor, mapped from the file."""
         file = self.folder.file_of[name]
         try:
-            return self._opened[file].get_tensor(name)
+            return self._open(file).get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise FileError(f"{file}: {name} cannot be read: {error}") from None
 
@@ -139,9 +145,17 @@ class MegatronTensors:
     def __init__(self, path: Path, architecture: Architecture):
         self.folder, self.architecture = Folder(path), architecture
         self._shapes = architecture.tensor_shapes()
-        self._places = {name: place for place in places(architecture) for name in place.names}
+        stored = map(self._as_stored, places(architecture))
+        self._places = {name: place for place in stored for name in place.names}
         self._last: tuple[Place, dict[str, Tensor]] | None = None
         self._check()
+
+    def _as_stored(self, place: Place) -> Place:
+        """Megatron can keep each layer under keys of its own (`non_homogeneous_layers`), as where experts are not in all of them."""
+        single = place.key.replace("decoder.layers.", f"decoder.layers.{place.index[0]}.", 1) if place.index else place.key
+        if place.key in self.folder.chunks or single not in self.folder.chunks:
+            return place
+        return replace(place, key=single, index=place.index[1:], stacks=place.stacks[1:])
 
     def _check(self) -> None:
         held, expected = self.folder.chunks, dict.fromkeys(place.key for place in self._places.values())

@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node N tests/distributed/convert_worker.py jobs.json
 
-jobs.json: [{"config": path, "overrides": [...], "checkpoint": folder, "save": folder or null, "output": file}, …]; `output` gets
-the names of parameters that differ from what weights/transfer.load puts there, from any rank, and how many were compared.
+jobs.json: [{"config": path, "overrides": [...], "checkpoint": folder, "save": folder or null, "stacked": bool, "output": file}, …].
+`output` gets, of each rank, the names of parameters that differ from what weights/transfer.load puts there, how many were compared,
+and what was loaded beside them. stacked: whether the layers of what is saved share keys, as is Megatron's default.
 """
 
 import json
@@ -37,7 +38,9 @@ def run(job: dict) -> None:
         if layout.rank == 0:
             Path(job["save"]).mkdir()
         dist.barrier()
-        dist_checkpointing.save({f"model{n}": chunk.sharded_state_dict() for n, chunk in enumerate(chunks)}, job["save"])
+        metadata = {"non_homogeneous_layers": not job["stacked"], "dp_cp_group": layout.data_parallel_group}
+        saved = {f"model{n}": chunk.sharded_state_dict(metadata=metadata) for n, chunk in enumerate(chunks)}
+        dist_checkpointing.save(saved, job["save"])
     with torch.no_grad():
         for chunk in chunks:
             for parameter in chunk.parameters():
