@@ -21,8 +21,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from megatron_srpo.files import sync, write_text
-from megatron_srpo.weights.files import FileError, bytes_of, crc32
+from megatron_srpo.files import FileError, sync, write_text
+from megatron_srpo.weights.safetensors_file import bytes_of, crc32
 
 FORMAT = 1
 _NAME = re.compile(r"step_(\d{6,})")

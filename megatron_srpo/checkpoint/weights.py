@@ -10,8 +10,8 @@ from torch import Tensor
 
 from megatron_srpo.checkpoint import folder as folders
 from megatron_srpo.checkpoint.pieces import SavedTensors
+from megatron_srpo.files import FileError
 from megatron_srpo.model.hf_folder import Architecture
-from megatron_srpo.weights.files import FileError
 from megatron_srpo.weights.sources import Place, places
 
 

@@ -19,8 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_srpo.files import FileError
 from megatron_srpo.model.hf_folder import Architecture, HFFolder
-from megatron_srpo.weights.files import FileError
 from megatron_srpo.weights.safetensors_file import DTYPES
 from megatron_srpo.weights.table import EXPERT_ROWS, LAYER_ROWS, MODEL_ROWS, VOCABULARY_TENSORS, Row, fused_name
 from megatron_srpo.weights.torch_dist import Folder
