@@ -129,6 +129,8 @@ class TaskSection(TaskSource):
         names = [source.name for source in self.sources]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"task.mixture: two tasks are called {repeated[0]}; give each a name of its own (and a verifier)")
+        if self.mixture is None and self.weight != 1:
+            raise ValueError("task.weight: says a task's share of task.mixture, but there is no mixture")
         return self
 
 

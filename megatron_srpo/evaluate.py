@@ -13,7 +13,7 @@ import yaml
 from safetensors import safe_open
 from torch import Tensor
 
-from megatron_srpo.config import Config, ConfigError, EvaluationSection, load_config, save_config
+from megatron_srpo.config import Config, ConfigError, EvaluationSection, ParallelSection, load_config, save_config
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.model.qwen3 import model_dtype
 from megatron_srpo.observe.scoreboard import Outcome, result_of, write_result
@@ -93,7 +93,8 @@ def run_evaluation(config: Config) -> Path:
     check_evaluation(config, folder, tasks)
     if rank_from_environment() == 0:
         _open_folder(config)
-    layout = initialize(config.parallel, config.train.seed)
+    alone = ParallelSection(distributed_timeout_minutes=config.parallel.distributed_timeout_minutes)  # every process holds an engine
+    layout = initialize(alone, config.train.seed)
     try:
         engine = TransformersEngine(folder, layout.device, model_dtype(config), config.rollout.batch_size)
         engine.update_weights(_tensors(folder), "0")
@@ -163,7 +164,7 @@ class Answers:
         """The chunk's samples are on disk when this returns."""
         if self.layout.rank == 0:
             lines = "".join(sample.model_dump_json() + "\n" for group in groups for sample in group)
-            for path, text in ((self.path, lines), (self.times, f"{seconds}\n")):
+            for path, text in ((self.times, f"{seconds}\n"), (self.path, lines)):
                 with path.open("a", encoding="utf-8") as out:
                     out.write(text)
                     out.flush()

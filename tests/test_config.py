@@ -303,6 +303,7 @@ def test_contradictions_name_their_place(message_of, text, override, place):
         ("task:\n  mixture: [addition, addition]\n", "config.yaml:8: task.mixture: two tasks are called addition"),
         ("task:\n  mixture: []\n", "config.yaml:8: task.mixture: List should have at least 1 item"),
         ("task:\n  mixture: [{name: addition, weight: 0}]\n", "config.yaml:7: task.mixture.0.weight: Input should be greater than 0"),
+        ("task:\n  weight: 2\n", "config.yaml:8: task.weight: says a task's share of task.mixture, but there is no mixture"),
         ("task:\n  name: a b\n", "config.yaml:8: task.name: String should match"),
         ("task:\n  rule: lax\n", "config.yaml:8: task.rule: Input should be 'paper' or 'strict'"),
         ("evaluation:\n  tasks: [{weigt: 1}]\n", "config.yaml:7: evaluation.tasks.0.weigt: unknown key; did you mean weight?"),

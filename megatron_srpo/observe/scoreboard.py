@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_srpo.config import ConfigError
+from megatron_srpo.files import write_text
 from megatron_srpo.records import Group
 from megatron_srpo.scores import interval, paired_difference, pass_at_k
 
@@ -78,13 +78,8 @@ def _task_result(outcome: Outcome) -> dict[str, Any]:
 
 def write_result(directory: Path, result: dict[str, Any]) -> None:
     """result.json and result.md; each appears whole or not at all."""
-    for name, text in (("result.json", json.dumps(result, ensure_ascii=False, indent=1)), ("result.md", markdown(result))):
-        partial = directory / f"{name}.partial"
-        with partial.open("w", encoding="utf-8") as out:
-            out.write(text + "\n")
-            out.flush()
-            os.fsync(out.fileno())
-        partial.replace(directory / name)
+    write_text(directory / "result.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")
+    write_text(directory / "result.md", markdown(result) + "\n")
 
 
 def markdown(result: dict[str, Any]) -> str:

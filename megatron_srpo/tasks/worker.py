@@ -41,16 +41,16 @@ def load_attribute(reference: str) -> object:
 
 
 def judge(verifier: Verifier, answer: str, text: str) -> dict:
-    """The verdict as plain data, or {"failed": why, "reason": text}."""
+    """The verdict as plain data, or {"failed": why}."""
     try:
         verdict = verifier(answer, text)
         if not isinstance(verdict, Verdict):
             raise TypeError(f"the verifier returned {type(verdict).__name__}, not a Verdict")
         return verdict.model_dump(mode="json")
     except MemoryError:
-        return {"failed": "memory", "reason": "out of memory"}
+        return {"failed": "memory"}
     except Exception as error:  # a verifier's bug must not end the run, and is counted
-        return {"failed": "error", "reason": f"{type(error).__name__}: {error}"[:500]}
+        return {"failed": f"error: {type(error).__name__}: {error}"[:500]}
 
 
 def main() -> None:

@@ -45,7 +45,7 @@ def test_a_folder_names_its_task_and_the_name_its_verifier(folder):
     [
         ({"name": "sudoku"}, "task.name: unknown task 'sudoku'; known: addition, reasoning_gym/DATASET"),
         ({"name": "chemistry"}, "task.path: chemistry needs its questions"),
-        ({"path": "physics", "name": "mine"}, "task.verifier: who judges 'mine'\\? one of exact, multiple_choice, tool_calls, math"),
+        ({"path": "physics", "name": "mine"}, "who judges 'mine' in .*physics\\? Give task.verifier \\(exact, multiple_choice, tool_calls"),
         ({"path": "physics", "verifier": "exact", "rule": "strict"}, "task.rule: exact has no strict rule"),
         ({"rule": "strict"}, "task.rule: task addition does not read it; is task.path missing\\?"),
         ({"verifier": "math"}, "task.verifier: task addition does not read it"),
