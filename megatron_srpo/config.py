@@ -206,6 +206,9 @@ class EvaluationSection(_Section):
     samples: int = Field(16, gt=0, description="samples a prompt: K of avg@K and pass@K")
     temperature: float = Field(0.6, ge=0, description="0: greedy")
     top_p: float = Field(0.95, gt=0, le=1)
+    checkpoint: Path | None = Field(
+        None, description="the eval command takes the weights from this run (its newest checkpoint, or one of them), not from model.hf_path"
+    )
     greedy: bool = Field(True, description="the eval command also takes one greedy answer to each question")
 
     @model_validator(mode="after")
@@ -305,7 +308,7 @@ class Config(_Section):
         return self
 
 
-SHORT = {"hf_path": "model.hf_path"}  # what overrides may call by its last name
+SHORT = {"hf_path": "model.hf_path", "checkpoint": "evaluation.checkpoint"}  # what overrides may call by its last name
 
 
 def load_config(path: Path, overrides: list[str]) -> Config:

@@ -13,6 +13,7 @@ import yaml
 from safetensors import safe_open
 from torch import Tensor
 
+from megatron_srpo.checkpoint.weights import RunTensors, is_of_a_run
 from megatron_srpo.config import Config, ConfigError, EvaluationSection, ParallelSection, load_config, save_config
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.model.qwen3 import model_dtype
@@ -82,13 +83,15 @@ def _label(task: Task, split: str) -> str:
 
 
 def run_evaluation(config: Config) -> Path:
-    """`python -m megatron_srpo eval`: evaluate model.hf_path on this process's share; returns the result folder (logging.dir).
+    """`python -m megatron_srpo eval`: evaluate model.hf_path, or the policy of the run evaluation.checkpoint, on this process's share.
 
-    Every sample is appended to samples/, chunk by chunk; the same command goes on where an earlier one stopped. At the end
+    Returns the result folder (logging.dir). Every sample is appended to samples/, chunk by chunk; the same command goes on where an earlier one stopped. At the end
     result.json and result.md. Raises ConfigError before any work for what cannot be run.
     """
     folder = HFFolder(config.model.hf_path)
     folder.file_of, folder.tokenizer  # noqa: B018  (both check what they read)
+    if (path := config.evaluation.checkpoint) is not None and not is_of_a_run(path):
+        raise ConfigError(f"evaluation.checkpoint: {path} is neither a run folder with checkpoints nor one of its checkpoints")
     tasks = evaluation_tasks(config)
     check_evaluation(config, folder, tasks)
     if rank_from_environment() == 0:
@@ -97,11 +100,12 @@ def run_evaluation(config: Config) -> Path:
     layout = initialize(alone, config.train.seed)
     try:
         engine = TransformersEngine(folder, layout.device, model_dtype(config), config.rollout.batch_size)
-        engine.update_weights(_tensors(folder), "0")
+        engine.update_weights(_tensors(config, folder), "0")
         verifiers = Pool({name: task.verifier for name, task in tasks.items()}, config.task)
         outcomes = _ask_everything(config, Collector(verifiers, engine, folder, layout, config.rollout), tasks)
         if layout.rank == 0:
-            write_result(config.logging.dir, result_of(outcomes, str(config.model.hf_path), layout.device.type))
+            model = str(config.evaluation.checkpoint or config.model.hf_path)
+            write_result(config.logging.dir, result_of(outcomes, model, layout.device.type))
     finally:
         shut_down(layout)
     return config.logging.dir
@@ -180,8 +184,14 @@ class Answers:
         return sum(float(line) for line in self.times.read_text().split())
 
 
-def _tensors(folder: HFFolder) -> Iterator[tuple[str, Tensor]]:
-    """The folder's weights as the stream an engine takes."""
+def _tensors(config: Config, folder: HFFolder) -> Iterator[tuple[str, Tensor]]:
+    """The folder's weights, or the checkpoint's, as the stream an engine takes."""
+    if (path := config.evaluation.checkpoint) is not None:
+        policy = RunTensors(path, "policy")
+        if policy.architecture != folder.architecture:
+            raise ConfigError(f"evaluation.checkpoint: {policy.folder} holds another model than model.hf_path ({folder.path})")
+        yield from ((name, policy.tensor(name).to(policy.dtype(name))) for name in policy.names())
+        return
     for file in sorted(set(folder.file_of.values())):
         with safe_open(file, framework="pt") as tensors:
             for name in (name for name, place in folder.file_of.items() if place == file):

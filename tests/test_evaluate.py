@@ -154,6 +154,10 @@ def test_training_evaluates_what_the_command_evaluates(command, evaluation, tmp_
     for label, task in result["tasks"].items():
         for key in ("avg@4", "pass@4"):
             assert evaluations[0][f"eval/{label}/{key}"] == pytest.approx(task[key])
+    status, _, error = evaluation(tmp_path / "trained", *shared, "evaluation.greedy=false", f"checkpoint={run}")
+    assert status == 0, error
+    for label, task in json.loads((tmp_path / "trained/result.json").read_text())["tasks"].items():  # the run's last weights
+        assert evaluations[-1][f"eval/{label}/avg@4"] == pytest.approx(task["avg@4"])
     scores = [row["eval/addition/avg@4"] for row in evaluations]
     assert evaluations[-1]["eval/addition/avg_best"] == max(scores)
     assert evaluations[-1]["eval/addition/avg_last_5"] == pytest.approx(sum(scores) / len(scores))
