@@ -57,7 +57,7 @@ def runs(tmp_path_factory):
         for name, chain in CHAINS.items():
             for step, layout in enumerate(chain[ranks], 1 if ranks == 2 else len(chain[2]) + 1):
                 overrides = [*common[name][1], *layout, f"train.steps={step}", f"logging.dir={root / name}-chain"]
-                jobs.append({"config": str(config), "overrides": overrides})
+                jobs.append({"command": "train", "config": str(config), "overrides": overrides})
         torchrun(ranks, "layouts.py", jobs, root / f"chain-{ranks}.json")
     return {name: (run, Run(Path(f"{run.folder}-chain"))) for name, run in whole.items()}
 
