@@ -93,6 +93,7 @@ class _Run:
         self.saver.finish()
         self._say_goodbye()
         self.metrics.close()
+        self.trainer.close()
         if stopped is not None:
             raise stopped
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 from dataclasses import dataclass
 
@@ -163,3 +164,4 @@ def shut_down(layout: Layout) -> None:
     parallel_state.destroy_model_parallel()
     if layout.owns_process_group:
         dist.destroy_process_group()
+    gc.collect()  # a gloo group has three threads, which end with its last holder: often a cycle of the finished trainer's

@@ -84,6 +84,15 @@ class Trainer:
             algorithm.divergence, algorithm.divergence_alpha, algorithm.divergence_support, algorithm.divergence_topk
         )
 
+    def close(self) -> None:
+        """Let go of the model; the trainer is not used again.
+
+        Megatron's DDP and the gradient hooks it registers hold each other in C++, where Python's collector does not look: a
+        process that trains several times would keep all its models, and the threads of their process groups.
+        """
+        for chunk in self.chunks:
+            vars(chunk).clear()
+
     @property
     def loss_path(self) -> str:
         """How the vocabulary pass of the loss is computed, in words."""

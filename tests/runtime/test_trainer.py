@@ -32,18 +32,21 @@ def make_trainer(tmp_path):
         "optimizer: {lr: 1.0e-3, lr_warmup_steps: 0}\n"
         "logging: {dir: unused}\n"
     )
-    layouts = []
+    made = []
 
     def leave():
-        while layouts:
-            shut_down(layouts.pop())
+        while made:
+            layout, trainer = made.pop()
+            trainer.close()
+            shut_down(layout)
 
     def make(*overrides):
         leave()  # one set of Megatron's groups at a time
         settings = load_config(config, list(overrides))
-        layouts.append(initialize(settings.parallel, seed=1))
+        layout = initialize(settings.parallel, seed=1)
         groups = route_groups(replay(rollouts, 1, 4, folder), settings.algorithm, folder.encode, 160, seed="1/1")
-        return Trainer(settings, folder, layouts[-1]), [sample for group in groups for sample in group]
+        made.append((layout, trainer := Trainer(settings, folder, layout)))
+        return trainer, [sample for group in groups for sample in group]
 
     yield make
     leave()
