@@ -85,8 +85,8 @@ def _label(task: Task, split: str) -> str:
 def run_evaluation(config: Config) -> Path:
     """`python -m megatron_srpo eval`: evaluate model.hf_path, or the policy of the run evaluation.checkpoint, on this process's share.
 
-    Returns the result folder (logging.dir). Every sample is appended to samples/, chunk by chunk; the same command goes on where an earlier one stopped. At the end
-    result.json and result.md. Raises ConfigError before any work for what cannot be run.
+    Returns the result folder (logging.dir). Every sample is appended to samples/, chunk by chunk; the same command goes on where an
+    earlier one stopped. At the end result.json and result.md. Raises ConfigError before any work for what cannot be run.
     """
     folder = HFFolder(config.model.hf_path)
     folder.file_of, folder.tokenizer  # noqa: B018  (both check what they read)
