@@ -83,17 +83,19 @@ class _Run:
         """All steps that are left, then the model as a Hugging Face folder."""
         stopped = None
         try:
-            self._loop()
-        except TrainingStopped as error:  # on every rank alike: what was learnt before is kept
-            stopped = error
+            try:
+                self._loop()
+            except TrainingStopped as error:  # on every rank alike: what was learnt before is kept
+                stopped = error
+            finally:
+                self.rollouts.close()
+            self.terminal.phase("export")
+            save_hf(self.trainer.export(), self.folder, self.directory / "hf", write=self.is_first)
+            self.saver.finish()
+            self._say_goodbye()
         finally:
-            self.rollouts.close()
-        self.terminal.phase("export")
-        save_hf(self.trainer.export(), self.folder, self.directory / "hf", write=self.is_first)
-        self.saver.finish()
-        self._say_goodbye()
-        self.metrics.close()
-        self.trainer.close()
+            self.metrics.close()
+            self.trainer.close()
         if stopped is not None:
             raise stopped
 
