@@ -144,7 +144,7 @@ class RolloutSection(_Section):
     max_staleness: int = Field(1, ge=0, description="samples carried on: at most so many weight versions older than the policy they train")
     overlap: Literal[0, 1] = Field(0, description="1: the next batch is sampled while one trains, by weights one version older")
     logprob_gap_warning: float = Field(
-        0.05, gt=0, description="mean |log π_trainer - log π_engine|, nats a token, from which the run warns; overlap adds the policy's move"
+        0.05, gt=0, description="mean |log π_trainer - log π_engine|, nats a token, that raises an alarm; overlap adds the policy's move"
     )
     logprob_gap_stop: float | None = Field(0.5, gt=0, description="… and from which it stops; null: never")
     replay: Path | None = Field(None, description="train on the rollouts dumped by this run (its folder or rollouts/), without an engine")
@@ -235,9 +235,22 @@ class ResumeSection(_Section):
         return {"mode": value} if isinstance(value, str) else value
 
 
+AlarmName = Literal["collapse", "dead_groups", "teacher_still", "uniform_weights", "logprob_gap"]
+
+
 class LoggingSection(_Section):
     dir: Path = Field(description="the run folder")
     rollouts: bool = Field(True, description="dump every sample, one file a step (replayable)")
+    tokens_every: int = Field(10, ge=0, description="steps between dumps of single tokens' values, also of the first step; 0: never")
+    tokens_samples: int = Field(8, gt=0, description="samples whose tokens are dumped then")
+    dead_group_share: float = Field(0.9, gt=0, le=1, description="share of groups without a difference in reward that raises dead_groups")
+    stop_on: tuple[AlarmName, ...] = Field((), description="alarms that stop the run (README, Alarms); all of them are told")
+    watchdog_minutes: float | None = Field(
+        8.0,
+        gt=0,
+        description="without progress on any rank, after which stacks are written and the run ends; null: never. Less than"
+        " parallel.distributed_timeout_minutes, or that speaks first, of one rank",
+    )
 
 
 class Config(_Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import time
 from pathlib import Path
@@ -16,15 +17,21 @@ from megatron_srpo.config import Config, save_config
 from megatron_srpo.evaluate import evaluate
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.model.qwen3 import model_dtype, uses_transformer_engine
+from megatron_srpo.observe.alarms import REMEMBERED, Alarm, Limits, alarms
+from megatron_srpo.observe.logs import open_run_folder, rank_log
 from megatron_srpo.observe.metrics import MetricsFile, rollout_metrics, update_metrics, version_metrics
 from megatron_srpo.observe.terminal import Stopwatch, Terminal
+from megatron_srpo.observe.tokens import choose, write_tokens
+from megatron_srpo.observe.watchdog import Watchdog
 from megatron_srpo.preflight import preflight
+from megatron_srpo.progress import PROGRESS
 from megatron_srpo.records import Group
 from megatron_srpo.rollout.collect import exchange
 from megatron_srpo.rollout.dump import dump
 from megatron_srpo.rollout.source import Rollouts
 from megatron_srpo.runtime.parallel import Layout, initialize, shut_down
 from megatron_srpo.runtime.stop import StopRequest
+from megatron_srpo.runtime.token_values import TokenValues
 from megatron_srpo.runtime.trainer import Trainer, UpdateReport
 from megatron_srpo.scores import with_history
 from megatron_srpo.weights.transfer import save_hf
@@ -48,7 +55,10 @@ def train(config: Config) -> Path:
     layout = initialize(config.parallel, config.train.seed)
     title = f"{config.algorithm.name} · {folder.path.name} · {layout.world_size} process{'es' * (layout.world_size > 1)}"
     try:
+        session = open_run_folder(config.logging.dir, layout)
         with (
+            rank_log(config.logging.dir, layout),
+            Watchdog(config.logging.dir / "watchdog", layout, config.logging.watchdog_minutes, session),
             Terminal(title, config.train.steps, layout.rank == 0) as terminal,
             StopRequest(layout, config.checkpoint.exit_duration_in_mins) as stop,
         ):
@@ -66,7 +76,6 @@ class _Run:
         self.directory, self.is_first, self.skipped_in_a_row = config.logging.dir, layout.rank == 0, 0
         self.checkpoint = resume.find(config, layout, lambda text: terminal.say(text, "bold red"))
         if self.is_first:
-            self.directory.mkdir(parents=True, exist_ok=True)
             save_config(config, self.directory / "config.yaml")
         self._introduce()
         self.trainer = Trainer(config, folder, layout, is_resumed=self.checkpoint is not None)
@@ -74,6 +83,7 @@ class _Run:
         self.rollouts = Rollouts(config, folder, layout)
         self.metrics = MetricsFile(self.directory / "metrics.jsonl" if self.is_first else Path(os.devnull))
         self.watch = Stopwatch(terminal)
+        self.rows, self.limits = [], Limits.of(config)  # the last training steps' rows
         self.saver = Saver(self.directory / "checkpoints", config.checkpoint, layout, self.rollouts.ledger.saved)
         self.evaluates = config.evaluation.every > 0 and self.rollouts.collector is not None
         if config.evaluation.every > 0 and not self.evaluates:
@@ -102,6 +112,7 @@ class _Run:
         if self.evaluates and self._evaluates_after(done) and not is_evaluated:
             self._evaluate(done)
         for step in range(done + 1, config.train.steps + 1):
+            PROGRESS.step = step
             groups, report = self._step(step)
             self._tell(step, groups, report)
             reason = self.stop.reason()  # asked here: all ranks have done the same steps
@@ -136,7 +147,10 @@ class _Run:
             batches = trainer.pack([sample for group in groups for sample in group])
             targets = trainer.score_teacher(batches)
         with watch("update"):
-            report = trainer.update(batches, targets)
+            values = self._token_values(step, groups)
+            report = trainer.update(batches, targets, values)
+            if values is not None and (rows := values.gather()) and self.is_first:
+                write_tokens(rows, groups, self.folder.tokenizer.decode, self.directory / "rollouts", step)
             rollouts.ledger.trained(step, [group[0].prompt.id for group in groups])
         with watch("rollout"):
             rollouts.settle()  # with overlap, the next batch was sampled meanwhile
@@ -144,12 +158,24 @@ class _Run:
             rollouts.publish(trainer.export(), step)
         return groups, report
 
+    def _token_values(self, step: int, groups: list[Group]) -> TokenValues | None:
+        """For the steps whose tokens are dumped."""
+        settings = self.config.logging
+        if not (settings.rollouts and settings.tokens_every and (step == 1 or step % settings.tokens_every == 0)):
+            return None
+        return TokenValues(choose(groups, settings.tokens_samples), self.layout, self.config.rollout.temperature)
+
     def _tell(self, step: int, groups: list[Group], report: UpdateReport) -> None:
         """The step's row and line. Raises TrainingStopped after too many skipped updates, or when trainer and engine disagree."""
         row = {"step": step, **update_metrics(report), **rollout_metrics(groups), **version_metrics(groups, step)}
         row |= self.rollouts.drawn.numbers | self.watch.read()
+        before = self.rows[-1].get("alarms", []) if self.rows else []
+        self.rows = [*self.rows, row][-REMEMBERED:]
+        raised = alarms(self.rows, self.limits)
+        row["alarms"] = [alarm.name for alarm in raised]
         self.metrics.write(row)
         self.terminal.step(row)
+        self._sound(step, raised, before)
         self._guard(step, row["engine_logprob_gap"])
         for loss, norm in report.skipped_updates:
             self.terminal.say(f"step {step}: an update was skipped: loss {loss}, gradient norm {norm}", "bold red")
@@ -160,15 +186,21 @@ class _Run:
                 " (train.max_skipped_updates); hf/ holds the weights of the last finite update"
             )
 
+    def _sound(self, step: int, raised: list[Alarm], before: list[str]) -> None:
+        """Tell the alarms that did not hold after the step before. Raises TrainingStopped for one of logging.stop_on."""
+        self.terminal.alarms = raised
+        for alarm in raised:
+            if alarm.name not in before:
+                self.terminal.say(f"step {step}: alarm {alarm.name}: {alarm.finding}\n    {alarm.advice}", "bold yellow")
+        if fatal := [alarm for alarm in raised if alarm.name in self.config.logging.stop_on]:
+            raise TrainingStopped(f"step {step}: alarm {fatal[0].name} (logging.stop_on): {fatal[0].finding}")
+
     def _guard(self, step: int, gap: float) -> None:
         """Trainer and engine must agree on what was sampled; what is replayed, another policy may have made."""
         settings = self.config.rollout
-        if settings.replay is not None or gap < settings.logprob_gap_warning:
-            return
-        what = f"step {step}: trainer's and engine's log-probabilities are {gap:.3g} nats a token apart"
-        if settings.logprob_gap_stop is not None and gap >= settings.logprob_gap_stop:
+        if settings.replay is None and settings.logprob_gap_stop is not None and gap >= settings.logprob_gap_stop:
+            what = f"step {step}: trainer's and engine's log-probabilities are {gap:.3g} nats a token apart"
             raise TrainingStopped(f"{what} (rollout.logprob_gap_stop); does the engine have the published weights?")
-        self.terminal.say(f"{what} (rollout.logprob_gap_warning)", "bold yellow")
 
     def _evaluates_after(self, step: int) -> bool:
         return step % self.config.evaluation.every == 0 or step == self.config.train.steps
@@ -193,7 +225,10 @@ class _Run:
             self.skipped_in_a_row = manifest.state["skipped_in_a_row"]
             resume.go_on(self.trainer, self.checkpoint, self.layout, self.terminal.say)
             self.terminal.say(f"going on after step {step}: {self.checkpoint.folder}", "bold")
-        self.terminal.recall(self.metrics.rewind(step, is_evaluated))
+        rows = self.metrics.rewind(step, is_evaluated)
+        self.terminal.recall(rows)
+        recent = json.dumps([row for row in rows if "loss" in row][-REMEMBERED:]).encode()
+        self.rows = json.loads(self.layout.gather_bytes(recent)[0])  # only the first rank has read them
         self.rollouts.go_on(step, 0 if self.checkpoint is None else self.checkpoint.manifest.state["next_prompt"])
         return step, is_evaluated
 

@@ -157,7 +157,7 @@ def references(world, runs):
         mini_batches = options.pop("mini_batches", 1)
         reference = Reference(sources[source][0].path, lr=1e-3, warmup=2, **options)
         run = runs[f"one_{case}"]
-        steps = [reference.run(file, mini_batches) for file in sorted((run.folder / "rollouts").iterdir())]
+        steps = [reference.run(file, mini_batches) for file in sorted((run.folder / "rollouts").glob("step_??????.jsonl"))]
         reference.model.save_pretrained(root / f"{case}-reference")
         results[case] = steps, load_file(root / f"{case}-reference" / "model.safetensors")
     return results
