@@ -13,6 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_srpo", "megatron_srpo.*"]),
+    package_data={"megatron_srpo.observe": ["page/*"]},
     install_requires=[
         "torch>=2.9",
         "megatron-core>=0.16.1,<0.20",

@@ -24,6 +24,9 @@ def main() -> int:
         command.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     command = commands.add_parser("compare", help="compare evaluations with the first one, by a paired bootstrap over questions")
     command.add_argument("results", nargs="+", type=Path, metavar="DIR", help="folders that eval has written, two or more")
+    command = commands.add_parser("report", help="write one HTML page with the curves and samples of one or more runs")
+    command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    command.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in the first run's folder")
     arguments = parser.parse_args()
     is_first = os.environ.get("RANK", "0") == "0"
     quieten_libraries()
@@ -33,6 +36,8 @@ def main() -> int:
     try:
         if arguments.command == "compare":
             return compare_results(arguments.results)
+        if arguments.command == "report":
+            return report_runs(arguments.runs, arguments.output)
         config = load_config(arguments.config, arguments.overrides)
         if arguments.command == "eval":
             return evaluate_model(config, is_first)
@@ -77,6 +82,16 @@ def compare_results(directories: list[Path]) -> int:
     if len(directories) < 2:
         raise ConfigError("compare: expected two folders or more")
     print(compare(directories))
+    return 0
+
+
+def report_runs(runs: list[Path], output: Path | None) -> int:
+    """The report command. Returns the exit status."""
+    from megatron_srpo.observe.report import write_report
+
+    output = output or runs[0] / "report.html"
+    write_report(runs, output)
+    print(f"report: {output}  ({output.stat().st_size / 1e6:.1f} MB)")
     return 0
 
 

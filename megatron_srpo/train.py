@@ -20,6 +20,7 @@ from megatron_srpo.model.qwen3 import model_dtype, uses_transformer_engine
 from megatron_srpo.observe.alarms import REMEMBERED, Alarm, Limits, alarms
 from megatron_srpo.observe.logs import open_run_folder, rank_log
 from megatron_srpo.observe.metrics import MetricsFile, rollout_metrics, update_metrics, version_metrics
+from megatron_srpo.observe.report import write_report
 from megatron_srpo.observe.terminal import Stopwatch, Terminal
 from megatron_srpo.observe.tokens import choose, write_tokens
 from megatron_srpo.observe.watchdog import Watchdog
@@ -102,6 +103,8 @@ class _Run:
         save_hf(self.trainer.export(), self.folder, self.directory / "hf", write=self.is_first)
         self.saver.finish()
         self._say_goodbye()
+        if self.is_first:
+            self._report()
         self.metrics.close()
         if stopped is not None:
             raise stopped
@@ -264,10 +267,17 @@ class _Run:
         if longest > (positions := self.folder.architecture.max_position_embeddings):
             self.terminal.say(f"sequences may reach {longest} tokens (rollout.max_*_tokens); the model was made for {positions}", "yellow")
 
+    def _report(self) -> None:
+        """report.html. What it could not read, or a full disk, does not undo a run that is done."""
+        try:
+            write_report([self.directory], self.directory / "report.html")
+        except (OSError, ValueError) as error:
+            self.terminal.say(f"report.html could not be written: {error}", "bold red")
+
     def _say_goodbye(self) -> None:
         evaluations = self.metrics.evaluations()
         if evaluations:
             key = next(key for key in evaluations[0] if "/avg@" in key)
             before, after = evaluations[0][key], evaluations[-1][key]
             self.terminal.say(f"{key.removeprefix('eval/')}: {before:.3f} before, {after:.3f} after", "bold green")
-        self.terminal.say(f"run folder: {self.directory}  (metrics.jsonl, rollouts/, config.yaml; the trained model is in hf/)")
+        self.terminal.say(f"run folder: {self.directory}  (report.html, metrics.jsonl, rollouts/; the trained model is in hf/)")
