@@ -101,7 +101,7 @@ def run_evaluation(config: Config) -> Path:
         if layout.rank == 0:
             _open_folder(config)
         engine = TransformersEngine(folder, layout.device, model_dtype(config), config.rollout.batch_size)
-        engine.update_weights(_tensors(folder), "0")
+        engine.update_weights(stored_weights(folder), "0")
         verifiers = Pool({name: task.verifier for name, task in tasks.items()}, config.task)
         outcomes = _ask_everything(config, Collector(verifiers, engine, folder, layout, config.rollout), tasks)
         if layout.rank == 0:
@@ -184,7 +184,7 @@ class Answers:
         return sum(float(line) for line in self.times.read_text().split())
 
 
-def _tensors(folder: HFFolder) -> Iterator[tuple[str, Tensor]]:
+def stored_weights(folder: HFFolder) -> Iterator[tuple[str, Tensor]]:
     """The folder's weights as the stream an engine takes."""
     for file in sorted(set(folder.file_of.values())):
         with safe_open(file, framework="pt") as tensors:

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 from megatron_srpo.algorithm.routing import route_groups
 from megatron_srpo.checkpoint import resume
@@ -20,9 +21,11 @@ from megatron_srpo.model.qwen3 import model_dtype, uses_transformer_engine
 from megatron_srpo.observe.alarms import REMEMBERED, Alarm, Limits, alarms
 from megatron_srpo.observe.logs import open_run_folder, rank_log
 from megatron_srpo.observe.metrics import MetricsFile, rollout_metrics, update_metrics, version_metrics
+from megatron_srpo.observe.profiler import StepProfiler
 from megatron_srpo.observe.report import write_report
 from megatron_srpo.observe.terminal import Stopwatch, Terminal
 from megatron_srpo.observe.tokens import choose, write_tokens
+from megatron_srpo.observe.trackers import Tracker, start_trackers
 from megatron_srpo.observe.watchdog import Watchdog
 from megatron_srpo.preflight import preflight
 from megatron_srpo.progress import PROGRESS
@@ -69,6 +72,18 @@ def train(config: Config) -> Path:
     return config.logging.dir
 
 
+def route(groups: list[Group], step: int, config: Config, folder: HFFolder) -> list[Group]:
+    """Verified groups of `step`, every sample with its route: advantage, branch, the teacher's prompt."""
+    return route_groups(
+        groups,
+        config.algorithm,
+        encode=lambda messages: folder.encode(messages, config.rollout.enable_thinking),
+        max_teacher_prompt_tokens=config.teacher.max_prompt_tokens,
+        seed=f"{config.train.seed}/{step}",
+        feedback=config.teacher.feedback,
+    )
+
+
 class _Run:
     """Policy, rollouts and all that is written down, from the run's start or newest checkpoint to its end."""
 
@@ -83,6 +98,8 @@ class _Run:
         terminal.say(self.trainer.loss_path)
         self.rollouts = Rollouts(config, folder, layout)
         self.metrics = MetricsFile(self.directory / "metrics.jsonl" if self.is_first else Path(os.devnull))
+        self.trackers: list[Tracker] = []
+        self.profiler = StepProfiler(self.directory / "profile", config.logging, layout)
         self.watch = Stopwatch(terminal)
         self.rows, self.limits = [], Limits.of(config)  # the last training steps' rows
         self.saver = Saver(self.directory / "checkpoints", config.checkpoint, layout, self.rollouts.ledger.saved)
@@ -99,6 +116,8 @@ class _Run:
             stopped = error
         finally:
             self.rollouts.close()
+            for tracker in self.trackers:
+                tracker.close()
         self.terminal.phase("export")
         save_hf(self.trainer.export(), self.folder, self.directory / "hf", write=self.is_first)
         self.saver.finish()
@@ -116,7 +135,8 @@ class _Run:
             self._evaluate(done)
         for step in range(done + 1, config.train.steps + 1):
             PROGRESS.step = step
-            groups, report = self._step(step)
+            with self.profiler(step):
+                groups, report = self._step(step)
             self._tell(step, groups, report)
             reason = self.stop.reason()  # asked here: all ranks have done the same steps
             evaluation = self._evaluate(step) if self.evaluates and self._evaluates_after(step) and reason is None else None
@@ -135,15 +155,7 @@ class _Run:
             groups = rollouts.collect(step)
         watch.move(rollouts.drawn.seconds_verifying, "rollout", "verify")
         with watch("verify"):
-            groups = route_groups(
-                groups,
-                config.algorithm,
-                encode=lambda messages: self.folder.encode(messages, config.rollout.enable_thinking),
-                max_teacher_prompt_tokens=config.teacher.max_prompt_tokens,
-                seed=f"{config.train.seed}/{step}",
-                feedback=config.teacher.feedback,
-            )
-            groups = exchange(groups, self.layout)
+            groups = exchange(route(groups, step, config, self.folder), self.layout)
             if config.logging.rollouts and self.is_first:
                 dump(groups, self.directory / "rollouts", step)
         with watch("teacher"):
@@ -161,6 +173,11 @@ class _Run:
             rollouts.publish(trainer.export(), step)
         return groups, report
 
+    def _write(self, row: dict[str, Any]) -> None:
+        self.metrics.write(row)
+        for tracker in self.trackers:
+            tracker.write(row)
+
     def _token_values(self, step: int, groups: list[Group]) -> TokenValues | None:
         """For the steps whose tokens are dumped."""
         settings = self.config.logging
@@ -176,7 +193,7 @@ class _Run:
         self.rows = [*self.rows, row][-REMEMBERED:]
         raised = alarms(self.rows, self.limits)
         row["alarms"] = [alarm.name for alarm in raised]
-        self.metrics.write(row)
+        self._write(row)
         self.terminal.step(row)
         self._sound(step, raised, before)
         self._guard(step, row["engine_logprob_gap"])
@@ -215,7 +232,7 @@ class _Run:
         limit, seed = config.rollout.max_response_tokens, config.train.seed
         scores = evaluate(self.rollouts.collector, self.rollouts.evaluated, config.evaluation, limit, seed)
         row = {"step": step, **with_history(scores, self.metrics.evaluations()), "seconds_evaluate": time.perf_counter() - start}
-        self.metrics.write(row)
+        self._write(row)
         self.terminal.evaluation(row)
         return row
 
@@ -230,6 +247,8 @@ class _Run:
             self.terminal.say(f"going on after step {step}: {self.checkpoint.folder}", "bold")
         rows = self.metrics.rewind(step, is_evaluated)
         self.terminal.recall(rows)
+        if self.is_first:
+            self.trackers = start_trackers(self.config, step)
         recent = json.dumps([row for row in rows if "loss" in row][-REMEMBERED:]).encode()
         self.rows = json.loads(self.layout.gather_bytes(recent)[0])  # only the first rank has read them
         self.rollouts.go_on(step, 0 if self.checkpoint is None else self.checkpoint.manifest.state["next_prompt"])

@@ -104,8 +104,9 @@ def _weight_quantiles(run: RunFolder) -> dict[str, Any]:
 def alarm_history(run: RunFolder) -> list[dict[str, str]]:
     """Every stretch of steps in which an alarm holds, by the rows alone: a run from before there were alarms has them, too."""
     limits, stretches, held = Limits.of(run.config), [], {}
-    for place, row in enumerate(run.steps):
-        raised = {alarm.name: alarm for alarm in alarms(run.steps[max(0, place + 1 - REMEMBERED) : place + 1], limits)}
+    steps = [row for row in run.steps if "loss" in row]  # what was only sampled has no alarms
+    for place, row in enumerate(steps):
+        raised = {alarm.name: alarm for alarm in alarms(steps[max(0, place + 1 - REMEMBERED) : place + 1], limits)}
         held = {name: stretch for name, stretch in held.items() if name in raised}
         for name, alarm in raised.items():
             if name not in held:

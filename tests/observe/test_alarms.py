@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
+from small_run import QUICKSTART, small_run
 
 from megatron_srpo.config import load_config
 from megatron_srpo.observe.alarms import Limits, alarms
@@ -13,9 +11,8 @@ from megatron_srpo.records import Verdict
 from megatron_srpo.rollout.transformers_engine import TransformersEngine
 from megatron_srpo.runtime.teacher import Teacher
 from megatron_srpo.tasks.pool import Pool
-from megatron_srpo.train import TrainingStopped, train
+from megatron_srpo.train import TrainingStopped
 
-QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 LIMITS = Limits(dead_group_share=0.9, logprob_gap=0.05, ema_rate=0.05, weighs_entropy=True)
 HEALTHY = {
     "updates": 1,
@@ -106,17 +103,6 @@ def test_limits_are_the_configurations():
 # ---- faults planted in real runs ---------------------------------------------------------------------------------------
 
 
-def run(directory, *overrides):
-    """Five small steps of the quick start; the rows of its metrics.jsonl."""
-    small = ["rollout.prompts_per_step=8", "rollout.samples_per_prompt=4", "train.steps=5", "evaluation.every=0"]
-    settings = [*small, "checkpoint.save_interval=0", f"model.hf_path={QUICKSTART / 'start'}", f"logging.dir={directory}", *overrides]
-    try:
-        train(load_config(QUICKSTART / "config.yaml", settings))
-    finally:
-        lines = (directory / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
 def perturb(monkeypatch):
     """An engine that says other log-probabilities than it sampled by."""
     complete = TransformersEngine._completion
@@ -143,7 +129,7 @@ def test_planted_faults_raise_their_alarm_within_five_steps(plant, name, monkeyp
     """The right one and no other; it is told once, with advice; without a fault there is none."""
     if plant:
         plant(monkeypatch)
-    raised = [row["alarms"] for row in run(tmp_path / "run")]
+    raised = [row["alarms"] for row in small_run(tmp_path / "run")]
     assert {alarm for of_step in raised for alarm in of_step} == ({name} if name else set())
     assert capsys.readouterr().out.count(f"alarm {name}:") == (1 if name else 0)
     said = (tmp_path / "run" / "logs" / "rank_00000.log").read_text()
@@ -153,7 +139,7 @@ def test_planted_faults_raise_their_alarm_within_five_steps(plant, name, monkeyp
 def test_stop_on_ends_the_run_and_keeps_what_was_learnt(monkeypatch, tmp_path):
     perturb(monkeypatch)
     with pytest.raises(TrainingStopped, match=r"step 1: alarm logprob_gap \(logging.stop_on\)"):
-        run(tmp_path / "run", "logging.stop_on=[logprob_gap]")
+        small_run(tmp_path / "run", "logging.stop_on=[logprob_gap]")
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
     assert (tmp_path / "run" / "hf" / "model.safetensors").is_file()
     assert "TrainingStopped" in (tmp_path / "run" / "logs" / "rank_00000.log").read_text()

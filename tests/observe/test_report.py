@@ -190,7 +190,8 @@ def test_in_chromium(folders, tmp_path, width):
 @needs_chromium
 def test_the_probe_would_notice(tmp_path):
     """An error, a console message and a request are all found in a page that has them."""
-    page = '<html><head><meta charset="utf-8"></head><body><img src="http://localhost:1/x"><script>console.error("told"); missing();</script></body>'
+    page = '<html><head><meta charset="utf-8"></head><body><img src="http://localhost:1/x">'
+    page += '<script>console.error("told"); missing();</script></body>'
     probe = (
         "addEventListener('load', () => setTimeout(() => { document.body.append(Object.assign(document.createElement('pre'), { id: 'probe',"
     )

@@ -51,6 +51,7 @@ function choices(place, names, picked, pick) {
 function showTip(x, y, ...content) {
   tip.replaceChildren(...content);
   tip.hidden = false;
+  tip.style.left = "0px";  // or its width would be what is left of the page where it was
   const width = tip.offsetWidth, height = tip.offsetHeight, left = window.scrollX, right = left + document.documentElement.clientWidth;
   tip.style.left = `${Math.max(left + 4, Math.min(x + 14, right - width - 6))}px`;
   tip.style.top = `${y - height - 12 > window.scrollY ? y - height - 12 : y + 20}px`;
