@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -88,7 +89,7 @@ def _uniform_weights(rows: Sequence[Row], limits: Limits) -> str | None:
     now = [row for row in rows[-REMEMBERED:] if row["sdpo_token_share"] > 0][-LASTS:]
     if not limits.weighs_entropy or len(now) < LASTS or not rows[-1]["sdpo_token_share"]:
         return None
-    if any(row["teacher_entropy"] < _CERTAIN or row["entropy_weight_std"] >= _WEIGHT_STD for row in now):
+    if any(_number(row, "teacher_entropy") < _CERTAIN or _number(row, "entropy_weight_std") >= _WEIGHT_STD for row in now):
         return None
     return f"entropy weights lie within {_mean(now, 'entropy_weight_std'):.2g} of 1, at {_mean(now, 'teacher_entropy'):.2f} nats a token"
 
@@ -101,12 +102,13 @@ def _logprob_gap(rows: Sequence[Row], limits: Limits) -> str | None:
 
 
 def _number(row: Row, key: str) -> float:
-    """Of a row in which a number that was not finite is None."""
-    return float("inf") if row.get(key) is None else row[key]
+    """What is not finite (null in metrics.jsonl) counts as infinite."""
+    value = row.get(key)
+    return math.inf if value is None or math.isnan(value) else value
 
 
 def _mean(rows: Sequence[Row], key: str) -> float:
-    values = [row[key] for row in rows if row.get(key) is not None]
+    values = [value for row in rows if math.isfinite(value := _number(row, key))]
     return sum(values) / len(values) if values else 0.0
 
 

@@ -80,6 +80,15 @@ def test_a_gap_is_told_at_once_a_number_that_is_not_finite_too():
     assert names(rows(1, engine_logprob_gap=0.06)) == names(rows(1, engine_logprob_gap=None)) == ["logprob_gap"]
 
 
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_do_not_stop_the_others(value):
+    """As a run has them (nan, inf), or metrics.jsonl (null)."""
+    shares = ("pass_rate", "format_rate", "zero_advantage_share", "sdpo_token_share", "updates", "updates_skipped", "response_tokens_mean")
+    broken = dict.fromkeys(set(HEALTHY) - set(shares), value)
+    assert names(rows(9) + rows(4, **broken)) == ["logprob_gap"]
+    assert names(rows(9) + rows(4, **broken | {"zero_advantage_share": 1.0})) == ["dead_groups", "logprob_gap"]
+
+
 def test_what_is_meant_to_be_so_is_no_alarm():
     """A frozen teacher on purpose, replay of another policy's samples, no entropy weighting, nothing to learn from: not these."""
     quiet = Limits(dead_group_share=0.9, logprob_gap=None, ema_rate=None, weighs_entropy=False)

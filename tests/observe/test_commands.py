@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 
 import pytest
 from rich.console import Console
@@ -94,3 +95,15 @@ def test_check_finds_what_a_run_would(tmp_path, monkeypatch):
             check(QUICKSTART / "config.yaml", [*overrides, wrong], None)
     with pytest.raises(ConfigError, match="does not divide the 3 processes"):
         check(QUICKSTART / "config.yaml", [*overrides, "parallel.tensor_model_parallel_size=2"], 3)
+
+
+def test_the_readme_explains_every_metric(run):
+    """The first column of its table, `a_b`, `_c` standing for a_b and a_b_c or a_c."""
+    explained = set()
+    for line in (QUICKSTART.parents[1] / "README.md").read_text().split("### Every metric")[1].split("\n## ")[0].splitlines():
+        names = re.findall(r"`([^`]+)`", line.split("|")[1]) if line.startswith("| `") else []
+        for name in names:
+            explained |= {names[0] + name, names[0].rpartition("_")[0] + name} if name.startswith("_") else {name}
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    keys_of_rows = {key for key in rows[0] if not key.startswith("seconds_")} - {"step", "alarms"}
+    assert keys_of_rows - explained == set() and "seconds_<phase>" in explained
