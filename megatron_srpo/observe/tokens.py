@@ -8,6 +8,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
+from megatron_srpo.config import ConfigError
 from megatron_srpo.files import write_text
 from megatron_srpo.records import Group, Sample
 from megatron_srpo.rollout.dump import step_file
@@ -59,7 +60,7 @@ def write_tokens(
 
 
 def read_tokens(folder: Path, step: int) -> dict[SampleKey, dict[str, Any]]:
-    """The rows of a step; empty where none were written. Raises ValueError naming file and line for a damaged one."""
+    """The rows of a step; empty where none were written. Raises ConfigError naming file and line for a damaged one."""
     file, rows = tokens_file(folder, step), {}
     for number, line in enumerate(file.read_bytes().split(b"\n") if file.is_file() else (), 1):
         if line:
@@ -67,5 +68,5 @@ def read_tokens(folder: Path, step: int) -> dict[SampleKey, dict[str, Any]]:
                 row = json.loads(line)
                 rows[row["prompt_id"], row["index"]] = row
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{file}:{number}: {error}") from None
+                raise ConfigError(f"{file}:{number}: is damaged ({error}); remove the file, which nothing else needs") from None
     return rows
