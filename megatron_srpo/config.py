@@ -116,8 +116,12 @@ class TaskSection(TaskSource):
     @model_validator(mode="before")
     @classmethod
     def _mixture_alone(cls, given: Any) -> Any:
-        if isinstance(given, dict) and given.get("mixture") and (beside := sorted(set(given) & set(TaskSource.model_fields))):
-            raise ValueError(f"task.mixture: beside it stands task.{beside[0]}, which belongs to one of its tasks (or task.mixture: null)")
+        if isinstance(given, dict) and given.get("mixture"):
+            default = {name: field.get_default(call_default_factory=True) for name, field in TaskSource.model_fields.items()}
+            if beside := sorted(key for key, value in given.items() if key in default and value != default[key]):
+                raise ValueError(
+                    f"task.mixture: beside it stands task.{beside[0]}, which belongs to one of its tasks (or task.mixture: null)"
+                )
         return given
 
     @model_validator(mode="after")
@@ -125,6 +129,8 @@ class TaskSection(TaskSource):
         names = [source.name for source in self.sources]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"task.mixture: two tasks are called {repeated[0]}; give each a name of its own (and a verifier)")
+        if self.mixture is None and self.weight != 1:
+            raise ValueError("task.weight: says a task's share of task.mixture, but there is no mixture")
         return self
 
 
@@ -141,7 +147,7 @@ class RolloutSection(_Section):
     over_sampling: float = Field(1.0, ge=1, description="prompts begun for each one trained on; the slowest are broken off and carried on")
     dynamic_filtering: bool = Field(False, description="leave out groups without signal (all rewards alike) and draw others instead")
     filter_rounds: int = Field(4, gt=0, description="rounds of drawing after which the batch is filled with groups without signal")
-    max_staleness: int = Field(1, ge=0, description="samples carried on: at most so many weight versions older than the policy they train")
+    max_staleness: int = Field(1, ge=0, description="samples carried on are at most so many weight versions older than the policy")
     overlap: Literal[0, 1] = Field(0, description="1: the next batch is sampled while one trains, by weights one version older")
     logprob_gap_warning: float = Field(
         0.05, gt=0, description="mean |log π_trainer - log π_engine|, nats a token, that raises an alarm; overlap adds the policy's move"
@@ -200,6 +206,9 @@ class EvaluationSection(_Section):
     samples: int = Field(16, gt=0, description="samples a prompt: K of avg@K and pass@K")
     temperature: float = Field(0.6, ge=0, description="0: greedy")
     top_p: float = Field(0.95, gt=0, le=1)
+    checkpoint: Path | None = Field(
+        None, description="the eval command takes the weights from this run (its newest checkpoint, or one of them), not from model.hf_path"
+    )
     greedy: bool = Field(True, description="the eval command also takes one greedy answer to each question")
 
     @model_validator(mode="after")
@@ -298,12 +307,14 @@ class Config(_Section):
         if self.evaluation.tasks is None:
             return self.task.sources
         trained = {source.name: source for source in self.task.sources}
-        return tuple(
-            trained[source.name]
-            if source == TaskSource(name=source.name) and source.name in trained
-            else source.model_copy(update={"test_share": 1.0 if source.test_share is None else source.test_share})
-            for source in self.evaluation.tasks
-        )
+        found = []
+        for source in self.evaluation.tasks:
+            if source == TaskSource(name=source.name):
+                source = trained.get(source.name, source)
+            elif source.test_share is None and source.path is not None and source.path.suffix == ".jsonl":
+                source = source.model_copy(update={"test_share": 1.0})  # nothing is trained on it
+            found.append(source)
+        return tuple(found)
 
     @model_validator(mode="after")
     def _contradictions(self):
@@ -322,7 +333,7 @@ class Config(_Section):
         return self
 
 
-SHORT = {"hf_path": "model.hf_path"}  # what overrides may call by its last name
+SHORT = {"hf_path": "model.hf_path", "checkpoint": "evaluation.checkpoint"}  # what overrides may call by its last name
 
 
 def load_config(path: Path, overrides: list[str]) -> Config:

@@ -13,7 +13,8 @@ import yaml
 from safetensors import safe_open
 from torch import Tensor
 
-from megatron_srpo.config import Config, ConfigError, EvaluationSection, load_config, save_config
+from megatron_srpo.checkpoint.weights import RunTensors, is_of_a_run
+from megatron_srpo.config import Config, ConfigError, EvaluationSection, ParallelSection, load_config, save_config
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.model.qwen3 import model_dtype
 from megatron_srpo.observe.scoreboard import Outcome, result_of, write_result
@@ -23,6 +24,7 @@ from megatron_srpo.rollout.collect import Collector, exchange
 from megatron_srpo.rollout.engine import Sampling
 from megatron_srpo.rollout.transformers_engine import TransformersEngine
 from megatron_srpo.runtime.parallel import Layout, initialize, shut_down
+from megatron_srpo.runtime.processes import rank_from_environment
 from megatron_srpo.scores import interval
 from megatron_srpo.tasks import Task, evaluation_tasks, question_count
 from megatron_srpo.tasks.pool import Pool
@@ -87,25 +89,29 @@ def _label(task: Task, split: str) -> str:
 
 
 def run_evaluation(config: Config) -> Path:
-    """`python -m megatron_srpo eval`: evaluate model.hf_path on this process's share; returns the result folder (logging.dir).
+    """`python -m megatron_srpo eval`: evaluate model.hf_path, or the policy of the run evaluation.checkpoint, on this process's share.
 
-    Every sample is appended to samples/, chunk by chunk; the same command goes on where an earlier one stopped. At the end
+    Returns the result folder (logging.dir). Every sample is appended to samples/, chunk by chunk; the same command goes on where an earlier one stopped. At the end
     result.json and result.md. Raises ConfigError before any work for what cannot be run.
     """
     folder = HFFolder(config.model.hf_path)
     folder.file_of, folder.tokenizer  # noqa: B018  (both check what they read)
+    if (path := config.evaluation.checkpoint) is not None and not is_of_a_run(path):
+        raise ConfigError(f"evaluation.checkpoint: {path} is neither a run folder with checkpoints nor one of its checkpoints")
     tasks = evaluation_tasks(config)
     check_evaluation(config, folder, tasks)
-    layout = initialize(config.parallel, config.train.seed)
+    if rank_from_environment() == 0:
+        _open_folder(config)
+    alone = ParallelSection(distributed_timeout_minutes=config.parallel.distributed_timeout_minutes)  # every process holds an engine
+    layout = initialize(alone, config.train.seed)
     try:
-        if layout.rank == 0:
-            _open_folder(config)
         engine = TransformersEngine(folder, layout.device, model_dtype(config), config.rollout.batch_size)
-        engine.update_weights(stored_weights(folder), "0")
+        engine.update_weights(stored_weights(config, folder), "0")
         verifiers = Pool({name: task.verifier for name, task in tasks.items()}, config.task)
         outcomes = _ask_everything(config, Collector(verifiers, engine, folder, layout, config.rollout), tasks)
         if layout.rank == 0:
-            write_result(config.logging.dir, result_of(outcomes, str(config.model.hf_path), layout.device.type))
+            model = str(config.evaluation.checkpoint or config.model.hf_path)
+            write_result(config.logging.dir, result_of(outcomes, model, layout.device.type))
     finally:
         shut_down(layout)
     return config.logging.dir
@@ -168,7 +174,7 @@ class Answers:
         """The chunk's samples are on disk when this returns."""
         if self.layout.rank == 0:
             lines = "".join(sample.model_dump_json() + "\n" for group in groups for sample in group)
-            for path, text in ((self.path, lines), (self.times, f"{seconds}\n")):
+            for path, text in ((self.times, f"{seconds}\n"), (self.path, lines)):
                 with path.open("a", encoding="utf-8") as out:
                     out.write(text)
                     out.flush()
@@ -184,8 +190,14 @@ class Answers:
         return sum(float(line) for line in self.times.read_text().split())
 
 
-def stored_weights(folder: HFFolder) -> Iterator[tuple[str, Tensor]]:
-    """The folder's weights as the stream an engine takes."""
+def stored_weights(config: Config, folder: HFFolder) -> Iterator[tuple[str, Tensor]]:
+    """The folder's weights, or the checkpoint's, as the stream an engine takes."""
+    if (path := config.evaluation.checkpoint) is not None:
+        policy = RunTensors(path, "policy")
+        if policy.architecture != folder.architecture:
+            raise ConfigError(f"evaluation.checkpoint: {policy.folder} holds another model than model.hf_path ({folder.path})")
+        yield from ((name, policy.tensor(name).to(policy.dtype(name))) for name in policy.names())
+        return
     for file in sorted(set(folder.file_of.values())):
         with safe_open(file, framework="pt") as tensors:
             for name in (name for name, place in folder.file_of.items() if place == file):

@@ -33,7 +33,9 @@ class Verdict(_Record):
     correct: bool = Field(description="c_i of METHOD.md: reward >= 0.5")
     format_ok: bool
     feedback: str | None = Field(default=None, description="what the environment says of this attempt; never the ground truth")
-    verifier_failed: Literal["timeout", "died", "memory", "error"] | None = Field(default=None, description="why nobody could judge it")
+    verifier_failed: str | None = Field(
+        default=None, description="why nobody could judge it: timeout, died, memory, or error: and what the verifier raised"
+    )
     excluded: bool = Field(default=False, description="takes no part in its group: neither learns nor counts nor is shown")
 
 

@@ -54,7 +54,7 @@ def _sample_steps(config: Config, folder: HFFolder, layout: Layout, terminal: Te
     metrics = MetricsFile(directory / "metrics.jsonl" if is_first else Path(os.devnull))
     try:
         rollouts.go_on(0, 0)
-        rollouts.publish(stored_weights(folder), 0)
+        rollouts.publish(stored_weights(config, folder), 0)
         for step in range(1, config.train.steps + 1):
             PROGRESS.step = step
             with watch("rollout"):

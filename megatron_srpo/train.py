@@ -262,6 +262,7 @@ class _Run:
                 step=step,
                 session=self.saver.session,
                 architecture=dataclasses.asdict(self.folder.architecture),
+                dtype=str(model_dtype(self.config)).removeprefix("torch."),
                 config=self.config.model_dump(mode="json"),
                 versions=resume.package_versions(),
                 world_size=self.layout.world_size,

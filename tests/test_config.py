@@ -294,6 +294,43 @@ def test_contradictions_name_their_place(message_of, text, override, place):
     assert message_of(text, *([override] if override else [])).startswith(f"{place}: rollout.samples_per_prompt: ")
 
 
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("task: {nmae: addition}\n", "config.yaml:7: task.nmae: unknown key; did you mean name?"),
+        ("task:\n  mixture: [{nmae: addition}]\n", "config.yaml:7: task.mixture.0.nmae: unknown key; did you mean name?"),
+        ("task:\n  name: x\n  mixture: [addition]\n", "config.yaml:9: task.mixture: beside it stands task.name"),
+        ("task:\n  mixture: [addition, addition]\n", "config.yaml:8: task.mixture: two tasks are called addition"),
+        ("task:\n  mixture: []\n", "config.yaml:8: task.mixture: List should have at least 1 item"),
+        ("task:\n  mixture: [{name: addition, weight: 0}]\n", "config.yaml:7: task.mixture.0.weight: Input should be greater than 0"),
+        ("task:\n  weight: 2\n", "config.yaml:8: task.weight: says a task's share of task.mixture, but there is no mixture"),
+        ("task:\n  name: a b\n", "config.yaml:8: task.name: String should match"),
+        ("task:\n  rule: lax\n", "config.yaml:8: task.rule: Input should be 'paper' or 'strict'"),
+        ("evaluation:\n  tasks: [{weigt: 1}]\n", "config.yaml:7: evaluation.tasks.0.weigt: unknown key; did you mean weight?"),
+        ("evaluation:\n  splits: [train]\n", "config.yaml:7: evaluation.splits.0: Input should be 'test' or 'validation'"),
+    ],
+)
+def test_wrong_tasks(message_of, text, expected):
+    assert message_of(GOOD + text).startswith(expected)
+
+
+def test_tasks_are_saved_as_they_are_read(config_of, tmp_path):
+    overrides = ["task.mixture=[{path: a/chemistry, weight: 2}, addition]", "evaluation.tasks=[addition, {path: x.jsonl}]"]
+    config = config_of(GOOD + "task: {name: addition}\n", *overrides)
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml", []) == config
+
+
+def test_tasks_and_their_overrides(config_of):
+    config = config_of(GOOD + "task:\n  mixture:\n  - {path: data/chemistry, weight: 2}\n  - addition\n")
+    assert [(source.name, source.weight) for source in config.task.sources] == [("chemistry", 2), ("addition", 1)]
+    config = config_of(GOOD, "task.path=data/physics", "task.rule=strict")
+    assert (config.task.name, config.task.rule) == ("physics", "strict")
+    config = config_of(GOOD, "task.name=math", "task.path=x.jsonl", "hf_path=other", "evaluation.tasks=[addition, {path: aime24.jsonl}]")
+    assert config.task.name == "math" and str(config.model.hf_path) == "other"
+    assert [(source.name, source.test_share) for source in config.evaluation_tasks] == [("addition", None), ("aime24", 1.0)]
+
+
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 

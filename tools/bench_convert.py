@@ -113,7 +113,7 @@ def measure(name: str, source: Path, output: Path) -> dict:
     except EOFError:
         raise RuntimeError(f"{name} failed") from None
     process.join()
-    return {"name": name, "seconds": round(seconds, 3), "extra_bytes": extra_bytes}
+    return {"name": name, "seconds": round(seconds, 3), "extra_bytes": max(0, extra_bytes)}
 
 
 def check_round_trip(original: Path, back: Path) -> None:

@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""megatron-core checkpoint (torch_dist) → Hugging Face folder, for transformers and SGLang.
+"""megatron-core checkpoint (torch_dist), or a training run's → Hugging Face folder, for transformers and SGLang.
 
     python tools/convert_megatron_to_hf.py --checkpoint DIR --hf-reference DIR --output DIR
+    python tools/convert_megatron_to_hf.py --checkpoint RUN --weights policy|teacher --hf-reference DIR --output DIR
     torchrun --nproc-per-node N tools/convert_megatron_to_hf.py …          each process writes its share
 
---checkpoint is the folder with .metadata and metadata.json, or one whose latest_checkpointed_iteration.txt names it.
+--checkpoint is the folder with .metadata and metadata.json, or one whose latest_checkpointed_iteration.txt names it; or a run
+folder (its newest checkpoint), or RUN/checkpoints/step_NNNNNN. In fp32 with --dtype float32, as a run's checkpoint keeps it.
 --hf-reference gives config.json, generation_config.json and the tokenizer; its weights are not read.
 """
 
@@ -14,6 +16,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_srpo.checkpoint.weights import RunTensors, is_of_a_run
+from megatron_srpo.files import FileError
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.runtime.processes import Processes
 from megatron_srpo.tool import DTYPES, add_dtype, run_tool
@@ -27,12 +31,18 @@ def main() -> int:
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
     parser.add_argument("--hf-reference", type=Path, required=True, metavar="DIR")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+    parser.add_argument("--weights", choices=["policy", "teacher"], default="policy", help="of a training run (default: policy)")
     add_dtype(parser)
     options = parser.parse_args()
 
     def work(processes: Processes) -> int:
         reference = HFFolder(options.hf_reference)
-        source = MegatronTensors(checkpoint_folder(options.checkpoint), reference.architecture)
+        if is_of_a_run(options.checkpoint):
+            source = RunTensors(options.checkpoint, options.weights)
+            if source.architecture != reference.architecture:
+                raise FileError(f"{options.hf_reference}: its config.json is not that of the model in {source.folder}")
+        else:
+            source = MegatronTensors(checkpoint_folder(options.checkpoint), reference.architecture)
         to_hf(source, reference, options.output, processes, DTYPES[options.dtype])
         return 0
 

@@ -64,7 +64,7 @@ def main() -> int:
     try:
         print("\n".join(prepare(options.raw, options.output)))
     except ConfigError as error:
-        print(str(error).removeprefix("task.path: "), file=sys.stderr)
+        print(f"error: {str(error).removeprefix('task.path: ')}", file=sys.stderr)
         return 2
     return 0
 

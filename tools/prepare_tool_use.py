@@ -47,7 +47,7 @@ def main() -> int:
             if (file := getattr(options, name)) is not None:
                 print(prepare(file, options.output / f"{name}.jsonl"))
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

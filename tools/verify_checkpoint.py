@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compare two models, each a Hugging Face folder or a megatron-core checkpoint: every tensor, and logits on random ids.
+"""Compare two models, each a Hugging Face folder, a megatron-core checkpoint or a training run: every tensor, and logits on random ids.
 
     python tools/verify_checkpoint.py A B
 
@@ -14,12 +14,13 @@ from math import prod
 from pathlib import Path
 
 from megatron_srpo.__main__ import quieten_libraries
+from megatron_srpo.checkpoint.weights import RunTensors, is_of_a_run
+from megatron_srpo.files import FileError
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.observe.progress import ByteProgress
 from megatron_srpo.runtime.processes import Processes
 from megatron_srpo.tool import run_tool
 from megatron_srpo.weights.compare import Difference, compare_tensors, difference, logits
-from megatron_srpo.weights.files import FileError
 from megatron_srpo.weights.sources import Tensors, architecture_folder, open_tensors
 
 
@@ -52,6 +53,7 @@ def main() -> int:
     parser.add_argument("first", type=Path, metavar="A")
     parser.add_argument("second", type=Path, metavar="B")
     parser.add_argument("--hf-reference", type=Path, metavar="DIR", help="whose config.json describes both, where neither has one")
+    parser.add_argument("--weights", choices=["policy", "teacher"], default="policy", help="of a training run (default: policy)")
     parser.add_argument("--tolerance", type=float, default=0.0, help="largest absolute difference of weights and logits that is none")
     parser.add_argument("--no-logits", action="store_true", help="for models that do not fit in memory in fp32")
     options = parser.parse_args()
@@ -62,7 +64,10 @@ def main() -> int:
         reference = given or architecture_folder(options.first) or architecture_folder(options.second)
         if reference is None:
             raise FileError(f"{options.first} and {options.second} have no config.json; name a Hugging Face folder with --hf-reference")
-        first, second = (open_tensors(path, reference) for path in (options.first, options.second))
+        first, second = (
+            RunTensors(path, options.weights) if is_of_a_run(path) else open_tensors(path, reference)
+            for path in (options.first, options.second)
+        )
         equal = tensors_are_equal(first, second, options.tolerance)
         if not options.no_logits and set(first.names()) == set(second.names()):
             equal = logits_are_equal(first, second, reference.path, options.tolerance) and equal

@@ -21,8 +21,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from megatron_srpo.files import sync, write_text
-from megatron_srpo.weights.files import bytes_of, crc32
+from megatron_srpo.files import FileError, sync, write_text
+from megatron_srpo.weights.safetensors_file import bytes_of, crc32
 
 FORMAT = 1
 _NAME = re.compile(r"step_(\d{6,})")
@@ -38,7 +38,7 @@ class SavedFile(BaseModel):
 
 
 class Manifest(BaseModel):
-    """manifest.json. `state`: see `state.py`; `evaluation`: the metrics.jsonl row of an evaluation at this step, if there was one."""
+    """manifest.json. dtype: the model's. state: see `state.py`. evaluation: the metrics.jsonl row of one at this step, if there was one."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -46,6 +46,7 @@ class Manifest(BaseModel):
     step: int
     session: str
     architecture: dict[str, Any]
+    dtype: str
     config: dict[str, Any]
     versions: dict[str, str]
     world_size: int
@@ -54,7 +55,7 @@ class Manifest(BaseModel):
     files: dict[str, SavedFile]
 
 
-class DamagedCheckpoint(ValueError):
+class DamagedCheckpoint(FileError):
     """A checkpoint that cannot be used; the message names the file and what is wrong with it."""
 
 

@@ -35,7 +35,8 @@ class Checkpoint(NamedTuple):
 
     def tensors(self) -> SavedTensors:
         """Its tensors, for a `with` statement."""
-        return SavedTensors([self.folder / name for name in sorted(self.manifest.files)], Architecture(**self.manifest.architecture))
+        files = [self.folder / name for name in sorted(self.manifest.files)]
+        return SavedTensors(files, Architecture.from_dict(self.manifest.architecture))
 
 
 def package_versions() -> dict[str, str]:

@@ -49,6 +49,12 @@ class Architecture:
     moe_intermediate_size: int
     norm_topk_prob: bool
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Architecture:
+        """The inverse of `dataclasses.asdict`, after JSON too. Raises TypeError for other keys."""
+        scaling = values.get("rope_scaling")
+        return cls(**{**values, "rope_scaling": scaling and RopeScaling(**scaling)})
+
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor the folder must hold."""
         shapes = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size), "model.norm.weight": (self.hidden_size,)}

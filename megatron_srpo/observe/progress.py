@@ -1,4 +1,4 @@
-"""Bytes done, rate and time left: a bar where there is a terminal, a plain line each tenth where there is none."""
+"""Bytes done, rate and time left: a bar where there is a terminal, a plain line a tenth (two seconds apart) where there is none."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ByteProgress:
     def __init__(self, title: str, total: int, enabled: bool = True):
         self.console = Console(stderr=True, quiet=not enabled, highlight=False)
         self.title, self.total, self.done = title, total, 0
-        self.started = time.perf_counter()
+        self.started = self.told = time.perf_counter()
         self.tenths = 0
         columns = (TextColumn("{task.description}"), BarColumn(None), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         self.bar = Progress(*columns, console=self.console, disable=not (enabled and self.console.is_terminal))
@@ -34,9 +34,10 @@ class ByteProgress:
         """`size` bytes more are done."""
         self.done += size
         self.bar.update(self.task, completed=self.done)
-        if self.bar.disable and (tenths := 10 * self.done // max(1, self.total)) > self.tenths:
-            self.tenths = tenths
-            rate = self.done / (time.perf_counter() - self.started)
+        now, tenths = time.perf_counter(), 10 * self.done // max(1, self.total)
+        if self.bar.disable and tenths > self.tenths and (tenths == 10 or now - self.told >= 2):
+            self.tenths, self.told = tenths, now
+            rate = self.done / (now - self.started)
             done, total, second = (decimal(int(size)) for size in (self.done, self.total, rate))
             self.say(f"{self.title}: {done} of {total}, {second}/s, {(self.total - self.done) / rate:.0f} s left")
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_srpo.config import ConfigError
+from megatron_srpo.files import write_text
 from megatron_srpo.records import Group
 from megatron_srpo.scores import interval, paired_difference, pass_at_k
 
@@ -27,7 +27,7 @@ def result_of(outcomes: Sequence[Outcome], model: str, device: str) -> dict[str,
     """What result.json holds. Intervals are [low, high], 95 % bootstrap over questions; `overall` is the mean over tasks."""
     tasks = {outcome.label: _task_result(outcome) for outcome in outcomes}
     overall: dict[str, Any] = {}
-    for key in sorted(set.intersection(*(set(task["questions"]) for task in tasks.values()))):
+    for key in _shared(tasks.values()):
         values = [list(task["questions"][key].values()) for task in tasks.values()]
         mean, low, high = interval(values)
         overall |= {key: mean, f"{key}/interval": [low, high]}
@@ -40,6 +40,12 @@ def result_of(outcomes: Sequence[Outcome], model: str, device: str) -> dict[str,
         "overall": {**overall, "seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds},
         "tasks": tasks,
     }
+
+
+def _shared(tasks: Iterable[dict[str, Any]]) -> list[str]:
+    """The scores that all of these task results have, in the order of the first."""
+    first, *others = tasks
+    return [key for key in first["questions"] if all(key in other["questions"] for other in others)]
 
 
 def _task_result(outcome: Outcome) -> dict[str, Any]:
@@ -72,19 +78,14 @@ def _task_result(outcome: Outcome) -> dict[str, Any]:
 
 def write_result(directory: Path, result: dict[str, Any]) -> None:
     """result.json and result.md; each appears whole or not at all."""
-    for name, text in (("result.json", json.dumps(result, ensure_ascii=False, indent=1)), ("result.md", markdown(result))):
-        partial = directory / f"{name}.partial"
-        with partial.open("w", encoding="utf-8") as out:
-            out.write(text + "\n")
-            out.flush()
-            os.fsync(out.fileno())
-        partial.replace(directory / name)
+    write_text(directory / "result.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")
+    write_text(directory / "result.md", markdown(result) + "\n")
 
 
 def markdown(result: dict[str, Any]) -> str:
     """The table of one model: percent, with 95 % intervals over questions."""
     rows = [*result["tasks"].items()] + ([("mean", result["overall"])] if len(result["tasks"]) > 1 else [])
-    scores = [key for key in result["overall"] if f"{key}/interval" in result["overall"]]
+    scores = _shared(result["tasks"].values())
     shares = ("format_rate", "truncated_share", "verifier_failed_share")
     header = ["task", "questions", *scores, "tokens", "format", "truncated", "no verdict"]
     lines = [f"`{result['model']}` on {result['device']}, {result['date']}", "", _row(header), _row(["---"] * len(header))]
@@ -126,10 +127,10 @@ def compare(directories: Sequence[Path]) -> str:
             raise ConfigError(f"{directory}: has the tasks {sorted(other['tasks'])}, {directories[0]} has {sorted(base['tasks'])}")
         lines += [f"base `{directories[0]}` ({base['model']}), other `{directory}` ({other['model']})", ""]
         lines += [_row(header), _row(["---"] * len(header))]
-        shared = set.intersection(*(set(task["questions"]) for run in (base, other) for task in run["tasks"].values()))
+        shared = _shared([*base["tasks"].values(), *other["tasks"].values()])
         if not shared:
             raise ConfigError(f"{directory}: no score in common with {directories[0]}; was evaluation.samples another?")
-        for key in sorted(shared):
+        for key in shared:
             pairs = {name: _paired(name, key, base, other, directory) for name in base["tasks"]}
             rows = [(name, [pair]) for name, pair in pairs.items()]
             for name, pair in rows + ([("mean", list(pairs.values()))] if len(rows) > 1 else []):

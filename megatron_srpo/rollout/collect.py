@@ -30,6 +30,7 @@ class Collector:
 
     def __init__(self, verifiers: Pool, engine: Engine, folder: HFFolder, layout: Layout, settings: RolloutSection):
         self.verifiers, self.engine, self.folder, self.layout, self.settings = verifiers, engine, folder, layout, settings
+        self.seconds_verifying = 0.0
 
     def prompts(self, prompt: Callable[[int], Prompt], numbers: range) -> list[Prompt]:
         """This rank's share of the prompts of `numbers`, with their token ids: every world_size-th, from its rank on."""

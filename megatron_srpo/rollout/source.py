@@ -37,7 +37,8 @@ class Rollouts:
         self._ahead: Future[Drawn] | None = None
         if settings.replay is None:
             engine = TransformersEngine(folder, layout.device, model_dtype(config), settings.batch_size)
-            trained, self.evaluated = training_tasks(config), evaluation_tasks(config)
+            trained = training_tasks(config)
+            self.evaluated = evaluation_tasks(config) if config.evaluation.every > 0 else {}
             mixture = Mixture(trained, {source.name: source.weight for source in config.task.sources})
             verifiers = Pool({name: task.verifier for name, task in {**trained, **self.evaluated}.items()}, config.task)
             self.collector = Collector(verifiers, engine, folder, layout, settings)
@@ -77,12 +78,13 @@ class Rollouts:
             self.drawing.go_on(step + 1, next_prompt)
 
     def close(self) -> None:
-        """Let go of the engine."""
+        """Let go of the engine and of the verifiers."""
         self.settle()
         self._thread.shutdown()
         self.ledger.close()
         if self.collector is not None:
             self.collector.engine.close()
+            self.collector.verifiers.close()
 
     def _replay(self, step: int) -> list[Group]:
         settings = self.config.rollout

@@ -161,7 +161,5 @@ def restore_random_states(states: dict[str, torch.Tensor]) -> None:
 def shut_down(layout: Layout) -> None:
     """Leave Megatron's groups, and the process group if `initialize` made it."""
     parallel_state.destroy_model_parallel()
-    if layout.beside_group is not None:
-        dist.destroy_process_group(layout.beside_group)
     if layout.owns_process_group:
         dist.destroy_process_group()

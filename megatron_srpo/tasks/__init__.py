@@ -51,7 +51,10 @@ def create_task(source: TaskSource, seed: int) -> Task:
 
         kind = source.verifier or VERIFIER_OF.get(source.name)
         if kind is None:
-            raise ConfigError(f"task.verifier: who judges {source.name!r}? one of {', '.join(VERIFIERS)} (or a known task.name)")
+            raise ConfigError(
+                f"task.verifier: who judges {source.name!r} in {source.path}? Give task.verifier ({', '.join(VERIFIERS)}),"
+                f" or a task.name that says it ({', '.join(VERIFIER_OF)})"
+            )
         if source.rule not in VERIFIERS[kind]:
             raise ConfigError(f"task.rule: {kind} has no {source.rule} rule, only paper")
         if kind == "math" and importlib.util.find_spec("math_verify") is None:
@@ -117,5 +120,5 @@ def _refuse_strangers(source: TaskSource) -> None:
     }
     default = TaskSource()
     for key, is_read in belongs.items():
-        if not is_read and getattr(source, key) != getattr(default, key) and not (key == "test_share" and source.test_share == 1):
+        if not is_read and getattr(source, key) != getattr(default, key):
             raise ConfigError(f"task.{key}: task {source.name} does not read it" + ("" if is_file else "; is task.path missing?"))

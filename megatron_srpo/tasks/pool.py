@@ -7,6 +7,7 @@ an answer: that one is given up, the rest go to its replacement.
 from __future__ import annotations
 
 import json
+import math
 import os
 import selectors
 import signal
@@ -51,26 +52,41 @@ class Pool:
         """One verdict a job, in order. A job that nobody could judge has `verifier_failed`, reward 0, and is `excluded` as configured."""
         waiting = deque(enumerate(jobs))
         verdicts: list[Verdict | None] = [None] * len(jobs)
-        while waiting or any(worker.held for worker in self.workers):
+        chunk = min(LARGEST_CHUNK, math.ceil(len(jobs) / len(self.workers)))
+        try:
+            while waiting or any(worker.held for worker in self.workers):
+                self._hand_out(waiting, chunk)
+                self._exchange()
+                self._take_in(waiting, verdicts)
+        except BaseException:  # answers still to come belong to nobody
             for place, worker in enumerate(self.workers):
-                if waiting and not worker.held:
-                    if worker.process.poll() is not None:  # while it had nothing to do
-                        worker = self._replace(place)
-                    worker.give(waiting)
-            self._exchange()
-            for place, worker in enumerate(self.workers):
-                answers = worker.take_answers()
-                for number, row in answers:
-                    verdicts[number] = self._verdict(row)
-                spent = any(row.get("failed") == "memory" for _, row in answers)  # it leaves after that
-                if worker.held and not spent and (failure := worker.failure()):
-                    number, _ = worker.held.popleft()
-                    verdicts[number] = self._verdict({"failed": failure})
-                    spent = True
-                if spent:
-                    waiting.extendleft(reversed(worker.held))
+                if worker.held:
                     self._replace(place)
+            raise
         return verdicts
+
+    def _hand_out(self, waiting: deque[tuple[int, Job]], chunk: int) -> None:
+        """A chunk of jobs to every worker that has none."""
+        for place, worker in enumerate(self.workers):
+            if waiting and not worker.held:
+                if worker.process.poll() is not None:  # while it had nothing to do
+                    worker = self._replace(place)
+                worker.give(waiting, chunk)
+
+    def _take_in(self, waiting: deque[tuple[int, Job]], verdicts: list[Verdict | None]) -> None:
+        """The answers that have come; what a lost worker held goes back, but for the job that lost it."""
+        for place, worker in enumerate(self.workers):
+            answers = worker.take_answers()
+            for number, row in answers:
+                verdicts[number] = self._verdict(row)
+            is_lost = any(row.get("failed") == "memory" for _, row in answers)  # it leaves after that
+            if worker.held and not is_lost and (failure := worker.failure()):
+                number, _ = worker.held.popleft()
+                verdicts[number] = self._verdict({"failed": failure})
+                is_lost = True
+            if is_lost:
+                waiting.extendleft(reversed(worker.held))
+                self._replace(place)
 
     def _replace(self, place: int) -> _Worker:
         self.workers[place].kill()
@@ -140,10 +156,10 @@ class _Worker:
                     self.kill()
                     raise ConfigError(f"task.verifier: a verifier process did not start ({failure})")
 
-    def give(self, waiting: deque[tuple[int, Job]]) -> None:
-        """Take jobs from `waiting`, to be answered within `seconds` each."""
+    def give(self, waiting: deque[tuple[int, Job]], chunk: int) -> None:
+        """Take at most `chunk` jobs from `waiting`, to be answered within `seconds` each."""
         lines: list[bytes] = []
-        while waiting and len(lines) < LARGEST_CHUNK and sum(map(len, lines)) < CHUNK_BYTES:
+        while waiting and len(lines) < chunk and sum(map(len, lines)) < CHUNK_BYTES:
             self.held.append(waiting.popleft())
             lines.append(json.dumps(self.held[-1][1]).encode() + b"\n")
         self.unsent = memoryview(bytes(self.unsent) + b"".join(lines))
@@ -155,6 +171,8 @@ class _Worker:
         try:
             while self.unsent:
                 self.unsent = self.unsent[os.write(self.process.stdin.fileno(), self.unsent) :]
+                if self.ready:  # it is reading, so it is not stuck
+                    self.deadline = time.monotonic() + self.seconds
         except BlockingIOError:
             pass
         except BrokenPipeError:

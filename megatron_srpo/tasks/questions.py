@@ -7,7 +7,6 @@ A line holds `answer` and either `messages` (chat messages, one user message las
 from __future__ import annotations
 
 import json
-import os
 import random
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_srpo.config import ConfigError, TaskSource
+from megatron_srpo.files import write_text
 from megatron_srpo.records import Prompt
 
 SPLITS = ("train", "validation", "test")
@@ -82,13 +82,7 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def write_questions(rows: Iterable[dict[str, Any]], path: Path) -> None:
     """Write rows that `read_questions` reads; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as out:
-        for row in rows:
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
-        out.flush()
-        os.fsync(out.fileno())
-    partial.replace(path)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _question(row: dict[str, Any], number: int, where: str, phrase: Callable[[str], str]) -> Question:
@@ -170,7 +164,7 @@ def read_splits(source: TaskSource, phrase: Callable[[str], str]) -> dict[str, l
         splits = {name: read_questions(file, phrase) if (file := path / f"{name}.jsonl").is_file() else [] for name in SPLITS}
         if not splits["train"] and not splits["test"]:
             raise ConfigError(f"task.path: {path.resolve()} has neither train.jsonl nor test.jsonl")
-    elif path.suffix == ".jsonl" or path.is_file():
+    elif path.suffix == ".jsonl":
         questions = read_questions(path, phrase)
         test, train = set_aside(questions, 0.1 if source.test_share is None else source.test_share)
         splits = {"train": train, "validation": [], "test": test}

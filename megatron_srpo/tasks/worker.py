@@ -1,6 +1,6 @@
 """A verifier process: jobs in on standard input, verdicts out on standard output, one JSON line each. Started by `pool`.
 
-Model output is data here: verifiers parse it and nothing evaluates it. No torch in these processes.
+Model output is data here: verifiers parse it, and an audit hook refuses whatever would evaluate it. No torch in these processes.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from megatron_srpo.records import Verdict
 
 Verifier = Callable[[str, str], Verdict]
+NUMERALS = {"Integer", "Float", "Rational", "sympy", "*"}  # names in the code by which sympy makes a number of a numeral
 PLACE_FOR_OWN_CODE = "megatron_srpo_own_tasks"  # the module name of a user's file, so that its dataclasses can be looked up
 
 
@@ -38,16 +41,16 @@ def load_attribute(reference: str) -> object:
 
 
 def judge(verifier: Verifier, answer: str, text: str) -> dict:
-    """The verdict as plain data, or {"failed": why, "reason": text}."""
+    """The verdict as plain data, or {"failed": why}."""
     try:
         verdict = verifier(answer, text)
         if not isinstance(verdict, Verdict):
             raise TypeError(f"the verifier returned {type(verdict).__name__}, not a Verdict")
         return verdict.model_dump(mode="json")
     except MemoryError:
-        return {"failed": "memory", "reason": "out of memory"}
+        return {"failed": "memory"}
     except Exception as error:  # a verifier's bug must not end the run, and is counted
-        return {"failed": "error", "reason": f"{type(error).__name__}: {error}"[:500]}
+        return {"failed": f"error: {type(error).__name__}: {error}"[:500]}
 
 
 def main() -> None:
@@ -62,6 +65,8 @@ def main() -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     jobs = (json.loads(line) for line in sys.stdin.buffer)
     settings = next(jobs)
+    judging = threading.Event()
+    sys.addaudithook(partial(_refuse_evaluation, judging))
 
     def say(row: dict) -> None:
         answers.write(json.dumps(row) + "\n")
@@ -76,11 +81,30 @@ def main() -> None:
     say({})
     for task, answer, text in jobs:
         signal.setitimer(signal.ITIMER_REAL, settings["seconds"])
+        judging.set()
         row = judge(verifiers[task], answer, text)
+        judging.clear()
         signal.setitimer(signal.ITIMER_REAL, 0)
         say(row)
         if row.get("failed") == "memory":
             return
+
+
+def _refuse_evaluation(judging: threading.Event, event: str, arguments: tuple) -> None:
+    """Audit hook: no verifier, nor a library under it, runs a string as code. What classes and sympy's numbers are made by may."""
+    if event != "exec" or not judging.is_set() or arguments[0].co_filename != "<string>":
+        return
+    frame = sys._getframe(1)
+    caller = frame.f_globals.get("__name__", "")
+    if caller in ("collections", "dataclasses"):
+        return
+    if caller == "sympy.parsing.sympy_parser" and set(arguments[0].co_names) <= NUMERALS:
+        return
+    while frame and frame.f_code is not judge.__code__:
+        if frame.f_globals.get("__name__") == "importlib._bootstrap":  # a module being imported
+            return
+        frame = frame.f_back
+    raise PermissionError(f"{caller} wanted to evaluate a string; model output is data")
 
 
 def _limit_memory(size: int) -> None:

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_srpo.files import FileError, aside
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.observe.progress import ByteProgress
 from megatron_srpo.runtime.processes import Processes
 from megatron_srpo.weights import safetensors_file, torch_dist
-from megatron_srpo.weights.files import FileError, aside
 from megatron_srpo.weights.hf_output import SHARD_BYTES, plan_shards, size_of, write_companions, write_config
 from megatron_srpo.weights.sources import Place, Tensors, empty_objects, part_shape, places
 from megatron_srpo.weights.table import VOCABULARY_TENSORS

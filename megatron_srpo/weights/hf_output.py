@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_srpo.files import FileError
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.weights.files import FileError
 
 SHARD_BYTES = 4 * 2**30
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import struct
+import zlib
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_srpo.weights.files import DurableFile, bytes_of, crc32
+from megatron_srpo.files import DurableFile
 
 # safetensors' names
 DTYPES = {
@@ -81,3 +82,13 @@ class Writer:
         if missing := [name for name in self._tensors if name not in self.checksums]:
             raise ValueError(f"{self.path}: {missing[0]} was not written ({len(missing)} in all)")
         return self.checksums
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The elements of a contiguous CPU tensor as they lie in memory, without a copy."""
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+
+
+def crc32(data: memoryview | bytes) -> int:
+    """The CRC32 of `data`, as zip files have it. Releases the GIL."""
+    return zlib.crc32(data)

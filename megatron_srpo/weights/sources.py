@@ -4,23 +4,23 @@ Megatron's side has the names and global shapes of `GPTModel.sharded_state_dict(
 which are Transformer Engine's: layers stacked (`decoder.layers.mlp.linear_fc2.weight` is [layers, H, ffn]), experts
 stacked inside them (`decoder.layers.mlp.experts.experts.linear_fc2.weight` is [layers, experts, H, ffn]), the norms that
 Transformer Engine fuses under the matrix after them, the vocabulary padded. megatron-core's local layers ask for the
-same names, by their `sharded_state_dict_keys_map`, so either kind of layers loads one checkpoint, in Megatron-LM, too.
+same names, by their `sharded_state_dict_keys_map`, so either kind of layers loads one checkpoint, and so do Megatron-LM's
+models, which are these.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_srpo.files import FileError
 from megatron_srpo.model.hf_folder import Architecture, HFFolder
-from megatron_srpo.weights.files import FileError
 from megatron_srpo.weights.safetensors_file import DTYPES
 from megatron_srpo.weights.table import EXPERT_ROWS, LAYER_ROWS, MODEL_ROWS, VOCABULARY_TENSORS, Row, fused_name
 from megatron_srpo.weights.torch_dist import Folder
@@ -48,19 +48,24 @@ class HFTensors:
     """The tensors of a Hugging Face folder. Raises ConfigError or FileError when one is missing, unexpected, or not of its shape."""
 
     def __init__(self, folder: HFFolder):
-        self.folder, self._stack = folder, ExitStack()
-        self._shapes = folder.architecture.tensor_shapes()
-        self._opened = {file: self._stack.enter_context(safe_open(file, framework="pt")) for file in set(folder.file_of.values())}
-        self._dtypes = {}
-        for name, file in folder.file_of.items():
-            kind = self._opened[file].get_slice(name).get_dtype()
+        self.folder, self._shapes = folder, folder.architecture.tensor_shapes()
+        self._opened: tuple[Path, Any] | None = None
+        self._dtypes: dict[str, torch.dtype] = {}
+        for name, file in sorted(folder.file_of.items(), key=lambda item: item[1]):
+            kind = self._open(file).get_slice(name).get_dtype()
             if DTYPES.get(kind) not in _FLOATS:
                 raise FileError(f"{file}: {name} has dtype {kind}; expected one of F32, BF16 and F16 (quantised models cannot be read)")
             self._dtypes[name] = DTYPES[kind]
 
+    def _open(self, file: Path) -> Any:
+        """The file, and no other: what is mapped and was read counts as this process's memory."""
+        if self._opened is None or self._opened[0] != file:
+            self._opened = file, safe_open(file, framework="pt")
+        return self._opened[1]
+
     def names(self) -> list[str]:
         """All names."""
-        return list(self._dtypes)
+        return list(self.folder.file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """As in the file."""
@@ -74,7 +79,7 @@ class HFTensors:
         """The tensor, mapped from the file."""
         file = self.folder.file_of[name]
         try:
-            return self._opened[file].get_tensor(name)
+            return self._open(file).get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise FileError(f"{file}: {name} cannot be read: {error}") from None
 
@@ -140,9 +145,17 @@ class MegatronTensors:
     def __init__(self, path: Path, architecture: Architecture):
         self.folder, self.architecture = Folder(path), architecture
         self._shapes = architecture.tensor_shapes()
-        self._places = {name: place for place in places(architecture) for name in place.names}
+        stored = map(self._as_stored, places(architecture))
+        self._places = {name: place for place in stored for name in place.names}
         self._last: tuple[Place, dict[str, Tensor]] | None = None
         self._check()
+
+    def _as_stored(self, place: Place) -> Place:
+        """Megatron can keep each layer under keys of its own (`non_homogeneous_layers`), as where experts are not in all of them."""
+        single = place.key.replace("decoder.layers.", f"decoder.layers.{place.index[0]}.", 1) if place.index else place.key
+        if place.key in self.folder.chunks or single not in self.folder.chunks:
+            return place
+        return replace(place, key=single, index=place.index[1:], stacks=place.stacks[1:])
 
     def _check(self) -> None:
         held, expected = self.folder.chunks, dict.fromkeys(place.key for place in self._places.values())

@@ -15,6 +15,8 @@ import io
 import json
 import os
 import pickle
+import struct
+import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -26,9 +28,10 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata, planner
 
-from megatron_srpo.weights.files import DurableFile, FileError
+from megatron_srpo.files import DurableFile, FileError
 
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+_ALIGNMENT = 64  # bytes, as torch.save aligns elements within its stream: they can be mapped from the file
 _DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 
 
@@ -87,8 +90,14 @@ class Writer:
         tensor = tensor.detach().contiguous()
         if tensor.untyped_storage().nbytes() != tensor.nbytes:  # torch.save writes whole storages
             tensor = tensor.clone()
+        self._stream.end += -self._stream.end % _ALIGNMENT
         offset = self._stream.end
-        torch.save(tensor.view(shape), self._stream)
+        try:
+            torch.save(tensor.view(shape), self._stream)
+        except RuntimeError as error:
+            if isinstance(error.__context__, FileError):  # torch ends its zip file all the same, and trips over the missing bytes
+                raise error.__context__ from None
+            raise
         length = self._stream.end - offset
         self._chunks.append(Chunk(key, str(tensor.dtype), tuple(tensor_shape), tuple(start), shape, self._name, offset, length))
 
@@ -209,7 +218,7 @@ class Folder:
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        self._files: dict[str, io.FileIO] = {}
+        self._files: dict[str, tuple[io.FileIO, Tensor]] = {}
 
     @cached_property
     def chunks(self) -> dict[str, list[Chunk]]:
@@ -290,15 +299,37 @@ class Folder:
         return whole
 
     def _load(self, chunk: Chunk) -> Tensor:
+        """The chunk, mapped from the file where it lies there plainly, as Megatron's and ours do."""
+        file = self.path / chunk.file
         if chunk.file not in self._files:
-            self._files[chunk.file] = (self.path / chunk.file).open("rb", buffering=0)
+            size = file.stat().st_size
+            self._files[chunk.file] = file.open("rb", buffering=0), torch.from_file(str(file), size=size, dtype=torch.uint8)
+        opened, content = self._files[chunk.file]
+        stream = _Slice(opened, chunk.offset, chunk.length)
         try:
-            tensor = torch.load(_Slice(self._files[chunk.file], chunk.offset, chunk.length), weights_only=True)
+            tensor = torch.load(stream, map_location="meta", weights_only=True)
+            start = chunk.offset + _start_of_data(stream)
         except Exception as error:  # zip and pickle readers raise whatever damaged bytes make of them
-            raise FileError(f"{self.path / chunk.file}: {chunk.key} at byte {chunk.offset} is damaged: {error}") from None
+            raise FileError(f"{file}: {chunk.key} at byte {chunk.offset} is damaged: {error}") from None
         if not isinstance(tensor, Tensor) or str(tensor.dtype) != chunk.dtype or tensor.numel() != prod(chunk.shape):
             given = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise FileError(
-                f"{self.path / chunk.file}: {chunk.key} at byte {chunk.offset} is {given}, .metadata says {chunk.dtype} {list(chunk.shape)}"
-            )
-        return tensor.view(chunk.shape)
+            said = f"{chunk.dtype} {list(chunk.shape)}"
+            raise FileError(f"{file}: {chunk.key} at byte {chunk.offset} is {given}, .metadata says {said}")
+        if not tensor.is_contiguous() or tensor.storage_offset():
+            return torch.load(stream, weights_only=True).reshape(chunk.shape)
+        data = content[start : start + tensor.nbytes]
+        if start % tensor.itemsize:
+            data = data.clone()
+        return data.view(tensor.dtype).view(chunk.shape)
+
+
+def _start_of_data(stream: _Slice) -> int:
+    """Where in a `torch.save` stream the elements of its one tensor start. Raises ValueError or BadZipFile."""
+    stream.seek(0)
+    [record] = [record for record in zipfile.ZipFile(stream).infolist() if record.filename.endswith("/data/0")]
+    stream.seek(record.header_offset)
+    header = stream.read(30)
+    if record.compress_type != zipfile.ZIP_STORED or len(header) < 30:
+        raise ValueError("its elements are compressed")
+    stream.seek(0)
+    return record.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))  # after the lengths: the name, the extra field

@@ -13,6 +13,7 @@ from megatron_srpo.algorithm.grpo import GRPO
 from megatron_srpo.algorithm.routing import choose_sibling, group_advantages, route_groups
 from megatron_srpo.algorithm.sdpo import SDPO
 from megatron_srpo.algorithm.srpo import SRPO
+from megatron_srpo.records import Verdict
 
 PLENTY = 10_000
 
@@ -202,3 +203,123 @@ def test_teacherless_samples_are_counted():
     assert tight["teacherless_failed_share"] == 1
     assert tight["teacher_prompts_empty"] == 3
     assert tight["sdpo_sample_share"] == 0
+
+
+# ---- samples that nobody could judge ---------------------------------------------------------------------------------
+
+
+def without_verdict(group, *indices):
+    """The group with these samples excluded: reward 0, as the pool gives it."""
+    failed = Verdict(reward=0.0, correct=False, format_ok=False, verifier_failed="timeout", excluded=True)
+    return tuple(sample.model_copy(update={"verdict": failed}) if sample.index in indices else sample for sample in group)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("divide", [False, True])
+@pytest.mark.parametrize(
+    "correct, excluded", [((1, 0, 0, 1, 0), (1,)), ((1, 0, 0, 1, 0), (0, 4)), ((1, 0, 0, 0), (1, 2, 3)), ((1, 0), (0, 1))]
+)
+def test_excluded_samples_take_no_part(name, divide, correct, excluded):
+    """The others learn what they would learn in a group that never had them; the excluded learn nothing and are never shown."""
+    algorithm = ALGORITHMS[name].model_copy(update={"advantage_std": divide})
+    (group,) = route_groups([without_verdict(make_group(correct), *excluded)], algorithm, encode_bytes, PLENTY, "s")
+    judged = [index for index in range(len(correct)) if index not in excluded]
+    rewards = np.array([correct[index] for index in judged], dtype=float)
+    for index in excluded:
+        route = group[index].route
+        assert (route.branch, route.policy_weight, route.distillation_weight, route.advantage) == ("none", 0, 0, 0)
+        assert route.teacher_ids is None and route.no_teacher is None
+    for index in judged:
+        route, expected = group[index].route, correct[index] - rewards.mean()
+        if divide:
+            expected /= (rewards.std(ddof=1) if len(judged) > 1 else 0.0) + 1e-6
+        assert route.advantage == pytest.approx(expected)
+        siblings = [other for other in judged if correct[other] and other != index]
+        assert route.sibling is None or route.sibling in siblings
+        weights = algorithm.branch_weights(bool(correct[index]), bool(siblings))
+        assert (route.policy_weight, route.distillation_weight) == weights
+
+
+def test_a_sample_scored_zero_instead_counts():
+    """verifier_failed: zero gives an ordinary failed sample."""
+    zero = Verdict(reward=0.0, correct=False, format_ok=False, verifier_failed="timeout", excluded=False)
+    right, wrong = make_group((1, 0))
+    (group,) = route_groups([(right, wrong.model_copy(update={"verdict": zero}))], SRPO(), encode_bytes, PLENTY, "s")
+    assert [sample.route.advantage for sample in group] == [0.5, -0.5] and group[1].route.branch == "sdpo"
+
+
+def test_metrics_leave_excluded_samples_out():
+    from megatron_srpo.observe.metrics import rollout_metrics
+
+    groups = route_groups([without_verdict(make_group((1, 0, 0, 1)), 1), make_group((0, 0, 0, 0), "q")], SRPO(), encode_bytes, PLENTY, "s")
+    metrics = rollout_metrics(groups)
+    assert metrics["pass_rate"] == metrics["reward_mean"] == pytest.approx(2 / 7)
+    assert metrics["verifier_failed_share"] == pytest.approx(1 / 8)
+    assert metrics["format_rate"] == 1
+    assert not any("/" in key for key in metrics)  # one task: no numbers by task
+
+
+# ---- environment feedback --------------------------------------------------------------------------------------------
+
+
+def told(group, feedback="it broke"):
+    """The group with feedback on every sample, the right ones too."""
+    return tuple(
+        sample.model_copy(update={"verdict": sample.verdict.model_copy(update={"feedback": feedback})}) for sample in group
+    )
+
+
+def teacher_texts(algorithm, correct, mode, limit=PLENTY):
+    (group,) = route_groups([told(make_group(correct))], algorithm, encode_bytes, limit, "s", mode)
+    return [None if sample.route.teacher_ids is None else bytes(sample.route.teacher_ids).decode() for sample in group]
+
+
+ALONE = (
+    "[user]What is it?\nThe following is feedback from your unsuccessful earlier attempt:\n\nit broke\n\n"
+    "Correctly solve the original question."
+)
+
+
+def test_feedback_is_off_by_default():
+    assert all(text is None for text in teacher_texts(SRPO(), (0, 0), "off"))
+    assert "it broke" not in teacher_texts(SRPO(), (1, 0), "off")[1]
+    (group,) = route_groups([told(make_group((0, 0)))], SRPO(), encode_bytes, PLENTY, "s")
+    assert all(sample.route.no_teacher == "no_correct_sibling" for sample in group)
+
+
+@pytest.mark.parametrize("algorithm", [SRPO(), SDPO()], ids=lambda algorithm: algorithm.name)
+def test_feedback_alone_teaches_where_there_is_no_solution(algorithm):
+    for mode in ("without_solution", "always"):
+        assert teacher_texts(algorithm, (0, 0), mode) == [ALONE, ALONE]
+    assert "it broke" not in teacher_texts(algorithm, (1, 0), "without_solution")[1]
+    both = teacher_texts(algorithm, (1, 0), "always")[1]
+    assert both == (
+        "[user]What is it?\nCorrect solution:\n\nanswer <0>\n\nThe following is feedback from your unsuccessful earlier attempt:\n\n"
+        "it broke\n\nCorrectly solve the original question."
+    )
+
+
+def test_feedback_routes_like_a_teacher():
+    (group,) = route_groups([told(make_group((0, 0)))], SRPO(), encode_bytes, PLENTY, "s", "without_solution")
+    for sample in group:
+        assert (sample.route.branch, sample.route.sibling, sample.route.no_teacher) == ("sdpo", None, None)
+    (silent,) = route_groups([make_group((0, 0))], SRPO(), encode_bytes, PLENTY, "s", "always")
+    assert all(sample.route.branch == "grpo" and sample.route.no_teacher == "no_correct_sibling" for sample in silent)
+
+
+def test_right_samples_are_told_nothing():
+    texts = teacher_texts(SDPO(), (1, 1), "always")
+    assert all("it broke" not in text for text in texts)
+    assert teacher_texts(SDPO(), (1, 0), "always")[0] is None  # a lone right one has no teacher
+
+
+def test_feedback_that_does_not_fit_is_no_teacher():
+    assert teacher_texts(SRPO(), (0, 0), "always", limit=len(ALONE)) == [ALONE, ALONE]
+    assert teacher_texts(SRPO(), (0, 0), "always", limit=len(ALONE) - 1) == [None, None]
+
+
+def test_a_solution_that_is_all_thought_leaves_the_feedback():
+    right, wrong = told(make_group((1, 0)))
+    right = right.model_copy(update={"text": "<think>only thoughts"})
+    ((_, routed),) = route_groups([(right, wrong)], SRPO(), encode_bytes, PLENTY, "s", "without_solution")
+    assert bytes(routed.route.teacher_ids).decode() == ALONE

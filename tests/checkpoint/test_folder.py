@@ -23,6 +23,7 @@ def make(directory, step, score=None, value=0.0):
         step=step,
         session="test",
         architecture={},
+        dtype="float32",
         config={},
         versions={},
         world_size=2,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import runpy
 import shutil
 import signal
 import sys
@@ -108,6 +109,23 @@ def test_a_signal_saves_and_the_same_command_goes_on(command, whole, tmp_path, m
     status, said = command(tmp_path / "run")
     assert status == 0 and f"going on after step {step}" in said
     assert_same(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["rollout.overlap=1"], ["rollout.over_sampling=2", "rollout.dynamic_filtering=true", "rollout.batch_size=6"]],
+    ids=["one step off", "over-sampling"],
+)
+def test_a_batch_that_was_under_way_goes_on(command, tmp_path, monkeypatch, overrides):
+    """Sampled ahead by the weights before, or carried on from broken-off responses: the same samples as without the stop."""
+    assert command(tmp_path / "whole", *overrides)[0] == 0
+    interrupt_in_step(monkeypatch, 2)
+    assert command(tmp_path / "run", *overrides)[0] == 75
+    monkeypatch.undo()
+    assert command(tmp_path / "run", *overrides)[0] == 0
+    assert_same(tmp_path / "run", tmp_path / "whole")
+    stale = [row["staleness_max"] for row in rows(tmp_path / "run") if "loss" in row]
+    assert max(stale) == 1, stale
 
 
 def test_the_clock_saves_and_leaves(command, tmp_path):
@@ -217,6 +235,33 @@ def test_another_model_is_refused_and_named(command, whole, tmp_path):
     status, said = command(whole, f"model.hf_path={other}", "resume.override=[model.hf_path, logging]")
     assert status == 2 and "is a checkpoint of another model" in said
     assert "num_hidden_layers: the checkpoint has 3, model.hf_path 2" in said
+
+
+def test_policy_and_teacher_become_hugging_face_folders(command, tmp_path, monkeypatch):
+    """The policy is the run's own hf/; the teacher follows it: θ'₂ = 0.95 θ'₁ + 0.05 θ₂."""
+    run = tmp_path / "run"
+    assert command(run, "train.steps=2", "checkpoint.save_interval=1", "evaluation.every=0")[0] == 0
+
+    def tool(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(START.parents[2] / "tools" / f"{name}.py"), run_name="__main__")
+        return end.value.code
+
+    def convert(checkpoint, weights):
+        output = tmp_path / f"{checkpoint.name}-{weights}"
+        arguments = ("--checkpoint", checkpoint, "--weights", weights, "--hf-reference", START, "--output", output)
+        assert tool("convert_megatron_to_hf", *arguments) == 0
+        return load_file(output / "model.safetensors")
+
+    policy, exported = convert(run, "policy"), load_file(run / "hf" / "model.safetensors")
+    assert set(policy) == set(exported) and all(torch.equal(policy[name], exported[name]) for name in policy)
+    assert tool("verify_checkpoint", run, run / "hf", "--no-logits") == 0
+    before, after = (convert(run / "checkpoints" / f"step_00000{step}", "teacher") for step in (1, 2))
+    for name, tensor in after.items():
+        torch.testing.assert_close(tensor, 0.95 * before[name] + 0.05 * policy[name], atol=1e-7, rtol=1e-6)
+        assert not torch.equal(tensor, before[name])
+    assert tool("verify_checkpoint", run, run / "hf", "--weights", "teacher", "--no-logits") == 1
 
 
 def test_never_means_never(command, whole):

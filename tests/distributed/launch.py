@@ -45,8 +45,18 @@ def torchrun(ranks: int, script: str, jobs: list[dict], file: Path, timeout: flo
     assert done.returncode == 0, "\n".join([done.stdout[-2000:], *told[-60:]])
 
 
-def run_jobs(ranks: int, config: Path, jobs: dict[str, list[str]], folder: Path) -> dict[str, Run]:
-    """Train `config` once a job, {name: overrides}, in one launch of `ranks` processes; run folders are folder/name."""
-    listed = [{"config": str(config), "overrides": [*overrides, f"logging.dir={folder / name}"]} for name, overrides in jobs.items()]
+def run_jobs(ranks: int, config: Path, jobs: dict[str, list[str]], folder: Path, evaluated: tuple[str, ...] = ()) -> dict[str, Run]:
+    """Train `config` once a job, {name: overrides}, in one launch of `ranks` processes; run folders are folder/name.
+
+    The jobs named in `evaluated` evaluate instead.
+    """
+    listed = [
+        {
+            "command": "eval" if name in evaluated else "train",
+            "config": str(config),
+            "overrides": [*overrides, f"logging.dir={folder / name}"],
+        }
+        for name, overrides in jobs.items()
+    ]
     torchrun(ranks, "layouts.py", listed, folder / f"jobs-{ranks}.json")
     return {name: Run(folder / name) for name in jobs}

@@ -1,8 +1,9 @@
-"""Run by torchrun: trains one configuration file under several lists of overrides, one after the other, in the same processes.
+"""Run by torchrun: trains or evaluates one configuration file under several lists of overrides, one after the other, in the same
+processes.
 
     torchrun --nproc-per-node N tests/distributed/layouts.py jobs.json
 
-jobs.json: [{"config": path, "overrides": ["section.key=value", …]}, …].
+jobs.json: [{"command": "train" or "eval", "config": path, "overrides": ["section.key=value", …]}, …].
 """
 
 from pathlib import Path
@@ -11,11 +12,12 @@ from worker import each_job
 
 
 def run(job: dict) -> None:
-    """One training."""
+    """One training or evaluation."""
     from megatron_srpo.config import load_config
+    from megatron_srpo.evaluate import run_evaluation
     from megatron_srpo.train import train
 
-    train(load_config(Path(job["config"]), job["overrides"]))
+    {"train": train, "eval": run_evaluation}[job["command"]](load_config(Path(job["config"]), job["overrides"]))
 
 
 if __name__ == "__main__":

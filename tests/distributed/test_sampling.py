@@ -11,8 +11,14 @@ from launch import run_jobs
 ROOT = Path(__file__).parents[2]
 SMALL = ["train.steps=3", "rollout.prompts_per_step=6", "evaluation.every=3", "evaluation.prompts=5", "evaluation.samples=2"]
 LAYOUTS = {
-    1: {"one": []},
-    2: {"tp2": ["parallel.tensor_model_parallel_size=2"], "dp2": []},
+    1: {"one": [], "evaluation of one": []},
+    2: {
+        "tp2": ["parallel.tensor_model_parallel_size=2"],
+        "dp2": [],
+        "choosy": ["rollout.dynamic_filtering=true", "rollout.over_sampling=1.5", "rollout.batch_size=8", "train.steps=2"],
+        "evaluation": [],
+        "ahead": ["rollout.overlap=1", "evaluation.every=2"],
+    },
     3: {"pp3": ["parallel.pipeline_model_parallel_size=3"], "dp3": ["parallel.use_distributed_optimizer=false"]},
 }
 
@@ -25,7 +31,7 @@ def runs(tmp_path_factory):
     done = {}
     for ranks, layouts in LAYOUTS.items():
         jobs = {name: [*overrides, *layout] for name, layout in layouts.items()}
-        done |= run_jobs(ranks, ROOT / "examples/quickstart/config.yaml", jobs, root)
+        done |= run_jobs(ranks, ROOT / "examples/quickstart/config.yaml", jobs, root, evaluated=("evaluation", "evaluation of one"))
     return done
 
 
@@ -52,3 +58,34 @@ def test_the_engine_samples_with_the_published_weights(runs, layout):
     assert [row["weight_version"] for row in rows] == ["0", "1", "2"]
     assert max(row["engine_logprob_gap_max"] for row in rows) < 1e-4
     assert all(row["grad_norm"] > 0 for row in rows)
+
+
+def test_ranks_fill_a_batch_together(runs):
+    """Every group trained on has a signal, the batch is full, and what is left over is counted alike on all ranks."""
+    for row in runs["choosy"].rows:
+        assert row["zero_advantage_share"] == 0 and row["groups_filtered"] + row["groups_carried"] > 0
+        samples = lines(runs["choosy"], row["step"])
+        assert len(samples) == 6 * 8 and len({sample["prompt"]["id"] for sample in samples}) == 6
+    trained = [sample["prompt"]["id"] for step in (1, 2) for sample in lines(runs["choosy"], step)]
+    assert len(set(trained)) == 12  # no prompt twice
+
+
+def test_one_step_off(runs):
+    """From the second step on a batch is one version older than the policy, and evaluations still see the newest weights."""
+    rows = runs["ahead"].rows
+    assert [row["weight_version"] for row in rows] == ["0", "0", "1"] and [row["staleness_max"] for row in rows] == [0, 1, 1]
+    assert rows[0]["engine_logprob_gap_max"] < 1e-4 < rows[1]["engine_logprob_gap_max"]  # the policy has moved since
+    assert [sample["versions"][0][0] for sample in lines(runs["ahead"], 3)] == ["1"] * 48
+
+
+def test_the_eval_command_gives_the_same_on_two_processes(runs):
+    """The same samples in the same order, though each process asked every second question."""
+    one, two = (
+        [json.loads(line) for line in (runs[name].folder / "samples/addition.jsonl").open()] for name in ("evaluation of one", "evaluation")
+    )
+    assert len(one) == 10
+    assert [(s["prompt"]["id"], s["index"], s["response_ids"]) for s in one] == [
+        (s["prompt"]["id"], s["index"], s["response_ids"]) for s in two
+    ]
+    results = [json.loads((runs[name].folder / "result.json").read_text()) for name in ("evaluation of one", "evaluation")]
+    assert results[0]["tasks"]["addition"]["questions"] == results[1]["tasks"]["addition"]["questions"]

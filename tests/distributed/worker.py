@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import json
 import sys
 from collections.abc import Callable
@@ -19,4 +20,10 @@ def each_job(run: Callable[[dict], None]) -> None:
     dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=1))
     for job in json.loads(Path(sys.argv[1]).read_text()):
         run(job)
+        dist.barrier()
+        for group in list(dist.distributed_c10d._world.pg_map):  # Megatron forgets its groups, but their threads stay: thirty a job
+            if group is not dist.group.WORLD and dist.get_rank(group) >= 0:
+                dist.destroy_process_group(group)
+        del group
+        gc.collect()  # the last to hold them are cycles of the finished trainer's
     dist.destroy_process_group()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import os
 import signal
 import sys
@@ -33,6 +35,15 @@ def misbehave(answer: str, text: str) -> Verdict:
         return misbehave(answer, text)
     if text == "nothing":
         return None
+    if text.startswith("eval "):
+        return Verdict(reward=float(eval(text[5:])), correct=True, format_ok=True)
+    if text == "sympy":
+        from sympy.parsing.sympy_parser import parse_expr
+
+        return Verdict(reward=float(parse_expr("sin(1)")), correct=True, format_ok=True)
+    if text == "classes":  # what imports do lazily is no evaluation of output
+        collections.namedtuple("Pair", "a b")
+        dataclasses.make_dataclass("Made", ["a"])
     if text == "chatter":
         print("x" * 100_000)
         sys.stderr.write("y" * 100_000)

@@ -57,7 +57,7 @@ def refusal(tmp_path):
         ),
         (
             b'{"messages": ["x"], "answer": "1"}\n',
-            'data.jsonl:1: messages: expected a list of {"role": \xe2\x80\xa6, "content": \xe2\x80\xa6}, both strings'.encode("latin1").decode(),
+            'data.jsonl:1: messages: expected a list of {"role": …, "content": …}, both strings',
         ),
         (b'{"prompt": "x", "system": 3, "answer": "1"}\n', "data.jsonl:1: system: is 3; expected a string or null"),
     ],

@@ -139,7 +139,13 @@ def test_strict_rule(text, right):
 
 @pytest.mark.parametrize(
     "text, ok",
-    [("<answer>A</answer>", True), ("<answer>E</answer>", False), ("B", False), ("<answer>B", False), ("<answer>B</answer><answer>", False)],
+    [
+        ("<answer>A</answer>", True),
+        ("<answer>E</answer>", False),
+        ("B", False),
+        ("<answer>B", False),
+        ("<answer>B</answer><answer>B", False),
+    ],
 )
 def test_format(text, ok):
     assert verify("B", text).format_ok == ok

@@ -10,6 +10,7 @@ from launch import Run, run_jobs, torchrun
 from rollouts import write_rollouts
 from tiny import make_model, save_folder
 
+from megatron_srpo.checkpoint.weights import RunTensors
 from megatron_srpo.model.hf_folder import HFFolder
 
 TP, PP, VPP, EP = (f"parallel.{name}_model_parallel_size=" for name in ("tensor", "pipeline", "virtual_pipeline", "expert"))
@@ -19,8 +20,10 @@ CHAINS = {
     "tied": {2: [[TP + "2"], [NO_DO], [PP + "2", VPP + "2"]], 4: [[TP + "4", SP], [TP + "2", PP + "2"], []]},
     "untied": {2: [[], [PP + "2"]], 4: [[TP + "2", NO_DO], [TP + "4"]]},
     "moe": {2: [[EP + "2"], []], 4: [[EP + "2"], [TP + "2", SP, EP + "2"]]},
+    "llama": {2: [[TP + "2"], []], 4: [[PP + "2"]]},
     "trust_region": {2: [[TP + "2"], []], 4: [[PP + "2"]]},
 }
+FAMILY = {"moe": "qwen3_moe", "llama": "llama"}
 OVERRIDES = {"trust_region": ["teacher.kind=trust_region", "teacher.interpolation=0.4"]}
 
 
@@ -43,7 +46,7 @@ def runs(tmp_path_factory):
     common = {}
     for name, chain in CHAINS.items():
         steps = sum(map(len, chain.values()))
-        options = {"family": "qwen3_moe"} if name == "moe" else {"tied": name != "untied", "vocab_size": 261}
+        options = {"family": FAMILY[name]} if name in FAMILY else {"tied": name != "untied", "vocab_size": 261}
         model = make_model(**options)
         folder = HFFolder(save_folder(root / f"{name}-hf", model))
         rollouts = write_rollouts(root / f"{name}-rollouts", folder, model, steps=steps)
@@ -54,7 +57,7 @@ def runs(tmp_path_factory):
         for name, chain in CHAINS.items():
             for step, layout in enumerate(chain[ranks], 1 if ranks == 2 else len(chain[2]) + 1):
                 overrides = [*common[name][1], *layout, f"train.steps={step}", f"logging.dir={root / name}-chain"]
-                jobs.append({"config": str(config), "overrides": overrides})
+                jobs.append({"command": "train", "config": str(config), "overrides": overrides})
         torchrun(ranks, "layouts.py", jobs, root / f"chain-{ranks}.json")
     return {name: (run, Run(Path(f"{run.folder}-chain"))) for name, run in whole.items()}
 
@@ -70,3 +73,13 @@ def test_layouts_in_turn_train_as_one_process_does(runs, name):
         assert other["lr"] == one["lr"] and one["sdpo_token_share"] > 0
     for key, tensor in whole.weights.items():
         torch.testing.assert_close(chain.weights[key], tensor, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["moe", "llama"])
+def test_the_last_checkpoint_is_the_run_s_model(runs, name):
+    """Policy in HF names, put together from four ranks' pieces: the bits of the exported folder, and its architecture."""
+    _, chain = runs[name]
+    saved = RunTensors(chain.folder, "policy")
+    assert saved.architecture == HFFolder(chain.folder / "hf").architecture
+    assert set(saved.names()) == set(chain.weights)
+    assert all(torch.equal(saved.tensor(key), tensor) for key, tensor in chain.weights.items())

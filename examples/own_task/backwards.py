@@ -1,0 +1,39 @@
+"""A task of your own: spell a word backwards. `task.path: examples/own_task/backwards.py` is all it takes."""
+
+import random
+
+from megatron_srpo.records import Prompt, Verdict
+
+SYLLABLES = ("ka", "lo", "mi", "ne", "ru", "sta", "ter", "von")
+
+
+class Backwards:
+    """Endless words by (seed, split, index); words of the test begin with "t" or "v", no others do."""
+
+    def __init__(self, name: str, seed: int, syllables: int = 2):
+        """`name` is task.name; what follows the seed comes from task.options."""
+        self.name, self.seed, self.syllables = name, seed, syllables
+
+    def size(self, split: str) -> int | None:
+        """None: endless. A finite task says how many prompts a split has, 0 for a split it does not have."""
+        return None
+
+    def prompt(self, split: str, index: int) -> Prompt:
+        """Prompt `index` of "train", "validation" or "test": a function of the seed and its arguments alone."""
+        rng = random.Random(f"{self.seed}/{split}/{index}")
+        first = [syllable for syllable in SYLLABLES if (syllable[0] in "tv") == (split != "train")]
+        word = rng.choice(first) + "".join(rng.choices(SYLLABLES, k=self.syllables - 1))
+        return Prompt(
+            id=f"{self.name}/{split}/{index}",
+            task=self.name,
+            messages=({"role": "user", "content": f"Spell {word} backwards."},),
+            answer=word[::-1],
+        )
+
+    @staticmethod
+    def verify(answer: str, text: str) -> Verdict:
+        """Runs in a worker process that is killed when it takes too long. Never evaluate `text` as code."""
+        given = text.strip().removesuffix(".")
+        correct = given == answer
+        feedback = None if correct else f"A word of {len(answer)} letters was expected, not {len(given)}."
+        return Verdict(reward=float(correct), correct=correct, format_ok=given.isalpha(), feedback=feedback)

@@ -1,0 +1,135 @@
+"""Mathematics: finding the final answer, comparing it, rows as the benchmarks publish them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_srpo.config import ConfigError, TaskSource
+from megatron_srpo.tasks import create_task
+from megatron_srpo.tasks.extract import last_answer_block, last_boxed
+from megatron_srpo.tasks.mathematics import final_answer, published_row, verify
+from megatron_srpo.tasks.questions import read_questions
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (r"\boxed{5}", "5"),
+        (r"so \boxed{1} or \boxed{2}.", "2"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{ \{1, 2\} }", r"\{1, 2\}"),
+        (r"\fbox{7}", "7"),
+        (r"\boxed {8}", "8"),
+        (r"\boxed{a \boxed{b}}", r"a \boxed{b}"),  # the outermost
+        (r"\boxed{1} then \boxed{2", "1"),  # cut off
+        (r"}} \boxed{3} {{", "3"),
+        (r"{ \boxed{4} }", "4"),
+        (r"\boxed{}", ""),
+        (r"\\boxed{9}", None),  # a line break, then a word
+        (r"\boxed 5", None),
+        (r"boxed{5}", None),
+        ("", None),
+    ],
+)
+def test_last_box(text, expected):
+    assert last_boxed(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (r"\boxed{5} <answer>6</answer>", "5"),
+        ("<answer> 6 </answer>", "6"),
+        ("<answer>6</answer> <answer>7", "6"),
+        ("the answer is 6", None),
+    ],
+)
+def test_final_answer(text, expected):
+    assert final_answer(text) == expected
+    assert last_answer_block("<answer>6</answer>") == "6"
+
+
+@pytest.mark.parametrize(
+    "gold, text, right",
+    [
+        ("933", "<answer>933</answer>", True),  # math-verify alone finds nothing here
+        ("933", r"\boxed{933}", True),
+        ("933", r"\boxed{0933}", True),
+        ("933", r"\boxed{932}", False),
+        ("933", "933", False),  # nothing committed to
+        ("1/2", r"\boxed{0.5}", True),
+        (r"\frac{1}{2}", r"\boxed{\dfrac12}", True),
+        (r"$\frac{\sqrt{2}}{2}$", r"\boxed{\frac{1}{\sqrt{2}}}", True),
+        (r"\frac{1}{2}", r"\boxed{-\frac{1}{2}}", False),
+        ("1,234", r"\boxed{1234}", True),
+        ("x^2+2x+1", r"\boxed{(x+1)^2}", True),
+        ("(3, 4)", r"\boxed{(3,4)}", True),
+        ("(3, 4)", r"\boxed{(4,3)}", False),
+        (r"\{1, 2\}", r"\boxed{\{2, 1\}}", True),
+        (r"2\pi", r"\boxed{6.28}", False),
+        ("5", r"\boxed{x = 5}", True),
+        ("5", r"\boxed{5\text{ cm}}", True),
+        ("5", r"\boxed{5 \text{ or } 6}", False),
+        ("5", r"\boxed{4, 5, 6}", False),
+        ("5", r"\boxed{" + "5" * 2000 + "}", False),
+    ],
+)
+def test_comparison(gold, text, right):
+    pytest.importorskip("math_verify")
+    verdict = verify(gold, text)
+    assert verdict.correct == right
+    assert verdict.correct or gold not in verdict.feedback
+
+
+@pytest.mark.parametrize(
+    "row, expected",
+    [
+        ({"question": "Q", "answer": "She has 2 + 3 = <<2+3=5>>5.\n#### 1,005"}, ("Q", "1005")),  # GSM8K
+        ({"problem": "Q", "answer": "204", "solution": "long"}, ("Q", "204")),  # AIME
+        ({"problem": "Q", "answer": 204}, ("Q", "204")),
+        ({"question": "Q", "solution": r"so $\boxed{1.6\times 10^{3}}$ K."}, ("Q", r"1.6\times 10^{3}")),  # Minerva
+        ({"question": "Q", "final_answer": ["$2$"], "solution": ["long"]}, ("Q", "$2$")),  # OlympiadBench
+        ({"problem": "Q", "answer": r"\frac{1}{2}"}, ("Q", r"\frac{1}{2}")),  # HMMT
+        ({"question": "Q", "solution": "no box"}, r"solution: holds no \boxed"),
+        ({"question": "Q", "final_answer": ["1", "2"]}, "final_answer: expected one answer, not 2"),
+        ({"question": "Q"}, "answer: is missing"),
+        ({"answer": "1"}, "question: is missing"),
+        ({"question": "Q", "answer": "#### "}, "answer: is empty"),
+    ],
+)
+def test_published_rows(row, expected):
+    if isinstance(expected, tuple):
+        assert published_row(row) == expected
+    else:
+        with pytest.raises(ValueError) as caught:
+            published_row(row)
+        assert expected in str(caught.value)
+
+
+def test_prepared_file_is_a_task(tmp_path):
+    pytest.importorskip("math_verify")
+    raw, out = tmp_path / "raw.jsonl", tmp_path / "gsm8k.jsonl"
+    raw.write_text(json.dumps({"question": "How many?", "answer": "2 + 3\n#### 5"}) + '\n{"question": "Prove it."}\n')
+    command = [sys.executable, "tools/prepare_math.py", "--raw", str(raw), "--output", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "1 questions; left out: 1" in done.stdout and "raw.jsonl:2: answer: is missing" in done.stdout
+    assert len(read_questions(out)) == 1
+    task = create_task(TaskSource(path=out, test_share=1.0), 1)
+    prompt = task.prompt("test", 0)
+    assert (task.name, prompt.answer) == ("gsm8k", "5")
+    assert prompt.messages[0]["content"] == "How many?\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+
+
+def test_without_math_verify(tmp_path, monkeypatch):
+    (tmp_path / "x.jsonl").write_text('{"question": "Q", "answer": "1"}\n')
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs math-verify; pip install 'megatron_srpo\[tasks\]'"):
+        create_task(TaskSource(name="math", path=tmp_path / "x.jsonl"), 1)

@@ -1,0 +1,170 @@
+"""Which task a configuration means: names, paths, own classes, mixtures, what is evaluated, and what is refused."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from megatron_srpo.config import Config, ConfigError, TaskSection, TaskSource
+from megatron_srpo.tasks import create_task, evaluation_tasks, question_count, training_tasks
+from megatron_srpo.tasks.mixture import Mixture
+from megatron_srpo.tasks.pool import Job, Pool
+
+ROOT = Path(__file__).parents[2]
+OWN = ROOT / "examples/own_task/backwards.py"
+LINE = '{{"id": "{0}", "question": "{0}?", "answer": "{0}"}}\n'
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """chemistry/ and physics/ with 10 training and 3 test questions each."""
+    for name in ("chemistry", "physics"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text("".join(LINE.format(n) for n in range(10)))
+        (tmp_path / name / "test.jsonl").write_text("".join(LINE.format(n) for n in range(20, 23)))
+    return tmp_path
+
+
+def config_of(**sections) -> Config:
+    return Config.model_validate({"model": {"hf_path": "x"}, "train": {"steps": 1}, "logging": {"dir": "y"}, **sections})
+
+
+def test_a_folder_names_its_task_and_the_name_its_verifier(folder):
+    task = create_task(TaskSource(path=folder / "chemistry"), 1)
+    assert (task.name, task.verifier) == ("chemistry", "megatron_srpo.tasks.sciknoweval:verify")
+    strict = create_task(TaskSource(path=folder / "chemistry", rule="strict"), 1)
+    assert strict.verifier == "megatron_srpo.tasks.sciknoweval:verify_strict"
+    named = create_task(TaskSource(name="tool_use", path=folder / "chemistry"), 1)
+    assert named.verifier == "megatron_srpo.tasks.tool_use:verify"
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"name": "sudoku"}, "task.name: unknown task 'sudoku'; known: addition, reasoning_gym/DATASET"),
+        ({"name": "chemistry"}, "task.path: chemistry needs its questions"),
+        ({"path": "physics", "name": "mine"}, "who judges 'mine' in .*physics\\? Give task.verifier \\(exact, multiple_choice, tool_calls"),
+        ({"path": "physics", "verifier": "exact", "rule": "strict"}, "task.rule: exact has no strict rule"),
+        ({"rule": "strict"}, "task.rule: task addition does not read it; is task.path missing\\?"),
+        ({"verifier": "math"}, "task.verifier: task addition does not read it"),
+        ({"options": {"a": 1}}, "task.options: task addition does not read it"),
+        ({"path": "physics", "test_share": 0.5}, "task.test_share: task physics does not read it"),
+    ],
+)
+def test_refusals(folder, given, said):
+    if "path" in given:
+        given = {**given, "path": folder / given["path"]}
+    with pytest.raises(ConfigError, match=said):
+        create_task(TaskSource(**given), 1)
+
+
+# ---- own classes -------------------------------------------------------------------------------------------------------
+
+
+def test_own_class_from_the_example():
+    (source,) = TaskSection(path=OWN, options={"syllables": 3}).sources
+    task = create_task(source, 5)
+    assert (task.name, task.syllables, task.seed) == ("backwards", 3, 5)
+    prompt = task.prompt("train", 0)
+    word = prompt.messages[0]["content"].split()[1]
+    assert prompt.answer == word[::-1] and prompt.task == "backwards"
+    assert not {task.prompt("train", n).answer for n in range(200)} & {task.prompt("test", n).answer for n in range(200)}
+    pool = Pool({task.name: task.verifier}, TaskSection(verifier_workers=1))
+    right, wrong = pool.verify([Job(task.name, prompt.answer, f" {prompt.answer}."), Job(task.name, prompt.answer, "no")])
+    assert right.correct and not wrong.correct and wrong.feedback.startswith("A word of ")
+
+
+@pytest.mark.parametrize(
+    "code, said",
+    [
+        ("x = 1 / 0", "cannot be run: ZeroDivisionError"),
+        ("def f(", "cannot be run: SyntaxError"),
+        ("x = 1", "expected one class with size, prompt and verify, found 0"),
+        ("class A:\n def prompt(s): 0\n def verify(s): 0\nclass B(A): pass", "found 2"),
+        ("class A:\n def prompt(s): 0\n def verify(s, a, t): 0", "A.verify must be a @staticmethod"),
+        ("class A:\n def prompt(s): 0\n @staticmethod\n def verify(a, t): 0", "A cannot be made with {}"),
+    ],
+)
+def test_own_files_that_cannot_be_used(tmp_path, code, said):
+    file = tmp_path / "mine.py"
+    file.write_text(code)
+    with pytest.raises(ConfigError) as caught:
+        create_task(TaskSource(path=file), 1)
+    assert said in str(caught.value) and "mine.py" in str(caught.value)
+    with pytest.raises(ConfigError, match="does not exist"):
+        create_task(TaskSource(path=tmp_path / "none.py"), 1)
+
+
+# ---- mixtures ----------------------------------------------------------------------------------------------------------
+
+
+def test_mixture_keeps_its_shares_at_every_length(folder):
+    config = config_of(
+        task={"mixture": [{"path": folder / "chemistry", "weight": 5}, {"path": folder / "physics", "weight": 2}, {"name": "addition"}]}
+    )
+    sources = {source.name: source.weight for source in config.task.sources}
+    assert sources == {"chemistry": 5, "physics": 2, "addition": 1}
+    mixture = Mixture(training_tasks(config), sources)
+    prompts = [mixture.prompt(number) for number in range(400)]
+    counts = Counter()
+    for number, prompt in enumerate(prompts, 1):
+        counts[prompt.task] += 1
+        for name, weight in sources.items():
+            assert abs(counts[name] - number * weight / 8) < 2
+    assert len({prompt.id for prompt in prompts}) == 400
+    for name in sources:  # each task's own prompts, in its own order
+        own = [prompt.id for prompt in prompts if prompt.task == name]
+        assert own == [training_tasks(config)[name].prompt("train", n).id for n in range(len(own))]
+    later = Mixture(training_tasks(config), sources)
+    assert [later.prompt(number).id for number in (399, 7)] == [prompts[399].id, prompts[7].id]
+
+
+def test_one_task_is_a_mixture_of_one():
+    config = config_of()
+    mixture = Mixture(training_tasks(config), {"addition": 1.0})
+    assert [mixture.prompt(n).id for n in (0, 5)] == ["addition/train/0", "addition/train/5"]
+
+
+# ---- what is evaluated -------------------------------------------------------------------------------------------------
+
+
+def test_evaluated_are_the_training_tasks_or_those_named(folder):
+    physics = {"path": str(folder / "physics")}
+    assert set(evaluation_tasks(config_of())) == {"addition"}
+    assert set(evaluation_tasks(config_of(task={"mixture": ["addition", physics]}))) == {"addition", "physics"}
+    assert set(evaluation_tasks(config_of(task={"mixture": ["addition", physics]}, evaluation={"tasks": ["physics"]}))) == {"physics"}
+    assert set(evaluation_tasks(config_of(evaluation={"tasks": [physics, "addition"]}))) == {"physics", "addition"}
+
+
+def test_one_file_is_all_test_when_nothing_is_trained_on_it(folder):
+    file = folder / "chemistry/train.jsonl"
+    config = config_of(evaluation={"tasks": [{"path": file, "verifier": "exact"}], "prompts": None})
+    (task,) = evaluation_tasks(config).values()
+    assert question_count(task, "test", config.evaluation) == 10
+    trained = config_of(task={"path": file, "verifier": "exact"}, evaluation={"prompts": None})
+    (task,) = evaluation_tasks(trained).values()
+    assert question_count(task, "test", trained.evaluation) == 1
+    assert question_count(task, "test", config_of().evaluation) == 1  # of 64 wanted
+
+
+@pytest.mark.parametrize(
+    "sections, said",
+    [
+        ({"evaluation": {"splits": ["validation"]}, "task": {"path": "chemistry"}}, "evaluation.splits: task chemistry has no validation"),
+        ({"evaluation": {"prompts": None}}, "evaluation.prompts: null means all, but task addition is endless"),
+        ({"evaluation": {"tasks": ["addition", "addition"]}}, "evaluation.tasks: two tasks are called addition"),
+    ],
+)
+def test_evaluations_that_cannot_be_run(folder, sections, said):
+    if "task" in sections:
+        sections = {**sections, "task": {"path": folder / sections["task"]["path"]}}
+    with pytest.raises(ConfigError, match=said):
+        evaluation_tasks(config_of(**sections))
+
+
+def test_nothing_to_train_on(folder):
+    (folder / "physics/train.jsonl").unlink()
+    with pytest.raises(ConfigError, match="task physics has no questions to train on"):
+        training_tasks(config_of(task={"path": folder / "physics"}))

@@ -1,0 +1,172 @@
+"""The eval and compare commands: results, resumption, comparison; the same path as evaluation during training."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_srpo import evaluate
+from megatron_srpo.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+START = ROOT / "examples/quickstart/start"
+SETTINGS = [f"hf_path={START}", "evaluation.prompts=10", "evaluation.samples=4", "rollout.max_response_tokens=40", "train.seed=3"]
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command(name, *arguments) → (exit status, standard output, standard error)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["megatron_srpo", *map(str, arguments)])
+        status = main()
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return run
+
+
+@pytest.fixture
+def evaluation(command):
+    """evaluation(folder, *overrides) → what `eval` of the quick start's start model says."""
+    return lambda folder, *overrides: command(
+        "eval", ROOT / "examples/quickstart/config.yaml", *SETTINGS, f"logging.dir={folder}", *overrides
+    )
+
+
+@pytest.fixture
+def words(tmp_path):
+    """A second task: a JSONL file the model has no chance with."""
+    file = tmp_path / "words.jsonl"
+    file.write_text("".join(json.dumps({"id": f"w{n}", "question": f"Word {n}?", "answer": "none"}) + "\n" for n in range(4)))
+    return f"{{path: {file}, verifier: exact}}"
+
+
+def test_results_are_those_of_the_samples(evaluation, words, tmp_path):
+    """Every number of result.json again from the samples it kept."""
+    status, out, _ = evaluation(tmp_path / "run", f"evaluation.tasks=[addition, {words}]")
+    assert status == 0
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert list(result["tasks"]) == ["addition", "words"]
+    table = (tmp_path / "run/result.md").read_text()
+    assert table.strip() in out and "| mean |" in table
+    for name, count in (("addition", 10), ("words", 4)):
+        task, samples = result["tasks"][name], [json.loads(line) for line in (tmp_path / f"run/samples/{name}.jsonl").open()]
+        greedy = [json.loads(line) for line in (tmp_path / f"run/samples/{name}.greedy.jsonl").open()]
+        assert (len(samples), len(greedy), task["question_count"]) == (4 * count, count, count)
+        right = [[sample["verdict"]["correct"] for sample in samples[start : start + 4]] for start in range(0, 4 * count, 4)]
+        assert task["avg@4"] == pytest.approx(sum(map(sum, right)) / (4 * count))
+        assert task["pass@4"] == pytest.approx(sum(map(any, right)) / count)
+        pairs = [sum(a or b for i, a in enumerate(row) for b in row[i + 1 :]) / 6 for row in right]
+        assert task["pass@2"] == pytest.approx(sum(pairs) / count)
+        assert task["greedy"] == sum(sample["verdict"]["correct"] for sample in greedy) / count
+        assert task["response_tokens_mean"] == pytest.approx(sum(len(sample["response_ids"]) for sample in samples) / len(samples))
+        low, high = task["avg@4/interval"]
+        assert low <= task["avg@4"] <= high
+    assert result["tasks"]["words"]["avg@4"] == 0 < result["tasks"]["addition"]["avg@4"]
+    assert result["overall"]["avg@4"] == pytest.approx(result["tasks"]["addition"]["avg@4"] / 2)
+    assert result["overall"]["tokens_per_second"] > 0
+
+
+def test_a_command_cut_off_goes_on(evaluation, tmp_path, monkeypatch):
+    """Chunks of two questions; the second is cut in the middle of a line. The same command then gives what an uncut one gives."""
+    monkeypatch.setattr(evaluate, "CHUNK_SEQUENCES", 8)
+    small = ["evaluation.greedy=false", "evaluation.prompts=6"]
+    assert evaluation(tmp_path / "whole", *small)[0] == 0
+    append, appended = evaluate.Answers.append, []
+
+    def cut(answers, groups, seconds):
+        append(answers, groups, seconds)
+        appended.append(len(groups))
+        if len(appended) == 2:
+            content = answers.path.read_bytes()
+            answers.path.write_bytes(content[: len(content) - 700])
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate.Answers, "append", cut)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation(tmp_path / "cut", *small)
+    assert not (tmp_path / "cut/result.json").exists()
+    assert evaluation(tmp_path / "cut", *small, "rollout.batch_size=5")[0] == 0
+    assert sum(appended[2:]) == 3  # three of six were answered, the fourth's last line was cut: what is answered is not asked again
+    texts = [[json.loads(line) for line in (tmp_path / name / "samples/addition.jsonl").open()] for name in ("whole", "cut")]
+    assert [(row["prompt"]["id"], row["index"], row["response_ids"]) for row in texts[0]] == [
+        (row["prompt"]["id"], row["index"], row["response_ids"]) for row in texts[1]
+    ]
+    results = [json.loads((tmp_path / name / "result.json").read_text())["tasks"]["addition"] for name in ("whole", "cut")]
+    assert results[0]["questions"] == results[1]["questions"]
+
+
+def test_another_evaluation_in_the_same_folder_is_refused(evaluation, command, tmp_path):
+    folder = tmp_path / "run"
+    assert evaluation(folder, "evaluation.greedy=false", "evaluation.prompts=2")[0] == 0
+    before = (folder / "result.json").read_text()
+    status, _, error = evaluation(folder, "evaluation.greedy=false", "evaluation.prompts=2", "evaluation.top_p=0.5")
+    assert status == 2 and "holds an evaluation with other settings (evaluation)" in error
+    assert (folder / "result.json").read_text() == before
+    (tmp_path / "metrics.jsonl").write_text("")
+    status, _, error = evaluation(tmp_path)
+    assert status == 2 and "holds a training run" in error
+
+
+def test_comparison(command, evaluation, tmp_path):
+    """A model against itself, and against one whose answers were all made wrong by hand."""
+    assert evaluation(tmp_path / "a", "evaluation.greedy=false")[0] == 0
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    result = json.loads((tmp_path / "b/result.json").read_text())
+    questions = result["tasks"]["addition"]["questions"]
+    result["tasks"]["addition"]["questions"] = {key: dict.fromkeys(values, 0.0) for key, values in questions.items()}
+    (tmp_path / "b/result.json").write_text(json.dumps(result))
+    status, out, _ = command("compare", tmp_path / "a", tmp_path / "a", tmp_path / "b")
+    assert status == 0
+    same, worse = [line.split(" | ") for line in out.splitlines() if line.startswith("| addition | avg@4")]
+    assert same[4:] == ["+0.0", "[+0.0, +0.0]", "1.000 |"]
+    base = 100 * sum(questions["avg@4"].values()) / 10
+    assert (worse[2], worse[3], worse[4]) == (f"{base:.1f}", "0.0", f"{-base:+.1f}") and worse[6] == "0.000 |"
+    del result["tasks"]["addition"]["questions"]["avg@4"]["addition/test/3"]
+    (tmp_path / "b/result.json").write_text(json.dumps(result))
+    status, _, error = command("compare", tmp_path / "a", tmp_path / "b")
+    assert status == 2 and "was asked other questions (1 differ, first addition/test/3)" in error
+    status, _, error = command("compare", tmp_path / "a", tmp_path / "nowhere")
+    assert status == 2 and "the folder of a finished evaluation?" in error
+
+
+def test_training_evaluates_what_the_command_evaluates(command, evaluation, tmp_path):
+    """metrics.jsonl before the first step = the command on the same weights: same questions, same random numbers. Test and validation,
+    a mixture of two tasks; best and mean of the last; per-task metrics of the rollouts."""
+    own = ROOT / "examples/own_task/backwards.py"
+    shared = [f"task={{mixture: [addition, {{path: {own}, weight: 3}}]}}", "evaluation.splits=[test, validation]", "evaluation.prompts=4"]
+    sizes = ["train.steps=2", "rollout.prompts_per_step=4", "rollout.samples_per_prompt=2", "evaluation.every=1"]
+    run = tmp_path / "run"
+    status, _, error = command(
+        "train", ROOT / "examples/quickstart/config.yaml", *SETTINGS, *shared, *sizes, f"logging.dir={run}", "teacher.feedback=always"
+    )
+    assert status == 0, error
+    assert evaluation(tmp_path / "eval", *shared, "evaluation.greedy=false")[0] == 0
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    evaluations, steps = [row for row in rows if "loss" not in row], [row for row in rows if "loss" in row]
+    result = json.loads((tmp_path / "eval/result.json").read_text())
+    assert set(result["tasks"]) == {"addition", "addition/validation", "backwards", "backwards/validation"}
+    for label, task in result["tasks"].items():
+        for key in ("avg@4", "pass@4"):
+            assert evaluations[0][f"eval/{label}/{key}"] == pytest.approx(task[key])
+    status, _, error = evaluation(tmp_path / "trained", *shared, "evaluation.greedy=false", f"checkpoint={run}")
+    assert status == 0, error
+    for label, task in json.loads((tmp_path / "trained/result.json").read_text())["tasks"].items():  # the run's last weights
+        assert evaluations[-1][f"eval/{label}/avg@4"] == pytest.approx(task["avg@4"])
+    scores = [row["eval/addition/avg@4"] for row in evaluations]
+    assert evaluations[-1]["eval/addition/avg_best"] == max(scores)
+    assert evaluations[-1]["eval/addition/avg_last_5"] == pytest.approx(sum(scores) / len(scores))
+    means = [evaluations[0][f"eval/{name}/avg@4"] for name in ("addition", "backwards")]
+    assert evaluations[0]["eval/mean/avg@4"] == pytest.approx(sum(means) / 2)
+    assert steps[0]["prompt_share/backwards"] == 0.75 and steps[0]["prompt_share/addition"] == 0.25
+    assert steps[0]["pass_rate"] == pytest.approx(0.75 * steps[0]["pass_rate/backwards"] + 0.25 * steps[0]["pass_rate/addition"])
+    assert steps[0]["verifier_failed_share"] == 0
+    samples = [json.loads(line) for line in (run / "rollouts/step_000001.jsonl").open()]
+    taught = [sample for sample in samples if sample["prompt"]["task"] == "backwards" and not sample["verdict"]["correct"]]
+    assert taught and all(sample["verdict"]["feedback"].startswith("A word of ") for sample in taught)
+    assert all(sample["route"]["branch"] == "sdpo" for sample in taught)  # feedback alone makes a teacher

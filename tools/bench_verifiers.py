@@ -1,0 +1,144 @@
+"""Verdicts a second of the verifier pool, against the same verifiers called one after another in this process.
+
+    python tools/bench_verifiers.py [--workers 2] [--questions 500] [--json] [--output FILE]
+
+Made responses of some hundred tokens, a group of eight a question, half of them right; for mathematics half of the answers are
+integers and half LaTeX that no two questions share, so every one is parsed. `ratio` is pool time to loop time (below 1: faster
+than the loop); `extra_bytes` is the workers' resident memory. A verifier that is not installed is named under `skipped`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_srpo.config import TaskSection
+from megatron_srpo.tasks import VERIFIERS
+from megatron_srpo.tasks.pool import Job, Pool
+from megatron_srpo.tasks.worker import load_attribute
+
+GROUP = 8
+THOUGHT = "Let me think about this step by step, and look at every option. " * 20
+LOOP_JOBS = 400  # the loop is timed on so many
+
+
+def choice_answer(rng: random.Random, right: bool) -> tuple[str, str]:
+    """(answer, response) of a multiple-choice question."""
+    answer = rng.choice("ABCD")
+    given = answer if right else "ABCD"[("ABCD".index(answer) + 1) % 4]
+    return answer, f"<reasoning>\n{THOUGHT}\n</reasoning>\n<answer>\n{given}\n</answer>"
+
+
+def call_answer(rng: random.Random, right: bool) -> tuple[str, str]:
+    """(answer, response) of a tool-use question with two calls, one of them nested."""
+    inputs = [json.dumps({"query": str(rng.random()), "page": 1}), json.dumps({"id": rng.randrange(99), "data": {"tags": ["a", "b"]}})]
+    gold = json.dumps([{"Action": name, "Action_Input": text} for name, text in zip(("search", "update"), inputs, strict=True)])
+    shown = inputs if right else inputs[::-1][:1] + ["{}"]
+    calls = "".join(f"Action: {name}\nAction Input: {text}\n" for name, text in zip(("search", "update"), shown, strict=True))
+    return gold, f"Thought: {THOUGHT}\n{calls}"
+
+
+def math_answer(rng: random.Random, right: bool) -> tuple[str, str]:
+    """(answer, response) of a mathematics question."""
+    top, bottom = rng.randrange(1, 10**6), rng.randrange(2, 10**6)
+    if rng.random() < 0.5:
+        return str(top), f"{THOUGHT} \\boxed{{{top if right else top + 1}}}"
+    return f"\\frac{{{top}}}{{{bottom}}}", f"{THOUGHT} \\boxed{{\\frac{{{top if right else top + 1}}}{{{bottom}}}}}"
+
+
+ANSWERS: dict[str, Callable[[random.Random, bool], tuple[str, str]]] = {
+    "multiple_choice": choice_answer,
+    "tool_calls": call_answer,
+    "math": math_answer,
+}
+
+
+def make_jobs(kind: str, questions: int) -> list[tuple[Job, bool]]:
+    """Eight responses to each question and whether they are right."""
+    rng = random.Random(kind)
+    jobs = []
+    for _ in range(questions):
+        seed = rng.random()
+        for place in range(GROUP):
+            right = place % 2 == 0
+            jobs.append((Job(kind, *ANSWERS[kind](random.Random(seed), right)), right))
+    return jobs
+
+
+def measure(kind: str, jobs: list[tuple[Job, bool]], workers: int) -> dict:
+    """One row. Raises ConfigError when the verifier is not installed, ValueError when a verdict is wrong."""
+    reference = VERIFIERS[kind]["paper"]
+    pool = Pool({kind: reference}, TaskSection(verifier_workers=workers))
+    pool.verify([job for job, _ in jobs[: GROUP * workers]])  # imports
+    start = time.perf_counter()
+    verdicts = pool.verify([job for job, _ in jobs])
+    seconds = time.perf_counter() - start
+    memory = sum(resident_bytes(worker.process.pid) for worker in pool.workers)
+    pool.close()
+    if [verdict.correct for verdict in verdicts] != [right for _, right in jobs]:
+        raise ValueError(f"{kind}: a verdict is wrong")
+    verifier = load_attribute(reference)
+    few = [job for job, _ in jobs[-LOOP_JOBS:]]
+    verifier(few[0].answer, few[0].text)
+    start = time.perf_counter()
+    for job in few:
+        verifier(job.answer, job.text)
+    loop = (time.perf_counter() - start) / len(few) * len(jobs)
+    return {
+        "name": kind,
+        "seconds": seconds,
+        "ratio": seconds / loop,
+        "extra_bytes": memory,
+        "verdicts": len(jobs),
+        "verdicts_per_second": len(jobs) / seconds,
+    }
+
+
+def resident_bytes(pid: int) -> int:
+    """Resident memory of a process; 0 where there is no /proc."""
+    status = Path(f"/proc/{pid}/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS")), 0)
+
+
+def main() -> None:
+    """Measure every verifier and print a table or one JSON object."""
+    parser = argparse.ArgumentParser(description="Verdicts a second of the verifier pool.")
+    parser.add_argument("--workers", type=int, default=2, help="worker processes")
+    parser.add_argument("--questions", type=int, default=500, help="questions of eight responses each")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="append the JSON object to FILE, as one line")
+    options = parser.parse_args()
+    rows, skipped = [], {}
+    for kind in ANSWERS:
+        try:
+            load_attribute("math_verify:" if kind == "math" else "json:")
+        except ImportError as error:
+            skipped[kind] = str(error)
+            continue
+        rows.append(measure(kind, make_jobs(kind, options.questions), options.workers))
+    shape = {"workers": options.workers, "questions": options.questions, "group": GROUP, "characters": len(THOUGHT)}
+    device = f"{platform.machine()} CPU"
+    report = {"device": device, "date": datetime.date.today().isoformat(), "shape": shape, "rows": rows, "skipped": skipped}
+    if options.output:
+        with options.output.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(report) + "\n")
+    if options.json:
+        print(json.dumps(report))
+        return
+    print(f"{device}, {report['date']}, {shape}")
+    for row in rows:
+        memory = f"{row['extra_bytes'] / 2**20:.0f} MiB"
+        print(f"{row['name']:16s} {row['verdicts_per_second']:9.0f} verdicts a second  {row['ratio']:.2f} of the loop's time  {memory}")
+    for kind, reason in skipped.items():
+        print(f"{kind:16s} skipped: {reason}")
+
+
+if __name__ == "__main__":
+    main()
