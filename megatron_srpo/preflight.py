@@ -8,6 +8,7 @@ from megatron_srpo.checkpoint.resume import check_run_folder
 from megatron_srpo.config import Config, ConfigError
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.model.qwen3 import check_layout, transformer_config, uses_transformer_engine
+from megatron_srpo.observe.trackers import check_trackers
 from megatron_srpo.rollout.collect import encode_prompt
 from megatron_srpo.rollout.dump import step_file
 from megatron_srpo.runtime.parallel import data_parallel_size
@@ -17,6 +18,7 @@ from megatron_srpo.tasks import Task, evaluation_tasks, question_count, training
 
 def preflight(config: Config) -> HFFolder:
     """Check the configuration against the model folder, the processes and the disk; returns the folder. Raises ConfigError."""
+    check_trackers(config)
     folder = HFFolder(config.model.hf_path)
     check_layout(folder.architecture, config)
     data_parallel_size(config.parallel, world_size_from_environment())

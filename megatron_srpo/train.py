@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 from megatron_srpo.algorithm.routing import route_groups
 from megatron_srpo.checkpoint import resume
@@ -16,15 +18,24 @@ from megatron_srpo.config import Config, save_config
 from megatron_srpo.evaluate import evaluate
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.model.qwen3 import model_dtype, uses_transformer_engine
+from megatron_srpo.observe.alarms import REMEMBERED, Alarm, Limits, alarms
+from megatron_srpo.observe.logs import open_run_folder, rank_log
 from megatron_srpo.observe.metrics import MetricsFile, rollout_metrics, update_metrics, version_metrics
+from megatron_srpo.observe.profiler import StepProfiler
+from megatron_srpo.observe.report import write_report
 from megatron_srpo.observe.terminal import Stopwatch, Terminal
+from megatron_srpo.observe.tokens import choose, write_tokens
+from megatron_srpo.observe.trackers import Tracker, start_trackers
+from megatron_srpo.observe.watchdog import Watchdog
 from megatron_srpo.preflight import preflight
+from megatron_srpo.progress import PROGRESS
 from megatron_srpo.records import Group
 from megatron_srpo.rollout.collect import exchange
 from megatron_srpo.rollout.dump import dump
 from megatron_srpo.rollout.source import Rollouts
 from megatron_srpo.runtime.parallel import Layout, initialize, shut_down
 from megatron_srpo.runtime.stop import StopRequest
+from megatron_srpo.runtime.token_values import TokenValues
 from megatron_srpo.runtime.trainer import Trainer, UpdateReport
 from megatron_srpo.scores import with_history
 from megatron_srpo.weights.transfer import save_hf
@@ -48,7 +59,10 @@ def train(config: Config) -> Path:
     layout = initialize(config.parallel, config.train.seed)
     title = f"{config.algorithm.name} · {folder.path.name} · {layout.world_size} process{'es' * (layout.world_size > 1)}"
     try:
+        session = open_run_folder(config.logging.dir, layout)
         with (
+            rank_log(config.logging.dir, layout),
+            Watchdog(config.logging.dir / "watchdog", layout, config.logging.watchdog_minutes, session),
             Terminal(title, config.train.steps, layout.rank == 0) as terminal,
             StopRequest(layout, config.checkpoint.exit_duration_in_mins) as stop,
         ):
@@ -56,6 +70,18 @@ def train(config: Config) -> Path:
     finally:
         shut_down(layout)
     return config.logging.dir
+
+
+def route(groups: list[Group], step: int, config: Config, folder: HFFolder) -> list[Group]:
+    """Verified groups of `step`, every sample with its route: advantage, branch, the teacher's prompt."""
+    return route_groups(
+        groups,
+        config.algorithm,
+        encode=lambda messages: folder.encode(messages, config.rollout.enable_thinking),
+        max_teacher_prompt_tokens=config.teacher.max_prompt_tokens,
+        seed=f"{config.train.seed}/{step}",
+        feedback=config.teacher.feedback,
+    )
 
 
 class _Run:
@@ -66,14 +92,16 @@ class _Run:
         self.directory, self.is_first, self.skipped_in_a_row = config.logging.dir, layout.rank == 0, 0
         self.checkpoint = resume.find(config, layout, lambda text: terminal.say(text, "bold red"))
         if self.is_first:
-            self.directory.mkdir(parents=True, exist_ok=True)
             save_config(config, self.directory / "config.yaml")
         self._introduce()
         self.trainer = Trainer(config, folder, layout, is_resumed=self.checkpoint is not None)
         terminal.say(self.trainer.loss_path)
         self.rollouts = Rollouts(config, folder, layout)
         self.metrics = MetricsFile(self.directory / "metrics.jsonl" if self.is_first else Path(os.devnull))
+        self.trackers: list[Tracker] = []
+        self.profiler = StepProfiler(self.directory / "profile", config.logging, layout)
         self.watch = Stopwatch(terminal)
+        self.rows, self.limits = [], Limits.of(config)  # the last training steps' rows
         self.saver = Saver(self.directory / "checkpoints", config.checkpoint, layout, self.rollouts.ledger.saved)
         self.evaluates = config.evaluation.every > 0 and self.rollouts.collector is not None
         if config.evaluation.every > 0 and not self.evaluates:
@@ -89,10 +117,14 @@ class _Run:
                 stopped = error
             finally:
                 self.rollouts.close()
+                for tracker in self.trackers:
+                    tracker.close()
             self.terminal.phase("export")
             save_hf(self.trainer.export(), self.folder, self.directory / "hf", write=self.is_first)
             self.saver.finish()
             self._say_goodbye()
+            if self.is_first:
+                self._report()
         finally:
             self.metrics.close()
             self.trainer.close()
@@ -105,7 +137,9 @@ class _Run:
         if self.evaluates and self._evaluates_after(done) and not is_evaluated:
             self._evaluate(done)
         for step in range(done + 1, config.train.steps + 1):
-            groups, report = self._step(step)
+            PROGRESS.step = step
+            with self.profiler(step):
+                groups, report = self._step(step)
             self._tell(step, groups, report)
             reason = self.stop.reason()  # asked here: all ranks have done the same steps
             evaluation = self._evaluate(step) if self.evaluates and self._evaluates_after(step) and reason is None else None
@@ -124,22 +158,17 @@ class _Run:
             groups = rollouts.collect(step)
         watch.move(rollouts.drawn.seconds_verifying, "rollout", "verify")
         with watch("verify"):
-            groups = route_groups(
-                groups,
-                config.algorithm,
-                encode=lambda messages: self.folder.encode(messages, config.rollout.enable_thinking),
-                max_teacher_prompt_tokens=config.teacher.max_prompt_tokens,
-                seed=f"{config.train.seed}/{step}",
-                feedback=config.teacher.feedback,
-            )
-            groups = exchange(groups, self.layout)
+            groups = exchange(route(groups, step, config, self.folder), self.layout)
             if config.logging.rollouts and self.is_first:
                 dump(groups, self.directory / "rollouts", step)
         with watch("teacher"):
             batches = trainer.pack([sample for group in groups for sample in group])
             targets = trainer.score_teacher(batches)
         with watch("update"):
-            report = trainer.update(batches, targets)
+            values = self._token_values(step, groups)
+            report = trainer.update(batches, targets, values)
+            if values is not None and (rows := values.gather()) and self.is_first:
+                write_tokens(rows, groups, self.folder.tokenizer.decode, self.directory / "rollouts", step)
             rollouts.ledger.trained(step, [group[0].prompt.id for group in groups])
         with watch("rollout"):
             rollouts.settle()  # with overlap, the next batch was sampled meanwhile
@@ -147,12 +176,29 @@ class _Run:
             rollouts.publish(trainer.export(), step)
         return groups, report
 
+    def _write(self, row: dict[str, Any]) -> None:
+        self.metrics.write(row)
+        for tracker in self.trackers:
+            tracker.write(row)
+
+    def _token_values(self, step: int, groups: list[Group]) -> TokenValues | None:
+        """For the steps whose tokens are dumped."""
+        settings = self.config.logging
+        if not (settings.rollouts and settings.tokens_every and (step == 1 or step % settings.tokens_every == 0)):
+            return None
+        return TokenValues(choose(groups, settings.tokens_samples), self.layout, self.config.rollout.temperature)
+
     def _tell(self, step: int, groups: list[Group], report: UpdateReport) -> None:
         """The step's row and line. Raises TrainingStopped after too many skipped updates, or when trainer and engine disagree."""
         row = {"step": step, **update_metrics(report), **rollout_metrics(groups), **version_metrics(groups, step)}
         row |= self.rollouts.drawn.numbers | self.watch.read()
-        self.metrics.write(row)
+        before = self.rows[-1].get("alarms", []) if self.rows else []
+        self.rows = [*self.rows, row][-REMEMBERED:]
+        raised = alarms(self.rows, self.limits)
+        row["alarms"] = [alarm.name for alarm in raised]
+        self._write(row)
         self.terminal.step(row)
+        self._sound(step, raised, before)
         self._guard(step, row["engine_logprob_gap"])
         for loss, norm in report.skipped_updates:
             self.terminal.say(f"step {step}: an update was skipped: loss {loss}, gradient norm {norm}", "bold red")
@@ -163,15 +209,21 @@ class _Run:
                 " (train.max_skipped_updates); hf/ holds the weights of the last finite update"
             )
 
+    def _sound(self, step: int, raised: list[Alarm], before: list[str]) -> None:
+        """Tell the alarms that did not hold after the step before. Raises TrainingStopped for one of logging.stop_on."""
+        self.terminal.alarms = raised
+        for alarm in raised:
+            if alarm.name not in before:
+                self.terminal.say(f"step {step}: alarm {alarm.name}: {alarm.finding}\n    {alarm.advice}", "bold yellow")
+        if fatal := [alarm for alarm in raised if alarm.name in self.config.logging.stop_on]:
+            raise TrainingStopped(f"step {step}: alarm {fatal[0].name} (logging.stop_on): {fatal[0].finding}")
+
     def _guard(self, step: int, gap: float) -> None:
         """Trainer and engine must agree on what was sampled; what is replayed, another policy may have made."""
         settings = self.config.rollout
-        if settings.replay is not None or gap < settings.logprob_gap_warning:
-            return
-        what = f"step {step}: trainer's and engine's log-probabilities are {gap:.3g} nats a token apart"
-        if settings.logprob_gap_stop is not None and gap >= settings.logprob_gap_stop:
+        if settings.replay is None and settings.logprob_gap_stop is not None and gap >= settings.logprob_gap_stop:
+            what = f"step {step}: trainer's and engine's log-probabilities are {gap:.3g} nats a token apart"
             raise TrainingStopped(f"{what} (rollout.logprob_gap_stop); does the engine have the published weights?")
-        self.terminal.say(f"{what} (rollout.logprob_gap_warning)", "bold yellow")
 
     def _evaluates_after(self, step: int) -> bool:
         return step % self.config.evaluation.every == 0 or step == self.config.train.steps
@@ -183,7 +235,7 @@ class _Run:
         limit, seed = config.rollout.max_response_tokens, config.train.seed
         scores = evaluate(self.rollouts.collector, self.rollouts.evaluated, config.evaluation, limit, seed)
         row = {"step": step, **with_history(scores, self.metrics.evaluations()), "seconds_evaluate": time.perf_counter() - start}
-        self.metrics.write(row)
+        self._write(row)
         self.terminal.evaluation(row)
         return row
 
@@ -196,7 +248,12 @@ class _Run:
             self.skipped_in_a_row = manifest.state["skipped_in_a_row"]
             resume.go_on(self.trainer, self.checkpoint, self.layout, self.terminal.say)
             self.terminal.say(f"going on after step {step}: {self.checkpoint.folder}", "bold")
-        self.terminal.recall(self.metrics.rewind(step, is_evaluated))
+        rows = self.metrics.rewind(step, is_evaluated)
+        self.terminal.recall(rows)
+        if self.is_first:
+            self.trackers = start_trackers(self.config, step)
+        recent = json.dumps([row for row in rows if "loss" in row][-REMEMBERED:]).encode()
+        self.rows = json.loads(self.layout.gather_bytes(recent)[0])  # only the first rank has read them
         self.rollouts.go_on(step, 0 if self.checkpoint is None else self.checkpoint.manifest.state["next_prompt"])
         return step, is_evaluated
 
@@ -233,10 +290,17 @@ class _Run:
         if longest > (positions := self.folder.architecture.max_position_embeddings):
             self.terminal.say(f"sequences may reach {longest} tokens (rollout.max_*_tokens); the model was made for {positions}", "yellow")
 
+    def _report(self) -> None:
+        """report.html. What it could not read, or a full disk, does not undo a run that is done."""
+        try:
+            write_report([self.directory], self.directory / "report.html")
+        except (OSError, ValueError) as error:
+            self.terminal.say(f"report.html could not be written: {error}", "bold red")
+
     def _say_goodbye(self) -> None:
         evaluations = self.metrics.evaluations()
         if evaluations:
             key = next(key for key in evaluations[0] if "/avg@" in key)
             before, after = evaluations[0][key], evaluations[-1][key]
             self.terminal.say(f"{key.removeprefix('eval/')}: {before:.3f} before, {after:.3f} after", "bold green")
-        self.terminal.say(f"run folder: {self.directory}  (metrics.jsonl, rollouts/, config.yaml; the trained model is in hf/)")
+        self.terminal.say(f"run folder: {self.directory}  (report.html, metrics.jsonl, rollouts/; the trained model is in hf/)")

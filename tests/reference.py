@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 
-def _logps(model, prompt, response):
+def logps(model, prompt, response):
     """log softmax over the vocabulary at the positions that predict the response, [R, V]."""
     ids = torch.tensor([*prompt, *response])
     return model(ids[None]).logits[0, len(prompt) - 1 : len(ids) - 1].log_softmax(-1)
@@ -86,7 +86,7 @@ class Reference:
         lengths = [len(s["response_ids"]) for s in samples]
         total = 0.0
         for s, logq in zip(samples, teacher, strict=True):
-            logp = _logps(self.model, s["prompt"]["ids"], s["response_ids"])
+            logp = logps(self.model, s["prompt"]["ids"], s["response_ids"])
             chosen = logp.gather(1, torch.tensor(s["response_ids"])[:, None])[:, 0]
             before = chosen.detach() if old is None else old[s["prompt"]["id"], s["index"]]
             rho = (before - torch.tensor(s["logprobs"], dtype=torch.float64)).exp().clamp(max=2)
@@ -104,10 +104,10 @@ class Reference:
 
     @torch.no_grad()
     def _teacher_logps(self, prompt, response):
-        logq = _logps(self.teacher, prompt, response)
+        logq = logps(self.teacher, prompt, response)
         if self.trust_region is None:
             return logq
-        logp = _logps(self.model, prompt, response)  # logits but for a constant a row, which the softmax drops
+        logp = logps(self.model, prompt, response)  # logits but for a constant a row, which the softmax drops
         return ((1 - self.trust_region) * logq + self.trust_region * logp).log_softmax(-1)
 
     def run(self, step_file: Path, mini_batches: int = 1):
@@ -120,7 +120,7 @@ class Reference:
         if mini_batches > 1:
             with torch.no_grad():
                 old = {
-                    (s["prompt"]["id"], s["index"]): _logps(self.model, s["prompt"]["ids"], s["response_ids"]).gather(
+                    (s["prompt"]["id"], s["index"]): logps(self.model, s["prompt"]["ids"], s["response_ids"]).gather(
                         1, torch.tensor(s["response_ids"])[:, None]
                     )[:, 0]
                     for s in samples

@@ -8,6 +8,10 @@ if [ "${1:-}" = --with-sglang ]; then
     echo "tests: there is no SGLang engine yet, so nothing is tested against a server" # the flag is CI's and will mean more
 fi
 bash tools/install.sh .venv test
+if [ "${CI:-}" = true ] && [ "$(id -u)" = 0 ] && ! command -v chromium >/dev/null && command -v apt-get >/dev/null; then
+    { apt-get update && apt-get install --yes --no-install-recommends chromium; } >/dev/null 2>&1 ||
+        echo "tests: chromium could not be installed, so the report is not opened" >&2
+fi
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 .venv/bin/python -m ruff check .
 exec .venv/bin/python -m pytest "$@"

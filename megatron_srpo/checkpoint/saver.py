@@ -20,6 +20,7 @@ from megatron_srpo.checkpoint import folder as folders
 from megatron_srpo.checkpoint.folder import Manifest, SavedFile
 from megatron_srpo.config import CheckpointSection, ConfigError
 from megatron_srpo.files import write_text
+from megatron_srpo.progress import beat
 from megatron_srpo.runtime.parallel import Layout
 from megatron_srpo.weights.safetensors_file import Writer
 
@@ -116,5 +117,6 @@ def write_tensors(file: Path, tensors: dict[str, Tensor]) -> SavedFile:
     """One safetensors file, on the disk when this returns."""
     writer = Writer(file, {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()})
     for key, tensor in tensors.items():
+        beat()
         writer.write(key, tensor)
     return SavedFile(bytes=file.stat().st_size, crc32=folders.checksum(writer.close()))

@@ -92,7 +92,16 @@ def update_metrics(report: UpdateReport) -> dict[str, float]:
         "importance_mean": per_token("importance"),
         "importance_clip_share": per_token("clipped"),
         "tokens": int(sums["tokens"]),
+        **_teacher_metrics(report.teacher_distances),
     }
+
+
+def _teacher_metrics(distances: tuple[float, float] | None) -> dict[str, float]:
+    """Where the teacher is, and the share of its way to the policy it went in this step; nothing without weights of its own."""
+    if distances is None:
+        return {}
+    before, after = distances
+    return {"teacher_distance": after, "teacher_followed": 1 - after / before if before else 0.0}
 
 
 class MetricsFile:

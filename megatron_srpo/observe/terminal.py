@@ -14,6 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from megatron_srpo.observe.alarms import Alarm
+from megatron_srpo.observe.logs import LOG
+from megatron_srpo.progress import PROGRESS
+
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _PHASES = ("rollout", "verify", "teacher", "update", "publish", "checkpoint")
 
@@ -32,6 +36,7 @@ class Terminal:
         self.pass_rates: list[float] = []
         self.row: dict[str, Any] = {}
         self.phase_name = "start"
+        self.alarms: list[Alarm] = []  # that hold now
         self.progress = Progress(
             TextColumn("step"), MofNCompleteColumn(), BarColumn(None), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
         )
@@ -50,11 +55,14 @@ class Terminal:
 
     def say(self, message: str, style: str = "") -> None:
         """One line that stays."""
+        LOG.info("%s", message)
         self.console.print(Text(message, style=style), soft_wrap=True)
 
     def phase(self, name: str) -> None:
         """What the run does now."""
         self.phase_name = name
+        PROGRESS.enter(name)
+        LOG.info("step %d: %s", PROGRESS.step, name)
 
     def recall(self, rows: list[dict[str, Any]]) -> None:
         """The rows of metrics.jsonl before a run that goes on."""
@@ -99,7 +107,14 @@ class Terminal:
                 f"entropy {row['policy_entropy']:.3f}",
                 f"teacher {row['teacher_entropy']:.3f}",
             )
+            table.add_row(
+                f"{row['tokens'] / row['seconds']:.0f} tokens/s" if row["seconds"] else "",
+                f"divergence {row['distillation_divergence']:.4f}",
+                f"log-prob gap {row['engine_logprob_gap']:.1e}",
+                f"format {row['format_rate']:.0%}",
+            )
             lines.append(table)
+            lines.extend(Text(f"! {alarm.name}: {alarm.finding}", style="bold yellow") for alarm in self.alarms)
             lines.append(Text("  ".join(f"{name} {row.get(f'seconds_{name}', 0.0):.2f} s" for name in _PHASES), style="dim"))
         lines.append(Text(f"now: {self.phase_name}", style="dim"))
         return Panel(Group(*lines), title=self.title, border_style="dim")

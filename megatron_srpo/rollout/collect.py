@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from megatron_srpo.config import ConfigError, RolloutSection
 from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.progress import beat
 from megatron_srpo.records import Group, Prompt, Sample, Unfinished, Verdict
 from megatron_srpo.rollout.engine import Completion, Engine, Request, Sampling
 from megatron_srpo.runtime.parallel import Layout
@@ -75,6 +76,7 @@ class Collector:
             return is_enough(groups[prompt_id])
 
         def finished(number: int, completion: Completion) -> bool:
+            beat()
             prompt, index = missing[number]
             if completion.ids:
                 samples[prompt.id, index] = sample = self._sample(prompt, index, completion)

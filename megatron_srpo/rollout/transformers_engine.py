@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.progress import beat
 from megatron_srpo.rollout.engine import Completion, Finished, Request, Sampling
 
 
@@ -67,6 +68,7 @@ class TransformersEngine:
         tokens = torch.zeros(len(requests), sampling.max_tokens, dtype=torch.long, device=self.device)
         logprobs = torch.zeros(len(requests), sampling.max_tokens, device=self.device)
         for step in range(sampling.max_tokens - min(begun)):
+            beat()
             output = self.model(
                 input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
             )

@@ -18,11 +18,13 @@ from megatron_srpo.config import Config
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.model.qwen3 import Qwen3, build_chunks, model_dtype
 from megatron_srpo.records import Sample
+from megatron_srpo.runtime.distance import teacher_distance
 from megatron_srpo.runtime.optimizer import Optimizer, wrap_data_parallel
 from megatron_srpo.runtime.packing import OptimizerBatch, PackingRules, pack
 from megatron_srpo.runtime.parallel import Layout
 from megatron_srpo.runtime.schedule import run_schedule
 from megatron_srpo.runtime.teacher import Teacher, TeacherTargets
+from megatron_srpo.runtime.token_values import TokenValues
 from megatron_srpo.vocab_parallel.divergence import Divergence
 from megatron_srpo.vocab_parallel.fused import Statistics, fused_objective, kernel_name, score
 from megatron_srpo.vocab_parallel.sources import Projection, Rows
@@ -31,7 +33,10 @@ from megatron_srpo.weights.transfer import export, load
 
 @dataclass
 class UpdateReport:
-    """One training step's updates. `sums` are token sums over all ranks (see `_SUMS`), `gap_max` the largest log-prob gap."""
+    """One training step's updates. `sums` are token sums over all ranks (see `_SUMS`), `gap_max` the largest log-prob gap.
+
+    teacher_distances: ‖θ - θ'‖ / ‖θ‖ before and after the teacher followed; None without a teacher that has weights of its own.
+    """
 
     losses: list[float]
     grad_norms: list[float]
@@ -39,6 +44,7 @@ class UpdateReport:
     lr: float
     sums: dict[str, float]
     gap_max: float
+    teacher_distances: tuple[float, float] | None = None
 
     @property
     def skipped_updates(self) -> list[tuple[float, float]]:
@@ -133,22 +139,34 @@ class Trainer:
         """The teacher's targets for every optimizer batch, before any update."""
         return [TeacherTargets() if self.teacher is None else self.teacher.score(batch) for batch in batches]
 
-    def update(self, batches: Sequence[OptimizerBatch], targets: Sequence[TeacherTargets]) -> UpdateReport:
-        """One optimizer step per batch, then the teacher follows once (not if every update was skipped)."""
+    def update(
+        self, batches: Sequence[OptimizerBatch], targets: Sequence[TeacherTargets], tokens: TokenValues | None = None
+    ) -> UpdateReport:
+        """One optimizer step per batch, then the teacher follows once (not if every update was skipped).
+
+        tokens: notes the values of some samples' tokens on the way.
+        """
         self.optimizer.start_step()
         lr = self.optimizer.lr
         old_logprobs = [self._score_policy(batch) if len(batches) > 1 else None for batch in batches]
         report = UpdateReport([], [], [], lr, dict.fromkeys(_SUMS, 0.0), 0.0)
         for batch, target, old in zip(batches, targets, old_logprobs, strict=True):
-            loss, norm, moved, sums, gap = self._update_once(batch, target, old)
+            loss, norm, moved, sums, gap = self._update_once(batch, target, old, tokens)
             report.losses.append(loss)
             report.grad_norms.append(norm)
             report.moved.append(moved)
             report.sums = {name: report.sums[name] + value for name, value in zip(_SUMS, sums, strict=True)}
             report.gap_max = max(report.gap_max, gap)
+        before = self._teacher_distance()
         if self.teacher is not None and any(report.moved):
             self.teacher.follow(self.optimizer, self.parameters)
+        report.teacher_distances = None if before is None else (before, self._teacher_distance())
         return report
+
+    def _teacher_distance(self) -> float | None:
+        if self.teacher is None or not self.teacher.has_weights:
+            return None
+        return teacher_distance(self.chunks, self.teacher, self.optimizer, self.folder.architecture)
 
     def _score_policy(self, batch: OptimizerBatch) -> dict[int, Tensor]:
         """log π_old [R] of each micro-batch, by its number, on the last stage."""
@@ -164,7 +182,9 @@ class Trainer:
         run_schedule(self.chunks, batch.micro_batches, keep, backward=False)
         return logprobs
 
-    def _update_once(self, batch: OptimizerBatch, targets: TeacherTargets, old_logprobs: dict[int, Tensor] | None):
+    def _update_once(
+        self, batch: OptimizerBatch, targets: TeacherTargets, old_logprobs: dict[int, Tensor] | None, tokens: TokenValues | None
+    ):
         """(loss, gradient norm, whether weights moved, token sums, largest log-prob gap), the same on every rank."""
         mean_weight = self._mean_entropy_weight(batch, targets)
         device = self.layout.device
@@ -199,6 +219,8 @@ class Trainer:
                 temperature=self.config.rollout.temperature,
                 memory=self.logits_memory,
             )
+            if tokens is not None:
+                tokens.note(batch, micro_batch, statistics, (teacher_entropy, weights), hidden, model, targets)
             sums, gap = _token_sums(statistics, terms, weights, teacher_entropy, self.algorithm.importance_cap)
             total.add_(torch.cat([loss.detach().double().view(1), sums]))
             torch.maximum(gap_max, gap, out=gap_max)

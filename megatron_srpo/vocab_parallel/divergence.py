@@ -107,7 +107,7 @@ def _with_tail(logp: Tensor, logq: Tensor, kind: Divergence, shard: VocabShard) 
     else:
         chosen, in_head = logp.new_zeros(2, *ids.shape), torch.zeros_like(logp).bool()
     all_reduce(chosen, shard.group)
-    tails = _log_sum_exp(torch.stack([logp, logq]).masked_fill(in_head, -math.inf), shard.group)
+    tails = log_sum_exp(torch.stack([logp, logq]).masked_fill(in_head, -math.inf), shard.group)
     buckets = torch.cat([chosen, tails[..., None]], dim=2)  # [2, n, K + 1]
     terms, pf = addends(buckets[0], buckets[1], kind)
     mean = pf.sum(1, keepdim=True)
@@ -119,7 +119,8 @@ def _with_tail(logp: Tensor, logq: Tensor, kind: Divergence, shard: VocabShard) 
     return terms.sum(1), gradient - p * mean
 
 
-def _log_sum_exp(logs: Tensor, group) -> Tensor:
+def log_sum_exp(logs: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Over the last dimension of all shards' columns, which may be none here. Two all-reduces of the result's shape."""
     largest = logs.amax(-1) if logs.shape[-1] else logs.new_full(logs.shape[:-1], -math.inf)
     largest = all_reduce(largest, group, dist.ReduceOp.MAX).clamp(min=-1e30)
     total = all_reduce((logs - largest[..., None]).exp().sum(-1), group)

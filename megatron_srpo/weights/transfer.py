@@ -16,6 +16,7 @@ from torch.nn import Parameter
 
 from megatron_srpo.files import aside
 from megatron_srpo.model.hf_folder import Architecture, HFFolder
+from megatron_srpo.progress import beat
 from megatron_srpo.runtime import cpu
 from megatron_srpo.runtime.processes import Processes
 from megatron_srpo.weights.hf_output import SHARD_BYTES, plan_shards, write_companions
@@ -75,6 +76,7 @@ def load(chunks: Sequence[torch.nn.Module], folder: HFFolder) -> None:
     with ExitStack() as stack, torch.no_grad():
         opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in set(folder.file_of.values())}
         for row, prefix, parameter in parameters_of(chunks):
+            beat()
             part = Part.of(row, prefix, architecture)
             keys = [stored_name(prefix + name, architecture) for name in row.hf]
             slices = [opened[folder.file_of[key]].get_slice(key) for key in keys]
@@ -106,6 +108,7 @@ def export(chunks: Sequence[torch.nn.Module], architecture: Architecture) -> Ite
         else:
             full = [torch.empty(shapes[name], dtype=dtype, device=device) for name in names]
         for name, tensor in zip(names, full, strict=True):
+            beat()
             tensor = tensor.contiguous()
             if ".experts." in first and expert_group.size() > 1 and expert_owner[first] >= 0:
                 dist.broadcast(tensor, expert_owner[first], group=expert_group)

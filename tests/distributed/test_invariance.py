@@ -6,15 +6,19 @@ with tests/reference.py, which knows nothing of shards, tiles or packing.
 
 from __future__ import annotations
 
+import json
+import math
+
 import pytest
 import torch
 from launch import run_jobs
-from reference import Reference
+from reference import Reference, logps
 from rollouts import write_rollouts
 from safetensors.torch import load_file
 from tiny import make_model, save_folder
 
 from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.observe.tokens import read_tokens
 
 TP, PP, VPP, EP, ETP, SP, NO_DO = (
     "parallel.tensor_model_parallel_size=",
@@ -147,9 +151,16 @@ def runs(world):
     return done
 
 
+def teacher_distance(reference):
+    """‖θ - θ'‖ / ‖θ‖ of the reference's policy and teacher."""
+    pairs = list(zip(reference.model.parameters(), reference.teacher.parameters(), strict=True))
+    gap, norm = (sum(part.detach().square().sum() for part in parts) for parts in ((p - q for p, q in pairs), (p for p, _ in pairs)))
+    return float((gap / norm).sqrt())
+
+
 @pytest.fixture(scope="module")
 def references(world, runs):
-    """case → ([(loss, gradient norm)], the model's tensors after the last step as transformers saves them), in float64."""
+    """case → ([(loss, gradient norm)], the model's tensors after the last step as transformers saves them, ‖θ - θ'‖/‖θ‖), in float64."""
     root, _, sources = world
     results = {}
     for case, (source, _, options) in CASES.items():
@@ -157,21 +168,26 @@ def references(world, runs):
         mini_batches = options.pop("mini_batches", 1)
         reference = Reference(sources[source][0].path, lr=1e-3, warmup=2, **options)
         run = runs[f"one_{case}"]
-        steps = [reference.run(file, mini_batches) for file in sorted((run.folder / "rollouts").iterdir())]
+        steps = [reference.run(file, mini_batches) for file in sorted((run.folder / "rollouts").glob("step_??????.jsonl"))]
         reference.model.save_pretrained(root / f"{case}-reference")
-        results[case] = steps, load_file(root / f"{case}-reference" / "model.safetensors")
+        results[case] = steps, load_file(root / f"{case}-reference" / "model.safetensors"), teacher_distance(reference)
     return results
 
 
 @pytest.mark.parametrize(("ranks", "layout", "case"), PAIRS)
 def test_loss_gradient_and_weights_do_not_depend_on_the_split(runs, references, ranks, layout, case):
     """To 1e-5 relative of float64 autograd at every step; weights after the last step to 1e-4."""
-    steps, model = references[case]
+    steps, model, distance = references[case]
     rows = runs[f"{layout}_{case}"].rows
     assert len(rows) == len(steps)
     for row, (loss, norm) in zip(rows, steps, strict=True):
         assert row["loss"] == pytest.approx(loss, rel=RELATIVE, abs=1e-9)
         assert row["grad_norm"] == pytest.approx(norm, rel=RELATIVE, abs=1e-9)
+        if case != "grpo":
+            follows = 0.0 if case == "trust_region" else 0.05  # of its way in a step
+            assert row["teacher_followed"] == pytest.approx(follows, rel=5e-3)  # weight decay alone moves the least, and fp32 rounds that
+    if case != "grpo":
+        assert rows[-1]["teacher_distance"] == pytest.approx(distance, rel=5e-3)
     weights = runs[f"{layout}_{case}"].weights
     assert set(weights) == set(model)
     for name, tensor in weights.items():
@@ -202,3 +218,43 @@ def test_replay_routes_alike_on_every_layout(runs):
     first = (runs["one_srpo"].folder / "rollouts" / "step_000001.jsonl").read_text()
     for run in ("tp2_srpo", "dp4_srpo", "tp2-pp2_srpo"):
         assert (runs[run].folder / "rollouts" / "step_000001.jsonl").read_text() == first
+
+
+@pytest.mark.parametrize("run", [f"{layout}_srpo" for layout in ("one", "tp2", "pp2", "dp2", "tp2-pp2")])
+def test_token_values_are_the_references_on_every_layout(world, runs, run):
+    """What rollouts/step_000001.tokens.jsonl says of tokens, against float64 logits of the whole vocabulary."""
+    folder, _ = world[2]["mixed"]
+    model = Reference(folder.path, lr=1e-3, warmup=2, beta=1.0)
+    samples = [json.loads(line) for line in (runs[run].folder / "rollouts" / "step_000001.jsonl").read_text().splitlines()]
+    found = read_tokens(runs[run].folder, 1)
+    assert len(found) == 8 and set(found) <= {(sample["prompt"]["id"], sample["index"]) for sample in samples}
+    taught = {}
+    for sample in samples:
+        if sample["route"]["distillation_weight"]:
+            taught[sample["prompt"]["id"], sample["index"]] = logps(model.teacher, sample["route"]["teacher_ids"], sample["response_ids"])
+    raw = {key: (logq.exp() * logq).sum(1).exp() for key, logq in taught.items()}
+    mean = torch.cat(list(raw.values())).mean()
+    compared = 0
+    for sample in samples:
+        key = sample["prompt"]["id"], sample["index"]
+        if (row := found.get(key)) is None:
+            continue
+        logp, chosen = logps(model.model, sample["prompt"]["ids"], sample["response_ids"]), torch.tensor(sample["response_ids"])[:, None]
+        expected = {"logprob": logp.gather(1, chosen)[:, 0], "entropy": -(logp.exp() * logp).sum(1)}
+        tops = {"top": logp}
+        if (logq := taught.get(key)) is not None:
+            logm = torch.logaddexp(logp, logq) - math.log(2)
+            expected["divergence"] = ((logp.exp() * (logp - logm)).sum(1) + (logq.exp() * (logq - logm)).sum(1)) / 2
+            expected |= {"teacher_logprob": logq.gather(1, chosen)[:, 0], "teacher_entropy": -(logq.exp() * logq).sum(1)}
+            expected["weight"] = raw[key] / mean
+            tops["teacher_top"] = logq
+        assert set(row) == {"step", "prompt_id", "index", "tokens", *expected, *tops}
+        for name, values in expected.items():
+            torch.testing.assert_close(torch.tensor(row[name], dtype=torch.float64), values, rtol=1e-4, atol=2e-5)
+        for name, values in tops.items():
+            best, ids = values.topk(5, dim=1)
+            torch.testing.assert_close(torch.tensor([[p for _, p in place] for place in row[name]]).double(), best, rtol=1e-4, atol=2e-5)
+            assert [place[0][0] for place in row[name]] == [folder.tokenizer.decode([token]) for token in ids[:, 0].tolist()]
+        assert row["tokens"] == [folder.tokenizer.decode([token]) for token in sample["response_ids"]]
+        compared += logq is not None
+    assert 0 < compared < 8

@@ -1,0 +1,141 @@
+"""What goes wrong silently in post-training, as pure functions of the last rows of metrics.jsonl."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from megatron_srpo.config import AlarmName, Config
+
+Row = Mapping[str, Any]  # a training step's line of metrics.jsonl
+
+LASTS = 3  # steps in a row that show a fault before most alarms are raised: one bad batch is none
+REMEMBERED = 25  # rows that any alarm looks at
+_FALLS = {"response_tokens_mean": 0.4, "policy_entropy": 0.6, "format_rate": 0.2}  # shares of what it was that count as a fall
+_RISE = 0.05  # of the pass rate, that makes shorter and surer responses a success
+_WEIGHT_STD, _CERTAIN = 0.02, 0.05  # entropy weights nearly uniform; nats a token below which a teacher is certain everywhere
+
+
+class Alarm(NamedTuple):
+    """What is wrong now. finding: with the figures. advice: what it means and what to try."""
+
+    name: AlarmName
+    finding: str
+    advice: str
+
+
+class Limits(NamedTuple):
+    """What alarms need to know of a run's configuration."""
+
+    dead_group_share: float
+    logprob_gap: float | None  # None: what is trained on was sampled by another policy
+    ema_rate: float | None  # None: the teacher is not meant to move by itself
+    weighs_entropy: bool
+
+    @classmethod
+    def of(cls, config: Config) -> Limits:
+        """This run's."""
+        algorithm = config.algorithm
+        return cls(
+            config.logging.dead_group_share,
+            None if config.rollout.replay else config.rollout.logprob_gap_warning,
+            config.teacher.ema_rate if algorithm.distils and config.teacher.kind == "ema" else None,
+            algorithm.distils and algorithm.entropy_beta > 0,
+        )
+
+
+def alarms(rows: Sequence[Row], limits: Limits) -> list[Alarm]:
+    """The alarms that hold after the last of `rows` (training steps, oldest first); `REMEMBERED` of them are enough."""
+    raised = []
+    for name, (finds, advice) in _ALARMS.items():
+        finding = finds(rows, limits) if rows else None
+        if finding is not None:
+            raised.append(Alarm(name, finding, advice))
+    return raised
+
+
+def _collapse(rows: Sequence[Row], limits: Limits) -> str | None:
+    before, now = rows[-REMEMBERED:-LASTS], rows[-LASTS:]
+    if len(before) < LASTS or _mean(now, "pass_rate") > _mean(before, "pass_rate") + _RISE:
+        return None
+    fallen = [key for key, share in _FALLS.items() if _mean(now, key) < (1 - share) * _mean(before, key)]
+    if len(fallen) < 2:
+        return None
+    figures = ", ".join(f"{key} {_mean(before, key):.3g} → {_mean(now, key):.3g}" for key in fallen)
+    return f"{figures}, while the pass rate did not rise ({_mean(before, 'pass_rate'):.3f} → {_mean(now, 'pass_rate'):.3f})"
+
+
+def _dead_groups(rows: Sequence[Row], limits: Limits) -> str | None:
+    now = rows[-LASTS:]
+    if len(now) < LASTS or any(row["zero_advantage_share"] < limits.dead_group_share for row in now):
+        return None
+    rate = _mean(now, "pass_rate")
+    which = "all of them right" if rate == 1 else "none right" if rate == 0 else f"{rate:.0%} of samples right"
+    return f"{_mean(now, 'zero_advantage_share'):.0%} of groups had no difference in reward in {LASTS} steps ({which})"
+
+
+def _teacher_still(rows: Sequence[Row], limits: Limits) -> str | None:
+    now = [row for row in rows if row["updates"] > row["updates_skipped"]][-LASTS:]
+    if limits.ema_rate is None or len(now) < LASTS or any(_number(row, "teacher_distance") == 0 for row in now):
+        return None
+    followed = max(_number(row, "teacher_followed") for row in now)
+    if followed >= limits.ema_rate / 2:
+        return None
+    return f"the teacher went {followed:.2g} of its way to the policy in a step; teacher.ema_rate is {limits.ema_rate:g}"
+
+
+def _uniform_weights(rows: Sequence[Row], limits: Limits) -> str | None:
+    now = [row for row in rows[-REMEMBERED:] if row["sdpo_token_share"] > 0][-LASTS:]
+    if not limits.weighs_entropy or len(now) < LASTS or not rows[-1]["sdpo_token_share"]:
+        return None
+    if any(_number(row, "teacher_entropy") < _CERTAIN or _number(row, "entropy_weight_std") >= _WEIGHT_STD for row in now):
+        return None
+    return f"entropy weights lie within {_mean(now, 'entropy_weight_std'):.2g} of 1, at {_mean(now, 'teacher_entropy'):.2f} nats a token"
+
+
+def _logprob_gap(rows: Sequence[Row], limits: Limits) -> str | None:
+    gap = _number(rows[-1], "engine_logprob_gap")
+    if limits.logprob_gap is None or gap < limits.logprob_gap:
+        return None
+    return f"trainer's and engine's log-probabilities are {gap:.3g} nats a token apart (rollout.logprob_gap_warning)"
+
+
+def _number(row: Row, key: str) -> float:
+    """What is not finite (null in metrics.jsonl) counts as infinite."""
+    value = row.get(key)
+    return math.inf if value is None or math.isnan(value) else value
+
+
+def _mean(rows: Sequence[Row], key: str) -> float:
+    values = [value for row in rows if math.isfinite(value := _number(row, key))]
+    return sum(values) / len(values) if values else 0.0
+
+
+_ALARMS: dict[AlarmName, tuple[Callable[[Sequence[Row], Limits], str | None], str]] = {
+    "collapse": (
+        _collapse,
+        "The policy gets shorter, surer or less well-formed without getting better. Look at its samples; go back to an earlier"
+        " checkpoint with a lower optimizer.lr, or algorithm.name: srpo where sdpo collapsed.",
+    ),
+    "dead_groups": (
+        _dead_groups,
+        "Such groups teach GRPO nothing. All right: the task is too easy, or the verifier says yes to everything. None right: too"
+        " hard, or the format is not understood. Read some samples; try other questions, rollout.dynamic_filtering or more samples.",
+    ),
+    "teacher_still": (
+        _teacher_still,
+        "The EMA teacher does not follow the policy as teacher.ema_rate says. An EMA held in bf16, or never called, looks like this;"
+        " if it should stand still, say teacher.kind: frozen.",
+    ),
+    "uniform_weights": (
+        _uniform_weights,
+        "Entropy weighting does nothing: the teacher is equally unsure everywhere. Are its entropies over the full vocabulary? Look at"
+        " the teacher's prompts (inspect), and try a larger algorithm.entropy_beta.",
+    ),
+    "logprob_gap": (
+        _logprob_gap,
+        "What is trained is not what was sampled. Does the engine have the published weights, the same dtype and temperature? A step"
+        " of staleness adds to the gap; importance weights correct a small one.",
+    ),
+}

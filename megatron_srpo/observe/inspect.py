@@ -1,0 +1,121 @@
+"""One sample in the terminal: prompt, verdict, route, what its teacher saw, its tokens by divergence, and their top five."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from megatron_srpo.config import ConfigError
+from megatron_srpo.observe.run_folder import RunFolder
+from megatron_srpo.observe.tokens import read_tokens
+
+_HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
+
+_NUMBERS = ("logprob", "teacher_logprob", "entropy", "teacher_entropy", "divergence", "weight")
+
+
+def visible(text: str) -> str:
+    """`text` with control characters, and those that turn its direction, by their names: a terminal obeys none of them."""
+    return _HIDDEN.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text)
+
+
+def inspect(path: Path, step: int, number: int | None, console: Console) -> None:
+    """Show sample `number` (from 0, as in the file and the report) of a step, or without it the step's samples, a line each.
+
+    Raises ConfigError when there is no such run, step or sample.
+    """
+    run = RunFolder.read(path)
+    rows, values = run.samples(step), read_tokens(path, step)
+    if number is None:
+        _list(rows, values, console)
+    elif not 0 <= number < len(rows):
+        raise ConfigError(f"--sample {number}: step {step} has the samples 0 to {len(rows) - 1}")
+    else:
+        row = rows[number]
+        _facts(row, step, number, console)
+        _section("prompt", "\n".join(f"{message['role']}: {message['content']}" for message in row["prompt"]["messages"]), console)
+        found = values.get((row["prompt"]["id"], row["index"]))
+        if found is None:
+            _section("response", row["text"], console)
+        else:
+            _tokens(found, console)
+        if (sibling := _sibling(row, rows)) is not None:
+            _section(f"the sibling its teacher was shown (sample {rows.index(sibling)})", sibling["text"], console)
+        if row["verdict"]["feedback"]:
+            _section("feedback", row["verdict"]["feedback"], console)
+        if row["route"]["teacher_ids"]:
+            _section("the teacher's whole prompt", _decoded(run, row["route"]["teacher_ids"]), console)
+    for problem in run.problems:
+        console.print(Text(visible(problem), style="yellow"))
+
+
+def _list(rows: list[dict], values: dict, console: Console) -> None:
+    console.print(Text("sample  verdict  route  advantage  tokens  finish  values  response", style="dim"), soft_wrap=True)
+    for number, row in enumerate(rows):
+        route, length = row["route"], len(row["response_ids"])
+        values_of = "tokens" if (row["prompt"]["id"], row["index"]) in values else ""
+        line = f"{number:>6}  {_verdict(row):<7}  {route['branch']:<5}  {route['advantage']:>+9.3f}  {length:>6}  {row['finish_reason']:<6}"
+        console.print(Text(f"{line}  {values_of:<6}  {visible(row['text'][:60].replace(chr(10), ' '))}"), soft_wrap=True)
+
+
+def _verdict(row: dict) -> str:
+    failed = row["verdict"]["verifier_failed"]
+    return failed if failed else "right" if row["verdict"]["correct"] else "wrong"
+
+
+def _facts(row: dict, step: int, number: int, console: Console) -> None:
+    route = row["route"]
+    why = f" ({route['no_teacher'].replace('_', ' ')})" if route["no_teacher"] else ""
+    console.print(Text(f"step {step}, sample {number}: {visible(row['prompt']['id'])}, response {row['index']}", style="bold"))
+    line = f"{_verdict(row)}, reward {row['verdict']['reward']:g}, format {'ok' if row['verdict']['format_ok'] else 'not ok'}; route"
+    line += f" {route['branch']}{why}, advantage {route['advantage']:+.3f}; {len(row['response_ids'])} tokens ({row['finish_reason']})"
+    console.print(Text(line))
+    console.print(Text(f"ground truth: {visible(row['prompt']['answer'])}"))
+
+
+def _section(title: str, text: str, console: Console) -> None:
+    console.print(Text(f"\n{title}", style="cyan"))
+    console.print(Text(visible(text)), soft_wrap=True)
+
+
+def _tokens(values: dict[str, Any], console: Console) -> None:
+    """The response, redder where student and teacher diverge more; then a line a token."""
+    divergences = values.get("divergence", [0.0] * len(values["tokens"]))
+    text = Text()
+    for token, divergence in zip(values["tokens"], divergences, strict=True):
+        red = round(200 * min(1.0, divergence / math.log(2)))
+        text.append(visible(token), style=f"on rgb({red},0,0)" if red > 8 else "")
+    console.print(Text("\nresponse" + (", by divergence" if "divergence" in values else ""), style="cyan"))
+    console.print(text, soft_wrap=True)
+    console.print(Text("\ntoken by token: nats, and the likeliest five of student and teacher", style="cyan"))
+    for place, token in enumerate(values["tokens"]):
+        numbers = [f"{key.replace('_', ' ')} {values[key][place]:.3g}" for key in _NUMBERS if key in values]
+        console.print(Text.assemble((_quoted(token), "bold"), "  ", ", ".join(numbers)), soft_wrap=True)
+        for key, who in (("top", "student"), ("teacher_top", "teacher")):
+            if key in values:
+                best = "  ".join(f"{_quoted(text)} {100 * math.exp(logprob):.1f}%" for text, logprob in values[key][place])
+                console.print(Text(f"    {who}  {best}", style="dim"), soft_wrap=True)
+
+
+def _quoted(token: str) -> str:
+    return visible(token).replace("\n", "↵").replace(" ", "␣").replace("\t", "⇥")
+
+
+def _sibling(row: dict, rows: list[dict]) -> dict | None:
+    wanted = (row["prompt"]["id"], row["route"]["sibling"])
+    return next((other for other in rows if (other["prompt"]["id"], other["index"]) == wanted), None)
+
+
+def _decoded(run: RunFolder, ids: list[int]) -> str:
+    """By the model's tokenizer, where that is still there."""
+    from transformers import AutoTokenizer
+
+    for folder in (run.config.model.hf_path, run.path / "hf"):
+        if folder.is_dir():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True).decode(ids)
+    return f"{len(ids)} tokens; {run.config.model.hf_path}, whose tokenizer would decode them, is not there"

@@ -1,0 +1,191 @@
+"""The report: one HTML file, without any network, with the curves of one or more runs and a browser of their samples.
+
+Everything shown is one JSON object in the page, whose text the page's script only ever inserts as text.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_srpo.files import write_text
+from megatron_srpo.observe.alarms import REMEMBERED, Limits, alarms
+from megatron_srpo.observe.run_folder import RunFolder
+from megatron_srpo.observe.tokens import read_tokens, tokens_file
+
+SAMPLES = 5_000  # of all runs together: what a phone opens in two seconds
+TEXT_CHARACTERS = 20_000  # of one response or message; of longer ones the two ends
+_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+_PAGE = Path(__file__).with_name("page")
+
+
+def write_report(paths: Sequence[Path], output: Path, samples: int = SAMPLES) -> None:
+    """Write the page of these run folders to `output`. Raises ConfigError when one is no run's folder."""
+    page = {name: (_PAGE / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "charts.js", "samples.js")}
+    # "<" could end the script element; everything else outside ASCII, and halves of surrogate pairs, json escapes itself.
+    data = json.dumps(report_data(paths, samples), separators=(",", ":")).replace("<", "\\u003c")
+    html = page["page.html"]
+    for mark, text in (("CSS", page["page.css"]), ("JS", page["charts.js"] + page["samples.js"]), ("DATA", data)):
+        html = html.replace(f"/*{mark}*/", text, 1)
+    write_text(output, html)
+
+
+def report_data(paths: Sequence[Path], samples: int) -> dict[str, Any]:
+    """What the page shows."""
+    runs = [RunFolder.read(path) for path in paths]
+    names = _names(paths)
+    data: dict[str, Any] = {"made": f"{datetime.datetime.now():%Y-%m-%d %H:%M}", "runs": [], "prompts": [], "samples": [], "notes": []}
+    for number, (run, name) in enumerate(zip(runs, names, strict=True)):
+        data["runs"].append(_run_data(run, name))
+        _add_samples(data, run, number, name, samples // len(runs))
+        data["notes"] += run.problems
+    data["labels"] = list(dict.fromkeys(one["label"] for run in data["runs"] for one in run["evaluations"]))
+    return data
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The folders' names, with as much of the path before as tells them apart."""
+    resolved = [path.resolve() for path in paths]
+    for depth in range(1, 9):
+        names = ["/".join(path.parts[-depth:]) for path in resolved]
+        if len(set(names)) == len(set(resolved)):
+            return names
+    return [str(path) for path in resolved]
+
+
+def _run_data(run: RunFolder, name: str) -> dict[str, Any]:
+    config = run.config
+    keys = [key for row in run.steps[:1] for key, value in row.items() if isinstance(value, int | float)]
+    evaluate = {row["step"]: row.get("seconds_evaluate") or 0.0 for row in run.evaluations}
+    seconds = np.cumsum([(row.get("seconds") or 0.0) + evaluate.get(row["step"], 0.0) for row in run.steps])
+    return {
+        "name": name,
+        "what": f"{config.algorithm.name}, lr {config.lr:g}, {config.rollout.prompts_per_step} × {config.rollout.samples_per_prompt}"
+        f" samples a step, {config.model.hf_path.name}",
+        "columns": {key: [_short(row.get(key)) for row in run.steps] for key in keys},
+        "hours": [_short(value / 3600) for value in seconds.tolist()],
+        "tokens": np.cumsum([row.get("tokens") or 0 for row in run.steps], dtype=int).tolist(),
+        "evaluations": _evaluations(run.evaluations),
+        "weights": _weight_quantiles(run),
+        "alarms": alarm_history(run),
+    }
+
+
+def _evaluations(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The curves of every avg@K and pass@K; avg@K with its interval where the run wrote one."""
+    curves = []
+    for key in dict.fromkeys(key for row in rows for key in row if "/avg@" in key or "/pass@" in key):
+        found = [row for row in rows if row.get(key) is not None]
+        curve = {"label": key.removeprefix("eval/"), "steps": [row["step"] for row in found], "values": [_short(row[key]) for row in found]}
+        label = key.rpartition("/")[0]
+        if "/avg@" in key and all(f"{label}/avg_low" in row for row in found):
+            curve |= {end: [_short(row[f"{label}/avg_{end}"]) for row in found] for end in ("low", "high")}
+        curves.append(curve)
+    return sorted(curves, key=lambda curve: "/pass@" in curve["label"])
+
+
+def _weight_quantiles(run: RunFolder) -> dict[str, Any]:
+    """Quantiles of the dumped tokens' entropy weights, by step."""
+    steps, quantiles = [], []
+    for step in run.sampled_steps:
+        weights = [weight for row in read_tokens(run.path, step).values() for weight in row.get("weight", ())]
+        if weights:
+            steps.append(step)
+            quantiles.append(np.quantile(weights, _QUANTILES).tolist())
+    return {"steps": steps, "q": [[_short(value) for value in column] for column in zip(*quantiles, strict=True)]}
+
+
+def alarm_history(run: RunFolder) -> list[dict[str, str]]:
+    """Every stretch of steps in which an alarm holds, by the rows alone: a run from before there were alarms has them, too."""
+    limits, stretches, held = Limits.of(run.config), [], {}
+    steps = [row for row in run.steps if "loss" in row]  # what was only sampled has no alarms
+    for place, row in enumerate(steps):
+        raised = {alarm.name: alarm for alarm in alarms(steps[max(0, place + 1 - REMEMBERED) : place + 1], limits)}
+        held = {name: stretch for name, stretch in held.items() if name in raised}
+        for name, alarm in raised.items():
+            if name not in held:
+                held[name] = {"name": name, "first": row["step"], "finding": alarm.finding, "advice": alarm.advice}
+                stretches.append(held[name])
+            held[name]["last"] = row["step"]
+    for stretch in stretches:
+        first, last = stretch.pop("first"), stretch.pop("last")
+        stretch["steps"] = f"step {first}" if first == last else f"steps {first} to {last}"
+    return stretches
+
+
+def _add_samples(data: dict[str, Any], run: RunFolder, number: int, name: str, limit: int) -> None:
+    """Whole steps, evenly spread, those with token values first, until `limit` samples."""
+    steps, prompts, taken = run.sampled_steps, {}, 0
+    with_tokens = [step for step in steps if tokens_file(run.path, step).is_file()]
+    order = _spread(with_tokens) + _spread([step for step in steps if step not in set(with_tokens)])
+    chosen: list[tuple[int, list[dict[str, Any]]]] = []
+    for step in order:
+        rows = run.samples(step)
+        if taken + len(rows) > limit and chosen:
+            break
+        chosen.append((step, rows[:limit]))
+        taken += len(rows[:limit])
+    for step, rows in sorted(chosen, key=lambda pair: pair[0]):
+        values = read_tokens(run.path, step)
+        for place, row in enumerate(rows):
+            sample = _sample(row, place, values, data["prompts"], prompts)
+            data["samples"].append({"run": number, "step": step, **sample})
+    if len(chosen) < len(steps):
+        data["notes"].append(f"{name}: the samples of {len(chosen)} of {len(steps)} steps are in this page; all are in its rollouts/.")
+
+
+def _spread(steps: list[int]) -> list[int]:
+    """The same steps in an order whose every beginning is spread over all of them: last, first, then halves, quarters …"""
+    if not steps:
+        return []
+    places, stride = [len(steps) - 1, 0], len(steps)
+    while stride > 1:
+        stride = (stride + 1) // 2
+        places += range(0, len(steps), stride)
+    return [steps[place] for place in dict.fromkeys(places)]
+
+
+def _sample(row: dict, place: int, values: dict, prompts: list[dict], numbers: dict[str, int]) -> dict[str, Any]:
+    prompt, verdict, route = row["prompt"], row["verdict"], row["route"]
+    if prompt["id"] not in numbers:
+        numbers[prompt["id"]] = len(prompts)
+        messages = [[message["role"], _cut(message["content"])] for message in prompt["messages"]]
+        prompts.append({"id": prompt["id"], "messages": messages, "answer": _cut(prompt["answer"])})
+    sample = {
+        "number": place,
+        "prompt": numbers[prompt["id"]],
+        "index": row["index"],
+        "text": _cut(row["text"]),
+        "tokens": len(row["response_ids"]),
+        "finish": row["finish_reason"],
+        "reward": _short(verdict["reward"]),
+        "correct": verdict["correct"],
+        "format": verdict["format_ok"],
+        "failure": verdict["verifier_failed"],
+        "feedback": verdict["feedback"] and _cut(verdict["feedback"]),
+        "branch": route["branch"],
+        "advantage": _short(route["advantage"]),
+        "sibling": route["sibling"],
+        "noTeacher": route["no_teacher"],
+    }
+    if (found := values.get((prompt["id"], row["index"]))) is not None:
+        sample["values"] = {key: value for key, value in found.items() if key not in ("step", "prompt_id", "index")}
+    return sample
+
+
+def _cut(text: str) -> str:
+    if len(text) <= TEXT_CHARACTERS:
+        return text
+    half = TEXT_CHARACTERS // 2
+    return f"{text[:half]}\n[… {len(text) - 2 * half} characters left out …]\n{text[-half:]}"
+
+
+def _short(value: float | None) -> float | None:
+    """Five digits; None for what is no finite number."""
+    return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")

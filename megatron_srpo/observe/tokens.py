@@ -1,0 +1,72 @@
+"""rollouts/step_NNNNNN.tokens.jsonl: what the loss saw of a few samples' tokens, in words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
+
+from megatron_srpo.config import ConfigError
+from megatron_srpo.files import write_text
+from megatron_srpo.records import Group, Sample
+from megatron_srpo.rollout.dump import step_file
+from megatron_srpo.runtime.token_values import SampleKey
+
+
+def choose(groups: Sequence[Group], count: int) -> list[SampleKey]:
+    """Up to `count` samples, by turns distilled, failed without a teacher, and right; of as many prompts as there are."""
+    kinds: tuple[list[Sample], ...] = ([], [], [])
+    for group in groups:
+        for sample in group:
+            kinds[0 if sample.route.distillation_weight > 0 else 2 if sample.verdict.correct else 1].append(sample)
+    turns = (_prompt_after_prompt(kind) for kind in kinds)
+    chosen = [sample for turn in zip_longest(*turns) for sample in turn if sample is not None]
+    return [(sample.prompt.id, sample.index) for sample in chosen[:count]]
+
+
+def _prompt_after_prompt(samples: Sequence[Sample]) -> list[Sample]:
+    by_prompt: dict[str, list[Sample]] = {}
+    for sample in samples:
+        by_prompt.setdefault(sample.prompt.id, []).append(sample)
+    return [sample for sample in chain.from_iterable(zip_longest(*by_prompt.values())) if sample is not None]
+
+
+def tokens_file(folder: Path, step: int) -> Path:
+    """Beside the step's samples."""
+    return step_file(folder, step).with_suffix(".tokens.jsonl")
+
+
+def write_tokens(
+    rows: Sequence[Mapping[str, Any]], groups: Sequence[Group], decode: Callable[[Sequence[int]], str], folder: Path, step: int
+) -> None:
+    """Write the rows of `TokenValues.gather`, ids replaced by the text `decode` makes of each; whole or not at all."""
+    ids_of = {(sample.prompt.id, sample.index): sample.response_ids for group in groups for sample in group}
+    texts: dict[int, str] = {}
+
+    def text(token: int) -> str:
+        if token not in texts:
+            texts[token] = decode([token])
+        return texts[token]
+
+    lines = []
+    for row in rows:
+        tokens = {"tokens": [text(token) for token in ids_of[row["prompt_id"], row["index"]]]}
+        kinds = [key for key in ("top", "teacher_top") if key in row]
+        tops = {key: [[[text(token), logprob] for token, logprob in place] for place in row[key]] for key in kinds}
+        lines.append(json.dumps({"step": step, **row, **tokens, **tops}, ensure_ascii=False) + "\n")
+    write_text(tokens_file(folder, step), "".join(lines))
+
+
+def read_tokens(folder: Path, step: int) -> dict[SampleKey, dict[str, Any]]:
+    """The rows of a step; empty where none were written. Raises ConfigError naming file and line for a damaged one."""
+    file, rows = tokens_file(folder, step), {}
+    for number, line in enumerate(file.read_bytes().split(b"\n") if file.is_file() else (), 1):
+        if line:
+            try:
+                row = json.loads(line)
+                rows[row["prompt_id"], row["index"]] = row
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConfigError(f"{file}:{number}: is damaged ({error}); remove the file, which nothing else needs") from None
+    return rows

@@ -1,0 +1,107 @@
+"""No silent hang: when no rank makes progress, every rank leaves its state and its stacks in the run folder and exits.
+
+Each rank's thread writes what its process is doing (`progress.py`) to watchdog/rank_NNNNN.txt. The first rank's looks at all of
+them: a rank that waits for another is fine while the other gets on. Stalled is a run in which nobody does.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+from megatron_srpo.files import write_text
+from megatron_srpo.progress import PROGRESS, collectives_noted
+from megatron_srpo.runtime.parallel import Layout
+
+STALLED = 1  # the exit status
+_GRACE_SECONDS = 10  # a stalled run's first rank waits so long for the other ranks' stacks
+
+
+class Watchdog:
+    """Watches while it is entered. minutes: without any rank's progress, after which the run ends; None: never.
+
+    session: of this start of the run, the same on all ranks.
+    """
+
+    def __init__(self, folder: Path, layout: Layout, minutes: float | None, session: str):
+        self.folder, self.layout, self.session = folder, layout, session
+        self.limit = None if minutes is None else 60 * minutes
+        self._stop, self._thread, self._collectives = threading.Event(), None, collectives_noted()
+
+    def __enter__(self) -> Watchdog:
+        if self.limit is not None:
+            self.folder.mkdir(exist_ok=True)
+            self._collectives.__enter__()
+            PROGRESS.enter("start")
+            self._log = self._file(self.layout.rank, ".stacks.txt").open("w", encoding="utf-8")
+            self._interval = min(15.0, self.limit / 10)
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._thread is not None:
+            self._stop.set()
+            self._thread.join()
+            faulthandler.cancel_dump_traceback_later()
+            self._collectives.__exit__(*exception)
+            self._log.close()
+            self._file(self.layout.rank, ".stacks.txt").unlink()
+
+    def _file(self, rank: int, suffix: str = ".txt") -> Path:
+        return self.folder / f"rank_{rank:05d}{suffix}"
+
+    @property
+    def _verdict(self) -> Path:
+        return self.folder / f"stalled-{self.session}.txt"
+
+    def _watch(self) -> None:
+        told, seen, moved_at = None, None, time.monotonic()
+        while not self._stop.wait(self._interval):
+            # The interpreter's own clock, which needs no lock of it: for a process whose main thread never lets a thread run.
+            faulthandler.dump_traceback_later(self.limit + _GRACE_SECONDS, exit=True, file=self._log)
+            if told != PROGRESS.beats:
+                told = PROGRESS.beats
+                write_text(self._file(self.layout.rank), f"{self.session} {told}\n{self._describe()}\n")
+            if self._verdict.exists():
+                self._leave()
+            if self.layout.rank == 0:
+                states = [self._read(rank) for rank in range(self.layout.world_size)]
+                if states != seen:
+                    seen, moved_at = states, time.monotonic()
+                elif time.monotonic() - moved_at >= self.limit:
+                    write_text(self._verdict, f"no rank made progress for {self.limit / 60:g} minutes (logging.watchdog_minutes)\n")
+                    self._leave()
+
+    def _read(self, rank: int) -> str:
+        try:
+            return self._file(rank).read_text(encoding="utf-8")
+        except OSError:
+            return ""  # not yet written
+
+    def _describe(self) -> str:
+        return f"rank {self.layout.rank} on {socket.gethostname()}, process {os.getpid()}: {PROGRESS.describe()}"
+
+    def _leave(self) -> None:
+        """State and stacks to the disk; then end this process, whatever its main thread waits for."""
+        faulthandler.dump_traceback(self._log, all_threads=True)
+        self._log.flush()
+        write_text(self._file(self.layout.rank), f"{self.session} stalled\n{self._describe()}\n")
+        end = time.monotonic() + _GRACE_SECONDS + self._interval
+        if self.layout.rank == 0:
+            ranks = range(self.layout.world_size)
+            while time.monotonic() < end and not all(self._read(r).startswith(f"{self.session} stalled") for r in ranks):
+                time.sleep(0.05)
+            states = [self._read(rank).partition("\n")[2].strip() or f"rank {rank}: said nothing" for rank in ranks]
+            text = "\n".join([self._verdict.read_text(encoding="utf-8").strip(), *states, f"stacks: {self.folder}/rank_*.stacks.txt"])
+            print(f"stopped: {text}", file=sys.stderr, flush=True)
+            write_text(self._verdict, text + "\n")
+        else:  # let the first rank speak: torchrun ends all when one leaves
+            while time.monotonic() < end and "stacks:" not in self._verdict.read_text(encoding="utf-8"):
+                time.sleep(0.05)
+        os._exit(STALLED)

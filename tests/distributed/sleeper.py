@@ -1,0 +1,33 @@
+"""Run by torchrun: the second rank falls asleep in its second step, for ever. Arguments: configuration file, overrides."""
+
+import sys
+import time
+from pathlib import Path
+
+from megatron_srpo.__main__ import quieten_libraries
+
+
+def fall_asleep() -> None:
+    """What the stack trace must name."""
+    time.sleep(10_000)
+
+
+if __name__ == "__main__":
+    quieten_libraries()
+    from megatron_srpo.config import load_config
+    from megatron_srpo.progress import PROGRESS
+    from megatron_srpo.runtime.parallel import Layout
+    from megatron_srpo.runtime.trainer import Trainer
+    from megatron_srpo.train import train
+
+    score = Trainer.score_teacher
+
+    def score_teacher(self, batches):
+        """As it was, but for one rank and step."""
+        layout: Layout = self.layout
+        if layout.rank == 1 and PROGRESS.step == 2:
+            fall_asleep()
+        return score(self, batches)
+
+    Trainer.score_teacher = score_teacher
+    train(load_config(Path(sys.argv[1]), sys.argv[2:]))

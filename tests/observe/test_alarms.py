@@ -1,0 +1,154 @@
+"""Alarms: rows made by hand for each, and faults planted in real runs of the quick start's model."""
+
+from __future__ import annotations
+
+import pytest
+from small_run import QUICKSTART, small_run
+
+from megatron_srpo.config import load_config
+from megatron_srpo.observe.alarms import Limits, alarms
+from megatron_srpo.records import Verdict
+from megatron_srpo.rollout.transformers_engine import TransformersEngine
+from megatron_srpo.runtime.teacher import Teacher
+from megatron_srpo.tasks.pool import Pool
+from megatron_srpo.train import TrainingStopped
+
+LIMITS = Limits(dead_group_share=0.9, logprob_gap=0.05, ema_rate=0.05, weighs_entropy=True)
+HEALTHY = {
+    "updates": 1,
+    "updates_skipped": 0,
+    "pass_rate": 0.5,
+    "response_tokens_mean": 100.0,
+    "policy_entropy": 0.5,
+    "teacher_entropy": 0.3,
+    "format_rate": 1.0,
+    "zero_advantage_share": 0.3,
+    "sdpo_token_share": 0.4,
+    "entropy_weight_std": 0.25,
+    "engine_logprob_gap": 1e-7,
+    "teacher_distance": 0.01,
+    "teacher_followed": 0.05,
+}
+
+
+def names(rows, limits=LIMITS):
+    """The alarms' names."""
+    return [alarm.name for alarm in alarms(rows, limits)]
+
+
+def rows(count, **changes):
+    """`count` healthy rows with `changes`."""
+    return [HEALTHY | changes for _ in range(count)]
+
+
+def test_a_healthy_run_is_quiet():
+    assert names([]) == names(rows(1)) == names(rows(50)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("dead_groups", dict(zero_advantage_share=0.95)),
+        ("teacher_still", dict(teacher_followed=0.0)),
+        ("teacher_still", dict(teacher_followed=0.004)),  # as an EMA in bf16 does
+        ("uniform_weights", dict(entropy_weight_std=0.001)),
+    ],
+)
+def test_a_fault_is_told_in_its_third_step_and_no_more_when_it_is_over(name, fault):
+    faulty = rows(5) + rows(2, **fault)
+    assert names(faulty) == []
+    assert names(faulty + rows(1, **fault)) == [name]
+    assert names(faulty + rows(1, **fault) + rows(1)) == []
+
+
+@pytest.mark.parametrize(
+    ("fall", "expected"),
+    [
+        (dict(response_tokens_mean=20.0, policy_entropy=0.1), ["collapse"]),
+        (dict(format_rate=0.5, policy_entropy=0.1), ["collapse"]),
+        (dict(format_rate=0.5, policy_entropy=0.1, pass_rate=0.1), ["collapse"]),
+        (dict(response_tokens_mean=20.0, policy_entropy=0.1, pass_rate=0.8), []),  # shorter, surer and better: learning
+        (dict(policy_entropy=0.1), []),
+        (dict(response_tokens_mean=70.0, policy_entropy=0.4), []),
+    ],
+)
+def test_collapse_is_several_falls_without_a_gain(fall, expected):
+    assert names(rows(10) + rows(3, **fall)) == expected
+
+
+def test_a_gap_is_told_at_once_a_number_that_is_not_finite_too():
+    assert names(rows(1, engine_logprob_gap=0.06)) == names(rows(1, engine_logprob_gap=None)) == ["logprob_gap"]
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_do_not_stop_the_others(value):
+    """As a run has them (nan, inf), or metrics.jsonl (null)."""
+    shares = ("pass_rate", "format_rate", "zero_advantage_share", "sdpo_token_share", "updates", "updates_skipped", "response_tokens_mean")
+    broken = dict.fromkeys(set(HEALTHY) - set(shares), value)
+    assert names(rows(9) + rows(4, **broken)) == ["logprob_gap"]
+    assert names(rows(9) + rows(4, **broken | {"zero_advantage_share": 1.0})) == ["dead_groups", "logprob_gap"]
+
+
+def test_what_is_meant_to_be_so_is_no_alarm():
+    """A frozen teacher on purpose, replay of another policy's samples, no entropy weighting, nothing to learn from: not these."""
+    quiet = Limits(dead_group_share=0.9, logprob_gap=None, ema_rate=None, weighs_entropy=False)
+    assert names(rows(9, teacher_followed=0.0, engine_logprob_gap=0.7, entropy_weight_std=0.0), quiet) == []
+    assert names(rows(9, teacher_distance=0.0, teacher_followed=0.0)) == []  # the policy does not move either
+    assert names(rows(9, teacher_followed=0.0, updates_skipped=1)) == []  # no update, nothing to follow
+    assert names(rows(9, entropy_weight_std=0.0, teacher_entropy=0.01)) == []  # a certain teacher is right to weigh alike
+
+
+def test_limits_are_the_configurations():
+    def limits(*overrides):
+        return Limits.of(load_config(QUICKSTART / "config.yaml", list(overrides)))
+
+    assert limits() == LIMITS
+    assert limits("teacher.kind=frozen", "rollout.replay=/x").ema_rate is None
+    assert limits("rollout.replay=/x").logprob_gap is None
+    assert not limits("algorithm.entropy_beta=0").weighs_entropy
+    assert limits("algorithm.name=grpo")[2:] == (None, False)
+
+
+# ---- faults planted in real runs ---------------------------------------------------------------------------------------
+
+
+def perturb(monkeypatch):
+    """An engine that says other log-probabilities than it sampled by."""
+    complete = TransformersEngine._completion
+
+    def lying(self, request, tokens, logprobs, sampling):
+        return complete(self, request, tokens, [value - 0.2 * (place % 2) for place, value in enumerate(logprobs)], sampling)
+
+    monkeypatch.setattr(TransformersEngine, "_completion", lying)
+
+
+def praise(monkeypatch):
+    """A verifier that says yes to everything."""
+    always = Verdict(reward=1.0, correct=True, format_ok=True)
+    monkeypatch.setattr(Pool, "verify", lambda self, jobs: [always for _ in jobs])
+
+
+def freeze(monkeypatch):
+    """A teacher that is never moved."""
+    monkeypatch.setattr(Teacher, "follow", lambda self, optimizer, parameters: None)
+
+
+@pytest.mark.parametrize(("plant", "name"), [(None, None), (perturb, "logprob_gap"), (praise, "dead_groups"), (freeze, "teacher_still")])
+def test_planted_faults_raise_their_alarm_within_five_steps(plant, name, monkeypatch, tmp_path, capsys):
+    """The right one and no other; it is told once, with advice; without a fault there is none."""
+    if plant:
+        plant(monkeypatch)
+    raised = [row["alarms"] for row in small_run(tmp_path / "run")]
+    assert {alarm for of_step in raised for alarm in of_step} == ({name} if name else set())
+    assert capsys.readouterr().out.count(f"alarm {name}:") == (1 if name else 0)
+    said = (tmp_path / "run" / "logs" / "rank_00000.log").read_text()
+    assert "rank 0 of 1 on" in said and "step 5: update" in said and (name is None or f"alarm {name}:" in said)
+
+
+def test_stop_on_ends_the_run_and_keeps_what_was_learnt(monkeypatch, tmp_path):
+    perturb(monkeypatch)
+    with pytest.raises(TrainingStopped, match=r"step 1: alarm logprob_gap \(logging.stop_on\)"):
+        small_run(tmp_path / "run", "logging.stop_on=[logprob_gap]")
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
+    assert (tmp_path / "run" / "hf" / "model.safetensors").is_file()
+    assert "TrainingStopped" in (tmp_path / "run" / "logs" / "rank_00000.log").read_text()

@@ -1,0 +1,101 @@
+"""The watchdog: a rank that sleeps for ever ends the run with everybody's state; progress anywhere keeps it quiet."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_srpo.files import write_text
+from megatron_srpo.observe import watchdog
+from megatron_srpo.observe.watchdog import Watchdog
+from megatron_srpo.progress import beat
+
+ROOT = Path(__file__).parents[2]
+LIMIT = 0.6
+
+
+@pytest.fixture
+def ends(monkeypatch):
+    """The exit statuses with which the watchdog would have ended this process."""
+    statuses = []
+
+    def leave(status):
+        statuses.append(status)
+        raise SystemExit  # its thread alone
+
+    monkeypatch.setattr(watchdog.os, "_exit", leave)
+    return statuses
+
+
+def rank(number, size=1):
+    """The part of a layout that the watchdog reads."""
+    return SimpleNamespace(rank=number, world_size=size)
+
+
+def test_no_progress_ends_the_process_and_names_the_place(ends, tmp_path):
+    with Watchdog(tmp_path / "w", rank(0), LIMIT / 60, "s"):
+        begun = time.monotonic()
+        while not ends and time.monotonic() < begun + 20:
+            time.sleep(0.05)
+        assert ends == [1] and time.monotonic() - begun >= LIMIT
+        stacks = (tmp_path / "w" / "rank_00000.stacks.txt").read_text()
+        assert "test_no_progress_ends_the_process" in stacks
+        assert "no rank made progress" in (tmp_path / "w" / "stalled-s.txt").read_text()
+
+
+@pytest.mark.parametrize("who", ["own", "other"])
+def test_a_long_phase_with_progress_on_some_rank_is_left_alone(who, ends, tmp_path):
+    """This rank beats, or waits while another one does, each within the limit."""
+    done = threading.Event()
+
+    def live():
+        for number in range(6):
+            if who == "own":
+                beat()
+            else:
+                write_text(tmp_path / "w" / "rank_00001.txt", f"s {number}\n")
+            done.wait(LIMIT / 2)
+
+    (tmp_path / "w").mkdir()
+    with Watchdog(tmp_path / "w", rank(0, 2), LIMIT / 60, "s"):
+        live()
+        assert ends == []
+    assert not (tmp_path / "w" / "rank_00000.stacks.txt").exists()
+
+
+def test_an_end_of_another_start_is_none_of_ours(ends, tmp_path):
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "stalled-before.txt").write_text("")
+    with Watchdog(tmp_path / "w", rank(1, 2), LIMIT / 60, "s"):
+        time.sleep(LIMIT / 2)
+        assert ends == []
+
+
+def test_a_rank_that_sleeps_for_ever(tmp_path):
+    """Two processes: both leave phase, step, last collective and stacks, and the launch fails instead of hanging."""
+    run = tmp_path / "run"
+    overrides = ["rollout.prompts_per_step=4", "rollout.samples_per_prompt=4", "train.steps=5", "evaluation.every=0"]
+    overrides += ["checkpoint.save_interval=0", "logging.watchdog_minutes=0.05", f"logging.dir={run}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "tests/distributed/sleeper.py", "examples/quickstart/config.yaml", *overrides],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode != 0
+    first, second = ((run / "watchdog" / f"rank_0000{number}.txt").read_text() for number in range(2))
+    assert "step 2, phase" in first and "waiting in all_" in first and "among 2 ranks" in first
+    assert "step 2, phase teacher" in second and "last collective" in second
+    assert "fall_asleep" in (run / "watchdog" / "rank_00001.stacks.txt").read_text()
+    assert "fall_asleep" not in (run / "watchdog" / "rank_00000.stacks.txt").read_text()
+    assert "stopped: no rank made progress for 0.05 minutes" in done.stderr and first.splitlines()[1] in done.stderr
