@@ -18,9 +18,12 @@ def main() -> int:
     cannot go on, 75 for one that was asked to leave before its end."""
     parser = argparse.ArgumentParser(prog="python -m megatron_srpo", description="Sample-Routed Policy Optimization on megatron-core")
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("train", help="train by a configuration file")
-    command.add_argument("config", type=Path, help="YAML file, see examples/")
-    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    for name, text in (("train", "train by a configuration file"), ("eval", "evaluate model.hf_path by a configuration file")):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("config", type=Path, help="YAML file, see examples/")
+        command.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    command = commands.add_parser("compare", help="compare evaluations with the first one, by a paired bootstrap over questions")
+    command.add_argument("results", nargs="+", type=Path, metavar="DIR", help="folders that eval has written, two or more")
     arguments = parser.parse_args()
     is_first = os.environ.get("RANK", "0") == "0"
     quieten_libraries()
@@ -28,7 +31,11 @@ def main() -> int:
     from megatron_srpo.config import ConfigError, load_config
 
     try:
+        if arguments.command == "compare":
+            return compare_results(arguments.results)
         config = load_config(arguments.config, arguments.overrides)
+        if arguments.command == "eval":
+            return evaluate_model(config, is_first)
         from megatron_srpo.checkpoint.saver import SaveFailed
         from megatron_srpo.train import TrainingInterrupted, TrainingStopped, train
 
@@ -48,6 +55,28 @@ def main() -> int:
         else:  # every rank finds the same error; torchrun ends all of them when one leaves, so let the first speak before
             time.sleep(5)
         return 2
+    return 0
+
+
+def evaluate_model(config, is_first: bool) -> int:
+    """The eval command. Returns the exit status."""
+    from megatron_srpo.evaluate import run_evaluation
+
+    directory = run_evaluation(config)
+    if is_first:
+        print((directory / "result.md").read_text(encoding="utf-8"))
+        print(f"result folder: {directory}  (result.json, result.md, samples/)")
+    return 0
+
+
+def compare_results(directories: list[Path]) -> int:
+    """The compare command. Returns the exit status."""
+    from megatron_srpo.config import ConfigError
+    from megatron_srpo.observe.scoreboard import compare
+
+    if len(directories) < 2:
+        raise ConfigError("compare: expected two folders or more")
+    print(compare(directories))
     return 0
 
 

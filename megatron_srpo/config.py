@@ -67,8 +67,65 @@ class ParallelSection(_Section):
         return self
 
 
-class TaskSection(_Section):
-    name: str = "addition"
+class TaskSource(_Section):
+    """One task: where its questions come from and who judges the answers. A bare word stands for a task of that name."""
+
+    name: str = Field(
+        "addition",
+        pattern=r"^\w[\w.-]*(/\w[\w.-]*)?$",
+        description="addition, reasoning_gym/DATASET, or what the task in `path` is called in metrics (default: as that file or folder)",
+    )
+    path: Path | None = Field(
+        None, description="folder with train.jsonl, test.jsonl (validation.jsonl); one .jsonl file; or a .py file with your own task class"
+    )
+    verifier: Literal["exact", "multiple_choice", "tool_calls", "math"] | None = Field(
+        None, description="who judges answers to the questions in `path`; null: by the task's name (README, Tasks)"
+    )
+    rule: Literal["paper", "strict"] = Field("paper", description="multiple_choice and tool_calls: as in the papers, or ours")
+    options: dict[str, Any] = Field(default_factory=dict, description="passed to the reasoning_gym dataset or to your own class")
+    weight: float = Field(1.0, gt=0, description="share of the training prompts in a mixture, relative to the other tasks'")
+    test_share: float | None = Field(
+        None, ge=0, le=1, description="of one .jsonl file, the questions that are the test; null: a tenth, in evaluation.tasks all"
+    )
+    validation_share: float = Field(0.0, ge=0, lt=1, description="of the training questions, those held out where no validation.jsonl is")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_word(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            return {"name": given}
+        if isinstance(given, dict) and given.get("path") and given.get("name") is None:
+            return {**given, "name": Path(str(given["path"])).stem}
+        return given
+
+
+class TaskSection(TaskSource):
+    mixture: list[TaskSource] | None = Field(None, min_length=1, description="several tasks, instead of name and path")
+    verifier_workers: int = Field(2, gt=0, description="verifier processes of each rank")
+    verifier_seconds: float = Field(10.0, gt=0, description="a verdict that takes longer is given up and its process killed")
+    verifier_memory_mib: int = Field(2048, ge=256, description="memory of a verifier process")
+    verifier_failed: Literal["exclude", "zero"] = Field(
+        "exclude", description="a sample nobody could judge is left out of its group, or counts as wrong"
+    )
+
+    @property
+    def sources(self) -> tuple[TaskSource, ...]:
+        """The tasks trained on."""
+        return tuple(self.mixture or [TaskSource(**{name: getattr(self, name) for name in TaskSource.model_fields})])
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mixture_alone(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("mixture") and (beside := sorted(set(given) & set(TaskSource.model_fields))):
+            raise ValueError(f"task.mixture: beside it stands task.{beside[0]}, which belongs to one of its tasks (or task.mixture: null)")
+        return given
+
+    @model_validator(mode="after")
+    def _own_names(self):
+        names = [source.name for source in self.sources]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"task.mixture: two tasks are called {repeated[0]}; give each a name of its own (and a verifier)")
+        return self
 
 
 class SGLangSection(_Section):
@@ -130,6 +187,15 @@ class RolloutSection(_Section):
     max_response_tokens: int = Field(8192, gt=0)
     enable_thinking: bool = Field(False, description="passed to the chat template")
     batch_size: int = Field(256, gt=0, description="sequences the embedded engine samples at once")
+    over_sampling: float = Field(1.0, ge=1, description="prompts begun for each one trained on; the slowest are broken off and carried on")
+    dynamic_filtering: bool = Field(False, description="leave out groups without signal (all rewards alike) and draw others instead")
+    filter_rounds: int = Field(4, gt=0, description="rounds of drawing after which the batch is filled with groups without signal")
+    max_staleness: int = Field(1, ge=0, description="samples carried on: at most so many weight versions older than the policy they train")
+    overlap: Literal[0, 1] = Field(0, description="1: the next batch is sampled while one trains, by weights one version older")
+    logprob_gap_warning: float = Field(
+        0.05, gt=0, description="mean |log π_trainer - log π_engine|, nats a token, from which the run warns; overlap adds the policy's move"
+    )
+    logprob_gap_stop: float | None = Field(0.5, gt=0, description="… and from which it stops; null: never")
     replay: Path | None = Field(None, description="train on the rollouts dumped by this run (its folder or rollouts/), without an engine")
 
     @model_validator(mode="after")
@@ -162,6 +228,11 @@ class TeacherSection(_Section):
     ema_rate: float = Field(0.05, gt=0, le=1)
     interpolation: float = Field(0.05, gt=0, lt=1, description="a of trust_region: the policy's share of the logits")
     max_prompt_tokens: int = Field(10240, gt=0, description="the demonstration is shortened to fit")
+    feedback: Literal["off", "without_solution", "always"] = Field(
+        "off",
+        description="show a failed sample's environment feedback to its teacher: never; where no sibling is correct; or beside the"
+        " solution, too. Feedback in your data is shown as it is: it may hold the answer",
+    )
 
 
 class OptimizerSection(_Section):
@@ -188,10 +259,17 @@ class TrainSection(_Section):
 
 class EvaluationSection(_Section):
     every: int = Field(5, ge=0, description="steps between evaluations, also before the first and after the last; 0: never")
-    prompts: int = Field(64, gt=0, description="test prompts")
+    tasks: list[TaskSource] | None = Field(
+        None, description="what is evaluated: tasks as in task.mixture, or names of training tasks; null: the training tasks"
+    )
+    splits: list[Literal["test", "validation"]] = Field(
+        ["test"], min_length=1, description="validation: held out of the training questions"
+    )
+    prompts: int | None = Field(64, gt=0, description="questions of each task and split, the first of them; null: all")
     samples: int = Field(16, gt=0, description="samples a prompt: K of avg@K and pass@K")
     temperature: float = Field(0.6, ge=0, description="0: greedy")
     top_p: float = Field(0.95, gt=0, le=1)
+    greedy: bool = Field(True, description="the eval command also takes one greedy answer to each question")
 
     @model_validator(mode="after")
     def _greedy_once(self):
@@ -259,6 +337,19 @@ class Config(_Section):
         """Prompts per optimizer step: the algorithm's, or the whole batch where that is not larger."""
         return min(self.algorithm.mini_batch_prompts or self.rollout.prompts_per_step, self.rollout.prompts_per_step)
 
+    @property
+    def evaluation_tasks(self) -> tuple[TaskSource, ...]:
+        """What is evaluated; a bare name means the training task of that name, if there is one."""
+        if self.evaluation.tasks is None:
+            return self.task.sources
+        trained = {source.name: source for source in self.task.sources}
+        return tuple(
+            trained[source.name]
+            if source == TaskSource(name=source.name) and source.name in trained
+            else source.model_copy(update={"test_share": 1.0 if source.test_share is None else source.test_share})
+            for source in self.evaluation.tasks
+        )
+
     @model_validator(mode="after")
     def _contradictions(self):
         rollout = self.rollout
@@ -266,12 +357,17 @@ class Config(_Section):
             raise ValueError(
                 f"rollout.samples_per_prompt: {self.algorithm.name} compares the samples of a group, so it needs at least 2, not 1"
             )
+        if rollout.overlap > rollout.max_staleness:
+            raise ValueError(f"rollout.max_staleness: {rollout.max_staleness}, but rollout.overlap: 1 makes every sample one version old")
         if rollout.prompts_per_step % self.mini_batch_prompts:
             raise ValueError(
                 f"rollout.prompts_per_step: {rollout.prompts_per_step} is not a multiple of algorithm.mini_batch_prompts"
                 f" ({self.mini_batch_prompts}; null: one optimizer step per batch)"
             )
         return self
+
+
+SHORT = {"hf_path": "model.hf_path"}  # what overrides may call by its last name
 
 
 def load_config(path: Path, overrides: list[str]) -> Config:
@@ -284,6 +380,7 @@ def load_config(path: Path, overrides: list[str]) -> Config:
         key, separator, text = override.partition("=")
         if not separator:
             raise ConfigError(f"override {override!r}: expected section.key=value")
+        key = SHORT.get(key, key)
         try:
             value = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
@@ -376,6 +473,8 @@ def _known_names(section: list[str], problem: dict) -> list[str]:
     if section[0] == "algorithm":
         by_name = {get_args(model.model_fields["name"].annotation)[0]: model for model in _algorithms()}
         return list(by_name[str(problem["loc"][1])].model_fields)
+    if section[0] in ("task", "evaluation") and len(section) > 1:  # an entry of task.mixture or evaluation.tasks
+        return list(TaskSource.model_fields)
     model = Config
     for name in section:
         model = model.model_fields[name].annotation

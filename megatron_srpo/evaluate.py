@@ -1,34 +1,213 @@
-"""Evaluation on held-out prompts: avg@K and pass@K of the engine's present weights."""
+"""Evaluation on held-out questions: during training, and as a command on any Hugging Face folder. Both take the same path."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 
-from megatron_srpo.config import EvaluationSection
-from megatron_srpo.records import Group
+import yaml
+from safetensors import safe_open
+from torch import Tensor
+
+from megatron_srpo.config import Config, ConfigError, EvaluationSection, load_config, save_config
+from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.model.qwen3 import model_dtype
+from megatron_srpo.observe.scoreboard import Outcome, result_of, write_result
+from megatron_srpo.preflight import check_evaluation
+from megatron_srpo.records import Group, Sample
 from megatron_srpo.rollout.collect import Collector, exchange
 from megatron_srpo.rollout.engine import Sampling
+from megatron_srpo.rollout.transformers_engine import TransformersEngine
+from megatron_srpo.runtime.parallel import Layout, initialize, shut_down
+from megatron_srpo.tasks import Task, evaluation_tasks, question_count
+from megatron_srpo.tasks.pool import Pool
+
+CHUNK_SEQUENCES = 1024  # at most so many responses are lost when a command is cut off
 
 
-def evaluate(collector: Collector, settings: EvaluationSection, max_tokens: int, seed: int) -> dict[str, float]:
+def evaluate(collector: Collector, tasks: Mapping[str, Task], settings: EvaluationSection, max_tokens: int, seed: int) -> dict[str, float]:
     """The evaluation's part of metrics.jsonl: every rank samples its share, every rank gets the result.
 
     The same prompts and the same random numbers at every call: two evaluations differ by the weights alone.
     """
-    prompts = collector.prompts("test", 0, settings.prompts)
     sampling = Sampling(settings.temperature, settings.top_p, max_tokens, collector.folder.stop_ids)
-    groups = collector.verify(collector.sample(prompts, settings.samples, sampling, f"{seed}/evaluation"))
-    return summarise(collector.task.name, exchange(groups, collector.layout))
+    scores: dict[str, float] = {}
+    for task, split in _parts(tasks, settings):
+        numbers = range(question_count(task, split, settings))
+        groups = ask(collector, task, split, numbers, settings.samples, sampling, f"{seed}/evaluation")
+        scores |= summarise(_label(task, split), groups)
+    if len(tasks) > 1:
+        for kind in ("avg", "pass"):
+            key = f"{kind}@{settings.samples}"
+            values = [scores[f"eval/{_label(task, settings.splits[0])}/{key}"] for task in tasks.values()]
+            scores[f"eval/mean/{key}"] = sum(values) / len(values)
+    return scores
 
 
-def summarise(task: str, groups: Sequence[Group]) -> dict[str, float]:
+def ask(collector: Collector, task: Task, split: str, numbers: range, samples: int, sampling: Sampling, seed: str) -> list[Group]:
+    """The verified groups of the questions `numbers` of `split`, all of them on every rank, in order."""
+    prompts = collector.prompts(partial(task.prompt, split), numbers)
+    return exchange(collector.sample(prompts, samples, sampling, seed), collector.layout)
+
+
+def summarise(label: str, groups: Sequence[Group]) -> dict[str, float]:
     """avg@K (mean accuracy of K samples a prompt), pass@K (share of prompts with a correct one), length, format, truncation."""
     samples = [sample for group in groups for sample in group]
     k = len(groups[0])
     return {
-        f"eval/{task}/avg@{k}": sum(sample.verdict.correct for sample in samples) / len(samples),
-        f"eval/{task}/pass@{k}": sum(any(sample.verdict.correct for sample in group) for group in groups) / len(groups),
-        f"eval/{task}/response_tokens_mean": sum(len(sample.response_ids) for sample in samples) / len(samples),
-        f"eval/{task}/format_rate": sum(sample.verdict.format_ok for sample in samples) / len(samples),
-        f"eval/{task}/truncated_share": sum(sample.finish_reason == "length" for sample in samples) / len(samples),
+        f"eval/{label}/avg@{k}": sum(sample.verdict.correct for sample in samples) / len(samples),
+        f"eval/{label}/pass@{k}": sum(any(sample.verdict.correct for sample in group) for group in groups) / len(groups),
+        f"eval/{label}/response_tokens_mean": sum(len(sample.response_ids) for sample in samples) / len(samples),
+        f"eval/{label}/format_rate": sum(sample.verdict.format_ok for sample in samples) / len(samples),
+        f"eval/{label}/truncated_share": sum(sample.finish_reason == "length" for sample in samples) / len(samples),
+        f"eval/{label}/verifier_failed_share": sum(sample.verdict.verifier_failed is not None for sample in samples) / len(samples),
     }
+
+
+def _parts(tasks: Mapping[str, Task], settings: EvaluationSection) -> list[tuple[Task, str]]:
+    return [(task, split) for task in tasks.values() for split in settings.splits]
+
+
+def _label(task: Task, split: str) -> str:
+    """What a task's split is called in metrics: the test split has the task's name."""
+    return task.name if split == "test" else f"{task.name}/{split}"
+
+
+# ---- the command -------------------------------------------------------------------------------------------------------
+
+
+def run_evaluation(config: Config) -> Path:
+    """`python -m megatron_srpo eval`: evaluate model.hf_path on this process's share; returns the result folder (logging.dir).
+
+    Every sample is appended to samples/, chunk by chunk; the same command goes on where an earlier one stopped. At the end
+    result.json and result.md. Raises ConfigError before any work for what cannot be run.
+    """
+    folder = HFFolder(config.model.hf_path)
+    folder.file_of, folder.tokenizer  # noqa: B018  (both check what they read)
+    tasks = evaluation_tasks(config)
+    check_evaluation(config, folder, tasks)
+    layout = initialize(config.parallel, config.train.seed)
+    try:
+        if layout.rank == 0:
+            _open_folder(config)
+        engine = TransformersEngine(folder, layout.device, model_dtype(config), config.rollout.batch_size)
+        engine.update_weights(_tensors(folder), "0")
+        verifiers = Pool({name: task.verifier for name, task in tasks.items()}, config.task)
+        outcomes = _ask_everything(config, Collector(verifiers, engine, folder, layout, config.rollout), tasks)
+        if layout.rank == 0:
+            write_result(config.logging.dir, result_of(outcomes, str(config.model.hf_path), layout.device.type))
+    finally:
+        shut_down(layout)
+    return config.logging.dir
+
+
+def _ask_everything(config: Config, collector: Collector, tasks: Mapping[str, Task]) -> list[Outcome]:
+    """Sampled and greedy answers to every split of every task. On the first rank, the outcomes; elsewhere nothing."""
+    settings, outcomes = config.evaluation, []
+    limit, stops = config.rollout.max_response_tokens, collector.folder.stop_ids
+    sampling, greedy = Sampling(settings.temperature, settings.top_p, limit, stops), Sampling(0.0, 1.0, limit, stops)
+    for task, split in _parts(tasks, settings):
+        label = _label(task, split)
+        file = config.logging.dir / "samples" / f"{label.replace('/', '.')}.jsonl"
+        sampled = Answers(file, settings.samples, collector.layout)
+        single = Answers(file.with_suffix(".greedy.jsonl"), 1, collector.layout)
+        _complete(sampled, collector, task, split, config, sampling)
+        if wants_greedy := settings.greedy and settings.temperature > 0:
+            _complete(single, collector, task, split, config, greedy)
+        if collector.layout.rank == 0:
+            outcomes.append(Outcome(label, sampled.read(), sampled.seconds(), single.read() if wants_greedy else None))
+    return outcomes
+
+
+def _complete(answers: Answers, collector: Collector, task: Task, split: str, config: Config, sampling: Sampling) -> None:
+    """Ask the questions that have no answers yet, in chunks that keep every rank's engine busy."""
+    count, ranks = question_count(task, split, config.evaluation), collector.layout.world_size
+    chunk = max(1, CHUNK_SEQUENCES // answers.samples // ranks) * ranks
+    for start in range(answers.done(), count, chunk):
+        began = time.perf_counter()
+        numbers = range(start, min(start + chunk, count))
+        groups = ask(collector, task, split, numbers, answers.samples, sampling, f"{config.train.seed}/evaluation")
+        answers.append(groups, time.perf_counter() - began)
+
+
+class Answers:
+    """One file of samples, whole groups in the order of their questions; only the first rank touches it.
+
+    Beside it FILE.seconds: the time of each chunk, for the throughput.
+    """
+
+    def __init__(self, path: Path, samples: int, layout: Layout):
+        self.path, self.samples, self.layout = path, samples, layout
+        self.times = path.with_suffix(".seconds")
+
+    def done(self) -> int:
+        """How many questions are answered, on every rank alike; what a cut-off command left of a group is removed."""
+        mine = b""
+        if self.layout.rank == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            content = self.path.read_bytes() if self.path.exists() else b""
+            lines = content.split(b"\n")[:-1]
+            whole = len(lines) // self.samples
+            kept = sum(len(line) + 1 for line in lines[: whole * self.samples])
+            if kept < len(content):
+                os.truncate(self.path, kept)
+            mine = str(whole).encode()
+        return int(self.layout.gather_bytes(mine)[0])
+
+    def append(self, groups: Sequence[Group], seconds: float) -> None:
+        """The chunk's samples are on disk when this returns."""
+        if self.layout.rank == 0:
+            lines = "".join(sample.model_dump_json() + "\n" for group in groups for sample in group)
+            for path, text in ((self.path, lines), (self.times, f"{seconds}\n")):
+                with path.open("a", encoding="utf-8") as out:
+                    out.write(text)
+                    out.flush()
+                    os.fsync(out.fileno())
+
+    def read(self) -> list[Group]:
+        """Every group."""
+        rows = [Sample.model_validate_json(line) for line in self.path.read_bytes().split(b"\n") if line]
+        return [tuple(rows[start : start + self.samples]) for start in range(0, len(rows), self.samples)]
+
+    def seconds(self) -> float:
+        """Time spent on what is there."""
+        return sum(float(line) for line in self.times.read_text().split())
+
+
+def _tensors(folder: HFFolder) -> Iterator[tuple[str, Tensor]]:
+    """The folder's weights as the stream an engine takes."""
+    for file in sorted(set(folder.file_of.values())):
+        with safe_open(file, framework="pt") as tensors:
+            for name in (name for name, place in folder.file_of.items() if place == file):
+                yield name, tensors.get_tensor(name)
+
+
+def _open_folder(config: Config) -> None:
+    """Make the result folder, or find it made by the same command. Raises ConfigError otherwise."""
+    directory, file = config.logging.dir, config.logging.dir / "config.yaml"
+    if (directory / "metrics.jsonl").exists():
+        raise ConfigError(f"logging.dir: {directory.resolve()} holds a training run; name another folder for the evaluation")
+    if file.exists():
+        before, now = _what_counts(load_config(file, [])), _what_counts(config)
+        if changed := sorted(key for key in before if before[key] != now[key]):
+            raise ConfigError(
+                f"logging.dir: {directory.resolve()} holds an evaluation with other settings ({', '.join(changed)}):"
+                f" {yaml.safe_dump(before[changed[0]], default_flow_style=True).strip()}; name another folder"
+            )
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    save_config(config, file)
+
+
+def _what_counts(config: Config) -> dict:
+    """The settings answers depend on; processes, batch sizes and everything about training do not matter."""
+    tree = json.loads(config.model_dump_json())
+    rollout = {key: tree["rollout"][key] for key in ("max_prompt_tokens", "max_response_tokens", "enable_thinking")}
+    evaluation = {key: value for key, value in tree["evaluation"].items() if key not in ("every", "tasks")}
+    tasks = [json.loads(source.model_dump_json()) for source in config.evaluation_tasks]
+    counts = {"model": tree["model"], "rollout": rollout, "evaluation": evaluation, "evaluation.tasks": tasks}
+    return {**counts, "train.seed": tree["train"]["seed"]}

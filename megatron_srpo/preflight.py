@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from megatron_srpo.checkpoint.resume import check_run_folder
 from megatron_srpo.config import Config, ConfigError
 from megatron_srpo.model.hf_folder import HFFolder
@@ -10,7 +12,7 @@ from megatron_srpo.rollout.collect import encode_prompt
 from megatron_srpo.rollout.dump import step_file
 from megatron_srpo.runtime.parallel import data_parallel_size
 from megatron_srpo.runtime.processes import rank_from_environment, world_size_from_environment
-from megatron_srpo.tasks import create_task
+from megatron_srpo.tasks import Task, evaluation_tasks, question_count, training_tasks
 
 
 def preflight(config: Config) -> HFFolder:
@@ -21,9 +23,11 @@ def preflight(config: Config) -> HFFolder:
     uses_transformer_engine(config)
     transformer_config(folder.architecture, config)
     folder.file_of, folder.tokenizer  # noqa: B018  (both check what they read)
-    task = create_task(config.task.name, config.train.seed)
-    for number in range(config.rollout.prompts_per_step):
-        encode_prompt(task.prompt("train", number), folder, config.rollout)
+    for task in training_tasks(config).values():  # of a finite task all prompts, each of which is in the first epoch
+        for number in range(task.size("train") or config.rollout.prompts_per_step):
+            encode_prompt(task.prompt("train", number), folder, config.rollout)
+    if config.evaluation.every > 0 and config.rollout.replay is None:
+        check_evaluation(config, folder, evaluation_tasks(config))
     if rank_from_environment() == 0:
         check_run_folder(config, folder.architecture)
     if config.rollout.replay is not None:
@@ -33,3 +37,12 @@ def preflight(config: Config) -> HFFolder:
                     f"rollout.replay: {step_file(config.rollout.replay, step)} is missing, but train.steps is {config.train.steps}"
                 )
     return folder
+
+
+def check_evaluation(config: Config, folder: HFFolder, tasks: Mapping[str, Task]) -> None:
+    """Check that the questions of evaluation.splits fit rollout.max_prompt_tokens. Raises ConfigError."""
+    for task in tasks.values():
+        for split in config.evaluation.splits:
+            for number in range(question_count(task, split, config.evaluation)):
+                encode_prompt(task.prompt(split, number), folder, config.rollout)
+

@@ -18,10 +18,11 @@ class _Record(BaseModel):
 class Prompt(_Record):
     """One question as the policy sees it."""
 
-    id: str = Field(description="unique in its task and split, the same on every run with the same seed")
-    task: str
+    id: str = Field(description="task/split/…, unique in a run: a question's next epoch is another prompt; the same for the same seed")
+    task: str = Field(description="the task's name; says which verifier judges the response")
     messages: tuple[dict[str, str], ...] = Field(description="chat messages: role, content")
     answer: str = Field(description="ground truth, read by the verifier alone")
+    feedback: str | None = Field(default=None, description="what the environment says of a failed attempt, from the data")
     ids: tuple[int, ...] = Field(default=(), description="token ids, generation header included")
 
 
@@ -31,7 +32,9 @@ class Verdict(_Record):
     reward: float
     correct: bool = Field(description="c_i of METHOD.md: reward >= 0.5")
     format_ok: bool
-    feedback: str | None = None
+    feedback: str | None = Field(default=None, description="what the environment says of this attempt; never the ground truth")
+    verifier_failed: Literal["timeout", "died", "memory", "error"] | None = Field(default=None, description="why nobody could judge it")
+    excluded: bool = Field(default=False, description="takes no part in its group: neither learns nor counts nor is shown")
 
 
 class Route(_Record):
@@ -68,3 +71,10 @@ class Sample(_Record):
 
 
 Group = tuple[Sample, ...]  # the samples of one prompt, by index
+
+
+class Unfinished(_Record):
+    """A prompt that is not yet a group: what has been sampled of it, whole responses and broken-off ones ("abort")."""
+
+    prompt: Prompt
+    samples: tuple[Sample, ...] = ()

@@ -16,7 +16,7 @@ from megatron_srpo.config import Config, save_config
 from megatron_srpo.evaluate import evaluate
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.model.qwen3 import model_dtype, uses_transformer_engine
-from megatron_srpo.observe.metrics import MetricsFile, rollout_metrics, update_metrics
+from megatron_srpo.observe.metrics import MetricsFile, rollout_metrics, update_metrics, version_metrics
 from megatron_srpo.observe.terminal import Stopwatch, Terminal
 from megatron_srpo.preflight import preflight
 from megatron_srpo.records import Group
@@ -26,6 +26,7 @@ from megatron_srpo.rollout.source import Rollouts
 from megatron_srpo.runtime.parallel import Layout, initialize, shut_down
 from megatron_srpo.runtime.stop import StopRequest
 from megatron_srpo.runtime.trainer import Trainer, UpdateReport
+from megatron_srpo.scores import with_history
 from megatron_srpo.weights.transfer import save_hf
 
 
@@ -85,6 +86,8 @@ class _Run:
             self._loop()
         except TrainingStopped as error:  # on every rank alike: what was learnt before is kept
             stopped = error
+        finally:
+            self.rollouts.close()
         self.terminal.phase("export")
         save_hf(self.trainer.export(), self.folder, self.directory / "hf", write=self.is_first)
         self.saver.finish()
@@ -99,8 +102,8 @@ class _Run:
         if self.evaluates and self._evaluates_after(done) and not is_evaluated:
             self._evaluate(done)
         for step in range(done + 1, config.train.steps + 1):
-            groups, version, report = self._step(step)
-            self._tell(step, groups, version, report)
+            groups, report = self._step(step)
+            self._tell(step, groups, report)
             reason = self.stop.reason()  # asked here: all ranks have done the same steps
             evaluation = self._evaluate(step) if self.evaluates and self._evaluates_after(step) and reason is None else None
             interval = config.checkpoint.save_interval
@@ -111,38 +114,43 @@ class _Run:
             if reason is not None and step < config.train.steps:
                 self._leave(step, reason)
 
-    def _step(self, step: int) -> tuple[list[Group], str, UpdateReport]:
-        """Algorithm 1 of arXiv 2604.02288, once. Returns all ranks' groups, the version that sampled them, and the update's report."""
-        config, trainer, rollouts, version = self.config, self.trainer, self.rollouts, self.rollouts.version
-        with self.watch("rollout"):
+    def _step(self, step: int) -> tuple[list[Group], UpdateReport]:
+        """Algorithm 1 of arXiv 2604.02288, once. Returns all ranks' groups and the update's report."""
+        config, trainer, rollouts, watch = self.config, self.trainer, self.rollouts, self.watch
+        with watch("rollout"):
             groups = rollouts.collect(step)
-        with self.watch("verify"):
-            groups = rollouts.verify(groups)
+        watch.move(rollouts.drawn.seconds_verifying, "rollout", "verify")
+        with watch("verify"):
             groups = route_groups(
                 groups,
                 config.algorithm,
                 encode=lambda messages: self.folder.encode(messages, config.rollout.enable_thinking),
                 max_teacher_prompt_tokens=config.teacher.max_prompt_tokens,
                 seed=f"{config.train.seed}/{step}",
+                feedback=config.teacher.feedback,
             )
             groups = exchange(groups, self.layout)
             if config.logging.rollouts and self.is_first:
                 dump(groups, self.directory / "rollouts", step)
-        with self.watch("teacher"):
+        with watch("teacher"):
             batches = trainer.pack([sample for group in groups for sample in group])
             targets = trainer.score_teacher(batches)
-        with self.watch("update"):
+        with watch("update"):
             report = trainer.update(batches, targets)
-            rollouts.ledger.trained(step)
-        with self.watch("publish"):
+            rollouts.ledger.trained(step, [group[0].prompt.id for group in groups])
+        with watch("rollout"):
+            rollouts.settle()  # with overlap, the next batch was sampled meanwhile
+        with watch("publish"):
             rollouts.publish(trainer.export(), step)
-        return groups, version, report
+        return groups, report
 
-    def _tell(self, step: int, groups: list[Group], version: str, report: UpdateReport) -> None:
-        """The step's row and line. Raises TrainingStopped after too many skipped updates."""
-        row = {"step": step, **update_metrics(report), **rollout_metrics(groups), **self.watch.read(), "weight_version": version}
+    def _tell(self, step: int, groups: list[Group], report: UpdateReport) -> None:
+        """The step's row and line. Raises TrainingStopped after too many skipped updates, or when trainer and engine disagree."""
+        row = {"step": step, **update_metrics(report), **rollout_metrics(groups), **version_metrics(groups, step)}
+        row |= self.rollouts.drawn.numbers | self.watch.read()
         self.metrics.write(row)
         self.terminal.step(row)
+        self._guard(step, row["engine_logprob_gap"])
         for loss, norm in report.skipped_updates:
             self.terminal.say(f"step {step}: an update was skipped: loss {loss}, gradient norm {norm}", "bold red")
         self.skipped_in_a_row = report.skipped_in_a_row(self.skipped_in_a_row)
@@ -152,6 +160,16 @@ class _Run:
                 " (train.max_skipped_updates); hf/ holds the weights of the last finite update"
             )
 
+    def _guard(self, step: int, gap: float) -> None:
+        """Trainer and engine must agree on what was sampled; what is replayed, another policy may have made."""
+        settings = self.config.rollout
+        if settings.replay is not None or gap < settings.logprob_gap_warning:
+            return
+        what = f"step {step}: trainer's and engine's log-probabilities are {gap:.3g} nats a token apart"
+        if settings.logprob_gap_stop is not None and gap >= settings.logprob_gap_stop:
+            raise TrainingStopped(f"{what} (rollout.logprob_gap_stop); does the engine have the published weights?")
+        self.terminal.say(f"{what} (rollout.logprob_gap_warning)", "bold yellow")
+
     def _evaluates_after(self, step: int) -> bool:
         return step % self.config.evaluation.every == 0 or step == self.config.train.steps
 
@@ -159,8 +177,9 @@ class _Run:
         config = self.config
         self.terminal.phase("evaluate")
         start = time.perf_counter()
-        scores = evaluate(self.rollouts.collector, config.evaluation, config.rollout.max_response_tokens, config.train.seed)
-        row = {"step": step, **scores, "seconds_evaluate": time.perf_counter() - start}
+        limit, seed = config.rollout.max_response_tokens, config.train.seed
+        scores = evaluate(self.rollouts.collector, self.rollouts.evaluated, config.evaluation, limit, seed)
+        row = {"step": step, **with_history(scores, self.metrics.evaluations()), "seconds_evaluate": time.perf_counter() - start}
         self.metrics.write(row)
         self.terminal.evaluation(row)
         return row
@@ -171,11 +190,11 @@ class _Run:
         if self.checkpoint is not None:
             manifest = self.checkpoint.manifest
             step, is_evaluated = manifest.step, manifest.evaluation is not None
-            self.skipped_in_a_row, self.rollouts.next_prompt = manifest.state["skipped_in_a_row"], manifest.state["next_prompt"]
+            self.skipped_in_a_row = manifest.state["skipped_in_a_row"]
             resume.go_on(self.trainer, self.checkpoint, self.layout, self.terminal.say)
             self.terminal.say(f"going on after step {step}: {self.checkpoint.folder}", "bold")
         self.terminal.recall(self.metrics.rewind(step, is_evaluated))
-        self.rollouts.ledger.resume(step)
+        self.rollouts.go_on(step, 0 if self.checkpoint is None else self.checkpoint.manifest.state["next_prompt"])
         return step, is_evaluated
 
     def _save(self, step: int, evaluation: dict[str, float] | None) -> None:

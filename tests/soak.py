@@ -143,9 +143,9 @@ def soak(ranks: int, steps: int, kills: int, seed: int, folder: Path) -> int:
     expected, found = comparable(whole), comparable(cut)
     for what in expected:
         assert found[what] == expected[what], f"{what} differ from the uninterrupted run's"
-    trained = found["ledger"]
-    assert list(trained) == list(range(1, steps + 1)) and all(step["trained"] for step in trained.values())
-    prompts = [prompt for step in trained.values() for prompt in step["prompts"]]
+    ledger = found["ledger"]
+    assert list(ledger) == list(range(1, steps + 1)) and all(step["trained"] == step["drawn"] for step in ledger.values())
+    prompts = [prompt for step in ledger.values() for prompt in step["trained"]]
     assert prompts == [f"addition/train/{number}" for number in range(4 * steps)], "a prompt was trained twice or skipped"
     return survived
 

@@ -123,8 +123,9 @@ def test_unknown_keys_name_place_and_nearest(message_of, text, expected):
 
 
 def test_unknown_key_far_from_all_lists_the_known(message_of):
-    message = message_of(GOOD + "task:\n  zzzz: 1\n")
-    assert message == "config.yaml:8: task.zzzz: unknown key; known: name"
+    message = message_of(GOOD + "teacher:\n  zzzz: 1\n")
+    known = "ema_rate, feedback, interpolation, kind, max_prompt_tokens"
+    assert message == f"config.yaml:8: teacher.zzzz: unknown key; known: {known}"
 
 
 def test_another_algorithms_key_is_unknown(message_of):

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Con
 from megatron_srpo.algorithm.reprompt import clean_demonstration, teacher_messages
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.records import Prompt
-from megatron_srpo.tasks.addition import DIGITS, Addition
+from megatron_srpo.tasks.addition import DIGITS, Addition, verify
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHATML = """\
@@ -206,7 +206,7 @@ def measure(path: Path, task: Addition) -> None:
     def attempt(chosen: Sequence[int], ids: Sequence[list[int]]) -> tuple[list[list[int]], list[str], list[bool]]:
         responses = sample(model, tokenizer, ids)
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        return responses, texts, [task.verify(prompts[n], text).correct for n, text in zip(chosen, texts, strict=True)]
+        return responses, texts, [verify(prompts[n].answer, text).correct for n, text in zip(chosen, texts, strict=True)]
 
     responses, texts, right = attempt(range(len(prompts)), asked)
     in_steps = [right[n] for n, text in enumerate(texts) if text.startswith("Steps")]

@@ -17,7 +17,7 @@ Message = dict[str, str]
 
 
 class TeacherPrompt(NamedTuple):
-    """Token ids of the teacher's prompt, or None when there is nothing to show: an empty demonstration, or none of it fits."""
+    """Token ids of the teacher's prompt, or None when there is nothing to show: no demonstration and no feedback, or none fits."""
 
     ids: list[int] | None
     demonstration_cut: bool
@@ -38,13 +38,17 @@ def clean_demonstration(text: str) -> str:
 def teacher_messages(messages: Sequence[Message], demonstration: str, feedback: str | None = None) -> list[Message]:
     """System messages unchanged, then one user message: question, solution, optional feedback, final sentence.
 
+    An empty demonstration leaves the solution out: the feedback alone teaches.
+
     Raises ValueError when the prompt does not end with a user message or has assistant turns.
     """
     *system, user = messages
     if user["role"] != "user" or any(message["role"] != "system" for message in system):
         roles = [message["role"] for message in messages]
         raise ValueError(f"a prompt must be system messages and one final user message to be shown to the teacher, not {roles}")
-    content = f"{user['content']}\nCorrect solution:\n\n{demonstration}\n\n"
+    content = f"{user['content']}\n"
+    if demonstration:
+        content += f"Correct solution:\n\n{demonstration}\n\n"
     if feedback:
         content += f"The following is feedback from your unsuccessful earlier attempt:\n\n{feedback}\n\n"
     return [*system, {"role": "user", "content": content + FINAL_SENTENCE}]
@@ -66,8 +70,11 @@ def build_teacher_prompt(
     def ids_for(characters: int) -> list[int]:
         return encode(teacher_messages(messages, demonstration[:characters], feedback))
 
-    if not demonstration.strip():  # a prompt that shows nothing teaches nothing
+    if not demonstration.strip() and not feedback:  # a prompt that shows nothing teaches nothing
         return TeacherPrompt(None, False)
+    if not demonstration.strip():
+        ids = ids_for(0)
+        return TeacherPrompt(ids if len(ids) <= max_tokens else None, False)
     whole = ids_for(len(demonstration))
     if len(whole) <= max_tokens:
         return TeacherPrompt(whole, False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from megatron_srpo.algorithm.reprompt import TeacherPrompt, build_teacher_prompt, clean_demonstration
 from megatron_srpo.algorithm.settings import Algorithm
@@ -16,7 +17,7 @@ def group_advantages(rewards: Sequence[float], divide_by_std: bool = False) -> l
     centred = [reward - mean for reward in rewards]
     if not divide_by_std:
         return centred
-    std = (sum(value * value for value in centred) / (len(rewards) - 1)) ** 0.5
+    std = (sum(value * value for value in centred) / max(len(rewards) - 1, 1)) ** 0.5
     return [value / (std + 1e-6) for value in centred]
 
 
@@ -32,42 +33,58 @@ def route_groups(
     encode: Callable[[list[dict[str, str]]], list[int]],
     max_teacher_prompt_tokens: int,
     seed: str,
+    feedback: Literal["off", "without_solution", "always"] = "off",
 ) -> list[Group]:
     """Each sample with its advantage, branch weights and, where it is distilled, its teacher's prompt.
 
     `encode` renders chat messages to ids (see `build_teacher_prompt`); `seed` names the run and step, and with the
-    prompt's id and the sample's index decides which sibling is shown, so a replay routes exactly alike.
+    prompt's id and the sample's index decides which sibling is shown, so a replay routes exactly alike. `feedback`: whether a
+    failed sample's environment feedback is shown to its teacher where there is no solution to show, or always. An excluded
+    sample takes no part: neither in its group's mean nor as a sibling, and it learns nothing.
     """
 
-    def teacher_prompt(sample: Sample, sibling: Sample) -> TeacherPrompt:
-        return build_teacher_prompt(sample.prompt.messages, clean_demonstration(sibling.text), encode, max_teacher_prompt_tokens)
+    def teacher_prompt(sample: Sample, sibling: Sample | None) -> TeacherPrompt:
+        demonstration = clean_demonstration(sibling.text) if sibling else ""
+        tells = feedback == "always" or (feedback == "without_solution" and not demonstration)
+        told = sample.verdict.feedback if tells and not sample.verdict.correct else None
+        return build_teacher_prompt(sample.prompt.messages, demonstration, encode, max_teacher_prompt_tokens, told)
 
     return [_route_group(group, algorithm, teacher_prompt, seed) for group in groups]
 
 
 def _route_group(group: Group, algorithm: Algorithm, teacher_prompt: Callable, seed: str) -> Group:
-    advantages = group_advantages([sample.verdict.reward for sample in group], algorithm.advantage_std)
-    correct = [sample.verdict.correct for sample in group]
-    routed = []
-    for sample, advantage in zip(group, advantages, strict=True):
-        sibling = choose_sibling(correct, sample.index, f"{seed}/{sample.prompt.id}/{sample.index}")
-        shown, missing = TeacherPrompt(None, False), None if sibling is not None else "no_correct_sibling"
-        wants_teacher = sibling is not None and algorithm.branch_weights(sample.verdict.correct, True)[1] > 0
-        if wants_teacher:
-            shown = teacher_prompt(sample, group[sibling])
-            missing = "nothing_to_show" if shown.ids is None else None
-        policy_weight, distillation_weight = algorithm.branch_weights(sample.verdict.correct, shown.ids is not None)
-        distilled = distillation_weight > 0
-        branch = ("mixed" if distilled else "grpo") if policy_weight > 0 else ("sdpo" if distilled else "none")
-        route = Route(
-            branch=branch,
-            policy_weight=policy_weight,
-            distillation_weight=distillation_weight,
-            advantage=advantage,
-            sibling=sibling if distilled else None,
-            teacher_ids=shown.ids if distilled else None,
-            no_teacher=missing,
-            demonstration_cut=shown.demonstration_cut,
-        )
-        routed.append(sample.model_copy(update={"route": route}))
-    return tuple(routed)
+    judged = [sample for sample in group if not sample.verdict.excluded]
+    advantages = iter(group_advantages([sample.verdict.reward for sample in judged], algorithm.advantage_std) if judged else [])
+    correct = [sample.verdict.correct and not sample.verdict.excluded for sample in group]
+    routes = [
+        Route(branch="none", policy_weight=0.0, distillation_weight=0.0, advantage=0.0)
+        if sample.verdict.excluded
+        else _route(sample, group, correct, next(advantages), algorithm, teacher_prompt, seed)
+        for sample in group
+    ]
+    return tuple(sample.model_copy(update={"route": route}) for sample, route in zip(group, routes, strict=True))
+
+
+def _route(
+    sample: Sample, group: Group, correct: Sequence[bool], advantage: float, algorithm: Algorithm, teacher_prompt: Callable, seed: str
+) -> Route:
+    sibling = choose_sibling(correct, sample.index, f"{seed}/{sample.prompt.id}/{sample.index}")
+    shown, missing = TeacherPrompt(None, False), None if sibling is not None else "no_correct_sibling"
+    if algorithm.branch_weights(sample.verdict.correct, True)[1] > 0:  # it would learn from a teacher
+        shown = teacher_prompt(sample, None if sibling is None else group[sibling])
+        if shown.ids is not None:
+            missing = None
+        elif sibling is not None:
+            missing = "nothing_to_show"
+    policy_weight, distillation_weight = algorithm.branch_weights(sample.verdict.correct, shown.ids is not None)
+    distilled = distillation_weight > 0
+    return Route(
+        branch=("mixed" if distilled else "grpo") if policy_weight > 0 else ("sdpo" if distilled else "none"),
+        policy_weight=policy_weight,
+        distillation_weight=distillation_weight,
+        advantage=advantage,
+        sibling=sibling if distilled else None,
+        teacher_ids=shown.ids if distilled else None,
+        no_teacher=missing,
+        demonstration_cut=shown.demonstration_cut,
+    )

@@ -13,7 +13,7 @@ from megatron_srpo.runtime.optimizer import MOMENTS
 from megatron_srpo.runtime.parallel import random_states, restore_random_states
 from megatron_srpo.runtime.trainer import Trainer
 from megatron_srpo.weights.table import Row
-from megatron_srpo.weights.transfer import Place, parameters_of
+from megatron_srpo.weights.transfer import Part, parameters_of
 
 
 def snapshot(trainer: Trainer) -> dict[str, Tensor]:
@@ -23,15 +23,15 @@ def snapshot(trainer: Trainer) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     teacher = trainer.teacher if trainer.teacher is not None and trainer.teacher.has_weights else None
-    for position, (_, parameter, place) in enumerate(_parameters(trainer)):
+    for position, (_, parameter, part) in enumerate(_parameters(trainer)):
         shard = trainer.optimizer.shard_of(parameter)
-        if not place.is_only_copy or shard.start == shard.end:
+        if not part.is_only_copy or shard.start == shard.end:
             continue
         kinds = {"policy": shard.values, **shard.moments}
         if teacher is not None:
             kinds["teacher"] = teacher.share(position, shard)
         for kind, values in kinds.items():
-            piece = Piece(kind, place.name, place.part, place.parts, tuple(parameter.shape), shard.start)
+            piece = Piece(kind, part.name, part.number, part.parts, tuple(parameter.shape), shard.start)
             tensors[piece.key] = values.detach().to("cpu", copy=True).contiguous()
     return tensors | {f"{GENERATOR}{name}": state for name, state in random_states().items()}
 
@@ -47,8 +47,8 @@ def restore(trainer: Trainer, saved: SavedTensors, state: dict[str, int]) -> Non
     optimizer, teacher = trainer.optimizer, trainer.teacher
     optimizer.schedule.num_steps, optimizer.updates = state["schedule_steps"], state["optimizer_updates"]
 
-    def read(kind: str, start: int, end: int, row: Row, parameter: Parameter, place: Place) -> Tensor:
-        return saved.read(Piece(kind, place.name, place.part, place.parts, tuple(parameter.shape), start), end, row)
+    def read(kind: str, start: int, end: int, row: Row, parameter: Parameter, part: Part) -> Tensor:
+        return saved.read(Piece(kind, part.name, part.number, part.parts, tuple(parameter.shape), start), end, row)
 
     for where in _parameters(trainer):
         parameter = where[1]
@@ -66,7 +66,7 @@ def restore_generators(saved: SavedTensors, rank: int) -> None:
     restore_random_states(saved.generators(rank))
 
 
-def _parameters(trainer: Trainer) -> Iterator[tuple[Row, Parameter, Place]]:
+def _parameters(trainer: Trainer) -> Iterator[tuple[Row, Parameter, Part]]:
     """(row, parameter, where its part belongs) of this rank's policy."""
     for row, prefix, parameter in parameters_of(trainer.chunks):
-        yield row, parameter, Place.of(row, prefix, trainer.folder.architecture)
+        yield row, parameter, Part.of(row, prefix, trainer.folder.architecture)

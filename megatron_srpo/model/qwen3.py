@@ -1,4 +1,4 @@
-"""Qwen3, and its relatives by `Architecture`, on megatron-core: config.json → TransformerConfig, layer specs, model chunks of this rank."""
+"""Qwen3 and its relatives on megatron-core: config.json → TransformerConfig, layer specs, model chunks of this rank."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_srpo.files import write_text
-from megatron_srpo.records import Group
+from megatron_srpo.records import Group, Sample
 from megatron_srpo.runtime.trainer import UpdateReport
 
 
@@ -18,24 +18,56 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """What the routed groups of a step say; shares are of samples unless named otherwise."""
+    """What the routed groups of a step say; shares are of samples unless named otherwise.
+
+    Samples that nobody could judge and that are excluded count in lengths and verifier_failed_share only. With several tasks
+    also pass_rate/<task> and the like.
+    """
     samples = [sample for group in groups for sample in group]
+    judged = [sample for sample in samples if not sample.verdict.excluded]
     lengths = [len(sample.response_ids) for sample in samples]
     distilled = [sample.route.distillation_weight > 0 for sample in samples]
-    failed = [sample for sample in samples if not sample.verdict.correct]
+    failed = [sample for sample in judged if not sample.verdict.correct]
     return {
-        "reward_mean": _mean([sample.verdict.reward for sample in samples]),
-        "pass_rate": _mean([float(sample.verdict.correct) for sample in samples]),
+        "reward_mean": _mean([sample.verdict.reward for sample in judged]),
+        "pass_rate": _mean([float(sample.verdict.correct) for sample in judged]),
         "response_tokens_mean": _mean(lengths),
         "truncated_share": _mean([float(sample.finish_reason == "length") for sample in samples]),
-        "format_rate": _mean([float(sample.verdict.format_ok) for sample in samples]),
+        "format_rate": _mean([float(sample.verdict.format_ok) for sample in judged]),
+        "verifier_failed_share": _mean([float(sample.verdict.verifier_failed is not None) for sample in samples]),
         "sdpo_sample_share": _mean([float(is_distilled) for is_distilled in distilled]),
         "sdpo_token_share": sum(length for length, d in zip(lengths, distilled, strict=True) if d) / sum(lengths),
         "teacherless_failed_share": _mean([float(sample.route.no_teacher is not None) for sample in failed]),
         "teacher_prompts_cut": sum(sample.route.demonstration_cut for sample in samples),
         "teacher_prompts_empty": sum(sample.route.no_teacher == "nothing_to_show" for sample in samples),
         "zero_advantage_share": _mean([float(all(sample.route.advantage == 0 for sample in group)) for group in groups]),
+        **_by_task(samples),
     }
+
+
+def _by_task(samples: Sequence[Sample]) -> dict[str, float]:
+    """The most telling numbers of each task, when there are several."""
+    rows: dict[str, float] = {}
+    if len(names := sorted({sample.prompt.task for sample in samples})) > 1:
+        for name in names:
+            own = [sample for sample in samples if sample.prompt.task == name]
+            judged = [sample for sample in own if not sample.verdict.excluded]
+            rows |= {
+                f"prompt_share/{name}": len(own) / len(samples),
+                f"pass_rate/{name}": _mean([float(sample.verdict.correct) for sample in judged]),
+                f"format_rate/{name}": _mean([float(sample.verdict.format_ok) for sample in judged]),
+                f"truncated_share/{name}": _mean([float(sample.finish_reason == "length") for sample in own]),
+                f"response_tokens_mean/{name}": _mean([len(sample.response_ids) for sample in own]),
+            }
+    return rows
+
+
+def version_metrics(groups: Sequence[Group], step: int) -> dict[str, Any]:
+    """The newest weights that sampled the step's groups, and how many versions the oldest token of a sample is behind the policy."""
+    versions = [[int(version) for version, _, _ in sample.versions if version.isdigit()] for group in groups for sample in group]
+    behind = [step - 1 - min(of_sample) for of_sample in versions if of_sample]
+    newest = str(max(map(max, filter(None, versions)), default=groups[0][0].versions[-1][0]))
+    return {"weight_version": newest, "staleness_mean": _mean(behind), "staleness_max": max(behind, default=0)}
 
 
 def update_metrics(report: UpdateReport) -> dict[str, float]:

@@ -119,6 +119,11 @@ class Stopwatch:
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
+    def move(self, seconds: float, source: str, target: str) -> None:
+        """Count `seconds` of phase `source` as `target`'s."""
+        for name, change in ((source, -seconds), (target, seconds)):
+            self.seconds[name] = self.seconds.get(name, 0.0) + change
+
     def read(self) -> dict[str, float]:
         """seconds and seconds_<phase> since the last reading."""
         row = {f"seconds_{name}": self.seconds.pop(name, 0.0) for name in _PHASES}

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 
 from megatron_srpo.config import ConfigError, RolloutSection
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.records import Group, Prompt, Sample
+from megatron_srpo.records import Group, Prompt, Sample, Unfinished, Verdict
 from megatron_srpo.rollout.engine import Completion, Engine, Request, Sampling
 from megatron_srpo.runtime.parallel import Layout
-from megatron_srpo.tasks import Task
+from megatron_srpo.tasks.pool import Job, Pool
 
 
 def encode_prompt(prompt: Prompt, folder: HFFolder, settings: RolloutSection) -> Prompt:
@@ -24,47 +25,83 @@ def encode_prompt(prompt: Prompt, folder: HFFolder, settings: RolloutSection) ->
 
 
 class Collector:
-    """Samples and verifies prompts of one task with this rank's engine."""
+    """Samples prompts with this rank's engine and has the responses judged."""
 
-    def __init__(self, task: Task, engine: Engine, folder: HFFolder, layout: Layout, settings: RolloutSection):
-        self.task, self.engine, self.folder, self.layout, self.settings = task, engine, folder, layout, settings
+    def __init__(self, verifiers: Pool, engine: Engine, folder: HFFolder, layout: Layout, settings: RolloutSection):
+        self.verifiers, self.engine, self.folder, self.layout, self.settings = verifiers, engine, folder, layout, settings
 
-    def prompts(self, split: str, start: int, count: int) -> list[Prompt]:
-        """This rank's share of prompts start … start + count - 1: every world_size-th, from its rank on."""
-        numbers = range(start + self.layout.rank, start + count, self.layout.world_size)
-        return [encode_prompt(self.task.prompt(split, number), self.folder, self.settings) for number in numbers]
+    def prompts(self, prompt: Callable[[int], Prompt], numbers: range) -> list[Prompt]:
+        """This rank's share of the prompts of `numbers`, with their token ids: every world_size-th, from its rank on."""
+        mine = numbers[self.layout.rank :: self.layout.world_size]
+        return [encode_prompt(prompt(number), self.folder, self.settings) for number in mine]
 
-    def prompt_ids(self, split: str, start: int, count: int) -> list[str]:
-        """The ids of all ranks' prompts start … start + count - 1."""
-        return [self.task.prompt(split, number).id for number in range(start, start + count)]
+    def sample(self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: Sampling, seed: str) -> list[Group]:
+        """Verified groups of `samples_per_prompt` responses. A sample's randomness is (seed, prompt id, index) alone."""
+        return self.collect([Unfinished(prompt=prompt) for prompt in prompts], samples_per_prompt, sampling, seed)[0]
 
-    def sample(
+    def collect(
         self,
-        prompts: Sequence[Prompt],
+        begun: Sequence[Unfinished],
         samples_per_prompt: int,
         sampling: Sampling,
         seed: str,
-        kept: Mapping[tuple[str, int], Sample] = MappingProxyType({}),
+        is_enough: Callable[[Group], bool] = lambda group: False,
         keep: Callable[[Sample], None] = lambda sample: None,
-    ) -> list[Group]:
-        """`samples_per_prompt` responses to each prompt. A sample's randomness is (seed, prompt id, index) alone.
+    ) -> tuple[list[Group], list[Unfinished]]:
+        """Groups with their verdicts, and the prompts that were broken off, in the order of `begun`.
+
+        A group is verified as soon as its last sample is finished, while others still run.
 
         Args:
-            kept: samples made before, by prompt id and index, that are not made again.
-            keep: called with each new one as soon as it is finished.
+            begun: prompts, with what has been sampled of them before: that is not sampled again.
+            is_enough: called with each group when it is verified; True: the rest is broken off.
+            keep: called with each new sample as soon as it is finished.
         """
-        places = [(prompt, index) for prompt in prompts for index in range(samples_per_prompt)]
-        done = {key: sample for prompt, index in places if (sample := kept.get(key := (prompt.id, index))) and sample.prompt == prompt}
-        missing = [(prompt, index) for prompt, index in places if (prompt.id, index) not in done]
+        self.seconds_verifying = 0.0
+        samples = {(sample.prompt.id, sample.index): sample for unfinished in begun for sample in unfinished.samples}
+        missing = [
+            (unfinished.prompt, index)
+            for unfinished in begun
+            for index in range(samples_per_prompt)
+            if (sample := samples.get((unfinished.prompt.id, index))) is None or sample.finish_reason == "abort"
+        ]
+        open_places = Counter(prompt.id for prompt, _ in missing)
+        groups: dict[str, Group] = {}
 
-        def finished(number: int, completion: Completion) -> None:
+        def finish_group(prompt_id: str) -> bool:
+            group = tuple(samples[prompt_id, index] for index in range(samples_per_prompt))
+            (groups[prompt_id],) = self.verify([group])
+            return is_enough(groups[prompt_id])
+
+        def finished(number: int, completion: Completion) -> bool:
             prompt, index = missing[number]
-            done[prompt.id, index] = sample = self._sample(prompt, index, completion)
+            if completion.ids:
+                samples[prompt.id, index] = sample = self._sample(prompt, index, completion)
+            if completion.finish_reason == "abort":
+                return False
             keep(sample)
+            open_places[prompt.id] -= 1
+            return open_places[prompt.id] == 0 and finish_group(prompt.id)
 
-        requests = [Request(prompt.ids, f"{seed}/{prompt.id}/{index}") for prompt, index in missing]
-        self.engine.generate(requests, sampling, finished)
-        return [tuple(done[prompt.id, index] for index in range(samples_per_prompt)) for prompt in prompts]
+        had_enough = False
+        for unfinished in begun:
+            if not open_places[unfinished.prompt.id]:  # nothing of it is missing
+                had_enough |= finish_group(unfinished.prompt.id)
+        requests = [self._request(prompt, index, samples, seed) for prompt, index in missing]
+        if not had_enough:
+            self.engine.generate(requests, sampling, finished)
+        indices = range(samples_per_prompt)
+        left = [
+            Unfinished(prompt=one.prompt, samples=tuple(sample for i in indices if (sample := samples.get((one.prompt.id, i)))))
+            for one in begun
+            if one.prompt.id not in groups
+        ]
+        return [groups[one.prompt.id] for one in begun if one.prompt.id in groups], left
+
+    def _request(self, prompt: Prompt, index: int, samples: Mapping[tuple[str, int], Sample], seed: str) -> Request:
+        before = samples.get((prompt.id, index))
+        start = None if before is None else Completion([*before.response_ids], [*before.logprobs], [*before.versions], "abort")
+        return Request(prompt.ids, f"{seed}/{prompt.id}/{index}", start)
 
     def _sample(self, prompt: Prompt, index: int, completion: Completion) -> Sample:
         return Sample(
@@ -78,11 +115,19 @@ class Collector:
         )
 
     def verify(self, groups: Sequence[Group]) -> list[Group]:
-        """Every sample with its verdict."""
-        return [
-            tuple(sample.model_copy(update={"verdict": self.task.verify(sample.prompt, sample.text)}) for sample in group)
-            for group in groups
-        ]
+        """Every sample with its verdict; a failed one of a prompt that carries feedback has that as its feedback."""
+        began, samples = time.perf_counter(), [sample for group in groups for sample in group]
+        jobs = [Job(sample.prompt.task, sample.prompt.answer, sample.text) for sample in samples]
+        verdicts = iter(self.verifiers.verify(jobs))
+        judged = [tuple(_judged(sample, next(verdicts)) for sample in group) for group in groups]
+        self.seconds_verifying += time.perf_counter() - began
+        return judged
+
+
+def _judged(sample: Sample, verdict: Verdict) -> Sample:
+    if sample.prompt.feedback and not verdict.correct and not verdict.verifier_failed:
+        verdict = verdict.model_copy(update={"feedback": sample.prompt.feedback})
+    return sample.model_copy(update={"verdict": verdict})
 
 
 def exchange(groups: Sequence[Group], layout: Layout) -> list[Group]:

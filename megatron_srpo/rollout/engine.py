@@ -17,16 +17,10 @@ class Sampling(NamedTuple):
     stop_ids: tuple[int, ...]
 
 
-class Request(NamedTuple):
-    """One response wanted. `seed` alone decides its randomness, whatever else is sampled beside it."""
-
-    prompt_ids: tuple[int, ...]
-    seed: str
-
-
 class Completion(NamedTuple):
     """One response. A stop token stays in `ids`. `logprobs` are those of the full softmax at the sampling temperature
-    (temperature 1 when greedy); top_p does not renormalise them. `versions`: half-open spans (weight version, start, end)."""
+    (temperature 1 when greedy); top_p does not renormalise them. `versions`: half-open spans (weight version, start, end).
+    finish_reason "abort": broken off, and possibly empty."""
 
     ids: list[int]
     logprobs: list[float]
@@ -34,8 +28,20 @@ class Completion(NamedTuple):
     finish_reason: Literal["stop", "length", "abort"]
 
 
-# finished(number of the request, its completion): called as each is done, in any order
-Finished = Callable[[int, Completion], None]
+class Request(NamedTuple):
+    """One response wanted. `seed` alone decides its randomness, whatever else is sampled beside it.
+
+    start: what an earlier attempt that was broken off has of it; the response goes on from there.
+    """
+
+    prompt_ids: tuple[int, ...]
+    seed: str
+    start: Completion | None = None
+
+
+# finished(number of the request, its completion) -> whether that is enough. Called in the thread that called `generate`, as each
+# is done, in any order. After "enough" the others are broken off and handed over too ("abort"), with what they have.
+Finished = Callable[[int, Completion], bool]
 
 
 class Engine(Protocol):
@@ -46,3 +52,6 @@ class Engine(Protocol):
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
         """Take the whole stream and sample with it from now on, as `version`."""
+
+    def close(self) -> None:
+        """Let go of what the engine holds; it is not used again."""

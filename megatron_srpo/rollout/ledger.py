@@ -1,10 +1,11 @@
 """What was drawn, sampled and trained on, written before it is needed: nothing is sampled twice or skipped after a stop.
 
-    RUN/ledger/events.jsonl                    drawn (step, prompts, weight version), trained (step), resumed (after which step)
+    RUN/ledger/events.jsonl                    drawn, filtered and trained (step, prompts), resumed (after which step)
                step_000007.rank_00000.jsonl    this rank's finished samples of a step, written one by one while others still run
+               step_000007.carried.jsonl       what the step before left over for it: groups, broken-off responses
 
-After a stop the run goes on from a checkpoint. Samples of the step after it were made by the very weights in it: they are
-used again, partial groups included. Later steps were made by weights that are gone: they are taken back, and drawn anew.
+After a stop the run goes on from a checkpoint. Samples of the step after it are used again, partial groups included: they
+were made by weights the run had by then. Later steps were made by weights that are gone: they are taken back, and drawn anew.
 """
 
 from __future__ import annotations
@@ -12,16 +13,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_srpo.files import append_line
-from megatron_srpo.records import Sample
+from megatron_srpo.files import append_line, write_text
+from megatron_srpo.records import Sample, Unfinished
 from megatron_srpo.runtime.parallel import Layout
 
-_NAME = re.compile(r"step_(\d+)\.rank_\d+\.jsonl")
+_NAME = re.compile(r"step_(\d+)\.(rank_\d+|carried)\.jsonl")
 
 
 class Ledger:
@@ -44,12 +46,28 @@ class Ledger:
                 self._event("resumed", step=step)
 
     def drawn(self, step: int, version: str, prompts: Sequence[str]) -> None:
-        """All ranks' prompts of a step, before any is sampled."""
+        """All ranks' prompts that a step begins, before any is sampled."""
         self._event("drawn", step=step, weight_version=version, prompts=list(prompts))
 
-    def trained(self, step: int) -> None:
-        """The step's samples have moved the weights."""
-        self._event("trained", step=step)
+    def filtered(self, step: int, prompts: Sequence[str]) -> None:
+        """Prompts that were sampled for a step and left out: their groups say nothing."""
+        if prompts:
+            self._event("filtered", step=step, prompts=list(prompts))
+
+    def trained(self, step: int, prompts: Sequence[str]) -> None:
+        """All ranks' prompts whose samples have moved the weights in a step."""
+        self._event("trained", step=step, prompts=list(prompts))
+
+    def carry(self, step: int, unfinished: Sequence[Unfinished]) -> None:
+        """What is left over for `step`, all ranks' alike."""
+        if self.layout.rank == 0 and self.keeps_samples:
+            text = "".join(one.model_dump_json() + "\n" for one in unfinished)
+            write_text(self.directory / f"step_{step:06d}.carried.jsonl", text)
+
+    def carried(self, step: int) -> list[Unfinished]:
+        """What was left over for `step`."""
+        file = self.directory / f"step_{step:06d}.carried.jsonl"
+        return [Unfinished.model_validate_json(line) for line in file.read_text().splitlines()] if file.exists() else []
 
     def keep(self, step: int, sample: Sample) -> None:
         """One finished sample."""
@@ -62,16 +80,13 @@ class Ledger:
         self._file.write(sample.model_dump_json() + "\n")
         self._file.flush()
 
-    def kept(self, step: int, version: str) -> dict[tuple[str, int], Sample]:
-        """Every rank's finished samples of a step that `version` made, by prompt id and index. A torn last line is left out."""
+    def kept(self, step: int) -> dict[tuple[str, int], Sample]:
+        """Every rank's finished samples of a step, by prompt id and index. A torn last line is left out."""
         found = {}
         for file in sorted(self.directory.glob(f"step_{step:06d}.rank_*.jsonl")):
             for line in file.read_bytes().split(b"\n"):
-                try:
+                with suppress(ValidationError):
                     sample = Sample.model_validate_json(line)
-                except ValidationError:
-                    continue
-                if all(made_by == version for made_by, _, _ in sample.versions):
                     found[sample.prompt.id, sample.index] = sample
         return found
 
@@ -96,9 +111,9 @@ class Ledger:
             append_line(self.directory / "events.jsonl", json.dumps({"event": event, **what}))
 
 
-def history(events: Iterable[str]) -> dict[int, dict[str, Any]]:
-    """Every step that counts, {step: {"prompts", "weight_version", "trained"}}, from the lines of events.jsonl."""
-    steps: dict[int, dict[str, Any]] = {}
+def history(events: Iterable[str]) -> dict[int, dict[str, list[str]]]:
+    """Every step that counts, {step: {"drawn", "filtered", "trained": prompts}}, from the lines of events.jsonl."""
+    steps: dict[int, dict[str, list[str]]] = {}
     for line in events:
         try:
             event = json.loads(line)
@@ -106,8 +121,7 @@ def history(events: Iterable[str]) -> dict[int, dict[str, Any]]:
             continue  # torn by a kill
         if event["event"] == "resumed":
             steps = {step: what for step, what in steps.items() if step <= event["step"]}
-        elif event["event"] == "drawn":
-            steps[event["step"]] = {"prompts": event["prompts"], "weight_version": event["weight_version"], "trained": False}
         else:
-            steps[event["step"]]["trained"] = True
+            step = steps.setdefault(event["step"], {"drawn": [], "filtered": [], "trained": []})
+            step[event["event"]] += event["prompts"]
     return steps

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from torch import Tensor
 
@@ -11,54 +12,84 @@ from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.model.qwen3 import model_dtype
 from megatron_srpo.records import Group
 from megatron_srpo.rollout.collect import Collector
+from megatron_srpo.rollout.drawing import Drawing, Drawn
 from megatron_srpo.rollout.dump import replay
-from megatron_srpo.rollout.engine import Sampling
 from megatron_srpo.rollout.ledger import Ledger
 from megatron_srpo.rollout.transformers_engine import TransformersEngine
 from megatron_srpo.runtime.parallel import Layout
-from megatron_srpo.tasks import create_task
+from megatron_srpo.tasks import evaluation_tasks, training_tasks
+from megatron_srpo.tasks.mixture import Mixture
+from megatron_srpo.tasks.pool import Pool
 
 
 class Rollouts:
-    """`collector` is None when replaying: then nothing is sampled, published or evaluated. next_prompt: the first not yet drawn."""
+    """`collector` is None when replaying: then nothing is sampled, published or evaluated. `evaluated`: tasks by name.
+
+    With `rollout.overlap: 1` the batch of the next step is sampled, by a thread, while a step trains: by weights one version older.
+    """
 
     def __init__(self, config: Config, folder: HFFolder, layout: Layout):
         settings = config.rollout
         self.config, self.folder, self.layout = config, folder, layout
-        self.version, self.collector, self.next_prompt = "0", None, 0
+        self.version, self.collector, self.drawn = "0", None, Drawn([], {}, 0.0)
         self.ledger = Ledger(config.logging.dir / "ledger", layout, keeps_samples=config.checkpoint.save_interval > 0)
+        self._thread = ThreadPoolExecutor(1, "rollouts")
+        self._ahead: Future[Drawn] | None = None
         if settings.replay is None:
             engine = TransformersEngine(folder, layout.device, model_dtype(config), settings.batch_size)
-            task = create_task(config.task.name, config.train.seed)
-            self.collector = Collector(task, engine, folder, layout, settings)
-        self.sampling = Sampling(settings.temperature, settings.top_p, settings.max_response_tokens, folder.stop_ids)
+            trained, self.evaluated = training_tasks(config), evaluation_tasks(config)
+            mixture = Mixture(trained, {source.name: source.weight for source in config.task.sources})
+            verifiers = Pool({name: task.verifier for name, task in {**trained, **self.evaluated}.items()}, config.task)
+            self.collector = Collector(verifiers, engine, folder, layout, settings)
+            self.drawing = Drawing(config, self.collector, mixture.prompt, self.ledger, layout)
 
     def collect(self, step: int) -> list[Group]:
-        """This rank's share of the step's groups. Raises ConfigError for a dumped step that does not fit."""
-        settings, count = self.config.rollout, self.config.rollout.prompts_per_step
+        """This rank's share of the step's verified groups. Raises ConfigError for a dumped step that does not fit."""
         if self.collector is None:
-            groups = replay(settings.replay, step, settings.samples_per_prompt, self.folder)
-            if len(groups) != count:
-                raise ConfigError(f"rollout.replay: step {step} holds {len(groups)} groups; rollout.prompts_per_step is {count}")
-            self.ledger.drawn(step, self.version, [group[0].prompt.id for group in groups])
-            return groups[self.layout.rank :: self.layout.world_size]
-        first, self.next_prompt = self.next_prompt, self.next_prompt + count
-        self.ledger.drawn(step, self.version, self.collector.prompt_ids("train", first, count))
-        return self.collector.sample(
-            self.collector.prompts("train", first, count),
-            settings.samples_per_prompt,
-            self.sampling,
-            seed=f"{self.config.train.seed}/{step}",
-            kept=self.ledger.kept(step, self.version),
-            keep=lambda sample: self.ledger.keep(step, sample),
-        )
+            return self._replay(step)
+        ahead, self._ahead = self._ahead, None
+        self.drawn = self.drawing.draw(step, self.version) if ahead is None else ahead.result()._replace(seconds_verifying=0.0)
+        if self.config.rollout.overlap and step < self.config.train.steps:
+            self._ahead = self._thread.submit(self.drawing.draw, step + 1, self.version)
+        return self.drawn.groups
 
-    def verify(self, groups: Sequence[Group]) -> list[Group]:
-        """Every sample with its verdict; dumped samples keep theirs."""
-        return list(groups) if self.collector is None else self.collector.verify(groups)
+    def settle(self) -> None:
+        """Wait until nothing is being sampled."""
+        if self._ahead is not None:
+            wait([self._ahead])
 
     def publish(self, tensors: Iterable[tuple[str, Tensor]], step: int) -> None:
         """The policy's weights to the engine, as version `step`; all ranks together. The stream is left alone when replaying."""
+        self.settle()
         self.version = str(step)
         if self.collector is not None:
             self.collector.engine.update_weights(tensors, self.version)
+
+    @property
+    def next_prompt(self) -> int:
+        """The first training prompt that belongs to none of the steps trained so far."""
+        return 0 if self.collector is None else self.drawing.place(int(self.version) + 1)
+
+    def go_on(self, step: int, next_prompt: int) -> None:
+        """As after `step`; what came later is taken back."""
+        self.ledger.resume(step)
+        if self.collector is not None:
+            self.drawing.go_on(step + 1, next_prompt)
+
+    def close(self) -> None:
+        """Let go of the engine."""
+        self.settle()
+        self._thread.shutdown()
+        self.ledger.close()
+        if self.collector is not None:
+            self.collector.engine.close()
+
+    def _replay(self, step: int) -> list[Group]:
+        settings = self.config.rollout
+        groups = replay(settings.replay, step, settings.samples_per_prompt, self.folder)
+        if len(groups) != settings.prompts_per_step:
+            raise ConfigError(
+                f"rollout.replay: step {step} holds {len(groups)} groups; rollout.prompts_per_step is {settings.prompts_per_step}"
+            )
+        self.ledger.drawn(step, self.version, [group[0].prompt.id for group in groups])
+        return groups[self.layout.rank :: self.layout.world_size]

@@ -39,31 +39,42 @@ class TransformersEngine:
         self.version = version
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, finished: Finished) -> None:
-        """See `Engine.generate`. Prompts of like length are batched together; the results do not depend on it."""
-        order = sorted(range(len(requests)), key=lambda number: len(requests[number].prompt_ids))
+        """See `Engine.generate`. Prompts of like length are batched together; the results do not depend on it.
+
+        "Enough" is heard between batches.
+        """
+        order = sorted(range(len(requests)), key=lambda number: _length(requests[number]))
+        is_enough = False
         for start in range(0, len(order), self.batch_size):
             numbers = order[start : start + self.batch_size]
-            for number, completion in zip(numbers, self._generate_batch([requests[n] for n in numbers], sampling), strict=True):
-                finished(number, completion)
+            batch = [requests[number] for number in numbers]
+            completions = [_broken_off(request) for request in batch] if is_enough else self._generate_batch(batch, sampling)
+            for number, completion in zip(numbers, completions, strict=True):
+                is_enough |= finished(number, completion)
+
+    def close(self) -> None:
+        """Nothing is held outside this process."""
 
     @torch.inference_mode()
     def _generate_batch(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        ids, mask = self._left_padded([request.prompt_ids for request in requests])
+        begun = [0 if request.start is None else len(request.start.ids) for request in requests]
+        ids, mask = self._left_padded([(*request.prompt_ids, *(request.start.ids if request.start else ())) for request in requests])
         uniforms = np.stack([_uniforms(request.seed, sampling.max_tokens) for request in requests])
         uniforms = torch.from_numpy(uniforms).to(self.device)
-        stops = torch.tensor(sampling.stop_ids, device=self.device)
+        stops, begun_at = torch.tensor(sampling.stop_ids, device=self.device), torch.tensor(begun, device=self.device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         cache, live = None, torch.arange(len(requests), device=self.device)
         tokens = torch.zeros(len(requests), sampling.max_tokens, dtype=torch.long, device=self.device)
         logprobs = torch.zeros(len(requests), sampling.max_tokens, device=self.device)
-        for step in range(sampling.max_tokens):
+        for step in range(sampling.max_tokens - min(begun)):
             output = self.model(
                 input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
             )
             cache = output.past_key_values
-            chosen, chosen_logprobs = _sample(output.logits[:, -1].float(), uniforms[live, step], sampling)
+            place = (begun_at[live] + step).clamp(max=sampling.max_tokens - 1)  # a row at its limit is carried on with others
+            chosen, chosen_logprobs = _sample(output.logits[:, -1].float(), uniforms[live, place], sampling)
             tokens[live, step], logprobs[live, step] = chosen, chosen_logprobs
-            going = ~torch.isin(chosen, stops)
+            going = ~torch.isin(chosen, stops) & (begun_at[live] + step + 1 < sampling.max_tokens)
             if not going.any():
                 break
             ids, mask = chosen[:, None], torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
@@ -72,14 +83,17 @@ class TransformersEngine:
                 keep = going.nonzero()[:, 0]
                 cache.batch_select_indices(keep)
                 live, ids, mask, positions = live[keep], ids[keep], mask[keep], positions[keep]
-        return [self._completion(*row, sampling) for row in zip(tokens.tolist(), logprobs.tolist(), strict=True)]
+        return [self._completion(*row, sampling) for row in zip(requests, tokens.tolist(), logprobs.tolist(), strict=True)]
 
-    def _completion(self, tokens: list[int], logprobs: list[float], sampling: Sampling) -> Completion:
+    def _completion(self, request: Request, tokens: list[int], logprobs: list[float], sampling: Sampling) -> Completion:
         """A finished row may have been carried on with others: what stands after its first stop token is not its own."""
+        start = request.start or Completion([], [], [], "abort")
+        tokens = tokens[: sampling.max_tokens - len(start.ids)]
         end = next((place + 1 for place, token in enumerate(tokens) if token in sampling.stop_ids), None)
         reason = "length" if end is None else "stop"
         end = end or len(tokens)
-        return Completion(tokens[:end], logprobs[:end], [(self.version, 0, end)], reason)
+        versions = [*start.versions, (self.version, len(start.ids), len(start.ids) + end)]
+        return Completion([*start.ids, *tokens[:end]], [*start.logprobs, *logprobs[:end]], versions, reason)
 
     def _left_padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         longest = max(map(len, prompts))
@@ -89,6 +103,14 @@ class TransformersEngine:
             ids[row, longest - len(prompt) :] = torch.tensor(prompt)
             mask[row, longest - len(prompt) :] = 1
         return ids.to(self.device), mask.to(self.device)
+
+
+def _length(request: Request) -> int:
+    return len(request.prompt_ids) + (0 if request.start is None else len(request.start.ids))
+
+
+def _broken_off(request: Request) -> Completion:
+    return Completion([], [], [], "abort") if request.start is None else request.start._replace(finish_reason="abort")
 
 
 def _tensors_as_on_disk(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -33,6 +33,7 @@ class Layout:
     is_first_stage: bool
     is_last_stage: bool
     owns_process_group: bool
+    beside_group: dist.ProcessGroup | None  # all ranks, on CPUs: its collectives may cross those of training
 
     @property
     def tensor_parallel_group(self) -> dist.ProcessGroup:
@@ -64,9 +65,11 @@ class Layout:
             )
         return values
 
-    def gather_bytes(self, mine: bytes) -> list[bytes]:
-        """Every rank's bytes, in rank order, on every rank. Plain bytes, no pickle."""
-        return [mine] if self.world_size == 1 else gather_bytes(mine, self.device)
+    def gather_bytes(self, mine: bytes, beside: bool = False) -> list[bytes]:
+        """Every rank's bytes, in rank order, on every rank. Plain bytes, no pickle. `beside`: from a thread beside the training."""
+        if self.world_size == 1:
+            return [mine]
+        return gather_bytes(mine, torch.device("cpu"), self.beside_group) if beside else gather_bytes(mine, self.device)
 
 
 def replica_group(parameter: torch.nn.Parameter) -> dist.ProcessGroup:
@@ -132,6 +135,7 @@ def initialize(parallel: ParallelSection, seed: int) -> Layout:
         is_first_stage=parallel_state.is_pipeline_first_stage(),
         is_last_stage=parallel_state.is_pipeline_last_stage(),
         owns_process_group=owns_process_group,
+        beside_group=dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None,
     )
 
 
@@ -157,5 +161,7 @@ def restore_random_states(states: dict[str, torch.Tensor]) -> None:
 def shut_down(layout: Layout) -> None:
     """Leave Megatron's groups, and the process group if `initialize` made it."""
     parallel_state.destroy_model_parallel()
+    if layout.beside_group is not None:
+        dist.destroy_process_group(layout.beside_group)
     if layout.owns_process_group:
         dist.destroy_process_group()

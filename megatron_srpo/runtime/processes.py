@@ -20,17 +20,17 @@ def rank_from_environment() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def gather_bytes(mine: bytes, device: torch.device) -> list[bytes]:
-    """Every rank's bytes, in rank order, on every rank of the default process group. No pickle."""
+def gather_bytes(mine: bytes, device: torch.device, group: dist.ProcessGroup | None = None) -> list[bytes]:
+    """Every rank's bytes, in rank order, on every rank of the group (default: all). No pickle."""
     world_size = dist.get_world_size()
     sizes = torch.zeros(world_size, dtype=torch.long, device=device)
     sizes[dist.get_rank()] = len(mine)
-    dist.all_reduce(sizes)
+    dist.all_reduce(sizes, group=group)
     longest = int(sizes.max())
     buffer = torch.zeros(longest, dtype=torch.uint8, device=device)
     buffer[: len(mine)] = torch.frombuffer(bytearray(mine or b"\0"), dtype=torch.uint8)[: len(mine)].to(device)
     everything = torch.empty(world_size * longest, dtype=torch.uint8, device=device)
-    dist.all_gather_into_tensor(everything, buffer)
+    dist.all_gather_into_tensor(everything, buffer, group=group)
     rows = everything.view(world_size, longest).cpu()
     return [bytes(row[:size].numpy()) for row, size in zip(rows, sizes.tolist(), strict=True)]
 

@@ -6,6 +6,7 @@ import random
 import zlib
 
 from megatron_srpo.records import Prompt, Verdict
+from megatron_srpo.tasks.extract import last_answer_block
 
 DIGITS = 3
 TEST_SHARE = 10  # one sum in ten belongs to the test split and is never trained on
@@ -16,22 +17,36 @@ def question(a: int, b: int) -> str:
     return f"Compute {a} + {b}."
 
 
+def verify(answer: str, text: str) -> Verdict:
+    """The verifier `exact`: reward 1 when the last complete `<answer>` block of `text`, stripped, equals `answer`, else 0."""
+    given = last_answer_block(text)
+    correct = given == answer
+    return Verdict(reward=float(correct), correct=correct, format_ok=given is not None)
+
+
 class Addition:
     """Prompts by (seed, split, index); a response is right when its last `<answer>` block holds the sum."""
 
     name = "addition"
+    verifier = "megatron_srpo.tasks.addition:verify"
 
     def __init__(self, seed: int):
         self.seed = seed
 
+    def size(self, split: str) -> None:
+        """Endless."""
+
     def prompt(self, split: str, index: int) -> Prompt:
-        """A sum drawn uniformly among those of `split`; the splits are disjoint whatever the seed."""
+        """A sum drawn uniformly among those of `split`; nothing that is trained on is tested or validated, whatever the seed.
+
+        Validation and test draw from the same tenth of all sums, so one sum in some hundreds stands in both.
+        """
         rng = random.Random(f"addition/{self.seed}/{split}/{index}")
         low, high = 10 ** (DIGITS - 1), 10**DIGITS
         while True:
             text = question(a := rng.randrange(low, high), b := rng.randrange(low, high))
-            is_test = zlib.crc32(text.encode()) % TEST_SHARE == 0
-            if is_test == (split == "test"):
+            is_held_out = zlib.crc32(text.encode()) % TEST_SHARE == 0
+            if is_held_out == (split != "train"):
                 break
         return Prompt(
             id=f"addition/{split}/{index}",
@@ -39,10 +54,3 @@ class Addition:
             messages=({"role": "user", "content": text},),
             answer=str(a + b),
         )
-
-    def verify(self, prompt: Prompt, text: str) -> Verdict:
-        """Reward 1 when the last complete `<answer>` block equals the sum, else 0."""
-        end = text.rfind("</answer>")
-        start = text.rfind("<answer>", 0, end) if end >= 0 else -1
-        correct = start >= 0 and text[start + len("<answer>") : end].strip() == prompt.answer
-        return Verdict(reward=float(correct), correct=correct, format_ok=start >= 0)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-import threading
+import shutil
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor, uint8
 
-_FLUSH_BYTES = 256 * 2**20
+from megatron_srpo.runtime.processes import Processes
+
+_WRITE_BACK_BYTES = 32 * 2**20
 
 
 class FileError(ValueError):
@@ -19,47 +23,43 @@ class FileError(ValueError):
 class DurableFile:
     """A new file for large writes, on disk when `close` returns.
 
-    What has been written goes to disk in the background while the next piece is being made: the system's write-back would
-    else begin late, and closing would wait for most of the file.
+    What has been written starts on its way to disk while the next piece is being made: the system's own write-back begins
+    late, and closing would wait for most of the file.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        self._unflushed = 0
-        self._flusher: threading.Thread | None = None
+        self._file = path.open("xb", buffering=0)
+        self._start = self._end = 0  # written one after the other, not yet on its way
 
     def write_at(self, data: memoryview | bytes, offset: int) -> None:
         """Put `data` at `offset` (bytes). Releases the GIL. Raises FileError when it cannot, such as for a full disk."""
         data = memoryview(data)
-        while data:
-            try:
-                written = os.pwrite(self._descriptor, data[: 2**30], offset)
-            except OSError as error:
-                raise self._failure(error) from None
-            data, offset = data[written:], offset + written
-            self._unflushed += written
-        if self._unflushed > _FLUSH_BYTES and (self._flusher is None or not self._flusher.is_alive()):
-            self._unflushed = 0
-            self._flusher = threading.Thread(target=self._flush_quietly)
-            self._flusher.start()
+        if offset != self._end:
+            self._write_back(offset)
+        try:
+            while data:
+                written = os.pwrite(self._file.fileno(), data[:_WRITE_BACK_BYTES], self._end)
+                data, self._end = data[written:], self._end + written
+                if self._end - self._start >= _WRITE_BACK_BYTES:
+                    self._write_back(self._end)
+        except OSError as error:
+            raise self._failure(error) from None
 
     def close(self) -> None:
         """Wait until everything is on disk. Raises FileError when that fails."""
         try:
-            if self._flusher is not None:
-                self._flusher.join()
-            os.fsync(self._descriptor)
+            os.fsync(self._file.fileno())
         except OSError as error:
             raise self._failure(error) from None
         finally:
-            os.close(self._descriptor)
+            self._file.close()
 
-    def _flush_quietly(self) -> None:
-        try:
-            os.fdatasync(self._descriptor)
-        except OSError:
-            self._unflushed = _FLUSH_BYTES  # fsync in close() meets it again and tells
+    def _write_back(self, next_offset: int) -> None:
+        """Start it, without waiting: on Linux, advice that pages will not be read again does that."""
+        if hasattr(os, "posix_fadvise") and self._end - self._start >= _WRITE_BACK_BYTES:
+            os.posix_fadvise(self._file.fileno(), self._start, self._end - self._start, os.POSIX_FADV_DONTNEED)
+        self._start = self._end = next_offset
 
     def _failure(self, error: OSError) -> FileError:
         return FileError(f"{self.path}: cannot be written: {error.strerror}; what was written so far is not complete and can be deleted")
@@ -75,30 +75,45 @@ def crc32(data: memoryview | bytes) -> int:
     return zlib.crc32(data)
 
 
-def start_aside(output: Path) -> Path:
-    """Make the folder in which `output` is written before it has its name: OUTPUT.partial.
+@contextmanager
+def aside(output: Path, processes: Processes, replace: bool = False) -> Iterator[Path]:
+    """The folder in which the processes write before it is renamed to `output`, all together; after an error it is gone.
 
-    Raises FileError when `output` is a file or holds something, and when a former attempt's folder is still there.
+    With `replace`, an `output` that holds something and a former attempt's folder make way. Without, they raise FileError.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    partial, is_first = output.with_name(output.name + ".partial"), processes.rank == 0
+    if is_first:
+        if replace:
+            shutil.rmtree(partial, ignore_errors=True)
+        _make(partial, None if replace else output)
+    processes.barrier()
+    try:
+        yield partial
+    except BaseException:
+        if is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    processes.barrier()
+    if is_first:
+        for file in partial.iterdir():
+            flush(file)
+        flush(partial)
+        if replace and output.exists():
+            shutil.rmtree(output)
+        partial.rename(output)
+        flush(output.parent)
+    processes.barrier()
+
+
+def _make(partial: Path, output: Path | None) -> None:
+    if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileError(f"{output}: exists and is not an empty folder; name another one or empty it")
-    partial = output.with_name(output.name + ".partial")
     try:
         partial.mkdir(parents=True)
     except FileExistsError:
         raise FileError(f"{partial}: is there already, left by an attempt that did not finish or still runs; delete it") from None
     except OSError as error:
         raise FileError(f"{partial}: cannot be made: {error.strerror}") from None
-    return partial
-
-
-def commit(partial: Path, output: Path) -> None:
-    """Give a finished folder its name, after all its small files have reached the disk."""
-    for file in partial.iterdir():
-        flush(file)
-    flush(partial)
-    partial.rename(output)
-    flush(output.parent)
 
 
 def flush(path: Path) -> None:

@@ -145,3 +145,11 @@ def row_of(name: str, layer_offset: int, expert_offset: int = 0) -> tuple[Row, s
         module, inner, number = match.groups()
         prefix += f"mlp.experts.{int(module or number) + expert_offset}."
     return _BY_NAME[_FUSED_NORMS.get(inner, inner)], prefix
+
+
+def fused_name(row: Row, dense: bool) -> str:
+    """The row's parameter as Transformer Engine names it; it fuses the norm before the feed-forward in dense layers only."""
+    for fused, name in _FUSED_NORMS.items():
+        if name == row.megatron and (dense or name != "pre_mlp_layernorm.weight"):
+            return fused
+    return row.megatron

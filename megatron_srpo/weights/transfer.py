@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_srpo.model.hf_folder import Architecture, HFFolder
 from megatron_srpo.runtime import cpu
+from megatron_srpo.runtime.processes import Processes
+from megatron_srpo.weights.files import aside
+from megatron_srpo.weights.hf_output import SHARD_BYTES, plan_shards, write_companions
+from megatron_srpo.weights.safetensors_file import Writer
 from megatron_srpo.weights.table import Row, row_of
 
 cpu.install()
 
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset  # noqa: E402
-
-SHARD_BYTES = 4 * 2**30
 
 
 def parameters_of(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[Row, str, Parameter]]:
@@ -42,19 +42,19 @@ def parameters_of(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[Row, str,
             yield row, prefix, parameter
 
 
-class Place(NamedTuple):
+class Part(NamedTuple):
     """A rank's part of a parameter among the parts of its tensor-parallel ranks, and the stored tensor it is a part of.
 
     is_only_copy: false where a rank with a lower number holds the same, and for the last stage's copy of a tied matrix.
     """
 
     name: str
-    part: int
+    number: int
     parts: int
     is_only_copy: bool
 
     @classmethod
-    def of(cls, row: Row, prefix: str, architecture: Architecture) -> Place:
+    def of(cls, row: Row, prefix: str, architecture: Architecture) -> Part:
         """This rank's, of the parameter that `row` and `prefix` stand for; `name` is its first HF tensor's."""
         group = _tensor_group(row)
         name = stored_name(prefix + row.hf[0], architecture)
@@ -75,10 +75,10 @@ def load(chunks: Sequence[torch.nn.Module], folder: HFFolder) -> None:
     with ExitStack() as stack, torch.no_grad():
         opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in set(folder.file_of.values())}
         for row, prefix, parameter in parameters_of(chunks):
-            place = Place.of(row, prefix, architecture)
+            part = Part.of(row, prefix, architecture)
             keys = [stored_name(prefix + name, architecture) for name in row.hf]
             slices = [opened[folder.file_of[key]].get_slice(key) for key in keys]
-            parameter.copy_(row.cut(slices, place.part, place.parts, parameter.shape, architecture))
+            parameter.copy_(row.cut(slices, part.number, part.parts, parameter.shape, architecture))
 
 
 def export(chunks: Sequence[torch.nn.Module], architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
@@ -151,46 +151,25 @@ def _full_tensors(row: Row, local: Tensor, architecture: Architecture) -> list[T
 def save_hf(stream: Iterable[tuple[str, Tensor]], folder: HFFolder, output: Path, write: bool) -> None:
     """Write the stream as an HF folder that `AutoModelForCausalLM` loads: shards, index, config and tokenizer.
 
-    Every rank consumes the stream, the one with `write` writes. Config and tokenizer are the start model's. The folder
-    appears under its name when it is whole.
+    Every rank consumes the stream, the one with `write` writes, each tensor as it comes. Config and tokenizer are the start
+    model's; all tensors have the first one's dtype. The folder appears under its name when it is whole, in place of one that
+    has that name already.
+
+    Raises FileError when the disk is full.
     """
-    final, output = output, output.with_name(output.name + ".partial")
-    weight_map: dict[str, str] = {}
-    shard: dict[str, Tensor] = {}
-    held = total = 0
-    if write:
-        output.mkdir(parents=True, exist_ok=True)
-
-    def flush() -> None:
-        name = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
-        save_file(shard, output / name, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(shard, name))
-        shard.clear()
-
-    for name, tensor in stream:
-        if not write:
-            continue
-        size = tensor.numel() * tensor.element_size()
-        if shard and held + size > SHARD_BYTES:
-            flush()
-            held = 0
-        shard[name] = tensor.detach().cpu().clone().contiguous()
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        held, total = held + size, total + size
     if not write:
+        for _ in stream:
+            pass
         return
-    flush()
-    if len(set(weight_map.values())) == 1:
-        (output / "model-00001.safetensors").rename(output / "model.safetensors")
-    else:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (output / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-    for file in folder.path.iterdir():
-        if file.is_file() and file.suffix in (".json", ".txt", ".jinja", ".model") and "safetensors" not in file.name:
-            (output / file.name).write_bytes(file.read_bytes())
-    config = json.loads((output / "config.json").read_text())
-    config.pop("torch_dtype", None)
-    (output / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
-    if final.exists():  # an earlier end of a run that went on
-        shutil.rmtree(final)
-    output.rename(final)
+    stream = iter(stream)
+    first = next(stream)
+    tensors = {name: (first[1].dtype, shape) for name, shape in folder.architecture.tensor_shapes().items()}
+    shards = plan_shards(tensors, SHARD_BYTES)
+    with aside(output, Processes(rank=0, world_size=1), replace=True) as partial:
+        writers = {file: Writer(partial / file, {name: tensors[name] for name in names}) for file, names in shards.items()}
+        writer_of = {name: writers[file] for file, names in shards.items() for name in names}
+        for name, tensor in chain([first], stream):
+            writer_of[name].write(name, tensor)
+        for writer in writers.values():
+            writer.close()
+        write_companions(partial, folder, tensors, shards)

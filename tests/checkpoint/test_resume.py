@@ -122,7 +122,7 @@ def test_samples_of_an_unfinished_step_are_used_again(command, whole, tmp_path, 
     class Killed(BaseException):
         pass
 
-    def collect(self, step):
+    def collect(self, step):  # what is kept is kept before the kill
         if step == 3:
             keep, kept = self.ledger.keep, []
 

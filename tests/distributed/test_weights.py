@@ -29,7 +29,7 @@ LAYOUTS = {
         "tp2": ([TP + "2"], ["tied", "untied", "qwen2"]),
         "tp2-sp": ([TP + "2", SP], ["tied", "untied", "llama", "qwen3_moe"]),
         "pp2": ([PP + "2"], ["tied", "untied", "qwen2", "qwen3_moe"]),
-        "pp2-vpp2": ([PP + "2", VPP + "2"], ["tied", "untied", "llama"]),
+        "pp2-vpp2": ([PP + "2", VPP + "2"], ["tied", "untied", "llama", "qwen3_moe"]),
         "ep2": ([EP + "2"], ["qwen3_moe"]),
     },
     4: {

@@ -1,6 +1,7 @@
 """Model folders that are not as they should be, one fault at a time, and what the messages name."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -143,6 +144,28 @@ def test_tensors_are_those_that_transformers_saves(folder_of, family):
     saved = {name: tuple(tensor.shape) for name, tensor in load_file(path / "model.safetensors").items()}
     folder = HFFolder(path)
     assert folder.architecture.tensor_shapes() == saved and set(folder.file_of) == set(saved)
+
+
+def sizes(vocabulary, hidden, ffn, layers, heads, groups):
+    """As config.json names them."""
+    widths = dict(vocab_size=vocabulary, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers)
+    return {**widths, "num_attention_heads": heads, "num_key_value_heads": groups, "max_position_embeddings": 40960}
+
+
+EXPERTS = dict(model_type="qwen3_moe", head_dim=128, num_experts=128, num_experts_per_tok=8)
+PUBLISHED = {
+    "Llama-3.1-8B": (8_030_261_248, dict(model_type="llama", rope_scaling=LLAMA3) | sizes(128256, 4096, 14336, 32, 32, 8)),
+    "Qwen2.5-7B": (7_615_616_512, dict(model_type="qwen2") | sizes(152064, 3584, 18944, 28, 28, 4)),
+    "Qwen3-30B-A3B": (30_532_122_624, dict(EXPERTS, moe_intermediate_size=768) | sizes(151936, 2048, 6144, 48, 32, 4)),
+    "Qwen3-235B-A22B": (235_093_634_560, dict(EXPERTS, moe_intermediate_size=1536) | sizes(151936, 4096, 12288, 94, 64, 4)),
+}
+
+
+@pytest.mark.parametrize("model", list(PUBLISHED))
+def test_published_models_have_their_number_of_parameters(tmp_path, model):
+    parameters, config = PUBLISHED[model]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert sum(map(math.prod, HFFolder(tmp_path).architecture.tensor_shapes().values())) == parameters
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))

@@ -38,6 +38,7 @@ def sample(engine, requests, sampling):
     def finished(number, completion):
         assert number not in completions
         completions[number] = completion
+        return False
 
     engine.generate(requests, sampling, finished)
     return [completions[number] for number in range(len(requests))]
@@ -272,7 +273,7 @@ def test_experts_arrive_one_by_one(experts):
     engine.update_weights(tensors.items(), "7")
     assert all(map(torch.equal, engine.model.parameters(), model.parameters()))
     requests = requests_of(LENGTHS)
-    for request, completion in zip(requests, engine.generate(requests, Sampling(1.0, 1.0, 10, NEVER)), strict=True):
+    for request, completion in zip(requests, sample(engine, requests, Sampling(1.0, 1.0, 10, NEVER)), strict=True):
         expected = exact_logprobs(model, request.prompt_ids, completion.ids, 1.0)
         chosen = expected[torch.arange(len(completion.ids)), completion.ids]
         torch.testing.assert_close(torch.tensor(completion.logprobs), chosen, rtol=0, atol=1e-5)

@@ -5,11 +5,7 @@ import signal
 
 import pytest
 
-from megatron_srpo.records import Prompt
-from megatron_srpo.tasks import create_task
-from megatron_srpo.tasks.addition import Addition
-
-PROMPT = Prompt(id="p", task="addition", messages=({"role": "user", "content": "Compute 123 + 456."},), answer="579")
+from megatron_srpo.tasks.addition import Addition, verify
 
 
 def questions(seed, split, count):
@@ -19,8 +15,10 @@ def questions(seed, split, count):
 def test_splits_are_disjoint_whatever_the_seed():
     train = {question for seed in range(4) for question in questions(seed, "train", 500)}
     test = {question for seed in range(4) for question in questions(seed, "test", 500)}
-    assert len(train) > 1900 and len(test) > 1900  # hardly any repeats
-    assert not train & test
+    validation = {question for seed in range(4) for question in questions(seed, "validation", 500)}
+    assert min(len(train), len(test), len(validation)) > 1900  # hardly any repeats
+    assert not train & (test | validation)
+    assert len(test & validation) < 100  # drawn apart from the same tenth of all sums
 
 
 def test_prompts_belong_to_seed_split_and_index():
@@ -41,12 +39,6 @@ def test_prompt_holds_a_sum_and_its_answer():
             assert [message["role"] for message in prompt.messages] == ["user"] and prompt.ids == ()
             ids.add(prompt.id)
     assert len(ids) == 100
-
-
-def test_create_task():
-    assert create_task("addition", 7).seed == 7
-    with pytest.raises(ValueError, match="task.name.*'multiplication'.*addition"):
-        create_task("multiplication", 7)
 
 
 @pytest.mark.parametrize(
@@ -77,13 +69,13 @@ def test_create_task():
     ],
 )
 def test_verifier(text, correct, format_ok):
-    verdict = Addition(0).verify(PROMPT, text)
+    verdict = verify("579", text)
     assert (verdict.correct, verdict.format_ok, verdict.reward) == (correct, format_ok, float(correct))
 
 
 def test_a_tag_mentioned_before_the_answer_does_no_harm():
     """METHOD §5: the text between the LAST <answer> and </answer>."""
-    verdict = Addition(0).verify(PROMPT, "I put it between <answer> tags: <answer>579</answer>")
+    verdict = verify("579", "I put it between <answer> tags: <answer>579</answer>")
     assert verdict.correct and verdict.format_ok
 
 
@@ -108,7 +100,7 @@ def test_huge_text_is_judged_at_once(text):
     signal.signal(signal.SIGALRM, give_up)
     signal.setitimer(signal.ITIMER_REAL, 5)
     try:
-        verdict = Addition(0).verify(PROMPT, text)
+        verdict = verify("579", text)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
     assert verdict.correct == (text.endswith("579</answer>"))

@@ -1,0 +1,52 @@
+"""Bytes done, rate and time left: a bar where there is a terminal, a plain line each tenth where there is none."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.text import Text
+
+
+class ByteProgress:
+    """Progress over `total` bytes on standard error. `enabled` is False on every rank but the first."""
+
+    def __init__(self, title: str, total: int, enabled: bool = True):
+        self.console = Console(stderr=True, quiet=not enabled, highlight=False)
+        self.title, self.total, self.done = title, total, 0
+        self.started = time.perf_counter()
+        self.tenths = 0
+        columns = (TextColumn("{task.description}"), BarColumn(None), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=self.console, disable=not (enabled and self.console.is_terminal))
+        self.task = self.bar.add_task(title, total=total)
+
+    def __enter__(self) -> ByteProgress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.bar.stop()
+
+    def advance(self, size: int) -> None:
+        """`size` bytes more are done."""
+        self.done += size
+        self.bar.update(self.task, completed=self.done)
+        if self.bar.disable and (tenths := 10 * self.done // max(1, self.total)) > self.tenths:
+            self.tenths = tenths
+            rate = self.done / (time.perf_counter() - self.started)
+            done, total, second = (decimal(int(size)) for size in (self.done, self.total, rate))
+            self.say(f"{self.title}: {done} of {total}, {second}/s, {(self.total - self.done) / rate:.0f} s left")
+
+    def say(self, message: str) -> None:
+        """One line that stays."""
+        self.console.print(Text(message), soft_wrap=True)
+
+    def warn(self, message: str) -> None:
+        """One line that stays, from whatever rank."""
+        if self.console.quiet:
+            print(f"warning: {message}", file=sys.stderr, flush=True)
+        else:
+            self.console.print(Text(f"warning: {message}", style="yellow"), soft_wrap=True)

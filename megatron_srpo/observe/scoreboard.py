@@ -1,0 +1,153 @@
+"""Evaluation results: result.json and result.md of one model, and the comparison of several."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_srpo.config import ConfigError
+from megatron_srpo.records import Group
+from megatron_srpo.scores import interval, paired_difference, pass_at_k
+
+
+class Outcome(NamedTuple):
+    """One task's answers: `samples` groups of K, `greedy` groups of one or None; `seconds` it took to sample them."""
+
+    label: str
+    samples: list[Group]
+    seconds: float
+    greedy: list[Group] | None
+
+
+def result_of(outcomes: Sequence[Outcome], model: str, device: str) -> dict[str, Any]:
+    """What result.json holds. Intervals are [low, high], 95 % bootstrap over questions; `overall` is the mean over tasks."""
+    tasks = {outcome.label: _task_result(outcome) for outcome in outcomes}
+    overall: dict[str, Any] = {}
+    for key in sorted(set.intersection(*(set(task["questions"]) for task in tasks.values()))):
+        values = [list(task["questions"][key].values()) for task in tasks.values()]
+        mean, low, high = interval(values)
+        overall |= {key: mean, f"{key}/interval": [low, high]}
+    tokens = sum(len(sample.response_ids) for outcome in outcomes for group in outcome.samples for sample in group)
+    seconds = sum(outcome.seconds for outcome in outcomes)
+    return {
+        "model": model,
+        "device": device,
+        "date": datetime.date.today().isoformat(),
+        "overall": {**overall, "seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds},
+        "tasks": tasks,
+    }
+
+
+def _task_result(outcome: Outcome) -> dict[str, Any]:
+    samples = [sample for group in outcome.samples for sample in group]
+    k = len(outcome.samples[0])
+    correct = {group[0].prompt.id: sum(sample.verdict.correct for sample in group) for group in outcome.samples}
+    ks = sorted({2**power for power in range(k.bit_length()) if 2**power <= k} | {k})
+    questions = {f"avg@{k}": {name: c / k for name, c in correct.items()}}
+    questions |= {f"pass@{j}": {name: pass_at_k(k, c, j) for name, c in correct.items()} for j in ks if j > 1}
+    if outcome.greedy is not None:
+        questions["greedy"] = {group[0].prompt.id: float(group[0].verdict.correct) for group in outcome.greedy}
+    scores: dict[str, Any] = {}
+    for key, values in questions.items():
+        mean, low, high = interval([list(values.values())])
+        scores |= {key: mean, f"{key}/interval": [low, high]}
+    tokens = sum(len(sample.response_ids) for sample in samples)
+    return {
+        **scores,
+        "question_count": len(outcome.samples),
+        "samples": k,
+        "response_tokens_mean": tokens / len(samples),
+        "format_rate": sum(sample.verdict.format_ok for sample in samples) / len(samples),
+        "truncated_share": sum(sample.finish_reason == "length" for sample in samples) / len(samples),
+        "verifier_failed_share": sum(sample.verdict.verifier_failed is not None for sample in samples) / len(samples),
+        "seconds": outcome.seconds,
+        "tokens_per_second": tokens / outcome.seconds,
+        "questions": questions,
+    }
+
+
+def write_result(directory: Path, result: dict[str, Any]) -> None:
+    """result.json and result.md; each appears whole or not at all."""
+    for name, text in (("result.json", json.dumps(result, ensure_ascii=False, indent=1)), ("result.md", markdown(result))):
+        partial = directory / f"{name}.partial"
+        with partial.open("w", encoding="utf-8") as out:
+            out.write(text + "\n")
+            out.flush()
+            os.fsync(out.fileno())
+        partial.replace(directory / name)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table of one model: percent, with 95 % intervals over questions."""
+    rows = [*result["tasks"].items()] + ([("mean", result["overall"])] if len(result["tasks"]) > 1 else [])
+    scores = [key for key in result["overall"] if f"{key}/interval" in result["overall"]]
+    shares = ("format_rate", "truncated_share", "verifier_failed_share")
+    header = ["task", "questions", *scores, "tokens", "format", "truncated", "no verdict"]
+    lines = [f"`{result['model']}` on {result['device']}, {result['date']}", "", _row(header), _row(["---"] * len(header))]
+    for name, row in rows:
+        cells = [name, str(row.get("question_count", ""))]
+        cells += [f"{100 * row[key]:.1f} [{100 * row[f'{key}/interval'][0]:.1f}, {100 * row[f'{key}/interval'][1]:.1f}]" for key in scores]
+        cells += [f"{row['response_tokens_mean']:.0f}" if "samples" in row else ""]
+        cells += [f"{100 * row[key]:.1f} %" if key in row else "" for key in shares]
+        lines.append(_row(cells))
+    overall = result["overall"]
+    lines += ["", f"{overall['tokens']} tokens in {overall['seconds']:.1f} s: {overall['tokens_per_second']:.0f} tokens a second"]
+    return "\n".join(lines)
+
+
+def read_result(directory: Path) -> dict[str, Any]:
+    """result.json of an evaluation's folder. Raises ConfigError when there is none or it cannot be read."""
+    file = directory / "result.json"
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(result, dict) or "tasks" not in result:
+            raise ValueError("no tasks in it")
+        return result
+    except OSError:
+        raise ConfigError(f"{file} is missing; is {directory} the folder of a finished evaluation?") from None
+    except ValueError as error:
+        raise ConfigError(f"{file}: is not a result of the eval command: {error}") from None
+
+
+def compare(directories: Sequence[Path]) -> str:
+    """A Markdown table: every other folder against the first, by a paired bootstrap over questions.
+
+    Compares each score that all have, on the same tasks and questions. Raises ConfigError when these differ.
+    """
+    base, *others = [read_result(directory) for directory in directories]
+    header = ["task", "score", "base", "other", "difference", "95 % interval", "p"]
+    lines = []
+    for directory, other in zip(directories[1:], others, strict=True):
+        if set(base["tasks"]) != set(other["tasks"]):
+            raise ConfigError(f"{directory}: has the tasks {sorted(other['tasks'])}, {directories[0]} has {sorted(base['tasks'])}")
+        lines += [f"base `{directories[0]}` ({base['model']}), other `{directory}` ({other['model']})", ""]
+        lines += [_row(header), _row(["---"] * len(header))]
+        shared = set.intersection(*(set(task["questions"]) for run in (base, other) for task in run["tasks"].values()))
+        if not shared:
+            raise ConfigError(f"{directory}: no score in common with {directories[0]}; was evaluation.samples another?")
+        for key in sorted(shared):
+            pairs = {name: _paired(name, key, base, other, directory) for name in base["tasks"]}
+            rows = [(name, [pair]) for name, pair in pairs.items()]
+            for name, pair in rows + ([("mean", list(pairs.values()))] if len(rows) > 1 else []):
+                difference = paired_difference([first for first, _ in pair], [second for _, second in pair])
+                means = [100 * sum(sum(side) / len(side) for side in sides) / len(pair) for sides in zip(*pair, strict=True)]
+                cells = [name, key, f"{means[0]:.1f}", f"{means[1]:.1f}", f"{100 * difference.mean:+.1f}"]
+                lines.append(_row([*cells, f"[{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]", f"{difference.p:.3f}"]))
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def _paired(name: str, key: str, base: dict, other: dict, directory: Path) -> tuple[list[float], list[float]]:
+    first, second = base["tasks"][name]["questions"][key], other["tasks"][name]["questions"][key]
+    if set(first) != set(second):
+        missing = sorted(set(first) ^ set(second))
+        raise ConfigError(f"{directory}: task {name} was asked other questions ({len(missing)} differ, first {missing[0]})")
+    return list(first.values()), [second[question] for question in first]
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

@@ -1,0 +1,39 @@
+"""A task of the user's own: one class in one Python file, given as task.path."""
+
+from __future__ import annotations
+
+import inspect
+
+from megatron_srpo.config import ConfigError, TaskSource
+from megatron_srpo.tasks.worker import load_attribute
+
+
+def create_own_task(source: TaskSource, seed: int):
+    """The only class of the file that has prompt and verify: `MyTask(name, seed, **options)`, see `Task` and examples/own_task.
+
+    Its `verify(answer, text) -> Verdict` is a static method; it runs in worker processes, which import the file too.
+    Raises ConfigError when the file cannot be run or has no such class.
+    """
+    file = source.path.resolve()
+    if not file.is_file():
+        raise ConfigError(f"task.path: {file} does not exist")
+    try:
+        module = load_attribute(f"{file}:")
+    except Exception as error:
+        raise ConfigError(f"task.path: {file} cannot be run: {type(error).__name__}: {error}") from error
+    classes = [
+        found
+        for _, found in inspect.getmembers(module, inspect.isclass)
+        if found.__module__ == module.__name__ and hasattr(found, "prompt") and hasattr(found, "verify")
+    ]
+    if len(classes) != 1:
+        raise ConfigError(f"task.path: {file}: expected one class with size, prompt and verify, found {len(classes)}")
+    own = classes[0]
+    if not isinstance(inspect.getattr_static(own, "verify"), staticmethod):
+        raise ConfigError(f"task.path: {file}: {own.__name__}.verify must be a @staticmethod (answer, text) -> Verdict")
+    try:
+        task = own(source.name, seed, **source.options)
+    except Exception as error:
+        raise ConfigError(f"task.path: {file}: {own.__name__} cannot be made with {source.options}: {error}") from error
+    task.name, task.verifier = source.name, f"{file}:{own.__qualname__}.verify"
+    return task

@@ -1,0 +1,250 @@
+"""Tool use (ToolAlpaca): the published data, the papers' prompt, a parser for Action / Action Input, two rules (METHOD.md §5)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from json.decoder import WHITESPACE
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_srpo.config import ConfigError
+from megatron_srpo.records import Verdict
+
+PROMPT = """\
+Your task is to answer the user's question using available tools. \n\
+You have access to the following tools:
+Name: {name}
+Description: {description}
+Documentation:
+{documentation}
+Use the following format:
+Thought: you should always think about what to do
+Action: the action to take, should be one of the tool names.
+Action Input: the input to the action, must be in JSON format. All of the action input must be realistic and from the user.
+
+Begin!
+Question: {question}"""
+OPTIONAL = "[Optional]"  # stands before the name of a gold call that may be left out
+
+_LABEL = re.compile(r"Action(?: Input)?:")
+_LINE_LABEL = re.compile(r"^[ \t]*(Action(?: Input)?):", re.MULTILINE)
+_NAME = re.compile(r"(?:(?!Action Input:)[^\n])*")  # both labels may stand on one line
+
+
+class ToolQuestion(NamedTuple):
+    """One question to one API; `calls` are [{"Action": name, "Action_Input": JSON text}] as published."""
+
+    id: str
+    prompt: str
+    calls: list[dict[str, str]]
+
+
+# ---- the published data ------------------------------------------------------------------------------------------------
+
+
+def read_toolalpaca(path: Path) -> Iterator[tuple[ToolQuestion | None, str]]:
+    """(question or None, why it is left out) for every instruction of a published file, in order.
+
+    Evaluation files have Golden_Answers beside Instructions; training files have Instances, whose intermediate_steps are
+    [[tool, input, log], observation]. Left out are questions whose calls need an earlier call's result (a `$` placeholder, as the
+    papers did: 68 of 100 remain), have an input that is no JSON object, or that have no calls. Raises ConfigError naming the field.
+    """
+    try:
+        apis = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: is not a UTF-8 JSON file: {error}") from None
+    if not isinstance(apis, list) or not apis:
+        raise ConfigError(f"{path}: expected a list of APIs as ToolAlpaca publishes it")
+    for place, api in enumerate(apis):
+        where = f"{path}: API {place}"
+        for field in ("Name", "Description", "NLDocumentation"):
+            if not isinstance(api, dict) or not isinstance(api.get(field), str):
+                raise ConfigError(f"{where}: {field}: expected a string")
+        if "Golden_Answers" in api:
+            questions, answers = api.get("Instructions"), api["Golden_Answers"]
+        elif "Instances" in api:
+            answers = [_calls_of(instance, f"{where}: Instances") for instance in api["Instances"]]
+            questions = [str(instance.get("input", "")).rsplit("\nHint: ", 1)[0] for instance in api["Instances"]]
+        else:
+            raise ConfigError(f"{where} ({api['Name']}): has neither Golden_Answers nor Instances")
+        if not isinstance(questions, list) or not isinstance(answers, list) or len(questions) != len(answers):
+            raise ConfigError(f"{where} ({api['Name']}): expected one answer for each instruction")
+        for number, (question, calls) in enumerate(zip(questions, answers, strict=True)):
+            reason = _why_left_out(question, calls)
+            prompt = PROMPT.format(
+                name=api["Name"], description=api["Description"], documentation=api["NLDocumentation"], question=question
+            )
+            yield (None if reason else ToolQuestion(f"{place}-{number}", prompt, calls)), reason
+
+
+def _calls_of(instance: Any, where: str) -> list[dict[str, Any]]:
+    steps = instance.get("intermediate_steps") if isinstance(instance, dict) else None
+    if steps is None:  # the simulation failed: published as {"error": …}
+        if not isinstance(instance, dict):
+            raise ConfigError(f"{where}: expected objects")
+        return []
+    try:
+        return [{"Action": step[0][0], "Action_Input": step[0][1]} for step in steps]
+    except (IndexError, KeyError, TypeError):
+        raise ConfigError(f"{where}: intermediate_steps: expected [[tool, input, log], observation] each") from None
+
+
+def _why_left_out(question: Any, calls: Any) -> str:
+    if not isinstance(question, str) or not question.strip():
+        return "no question"
+    if not calls:
+        return "no calls"
+    if "$" in json.dumps(calls):
+        return "a call needs an earlier call's result"
+    try:
+        gold_calls(json.dumps(calls))
+    except ValueError:
+        return "a call's input is no JSON object"
+    return ""
+
+
+# ---- calls in text -----------------------------------------------------------------------------------------------------
+
+
+class Calls(NamedTuple):
+    """What a response calls. `malformed` says what is wrong with its form, or is None."""
+
+    names: list[str]
+    inputs: list[dict[str, Any]]
+    malformed: str | None
+
+
+def parse_calls(text: str, strict: bool = False) -> Calls:
+    """`Action: NAME` and `Action Input: {JSON object}`, which may be nested and go over several lines. Linear in the text.
+
+    Anywhere in the text, as in the papers; labels inside an object are part of it. `strict`: labels begin a line, come in pairs,
+    nothing follows the object on its line, and no object repeats a key or holds NaN.
+    """
+    names: list[str] = []
+    inputs: list[dict[str, Any]] = []
+    place, label = 0, _LINE_LABEL if strict else _LABEL
+    while match := label.search(text, place):
+        place = match.end()
+        if not match.group().endswith("Input:"):
+            if strict and len(names) > len(inputs):
+                return Calls(names, inputs, f"call {len(names)} has no Action Input")
+            name = _NAME.match(text, place)
+            place = name.end()
+            names.append(name.group().strip())
+            continue
+        if strict and len(names) != len(inputs) + 1:
+            return Calls(names, inputs, "an Action Input stands without its Action")
+        try:
+            value, place = _read_object(text, place, strict)
+        except (ValueError, RecursionError):
+            return Calls(names, inputs, f"Action Input {len(inputs) + 1} is not a JSON object")
+        inputs.append(value)
+        if strict and text[place : (text.find("\n", place) + 1 or len(text) + 1) - 1].strip():
+            return Calls(names, inputs, f"something follows the JSON object of Action Input {len(inputs)}")
+    if not names or not inputs:
+        return Calls(names, inputs, "there is no Action with an Action Input")
+    if strict and len(names) != len(inputs):
+        return Calls(names, inputs, f"call {len(names)} has no Action Input")
+    return Calls(names, inputs, None)
+
+
+def _read_object(text: str, place: int, strict: bool) -> tuple[dict[str, Any], int]:
+    """The JSON object at `place` and where it ends. Raises ValueError or RecursionError."""
+    start = WHITESPACE.match(text, place).end()
+    if text[start : start + 1] != "{":
+        raise ValueError("no object")
+    return (_STRICT if strict else _LENIENT).raw_decode(text, start)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("repeated key")
+    return value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+_LENIENT = json.JSONDecoder()
+_STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
+
+
+def gold_calls(answer: str) -> list[tuple[str, dict[str, Any]]]:
+    """(name, input) of every call of a published answer. Raises ValueError when it is not one."""
+    calls = json.loads(answer)
+    if not isinstance(calls, list) or not all(isinstance(call, dict) and isinstance(call.get("Action"), str) for call in calls):
+        raise ValueError('expected [{"Action": …, "Action_Input": …}, …]')
+    found = []
+    for call in calls:
+        value = call.get("Action_Input")
+        value = json.loads(value) if isinstance(value, str) else value
+        if not isinstance(value, dict):
+            raise ValueError("Action_Input: expected a JSON object")
+        found.append((call["Action"], value))
+    return found
+
+
+# ---- the two rules -----------------------------------------------------------------------------------------------------
+
+
+def verify(answer: str, text: str) -> Verdict:
+    """The papers' rule: the multiset of names equals gold's, and all inputs merged into one object equal gold's merged.
+
+    Names are compared as written, so "[Optional]x" is a name. A later call's key overrides an earlier one's, on both sides, and
+    numbers are compared as Python does (1 = 1.0 = true): `verify_strict` loses nothing.
+    """
+    gold = gold_calls(answer)
+    calls = parse_calls(text)
+    right = (
+        calls.malformed is None
+        and Counter(calls.names) == Counter(name for name, _ in gold)
+        and _merged(calls.inputs) == _merged([value for _, value in gold])
+    )
+    return _verdict(right, calls.malformed)
+
+
+def verify_strict(answer: str, text: str) -> Verdict:
+    """Ours: call by call. Every gold call is made once with exactly its input, in any order, and no other call is made.
+
+    Types count: 1 = 1.0, but "1", true and 1 differ. Gold calls marked [Optional] may be left out.
+    """
+    calls = parse_calls(text, strict=True)
+    wanted, optional = Counter(), Counter()
+    for name, value in gold_calls(answer):
+        (optional if name.startswith(OPTIONAL) else wanted)[_canonical(name.removeprefix(OPTIONAL), value)] += 1
+    if calls.malformed is not None:
+        return _verdict(False, calls.malformed)
+    made = Counter(_canonical(name, value) for name, value in zip(calls.names, calls.inputs, strict=True))
+    return _verdict(not wanted - made and not made - wanted - optional, None)
+
+
+def _merged(inputs: list[dict[str, Any]]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for value in inputs:
+        merged |= value
+    return merged
+
+
+def _canonical(name: str, value: Any) -> tuple[str, str]:
+    def plain(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {key: plain(inner) for key, inner in item.items()}
+        if isinstance(item, list):
+            return [plain(inner) for inner in item]
+        return int(item) if isinstance(item, float) and item.is_integer() and abs(item) < 2**53 else item
+
+    return name, json.dumps(plain(value), sort_keys=True)
+
+
+def _verdict(correct: bool, malformed: str | None) -> Verdict:
+    feedback = None
+    if not correct:
+        feedback = f"Your response could not be read: {malformed}." if malformed else "Your calls or their inputs are wrong."
+    return Verdict(reward=float(correct), correct=correct, format_ok=malformed is None, feedback=feedback)

@@ -1,0 +1,94 @@
+"""A verifier process: jobs in on standard input, verdicts out on standard output, one JSON line each. Started by `pool`.
+
+Model output is data here: verifiers parse it and nothing evaluates it. No torch in these processes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_srpo.records import Verdict
+
+Verifier = Callable[[str, str], Verdict]
+PLACE_FOR_OWN_CODE = "megatron_srpo_own_tasks"  # the module name of a user's file, so that its dataclasses can be looked up
+
+
+def load_attribute(reference: str) -> object:
+    """`module:name.name` or `path/file.py:name.name`. Raises ImportError or AttributeError, or whatever the user's file raises."""
+    source, _, name = reference.rpartition(":")
+    if source.endswith(".py"):
+        file = Path(source)
+        spec = importlib.util.spec_from_file_location(f"{PLACE_FOR_OWN_CODE}.{file.stem}", file)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+    else:
+        module = importlib.import_module(source)
+    found: object = module
+    for part in filter(None, name.split(".")):
+        found = getattr(found, part)
+    return found
+
+
+def judge(verifier: Verifier, answer: str, text: str) -> dict:
+    """The verdict as plain data, or {"failed": why, "reason": text}."""
+    try:
+        verdict = verifier(answer, text)
+        if not isinstance(verdict, Verdict):
+            raise TypeError(f"the verifier returned {type(verdict).__name__}, not a Verdict")
+        return verdict.model_dump(mode="json")
+    except MemoryError:
+        return {"failed": "memory", "reason": "out of memory"}
+    except Exception as error:  # a verifier's bug must not end the run, and is counted
+        return {"failed": "error", "reason": f"{type(error).__name__}: {error}"[:500]}
+
+
+def main() -> None:
+    """First line in: {"verifiers": {task: reference}, "memory_bytes", "seconds"}; first line out: {} or {"refused": why}.
+
+    Then [task, answer, text] in and a verdict out, in order, until the input ends. A job that takes longer than `seconds` ends the
+    process by itself, in case nobody is left to kill it; so does one that ran out of memory.
+    """
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what a verifier prints must not stand between the answers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the run's to handle
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    jobs = (json.loads(line) for line in sys.stdin.buffer)
+    settings = next(jobs)
+
+    def say(row: dict) -> None:
+        answers.write(json.dumps(row) + "\n")
+        answers.flush()
+
+    try:
+        verifiers = {task: load_attribute(reference) for task, reference in settings["verifiers"].items()}
+    except Exception as error:
+        say({"refused": f"{type(error).__name__}: {error}"})
+        return
+    _limit_memory(settings["memory_bytes"])
+    say({})
+    for task, answer, text in jobs:
+        signal.setitimer(signal.ITIMER_REAL, settings["seconds"])
+        row = judge(verifiers[task], answer, text)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        say(row)
+        if row.get("failed") == "memory":
+            return
+
+
+def _limit_memory(size: int) -> None:
+    import resource
+
+    for limit in (resource.RLIMIT_DATA, resource.RLIMIT_AS):  # some systems keep only one of them
+        resource.setrlimit(limit, (size, resource.getrlimit(limit)[1]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Conversion between Hugging Face folders and megatron-core's torch_dist checkpoints: tensor by tensor, no model is built.
+
+Each process writes its share into files of its own; memory is that of the largest tensors at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.observe.progress import ByteProgress
+from megatron_srpo.runtime.processes import Processes
+from megatron_srpo.weights import safetensors_file, torch_dist
+from megatron_srpo.weights.files import FileError, aside
+from megatron_srpo.weights.hf_output import SHARD_BYTES, plan_shards, size_of, write_companions, write_config
+from megatron_srpo.weights.sources import Place, Tensors, empty_objects, part_shape, places
+from megatron_srpo.weights.table import VOCABULARY_TENSORS
+
+
+def to_megatron(
+    source: Tensors,
+    reference: HFFolder,
+    output: Path,
+    processes: Processes,
+    dtype: torch.dtype | None = None,
+    vocabulary_multiple: int = 16,
+) -> None:
+    """Write `source` as a torch_dist checkpoint, with a config.json that says what it is a checkpoint of.
+
+    Args:
+        reference: the folder whose config.json describes the tensors.
+        output: a new or empty folder; appears when it is whole.
+        dtype: None keeps each tensor's own.
+        vocabulary_multiple: the vocabulary is padded with zeros to a multiple of it. megatron-core loads it at any other padding.
+
+    Every process calls it. Raises FileError or ConfigError.
+    """
+    architecture, shapes = reference.architecture, reference.architecture.tensor_shapes()
+    parts = list(places(architecture))
+    dtypes = {name: dtype or source.dtype(name) for name in source.names()}
+    _check_dtypes(parts, dtypes)
+    tensors = {name: (dtypes[name], shapes[name]) for name in source.names()}
+    sizes = [sum(size_of(tensors[name]) for name in part.names) for part in parts]
+    mine = _share(sizes, processes)
+    with (
+        aside(output, processes) as folder,
+        ByteProgress("Hugging Face → Megatron", sum(sizes[n] for n in mine), processes.rank == 0) as progress,
+    ):
+        writer = torch_dist.Writer(folder, processes.rank)
+        empty = writer.write_nothing()
+
+        def part_after_part() -> Iterator[Callable[[], None]]:
+            for number in mine:
+                part = parts[number]
+                pieces = [_read(source, name, dtypes[name], progress) for name in part.names]
+                merged = part.row.merge(pieces, architecture)
+                shape = part_shape(part, shapes)
+                if part.names[0] in VOCABULARY_TENSORS:
+                    merged = _padded(merged, vocabulary_multiple)
+                    shape = tuple(merged.shape)
+                yield partial(writer.write, part.key, merged, (*part.stacks, *shape), (*part.index, *(0 for _ in shape)))
+                progress.advance(sizes[number])
+
+        _write_behind(part_after_part())
+        told = processes.gather(torch_dist.chunks_to_json(writer.close()))
+        if processes.rank == 0:
+            chunks = [chunk for text in told for chunk in torch_dist.chunks_from_json(text)]
+            torch_dist.write_metadata(folder, chunks, empty, empty_objects(architecture))
+            write_config(folder, reference, tensors)
+
+
+def to_hf(source: Tensors, reference: HFFolder, output: Path, processes: Processes, dtype: torch.dtype | None = None) -> None:
+    """Write `source` as a Hugging Face folder, with config, generation config and tokenizer of `reference`.
+
+    Args:
+        output: a new or empty folder; appears when it is whole.
+        dtype: None keeps each tensor's own.
+
+    Every process calls it, and writes whole shards. Raises FileError or ConfigError.
+    """
+    tensors = {name: (dtype or source.dtype(name), source.shape(name)) for name in source.names()}
+    total = sum(size_of(announced) for announced in tensors.values())
+    shards = plan_shards(tensors, min(SHARD_BYTES, -(-total // processes.world_size)))
+    files = list(shards)
+    sizes = [sum(size_of(tensors[name]) for name in shards[file]) for file in files]
+    mine = _share(sizes, processes)
+    with (
+        aside(output, processes) as folder,
+        ByteProgress("Megatron → Hugging Face", sum(sizes[n] for n in mine), processes.rank == 0) as progress,
+    ):
+
+        def tensor_after_tensor() -> Iterator[Callable[[], object]]:
+            for number in mine:
+                names = shards[files[number]]
+                writer = safetensors_file.Writer(folder / files[number], {name: tensors[name] for name in names})
+                for name in names:
+                    yield partial(writer.write, name, _read(source, name, tensors[name][0], progress))
+                    progress.advance(size_of(tensors[name]))
+                yield writer.close
+
+        _write_behind(tensor_after_tensor())
+        if processes.rank == 0:
+            write_companions(folder, reference, tensors, shards)
+
+
+def _write_behind(jobs: Iterable[Callable[[], object]]) -> None:
+    """Run the jobs in order in a thread of their own: one is written while the next is read, both without the GIL."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        pending = pool.submit(lambda: None)
+        for job in jobs:
+            pending.result()
+            pending = pool.submit(job)
+        pending.result()
+
+
+def _share(sizes: Sequence[int], processes: Processes) -> list[int]:
+    """The numbers of this process's items, in order: the largest go first, each to the process that has least."""
+    loads, owners = [0] * processes.world_size, [0] * len(sizes)
+    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+        owners[number] = loads.index(min(loads))
+        loads[owners[number]] += sizes[number]
+    return [number for number, owner in enumerate(owners) if owner == processes.rank]
+
+
+def _check_dtypes(parts: Sequence[Place], dtypes: dict[str, torch.dtype]) -> None:
+    """A Megatron tensor holds many HF tensors, and has one dtype."""
+    seen: dict[str, tuple[torch.dtype, str]] = {}
+    for part in parts:
+        for name in part.names:
+            dtype, first = seen.setdefault(part.key, (dtypes[name], name))
+            if dtypes[name] != dtype:
+                raise FileError(
+                    f"{name} is {dtypes[name]} but {first} is {dtype}, and both belong to {part.key}:"
+                    " choose one by --dtype float32 or bfloat16"
+                )
+
+
+def _read(source: Tensors, name: str, dtype: torch.dtype, progress: ByteProgress) -> Tensor:
+    """The tensor in `dtype`. Warns of NaN and infinity."""
+    tensor = source.tensor(name)
+    if not torch.isfinite(tensor.sum()):  # ten times faster than looking at each element
+        wrong = tensor.numel() - int(torch.isfinite(tensor).sum())
+        if wrong:
+            progress.warn(f"{name}: {wrong} of {tensor.numel()} elements are NaN or infinite")
+    return tensor.to(dtype)
+
+
+def _padded(tensor: Tensor, multiple: int) -> Tensor:
+    missing = -tensor.shape[0] % multiple
+    return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor

@@ -1,0 +1,46 @@
+"""Verifiers that misbehave, for the pool's tests. Loaded by worker processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+from megatron_srpo.records import Verdict
+
+
+def misbehave(answer: str, text: str) -> Verdict:
+    """Does what the text says; otherwise right when it equals the answer."""
+    if text == "hang":
+        while True:
+            pass
+    if text == "hang deaf":  # deaf to polite signals, and asleep
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        time.sleep(3600)
+    if text == "die":
+        os._exit(3)
+    if text == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if text == "eat":
+        held = []
+        while True:
+            held.append(bytearray(64 << 20))
+    if text == "raise":
+        raise KeyError("a bug")
+    if text == "recurse":
+        return misbehave(answer, text)
+    if text == "nothing":
+        return None
+    if text == "chatter":
+        print("x" * 100_000)
+        sys.stderr.write("y" * 100_000)
+        os.write(1, b'{"reward": 1}\n' * 1000)
+    if text == "modules":
+        return Verdict(reward=0.0, correct=False, format_ok=True, feedback=" ".join(sorted(sys.modules)))
+    correct = text == answer
+    return Verdict(reward=float(correct), correct=correct, format_ok=True, feedback=str(os.getpid()))
+
+
+broken = 1 / 0 if "BREAK" in os.environ else None

@@ -1,0 +1,118 @@
+"""The verifier pool: no response can hang it, end it or make it lie."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_srpo.config import ConfigError, TaskSection
+from megatron_srpo.tasks.pool import Job, Pool
+
+BAD = f"{Path(__file__).parent / 'own_verifiers.py'}:misbehave"
+
+
+def jobs(*texts):
+    return [Job("bad", "right", text) for text in texts]
+
+
+@pytest.fixture(scope="module")
+def pool():
+    """Two workers, a second for each verdict, 400 MiB."""
+    pool = Pool({"bad": BAD}, TaskSection(verifier_seconds=1.0, verifier_memory_mib=400))
+    yield pool
+    pool.close()
+
+
+def test_verdicts_come_in_order(pool):
+    texts = ["right" if number % 3 else f"wrong {number}" for number in range(500)]
+    verdicts = pool.verify(jobs(*texts))
+    assert [verdict.correct for verdict in verdicts] == [text == "right" for text in texts]
+    assert len({verdict.feedback for verdict in verdicts}) == 2  # process ids: both had a share
+    assert pool.verify([]) == []
+
+
+def test_what_fails_is_marked_and_nothing_else_is_lost(pool):
+    """Each bad job among good ones; two hang, so three times a second at most."""
+    kinds = {
+        "hang": "timeout",
+        "hang deaf": "timeout",
+        "die": "died",
+        "crash": "died",
+        "eat": "memory",
+        "raise": "error",
+        "recurse": "error",
+        "nothing": "error",
+    }
+    texts = [text for kind in kinds for text in ("right", kind, "wrong", "right")]
+    verdicts = pool.verify(jobs(*texts))
+    for text, verdict in zip(texts, verdicts, strict=True):
+        assert verdict.verifier_failed == kinds.get(text), text
+        assert verdict.correct == (text == "right")
+        assert verdict.excluded == (text in kinds)
+        assert verdict.reward == float(verdict.correct)
+    assert [v.correct for v in pool.verify(jobs("right", "wrong"))] == [True, False]  # all replaced
+
+
+def test_what_a_verifier_prints_is_no_verdict(pool):
+    assert [v.correct for v in pool.verify(jobs("chatter", "right", "chatter"))] == [False, True, False]
+
+
+def test_workers_import_no_torch(pool):
+    (verdict,) = pool.verify(jobs("modules"))
+    modules = set(verdict.feedback.split())
+    assert "megatron_srpo.records" in modules and not {"torch", "transformers", "numpy", "megatron.core"} & modules
+
+
+def test_large_texts_in_both_directions(pool):
+    """More than any pipe holds, and every character JSON must escape."""
+    big = "\x00\ud800\"\\\n🙂" * 150_000
+    verdicts = pool.verify([*jobs(*[big] * 6), Job("bad", big, big)])
+    assert [v.correct for v in verdicts] == [False] * 6 + [True]
+
+
+def test_zero_instead_of_excluded():
+    pool = Pool({"bad": BAD}, TaskSection(verifier_failed="zero", verifier_workers=1))
+    verdict, other = pool.verify(jobs("raise", "right"))
+    assert verdict.verifier_failed == "error" and not verdict.excluded and verdict.reward == 0 and other.correct
+    process = pool.workers[0].process
+    process.kill()
+    process.wait()
+    assert pool.verify(jobs("right"))[0].correct  # it died while it had nothing to do: nobody is blamed
+    process = pool.workers[0].process
+    del pool
+    gc.collect()
+    assert process.poll() is not None  # workers end with their pool
+
+
+@pytest.mark.parametrize(
+    "reference, said",
+    [
+        ("megatron_srpo.tasks.nowhere:verify", "ModuleNotFoundError"),
+        ("megatron_srpo.tasks.addition:judge", "AttributeError"),
+        (BAD.replace("own_", "no_"), "FileNotFoundError"),
+    ],
+)
+def test_a_verifier_that_cannot_be_loaded_is_refused_at_once(reference, said):
+    with pytest.raises(ConfigError, match=f"task.verifier: a verifier cannot be loaded: {said}"):
+        Pool({"bad": reference}, TaskSection(verifier_workers=1))
+
+
+def test_an_error_in_the_users_file_is_told(monkeypatch):
+    monkeypatch.setitem(os.environ, "BREAK", "1")
+    with pytest.raises(ConfigError, match="ZeroDivisionError"):
+        Pool({"bad": BAD}, TaskSection(verifier_workers=1))
+
+
+def test_a_worker_left_alone_ends_by_itself():
+    """Its input closes when the run is gone, however it went."""
+    pool = Pool({"bad": BAD}, TaskSection(verifier_workers=1))
+    process = pool.workers[0].process
+    process.stdin.close()
+    deadline = time.monotonic() + 30
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert process.poll() == 0

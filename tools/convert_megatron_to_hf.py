@@ -1,0 +1,43 @@
+#!/usr/bin/env python3
+"""megatron-core checkpoint (torch_dist) → Hugging Face folder, for transformers and SGLang.
+
+    python tools/convert_megatron_to_hf.py --checkpoint DIR --hf-reference DIR --output DIR
+    torchrun --nproc-per-node N tools/convert_megatron_to_hf.py …          each process writes its share
+
+--checkpoint is the folder with .metadata and metadata.json, or one whose latest_checkpointed_iteration.txt names it.
+--hf-reference gives config.json, generation_config.json and the tokenizer; its weights are not read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.runtime.processes import Processes
+from megatron_srpo.tool import DTYPES, add_dtype, run_tool
+from megatron_srpo.weights.convert import to_hf
+from megatron_srpo.weights.sources import MegatronTensors, checkpoint_folder
+
+
+def main() -> int:
+    """Convert. Returns the exit status: 2 for an error."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--hf-reference", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+    add_dtype(parser)
+    options = parser.parse_args()
+
+    def work(processes: Processes) -> int:
+        reference = HFFolder(options.hf_reference)
+        source = MegatronTensors(checkpoint_folder(options.checkpoint), reference.architecture)
+        to_hf(source, reference, options.output, processes, DTYPES[options.dtype])
+        return 0
+
+    return run_tool(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

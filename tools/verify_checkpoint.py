@@ -1,0 +1,75 @@
+#!/usr/bin/env python3
+"""Compare two models, each a Hugging Face folder or a megatron-core checkpoint: every tensor, and logits on random ids.
+
+    python tools/verify_checkpoint.py A B
+
+Exit status: 0 the same, 1 different, 2 something cannot be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from math import prod
+from pathlib import Path
+
+from megatron_srpo.__main__ import quieten_libraries
+from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.observe.progress import ByteProgress
+from megatron_srpo.runtime.processes import Processes
+from megatron_srpo.tool import run_tool
+from megatron_srpo.weights.compare import Difference, compare_tensors, difference, logits
+from megatron_srpo.weights.files import FileError
+from megatron_srpo.weights.sources import Tensors, architecture_folder, open_tensors
+
+
+def tensors_are_equal(first: Tensors, second: Tensors, tolerance: float) -> bool:
+    """Print every difference larger than `tolerance`; whether there was none."""
+    total = sum(prod(first.shape(name)) * first.dtype(name).itemsize for name in first.names())
+    equal, tolerated = True, 0
+    with ByteProgress("comparing", total) as progress:
+        for found in compare_tensors(first, second, progress):
+            if isinstance(found, Difference) and found.largest <= tolerance:
+                tolerated += 1
+                continue
+            equal = False
+            print(found, flush=True)
+    if equal:
+        print(f"{len(first.names())} tensors are " + (f"equal within {tolerance}; {tolerated} not exactly" if tolerated else "equal"))
+    return equal
+
+
+def logits_are_equal(first: Tensors, second: Tensors, folder: Path, tolerance: float) -> bool:
+    """Print how far the logits differ; whether it is within `tolerance`."""
+    found = difference("logits", logits(first, folder), logits(second, folder))
+    print(found or "logits are equal")
+    return found is None or found.largest <= tolerance
+
+
+def main() -> int:
+    """Compare. Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("first", type=Path, metavar="A")
+    parser.add_argument("second", type=Path, metavar="B")
+    parser.add_argument("--hf-reference", type=Path, metavar="DIR", help="whose config.json describes both, where neither has one")
+    parser.add_argument("--tolerance", type=float, default=0.0, help="largest absolute difference of weights and logits that is none")
+    parser.add_argument("--no-logits", action="store_true", help="for models that do not fit in memory in fp32")
+    options = parser.parse_args()
+    quieten_libraries()
+
+    def work(processes: Processes) -> int:
+        given = options.hf_reference and HFFolder(options.hf_reference)
+        reference = given or architecture_folder(options.first) or architecture_folder(options.second)
+        if reference is None:
+            raise FileError(f"{options.first} and {options.second} have no config.json; name a Hugging Face folder with --hf-reference")
+        first, second = (open_tensors(path, reference) for path in (options.first, options.second))
+        equal = tensors_are_equal(first, second, options.tolerance)
+        if not options.no_logits and set(first.names()) == set(second.names()):
+            equal = logits_are_equal(first, second, reference.path, options.tolerance) and equal
+        return 0 if equal else 1
+
+    return run_tool(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
