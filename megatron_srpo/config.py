@@ -150,13 +150,13 @@ class SGLangSection(_Section):
     max_restarts: int = Field(3, ge=0, description="failed starts in a row after which one of our servers is given up")
     update: Literal["disk", "distributed", "tensor"] = Field(
         "disk",
-        description="how weights get to the servers. disk: a safetensors file in the run folder, which they must see; distributed: broadcast"
+        description="how weights get to the servers. disk: through files in the run folder, which they must see; distributed: broadcast"
         " (NCCL, gloo on CPUs); tensor: memory shared with servers on the same GPUs, or on this machine's CPUs",
     )
     bucket_mib: int = Field(512, gt=0, description="size of the pieces that weights are sent in; a larger tensor is a piece of its own")
     update_timeout: float = Field(300, gt=0, description="seconds a server has for each call of a publication")
     trainer_host: str | None = Field(
-        None, description="update: distributed: the first rank's address as servers see it; null: loopback for those here, else its host name"
+        None, description="update: distributed: the first rank's address for servers; null: loopback for those here, else its host name"
     )
 
     @model_validator(mode="after")
@@ -213,7 +213,9 @@ class RolloutSection(_Section):
         if len({url.rstrip("/") for url in self.urls}) < len(self.urls):
             raise ValueError("rollout.urls: a server is named twice")
         if self.sglang.update == "tensor" and any(not is_loopback(re.split(r"//|[:/]", url)[2]) for url in self.urls):
-            raise ValueError("rollout.sglang.update: tensor shares memory, so all rollout.urls must be on this machine; use distributed or disk")
+            raise ValueError("rollout.sglang.update: tensor shares memory with servers on this machine, and rollout.urls names others")
+        if self.colocated and self.overlap:
+            raise ValueError("rollout.overlap: 1 samples while training, for which rollout.colocated takes the servers' memory")
         if self.sglang.port + self.servers > 65536:
             raise ValueError(f"rollout.sglang.port: {self.servers} servers from {self.sglang.port} on pass 65535")
         return self

@@ -71,7 +71,7 @@ class _Run:
         self._introduce()
         self.trainer = Trainer(config, folder, layout, is_resumed=self.checkpoint is not None)
         terminal.say(self.trainer.loss_path)
-        self.rollouts = Rollouts(config, folder, layout)
+        self.rollouts = Rollouts(config, folder, layout, terminal.say)
         self.metrics = MetricsFile(self.directory / "metrics.jsonl" if self.is_first else Path(os.devnull))
         self.watch = Stopwatch(terminal)
         self.saver = Saver(self.directory / "checkpoints", config.checkpoint, layout, self.rollouts.ledger.saved)
@@ -130,6 +130,7 @@ class _Run:
                 feedback=config.teacher.feedback,
             )
             groups = exchange(groups, self.layout)
+            rollouts.make_room()
             if config.logging.rollouts and self.is_first:
                 dump(groups, self.directory / "rollouts", step)
         with watch("teacher"):

@@ -45,7 +45,7 @@ class Generation:
         urls: of all servers, alike on every rank.
         rank, world_size: this rank's share of rollout.sglang.concurrency, and the server it prefers among equals.
         is_seeded: whether servers keep to sampling_seed.
-        complain: called with (url, what it did) when a server is taken out.
+        complain: called with (url, what it did, whether that was a lie) when a server is taken out.
         hopeless: called with the seconds for which there has been no server: why none will come back, or None while one may.
     """
 
@@ -57,7 +57,7 @@ class Generation:
         rank: int,
         world_size: int,
         is_seeded: bool,
-        complain: Callable[[str, str], None],
+        complain: Callable[[str, str, bool], None],
         hopeless: Callable[[float], str | None],
     ):
         self.targets = [Target(url) for url in [*urls[rank % len(urls) :], *urls[: rank % len(urls)]]]
@@ -80,14 +80,24 @@ class Generation:
         target.is_distrusted |= is_distrusted
         if target.out is None:
             target.out = reason
-            self.complain(target.url, reason)
+            self.complain(target.url, reason, is_distrusted)
             for call in list(target.calls):
                 call.cancel()
 
-    def reset(self, states: dict[str, str | None]) -> None:
-        """The first rank's word on every server after a publication: why it is out, None when it is to be used."""
+    def start_publication(self, version: str) -> None:
+        """From now on servers may answer with `version`, and need not with the one before."""
+        self.versions.append(version)
+        self.is_publishing = True
+
+    def end_publication(self, states: dict[str, str | None]) -> None:
+        """The first rank's word on every server: why it is out, None when it is to be used."""
         for target in self.targets:
             target.out, target.is_distrusted = states[target.url], False
+        self.is_publishing = False
+
+    def lies(self) -> dict[str, str]:
+        """The servers that lied to this rank and have not been seen to since: {url: what they said}."""
+        return {target.url: target.out or "" for target in self.targets if target.is_distrusted}
 
 
 class _Batch:

@@ -20,10 +20,11 @@ def headers(settings: SGLangSection) -> dict[str, str]:
 
 
 class Server:
-    """The server at `url`, one connection, calls from one thread at a time."""
+    """The server at `url`. incarnation: changes when another process may stand behind the url."""
 
     def __init__(self, url: str, settings: SGLangSection):
-        self.url, self.settings = url.rstrip("/"), settings
+        self.url, self.settings, self.incarnation = url.rstrip("/"), settings, 0
+        self.host = httpx.URL(url).host
         # trust_env: a proxy that this machine's environment names is not for servers of the same cluster
         self._http = httpx.Client(base_url=self.url, headers=headers(settings), trust_env=False)
 

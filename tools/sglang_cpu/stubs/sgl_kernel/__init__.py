@@ -23,7 +23,7 @@ def assign_extend_cache_locs_cpu(req_pool_indices, req_to_token, start, end, out
 
 def _places(requests, starts, ends):
     offset = 0
-    for request, first, last in zip(requests.tolist(), starts.tolist(), ends.tolist()):
+    for request, first, last in zip(requests.tolist(), starts.tolist(), ends.tolist(), strict=False):
         yield slice(offset, offset + last - first), request, first, last
         offset += last - first
 
