@@ -179,6 +179,8 @@ class Fleet:
     def close(self) -> None:
         """End our servers and their processes."""
         self._closing.set()
+        for member in self.members:  # so that a thread's call to a server ends, too
+            self._end(member)
         for thread in self._threads:
             thread.join()
         for member in self.members:
@@ -194,14 +196,14 @@ class Fleet:
 
     def _end(self, member: Member) -> None:
         """The guard ends the server's whole tree; without it, Linux does."""
-        if member.process is None:
+        if (process := member.process) is None:
             return
-        member.process.terminate()
+        process.terminate()
         try:
-            member.process.wait(10)
+            process.wait(10)
         except subprocess.TimeoutExpired:
-            member.process.kill()
-            member.process.wait()
+            process.kill()
+            process.wait()
 
     def _tend(self, member: Member) -> None:
         while not self._closing.wait(_TEND) and member.state != "given up":
@@ -258,9 +260,9 @@ class Fleet:
             return
         with member.lock:
             if newest == self.newest:  # else once more
-                member.has_started = True
-                member.state = "behind" if newest is None else "ready"
+                member.has_started, member.state = True, "behind"
                 if newest is not None:
+                    member.state, member.why, member.failed_starts = "ready", "", 0
                     self.say(f"server {member.number} is back, with version {newest[1]}")
 
 

@@ -15,7 +15,7 @@ import httpx
 
 from megatron_srpo.config import SGLangSection
 from megatron_srpo.rollout.engine import Completion, EngineFailed, Finished, Request, Sampling
-from megatron_srpo.rollout.sglang.http import headers
+from megatron_srpo.rollout.sglang.http import IDLE, headers
 from megatron_srpo.rollout.sglang.replies import BadReply, joined, parse
 
 _NOTHING = Completion([], [], [], "abort")
@@ -113,7 +113,7 @@ class _Batch:
 
     async def run(self) -> None:
         """Until every request has been handed over."""
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.generation.concurrency)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.generation.concurrency, keepalive_expiry=IDLE)
         options: dict[str, Any] = {"headers": headers(self.settings), "limits": limits, "trust_env": False}
         async with httpx.AsyncClient(timeout=None, **options) as self.http:
             watch = asyncio.create_task(self._watch())
@@ -210,8 +210,8 @@ class _Batch:
                 raise _Failed(target.out)
             return call.result()
         except httpx.HTTPError as error:
-            self.generation.take_out(target, f"/generate: {type(error).__name__}: {error}")
-            raise _Failed(target.out) from None
+            await self._look_at(target)  # a broken connection alone says nothing
+            raise _Failed(f"{type(error).__name__}: {error}") from None
         finally:
             call.cancel()
             target.calls.discard(call)

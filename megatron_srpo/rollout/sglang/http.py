@@ -10,6 +10,9 @@ import httpx
 from megatron_srpo.config import SGLangSection
 
 
+IDLE = 2.0  # seconds after which a connection is not used again; servers close theirs after 5
+
+
 class ServerFailed(RuntimeError):
     """A server did not do what it was asked; the message says what it did instead."""
 
@@ -26,7 +29,7 @@ class Server:
         self.url, self.settings, self.incarnation = url.rstrip("/"), settings, 0
         self.host = httpx.URL(url).host
         # trust_env: a proxy that this machine's environment names is not for servers of the same cluster
-        self._http = httpx.Client(base_url=self.url, headers=headers(settings), trust_env=False)
+        self._http = httpx.Client(base_url=self.url, headers=headers(settings), trust_env=False, limits=httpx.Limits(keepalive_expiry=IDLE))
 
     def get(self, path: str, timeout: float | None = None) -> dict[str, Any]:
         """GET `path`. timeout: seconds, None: rollout.sglang.health_timeout. Raises ServerFailed."""
