@@ -29,7 +29,7 @@ def inspect(server: Server, settings: RolloutSection, folder: HFFolder) -> Capab
     body = {"input_ids": [folder.stop_ids[0]], "sampling_params": {"max_new_tokens": 1}, "return_logprob": True}
     try:
         reply = server.post("/generate", body, timeout=settings.sglang.request_timeout)
-        parse(reply, 1, folder.architecture.vocab_size, range(folder.architecture.vocab_size), [server.version()])
+        parse(reply, 1, folder.architecture.vocab_size, [server.version()])
     except BadReply as problem:
         raise ConfigError(f"rollout.engine: {server.url} gives no usable tokens: {problem}") from None
     return found

@@ -193,11 +193,16 @@ class _Batch:
             self.generation.take_out(target, f"/generate: {response.status_code}: {response.text[:200]}")
             raise _Failed(target.out)
         try:
-            versions = self.generation.versions[oldest:]
-            return parse(response.json(), limit, self.generation.vocab_size, self.sampling.stop_ids, versions)
+            completion = parse(response.json(), limit, self.generation.vocab_size, self.generation.versions[oldest:])
         except (BadReply, ValueError) as error:  # ValueError: no JSON
             self.generation.take_out(target, f"/generate: {error}", is_distrusted=True)
             raise _Failed(target.out) from None
+        if completion.finish_reason == "stop" and completion.ids[-1] not in self.sampling.stop_ids:
+            raise EngineFailed(
+                f"{target.url} ends responses at token {completion.ids[-1]}, which is not among the trainer's {self.sampling.stop_ids}"
+                " (eos_token_id of the tokenizer and of generation_config.json): name it in generation_config.json"
+            )
+        return completion
 
     async def _post(self, target: Target, body: dict[str, Any]) -> httpx.Response:
         call = asyncio.create_task(self.http.post(f"{target.url}/generate", json=body))
@@ -224,6 +229,7 @@ class _Batch:
             "top_p": sampling.top_p,
             "top_k": -1,
             "stop_token_ids": list(sampling.stop_ids),
+            "ignore_eos": not sampling.stop_ids,  # else it stops at its own, too
             "skip_special_tokens": False,
         }
         if self.generation.is_seeded:

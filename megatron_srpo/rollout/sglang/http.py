@@ -9,7 +9,6 @@ import httpx
 
 from megatron_srpo.config import SGLangSection
 
-
 IDLE = 2.0  # seconds after which a connection is not used again; servers close theirs after 5
 
 

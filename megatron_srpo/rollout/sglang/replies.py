@@ -15,7 +15,7 @@ class BadReply(ValueError):
     """The server answered what no correct one can; the message says what."""
 
 
-def parse(reply: Any, limit: int, vocab_size: int, stop_ids: Collection[int], versions: Collection[str]) -> Completion:
+def parse(reply: Any, limit: int, vocab_size: int, versions: Collection[str]) -> Completion:
     """The reply's tokens. Raises BadReply.
 
     Args:
@@ -43,8 +43,6 @@ def parse(reply: Any, limit: int, vocab_size: int, stop_ids: Collection[int], ve
         raise BadReply("a log-probability is not a finite number below 0")
     if len(ids) > limit or (reason == "length" and len(ids) != limit) or (reason != "abort" and not ids):
         raise BadReply(f"{len(ids)} tokens and finish_reason {reason}; {limit} were asked for")
-    if reason == "stop" and ids[-1] not in stop_ids:
-        raise BadReply(f"stopped at token {ids[-1]}, which ends no response (eos_token_id of generation_config.json, tokenizer)")
     if [start for _, start, _ in spans] + [len(ids)] != [0] + [end for _, _, end in spans]:
         raise BadReply(f"weight_versions {spans} do not cover {len(ids)} tokens")
     if strange := {version for version, _, _ in spans} - set(versions):
