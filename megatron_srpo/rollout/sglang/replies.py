@@ -23,7 +23,7 @@ def parse(reply: Any, limit: int, vocab_size: int, versions: Collection[str]) ->
         versions: the weights that may have made the tokens.
     """
     try:
-        meta, ids = reply["meta_info"], reply["output_ids"]
+        meta, ids = reply["meta_info"], list(reply["output_ids"])
         reason = meta["finish_reason"]["type"]
         # a request aborted before its first token has neither ids nor log-probabilities
         rows = meta.get("output_token_logprobs") or [] if reason == "abort" else meta["output_token_logprobs"]
