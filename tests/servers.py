@@ -19,6 +19,7 @@ from megatron_srpo.runtime.parallel import Layout
 ROOT = Path(__file__).parents[1]
 START = ROOT / "examples/quickstart/start"
 QUICKSTART = ROOT / "examples/quickstart/sglang.yaml"
+KEY = "SRPO_TEST_KEY"  # the environment variable with the servers' API key
 ALONE = Layout(0, 1, torch.device("cpu"), 0, 1, 0, 1, 1, True, True, False, None)
 
 
@@ -34,8 +35,8 @@ def free_ports(count: int) -> int:
 
 def config_of(run: Path, *overrides: str) -> Config:
     """The quick start's configuration with SGLang servers on this machine's CPU."""
-    given = [f"model.hf_path={START}", f"rollout.sglang.python={os.environ['SGLANG_PYTHON']}", f"logging.dir={run}", *overrides]
-    return load_config(QUICKSTART, given)
+    given = [f"model.hf_path={START}", f"rollout.sglang.python={os.environ['SGLANG_PYTHON']}", f"logging.dir={run}"]
+    return load_config(QUICKSTART, [*given, f"rollout.sglang.api_key_env={KEY}", *overrides])
 
 
 @dataclass

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from servers import ALONE, START, Servers, config_of, free_ports
+from servers import ALONE, KEY, START, Servers, config_of, free_ports
 from transformers import AutoModelForCausalLM
 
 from megatron_srpo.model.hf_folder import HFFolder
@@ -29,9 +29,10 @@ def pytest_collection_modifyitems(items):
 def servers(tmp_path_factory):
     """See `Servers`. What a test breaks it leaves mended, or the next publication mends it."""
     run, said = tmp_path_factory.mktemp("servers"), []
+    os.environ[KEY] = "open sesame"
     folder = HFFolder(START)
     model = AutoModelForCausalLM.from_pretrained(START, dtype=torch.float32).eval()
-    patience = ["rollout.sglang.health_timeout=25", "rollout.sglang.return_timeout=300", "rollout.sglang.retries=8"]
+    patience = ["rollout.sglang.health_timeout=60", "rollout.sglang.return_timeout=300", "rollout.sglang.retries=8"]
     config = config_of(run, "rollout.servers=2", f"rollout.sglang.port={free_ports(2)}", *patience)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     engine = create_engine(config, folder, ALONE, said.append)

@@ -6,6 +6,7 @@ import pytest
 from servers import config_of, sample
 
 from megatron_srpo.rollout.engine import EngineFailed, Request
+from megatron_srpo.rollout.sglang.http import Server, ServerFailed
 
 pytestmark = pytest.mark.needs_sglang
 
@@ -111,6 +112,14 @@ def test_ids_outside_the_vocabulary_are_not_sent(servers):
         with pytest.raises(ValueError, match="outside the vocabulary"):
             sample(servers.engine, [*servers.requests(1), Request(wrong, "x")], servers.sampling())
     assert len(sample(servers.engine, servers.requests(2), servers.sampling())) == 2
+
+
+def test_without_the_key_servers_answer_nothing(servers):
+    settings = servers.engine.publisher.settings.sglang.model_copy(update={"api_key_env": None})
+    stranger = Server(servers.engine.generation.targets[0].url, settings)
+    for path, body in (("/generate", {"input_ids": [5]}), ("/update_weights_from_disk", {"model_path": "x"}), ("/pause_generation", {})):
+        with pytest.raises(ServerFailed, match=f"{path}: 401"):
+            stranger.post(path, body)
 
 
 def test_a_request_that_no_server_takes_is_told(servers):

@@ -32,7 +32,8 @@ def proxy(url: str, spoil):
     class Handler(BaseHTTPRequestHandler):
         def answer(self):
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0)) if self.command == "POST" else None
-            request = urllib.request.Request(url + self.path, body, {"Content-Type": "application/json"}, method=self.command)
+            headers = {"Content-Type": "application/json", "Authorization": self.headers["Authorization"]}
+            request = urllib.request.Request(url + self.path, body, headers, method=self.command)
             try:
                 with urllib.request.urlopen(request, timeout=60) as response:
                     status, content = response.status, response.read()

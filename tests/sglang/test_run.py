@@ -6,7 +6,7 @@ import json
 
 import pytest
 from launch import run_jobs
-from servers import QUICKSTART, START
+from servers import KEY, QUICKSTART, START
 
 pytestmark = pytest.mark.needs_sglang
 
@@ -20,6 +20,7 @@ def run(servers, tmp_path_factory):
         *(f"model.hf_path={START}", "rollout.servers=0", f"rollout.urls=[{urls}]", "rollout.sglang.update=distributed"),
         *("parallel.tensor_model_parallel_size=2", "train.steps=10", "optimizer.lr_warmup_steps=1", "rollout.sglang.retries=8"),
         *("evaluation.every=10", "evaluation.prompts=64", "evaluation.samples=4", "checkpoint.save_interval=0"),
+        f"rollout.sglang.api_key_env={KEY}",
     ]
     done = run_jobs(2, QUICKSTART, {"tp2": overrides}, root)["tp2"]
     servers.engine.publisher._version = None  # they have had other weights since

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import subprocess
@@ -56,10 +57,11 @@ class Launch:
     def start(self, number: int) -> subprocess.Popen:
         """Start server `number` under a guard; its output goes to logs/server_<number>.log."""
         kept = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED_ON and not name.startswith("TORCHELASTIC")}
+        patience = {"SGLANG_HEALTH_CHECK_TIMEOUT": str(math.ceil(self.settings.health_timeout))}  # one setting for both sides
         with self.log(number).open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-S", guard.__file__, str(os.getpid()), *self.command(number)],
-                env={**kept, **self.settings.environment},
+                env={**kept, **patience, **self.settings.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
