@@ -19,7 +19,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -115,36 +115,47 @@ def measure(options: argparse.Namespace, way: str, root: Path, tensors: dict[str
     return {"name": f"ours, {way}", "seconds": statistics.median(seconds), "extra_bytes": extra, "bytes": sent}
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shape", choices=SHAPES, default="quickstart")
-    parser.add_argument("--servers", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--bucket-mib", type=int, default=512)
-    parser.add_argument("--ways", default="disk,tensor,distributed")
+def add_common_options(parser: argparse.ArgumentParser, servers: int) -> None:
+    """What benchmarks of servers have in common."""
+    parser.add_argument("--servers", type=int, default=servers)
     parser.add_argument("--python", default=str(ROOT / ".venv-sglang/bin/python"), help="interpreter of SGLang's environment")
     parser.add_argument("--port", type=int, default=30100)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--output", type=Path, metavar="FILE", help="append the JSON object to FILE, as one line")
+
+
+def tell(options: argparse.Namespace, shape: dict, rows: list[dict], line: Callable[[dict], str]) -> None:
+    """Write and print what was measured; ratios are to the first row. line: a row for people."""
+    for row in rows:
+        row["ratio"] = row["seconds"] / rows[0]["seconds"]
+    report = {"device": f"{platform.machine()} CPU", "date": datetime.date.today().isoformat(), "shape": shape, "rows": rows}
+    if options.output:
+        with options.output.open("a") as file:
+            file.write(json.dumps(report) + "\n")
+    print(json.dumps(report) if options.json else "\n".join(map(line, rows)))
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add_common_options(parser, servers=1)
+    parser.add_argument("--shape", choices=SHAPES, default="quickstart")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--bucket-mib", type=int, default=512)
+    parser.add_argument("--ways", default="disk,tensor,distributed")
     options = parser.parse_args()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     with tempfile.TemporaryDirectory() as root:
         tensors = make_folder(options.shape, Path(root) / "shape")
         rows = [measure(options, way, Path(root), tensors) for way in options.ways.split(",")]
     dist.destroy_process_group()
-    for row in rows:
-        row["ratio"] = row["seconds"] / rows[0]["seconds"]
     shape = {"model": options.shape, "servers": options.servers, "bucket_bytes": options.bucket_mib * 2**20}
-    report = {"device": f"{platform.machine()} CPU", "date": datetime.date.today().isoformat(), "shape": shape, "rows": rows}
-    if options.output:
-        with options.output.open("a") as file:
-            file.write(json.dumps(report) + "\n")
-    if options.json:
-        print(json.dumps(report))
-        return
-    for row in rows:
-        print(f"{row['name']:>20}  {row['seconds']:7.3f} s  {row['bytes'] / 2**20:9.1f} MiB  extra {row['extra_bytes'] / 2**20:8.1f} MiB")
+    tell(options, shape, rows, _line)
+
+
+def _line(row: dict) -> str:
+    sent, extra = row["bytes"] / 2**20, row["extra_bytes"] / 2**20
+    return f"{row['name']:>20}  {row['seconds']:7.3f} s  {sent:9.1f} MiB  extra {extra:8.1f} MiB"
 
 
 if __name__ == "__main__":

@@ -12,10 +12,7 @@ or answered twice.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
-import platform
 import random
 import re
 import statistics
@@ -24,7 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench_publish import ALONE, ROOT, START, configuration
+from bench_publish import ALONE, START, add_common_options, configuration, tell
+from safetensors.torch import load_file
 
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.engine import Completion, Request, Sampling
@@ -73,23 +71,17 @@ def theirs(urls: list[str], options: argparse.Namespace, seed: int) -> float:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add_common_options(parser, servers=2)
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--concurrency", type=int, default=64)
-    parser.add_argument("--servers", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--python", default=str(ROOT / ".venv-sglang/bin/python"), help="interpreter of SGLang's environment")
-    parser.add_argument("--port", type=int, default=30110)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="append the JSON object to FILE, as one line")
     options = parser.parse_args()
     options.bucket_mib, folder, mine, others = 512, HFFolder(START), [], []
     with tempfile.TemporaryDirectory() as root:
         config = configuration(options, START, Path(root) / "run", "disk")
         engine = create_engine(config, folder, ALONE, lambda text: None)
         try:
-            from safetensors.torch import load_file
-
             engine.update_weights(load_file(START / "model.safetensors").items(), "0")
             engine.generation.concurrency = options.concurrency
             urls = [target.url for target in engine.generation.targets]
@@ -101,17 +93,13 @@ def main() -> None:
     rows = [{"name": "SGLang's client", "seconds": statistics.median(others)}, {"name": "ours", "seconds": statistics.median(mine)}]
     rows[1] |= {"lost": 0, "doubled": 0}
     for row in rows:
-        row |= {"ratio": row["seconds"] / rows[0]["seconds"], "requests_a_second": options.requests / row["seconds"]}
+        row["requests_a_second"] = options.requests / row["seconds"]
     shape = {key: getattr(options, key) for key in ("requests", "concurrency", "servers", "tokens", "rounds")}
-    report = {"device": f"{platform.machine()} CPU", "date": datetime.date.today().isoformat(), "shape": shape, "rows": rows}
-    if options.output:
-        with options.output.open("a") as file:
-            file.write(json.dumps(report) + "\n")
-    if options.json:
-        print(json.dumps(report))
-        return
-    for row in rows:
-        print(f"{row['name']:>16}  {row['seconds']:6.2f} s  {row['requests_a_second']:6.1f} requests/s  {row['ratio']:.2f}")
+    tell(options, shape, rows, _line)
+
+
+def _line(row: dict) -> str:
+    return f"{row['name']:>16}  {row['seconds']:6.2f} s  {row['requests_a_second']:6.1f} requests/s  {row['ratio']:.2f}"
 
 
 if __name__ == "__main__":

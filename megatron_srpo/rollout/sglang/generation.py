@@ -189,6 +189,8 @@ class _Batch:
             del self.running[key]
         if response.status_code in (400, 413, 422):
             raise EngineFailed(f"{target.url} refuses a request of {len(body['input_ids'])} tokens: {response.text[:500]}")
+        if response.status_code in (429, 503):
+            raise _Failed(f"/generate: {response.status_code}: it has too much to do")
         if response.status_code != 200:
             self.generation.take_out(target, f"/generate: {response.status_code}: {response.text[:200]}")
             raise _Failed(target.out)
