@@ -41,3 +41,18 @@ def servers(tmp_path_factory):
     yield servers
     engine.close()
     dist.destroy_process_group()
+
+
+@pytest.fixture
+def updating(servers):
+    """updating(way): the servers take weights that way until the test ends."""
+    publisher = servers.engine.publisher
+    before, settings = publisher._transport, publisher.settings
+
+    def use(way: str, *overrides: str) -> None:
+        config = config_of(servers.run, "rollout.servers=2", f"rollout.sglang.update={way}", *overrides)
+        publisher.settings = config.rollout
+        publisher._transport = publisher._transport_for(config, servers.engine.layout.device)
+
+    yield use
+    publisher._transport, publisher.settings = before, settings

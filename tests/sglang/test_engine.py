@@ -3,28 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from servers import config_of, sample
+from servers import sample
 
 from megatron_srpo.rollout.engine import EngineFailed, Request
 from megatron_srpo.rollout.sglang.http import Server, ServerFailed
 
 pytestmark = pytest.mark.needs_sglang
-
-
-@pytest.fixture
-def updating(servers):
-    """updating(way): the servers take weights that way until the test ends."""
-    publisher = servers.engine.publisher
-    before = publisher._transport
-
-    def use(way: str, *overrides: str) -> None:
-        config = config_of(servers.run, "rollout.servers=2", f"rollout.sglang.update={way}", *overrides)
-        publisher.settings = config.rollout
-        publisher._transport = publisher._transport_for(config, servers.engine.layout.device)
-
-    settings = publisher.settings
-    yield use
-    publisher._transport, publisher.settings = before, settings
 
 
 def test_the_first_update_must_leave_the_start_model_as_it_was(servers):
@@ -132,9 +116,9 @@ def test_memory_is_given_back_and_taken_again(servers, updating):
     """On a CPU the calls do nothing, but they must be taken; after them the servers sample with the weights that came last."""
     publisher = servers.engine.publisher
     publisher.release_memory()
-    assert publisher._memory_is_released and publisher.fleet.holds_back
+    assert len(publisher._released) == 2 and publisher.fleet.holds_back
     updating("tensor")
     servers.publish(seed=4)
-    assert not publisher._memory_is_released and not publisher.fleet.holds_back
+    assert not publisher._released and not publisher.fleet.holds_back
     requests = servers.requests(4)
     assert servers.gap(requests, sample(servers.engine, requests, servers.sampling())) < 1e-4

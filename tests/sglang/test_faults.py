@@ -21,6 +21,7 @@ from servers import ALONE, ROOT, START, config_of, free_ports, sample
 from megatron_srpo.config import ConfigError
 from megatron_srpo.rollout.engine import EngineFailed
 from megatron_srpo.rollout.engines import create_engine
+from megatron_srpo.weights.transfer import Repeatable
 
 pytestmark = pytest.mark.needs_sglang
 
@@ -185,6 +186,34 @@ def test_all_servers_hang_while_they_sample(servers, monkeypatch):
     completions = sample(servers.engine, requests, servers.sampling(), seen=stop)
     assert servers.gap(requests, completions) < 1e-4
     assert {span[0] for completion in completions for span in completion.versions} == {version}
+
+
+def test_a_server_killed_while_weights_are_broadcast(servers, updating):
+    """The broadcast's group is broken: the other server gets the same version from disk, and so does the killed one when it is back."""
+    updating("distributed")
+    servers.publish(seed=10)
+    servers.engine.publisher._transport.limit = 100_000
+    weights = {name: tensor.clone() for name, tensor in servers.model.named_parameters()}
+    iterations = []
+
+    def stream():
+        iterations.append(0)
+        for number, item in enumerate(weights.items()):
+            if number == len(weights) // 2 and len(iterations) == 1:
+                signal_server(servers, 1, signal.SIGKILL)
+            yield item
+
+    servers.version += 1
+    servers.engine.update_weights(Repeatable(stream), str(servers.version))
+    assert len(iterations) == 2
+    requests, usable = servers.requests(12), [target for target in servers.engine.generation.targets if target.out is None]
+    assert servers.engine.publisher.fleet.members[0].server.url in {target.url for target in usable}
+    completions = sample(servers.engine, requests, servers.sampling())
+    assert servers.gap(requests, completions) < 1e-4
+    fleet = servers.engine.publisher.fleet
+    fleet.wait(300)
+    assert [member.state for member in fleet.members] == ["ready", "ready"]
+    assert [member.server.version() for member in fleet.members] == [str(servers.version)] * 2
 
 
 def test_a_server_that_cannot_be_started_is_told_with_its_last_words(servers, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from launch import run_jobs
+from distributed.launch import run_jobs
 from servers import KEY, QUICKSTART, START
 
 pytestmark = pytest.mark.needs_sglang

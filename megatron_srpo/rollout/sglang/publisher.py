@@ -27,7 +27,7 @@ class Publisher:
         self._disk = Disk(folder, config.logging.dir / "servers" / "weights", self._on_disk)
         self._transport = self._transport_for(config, device)
         self._version: str | None = None  # the last one published
-        self._memory_is_released = False
+        self._released: dict[Server, int] = {}  # servers without their memory, by incarnation: another one has it
 
     def inspect(self) -> None:
         """Look at every server once all are there. Raises ConfigError for what one cannot do or for one that is not there."""
@@ -84,9 +84,10 @@ class Publisher:
 
     def release_memory(self) -> None:
         """Servers give their GPU memory away until the next publication."""
-        self.fleet.holds_back = self._memory_is_released = True
+        self.fleet.holds_back = True
         update = Update([member.server for member in self.fleet.reachable() if member.state == "ready"], "", self._needs_session)
         update.each(lambda server: server.post("/release_memory_occupation", {"tags": ["kv_cache", "weights"]}))
+        self._released = {server: server.incarnation for server in update.live}
         self._settle(update)
 
     def close(self) -> None:
@@ -116,13 +117,20 @@ class Publisher:
         self.fleet.renew((path, version))
 
     def _send(self, update: Update, tensors: Iterable[tuple[str, Tensor]], transport: Transport) -> None:
-        if released := self._memory_is_released:
-            update.each(lambda server: server.post("/resume_memory_occupation", {"tags": ["weights"]}))
+        self._resume(update, "weights")
         transport.send(update, tensors)
-        if released:
-            update.each(lambda server: server.post("/resume_memory_occupation", {"tags": ["kv_cache"]}))
-            self._memory_is_released = False
+        self._resume(update, "kv_cache")
+        self._released = {}
         update.each(lambda server: check_version(server, update.version))
+
+    def _resume(self, update: Update, what: str) -> None:
+        """Servers that gave memory away take it back."""
+
+        def resume(server: Server) -> None:
+            if self._released.get(server) == server.incarnation:
+                server.post("/resume_memory_occupation", {"tags": [what]})
+
+        update.each(resume)
 
     def _settle(self, update: Update) -> None:
         """Tell the fleet who has the weights, and who failed."""
