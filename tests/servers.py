@@ -24,8 +24,8 @@ ALONE = Layout(0, 1, torch.device("cpu"), 0, 1, 0, 1, 1, True, True, False, None
 
 
 def free_ports(count: int) -> int:
-    """The first of `count` ports in a row that nobody listens on."""
-    for first in range(31000 + os.getpid() % 1000 * 10, 65000, 10):
+    """The first of `count` ports in a row that nobody listens on, below those that the system gives away by itself."""
+    for first in range(20000 + os.getpid() % 1000 * 10, 32000, 10):
         with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
             for port in range(first, first + count):
                 stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
