@@ -6,6 +6,7 @@
     capabilities.py  what a server must be able to do
     fleet.py         first rank: our servers' processes, restarts
     guard.py         beside each of our servers: ends it when the trainer is gone
-    publication.py   first rank: one update of the weights on all servers; disk, tensor or distributed
+    publisher.py     first rank: every version of the weights brought to all servers
+    publication.py   one such update: disk, tensor or distributed
     http.py          calls that start, stop and update a server
 """
