@@ -38,12 +38,12 @@ _REFUSAL = 0.01  # seconds in which a server that does not take a broadcast says
 class Update:
     """One update of `servers` to `version`, all of them at once. A server that fails is left out of what follows.
 
-    failures: what became of those that failed. needs_session: servers want begin and end around tensors.
+    failures: what became of those that failed. missed: live ones that another's failure has kept from the update. needs_session: servers want begin and end around tensors.
     """
 
     def __init__(self, servers: Sequence[Server], version: str, needs_session: bool):
         self.version, self.needs_session = version, needs_session
-        self.live, self.failures = list(servers), dict[Server, str]()
+        self.live, self.failures, self.missed = list(servers), dict[Server, str](), set[Server]()
         self._pool = ThreadPoolExecutor(max(1, len(servers)), "publication")
 
     def begin(self, call: Callable[[Server], Any]) -> dict[Future, Server]:
@@ -217,14 +217,22 @@ class Broadcast:
     host: this process's address as servers see it. limit: bytes a bucket. timeout: seconds for each broadcast.
     """
 
-    def __init__(self, limit: int, device: torch.device, host: str | None, timeout: float, tensor_parallel_size: Callable[[Server], int]):
+    def __init__(
+        self,
+        limit: int,
+        device: torch.device,
+        host: str | None,
+        timeout: float,
+        tensor_parallel_size: Callable[[Server], int],
+        say: Callable[[str], None],
+    ):
         self.limit, self.device, self.host, self.timeout = limit, device, host, timeout
-        self.tensor_parallel_size = tensor_parallel_size
+        self.tensor_parallel_size, self.say = tensor_parallel_size, say
         self._group: dist.ProcessGroup | None = None
         self._name, self._members = "", dict[Server, int]()  # each with its incarnation
 
     def send(self, update: Update, tensors: Stream) -> None:
-        """See `Transport`. When one server fails, the group is broken, and the update with it for all servers in it."""
+        """See `Transport`. When one server fails, the group is broken, and the others miss the update."""
         with update.paused(), update.session():
             if self._members != {server: server.incarnation for server in update.live}:
                 self.close()
@@ -232,8 +240,8 @@ class Broadcast:
             for bucket in buckets(tensors, self.limit, self.device):
                 if self._group is not None and (problem := self._broadcast(update, bucket)) is not None:
                     self.close()
-                    for server in list(update.live):
-                        update.fail(server, problem)
+                    self.say(f"weights go by disk this time: {problem}")
+                    update.missed.update(update.live)
 
     def _meet(self, update: Update) -> None:
         """Make the group. Nobody is live when it cannot be made."""
@@ -269,19 +277,23 @@ class Broadcast:
         # A server that refuses says so at once, and takes part in nothing: who broadcasts then waits for ever.
         if wait(calls, _REFUSAL, FIRST_COMPLETED).done:
             update.end({call: server for call, server in calls.items() if call.done()})
-            return "another server of its group refused the update"
+            return "a server refused the update"
         work, until = self._group.broadcast(bucket.data, 0), time.monotonic() + self.timeout
         while not work.is_completed():
-            if any(call.done() and call.exception() for call in calls) or time.monotonic() > until:
+            if any(call.done() and call.exception() for call in calls):
                 update.end({call: server for call, server in calls.items() if call.done()})
-                return "a server of its group failed during a broadcast"
+                return "a server failed during a broadcast"
+            if time.monotonic() > until:
+                for server in [server for call, server in calls.items() if not call.done()]:
+                    update.fail(server, f"a broadcast took longer than {self.timeout:g} s (rollout.sglang.update_timeout)")
+                return "a broadcast took too long"
             time.sleep(0.0005)
         try:
             work.wait()
         except RuntimeError as error:
             return f"a broadcast failed: {error}"
         update.end(calls)
-        return None if len(update.live) == len(self._members) else "another server of its group failed"
+        return None if len(update.live) == len(self._members) else "a server failed after a broadcast"
 
     def close(self) -> None:
         """Leave the group. Servers forget it when they are restarted or meet in another one."""

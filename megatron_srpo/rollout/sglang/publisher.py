@@ -62,7 +62,7 @@ class Publisher:
             server.incarnation += 1  # others have started it anew: another process, though it is where the old one was
         before = update.each(_checksum) if self._version is None else {}
         self._send(update, tensors, self._transport)
-        problem = self._compare(before, update.each(_checksum), version) if self._version is None else None
+        problem = self._compare(before, update.each(_checksum), version) if self._version is None and not update.missed else None
         self._version = version
         self._settle(update)
         return problem
@@ -72,7 +72,7 @@ class Publisher:
         if self.fleet.newest is not None:
             return False
         if self.fleet.launch is None:
-            return any(member.state == "out" and _answers(member.server) for member in self.fleet.members)
+            return any(member.state in ("behind", "out") and _answers(member.server) for member in self.fleet.members)
         return any(member.state not in ("ready", "given up") for member in self.fleet.members)
 
     def publish_through_disk(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
@@ -104,7 +104,7 @@ class Publisher:
             return self._disk
         if settings.update == "tensor":
             return SharedMemory(limit, device, self._tensor_parallel_size)
-        return Broadcast(limit, device, settings.trainer_host, settings.update_timeout, self._tensor_parallel_size)
+        return Broadcast(limit, device, settings.trainer_host, settings.update_timeout, self._tensor_parallel_size, self.say)
 
     def _tensor_parallel_size(self, server: Server) -> int:
         return self.capabilities[server.url].tensor_parallel_size
@@ -121,7 +121,7 @@ class Publisher:
         transport.send(update, tensors)
         self._resume(update, "kv_cache")
         self._released = {}
-        update.each(lambda server: check_version(server, update.version))
+        update.each(lambda server: None if server in update.missed else check_version(server, update.version))
 
     def _resume(self, update: Update, what: str) -> None:
         """Servers that gave memory away take it back."""
@@ -135,7 +135,7 @@ class Publisher:
     def _settle(self, update: Update) -> None:
         """Tell the fleet who has the weights, and who failed."""
         for member in self.fleet.members:
-            if member.server in update.live:
+            if member.server in update.live and member.server not in update.missed:
                 self.fleet.updated(member)
         for server, reason in update.failures.items():
             self.fleet.complain(server.url, reason, is_lie=False)
