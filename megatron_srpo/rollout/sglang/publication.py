@@ -38,7 +38,8 @@ _REFUSAL = 0.01  # seconds in which a server that does not take a broadcast says
 class Update:
     """One update of `servers` to `version`, all of them at once. A server that fails is left out of what follows.
 
-    failures: what became of those that failed. missed: live ones that another's failure has kept from the update. needs_session: servers want begin and end around tensors.
+    failures: what became of those that failed. missed: live ones that another's failure has kept from the update.
+    needs_session: servers want begin and end around tensors.
     """
 
     def __init__(self, servers: Sequence[Server], version: str, needs_session: bool):
