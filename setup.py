@@ -24,6 +24,7 @@ setup(
         "pydantic>=2.10",
         "pyyaml>=6.0",
         "rich>=13.9",
+        "httpx>=0.27",
     ],
     extras_require={
         "test": [
@@ -39,7 +40,5 @@ setup(
         "tasks": ["math-verify>=0.9", "reasoning-gym>=0.1.25"],  # the second brings 320 MB
         "tensorboard": ["tensorboard>=2.16"],
         "wandb": ["wandb>=0.19"],
-        # What the coming issues build on; nothing imports these yet.
-        "sglang": ["httpx>=0.27"],
     },
 )

@@ -64,12 +64,13 @@ def main() -> int:
             sample(config)
             return 0
         from megatron_srpo.checkpoint.saver import SaveFailed
+        from megatron_srpo.rollout.engine import EngineFailed
         from megatron_srpo.train import TrainingInterrupted, TrainingStopped, train
 
         try:
             train(config)
-        except (TrainingStopped, SaveFailed) as error:
-            if is_first:
+        except (TrainingStopped, SaveFailed, EngineFailed) as error:
+            if is_first or isinstance(error, EngineFailed):  # which can happen to any rank alone
                 print(f"stopped: {error}", file=sys.stderr)
             return 1
         except TrainingInterrupted as error:

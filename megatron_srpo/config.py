@@ -134,8 +134,57 @@ class TaskSection(TaskSource):
         return self
 
 
+class SGLangSection(_Section):
+    """How SGLang servers are started, asked and updated. What counts requests is for all ranks together."""
+
+    python: str = Field(".venv-sglang/bin/python", description="interpreter of the environment that has SGLang, for our own servers")
+    arguments: tuple[str, ...] = Field((), description="added to our servers' command line: [--attention-backend, fa3]")
+    environment: dict[str, str] = Field(default_factory=dict, description="environment variables of our servers, beside the trainer's")
+    host: str = Field("127.0.0.1", description="address our servers listen on")
+    port: int = Field(30000, gt=1023, lt=65536, description="of our first server; the others' follow")
+    tensor_parallel_size: int = Field(1, gt=0, description="GPUs of each of our servers")
+    base_gpu_id: int = Field(0, ge=0, description="first GPU of our first server; the others' follow")
+    api_key_env: str | None = Field(None, description="name of the environment variable that holds the servers' API key")
+    concurrency: int = Field(512, gt=0, description="requests running at once")
+    retries: int = Field(4, ge=0, description="how often a request that failed is asked for again")
+    request_timeout: float = Field(1800, gt=0, description="seconds until a request counts as failed")
+    health_timeout: float = Field(30, gt=0, description="seconds a server has to say that it is alive")
+    start_timeout: float = Field(900, gt=0, description="seconds a server has to start")
+    return_timeout: float = Field(
+        180, ge=0, description="seconds that a publication waits for servers being restarted, and sampling for any server at all"
+    )
+    max_restarts: int = Field(3, ge=0, description="failed starts in a row after which one of our servers is given up")
+    update: Literal["disk", "distributed", "tensor"] = Field(
+        "disk",
+        description="how weights get to the servers. disk: through files in the run folder, which they must see; distributed: broadcast"
+        " (NCCL, gloo on CPUs); tensor: memory shared with servers on the same GPUs, or on this machine's CPUs",
+    )
+    bucket_mib: int = Field(512, gt=0, description="size of the pieces that weights are sent in; a larger tensor is a piece of its own")
+    update_timeout: float = Field(300, gt=0, description="seconds a server has for each call of a publication")
+    trainer_host: str | None = Field(
+        None, description="update: distributed: the first rank's address for servers; null: loopback for those here, else its host name"
+    )
+
+    @model_validator(mode="after")
+    def _not_open_to_the_network(self):
+        if not is_loopback(self.host) and self.api_key_env is None:
+            raise ValueError(f"rollout.sglang.host: {self.host} can be reached from other machines; set rollout.sglang.api_key_env")
+        return self
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address or host name means this machine alone."""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
 class RolloutSection(_Section):
-    engine: Literal["transformers"] = Field("transformers", description="transformers' model in this process")
+    engine: Literal["transformers", "sglang"] = Field(
+        "transformers", description="transformers: its model in this process; sglang: servers, spoken to over HTTP"
+    )
+    urls: tuple[str, ...] = Field((), description="engine: sglang: servers that others run, [http://host:port, …]")
+    servers: int = Field(0, ge=0, description="engine: sglang: servers to start beside the first rank, and to stop with the run")
+    colocated: bool = Field(False, description="engine: sglang: the servers' GPUs are the trainer's; they give memory back while it trains")
+    sglang: SGLangSection = SGLangSection()
     prompts_per_step: int = Field(32, gt=0)
     samples_per_prompt: int = Field(8, gt=0, description="G, the group size")
     temperature: float = Field(1.0, gt=0)
@@ -154,6 +203,28 @@ class RolloutSection(_Section):
     )
     logprob_gap_stop: float | None = Field(0.5, gt=0, description="… and from which it stops; null: never")
     replay: Path | None = Field(None, description="train on the rollouts dumped by this run (its folder or rollouts/), without an engine")
+
+    @model_validator(mode="after")
+    def _servers_if_and_only_if_asked_for(self):
+        if self.engine != "sglang":
+            for key in ("urls", "servers", "colocated"):
+                if getattr(self, key):
+                    raise ValueError(f"rollout.{key}: needs rollout.engine: sglang, not {self.engine}")
+            return self
+        if bool(self.urls) == bool(self.servers):
+            raise ValueError("rollout.engine: sglang needs either urls (servers that others run) or servers (how many to start)")
+        for url in self.urls:
+            if not re.fullmatch(r"https?://[^/?#]+/?", url):
+                raise ValueError(f"rollout.urls: {url!r}: expected http://host:port")
+        if len({url.rstrip("/") for url in self.urls}) < len(self.urls):
+            raise ValueError("rollout.urls: a server is named twice")
+        if self.sglang.update == "tensor" and any(not is_loopback(re.split(r"//|[:/]", url)[2]) for url in self.urls):
+            raise ValueError("rollout.sglang.update: tensor shares memory with servers on this machine, and rollout.urls names others")
+        if self.colocated and self.overlap:
+            raise ValueError("rollout.overlap: 1 samples while training, for which rollout.colocated takes the servers' memory")
+        if self.sglang.port + self.servers > 65536:
+            raise ValueError(f"rollout.sglang.port: {self.servers} servers from {self.sglang.port} on pass 65535")
+        return self
 
 
 class TeacherSection(_Section):
@@ -233,7 +304,8 @@ class ResumeSection(_Section):
     override: tuple[str, ...] = Field(
         (
             *("parallel", "optimizer.lr", "train.steps", "train.micro_batch_tokens", "train.logits_memory_mib"),
-            *("rollout.batch_size", "evaluation", "checkpoint", "logging"),
+            *("rollout.batch_size", "rollout.urls", "rollout.servers", "rollout.colocated", "rollout.sglang"),
+            *("evaluation", "checkpoint", "logging"),
         ),
         description="keys and sections that may differ from the run's own when it is gone on with",
     )
@@ -439,6 +511,9 @@ def _known_names(section: list[str], problem: dict) -> list[str]:
     if section[0] == "algorithm":
         by_name = {get_args(model.model_fields["name"].annotation)[0]: model for model in _algorithms()}
         return list(by_name[str(problem["loc"][1])].model_fields)
-    if len(section) > 1:  # an entry of task.mixture or evaluation.tasks
+    if section[0] in ("task", "evaluation") and len(section) > 1:  # an entry of task.mixture or evaluation.tasks
         return list(TaskSource.model_fields)
-    return list(Config.model_fields[section[0]].annotation.model_fields)
+    model = Config
+    for name in section:
+        model = model.model_fields[name].annotation
+    return list(model.model_fields)

@@ -16,18 +16,18 @@ from torch import Tensor
 from megatron_srpo.checkpoint.weights import RunTensors, is_of_a_run
 from megatron_srpo.config import Config, ConfigError, EvaluationSection, ParallelSection, load_config, save_config
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.model.qwen3 import model_dtype
 from megatron_srpo.observe.scoreboard import Outcome, result_of, write_result
 from megatron_srpo.preflight import check_evaluation
 from megatron_srpo.records import Group, Sample
 from megatron_srpo.rollout.collect import Collector, exchange
 from megatron_srpo.rollout.engine import Sampling
-from megatron_srpo.rollout.transformers_engine import TransformersEngine
+from megatron_srpo.rollout.engines import check_engine, create_engine
 from megatron_srpo.runtime.parallel import Layout, initialize, shut_down
 from megatron_srpo.runtime.processes import rank_from_environment
 from megatron_srpo.scores import interval
 from megatron_srpo.tasks import Task, evaluation_tasks, question_count
 from megatron_srpo.tasks.pool import Pool
+from megatron_srpo.weights.transfer import Repeatable
 
 CHUNK_SEQUENCES = 1024  # at most so many responses are lost when a command is cut off
 
@@ -101,18 +101,21 @@ def run_evaluation(config: Config) -> Path:
     tasks = evaluation_tasks(config)
     check_evaluation(config, folder, tasks)
     if rank_from_environment() == 0:
+        check_engine(config)
         _open_folder(config)
     alone = ParallelSection(distributed_timeout_minutes=config.parallel.distributed_timeout_minutes)  # every process holds an engine
-    layout = initialize(alone, config.train.seed)
+    layout, engine = initialize(alone, config.train.seed), None
     try:
-        engine = TransformersEngine(folder, layout.device, model_dtype(config), config.rollout.batch_size)
-        engine.update_weights(stored_weights(config, folder), "0")
+        engine = create_engine(config, folder, layout, lambda text: print(text) if layout.rank == 0 else None)
+        engine.update_weights(Repeatable(lambda: stored_weights(config, folder)), "0")
         verifiers = Pool({name: task.verifier for name, task in tasks.items()}, config.task)
         outcomes = _ask_everything(config, Collector(verifiers, engine, folder, layout, config.rollout), tasks)
         if layout.rank == 0:
             model = str(config.evaluation.checkpoint or config.model.hf_path)
             write_result(config.logging.dir, result_of(outcomes, model, layout.device.type))
     finally:
+        if engine is not None:
+            engine.close()
         shut_down(layout)
     return config.logging.dir
 

@@ -11,6 +11,7 @@ from megatron_srpo.model.qwen3 import check_layout, transformer_config, uses_tra
 from megatron_srpo.observe.trackers import check_trackers
 from megatron_srpo.rollout.collect import encode_prompt
 from megatron_srpo.rollout.dump import step_file
+from megatron_srpo.rollout.engines import check_engine
 from megatron_srpo.runtime.parallel import data_parallel_size
 from megatron_srpo.runtime.processes import rank_from_environment, world_size_from_environment
 from megatron_srpo.tasks import Task, evaluation_tasks, question_count, training_tasks
@@ -31,6 +32,7 @@ def preflight(config: Config) -> HFFolder:
     if config.evaluation.every > 0 and config.rollout.replay is None:
         check_evaluation(config, folder, evaluation_tasks(config))
     if rank_from_environment() == 0:
+        check_engine(config)
         check_run_folder(config, folder.architecture)
     if config.rollout.replay is not None:
         for step in range(1, config.train.steps + 1):

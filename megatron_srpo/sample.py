@@ -50,7 +50,7 @@ def _sample_steps(config: Config, folder: HFFolder, layout: Layout, terminal: Te
     directory, is_first = config.logging.dir, layout.rank == 0
     if is_first:
         save_config(config, directory / "config.yaml")
-    rollouts, watch = Rollouts(config, folder, layout), Stopwatch(terminal)
+    rollouts, watch = Rollouts(config, folder, layout, terminal.say), Stopwatch(terminal)
     metrics = MetricsFile(directory / "metrics.jsonl" if is_first else Path(os.devnull))
     try:
         rollouts.go_on(0, 0)

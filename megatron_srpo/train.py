@@ -96,7 +96,7 @@ class _Run:
         self._introduce()
         self.trainer = Trainer(config, folder, layout, is_resumed=self.checkpoint is not None)
         terminal.say(self.trainer.loss_path)
-        self.rollouts = Rollouts(config, folder, layout)
+        self.rollouts = Rollouts(config, folder, layout, terminal.say)
         self.metrics = MetricsFile(self.directory / "metrics.jsonl" if self.is_first else Path(os.devnull))
         self.trackers: list[Tracker] = []
         self.profiler = StepProfiler(self.directory / "profile", config.logging, layout)
@@ -159,6 +159,7 @@ class _Run:
         watch.move(rollouts.drawn.seconds_verifying, "rollout", "verify")
         with watch("verify"):
             groups = exchange(route(groups, step, config, self.folder), self.layout)
+            rollouts.make_room()
             if config.logging.rollouts and self.is_first:
                 dump(groups, self.directory / "rollouts", step)
         with watch("teacher"):

@@ -141,9 +141,14 @@ class HFFolder:
             raise ConfigError(f"model.hf_path: {file} cannot be read: {error}") from None
 
     @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json as it is."""
+        return self._json("config.json")
+
+    @cached_property
     def architecture(self) -> Architecture:
         """The architecture in config.json. Refuses what our layers do not compute."""
-        config = self._json("config.json")
+        config = self.config
         if (kind := config.get("model_type")) not in _FAMILIES:
             raise self._refusal(f"model_type is {kind!r}; supported: {', '.join(_FAMILIES)}")
         family = _FAMILIES[kind]

@@ -44,8 +44,12 @@ class Request(NamedTuple):
 Finished = Callable[[int, Completion], bool]
 
 
+class EngineFailed(RuntimeError):
+    """The engine cannot sample any more; the message says why and what to look at."""
+
+
 class Engine(Protocol):
-    """What samples. Implementations: `transformers_engine` (in this process)."""
+    """What samples. Implementations: `transformers_engine` (in this process), `sglang` (servers)."""
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, finished: Finished) -> None:
         """One completion a request, handed to `finished` while others still run."""

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from torch import Tensor
 
 from megatron_srpo.config import Config, ConfigError
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.model.qwen3 import model_dtype
 from megatron_srpo.records import Group
 from megatron_srpo.rollout.collect import Collector
 from megatron_srpo.rollout.drawing import Drawing, Drawn
 from megatron_srpo.rollout.dump import replay
+from megatron_srpo.rollout.engines import create_engine
 from megatron_srpo.rollout.ledger import Ledger
-from megatron_srpo.rollout.transformers_engine import TransformersEngine
 from megatron_srpo.runtime.parallel import Layout
 from megatron_srpo.tasks import evaluation_tasks, training_tasks
 from megatron_srpo.tasks.mixture import Mixture
@@ -28,7 +27,7 @@ class Rollouts:
     With `rollout.overlap: 1` the batch of the next step is sampled, by a thread, while a step trains: by weights one version older.
     """
 
-    def __init__(self, config: Config, folder: HFFolder, layout: Layout):
+    def __init__(self, config: Config, folder: HFFolder, layout: Layout, say: Callable[[str], None]):
         settings = config.rollout
         self.config, self.folder, self.layout = config, folder, layout
         self.version, self.collector, self.drawn = "0", None, Drawn([], {}, 0.0)
@@ -36,7 +35,7 @@ class Rollouts:
         self._thread = ThreadPoolExecutor(1, "rollouts")
         self._ahead: Future[Drawn] | None = None
         if settings.replay is None:
-            engine = TransformersEngine(folder, layout.device, model_dtype(config), settings.batch_size)
+            engine = create_engine(config, folder, layout, say)
             trained = training_tasks(config)
             self.evaluated = evaluation_tasks(config) if config.evaluation.every > 0 else {}
             mixture = Mixture(trained, {source.name: source.weight for source in config.task.sources})
@@ -65,6 +64,12 @@ class Rollouts:
         self.version = str(step)
         if self.collector is not None:
             self.collector.engine.update_weights(tensors, self.version)
+
+    def make_room(self) -> None:
+        """With rollout.colocated: the engine's memory is the trainer's until weights are published. All ranks together, when all
+        have their groups."""
+        if self.collector is not None and self.config.rollout.colocated:
+            self.collector.engine.release_memory()
 
     @property
     def next_prompt(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,7 @@ from megatron_srpo.runtime.token_values import TokenValues
 from megatron_srpo.vocab_parallel.divergence import Divergence
 from megatron_srpo.vocab_parallel.fused import Statistics, fused_objective, kernel_name, score
 from megatron_srpo.vocab_parallel.sources import Projection, Rows
-from megatron_srpo.weights.transfer import export, load
+from megatron_srpo.weights.transfer import Repeatable, export, load
 
 
 @dataclass
@@ -122,9 +122,9 @@ class Trainer:
                     own.copy_(source)
         return copies
 
-    def export(self) -> Iterator[tuple[str, Tensor]]:
-        """The policy as HF-named full tensors; every rank must consume the stream."""
-        return export(self.chunks, self.folder.architecture)
+    def export(self) -> Repeatable:
+        """The policy as HF-named full tensors; every rank must consume the stream, as often as the others do."""
+        return Repeatable(lambda: export(self.chunks, self.folder.architecture))
 
     def pack(self, samples: Sequence[Sample]) -> list[OptimizerBatch]:
         """The step's optimizer batches, `mini_batch_prompts` prompts each. `samples` are whole groups, all ranks' alike."""

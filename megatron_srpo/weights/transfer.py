@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -81,6 +82,16 @@ def load(chunks: Sequence[torch.nn.Module], folder: HFFolder) -> None:
             keys = [stored_name(prefix + name, architecture) for name in row.hf]
             slices = [opened[folder.file_of[key]].get_slice(key) for key in keys]
             parameter.copy_(row.cut(slices, part.number, part.parts, parameter.shape, architecture))
+
+
+@dataclass(frozen=True)
+class Repeatable:
+    """A stream of tensors that can be iterated again: each time it is made anew, by all ranks together."""
+
+    make: Callable[[], Iterator[tuple[str, Tensor]]]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return self.make()
 
 
 def export(chunks: Sequence[torch.nn.Module], architecture: Architecture) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,70 @@
+"""What a server must be able to do, by its own account, before a run begins."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from megatron_srpo.config import ConfigError, RolloutSection
+from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.rollout.sglang.http import Server
+from megatron_srpo.rollout.sglang.replies import BadReply, parse
+
+OLDEST, WITH_SESSIONS = (0, 5, 19), (0, 5, 21)
+
+
+class Capabilities(NamedTuple):
+    """needs_session: begin and end around tensors; is_seeded: keeps to sampling_seed; tensor_parallel_size: its workers."""
+
+    version: str
+    needs_session: bool
+    is_seeded: bool
+    tensor_parallel_size: int
+
+
+def inspect(server: Server, settings: RolloutSection, folder: HFFolder) -> Capabilities:
+    """Ask the server, and have it make one token. Raises ConfigError for what it cannot do, ServerFailed when it does not answer."""
+    found = check(server.url, server.get("/server_info"), server.get("/model_info"), settings, folder)
+    body = {"input_ids": [folder.stop_ids[0]], "sampling_params": {"max_new_tokens": 1}, "return_logprob": True}
+    try:
+        reply = server.post("/generate", body, timeout=settings.sglang.request_timeout)
+        parse(reply, 1, folder.architecture.vocab_size, [server.version()])
+    except BadReply as problem:
+        raise ConfigError(f"rollout.engine: {server.url} gives no usable tokens: {problem}") from None
+    return found
+
+
+def check(
+    url: str, server_info: Mapping[str, Any], model_info: Mapping[str, Any], settings: RolloutSection, folder: HFFolder
+) -> Capabilities:
+    """What the answers to /server_info and /model_info say. Raises ConfigError that names the server and what to do."""
+    version = str(server_info.get("version"))
+    match = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
+    numbers = tuple(map(int, match.groups())) if match else None
+    if numbers is None or numbers < OLDEST:
+        raise ConfigError(f"rollout.engine: {url} is SGLang {version}; {'.'.join(map(str, OLDEST))} or newer is needed")
+    config = folder.config
+    for key in ("model_type", "architectures"):
+        if model_info.get(key) is not None and model_info[key] != config.get(key):
+            raise ConfigError(
+                f"rollout.engine: {url} serves a model whose {key} is {model_info[key]!r}; that of model.hf_path is {config.get(key)!r}"
+            )
+    longest = settings.max_prompt_tokens + settings.max_response_tokens
+    limits = [server_info.get("context_length") or folder.architecture.max_position_embeddings, server_info.get("max_total_num_tokens")]
+    limit = min(number for number in limits if number is not None)
+    if longest > limit:
+        raise ConfigError(
+            f"rollout.max_response_tokens: with rollout.max_prompt_tokens a sequence has up to {longest} tokens; {url} takes {limit}"
+            " (--context-length, --max-total-tokens)"
+        )
+    if settings.colocated and not server_info.get("enable_memory_saver"):
+        raise ConfigError(f"rollout.colocated: {url} was started without --enable-memory-saver")
+    if settings.sglang.update != "disk" and server_info.get("dp_size", 1) > 1:
+        raise ConfigError(f"rollout.sglang.update: {url} has --dp-size {server_info['dp_size']}, which takes updates from disk only")
+    return Capabilities(
+        version=version,
+        needs_session=numbers >= WITH_SESSIONS,
+        is_seeded=bool(server_info.get("enable_deterministic_inference")),
+        tensor_parallel_size=int(server_info.get("tp_size", 1)),
+    )

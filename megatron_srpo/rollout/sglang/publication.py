@@ -1,0 +1,313 @@
+"""One update of the weights on several servers: pause → begin → send → end → continue, and three ways to send.
+
+Whatever happens, the stream of tensors is consumed to its end: other ranks take part in making each tensor.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import datetime
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import Tensor, uint8
+from torch.distributed import distributed_c10d
+
+from megatron_srpo.config import is_loopback
+from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.rollout.sglang.fleet import load_from_disk
+from megatron_srpo.rollout.sglang.http import Server, ServerFailed
+from megatron_srpo.weights.transfer import save_hf
+
+Stream = Iterable[tuple[str, Tensor]]
+_REFUSAL = 0.01  # seconds in which a server that does not take a broadcast says so
+
+
+class Update:
+    """One update of `servers` to `version`, all of them at once. A server that fails is left out of what follows.
+
+    failures: what became of those that failed. missed: live ones that another's failure has kept from the update.
+    needs_session: servers want begin and end around tensors.
+    """
+
+    def __init__(self, servers: Sequence[Server], version: str, needs_session: bool):
+        self.version, self.needs_session = version, needs_session
+        self.live, self.failures, self.missed = list(servers), dict[Server, str](), set[Server]()
+        self._pool = ThreadPoolExecutor(max(1, len(servers)), "publication")
+
+    def begin(self, call: Callable[[Server], Any]) -> dict[Future, Server]:
+        """Start `call` for every live server, without waiting."""
+        return {self._pool.submit(call, server): server for server in self.live}
+
+    def end(self, calls: dict[Future, Server]) -> dict[Server, Any]:
+        """Wait for the calls; what they gave, of the servers that are still live."""
+        results = {}
+        for call, server in calls.items():
+            try:
+                results[server] = call.result()
+            except ServerFailed as failure:
+                self.fail(server, str(failure))
+        return {server: result for server, result in results.items() if server in self.live}
+
+    def each(self, call: Callable[[Server], Any]) -> dict[Server, Any]:
+        """`call` for every live server, side by side; what each gave."""
+        return self.end(self.begin(call))
+
+    def fail(self, server: Server, reason: str) -> None:
+        """Leave the server out of what follows."""
+        if server in self.live:
+            self.live.remove(server)
+            self.failures[server] = reason
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Running requests are put back meanwhile, and go on with the new weights: their spans tell both versions."""
+        self.each(lambda server: server.post("/pause_generation", {"mode": "retract"}))
+        try:
+            yield
+        finally:
+            for server in self.failures:  # another trainer's, perhaps: it shall not stay paused
+                with contextlib.suppress(ServerFailed):
+                    server.post("/continue_generation", {}, timeout=2)
+            self.each(lambda server: server.post("/continue_generation", {}))
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        """Between begin and end, servers take tensors (needed from SGLang 0.5.21 on)."""
+        if self.needs_session:
+            self.each(lambda server: server.post("/begin_weight_update", {}))
+        yield
+        if self.needs_session:
+            self.each(lambda server: server.post("/end_weight_update", {}))
+
+    def close(self) -> None:
+        """Let go of the threads."""
+        self._pool.shutdown(wait=False)
+
+
+class Transport(Protocol):
+    """How tensors get to servers."""
+
+    def send(self, update: Update, tensors: Stream) -> None:
+        """Consume the stream, update what is live; failures are in `update`."""
+
+
+# ---- a folder --------------------------------------------------------------------------------------------------------
+
+
+class Disk:
+    """Through a Hugging Face folder in `directory`, which servers must see under the same path. on_disk: told when it is whole."""
+
+    def __init__(self, reference: HFFolder, directory: Path, on_disk: Callable[[Path, str], None]):
+        self.reference, self.directory, self.on_disk = reference, directory, on_disk
+
+    def send(self, update: Update, tensors: Stream) -> None:
+        """See `Transport`. Raises FileError when the folder cannot be written."""
+        path = self.directory / f"version_{update.version}"
+        save_hf(tensors, self.reference, path, write=True)
+        self.on_disk(path, update.version)
+        with update.paused():
+            update.each(lambda server: load_from_disk(server, path, update.version))
+        for old in sorted(self.directory.iterdir(), key=lambda folder: folder.stat().st_mtime)[:-2]:
+            shutil.rmtree(old, ignore_errors=True)  # not the one before: a server being restarted may be reading it
+
+
+# ---- buckets ---------------------------------------------------------------------------------------------------------
+
+
+class Entry(NamedTuple):
+    """Bytes start … end - 1 of a bucket are this tensor."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+class Bucket(NamedTuple):
+    """Tensors of one dtype, one behind the other. data: uint8 [bytes]."""
+
+    data: Tensor
+    entries: list[Entry]
+
+
+def buckets(tensors: Stream, limit: int, device: torch.device) -> Iterator[Bucket]:
+    """The stream in pieces of at most `limit` bytes; a larger tensor is a piece of its own.
+
+    All pieces lie in the same memory: one is gone when the next is made, and no more than that and one tensor is held.
+    """
+    buffer, entries, used = torch.empty(0, dtype=uint8, device=device), list[Entry](), 0
+    for name, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if entries and (used + size > limit or tensor.dtype != entries[0].dtype):
+            yield Bucket(buffer[:used], entries)
+            entries, used = [], 0
+        if used + size > len(buffer):  # only ever with an empty bucket
+            buffer = torch.empty(max(limit, size), dtype=uint8, device=device)
+        buffer[used : used + size].copy_(tensor.detach().reshape(-1).view(uint8))
+        entries.append(Entry(name, tensor.dtype, tuple(tensor.shape), used, used + size))
+        used += size
+    if entries:
+        yield Bucket(buffer[:used], entries)
+
+
+# ---- shared memory ---------------------------------------------------------------------------------------------------
+
+
+class SharedMemory:
+    """Through memory that servers of this machine map: CUDA's IPC, or /dev/shm on CPUs. limit: bytes a bucket."""
+
+    def __init__(self, limit: int, device: torch.device, tensor_parallel_size: Callable[[Server], int]):
+        self.limit, self.device, self.tensor_parallel_size = limit, device, tensor_parallel_size
+
+    def send(self, update: Update, tensors: Stream) -> None:
+        """See `Transport`."""
+        with update.paused(), update.session():
+            for bucket in buckets(tensors, self.limit, self.device):
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                update.each(lambda server, bucket=bucket: self._post(server, bucket, update.version))
+
+    def _post(self, server: Server, bucket: Bucket, version: str) -> None:
+        # every reader needs a handle of its own: they are counted
+        handles = [_pickled(bucket) for _ in range(self.tensor_parallel_size(server))]
+        body = {"serialized_named_tensors": handles, "load_format": "flattened_bucket", "flush_cache": True, "weight_version": version}
+        server.post("/update_weights_from_tensor", body)
+
+
+def _pickled(bucket: Bucket) -> str:
+    """A handle to the bucket as SGLang's allow-list of pickled types lets it in."""
+    metadata = [
+        SimpleNamespace(
+            name=entry.name,
+            shape=torch.Size(entry.shape),
+            dtype=entry.dtype,
+            start_idx=entry.start,
+            end_idx=entry.end,
+            numel=entry.end - entry.start,
+        )
+        for entry in bucket.entries
+    ]
+    before = torch.multiprocessing.get_sharing_strategy()
+    torch.multiprocessing.set_sharing_strategy("file_system")  # a file's name can be told over HTTP, a descriptor cannot
+    try:
+        return base64.b64encode(ForkingPickler.dumps({"flattened_tensor": bucket.data, "metadata": metadata})).decode()
+    finally:
+        torch.multiprocessing.set_sharing_strategy(before)
+
+
+# ---- broadcast -------------------------------------------------------------------------------------------------------
+
+
+class Broadcast:
+    """Through a process group of this process (rank 0) and all servers, NCCL on GPUs, gloo on CPUs.
+
+    host: this process's address as servers see it. limit: bytes a bucket. timeout: seconds for each broadcast.
+    """
+
+    def __init__(
+        self,
+        limit: int,
+        device: torch.device,
+        host: str | None,
+        timeout: float,
+        tensor_parallel_size: Callable[[Server], int],
+        say: Callable[[str], None],
+    ):
+        self.limit, self.device, self.host, self.timeout = limit, device, host, timeout
+        self.tensor_parallel_size, self.say = tensor_parallel_size, say
+        self._group: dist.ProcessGroup | None = None
+        self._name, self._members = "", dict[Server, int]()  # each with its incarnation
+
+    def send(self, update: Update, tensors: Stream) -> None:
+        """See `Transport`. When one server fails, the group is broken, and the others miss the update."""
+        with update.paused(), update.session():
+            if self._members != {server: server.incarnation for server in update.live}:
+                self.close()
+                self._meet(update)
+            for bucket in buckets(tensors, self.limit, self.device):
+                if self._group is not None and (problem := self._broadcast(update, bucket)) is not None:
+                    self.close()
+                    self.say(f"weights go by disk this time: {problem}")
+                    update.missed.update(update.live)
+
+    def _meet(self, update: Update) -> None:
+        """Make the group. Nobody is live when it cannot be made."""
+        if not update.live:
+            return
+        here = all(is_loopback(server.host) for server in update.live)
+        host = self.host or ("127.0.0.1" if here else socket.gethostname())
+        timeout, name = datetime.timedelta(seconds=self.timeout), f"srpo-{uuid.uuid4().hex}"
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        backend, offset, offsets = ("nccl" if self.device.type == "cuda" else "gloo"), 1, {}
+        for server in update.live:
+            offsets[server], offset = offset, offset + self.tensor_parallel_size(server)
+        body = {"master_address": host, "master_port": store.port, "world_size": offset, "group_name": name, "backend": backend}
+        calls = update.begin(lambda server: server.post("/init_weights_update_group", {**body, "rank_offset": offsets[server]}))
+        try:
+            self._group = _group(store, offset, backend, name, timeout)
+        except (RuntimeError, ValueError) as error:  # gloo, NCCL and the store say everything with these
+            for server in list(update.live):
+                update.fail(server, f"the group for weight updates could not be made: {error}")
+            return
+        update.end(calls)
+        self._name, self._members = name, {server: server.incarnation for server in update.live}
+
+    def _broadcast(self, update: Update, bucket: Bucket) -> str | None:
+        """Send one bucket; what went wrong, or None."""
+        body = {
+            "names": [entry.name for entry in bucket.entries],
+            "dtypes": [str(entry.dtype).removeprefix("torch.") for entry in bucket.entries],
+            "shapes": [entry.shape for entry in bucket.entries],
+            **{"group_name": self._name, "load_format": "flattened_bucket", "flush_cache": True, "weight_version": update.version},
+        }
+        calls = update.begin(lambda server: server.post("/update_weights_from_distributed", body))
+        # A server that refuses says so at once, and takes part in nothing: who broadcasts then waits for ever.
+        if wait(calls, _REFUSAL, FIRST_COMPLETED).done:
+            update.end({call: server for call, server in calls.items() if call.done()})
+            return "a server refused the update"
+        work, until = self._group.broadcast(bucket.data, 0), time.monotonic() + self.timeout
+        while not work.is_completed():
+            if any(call.done() and call.exception() for call in calls):
+                update.end({call: server for call, server in calls.items() if call.done()})
+                return "a server failed during a broadcast"
+            if time.monotonic() > until:
+                for server in [server for call, server in calls.items() if not call.done()]:
+                    update.fail(server, f"a broadcast took longer than {self.timeout:g} s (rollout.sglang.update_timeout)")
+                return "a broadcast took too long"
+            time.sleep(0.0005)
+        try:
+            work.wait()
+        except RuntimeError as error:
+            return f"a broadcast failed: {error}"
+        update.end(calls)
+        return None if len(update.live) == len(self._members) else "a server failed after a broadcast"
+
+    def close(self) -> None:
+        """Leave the group. Servers forget it when they are restarted or meet in another one."""
+        if self._group is not None:
+            with contextlib.suppress(RuntimeError):
+                dist.destroy_process_group(self._group)
+        self._group, self._members = None, {}
+
+
+def _group(store: dist.Store, size: int, backend: str, name: str, timeout: datetime.timedelta) -> dist.ProcessGroup:
+    """This process's end of a group that is no part of the trainer's: made as SGLang makes its end, PyTorch has no public way."""
+    group, _ = distributed_c10d._new_process_group_helper(
+        size, 0, [], distributed_c10d.Backend(backend), dist.PrefixStore(name, store), group_name=name, timeout=timeout
+    )
+    distributed_c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(size)}
+    return group

@@ -1,0 +1,95 @@
+"""What the tests of real servers share: configurations, prompts, and the model to compare with."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from megatron_srpo.config import Config, load_config
+from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.rollout.engine import Completion, Request, Sampling
+from megatron_srpo.runtime.parallel import Layout
+
+ROOT = Path(__file__).parents[1]
+START = ROOT / "examples/quickstart/start"
+QUICKSTART = ROOT / "examples/quickstart/sglang.yaml"
+KEY = "SRPO_TEST_KEY"  # the environment variable with the servers' API key
+ALONE = Layout(0, 1, torch.device("cpu"), 0, 1, 0, 1, 1, True, True, False, None)
+
+
+def free_ports(count: int) -> int:
+    """The first of `count` ports in a row that nobody listens on, below those that the system gives away by itself."""
+    for first in range(20000 + os.getpid() % 1000 * 10, 32000, 10):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            for port in range(first, first + count):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
+    raise AssertionError("no free ports")
+
+
+def config_of(run: Path, *overrides: str) -> Config:
+    """The quick start's configuration with SGLang servers on this machine's CPU."""
+    given = [f"model.hf_path={START}", f"rollout.sglang.python={os.environ['SGLANG_PYTHON']}", f"logging.dir={run}"]
+    return load_config(QUICKSTART, [*given, f"rollout.sglang.api_key_env={KEY}", *overrides])
+
+
+@dataclass
+class Servers:
+    """Two servers that ask for a publication before they sample, and the fp32 model whose weights they had last."""
+
+    engine: object
+    folder: HFFolder
+    model: torch.nn.Module
+    run: Path
+    said: list[str]
+    version: int = -1
+
+    def publish(self, seed: int | None) -> str:
+        """The start model's weights, moved by noise when there is a seed, as the next version."""
+        weights = load_file(START / "model.safetensors")
+        if seed is not None:
+            generator = torch.Generator().manual_seed(seed)
+            weights = {name: tensor * (1 + 0.02 * torch.randn(tensor.shape, generator=generator)) for name, tensor in weights.items()}
+        self.model.load_state_dict(weights, strict=False)  # the tied matrix has two names
+        self.version += 1
+        self.engine.update_weights(weights.items(), str(self.version))
+        return str(self.version)
+
+    def requests(self, count: int) -> list[Request]:
+        """Different questions."""
+        texts = [f"Compute {100 + 37 * number % 900} + {100 + 91 * number % 900}." for number in range(count)]
+        return [Request(tuple(self.folder.encode([{"role": "user", "content": text}])), text) for text in texts]
+
+    def sampling(self, temperature: float = 1.0, max_tokens: int = 48, stops: bool = True) -> Sampling:
+        """Without `stops` a response runs to its end."""
+        return Sampling(temperature, 1.0, max_tokens, self.folder.stop_ids if stops else ())
+
+    @torch.no_grad()
+    def gap(self, requests: list[Request], completions: list[Completion], temperature: float = 1.0) -> float:
+        """The largest difference between a completion's log-probabilities and the model's own."""
+        largest = 0.0
+        for request, completion in zip(requests, completions, strict=True):
+            logits = self.model(torch.tensor([[*request.prompt_ids, *completion.ids]])).logits[0, len(request.prompt_ids) - 1 : -1]
+            expected = (logits / temperature).log_softmax(-1).gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
+            largest = max(largest, float((expected - torch.tensor(completion.logprobs)).abs().max()))
+        return largest
+
+
+def sample(engine, requests: list[Request], sampling: Sampling, enough=lambda done: False, seen=lambda done: None) -> list[Completion]:
+    """All completions in the requests' order, each handed over exactly once; enough(number done so far) breaks the rest off."""
+    done: dict[int, Completion] = {}
+
+    def finished(number: int, completion: Completion) -> bool:
+        assert number not in done
+        done[number] = completion
+        seen(len(done))
+        return enough(len(done))
+
+    engine.generate(requests, sampling, finished)
+    return [done[number] for number in range(len(requests))]

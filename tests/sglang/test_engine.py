@@ -1,0 +1,124 @@
+"""The engine on two real servers, against Hugging Face's model in fp32: log-probabilities, updates of all kinds, broken-off rollouts."""
+
+from __future__ import annotations
+
+import pytest
+from servers import sample
+
+from megatron_srpo.rollout.engine import EngineFailed, Request
+from megatron_srpo.rollout.sglang.http import Server, ServerFailed
+
+pytestmark = pytest.mark.needs_sglang
+
+
+def test_the_first_update_must_leave_the_start_model_as_it_was(servers):
+    """Version "0" is the model that the servers loaded at their start: their checksums tell whether the way there is exact."""
+    servers.publish(seed=None)
+    servers.version, servers.engine.publisher._version = -1, None  # as before the first update
+    with pytest.raises(EngineFailed, match="changed the start model's weights on http.*checksums"):
+        servers.publish(seed=5)
+    servers.publish(seed=None)
+    servers.version, servers.engine.publisher._version = -1, None
+    assert servers.publish(seed=None) == "0"
+    assert all(target.out is None for target in servers.engine.generation.targets)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_are_hugging_faces(servers, temperature):
+    servers.publish(seed=None)
+    requests = servers.requests(24)
+    completions = sample(servers.engine, requests, servers.sampling(temperature))
+    assert servers.gap(requests, completions, temperature) < 1e-4
+    assert {completion.finish_reason for completion in completions} <= {"stop", "length"}
+    assert all((completion.finish_reason == "stop") == (completion.ids[-1] in servers.folder.stop_ids) for completion in completions)
+    assert len({tuple(completion.ids) for completion in completions}) > 12
+
+
+@pytest.mark.parametrize("way", ["disk", "tensor", "distributed"])
+def test_every_kind_of_update_brings_every_server_to_the_weights(servers, updating, way):
+    """Twice each, in one bucket and in many; then every server by itself samples with these weights, and says so."""
+    for seed, bucket in ((1, 512), (2, 1)):
+        updating(way, f"rollout.sglang.bucket_mib={bucket}")
+        transport = servers.engine.publisher._transport
+        if bucket == 1 and way != "disk":
+            transport.limit = 100_000  # bytes: the embedding is larger, the norms are not
+        version = servers.publish(seed)
+        for target in servers.engine.generation.targets:
+            others = [other for other in servers.engine.generation.targets if other is not target]
+            for other in others:
+                other.out = "left out by the test"
+            requests = servers.requests(6)
+            completions = sample(servers.engine, requests, servers.sampling())
+            assert servers.gap(requests, completions) < 1e-4
+            assert all(completion.versions == [(version, 0, len(completion.ids))] for completion in completions)
+            for other in others:
+                other.out = None
+
+
+def test_enough_breaks_the_rest_off_and_it_can_be_gone_on_with(servers):
+    """Of 40 long responses six are waited for; the others come back as they are, queued ones empty, and are finished later."""
+    servers.publish(seed=3)
+    requests, sampling = servers.requests(40), servers.sampling(max_tokens=60, stops=False)
+    few = sampling._replace(max_tokens=45)
+    for member in servers.engine.publisher.fleet.members:
+        member.server.post("/slow_down", {"forward_sleep_time": 0.04})
+    servers.engine.generation.concurrency = 24
+    try:
+        begun = sample(servers.engine, requests[:8], few)
+        longer = [*[request._replace(start=start) for request, start in zip(requests, begun, strict=False)], *requests[8:]]
+        # the eight have 45 tokens already, so they are the first to have all 60
+        broken = sample(servers.engine, longer, sampling, enough=lambda done: done == 6)
+    finally:
+        for member in servers.engine.publisher.fleet.members:
+            member.server.post("/slow_down", {"forward_sleep_time": None})
+        servers.engine.generation.concurrency = 64
+    assert sum(completion.finish_reason == "length" for completion in broken) < 20
+    partial = [completion for completion in broken if completion.finish_reason == "abort"]
+    assert any(0 < len(completion.ids) < 60 for completion in partial) and any(not completion.ids for completion in partial)
+    assert all(completion.ids[:45] == start.ids for completion, start in zip(broken, begun, strict=False))
+    old = str(servers.version)
+    new = servers.publish(seed=3)  # the same weights under another name: what each version made can be told, and all be checked
+    rest = [request._replace(start=completion) for request, completion in zip(requests, broken, strict=True)]
+    whole = sample(servers.engine, rest, sampling)
+    assert all(len(completion.ids) == 60 and completion.finish_reason == "length" for completion in whole)
+    assert servers.gap(requests, whole) < 1e-4
+    for start, completion in zip(broken, whole, strict=True):
+        assert completion.ids[: len(start.ids)] == start.ids
+        spans = [(old, 0, len(start.ids)), (new, len(start.ids), 60)]
+        assert completion.versions == [span for span in spans if span[1] < span[2]]
+
+
+def test_ids_outside_the_vocabulary_are_not_sent(servers):
+    """One of them would end the server."""
+    servers.publish(seed=None)
+    size = servers.folder.architecture.vocab_size
+    for wrong in ((5, size), (-1,), ()):
+        with pytest.raises(ValueError, match="outside the vocabulary"):
+            sample(servers.engine, [*servers.requests(1), Request(wrong, "x")], servers.sampling())
+    assert len(sample(servers.engine, servers.requests(2), servers.sampling())) == 2
+
+
+def test_without_the_key_servers_answer_nothing(servers):
+    settings = servers.engine.publisher.settings.sglang.model_copy(update={"api_key_env": None})
+    stranger = Server(servers.engine.generation.targets[0].url, settings)
+    for path, body in (("/generate", {"input_ids": [5]}), ("/update_weights_from_disk", {"model_path": "x"}), ("/pause_generation", {})):
+        with pytest.raises(ServerFailed, match=f"{path}: 401"):
+            stranger.post(path, body)
+
+
+def test_a_request_that_no_server_takes_is_told(servers):
+    servers.publish(seed=None)
+    with pytest.raises(EngineFailed, match="refuses a request of .* tokens: .*maximum context length"):
+        sample(servers.engine, servers.requests(1), servers.sampling(max_tokens=5000))
+
+
+def test_memory_is_given_back_and_taken_again(servers, updating):
+    """On a CPU the calls do nothing, but they must be taken; after them the servers sample with the weights that came last."""
+    publisher = servers.engine.publisher
+    publisher.release_memory()
+    assert len(publisher._released) == 2 and publisher.fleet.holds_back
+    updating("tensor")
+    servers.publish(seed=4)
+    assert not publisher._released and not publisher.fleet.holds_back
+    requests = servers.requests(4)
+    assert servers.gap(requests, sample(servers.engine, requests, servers.sampling())) < 1e-4

@@ -1,0 +1,96 @@
+"""Lets a stock SGLang wheel start where Triton and torchvision are not: a .pth file imports this module in every python start.
+
+SGLang imports both at module level and calls neither on its CPU path. What is missing is answered by hollow modules: any
+attribute is there, any call does nothing. Without SGLANG_USE_CPU_ENGINE=1 nothing happens.
+"""
+
+import importlib.machinery
+import importlib.util
+import os
+import sys
+import types
+
+STOOD_IN_FOR = ("triton", "torchvision", "torchaudio")
+
+
+class _HollowType(type):
+    """Its class attributes (members of an enum, say) are their own names."""
+
+    def __getattr__(cls, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return name
+
+
+class _Hollow(metaclass=_HollowType):
+    """Made of anything, does nothing; can be inherited from."""
+
+    def __init__(self, *args, **kwargs):
+        self.kwargs = kwargs  # triton.Config's are read back
+
+
+class _HollowModule(types.ModuleType):
+    """A capitalised attribute is a class, any other one a module; called, it is a decorator that changes nothing."""
+
+    __version__ = "3.5.0"
+    __path__: list = []
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        value = _HollowType(name, (_Hollow,), {}) if name[0].isupper() else _HollowModule(f"{self.__name__}.{name}")
+        setattr(self, name, value)
+        return value
+
+    def __call__(self, *args, **kwargs):
+        if len(args) == 1 and callable(args[0]) and not kwargs:
+            return args[0]
+        return lambda function: function
+
+    def __getitem__(self, key):
+        return self
+
+    def __iter__(self):
+        return iter(())
+
+    def __bool__(self):
+        return False
+
+
+class _Finder:
+    """Finds and loads hollow modules, but for those who only ask whether the package is there."""
+
+    def __init__(self, packages):
+        self.packages = packages
+
+    def find_spec(self, name, path=None, target=None):
+        package = name.partition(".")[0]
+        if package not in self.packages or (package != "triton" and _is_only_asked_for()):
+            return None
+        return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+    def create_module(self, spec):
+        module = _HollowModule(spec.name)
+        if spec.name == "triton":  # the two functions that the CPU path does call
+            module.cdiv = lambda a, b: -(-a // b)
+            module.next_power_of_2 = lambda n: 1 << max(n - 1, 0).bit_length()
+        return module
+
+    def exec_module(self, module):
+        pass
+
+
+def _is_only_asked_for():
+    """Whether importlib.util.find_spec is asking, as transformers does before it uses an optional package."""
+    frame = sys._getframe(2)
+    for _ in range(5):
+        if frame is None:
+            return False
+        if frame.f_code.co_filename.endswith("importlib/util.py") or "importlib.util" in frame.f_code.co_filename:
+            return True
+        frame = frame.f_back
+    return False
+
+
+if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
+    sys.meta_path.append(_Finder([name for name in STOOD_IN_FOR if importlib.util.find_spec(name) is None]))
