@@ -3,21 +3,21 @@
     python tools/bench_step.py --shape 1.7b --prompts 32 --samples 8 --response-tokens 1000 [--routed-share 0.25] [--json]
     python tools/bench_step.py --quick-start [--trl]      # whole steps of the quick start on this CPU, beside TRL's trainers
 
-Every row is a process of its own. Its `seconds` are the best of `--repeats` steps after a warm-up one: `seconds_pack`,
+Every row is a process of its own. Its `seconds` are the best of `--repeats` steps after two others: `seconds_pack`,
 `seconds_teacher`, `seconds_update`. `ratio` is to the first row; `tokens_per_second` counts all tokens trained on; `mfu` is of the
-FLOP that `plan.step.step_flops` counts, on the stated peak; `extra_bytes` is the peak above a process that has its imports. All
-make one optimizer step. Whatever stands before the options overrides the configuration: section.key=value.
+FLOP that `plan.step.step_flops` counts, on the stated peak; `extra_bytes` is the peak above a process that has its imports, `batch`
+the fullest micro-batch as `plan.memory.Batch`. All make one optimizer step. Whatever stands before the options overrides the configuration: section.key=value.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
 import datetime
 import gc
 import json
 import multiprocessing
-import os
 import platform
 import random
 import re
@@ -25,8 +25,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-
-os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**20))  # a freed tensor goes back to the system, so that peaks are true
 
 import torch
 
@@ -107,6 +105,11 @@ def make_groups(shape: Shape, algorithm: str, vocab_size: int) -> list[Group]:
     return groups
 
 
+def give_back_above(size: int) -> None:
+    """Of what is freed on a CPU, tensors of `size` bytes and more go back to the system at once, not into the holes of a heap."""
+    ctypes.CDLL(None).mallopt(-3, size)  # M_MMAP_THRESHOLD
+
+
 def peak_bytes(device: torch.device) -> int:
     """The most in use so far: resident memory of the process, or what was allocated on the GPU."""
     if device.type == "cuda":
@@ -118,6 +121,7 @@ def measure(model: dict, algorithm: str, shape: Shape, overrides: list[str], rep
     """One row, without its ratio."""
     from megatron_srpo.model.hf_folder import HFFolder
     from megatron_srpo.plan.machine import Workload
+    from megatron_srpo.plan.memory import Batch
     from megatron_srpo.plan.step import step_flops
     from megatron_srpo.runtime.parallel import initialize, shut_down
     from megatron_srpo.runtime.trainer import Trainer
@@ -129,10 +133,14 @@ def measure(model: dict, algorithm: str, shape: Shape, overrides: list[str], rep
         layout = initialize(config.parallel, seed=1)
         synchronise = torch.cuda.synchronize if layout.device.type == "cuda" else lambda: None
         gc.collect()
+        give_back_above(2**16)
         before = peak_bytes(layout.device)
         trainer = Trainer(config, folder, layout, is_resumed=True)
         steps = []
-        for _ in range(1 + repeats):
+        for number in range(2 + repeats):
+            if number == 2:  # Adam's states are there: the peak is known, and timings may be the usual ones
+                extra_bytes = peak_bytes(layout.device) - before
+                give_back_above(2**25)
             row, start = {}, time.perf_counter()
 
             def timed(phase: str, work: Callable, *arguments, row=row):
@@ -146,17 +154,17 @@ def measure(model: dict, algorithm: str, shape: Shape, overrides: list[str], rep
             targets = timed("teacher", trainer.score_teacher, batches)
             timed("update", trainer.update, batches, targets)
             steps.append({"seconds": time.perf_counter() - start, **row})
-        best = min(steps[1:], key=lambda step: step["seconds"])
-        extra_bytes = peak_bytes(layout.device) - before
+        best = min(steps[2:], key=lambda step: step["seconds"])
         responses = sum(len(sample.response_ids) for sample in samples)
         distilled = sum(len(sample.response_ids) for sample in samples if sample.route.distillation_weight)
         workload = Workload(shape.prompt_tokens, responses // len(samples), distilled / responses)
         flops = sum(step_flops(folder.architecture, config, workload).values())
         tokens = sum(len(sample.prompt.ids) + len(sample.response_ids) for sample in samples)
-        micro_batch_tokens = max(len(batch.ids) for batch in batches[0].micro_batches)
+        fullest = max(batches[0].micro_batches, key=lambda row: len(row.ids))
+        batch = Batch(len(fullest.ids), len(fullest.targets), distilled, len(samples), workload.document)
         shut_down(layout)
     row = {"name": algorithm, **best, "tokens_per_second": tokens / best["seconds"], "extra_bytes": extra_bytes}
-    row |= {"mfu": flops / best["seconds"] / (1e12 * peak_tflops) if peak_tflops else None, "micro_batch_tokens": micro_batch_tokens}
+    row |= {"mfu": flops / best["seconds"] / (1e12 * peak_tflops) if peak_tflops else None, "batch": batch}
     return row
 
 
@@ -172,6 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=list(SHAPES), default="0.6b")
     parser.add_argument("--layers", type=int, help="instead of the shape's own")
+    parser.add_argument("--width", type=int, help="hidden size instead of the shape's own, and a third of the feed-forward's")
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS))
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--samples", type=int, default=8)
@@ -190,6 +199,8 @@ def main() -> None:
 
     torch.set_num_threads(options.threads)
     model = SHAPES[options.shape] | ({"num_hidden_layers": options.layers} if options.layers else {})
+    if options.width:
+        model |= {"hidden_size": options.width, "intermediate_size": 3 * options.width}
     shape = Shape(options.prompts, options.samples, options.prompt_tokens, options.response_tokens, options.routed_share)
     rows = [
         in_own_process(measure, model, algorithm, shape, options.overrides, options.repeats, options.peak_tflops)
@@ -198,7 +209,7 @@ def main() -> None:
     for row in rows:
         row["ratio"] = row["seconds"] / rows[0]["seconds"]
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, {options.threads} threads"
-    told = {"model": options.shape, **dataclasses.asdict(shape), "overrides": options.overrides, "peak_tflops": options.peak_tflops}
+    told = {"model": {"name": options.shape, **model}, **dataclasses.asdict(shape), "overrides": options.overrides, "peak_tflops": options.peak_tflops}
     report = {"device": name, "date": datetime.date.today().isoformat(), "shape": told, "rows": rows}
     if options.output:
         with options.output.open("a") as file:

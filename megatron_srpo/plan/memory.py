@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -30,19 +31,23 @@ class Parameters(NamedTuple):
         return self.dense + self.experts
 
 
+@functools.cache
 def total_parameters(architecture: Architecture) -> int:
     """Of the whole model, as published: every stored tensor, a tied matrix once, no padding."""
     return sum(math.prod(shape) for shape in architecture.tensor_shapes().values())
 
 
+@functools.cache
+def layer_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Of one layer's tensors, by their names inside it."""
+    prefix, one = "model.layers.0.", dataclasses.replace(architecture, num_hidden_layers=1).tensor_shapes()
+    return {name.removeprefix(prefix): shape for name, shape in one.items() if name.startswith(prefix)}
+
+
 def layer_parameters(architecture: Architecture, config: Config) -> Parameters:
     """Of one layer on one rank, cut as `weights.table` cuts it."""
     parallel, dense, experts = config.parallel, 0, 0
-    one = dataclasses.replace(architecture, num_hidden_layers=1).tensor_shapes()
-    for name, shape in one.items():
-        if not name.startswith(prefix := "model.layers.0."):
-            continue
-        name = name.removeprefix(prefix)
+    for name, shape in layer_shapes(architecture).items():
         if name.startswith("mlp.experts."):
             experts += math.prod(shape) // parallel.expert_tensor_size
         else:

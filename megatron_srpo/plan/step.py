@@ -8,7 +8,7 @@ from typing import NamedTuple
 from megatron_srpo.config import Config
 from megatron_srpo.model.hf_folder import Architecture
 from megatron_srpo.plan.machine import Machine, Workload, planned_dtype
-from megatron_srpo.plan.memory import Parameters, replicas, stage_parameters, total_parameters
+from megatron_srpo.plan.memory import Parameters, layer_shapes, replicas, stage_parameters, total_parameters
 from megatron_srpo.runtime.parallel import data_parallel_size
 
 SAMPLE_BYTES = (8, 31)  # of one prompt and one response token in the JSON that ranks exchange: ids, log-probability, text
@@ -21,11 +21,10 @@ EMBEDDED_SECONDS = 1e-3  # of Python, for each layer and token of transformers' 
 
 def active_parameters(architecture: Architecture) -> int:
     """Elements of the matrices a token is multiplied with in the layers: of experts, those it is sent to; no embedding, no head."""
-    shapes = architecture.tensor_shapes()
-    layers = {name: math.prod(shape) for name, shape in shapes.items() if name.startswith("model.layers.") and len(shape) == 2}
-    experts = sum(count for name, count in layers.items() if ".experts." in name)
+    layer = {name: math.prod(shape) for name, shape in layer_shapes(architecture).items() if len(shape) == 2}
+    experts = sum(count for name, count in layer.items() if name.startswith("mlp.experts."))
     active = experts * architecture.num_experts_per_tok // architecture.num_experts if experts else 0
-    return sum(layers.values()) - experts + active
+    return architecture.num_hidden_layers * (sum(layer.values()) - experts + active)
 
 
 def forward_flops(architecture: Architecture, tokens: float, document: float) -> float:
@@ -109,7 +108,7 @@ def traffic(architecture: Architecture, config: Config, machine: Machine, gpus: 
     found |= _replication(a, config, machine, gpus, own, size)
     found["samples"] = Transfer(exchanged_bytes(config, workload), 2, gpus, machine.network_bandwidth)
     if tensor * stages * experts > 1:
-        found["export"] = Transfer(total_parameters(a) * size, len(a.tensor_shapes()), tensor * stages, machine.network_bandwidth)
+        found["export"] = Transfer(total_parameters(a) * size, a.num_hidden_layers * len(layer_shapes(a)), tensor * stages, machine.network_bandwidth)
     return found
 
 
