@@ -6,7 +6,8 @@
 Every row is a process of its own. Its `seconds` are the best of `--repeats` steps after two others: `seconds_pack`,
 `seconds_teacher`, `seconds_update`. `ratio` is to the first row; `tokens_per_second` counts all tokens trained on; `mfu` is of the
 FLOP that `plan.step.step_flops` counts, on the stated peak; `extra_bytes` is the peak above a process that has its imports, `batch`
-the fullest micro-batch as `plan.memory.Batch`. All make one optimizer step. Whatever stands before the options overrides the configuration: section.key=value.
+the fullest micro-batch as `plan.memory.Batch`. All make one optimizer step. Whatever stands before the options overrides the
+configuration: section.key=value.
 """
 
 from __future__ import annotations
@@ -209,7 +210,8 @@ def main() -> None:
     for row in rows:
         row["ratio"] = row["seconds"] / rows[0]["seconds"]
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, {options.threads} threads"
-    told = {"model": {"name": options.shape, **model}, **dataclasses.asdict(shape), "overrides": options.overrides, "peak_tflops": options.peak_tflops}
+    told = {"model": {"name": options.shape, **model}, **dataclasses.asdict(shape)}
+    told |= {"overrides": options.overrides, "peak_tflops": options.peak_tflops}
     report = {"device": name, "date": datetime.date.today().isoformat(), "shape": told, "rows": rows}
     if options.output:
         with options.output.open("a") as file:

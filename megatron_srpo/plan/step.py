@@ -108,7 +108,8 @@ def traffic(architecture: Architecture, config: Config, machine: Machine, gpus: 
     found |= _replication(a, config, machine, gpus, own, size)
     found["samples"] = Transfer(exchanged_bytes(config, workload), 2, gpus, machine.network_bandwidth)
     if tensor * stages * experts > 1:
-        found["export"] = Transfer(total_parameters(a) * size, a.num_hidden_layers * len(layer_shapes(a)), tensor * stages, machine.network_bandwidth)
+        tensors = a.num_hidden_layers * len(layer_shapes(a))
+        found["export"] = Transfer(total_parameters(a) * size, tensors, tensor * stages, machine.network_bandwidth)
     return found
 
 

@@ -170,8 +170,8 @@ def measured(*arguments: str) -> dict[str, dict]:
 def planned(width: int, algorithm: str, row: dict, tmp_path: Path) -> float:
     """Bytes by the planner for a row of `measured`, whose engine is no part of it."""
     shape = dict(hidden_size=width, intermediate_size=3 * width, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", "vocab_size": 512, "head_dim": 32, "max_position_embeddings": 64,
-                                                      "tie_word_embeddings": True} | shape))  # fmt: skip
+    shape |= {"model_type": "qwen3", "vocab_size": 512, "head_dim": 32, "max_position_embeddings": 64, "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
     config = configure(tmp_path, f"algorithm.name={algorithm}")
     parts = memory(HFFolder(tmp_path).architecture, config, CPU, 1, Batch(*row["batch"]))
     return sum(size for name, size in parts.items() if name != "embedded engine")
