@@ -1,7 +1,6 @@
 """One training step by phase, without sampling: GRPO, SDPO and SRPO on the same batch and random weights of a shape.
 
     python tools/bench_step.py --shape 1.7b --prompts 32 --samples 8 --response-tokens 1000 [--routed-share 0.25] [--json]
-    python tools/bench_step.py --quick-start [--trl]      # whole steps of the quick start on this CPU, beside TRL's trainers
 
 Every row is a process of its own. Its `seconds` are the best of `--repeats` steps after two others: `seconds_pack`,
 `seconds_teacher`, `seconds_update`. `ratio` is to the first row; `tokens_per_second` counts all tokens trained on; `mfu` is of the
@@ -210,7 +209,7 @@ def main() -> None:
     for row in rows:
         row["ratio"] = row["seconds"] / rows[0]["seconds"]
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, {options.threads} threads"
-    told = {"model": {"name": options.shape, **model}, **dataclasses.asdict(shape)}
+    told = {"model": {"name": options.shape, **SHARED, **model}, **dataclasses.asdict(shape)}
     told |= {"overrides": options.overrides, "peak_tflops": options.peak_tflops}
     report = {"device": name, "date": datetime.date.today().isoformat(), "shape": told, "rows": rows}
     if options.output:
