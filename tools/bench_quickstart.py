@@ -1,11 +1,11 @@
-"""A whole step of the quick start on a CPU (sampling, verifying, training), beside TRL's GRPO and SDPO trainers on the same model and batch.
+"""A whole step of the quick start on a CPU (sampling, verifying, training), beside TRL's trainers on the same model and batch.
 
     python tools/bench_quickstart.py [--steps 10] [--json] [--output FILE]
 
 16 prompts × 8 samples of at most 64 tokens, one thread. Every row is a process of its own; rows take turns, `--rounds` times, because a
 busy machine changes from minute to minute: `seconds` is the best step of all rounds, `median` the median. `ratio` is to TRL's
-trainer of the same algorithm. Our steps also publish weights and write metrics. TRL (`pip install trl`) is named under `skipped` where it
-cannot be imported.
+trainer of the same algorithm (ours srpo: to its SDPO). Our steps also publish weights and write metrics. TRL (`pip install trl`) is
+named under `skipped` where it cannot be imported.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def theirs(algorithm: str, steps: int) -> list[float]:
                 verify(gold, completion[0]["content"]).reward for gold, completion in zip(answer, completions, strict=True)
             ],
             args=settings,
-            train_dataset=datasets.Dataset(datasets.table.InMemoryTable.from_pylist(rows), fingerprint="quickstart"),
+            train_dataset=datasets.Dataset(datasets.table.InMemoryTable.from_pylist(rows), fingerprint="none"),
             callbacks=[Clock()],
         )
         trainer.train()

@@ -37,7 +37,8 @@ if [ "$server_nodes" -gt 0 ]; then
 fi
 
 status=0
-srun --nodes "$training" --ntasks "$training" --ntasks-per-node 1 --nodelist "$(IFS=,; echo "${nodes[*]:0:training}")" --export=ALL \
+# When a host is lost, the others' ranks end after parallel.distributed_timeout_minutes; a torchrun that lingers then is ended by --wait.
+srun --wait=120 --kill-on-bad-exit=0 --nodes "$training" --ntasks "$training" --ntasks-per-node 1 --nodelist "$(IFS=,; echo "${nodes[*]:0:training}")" --export=ALL \
     "$python" tools/torchrun.py --nnodes "$training" --nproc-per-node "$gpus" --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" \
     --rdzv-endpoint "${nodes[0]}:29500" -m megatron_srpo train "$config" "${overrides[@]}" "$@" || status=$?
 jobs -p | xargs --no-run-if-empty kill 2>/dev/null || true # the servers' steps
