@@ -161,7 +161,7 @@ def measure(model: dict, algorithm: str, shape: Shape, overrides: list[str], rep
         flops = sum(step_flops(folder.architecture, config, workload).values())
         tokens = sum(len(sample.prompt.ids) + len(sample.response_ids) for sample in samples)
         fullest = max(batches[0].micro_batches, key=lambda row: len(row.ids))
-        batch = Batch(len(fullest.ids), len(fullest.targets), distilled, len(samples), workload.document)
+        batch = Batch(len(fullest.ids), len(fullest.targets), distilled)
         shut_down(layout)
     row = {"name": algorithm, **best, "tokens_per_second": tokens / best["seconds"], "extra_bytes": extra_bytes}
     row |= {"mfu": flops / best["seconds"] / (1e12 * peak_tflops) if peak_tflops else None, "batch": batch}

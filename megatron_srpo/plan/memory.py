@@ -82,14 +82,11 @@ def replicas(config: Config, gpus: int) -> tuple[int, int]:
 
 
 class Batch(NamedTuple):
-    """What one rank works on. tokens, responses: of one micro-batch. distilled: response tokens of the rank's whole step.
-    samples: of all ranks' step. document: tokens of a sample."""
+    """What one rank works on. tokens, responses: of one micro-batch. distilled: response tokens of the rank's whole step."""
 
     tokens: int
     responses: int
     distilled: int
-    samples: int
-    document: int
 
     @classmethod
     def worst(cls, config: Config, gpus: int, workload: Workload) -> Batch:
@@ -99,7 +96,7 @@ class Batch(NamedTuple):
         samples = rollout.prompts_per_step * rollout.samples_per_prompt
         distilled = math.ceil(samples / size) * workload.response_tokens * workload.distilled_share
         tokens = max(config.train.micro_batch_tokens, longest)
-        return cls(tokens, tokens, math.ceil(distilled), samples, workload.document)
+        return cls(tokens, tokens, math.ceil(distilled))
 
 
 def memory(architecture: Architecture, config: Config, machine: Machine, gpus: int, batch: Batch) -> dict[str, float]:

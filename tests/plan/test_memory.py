@@ -140,14 +140,14 @@ def test_activations_of_a_layer(folders, model):
                 output = chunk(row.ids[None], row.positions[None], None, packed_seq_params=packed)
             kept.append(sum(storages.values()))
             del output
-    batch = Batch(tokens=sum(lengths), responses=0, distilled=0, samples=0, document=0)
+    batch = Batch(tokens=sum(lengths), responses=0, distilled=0)
     planned, _ = layer_bytes(HFFolder(folders[model]).architecture, config, CPU, batch)
     assert planned == pytest.approx(kept[1] - kept[0], rel=0.02 if model == "qwen3_moe" else 0)
 
 
 def test_recompute_keeps_layer_inputs(folders):
     """A layer's input instead of the layer, and one layer whole."""
-    architecture, batch = HFFolder(folders["tied"]).architecture, Batch(1000, 10, 0, 0, 100)
+    architecture, batch = HFFolder(folders["tied"]).architecture, Batch(1000, 10, 0)
     recompute = [f"megatron.recompute_{key}" for key in ("granularity=full", "method=uniform", "num_layers=1")]
     config = configure(folders["tied"])
     whole = memory(architecture, config, CPU, 1, batch)["activations"]
@@ -197,4 +197,4 @@ def test_peak_memory_of_whole_steps(tmp_path):
 def test_worst_batch(folders):
     """The budget, or the longest sequence where that is longer; a rank's share of the distilled tokens."""
     config = configure(folders["tied"], "rollout.max_response_tokens=100", "rollout.max_prompt_tokens=28", "train.micro_batch_tokens=64")
-    assert Batch.worst(config, 4, Workload(10, 50, 0.5)) == Batch(128, 128, 64 * 50 * 0.5, 256, 60)
+    assert Batch.worst(config, 4, Workload(10, 50, 0.5)) == Batch(128, 128, 64 * 50 * 0.5)
