@@ -10,6 +10,8 @@ import time
 import warnings
 from pathlib import Path
 
+from megatron_srpo.plan.arguments import add_arguments
+
 INTERRUPTED = 75  # sysexits.h's EX_TEMPFAIL: come again
 
 
@@ -27,6 +29,10 @@ def main() -> int:
         command = commands.add_parser(name, help=text)
         command.add_argument("config", type=Path, help="YAML file, see examples/")
         command.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    command = commands.add_parser("plan", help="memory, time and traffic of a configuration, and better layouts; reads no weights")
+    command.add_argument("config", type=Path)
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="before the options")
+    add_arguments(command)
     command = commands.add_parser("compare", help="compare evaluations with the first one, by a paired bootstrap over questions")
     command.add_argument("results", nargs="+", type=Path, metavar="DIR", help="folders that eval has written, two or more")
     command = commands.add_parser("report", help="write one HTML page with the curves and samples of one or more runs")
@@ -56,6 +62,10 @@ def main() -> int:
         if arguments.command == "config":
             return explain_config(arguments.check, arguments.overrides, arguments.processes)
         config = load_config(arguments.config, arguments.overrides)
+        if arguments.command == "plan":
+            from megatron_srpo.plan.command import plan
+
+            return plan(config, arguments)
         if arguments.command == "eval":
             return evaluate_model(config, is_first)
         if arguments.command == "sample":

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# What an example's slurm.sbatch runs on the first node of its job: SGLang servers on the last SERVER_NODES nodes, training on the
+# others, and the job back into the queue when the run was asked to leave (exit status 75).
+#   SERVER_NODES=1 bash examples/cluster/slurm.sh CONFIG [section.key=value …]
+# SERVER_NODES=0: one node, whose GPUs do both. SERVER_GPUS: of each server (default 2). PYTHON, SGLANG_PYTHON: interpreters of the
+# two environments, the same on all nodes. All nodes must see this folder, the model and logging.dir.
+set -euo pipefail
+config=$1
+shift
+python=${PYTHON:-python} sglang=${SGLANG_PYTHON:-.venv-sglang/bin/python}
+gpus=${SLURM_GPUS_ON_NODE:-8} server_nodes=${SERVER_NODES:-0} server_gpus=${SERVER_GPUS:-2}
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+training=$((${#nodes[@]} - server_nodes))
+[ "$training" -ge 1 ] || { echo "slurm: SERVER_NODES=$server_nodes leaves none of the ${#nodes[@]} nodes for training" >&2; exit 2; }
+[ "$server_nodes" -gt 0 ] || [ "$training" -eq 1 ] || { echo "slurm: more than one training node needs SERVER_NODES" >&2; exit 2; }
+model=$("$python" -c 'import sys; from megatron_srpo.config import load_config
+from pathlib import Path
+print(load_config(Path(sys.argv[1]), sys.argv[2:]).model.hf_path)' "$config" "$@")
+
+overrides=()
+if [ "$server_nodes" -gt 0 ]; then
+    SGLANG_API_KEY=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n') # for this job; --export=ALL hands it to all steps
+    export SGLANG_API_KEY
+    urls=()
+    for node in "${nodes[@]:training}"; do
+        for ((first = 0; first + server_gpus <= gpus; first += server_gpus)); do
+            port=$((30000 + first))
+            urls+=("http://$node:$port")
+            # the key is read inside the step: it never stands in this command line
+            srun --overlap --nodes 1 --ntasks 1 --nodelist "$node" --export=ALL --kill-on-bad-exit=0 bash -c \
+                "exec '$sglang' -m sglang.launch_server --model-path '$model' --dtype bfloat16 --host 0.0.0.0 --port $port \
+                --tp-size $server_gpus --base-gpu-id $first --api-key \"\$SGLANG_API_KEY\"" &
+        done
+    done
+    overrides+=("rollout.urls=[$(IFS=,; echo "${urls[*]}")]" rollout.servers=0 rollout.colocated=false
+        rollout.sglang.update=distributed rollout.sglang.api_key_env=SGLANG_API_KEY "rollout.sglang.tensor_parallel_size=$server_gpus")
+fi
+
+status=0
+# When a host is lost, the others' ranks end after parallel.distributed_timeout_minutes; a torchrun that lingers then is ended by --wait.
+srun --wait=120 --kill-on-bad-exit=0 --nodes "$training" --ntasks "$training" --ntasks-per-node 1 --nodelist "$(IFS=,; echo "${nodes[*]:0:training}")" --export=ALL \
+    "$python" tools/torchrun.py --nnodes "$training" --nproc-per-node "$gpus" --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" \
+    --rdzv-endpoint "${nodes[0]}:29500" -m megatron_srpo train "$config" "${overrides[@]}" "$@" || status=$?
+jobs -p | xargs --no-run-if-empty kill 2>/dev/null || true # the servers' steps
+if [ "$status" -eq 75 ]; then
+    echo "slurm: the run has saved itself; the job goes back into the queue"
+    scontrol requeue "$SLURM_JOB_ID"
+    sleep 60 # it is ended from outside
+fi
+exit "$status"

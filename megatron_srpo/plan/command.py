@@ -1,0 +1,135 @@
+"""`python -m megatron_srpo plan`: what a configuration needs, whether it fits, how long a step takes, and what would be better."""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_srpo.config import Config, ConfigError
+from megatron_srpo.model.hf_folder import Architecture, HFFolder
+from megatron_srpo.plan.layouts import Plan, Scaled, layouts, plan_for, scale, where_it_stops
+from megatron_srpo.plan.machine import MACHINES, Machine, Workload, planned_dtype
+from megatron_srpo.plan.memory import Batch, total_parameters
+from megatron_srpo.plan.step import active_parameters, cache_bytes, step_flops, traffic
+from megatron_srpo.runtime.parallel import data_parallel_size
+
+SHOWN = 5  # layouts
+
+
+def plan(config: Config, options: argparse.Namespace) -> int:
+    """Print the plan; returns 0 if it fits, 1 if not. Reads config.json of model.hf_path only. Raises ConfigError."""
+    if options.gpus < 1:
+        raise ConfigError(f"--gpus: {options.gpus}; expected 1 or more")
+    machine, workload = _machine(options), _workload(config, options)
+    architecture, console = HFFolder(config.model.hf_path).architecture, Console()
+    console.print(_title(architecture, config, machine, options.gpus, workload))
+    own = plan_for(architecture, config, machine, options.gpus, workload)
+    console.print(_memory_table(own, machine), _step_table(own, architecture, machine, workload))
+    problem = own.problem(machine)
+    console.print(f"[bold red]does not fit: {problem}" if problem else "[bold green]fits")
+    if own.cache_room is not None and problem is None:
+        tokens = own.cache_room / cache_bytes(architecture, planned_dtype(config, machine).itemsize)
+        console.print(f"while it samples, the engine has {own.cache_room / 1e9:.1f} GB of a GPU for keys and values: {tokens:,.0f} tokens")
+    console.print(*_best(architecture, config, machine, options.gpus, workload))
+    if options.scale:
+        counts = [options.gpus * 2**n for n in range(13) if options.gpus * 2**n <= 4096]
+        rows = scale(architecture, config, machine, workload, counts)
+        console.print(_scale_table(rows, workload), *where_it_stops(rows), sep="\n")
+    return 1 if problem else 0
+
+
+def _machine(options: argparse.Namespace) -> Machine:
+    if options.machine not in MACHINES:
+        raise ConfigError(f"--machine: {options.machine!r}; expected one of {', '.join(MACHINES)}")
+    machine = MACHINES[options.machine]
+    given = {
+        "memory": options.gpu_memory and options.gpu_memory * 1e9,
+        "peak": options.peak_tflops and options.peak_tflops * 1e12,
+        "mfu": options.mfu,
+    }
+    for name, value in given.items():
+        if value is not None and value <= 0:
+            raise ConfigError(f"plan: {name}: expected more than 0")
+    return machine._replace(**{name: value for name, value in given.items() if value is not None})
+
+
+def _workload(config: Config, options: argparse.Namespace) -> Workload:
+    given = {name: getattr(options, name) for name in Workload._fields if getattr(options, name) is not None}
+    if not 0 <= given.get("distilled_share", 0) <= 1 or min(given.get("prompt_tokens", 1), given.get("response_tokens", 1)) < 1:
+        raise ConfigError("plan: expected --distilled-share from 0 to 1, --prompt-tokens and --response-tokens of 1 or more")
+    return Workload.expected(config)._replace(**given)
+
+
+def _title(architecture: Architecture, config: Config, machine: Machine, gpus: int, workload: Workload) -> str:
+    whole, active = total_parameters(architecture), active_parameters(architecture)
+    batch = Batch.worst(config, gpus, workload)
+    each = f"{whole:,} parameters" + (f", {active:,} of them active in a token's layers" if architecture.num_experts else "")
+    return (
+        f"{config.model.hf_path.name}: {each}; {str(planned_dtype(config, machine)).removeprefix('torch.')}\n"
+        f"{gpus} × {machine.name} ({machine.memory / 1e9:.0f} GB, {machine.peak / 1e12:.0f} TFLOPS, MFU {machine.mfu:.2f} assumed):"
+        f" {_describe(config, gpus)}\n"
+        f"{config.algorithm.name}: {config.rollout.prompts_per_step} × {config.rollout.samples_per_prompt} samples of"
+        f" {workload.prompt_tokens} + {workload.response_tokens} tokens on average, {workload.distilled_share:.0%} distilled;"
+        f" fullest micro-batch {batch.tokens:,} tokens"
+    )
+
+
+def _describe(config: Config, gpus: int) -> str:
+    """A layout in a few words."""
+    p = config.parallel
+    names = {"TP": p.tensor_model_parallel_size, "PP": p.pipeline_model_parallel_size, "VPP": p.virtual_pipeline_model_parallel_size or 1}
+    names |= {"EP": p.expert_model_parallel_size, "DP": data_parallel_size(p, gpus)}
+    text = " ".join(f"{name}{size}" for name, size in names.items() if size > 1) or "one replica"
+    granularity = config.megatron.get("recompute_granularity")
+    return text + (f", {granularity} recompute" if granularity else "")
+
+
+def _memory_table(plan: Plan, machine: Machine) -> Table:
+    table = Table("memory of the fullest GPU", "GB")
+    for name, size in plan.memory.items():
+        table.add_row(name, f"{size / 1e9:.2f}")
+    table.add_section()
+    table.add_row("together", f"{plan.bytes / 1e9:.2f} of {machine.memory / 1e9:.0f}")
+    return table
+
+
+def _step_table(plan: Plan, architecture: Architecture, machine: Machine, workload: Workload) -> Table:
+    """Seconds, and the bytes one rank sends."""
+    sent = traffic(architecture, plan.config, machine, plan.gpus, workload)
+    table = Table("a step, estimated", "seconds", "GB sent a GPU")
+    for name, seconds in plan.seconds.items():
+        transfer = sent.get(name.removeprefix("traffic: "))
+        table.add_row(name, f"{seconds:.2f}", f"{transfer.bytes / 1e9:.2f}" if transfer and name.startswith("traffic") else "")
+    samples = plan.config.rollout.prompts_per_step * plan.config.rollout.samples_per_prompt
+    flops = sum(step_flops(architecture, plan.config, workload).values())
+    table.add_section()
+    table.add_row("together", f"{plan.step:.2f}", f"{sum(transfer.bytes for transfer in sent.values()) / 1e9:.2f}")
+    table.add_row("tokens a second", f"{samples * workload.document / plan.step:,.0f}", f"{flops / 1e15:.1f} PFLOP")
+    return table
+
+
+def _best(architecture: Architecture, config: Config, machine: Machine, gpus: int, workload: Workload) -> list:
+    fitting, impossible, too_large = layouts(architecture, config, machine, gpus, workload)
+    said = f"left out: {impossible} layouts that do not divide the model or the GPUs, {too_large} that do not fit"
+    if not fitting:
+        return [f"[bold red]no layout of {gpus} GPUs fits[/]; {said}"]
+    table = Table("the fastest layouts that fit", "seconds", "GB")
+    for one in fitting[:SHOWN]:
+        table.add_row(_describe(one.config, gpus), f"{one.step:.2f}", f"{one.bytes / 1e9:.1f}")
+    return [table, said]
+
+
+def _scale_table(rows: list[Scaled], workload: Workload) -> Table:
+    table = Table("GPUs", "same batch: layout", "seconds", "tokens/s a GPU", "batch × GPUs: layout", "seconds", "tokens/s a GPU")
+    for row in rows:
+        cells = [f"{row.gpus}"]
+        for one in (row.strong, row.weak):
+            if one is None:
+                cells += ["nothing fits", "", ""]
+                continue
+            samples = one.config.rollout.prompts_per_step * one.config.rollout.samples_per_prompt
+            cells += [_describe(one.config, row.gpus), f"{one.step:.2f}", f"{samples * workload.document / one.step / row.gpus:,.0f}"]
+        table.add_row(*cells)
+    return table

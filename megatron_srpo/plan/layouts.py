@@ -1,0 +1,192 @@
+"""Which layouts fit, which are fast, and where more GPUs stop helping."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import NamedTuple
+
+from megatron_srpo.config import Config, ConfigError, ParallelSection
+from megatron_srpo.model.hf_folder import Architecture
+from megatron_srpo.model.qwen3 import check_layout
+from megatron_srpo.plan.machine import Machine, Workload, planned_dtype
+from megatron_srpo.plan.memory import Batch, memory, total_parameters
+from megatron_srpo.plan.step import Servers, cache_bytes, step_seconds, total
+from megatron_srpo.runtime.parallel import data_parallel_size
+
+POWERS = tuple(2**n for n in range(8))
+MINIMUM_CACHE = 0.05  # of the memory, which SGLang must have for keys and values at least; assumed
+SLEEPING = 2e9  # bytes a colocated server keeps while it has given its memory back: its CUDA context and graphs; assumed
+
+
+class Plan(NamedTuple):
+    """A configuration on so many GPUs. memory, seconds: by part.
+
+    cache_room: bytes for keys and values while an engine samples on a training GPU, of which `cache_needed` at least; None: it does not.
+    """
+
+    config: Config
+    gpus: int
+    memory: dict[str, float]
+    seconds: dict[str, float]
+    cache_room: float | None
+    cache_needed: float
+
+    @property
+    def bytes(self) -> float:
+        """Of the fullest rank."""
+        return sum(self.memory.values())
+
+    @property
+    def step(self) -> float:
+        """Seconds a step."""
+        return total(self.seconds, self.config)
+
+    def problem(self, machine: Machine) -> str | None:
+        """Why it does not fit, or None."""
+        if self.bytes > machine.memory:
+            largest = max(self.memory, key=self.memory.__getitem__)
+            return (
+                f"needs {self.bytes / 1e9:.1f} GB of {machine.memory / 1e9:.0f} GB on its fullest GPU, most of it for {largest}"
+                f" ({self.memory[largest] / 1e9:.1f} GB)"
+            )
+        if self.cache_room is not None and self.cache_room < self.cache_needed:
+            return (
+                f"leaves the engine {self.cache_room / 1e9:.1f} GB of a GPU for keys and values while it samples; it needs"
+                f" {self.cache_needed / 1e9:.1f} GB"
+            )
+        return None
+
+
+def plan_for(architecture: Architecture, config: Config, machine: Machine, gpus: int, workload: Workload) -> Plan:
+    """The plan of this very configuration. Raises ConfigError for a layout that is impossible, with the reason."""
+    check_layout(architecture, config)
+    data_parallel_size(config.parallel, gpus)
+    parts = memory(architecture, config, machine, gpus, Batch.worst(config, gpus, workload))
+    room, needed = _cache(architecture, config, machine, gpus, parts)
+    if config.rollout.engine != "transformers" and room is not None:
+        parts["SGLang, asleep"] = SLEEPING
+    seconds = step_seconds(architecture, config, machine, gpus, workload)
+    return Plan(config, gpus, parts, seconds, room, needed)
+
+
+def _cache(
+    architecture: Architecture, config: Config, machine: Machine, gpus: int, parts: dict[str, float]
+) -> tuple[float | None, float]:
+    """(bytes for keys and values beside the training states, bytes needed); (None, 0) where nothing samples on training GPUs.
+
+    The embedded engine pads its batch to the longest sequence, which may be the longest allowed; SGLang makes do with what there is.
+    """
+    rollout, servers, size = config.rollout, Servers.of(config, gpus), planned_dtype(config, machine).itemsize
+    if rollout.replay is not None or not servers.colocated:
+        return None, 0.0
+    kept = sum(parts.get(name, 0.0) for name in ("weights", "gradients", "optimizer", "teacher", "reserve"))
+    room = machine.memory - kept - total_parameters(architecture) * size / servers.gpus_each
+    if rollout.engine != "transformers":
+        return room, MINIMUM_CACHE * machine.memory
+    sequences = min(rollout.batch_size, math.ceil(rollout.prompts_per_step / gpus) * rollout.samples_per_prompt)
+    return room, sequences * (rollout.max_prompt_tokens + rollout.max_response_tokens) * cache_bytes(architecture, size)
+
+
+def layouts(
+    architecture: Architecture, config: Config, machine: Machine, gpus: int, workload: Workload
+) -> tuple[list[Plan], int, int]:
+    """All layouts of powers of two that fit, the fastest first; and how many are impossible, how many too large.
+
+    Tensor parallelism stays inside a node. Each layout comes with and without full recomputation; the rest is the configuration's.
+    """
+    fitting: list[Plan] = []
+    impossible = too_large = 0
+    tensors = [size for size in POWERS if size <= min(machine.gpus_per_node, gpus)]
+    pipelines = [size for size in POWERS if size <= min(16, gpus)]
+    experts = [size for size in POWERS if size <= gpus] if architecture.num_experts else [1]
+    for tensor, pipeline, expert, recompute in itertools.product(tensors, pipelines, experts, (False, True)):
+        changed = {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline, "expert_model_parallel_size": expert}
+        changed |= {"virtual_pipeline_model_parallel_size": None, "sequence_parallel": tensor > 1}
+        changed |= {"expert_tensor_parallel_size": 1 if expert > 1 else None}
+        parallel = ParallelSection(**{**config.parallel.model_dump(), **changed})
+        others = {key: value for key, value in config.megatron.items() if not key.startswith("recompute_")}
+        recomputing = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1} if recompute else {}
+        candidate = config.model_copy(update={"parallel": parallel, "megatron": others | recomputing})
+        try:
+            plan = plan_for(architecture, candidate, machine, gpus, workload)
+        except ConfigError:
+            impossible += 1
+            continue
+        if plan.problem(machine) is None:
+            fitting.append(plan)
+        else:
+            too_large += 1
+    return sorted(fitting, key=lambda plan: (plan.step, plan.bytes)), impossible, too_large
+
+
+class Scaled(NamedTuple):
+    """The best plan for so many GPUs: with the configuration's batch, and with one that grows with them. None: nothing fits."""
+
+    gpus: int
+    strong: Plan | None
+    weak: Plan | None
+
+
+def scale(architecture: Architecture, config: Config, machine: Machine, workload: Workload, counts: list[int]) -> list[Scaled]:
+    """The step model over `counts` of GPUs. Servers that others run, or that are started aside, are as many times more."""
+    rows = []
+    for gpus in counts:
+        factor = gpus // counts[0]
+        aside = _more_servers(config, factor)
+        larger = _more_prompts(aside, factor)
+        best = [layouts(architecture, one, machine, gpus, workload)[0][:1] for one in (aside, larger)]
+        rows.append(Scaled(gpus, *(found[0] if found else None for found in best)))
+    return rows
+
+
+def _more_servers(config: Config, factor: int) -> Config:
+    rollout = config.rollout
+    if rollout.engine == "transformers":
+        return config
+    changed = {"servers": rollout.servers * factor, "urls": rollout.urls * factor}
+    return config.model_copy(update={"rollout": rollout.model_copy(update=changed)})
+
+
+def _more_prompts(config: Config, factor: int) -> Config:
+    rollout, mini = config.rollout, config.algorithm.mini_batch_prompts
+    larger = rollout.model_copy(update={"prompts_per_step": rollout.prompts_per_step * factor})
+    algorithm = config.algorithm.model_copy(update={"mini_batch_prompts": mini and mini * factor})
+    return config.model_copy(update={"rollout": larger, "algorithm": algorithm})
+
+
+def where_it_stops(rows: list[Scaled]) -> list[str]:
+    """Of the same batch, the first doubling that makes a step less than 1.4 times faster; of the growing one, the first at which it
+    takes 1.4 times as long as at first; and what the time goes to then. A sentence each."""
+    said = []
+    for before, after in itertools.pairwise([row for row in rows if row.strong is not None]):
+        if (gain := before.strong.step / after.strong.step) < 1.4:
+            said.append(f"same batch: {after.gpus} GPUs are {gain:.2f} times as fast as {before.gpus}; {_most_of(after.strong)}")
+            break
+    growing = [row.weak for row in rows if row.weak is not None]
+    for plan in growing:
+        if (slower := plan.step / growing[0].step) > 1.4:
+            step = f"on {plan.gpus} GPUs a step takes {slower:.2f} times as long as on {growing[0].gpus}"
+            said.append(f"growing batch: {step}; {_what_grew(growing[0], plan)}")
+            break
+    return said or ["nothing stops it in this range"]
+
+
+_WHY = {
+    "sampling": "the longest response takes as long on any number of servers; rollout.overlap: 1 hides training behind it",
+    "idle": "there are fewer samples than data-parallel ranks",
+    "bubble": "there are too few micro-batches for the pipeline's stages",
+    "reading samples": "every rank reads the whole batch",
+}
+
+
+def _most_of(plan: Plan) -> str:
+    part = max(plan.seconds, key=plan.seconds.__getitem__)
+    why = _WHY.get(part, "it does not shrink as ranks are added")
+    return f"{plan.seconds[part] / sum(plan.seconds.values()):.0%} of it is {part}: {why}"
+
+
+def _what_grew(before: Plan, after: Plan) -> str:
+    grown = {part: seconds - before.seconds.get(part, 0.0) for part, seconds in after.seconds.items()}
+    part = max(grown, key=grown.__getitem__)
+    return f"{grown[part]:.1f} s more go to {part}: {_WHY.get(part, 'it grows with the ranks')}"

@@ -1,0 +1,84 @@
+"""What is planned for: a machine's data sheet and the lengths that sampling will bring."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from megatron_srpo.config import Config
+
+
+class Machine(NamedTuple):
+    """One accelerator and what connects it; bytes, FLOP and seconds. Figures are the maker's, one way, without sparsity.
+
+    network: of one GPU's own 400 Gb/s adapter. mfu: model FLOP utilisation assumed for matrix products. reserve: of the memory, for
+    the CUDA context, NCCL's buffers, cuBLAS's workspaces and fragmentation; an assumption, not a measurement.
+    """
+
+    name: str
+    memory: float
+    peak: float
+    memory_bandwidth: float
+    node_bandwidth: float
+    network_bandwidth: float
+    gpus_per_node: int = 8
+    mfu: float = 0.40
+    reserve: float = 5e9
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether it computes in bf16 with fused kernels."""
+        return self.name != "cpu"
+
+    def bandwidth(self, ranks: int, abreast: int = 1) -> float:
+        """Of one rank in a group that spans `ranks` neighbouring ones; between nodes, a node's adapters are shared by `abreast` groups."""
+        if ranks <= self.gpus_per_node:
+            return self.node_bandwidth
+        return min(self.node_bandwidth, self.network_bandwidth * max(1, self.gpus_per_node // abreast))
+
+
+MACHINES = {
+    machine.name: machine
+    for machine in (
+        Machine("h100", 80e9, 989e12, 3.35e12, 450e9, 50e9),
+        Machine("h200", 141e9, 989e12, 4.8e12, 450e9, 50e9),
+        Machine("h20", 96e9, 148e12, 4.0e12, 450e9, 50e9),
+        Machine("a100", 80e9, 312e12, 2.0e12, 300e9, 25e9),
+        Machine("cpu", 16e9, 0.05e12, 0.01e12, 5e9, 1e9, mfu=0.5, reserve=0.0),
+    )
+}
+
+
+class Workload(NamedTuple):
+    """What the tokens of a step will be like. Means; `distilled_share` is of response tokens."""
+
+    prompt_tokens: int
+    response_tokens: int
+    distilled_share: float
+
+    @classmethod
+    def expected(cls, config: Config) -> Workload:
+        """Where nobody knows better: an eighth of the limits, as in the papers' runs (about 1,000 of 8,192 tokens).
+
+        Distilled: 0.25 of SRPO's tokens (its samples start near 0.4 and fall, METHOD.md §4), all of SDPO's, none of GRPO's.
+        """
+        rollout, algorithm = config.rollout, config.algorithm
+        share = 0.0 if not algorithm.distils else 0.25 if algorithm.name == "srpo" else 1.0
+        return cls(max(1, rollout.max_prompt_tokens // 8), max(1, rollout.max_response_tokens // 8), share)
+
+    @property
+    def document(self) -> int:
+        """Tokens the trainer is fed for one sample."""
+        return self.prompt_tokens + self.response_tokens
+
+    def teacher_document(self, config: Config) -> int:
+        """Tokens the teacher is fed for one: a sibling's response stands in its prompt, besides some 40 of the frame."""
+        return min(config.teacher.max_prompt_tokens, self.document + 40) + self.response_tokens
+
+
+def planned_dtype(config: Config, machine: Machine) -> torch.dtype:
+    """As `model.qwen3.model_dtype` decides on that machine."""
+    if config.model.dtype == "auto":
+        return torch.bfloat16 if machine.is_gpu else torch.float32
+    return getattr(torch, config.model.dtype)

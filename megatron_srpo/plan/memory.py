@@ -1,0 +1,228 @@
+"""Bytes on one rank, by part: parameters and their states exactly, activations by what autograd keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+from megatron_srpo.config import Config, ConfigError
+from megatron_srpo.model.hf_folder import Architecture
+from megatron_srpo.model.qwen3 import padded_vocab_size
+from megatron_srpo.plan.machine import Machine, Workload, planned_dtype
+from megatron_srpo.runtime.parallel import data_parallel_size
+from megatron_srpo.vocab_parallel.fused import MEMORY
+from megatron_srpo.weights.table import EXPERT_ROWS, LAYER_ROWS, MODEL_ROWS, VOCABULARY_TENSORS
+
+_ROWS = {name: row for row in LAYER_ROWS + MODEL_ROWS for name in row.hf}
+_EXPERT_ROWS = {name: row for row in EXPERT_ROWS for name in row.hf}
+
+
+class Parameters(NamedTuple):
+    """Elements one rank holds: `dense` ones are replicated over data-parallel ranks, `experts` over fewer of them."""
+
+    dense: int
+    experts: int
+
+    @property
+    def total(self) -> int:
+        """Both."""
+        return self.dense + self.experts
+
+
+@functools.cache
+def total_parameters(architecture: Architecture) -> int:
+    """Of the whole model, as published: every stored tensor, a tied matrix once, no padding."""
+    return sum(math.prod(shape) for shape in architecture.tensor_shapes().values())
+
+
+@functools.cache
+def layer_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Of one layer's tensors, by their names inside it."""
+    prefix, one = "model.layers.0.", dataclasses.replace(architecture, num_hidden_layers=1).tensor_shapes()
+    return {name.removeprefix(prefix): shape for name, shape in one.items() if name.startswith(prefix)}
+
+
+def layer_parameters(architecture: Architecture, config: Config) -> Parameters:
+    """Of one layer on one rank, cut as `weights.table` cuts it."""
+    parallel, dense, experts = config.parallel, 0, 0
+    for name, shape in layer_shapes(architecture).items():
+        if name.startswith("mlp.experts."):
+            experts += math.prod(shape) // parallel.expert_tensor_size
+        else:
+            dense += math.prod(shape) // (1 if _ROWS[name].dim is None else parallel.tensor_model_parallel_size)
+    return Parameters(dense, experts // parallel.expert_model_parallel_size)
+
+
+def stage_parameters(architecture: Architecture, config: Config, stage: int) -> Parameters:
+    """Of one rank of pipeline stage `stage`: its layers, the embedding on the first, final norm and output matrix on the last.
+
+    A tied matrix is held by the first and by the last stage, padded rows included. Raises ConfigError where `megatron:` places layers
+    unevenly.
+    """
+    parallel = config.parallel
+    if key := next((key for key in config.megatron if "pipeline" in key), None):
+        raise ConfigError(f"megatron.{key}: the planner knows evenly divided layers only")
+    layers = architecture.num_hidden_layers // parallel.pipeline_model_parallel_size
+    layer, is_last = layer_parameters(architecture, config), stage == parallel.pipeline_model_parallel_size - 1
+    matrix = padded_vocab_size(architecture, config) // parallel.tensor_model_parallel_size * architecture.hidden_size
+    names = [VOCABULARY_TENSORS[0]] * (stage == 0)
+    if is_last and not (architecture.tie_word_embeddings and stage == 0):
+        names.append(VOCABULARY_TENSORS[1])
+    ends = matrix * len(names) + architecture.hidden_size * is_last
+    return Parameters(layers * layer.dense + ends, layers * layer.experts)
+
+
+def replicas(config: Config, gpus: int) -> tuple[int, int]:
+    """Ranks that hold the same dense parameters, and the same experts. Raises ConfigError when they do not divide."""
+    parallel = config.parallel
+    experts = parallel.expert_tensor_size * parallel.expert_model_parallel_size * parallel.pipeline_model_parallel_size
+    return data_parallel_size(parallel, gpus), gpus // experts
+
+
+class Batch(NamedTuple):
+    """What one rank works on. tokens, responses: of one micro-batch. distilled: response tokens of the rank's whole step."""
+
+    tokens: int
+    responses: int
+    distilled: int
+
+    @classmethod
+    def worst(cls, config: Config, gpus: int, workload: Workload) -> Batch:
+        """The fullest micro-batch: the budget, or the longest sequence where that is longer. Responses may be nearly all of it."""
+        rollout, size = config.rollout, data_parallel_size(config.parallel, gpus)
+        longest = rollout.max_prompt_tokens + rollout.max_response_tokens
+        samples = rollout.prompts_per_step * rollout.samples_per_prompt
+        distilled = math.ceil(samples / size) * workload.response_tokens * workload.distilled_share
+        tokens = max(config.train.micro_batch_tokens, longest)
+        return cls(tokens, tokens, math.ceil(distilled))
+
+
+def memory(architecture: Architecture, config: Config, machine: Machine, gpus: int, batch: Batch) -> dict[str, float]:
+    """Bytes by part on the fullest rank, while it trains. See `state_bytes`, `activation_bytes`, `loss_bytes`.
+
+    Besides: the hidden states the teacher leaves for the loss, [distilled, H] a model; and the batch's ids, positions, targets and
+    weights on the device (8 + 8 + 8 + 5·4 bytes a token). `reserve` is the machine's.
+    """
+    stages = range(config.parallel.pipeline_model_parallel_size)
+    return max((_of_stage(architecture, config, machine, gpus, batch, stage) for stage in stages), key=lambda parts: sum(parts.values()))
+
+
+def _of_stage(architecture: Architecture, config: Config, machine: Machine, gpus: int, batch: Batch, stage: int) -> dict[str, float]:
+    size, parallel = planned_dtype(config, machine).itemsize, config.parallel
+    is_last = stage == parallel.pipeline_model_parallel_size - 1
+    tiles, rows = loss_bytes(architecture, config, machine, batch) if is_last else (0.0, 0.0)
+    kept, transient = activation_bytes(architecture, config, machine, batch, stage)
+    parts = state_bytes(architecture, config, machine, gpus, stage)
+    parts["activations"] = kept + rows + max(0.0, transient - tiles)  # tiles are gone when the backward pass begins
+    parts["loss tiles"] = tiles
+    if config.algorithm.distils and is_last:
+        models = 2 if config.teacher.kind == "trust_region" else 1
+        parts["teacher's hidden states"] = models * batch.distilled * (architecture.hidden_size * size + 4)
+    parts["packed batch"] = batch.tokens * 44
+    parts["reserve"] = machine.reserve
+    return parts
+
+
+def state_bytes(architecture: Architecture, config: Config, machine: Machine, gpus: int, stage: int) -> dict[str, float]:
+    """Bytes that stay for the whole run on a rank of `stage`.
+
+    With P elements of b bytes on the rank, D replicas of each: weights b·P; gradients 4·P (`grad_reduce_in_fp32`); Adam's two
+    moments 8·P, and 4·P for the fp32 masters of bf16 weights, both over D with the distributed optimizer (Rajbhandari et al.,
+    arXiv 1910.02054, P_os); an EMA teacher b·P for its copy to score with and 4·P/D for its fp32 share, other copies b·P. The
+    embedded engine holds the whole model, b a parameter, on every rank.
+    """
+    size, parallel = planned_dtype(config, machine).itemsize, config.parallel
+    own = stage_parameters(architecture, config, stage)
+    share = sum(count / ranks for count, ranks in zip(own, replicas(config, gpus), strict=True))
+    optimizer = (8 + (4 if size < 4 else 0)) * (share if parallel.use_distributed_optimizer else own.total)
+    parts = {"weights": own.total * size, "gradients": own.total * 4, "optimizer": optimizer}
+    if config.algorithm.distils and config.teacher.kind != "live":
+        parts["teacher"] = own.total * size + (4 * share if config.teacher.kind == "ema" else 0)
+    if config.rollout.engine == "transformers" and config.rollout.replay is None:
+        parts["embedded engine"] = total_parameters(architecture) * size
+    return parts
+
+
+def activation_bytes(architecture: Architecture, config: Config, machine: Machine, batch: Batch, stage: int) -> tuple[float, float]:
+    """(kept between forward and backward, the most that a backward pass adds to it) on a rank of `stage`.
+
+    A stage of 1F1B keeps as many micro-batches as stages follow it, itself included; interleaved, 1 + (p - 1)/(p·v) times its
+    layers' p micro-batches (Narayanan et al., arXiv 2104.04473; Korthikanti et al., arXiv 2205.05198, §4.2.3). Full recompute keeps
+    each `recompute_num_layers`-th layer's input, and one such group whole while it is computed again. Selective recompute is not counted:
+    it only saves.
+    """
+    parallel, size = config.parallel, planned_dtype(config, machine).itemsize
+    layers, stages = architecture.num_hidden_layers // parallel.pipeline_model_parallel_size, parallel.pipeline_model_parallel_size
+    in_flight = float(stages - stage)
+    if virtual := parallel.virtual_pipeline_model_parallel_size:
+        in_flight = stages * (1 + (stages - 1) / (stages * virtual)) if stage == 0 else in_flight + stages / virtual
+    layer, transient = layer_bytes(architecture, config, machine, batch)
+    width = architecture.hidden_size * size * batch.tokens / _sequence_shards(config)
+    if config.megatron.get("recompute_granularity") == "full":
+        group = config.megatron.get("recompute_num_layers") or 1
+        if config.megatron.get("recompute_method", "uniform") == "uniform":
+            return in_flight * math.ceil(layers / group) * width, group * layer + transient
+        whole = max(0, layers - group)  # block: the first `group` layers are recomputed, the others kept
+        return in_flight * (min(group, layers) * width + whole * layer), layer + transient
+    return in_flight * layers * layer, transient
+
+
+def _sequence_shards(config: Config) -> int:
+    return config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1
+
+
+def layer_bytes(architecture: Architecture, config: Config, machine: Machine, batch: Batch) -> tuple[float, float]:
+    """(what autograd keeps of one layer for a micro-batch, what its backward pass adds) on one rank.
+
+    Numbers a token, A = query heads · d, K = key heads · d, F the feed-forward width, all over TP; H over TP with sequence parallelism
+    only. Each tensor is counted once, where it is first kept (cf. Korthikanti et al., arXiv 2205.05198, eq. 2, for another layer):
+
+    local: two norms, each its input, normalised input and output, 6H (bf16: the input in fp32, so 8H). The query-key-value product
+    A + 2K; queries copied out of it and normalised, keys normalised, 2A + K (bf16: inputs in fp32, 3A + 3K); rotated A + K, by 4d
+    cosines and sines; attention's output and the projection's input 2A; feed-forward: both halves 2F, silu(first) F, second + offset F,
+    product F; the fused kernel on a GPU keeps 2F + F. In fp32: 4 bytes a norm and query head, for its scale and its log-sum-exp.
+    Transformer Engine: norms keep input and output, 4H; A + 2K, queries 2A, keys K, output A, cosines as above; 3F.
+
+    Experts: for each of the k that a token goes to (evenly spread), its input H and a feed-forward as above and F for its weight;
+    5 bytes an expert for the router's map, 24 for each choice. Backward: gradients of the feed-forward's tensors, 4F, and of the
+    residual stream, 2H.
+    """
+    a, size, tensor = architecture, planned_dtype(config, machine).itemsize, config.parallel.tensor_model_parallel_size
+    is_local, is_wide = config.model.transformer_impl == "local" or not machine.is_gpu, size > 2
+    heads, key_heads, head = a.num_attention_heads / tensor, a.num_key_value_heads / tensor, a.head_dim
+    queries, keys, hidden = heads * head, key_heads * head, a.hidden_size / _sequence_shards(config)
+    if is_local:
+        norms = (6 if is_wide else 8) * hidden
+        qk_norm = (2 * queries + keys if is_wide else 3 * queries + 3 * keys) if a.qk_norm else queries
+        numbers = norms + qk_norm + (queries + 2 * keys) + (queries + keys) + 4 * head + 2 * queries
+    else:
+        numbers = 4 * hidden + 4 * queries + 3 * keys + 4 * head
+    kept = numbers * size + 4 * (2 + 2 * heads + key_heads)
+    feed = 3 if machine.is_gpu else 5
+    if a.num_experts:
+        width, chosen = a.moe_intermediate_size / config.parallel.expert_tensor_size, a.num_experts_per_tok
+        kept += chosen * (a.hidden_size + (feed + (not machine.is_gpu)) * width) * size + 5 * a.num_experts + 24 * chosen
+        transient = (chosen * (4 * width + a.hidden_size) + 2 * hidden) * size
+    else:
+        kept += feed * a.intermediate_size / tensor * size
+        transient = (4 * a.intermediate_size / tensor + 2 * hidden) * size
+    return batch.tokens * kept, batch.tokens * transient
+
+
+def loss_bytes(architecture: Architecture, config: Config, machine: Machine, batch: Batch) -> tuple[float, float]:
+    """(tiles of logits, what else the last stage keeps for the loss).
+
+    Tiles: at most `train.logits_memory_mib` (`vocab_parallel.fused.MEMORY`), and no more than the response tokens need: two fp32 tiles
+    (one without a teacher), on a GPU one in the model's dtype. Besides, the final norm's three [T, H], the hidden states [T, H] and
+    those that predict responses [R, H] with their gradient and the teacher's.
+    """
+    size = planned_dtype(config, machine).itemsize
+    limit = config.train.logits_memory_mib and config.train.logits_memory_mib * 2**20
+    width = padded_vocab_size(architecture, config) // config.parallel.tensor_model_parallel_size
+    sized = 8 + (size if machine.is_gpu else 0)  # what a tile's size is chosen by
+    used = (8 if config.algorithm.distils else 4) + (size if machine.is_gpu else 0)
+    tile_tokens = min(max(16, (limit or MEMORY["cuda" if machine.is_gpu else "cpu"]) // (sized * width)), batch.responses)
+    rows = (4 * batch.tokens + (3 if config.algorithm.distils else 2) * batch.responses) * architecture.hidden_size * size
+    return tile_tokens * used * width, rows

@@ -1,0 +1,219 @@
+"""Seconds and bytes on the wire of one training step, by part: a model to choose layouts by, not a measurement."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from megatron_srpo.config import Config
+from megatron_srpo.model.hf_folder import Architecture
+from megatron_srpo.plan.machine import Machine, Workload, planned_dtype
+from megatron_srpo.plan.memory import Parameters, layer_shapes, replicas, stage_parameters, total_parameters
+from megatron_srpo.runtime.parallel import data_parallel_size
+
+SAMPLE_BYTES = (8, 31)  # of one prompt and one response token in the JSON that ranks exchange: ids, log-probability, text
+SAMPLE_SECONDS = 2e-7  # of reading one such token; measured on one core of a busy x86 machine, 2026-11-24
+LATENCY = 1e-5  # seconds a collective takes however small it is, for each doubling of its ranks; assumed
+LONGEST = 4  # the longest response of a step, in mean ones, never beyond rollout.max_response_tokens; assumed
+DECODING = 0.6  # of the memory bandwidth, for a server; assumed
+EMBEDDED_SECONDS = 1e-3  # of Python, for each layer and token of transformers' loop; assumed
+
+
+def active_parameters(architecture: Architecture) -> int:
+    """Elements of the matrices a token is multiplied with in the layers: of experts, those it is sent to; no embedding, no head."""
+    layer = {name: math.prod(shape) for name, shape in layer_shapes(architecture).items() if len(shape) == 2}
+    experts = sum(count for name, count in layer.items() if name.startswith("mlp.experts."))
+    active = experts * architecture.num_experts_per_tok // architecture.num_experts if experts else 0
+    return architecture.num_hidden_layers * (sum(layer.values()) - experts + active)
+
+
+def forward_flops(architecture: Architecture, tokens: float, document: float) -> float:
+    """FLOP of `tokens` through all layers, in documents of `document` tokens.
+
+    Two a parameter and token; attention, 4·A for each pair of query and key (scores and values, A = heads · d), of which causality
+    leaves half of document² (Chowdhery et al., arXiv 2204.02311, appendix B).
+    """
+    attention = 2 * architecture.num_attention_heads * architecture.head_dim * document * architecture.num_hidden_layers
+    return tokens * (2 * active_parameters(architecture) + attention)
+
+
+def step_flops(architecture: Architecture, config: Config, workload: Workload) -> dict[str, float]:
+    """Model FLOP of a training step on all ranks, by phase; recomputation is not counted.
+
+    update: forward and twice as much backward; of the output matrix, on response tokens only, three products and the teacher's where
+    distilled (`vocab_parallel.fused`). scoring: the old policy's log-probabilities, with several optimizer steps a batch. teacher:
+    forward and one product for its entropies, on distilled samples.
+    """
+    samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    head = 2.0 * architecture.hidden_size * architecture.vocab_size
+    responses, share = samples * workload.response_tokens, workload.distilled_share
+    forward = forward_flops(architecture, samples * workload.document, workload.document)
+    flops = {"update": 3 * forward + (3 + share) * responses * head}
+    if config.mini_batch_prompts < config.rollout.prompts_per_step:
+        flops["scoring"] = forward + responses * head
+    if config.algorithm.distils and share:
+        document = workload.teacher_document(config)
+        flops["teacher"] = forward_flops(architecture, share * samples * document, document) + share * responses * head
+    return flops
+
+
+class Transfer(NamedTuple):
+    """What one rank sends in a step, in how many collectives of how many ranks, at which bandwidth (bytes a second)."""
+
+    bytes: float
+    calls: float
+    ranks: int
+    bandwidth: float
+
+    @property
+    def seconds(self) -> float:
+        """Not hidden behind anything: the trainer does not overlap them with computation."""
+        return self.bytes / self.bandwidth + self.calls * LATENCY * math.log2(max(2, self.ranks))
+
+
+def traffic(architecture: Architecture, config: Config, machine: Machine, gpus: int, workload: Workload) -> dict[str, Transfer]:
+    """By purpose, of a rank of the fullest stage. A ring over n ranks sends (n - 1)/n of what is gathered or scattered, twice that to
+    reduce (Patarasuk & Yuan 2009). t: tokens through the rank's replica, forward; b: bytes a number.
+
+    tensor: two all-reduces of [t, H] a layer each way (Shoeybi et al., arXiv 1909.08053; the same bytes with sequence parallelism, and
+    two more gathers backward, arXiv 2205.05198). experts: dispatch and combine of k·[t, H] a layer each way. pipeline: [t, H] each
+    way. gradients: reduce-scatter in fp32, weights gathered back (all-reduce without the distributed optimizer), for each
+    optimizer step. teacher: `Teacher.follow`, one all-reduce a parameter. samples: every rank gets the whole batch. export: every rank
+    sees every tensor.
+    """
+    a, parallel, rollout = architecture, config.parallel, config.rollout
+    size, tensor = planned_dtype(config, machine).itemsize, parallel.tensor_model_parallel_size
+    stages = parallel.pipeline_model_parallel_size
+    data, samples = data_parallel_size(parallel, gpus), rollout.prompts_per_step * rollout.samples_per_prompt
+    shards = tensor if parallel.sequence_parallel else 1
+    trained = samples * workload.document / data
+    taught = samples * workload.distilled_share * workload.teacher_document(config) / data if config.algorithm.distils else 0
+    forward_only = taught + (trained if config.mini_batch_prompts < rollout.prompts_per_step else 0)
+    passes = 2 * trained + forward_only + (trained if config.megatron.get("recompute_granularity") == "full" else 0)
+    layers, width = a.num_hidden_layers / stages, a.hidden_size * size
+    micro_batches = micro_batch_count(config, gpus, workload)
+    found: dict[str, Transfer] = {}
+    if tensor > 1:
+        volume = 4 * passes + (2 * trained if shards > 1 else 0)
+        sent = volume * layers * width * (tensor - 1) / tensor
+        found["tensor"] = Transfer(sent, 4 * layers * micro_batches, tensor, machine.bandwidth(tensor))
+    if (experts := parallel.expert_model_parallel_size) > 1:
+        sent = 2 * passes * layers * a.num_experts_per_tok * width / tensor * (experts - 1) / experts
+        ranks = experts * parallel.expert_tensor_size
+        found["experts"] = Transfer(sent, 4 * layers * micro_batches, experts, machine.bandwidth(ranks))
+    if stages > 1:
+        chunks = parallel.virtual_pipeline_model_parallel_size or 1
+        found["pipeline"] = Transfer(passes * chunks * width / shards, 2 * chunks * micro_batches, 2, machine.network_bandwidth)
+    own = max((stage_parameters(a, config, stage) for stage in range(stages)), key=lambda parameters: parameters.total)
+    found |= _replication(a, config, machine, gpus, own, size)
+    found["samples"] = Transfer(exchanged_bytes(config, workload), 2, gpus, machine.network_bandwidth)
+    if tensor * stages * experts > 1:
+        tensors = a.num_hidden_layers * len(layer_shapes(a))
+        found["export"] = Transfer(total_parameters(a) * size, tensors, tensor * stages, machine.network_bandwidth)
+    return found
+
+
+def _replication(a: Architecture, config: Config, machine: Machine, gpus: int, own: Parameters, size: int) -> dict[str, Transfer]:
+    """What keeps a parameter's replicas alike."""
+    parallel, copies = config.parallel, replicas(config, gpus)
+    shares = [(count, ranks) for count, ranks in zip(own, copies, strict=True) if count and ranks > 1]
+    if not shares:
+        return {}
+    updates = config.rollout.prompts_per_step // config.mini_batch_prompts
+    moved = sum(count * (ranks - 1) / ranks for count, ranks in shares)
+    bandwidth = machine.bandwidth(parallel.tensor_model_parallel_size * copies[0], abreast=parallel.tensor_model_parallel_size)
+    buckets = math.ceil(own.total / max(40e6, 1e6 * copies[0]))  # Megatron's default bucket size
+    each = (4 + size) if parallel.use_distributed_optimizer else 8
+    found = {"gradients": Transfer(updates * each * moved, 2 * updates * buckets, copies[0], bandwidth)}
+    if config.algorithm.distils and config.teacher.kind == "ema":
+        layers = a.num_hidden_layers // parallel.pipeline_model_parallel_size
+        matrices = 8 + 2 * a.num_experts // parallel.expert_model_parallel_size
+        found["teacher"] = Transfer(2 * size * moved, layers * matrices, copies[0], bandwidth)
+    return found
+
+
+def exchanged_bytes(config: Config, workload: Workload) -> float:
+    """Of a step's samples as JSON lines (`rollout.collect.exchange`); it grows with the batch, not with the ranks."""
+    samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    return samples * (SAMPLE_BYTES[0] * workload.prompt_tokens + SAMPLE_BYTES[1] * workload.response_tokens)
+
+
+def micro_batch_count(config: Config, gpus: int, workload: Workload) -> int:
+    """Of a rank, in one step: whole samples, the same number on every rank."""
+    data, mini = data_parallel_size(config.parallel, gpus), config.mini_batch_prompts
+    each = math.ceil(mini * config.rollout.samples_per_prompt / data)
+    per_row = max(1, config.train.micro_batch_tokens // workload.document)
+    return math.ceil(each / per_row) * (config.rollout.prompts_per_step // mini)
+
+
+def step_seconds(architecture: Architecture, config: Config, machine: Machine, gpus: int, workload: Workload) -> dict[str, float]:
+    """Seconds of a step by part; see `total`.
+
+    sampling: `sampling_seconds`. update, scoring, teacher: FLOP over ranks, peak and MFU; a full recompute repeats the update's forward
+    pass. idle: a rank trains whole samples, ⌈n/D⌉ of an optimizer batch's n. bubble: (p - 1)/(v·m) of the computation, of p stages
+    and m micro-batches (arXiv 2104.04473, §2.2). Then `traffic`, and reading the samples on a CPU.
+    """
+    rate = machine.peak * machine.mfu * gpus
+    parts = {"sampling": sampling_seconds(architecture, config, machine, gpus, workload)}
+    compute = {phase: flops / rate for phase, flops in step_flops(architecture, config, workload).items()}
+    if config.megatron.get("recompute_granularity") == "full":
+        samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+        compute["recompute"] = forward_flops(architecture, samples * workload.document, workload.document) / rate
+    data, n = data_parallel_size(config.parallel, gpus), config.mini_batch_prompts * config.rollout.samples_per_prompt
+    busy = sum(compute.values())
+    parts |= compute
+    parts["idle"] = busy * (math.ceil(n / data) * data / n - 1)
+    stages, virtual = config.parallel.pipeline_model_parallel_size, config.parallel.virtual_pipeline_model_parallel_size or 1
+    updates = config.rollout.prompts_per_step // config.mini_batch_prompts
+    row_count = micro_batch_count(config, gpus, workload) / updates
+    parts["bubble"] = (busy + parts["idle"]) * (stages - 1) / (virtual * max(row_count, 1))
+    parts |= {f"traffic: {name}": transfer.seconds for name, transfer in traffic(architecture, config, machine, gpus, workload).items()}
+    tokens = config.rollout.prompts_per_step * config.rollout.samples_per_prompt * workload.document
+    parts["reading samples"] = tokens * SAMPLE_SECONDS if gpus > 1 else 0.0
+    return {name: seconds for name, seconds in parts.items() if seconds}
+
+
+def total(parts: dict[str, float], config: Config) -> float:
+    """Of a step; with `rollout.overlap: 1` the next batch is sampled while one trains."""
+    training = sum(parts.values()) - parts.get("sampling", 0.0)
+    return max(training, parts.get("sampling", 0.0)) if config.rollout.overlap else sum(parts.values())
+
+
+class Servers(NamedTuple):
+    """What samples: so many engines of so many GPUs each."""
+
+    count: float
+    gpus_each: int
+    colocated: bool
+
+    @classmethod
+    def of(cls, config: Config, gpus: int) -> Servers:
+        """The embedded engine is one on every rank."""
+        rollout = config.rollout
+        if rollout.engine == "transformers":
+            return cls(gpus, 1, True)
+        return cls(len(rollout.urls) or rollout.servers, rollout.sglang.tensor_parallel_size, rollout.colocated)
+
+
+def cache_bytes(architecture: Architecture, size: int) -> int:
+    """Of one token's keys and values in all layers."""
+    return 2 * architecture.num_hidden_layers * architecture.num_key_value_heads * architecture.head_dim * size
+
+
+def sampling_seconds(architecture: Architecture, config: Config, machine: Machine, gpus: int, workload: Workload) -> float:
+    """Decoding, bound by memory: each token of the longest response reads all weights, each token its sequence's keys and values
+    (cf. Pope et al., arXiv 2211.05102, §2); and by computation, two FLOP a parameter and token, prompts included. 0 when replaying.
+    """
+    if config.rollout.replay is not None:
+        return 0.0
+    rollout, size, servers = config.rollout, planned_dtype(config, machine).itemsize, Servers.of(config, gpus)
+    sequences = math.ceil(rollout.prompts_per_step / servers.count) * rollout.samples_per_prompt
+    longest, mean = min(rollout.max_response_tokens, LONGEST * workload.response_tokens), workload.response_tokens
+    cached = sequences * mean * (workload.prompt_tokens + mean / 2) * cache_bytes(architecture, size)
+    read = longest * total_parameters(architecture) * size + cached
+    seconds = read / (servers.gpus_each * machine.memory_bandwidth * DECODING)
+    seconds += 2 * active_parameters(architecture) * sequences * workload.document / (servers.gpus_each * machine.peak * machine.mfu)
+    if rollout.engine == "transformers":
+        rounds = math.ceil(sequences / rollout.batch_size)
+        seconds = max(seconds, rounds * longest * architecture.num_hidden_layers * EMBEDDED_SECONDS)
+    return seconds

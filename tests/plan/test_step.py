@@ -1,0 +1,109 @@
+"""The planner's FLOP and traffic against what torch counts, and its seconds against the paper's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from rollouts import write_rollouts
+from simulated import Collectives, simulated
+from tiny import make_model, save_folder
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_srpo.algorithm.routing import route_groups
+from megatron_srpo.config import load_config
+from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.plan.machine import MACHINES, Workload
+from megatron_srpo.plan.step import exchanged_bytes, forward_flops, step_flops, traffic
+from megatron_srpo.rollout.dump import replay
+from megatron_srpo.runtime.trainer import Trainer
+
+RANKS = 4
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A folder, dumped rollouts of it, and a configuration file for them."""
+    root = tmp_path_factory.mktemp("step")
+    model = make_model(tied=False)
+    folder = HFFolder(save_folder(root / "hf", model))
+    write_rollouts(root / "rollouts", folder, model, steps=1)
+    config = root / "config.yaml"
+    config.write_text(
+        f"model: {{hf_path: {folder.path}, dtype: float32}}\n"
+        "rollout: {prompts_per_step: 4, samples_per_prompt: 4, max_prompt_tokens: 128, max_response_tokens: 64}\n"
+        "teacher: {max_prompt_tokens: 160}\n"
+        "train: {steps: 3, micro_batch_tokens: 400}\n"
+        "logging: {dir: unused}\n"
+    )
+    return folder, root / "rollouts", config
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2"])
+def test_forward_flops(tmp_path, family):
+    """Those of transformers' model, whose attention computes the masked half as well."""
+    model = make_model(family=family)
+    architecture, length = HFFolder(save_folder(tmp_path, model)).architecture, 48
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, length, dtype=torch.long))
+    counts = counter.get_flop_counts()["Global"]
+    attention = 4 * architecture.num_attention_heads * architecture.head_dim * length**2 * architecture.num_hidden_layers
+    head = 2 * length * architecture.hidden_size * architecture.vocab_size
+    expected = sum(counts.values()) - head - attention / 2
+    rotary = 4 * 8 * length  # transformers' angles are a product of matrices
+    assert forward_flops(architecture, length, length) == pytest.approx(expected, abs=2 * rotary)
+
+
+def test_step_flops(start):
+    """By hand, for SRPO with half of the tokens distilled and for GRPO's several updates."""
+    folder, _, file = start
+    a, work = folder.architecture, Workload(prompt_tokens=20, response_tokens=30, distilled_share=0.5)
+    head = 2 * a.hidden_size * a.vocab_size * 16 * 30
+    forward = forward_flops(a, 16 * 50, 50)
+    flops = step_flops(a, load_config(file, []), work)
+    assert flops == {"update": 3 * forward + 3.5 * head, "teacher": forward_flops(a, 8 * 120, 120) + 0.5 * head}
+    grpo = load_config(file, ["algorithm.name=grpo", "algorithm.mini_batch_prompts=2"])
+    assert step_flops(a, grpo, work._replace(distilled_share=0.0)) == {"update": 3 * forward + 3 * head, "scoring": forward + head}
+
+
+@pytest.mark.parametrize("distributed", ["true", "false"])
+def test_replication_traffic_is_what_a_step_sends(start, distributed):
+    """Gradients, weights and the teacher, by the collectives of a whole update on a simulated rank."""
+    folder, rollouts, file = start
+    config = load_config(file, [f"parallel.use_distributed_optimizer={distributed}"])
+    with simulated(1, RANKS) as layout:
+        groups = route_groups(replay(rollouts, 1, 4, folder), config.algorithm, folder.encode, 160, seed="1/1")
+        trainer = Trainer(config, folder, layout)
+        batches = trainer.pack([sample for group in groups for sample in group])
+        targets = trainer.score_teacher(batches)
+        with Collectives() as collectives:
+            assert trainer.update(batches, targets).moved == [True]
+    ring = {"reduce_scatter": RANKS - 1, "allgather": (RANKS - 1) / RANKS, "allreduce": 2 * (RANKS - 1) / RANKS}  # of the bytes it gets
+    sent = [size * share for name, size in collectives.seen for kind, share in ring.items() if kind in name]
+    assert len(sent) == len(collectives.seen)
+    planned = traffic(folder.architecture, config, MACHINES["cpu"], RANKS, Workload(20, 30, 0.5))
+    assert planned["gradients"].bytes + planned["teacher"].bytes == pytest.approx(sum(sent), rel=0.01)
+
+
+def test_exchanged_bytes(start):
+    """Of samples as JSON, with ids of six digits and four letters a token, to a tenth."""
+    samples = [sample for group in replay(start[1], 1, 4, start[0]) for sample in group]
+
+    def length(times: int) -> tuple[int, int]:
+        """Tokens and bytes of all samples with their responses repeated."""
+        made = [
+            sample.model_copy(
+                update={
+                    "response_ids": tuple(100_000 + token for token in sample.response_ids) * times,
+                    "logprobs": sample.logprobs * times,
+                    "text": "four" * len(sample.response_ids) * times,
+                }
+            )
+            for sample in samples
+        ]
+        return sum(len(sample.response_ids) for sample in made), sum(len(sample.model_dump_json()) for sample in made)
+
+    (few, small), (many, large) = length(1), length(50)
+    config = load_config(start[2], [])
+    planned = exchanged_bytes(config, Workload(0, many, 0)) - exchanged_bytes(config, Workload(0, few, 0))
+    assert planned / len(samples) == pytest.approx(large - small, rel=0.1)

@@ -1,0 +1,49 @@
+"""One process that stands for a rank of many: torch's fake backend, whose collectives do nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_srpo.config import ParallelSection
+from megatron_srpo.runtime.parallel import Layout, initialize, shut_down
+
+
+@contextmanager
+def simulated(rank: int, world_size: int, parallel: ParallelSection | None = None) -> Iterator[Layout]:
+    """The layout of `rank` of `world_size` under `parallel`, all of Megatron's groups included."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", str(world_size))
+        new_group = dist.new_group
+        patch.setattr(dist, "new_group", lambda ranks=None, **options: new_group(ranks, backend="fake"))
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+        try:
+            layout = initialize(parallel or ParallelSection(), seed=1)
+            yield layout
+            shut_down(layout)
+        finally:
+            dist.destroy_process_group()
+
+
+class Collectives(TorchDispatchMode):
+    """While entered, notes every collective of this process: (operation, bytes of its tensors on this rank)."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            self.seen.append((function._schema.name.removeprefix("c10d::"), _bytes(args[0])))
+        return function(*args, **(kwargs or {}))
+
+
+def _bytes(tensors) -> int:
+    if isinstance(tensors, (list, tuple)):
+        return sum(map(_bytes, tensors))
+    return tensors.nbytes if hasattr(tensors, "nbytes") else 0

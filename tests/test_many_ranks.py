@@ -1,0 +1,146 @@
+"""What one process does in a step when there are 64 of them: no messages, bytes or files that grow with the ranks beyond what must.
+
+The ranks are simulated, one at a time: collectives are counted and do nothing.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from rollouts import write_rollouts
+from simulated import Collectives, simulated
+from tiny import make_model, save_folder
+
+from megatron_srpo.algorithm.routing import route_groups
+from megatron_srpo.config import ParallelSection, load_config
+from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.rollout.collect import exchange
+from megatron_srpo.rollout.dump import replay
+from megatron_srpo.rollout.ledger import Ledger
+from megatron_srpo.runtime import packing
+from megatron_srpo.runtime.packing import PackingRules, pack
+from megatron_srpo.runtime.parallel import Layout
+from megatron_srpo.runtime.stop import StopRequest
+from megatron_srpo.runtime.trainer import Trainer
+
+PROMPTS = 64  # of a step: one a rank, where there are 64
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """(folder, configuration, routed groups of a step)."""
+    root = tmp_path_factory.mktemp("ranks")
+    model = make_model()
+    folder = HFFolder(save_folder(root / "hf", model))
+    write_rollouts(root / "rollouts", folder, model, verdicts=([1, 0],) * PROMPTS, steps=1, longest=12)
+    file = root / "config.yaml"
+    file.write_text(
+        f"model: {{hf_path: {folder.path}, dtype: float32}}\n"
+        f"rollout: {{prompts_per_step: {PROMPTS}, samples_per_prompt: 2, max_prompt_tokens: 128, max_response_tokens: 64}}\n"
+        "train: {steps: 3, micro_batch_tokens: 400}\nlogging: {dir: unused}\n"
+    )
+    config = load_config(file, [])
+    return folder, config, route_groups(replay(root / "rollouts", 1, 2, folder), config.algorithm, folder.encode, 160, seed="1/1")
+
+
+def samples_of(groups):
+    return [sample for group in groups for sample in group]
+
+
+@pytest.mark.parametrize("ranks", [4, 64])
+def test_exchange(start, ranks):
+    """One message a rank, of its own share; what comes back is the batch, in order, on however many ranks."""
+    groups = start[2]
+    own = {rank: groups[rank::ranks] for rank in range(ranks)}
+    sent: dict[int, list[bytes]] = {}
+    with simulated(0, ranks) as layout, pytest.MonkeyPatch.context() as patch:
+
+        def hand_in(self: Layout, mine: bytes, beside: bool = False) -> list[bytes]:
+            sent.setdefault(current, []).append(mine)
+            return [mine]
+
+        patch.setattr(Layout, "gather_bytes", hand_in)
+        for current in range(ranks):
+            exchange(own[current], layout)
+        payloads = [sent[rank][0] for rank in range(ranks)]
+        patch.setattr(Layout, "gather_bytes", lambda self, mine, beside=False: payloads)
+        assert exchange(own[0], layout) == list(groups)
+    assert all(len(messages) == 1 for messages in sent.values())
+    lines = sum(len(sample.model_dump_json().encode()) + 1 for sample in samples_of(groups))
+    assert sum(map(len, payloads)) <= lines + 4 * ranks  # all that travels is the batch, and a header each
+
+
+def test_packing_builds_only_what_its_rank_trains(start, monkeypatch):
+    """No collective, and tensors for this rank's documents alone."""
+    built, build = [], packing.micro_batch
+    monkeypatch.setattr(packing, "micro_batch", lambda documents, total: built.append(len(documents)) or build(documents, total))
+    for ranks in (4, 64):
+        built.clear()
+        with simulated(1, ranks), Collectives() as collectives:
+            batch = pack(samples_of(start[2]), 1, ranks, PackingRules(400), "token_mean")
+        own = [*batch.micro_batches, *batch.teacher_micro_batches]
+        assert built == [len(row.documents) for row in own] and not collectives.seen
+        assert 0 < sum(built) <= 2 * 2 * PROMPTS * 2 // ranks  # students and teachers; the balance is of tokens, so up to twice the mean
+
+
+def test_ledger_writes_do_not_grow(start, tmp_path):
+    """The first rank writes the step's events, the others nothing but the samples they made themselves."""
+    groups, written = start[2], {}
+    for ranks in (4, 64):
+        for rank in (0, ranks - 1):
+            folder = tmp_path / f"{ranks}-{rank}"
+            with simulated(rank, ranks) as layout, pytest.MonkeyPatch.context() as patch:
+                lines = []
+                patch.setattr("megatron_srpo.rollout.ledger.append_line", lambda file, line, lines=lines: lines.append(line))
+                folder.mkdir()
+                ledger = Ledger(folder, layout, keeps_samples=True)
+                ids = [group[0].prompt.id for group in groups]
+                ledger.drawn(1, "0", ids)
+                for sample in samples_of(groups[rank::ranks]):
+                    ledger.keep(1, sample)
+                ledger.trained(1, ids)
+                ledger.close()
+                (file,) = folder.iterdir()
+                written[ranks, rank] = lines, len(file.read_text().splitlines())
+    assert written[64, 0][0] == written[4, 0][0] and len(written[64, 0][0]) == 2
+    assert written[64, 63][0] == written[4, 3][0] == []
+    assert [written[ranks, rank][1] for ranks, rank in written] == [32, 32, 2, 2]
+
+
+def collectives_of_a_step(start, ranks: int) -> list[tuple[str, int]]:
+    """Of a whole update, the teacher, the stop request and an export, on a rank in the middle."""
+    folder, config, groups = start
+    with simulated(ranks // 2, ranks) as layout:
+        trainer = Trainer(config, folder, layout)
+        with Collectives() as collectives:
+            batches = trainer.pack(samples_of(groups))
+            targets = trainer.score_teacher(batches)
+            trainer.update(batches, targets)
+            StopRequest(layout, None).reason()
+            for _ in trainer.export():
+                pass
+    return collectives.seen
+
+
+def test_collectives_of_a_step_do_not_grow(start):
+    """As many on 64 ranks as on 4, each of the same size but for the parts of what is shared out."""
+    few, many = collectives_of_a_step(start, 4), collectives_of_a_step(start, 64)
+    assert [name for name, _ in many] == [name for name, _ in few]
+    for (name, before), (_, after) in zip(few, many, strict=True):
+        padding = 64 * 128 * 4  # of gradient buffers, to a multiple of the ranks
+        assert after <= before + padding, name
+    assert sum(size for _, size in many) > 0
+
+
+def test_export_talks_within_a_replica(start):
+    """A rank's part in publishing is the model, once, however many replicas there are."""
+    folder, config, _ = start
+    counts = []
+    for ranks in (4, 64):
+        with simulated(0, ranks, parallel := ParallelSection(tensor_model_parallel_size=2)) as layout:
+            trainer = Trainer(config.model_copy(update={"parallel": parallel}), folder, layout)
+            with Collectives() as collectives, torch.no_grad():
+                for _ in trainer.export():
+                    pass
+        counts.append(collectives.seen)
+    assert counts[0] == counts[1] and counts[0]
