@@ -1,4 +1,4 @@
-"""The sample command: rollouts of the start model, verified, routed and dumped as a training run's, without any training.
+"""The sample command: rollouts of the start model (or a checkpoint), verified, routed and dumped as a training run's, without any training.
 
 What is sampled can be looked at (report, inspect) and trained on later, on any layout and by any algorithm (`rollout.replay`).
 """
@@ -25,7 +25,10 @@ from megatron_srpo.train import route
 
 
 def sample(config: Config) -> Path:
-    """Sample and dump train.steps batches with model.hf_path's weights; returns the run folder. Raises ConfigError."""
+    """Sample and dump train.steps batches by the weights of model.hf_path, or of the run evaluation.checkpoint.
+
+    Returns the run folder. Raises ConfigError.
+    """
     if config.rollout.replay is not None:
         raise ConfigError("rollout.replay: the sample command samples; leave it out (train replays)")
     if config.rollout.overlap:
