@@ -44,6 +44,7 @@ class Drawing:
         self.sampling = Sampling(settings.temperature, settings.top_p, settings.max_response_tokens, collector.folder.stop_ids)
         self.next_prompt = 0
         self._carried: list[Unfinished] = []
+        self._kept: dict[tuple[str, int], Sample] = {}
         self._starts: dict[int, int] = {}
 
     def place(self, step: int) -> int:
@@ -52,14 +53,14 @@ class Drawing:
 
     def go_on(self, step: int, next_prompt: int) -> None:
         """As it was before `step` was drawn."""
-        self.next_prompt, self._carried = next_prompt, self.ledger.carried(step)
+        self.next_prompt, self._carried, self._kept = next_prompt, self.ledger.carried(step), self.ledger.kept(step)
 
     def draw(self, step: int, version: str) -> Drawn:
         """The batch of `step`, sampled by the engine's weights `version`. All ranks together when choosy."""
         settings = self.config.rollout
         target, self._starts = settings.prompts_per_step, {step: self.next_prompt, **dict(list(self._starts.items())[-1:])}
         begun, self._carried = self._fresh(self._carried, step), []
-        kept = self.ledger.kept(step)
+        kept, self._kept = self._kept, {}  # what a stopped run had of the first step after it
         chosen: list[Group] = []
         dull: list[Group] = []
         rounds, seconds = 0, 0.0

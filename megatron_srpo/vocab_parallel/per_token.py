@@ -97,13 +97,16 @@ class _PerToken(torch.autograd.Function):
     def forward(ctx, problem: Problem, which: int, *student: Tensor):
         ctx.problem, ctx.which = problem._replace(student=None), which
         ctx.kind = type(problem.student)
-        ctx.save_for_backward(*student)
+        others = [] if problem.targets is None else [problem.targets]
+        # Saved by torch, all of them, so that a change in place before backward is an error.
+        ctx.save_for_backward(*student, *others, *_tensors(problem.teacher))
         return Sweep(problem).all_statistics(distilled_only=which == 2)[which]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, values_grad: Tensor):
-        student = ctx.kind(*ctx.saved_tensors)
+        if torch.is_grad_enabled():
+            raise RuntimeError("vocab_parallel: there is no gradient of these gradients (create_graph)")
+        student = ctx.kind(*ctx.saved_tensors[: len(ctx.kind._fields)])
         sweep = Sweep(ctx.problem._replace(student=student))
         collector = student.gradients(ctx.needs_input_grad[2:])
         statistics = sweep.empty_statistics()
@@ -114,3 +117,9 @@ class _PerToken(torch.autograd.Function):
             for product in collector.products(rows, sweep.logits_grad(tuple(gradients))):
                 product()
         return None, None, *collector.results()
+
+
+def _tensors(teacher: Teacher | None) -> list[Tensor]:
+    if isinstance(teacher, Mixture):
+        return [*teacher.reference, *teacher.policy]
+    return [] if teacher is None else list(teacher)

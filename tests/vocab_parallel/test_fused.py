@@ -242,7 +242,7 @@ def test_student_equal_to_teacher_has_nothing_to_learn(kind, dtype):
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_extreme_logits_in_fp32(kind):
-    """Logits of ±10⁴: finite, and the values of float64."""
+    """Logits of ±10⁴: finite, and the values of float64, within the rounding of the terms that cancel in each sum."""
     generator = torch.Generator().manual_seed(3)
     problem = Problem(12, 12, 20, 24, width=4, dtype=torch.float32)
     problem.weight[:20] = torch.randint(-3, 4, (20, 4), generator=generator).float()
@@ -255,7 +255,7 @@ def test_extreme_logits_in_fp32(kind):
     found, expected = problem.fused(kind), problem.exact(kind)
     for ours, theirs in zip((*found[0], *found[1]), (*expected[0], *expected[1]), strict=True):
         assert ours.isfinite().all()
-        torch.testing.assert_close(ours.to(WIDE), theirs, rtol=1e-4, atol=1e-4)
+        assert (ours.to(WIDE) - theirs).abs().max() <= 1e-6 * theirs.abs().max() + 1e-6
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(WIDE, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.03)])

@@ -183,7 +183,7 @@ def of_ranks(tmp_path_factory):
 
 
 def largest_errors(of_ranks, form: str, name: str) -> dict:
-    """{(dtype, ranks): largest error of the values, of their weighted sum and of the gradients} over layouts and kernels."""
+    """{(dtype, ranks, kernel): largest error of the values, of their weighted sum and of the gradients} over layouts."""
     errors = {}
     for dtype in TOLERANCE:
         inputs = whole_inputs(form, dtype, impossible=-1e4)  # as impossible in float64, and no NaN in autograd
@@ -205,16 +205,16 @@ def largest_errors(of_ranks, form: str, name: str) -> dict:
                 products = found[0][0] * weights.to(dtype)
                 new = [error(products, value), ((products.sum() - value.sum()).abs() / value.abs().sum()).item()]
                 new += [error(x, y) for x, y in zip(ours, gradients, strict=True)]
-                errors[dtype, ranks] = max(*new, errors.get((dtype, ranks), 0.0))
+                errors[dtype, ranks, kernel] = max(*new, errors.get((dtype, ranks, kernel), 0.0))
     return errors
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", MEMBERS)
 def test_shards_agree_with_the_whole(of_ranks, form, name):
-    """Within rounding of unsharded float64, and the same bits on all ranks."""
-    for (dtype, ranks), largest in largest_errors(of_ranks, form, name).items():
-        assert largest <= TOLERANCE[dtype], f"{dtype} on {ranks} ranks"
+    """Within rounding of unsharded float64, and the same bits on all ranks. Plain torch works out its tail bucket in fp32: twice as far."""
+    for (dtype, ranks, kernel), largest in largest_errors(of_ranks, form, name).items():
+        assert largest <= TOLERANCE[dtype] * (2 if kernel == "reference" else 1), f"{dtype} on {ranks} ranks, {kernel}"
 
 
 @pytest.mark.parametrize("mistake", mistakes(0, {2: None}, None))
