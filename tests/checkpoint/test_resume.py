@@ -20,6 +20,7 @@ from megatron_srpo import train as driver
 from megatron_srpo.__main__ import main
 from megatron_srpo.checkpoint import folder as folders
 from megatron_srpo.rollout.ledger import history
+from megatron_srpo.rollout.transformers_engine import TransformersEngine
 
 STEPS = 4
 START = Path(__file__).parents[2] / "examples" / "quickstart" / "start"  # right on half of its samples: gradients are not zero
@@ -161,14 +162,13 @@ def test_samples_of_an_unfinished_step_are_used_again(command, whole, tmp_path, 
     assert len(torn.read_text().splitlines()) == 6
     torn.write_text(torn.read_text() + '{"prompt": {"id": "add')  # as a kill in the middle of a write leaves it
     asked = []
-    engine = driver.Rollouts.__init__.__globals__["TransformersEngine"]
-    generate = engine.generate
+    generate = TransformersEngine.generate
 
     def counted(self, requests, *rest):
         asked.append(len(requests))
         generate(self, requests, *rest)
 
-    monkeypatch.setattr(engine, "generate", counted)
+    monkeypatch.setattr(TransformersEngine, "generate", counted)
     assert command(run)[0] == 0
     assert asked[0] == 2  # of step 3's eight
     assert_same(run, whole)
