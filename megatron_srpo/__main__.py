@@ -18,6 +18,26 @@ INTERRUPTED = 75  # sysexits.h's EX_TEMPFAIL: come again
 def main() -> int:
     """Parse the command line and run it. Returns the exit status: 2 for a configuration that cannot be run, 1 for a run that
     cannot go on, 75 for one that was asked to leave before its end."""
+    arguments = command_line().parse_args()
+    is_first = os.environ.get("RANK", "0") == "0"
+    quieten_libraries()
+
+    from megatron_srpo.config import ConfigError
+    from megatron_srpo.files import FileError
+
+    try:
+        return run(arguments, is_first)
+    except (ConfigError, FileError) as error:
+        if is_first:
+            kind = "configuration error: " if isinstance(error, ConfigError) else "error: "
+            print(f"{kind}{error}", file=sys.stderr, flush=True)
+        else:  # every rank finds the same error; torchrun ends all of them when one leaves, so let the first speak before
+            time.sleep(5)
+        return 2
+
+
+def command_line() -> argparse.ArgumentParser:
+    """All commands and their arguments."""
     parser = argparse.ArgumentParser(prog="python -m megatron_srpo", description="Sample-Routed Policy Optimization on megatron-core")
     commands = parser.add_subparsers(dest="command", required=True)
     by_configuration = {
@@ -46,53 +66,59 @@ def main() -> int:
     command.add_argument("--check", type=Path, metavar="FILE", help="find what is wrong with it, without starting anything")
     command.add_argument("--processes", type=int, help="that the run will have; default: as few as its layout needs")
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help="with --check: settings that replace the file's")
-    arguments = parser.parse_args()
-    is_first = os.environ.get("RANK", "0") == "0"
-    quieten_libraries()
+    return parser
 
-    from megatron_srpo.config import ConfigError, load_config
+
+def run(arguments: argparse.Namespace, is_first: bool) -> int:
+    """The command that was asked for. Returns its exit status; raises ConfigError or FileError for what the user can put right."""
+    if arguments.command == "compare":
+        return compare_results(arguments.results)
+    if arguments.command == "report":
+        return report_runs(arguments.runs, arguments.output)
+    if arguments.command == "inspect":
+        return inspect_run(arguments.run, arguments.step, arguments.sample)
+    if arguments.command == "config":
+        return explain_config(arguments.check, arguments.overrides, arguments.processes)
+
+    from megatron_srpo.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.command == "plan":
+        from megatron_srpo.plan.command import plan
+
+        return plan(config, arguments)
+    from megatron_srpo.rollout.engine import EngineFailed
 
     try:
-        if arguments.command == "compare":
-            return compare_results(arguments.results)
-        if arguments.command == "report":
-            return report_runs(arguments.runs, arguments.output)
-        if arguments.command == "inspect":
-            return inspect_run(arguments.run, arguments.step, arguments.sample)
-        if arguments.command == "config":
-            return explain_config(arguments.check, arguments.overrides, arguments.processes)
-        config = load_config(arguments.config, arguments.overrides)
-        if arguments.command == "plan":
-            from megatron_srpo.plan.command import plan
+        return {"train": train_model, "sample": sample_batches, "eval": evaluate_model}[arguments.command](config, is_first)
+    except EngineFailed as error:  # which can happen to any rank alone
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
 
-            return plan(config, arguments)
-        if arguments.command == "eval":
-            return evaluate_model(config, is_first)
-        if arguments.command == "sample":
-            from megatron_srpo.sample import sample
 
-            sample(config)
-            return 0
-        from megatron_srpo.checkpoint.saver import SaveFailed
-        from megatron_srpo.rollout.engine import EngineFailed
-        from megatron_srpo.train import TrainingInterrupted, TrainingStopped, train
+def train_model(config, is_first: bool) -> int:
+    """The train command. Returns the exit status."""
+    from megatron_srpo.checkpoint.saver import SaveFailed
+    from megatron_srpo.train import TrainingInterrupted, TrainingStopped, train
 
-        try:
-            train(config)
-        except (TrainingStopped, SaveFailed, EngineFailed) as error:
-            if is_first or isinstance(error, EngineFailed):  # which can happen to any rank alone
-                print(f"stopped: {error}", file=sys.stderr)
-            return 1
-        except TrainingInterrupted as error:
-            if is_first:
-                print(error, file=sys.stderr)
-            return INTERRUPTED
-    except ConfigError as error:
+    try:
+        train(config)
+    except (TrainingStopped, SaveFailed) as error:
         if is_first:
-            print(f"configuration error: {error}", file=sys.stderr, flush=True)
-        else:  # every rank finds the same error; torchrun ends all of them when one leaves, so let the first speak before
-            time.sleep(5)
-        return 2
+            print(f"stopped: {error}", file=sys.stderr)
+        return 1
+    except TrainingInterrupted as error:
+        if is_first:
+            print(error, file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def sample_batches(config, is_first: bool) -> int:
+    """The sample command. Returns the exit status."""
+    from megatron_srpo.sample import sample
+
+    sample(config)
     return 0
 
 
