@@ -123,22 +123,21 @@ def check_round_trip(original: Path, back: Path) -> None:
         raise RuntimeError(f"the round trip is not exact: {found}")
 
 
-def table(shape: str, folder: Path, repeats: int) -> list[dict]:
-    """The rows, each the fastest of `repeats`, taken in turn since the machine's disk has its moods."""
+def table(shape: str, folder: Path, repeats: int, rest: float) -> list[dict]:
+    """The rows, each the fastest of `repeats`. Before each the disk has `rest` seconds to itself: virtual ones are slowed down after
+    a burst of writes, and what is measured third in a row would pay for the first two."""
     make_model(shape, folder / "hf")
+    convert_there(folder / "hf", folder / "megatron")
     rows: dict[str, list[dict]] = {name: [] for name in WORK}
     for _ in range(repeats):
-        for name, (source, output) in {
-            "copy": ("hf", "copy"),
-            "HF to Megatron": ("hf", "megatron"),
-            "Megatron to HF": ("megatron", "back"),
-        }.items():
-            rows[name].append(measure(name, folder / source, folder / output))
-            if name == "copy":
-                shutil.rmtree(folder / output)
-        check_round_trip(folder / "hf", folder / "back")
-        shutil.rmtree(folder / "megatron")
-        shutil.rmtree(folder / "back")
+        for name in WORK:
+            os.sync()
+            time.sleep(rest)
+            source = "megatron" if name == "Megatron to HF" else "hf"
+            rows[name].append(measure(name, folder / source, folder / "output"))
+            if name == "Megatron to HF":
+                check_round_trip(folder / "hf", folder / "output")
+            shutil.rmtree(folder / "output")
     best = [min(measurements, key=lambda row: row["seconds"]) for measurements in rows.values()]
     return [row | {"ratio": round(row["seconds"] / best[0]["seconds"], 2)} for row in best]
 
@@ -149,11 +148,12 @@ def main() -> None:
     parser.add_argument("--shape", choices=list(SHAPES), default="0.6b")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), metavar="DIR", help="where the files are made")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rest", type=float, default=8.0, metavar="SECONDS", help="for the disk, before each measurement")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--output", type=Path, metavar="FILE", help="append the JSON object to FILE, as one line")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="bench_convert-") as folder:
-        rows = table(options.shape, Path(folder), options.repeats)
+        rows = table(options.shape, Path(folder), options.repeats, options.rest)
         size = sum(file.stat().st_size for file in (Path(folder) / "hf").iterdir())
     device = f"{platform.machine()} CPU, {os.cpu_count()} cores"
     shape = {"name": options.shape, "bytes": size, "repeats": options.repeats}
