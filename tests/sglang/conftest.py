@@ -18,7 +18,11 @@ HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items):
-    """Everything that asks for `servers` needs the environment that --with-sglang installs."""
+    """This folder comes last: until the session ends `servers` holds two servers, their memory and a default process group.
+
+    Everything that asks for `servers` needs the environment that --with-sglang installs.
+    """
+    items.sort(key=lambda item: HERE in item.path.parents)  # stable: the others stay in order
     if "SGLANG_PYTHON" not in os.environ:
         for item in items:
             if HERE in item.path.parents and "needs_sglang" in item.keywords:
