@@ -49,6 +49,13 @@ class ParallelSection(_Section):
     )
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = Field(True, description="shard the optimizer's state over the data-parallel ranks")
+    overlap_grad_reduce: bool | None = Field(None, description="reduce gradients during the backward pass; null: on CUDA")
+    overlap_param_gather: bool | None = Field(
+        None, description="gather updated weights during the next mini-batch's forward pass; null: on CUDA with the distributed optimizer"
+    )
+    ddp_bucket_size: int | None = Field(
+        None, gt=0, description="parameters whose gradients are reduced together while overlapping; null: Megatron's 40 million or more"
+    )
     distributed_timeout_minutes: float = Field(10, gt=0, description="a collective that waits longer ends the run")
 
     @property
@@ -62,6 +69,10 @@ class ParallelSection(_Section):
             raise ValueError("sequence_parallel: true needs tensor_model_parallel_size > 1")
         if self.virtual_pipeline_model_parallel_size and self.pipeline_model_parallel_size == 1:
             raise ValueError("virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size > 1")
+        if self.overlap_param_gather and not self.use_distributed_optimizer:
+            raise ValueError("overlap_param_gather: true needs use_distributed_optimizer: without it no weights are gathered")
+        if self.overlap_param_gather and self.overlap_grad_reduce is False:
+            raise ValueError("overlap_param_gather: true needs overlap_grad_reduce: Megatron overlaps both or the reduction alone")
         if self.expert_model_parallel_size == 1 and self.expert_tensor_parallel_size not in (None, self.tensor_model_parallel_size):
             raise ValueError("expert_tensor_parallel_size other than tensor_model_parallel_size needs expert_model_parallel_size > 1")
         return self
@@ -251,6 +262,9 @@ class OptimizerSection(_Section):
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_eps: float = Field(1e-8, gt=0)
+    optimizer_cpu_offload: bool = Field(
+        False, description="fp32 weights, Adam's moments and the fp32 EMA wait in host memory and visit the GPU for updates only"
+    )
 
 
 class TrainSection(_Section):

@@ -96,6 +96,7 @@ class _Run:
         self._introduce()
         self.trainer = Trainer(config, folder, layout, is_resumed=self.checkpoint is not None)
         terminal.say(self.trainer.loss_path)
+        self.trainer.make_room()  # servers may start beside it
         self.rollouts = Rollouts(config, folder, layout, terminal.say)
         self.metrics = MetricsFile(self.directory / "metrics.jsonl" if self.is_first else Path(os.devnull))
         self.trackers: list[Tracker] = []
@@ -133,7 +134,7 @@ class _Run:
 
     def _loop(self) -> None:
         config, (done, is_evaluated) = self.config, self._go_on()
-        self.rollouts.publish(self.trainer.export(), done)
+        self._publish(done)
         if self.evaluates and self._evaluates_after(done) and not is_evaluated:
             self._evaluate(done)
         for step in range(done + 1, config.train.steps + 1):
@@ -163,6 +164,7 @@ class _Run:
             if config.logging.rollouts and self.is_first:
                 dump(groups, self.directory / "rollouts", step)
         with watch("teacher"):
+            trainer.take_room()
             batches = trainer.pack([sample for group in groups for sample in group])
             targets = trainer.score_teacher(batches)
         with watch("update"):
@@ -174,8 +176,12 @@ class _Run:
         with watch("rollout"):
             rollouts.settle()  # with overlap, the next batch was sampled meanwhile
         with watch("publish"):
-            rollouts.publish(trainer.export(), step)
+            self._publish(step)
         return groups, report
+
+    def _publish(self, step: int) -> None:
+        self.trainer.make_room()
+        self.rollouts.publish(self.trainer.export(), step)
 
     def _write(self, row: dict[str, Any]) -> None:
         self.metrics.write(row)
@@ -247,6 +253,7 @@ class _Run:
             manifest = self.checkpoint.manifest
             step, is_evaluated = manifest.step, manifest.evaluation is not None
             self.skipped_in_a_row = manifest.state["skipped_in_a_row"]
+            self.trainer.take_room()
             resume.go_on(self.trainer, self.checkpoint, self.layout, self.terminal.say)
             self.terminal.say(f"going on after step {step}: {self.checkpoint.folder}", "bold")
         rows = self.metrics.rewind(step, is_evaluated)

@@ -14,15 +14,16 @@ import json
 import re
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from megatron_srpo.files import FileError, sync, write_text
-from megatron_srpo.weights.safetensors_file import bytes_of, crc32
+from megatron_srpo.weights.safetensors_file import bytes_of
 
 FORMAT = 1
 _NAME = re.compile(r"step_(\d{6,})")
@@ -84,8 +85,9 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def checksum(of_tensors: dict[str, int]) -> int:
+def checksum(tensors: Iterable[tuple[str, Tensor]]) -> int:
     """One number for a file: the CRC-32 of its tensors' names and CRC-32s."""
+    of_tensors = {key: zlib.crc32(bytes_of(tensor)) for key, tensor in tensors}
     return zlib.crc32(json.dumps(sorted(of_tensors.items())).encode())
 
 
@@ -97,10 +99,10 @@ def check_files(folder: Path, manifest: Manifest, share: slice = slice(None)) ->
             if (size := file.stat().st_size) != expected.bytes:
                 raise DamagedCheckpoint(f"{file}: has {size} bytes, the manifest says {expected.bytes}")
             with safe_open(file, framework="pt") as tensors:
-                found = {key: crc32(bytes_of(tensors.get_tensor(key))) for key in tensors.keys()}  # noqa: SIM118  (not a dict)
+                found = checksum((key, tensors.get_tensor(key)) for key in tensors.keys())  # noqa: SIM118  (not a dict)
         except (OSError, SafetensorError) as error:
             raise DamagedCheckpoint(f"{file}: cannot be read: {error}") from None
-        if checksum(found) != expected.crc32:
+        if found != expected.crc32:
             raise DamagedCheckpoint(f"{file}: its content has changed since it was written (CRC-32)")
 
 

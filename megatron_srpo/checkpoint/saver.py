@@ -119,4 +119,5 @@ def write_tensors(file: Path, tensors: dict[str, Tensor]) -> SavedFile:
     for key, tensor in tensors.items():
         beat()
         writer.write(key, tensor)
-    return SavedFile(bytes=file.stat().st_size, crc32=folders.checksum(writer.close()))
+    writer.close()
+    return SavedFile(bytes=file.stat().st_size, crc32=folders.checksum(tensors.items()))

@@ -75,12 +75,14 @@ def _cache(
 ) -> tuple[float | None, float]:
     """(bytes for keys and values beside the training states, bytes needed); (None, 0) where nothing samples on training GPUs.
 
-    The embedded engine pads its batch to the longest sequence, which may be the longest allowed; SGLang makes do with what there is.
+    The embedded engine pads its batch to the longest sequence, which may be the longest allowed; SGLang makes do with what there is,
+    and for it all but the policy's weights waits on the host.
     """
     rollout, servers, size = config.rollout, Servers.of(config, gpus), planned_dtype(config, machine).itemsize
     if rollout.replay is not None or not servers.colocated:
         return None, 0.0
-    kept = sum(parts.get(name, 0.0) for name in ("weights", "gradients", "optimizer", "teacher", "reserve"))
+    stay = ("weights", "reserve") + (("gradients", "optimizer", "teacher", "EMA") if rollout.engine == "transformers" else ())
+    kept = sum(parts.get(name, 0.0) for name in stay)
     room = machine.memory - kept - total_parameters(architecture) * size / servers.gpus_each
     if rollout.engine != "transformers":
         return room, MINIMUM_CACHE * machine.memory

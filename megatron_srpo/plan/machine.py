@@ -12,8 +12,9 @@ from megatron_srpo.config import Config
 class Machine(NamedTuple):
     """One accelerator and what connects it; bytes, FLOP and seconds. Figures are the maker's, one way, without sparsity.
 
-    network: of one GPU's own 400 Gb/s adapter. mfu: model FLOP utilisation assumed for matrix products. reserve: of the memory, for
-    the CUDA context, NCCL's buffers, cuBLAS's workspaces and fragmentation; an assumption, not a measurement.
+    host_bandwidth: between one GPU and its host's memory (PCIe 5 or 4, 16 lanes). network: of one GPU's own 400 Gb/s adapter. mfu:
+    model FLOP utilisation assumed for matrix products. reserve: of the memory, for the CUDA context, NCCL's buffers, cuBLAS's
+    workspaces and fragmentation; an assumption, not a measurement.
     """
 
     name: str
@@ -22,6 +23,7 @@ class Machine(NamedTuple):
     memory_bandwidth: float
     node_bandwidth: float
     network_bandwidth: float
+    host_bandwidth: float
     gpus_per_node: int = 8
     mfu: float = 0.40
     reserve: float = 5e9
@@ -41,11 +43,11 @@ class Machine(NamedTuple):
 MACHINES = {
     machine.name: machine
     for machine in (
-        Machine("h100", 80e9, 989e12, 3.35e12, 450e9, 50e9),
-        Machine("h200", 141e9, 989e12, 4.8e12, 450e9, 50e9),
-        Machine("h20", 96e9, 148e12, 4.0e12, 450e9, 50e9),
-        Machine("a100", 80e9, 312e12, 2.0e12, 300e9, 25e9),
-        Machine("cpu", 16e9, 0.05e12, 0.01e12, 5e9, 1e9, mfu=0.5, reserve=0.0),
+        Machine("h100", 80e9, 989e12, 3.35e12, 450e9, 50e9, 64e9),
+        Machine("h200", 141e9, 989e12, 4.8e12, 450e9, 50e9, 64e9),
+        Machine("h20", 96e9, 148e12, 4.0e12, 450e9, 50e9, 64e9),
+        Machine("a100", 80e9, 312e12, 2.0e12, 300e9, 25e9, 32e9),
+        Machine("cpu", 16e9, 0.05e12, 0.01e12, 5e9, 1e9, 5e9, mfu=0.5, reserve=0.0),
     )
 }
 

@@ -115,12 +115,15 @@ def _of_stage(architecture: Architecture, config: Config, machine: Machine, gpus
     tiles, rows = loss_bytes(architecture, config, machine, batch) if is_last else (0.0, 0.0)
     kept, transient = activation_bytes(architecture, config, machine, batch, stage)
     parts = state_bytes(architecture, config, machine, gpus, stage)
+    visitors = parts.pop("optimizer") + parts.pop("EMA", 0.0) if config.optimizer.optimizer_cpu_offload else 0.0
     parts["activations"] = kept + rows + max(0.0, transient - tiles)  # tiles are gone when the backward pass begins
     parts["loss tiles"] = tiles
     if config.algorithm.distils and is_last:
         models = 2 if config.teacher.kind == "trust_region" else 1
         parts["teacher's hidden states"] = models * batch.distilled * (architecture.hidden_size * size + 4)
     parts["packed batch"] = batch.tokens * 44
+    if visitors:  # activations and tiles are gone when they come
+        parts["optimizer on its visits, beyond activations"] = max(0.0, visitors - parts["activations"] - tiles)
     parts["reserve"] = machine.reserve
     return parts
 
@@ -130,8 +133,8 @@ def state_bytes(architecture: Architecture, config: Config, machine: Machine, gp
 
     With P elements of b bytes on the rank, D replicas of each: weights b·P; gradients 4·P (`grad_reduce_in_fp32`); Adam's two
     moments 8·P, and 4·P for the fp32 masters of bf16 weights, both over D with the distributed optimizer (Rajbhandari et al.,
-    arXiv 1910.02054, P_os); an EMA teacher b·P for its copy to score with and 4·P/D for its fp32 share, other copies b·P. The
-    embedded engine holds the whole model, b a parameter, on every rank.
+    arXiv 1910.02054, P_os); a teacher b·P for its copy to score with, an EMA 4·P/D for its fp32 share. The embedded engine holds
+    the whole model, b a parameter, on every rank.
     """
     size, parallel = planned_dtype(config, machine).itemsize, config.parallel
     own = stage_parameters(architecture, config, stage)
@@ -139,7 +142,9 @@ def state_bytes(architecture: Architecture, config: Config, machine: Machine, gp
     optimizer = (8 + (4 if size < 4 else 0)) * (share if parallel.use_distributed_optimizer else own.total)
     parts = {"weights": own.total * size, "gradients": own.total * 4, "optimizer": optimizer}
     if config.algorithm.distils and config.teacher.kind != "live":
-        parts["teacher"] = own.total * size + (4 * share if config.teacher.kind == "ema" else 0)
+        parts["teacher"] = own.total * size
+        if config.teacher.kind == "ema":
+            parts["EMA"] = 4 * share
     if config.rollout.engine == "transformers" and config.rollout.replay is None:
         parts["embedded engine"] = total_parameters(architecture) * size
     return parts

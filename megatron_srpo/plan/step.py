@@ -8,7 +8,7 @@ from typing import NamedTuple
 from megatron_srpo.config import Config
 from megatron_srpo.model.hf_folder import Architecture
 from megatron_srpo.plan.machine import Machine, Workload, planned_dtype
-from megatron_srpo.plan.memory import Parameters, layer_shapes, replicas, stage_parameters, total_parameters
+from megatron_srpo.plan.memory import Parameters, layer_shapes, replicas, stage_parameters, state_bytes, total_parameters
 from megatron_srpo.runtime.parallel import data_parallel_size
 
 SAMPLE_BYTES = (8, 31)  # of one prompt and one response token in the JSON that ranks exchange: ids, log-probability, text
@@ -67,7 +67,7 @@ class Transfer(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """Not hidden behind anything: the trainer does not overlap them with computation."""
+        """As if nothing hid them, though on GPUs gradients are reduced beside the last micro-batch's backward pass."""
         return self.bytes / self.bandwidth + self.calls * LATENCY * math.log2(max(2, self.ranks))
 
 
@@ -78,8 +78,8 @@ def traffic(architecture: Architecture, config: Config, machine: Machine, gpus: 
     tensor: two all-reduces of [t, H] a layer each way (Shoeybi et al., arXiv 1909.08053; the same bytes with sequence parallelism, and
     two more gathers backward, arXiv 2205.05198). experts: dispatch and combine of k·[t, H] a layer each way. pipeline: [t, H] each
     way. gradients: reduce-scatter in fp32, weights gathered back (all-reduce without the distributed optimizer), for each
-    optimizer step. teacher: `Teacher.follow`, one all-reduce a parameter. samples: every rank gets the whole batch. export: every rank
-    sees every tensor.
+    optimizer step. host: what waits there (`optimizer_cpu_offload`, `colocated`), there and back. teacher: `Teacher.follow`, one
+    all-reduce a parameter. samples: every rank gets the whole batch. export: every rank sees every tensor.
     """
     a, parallel, rollout = architecture, config.parallel, config.rollout
     size, tensor = planned_dtype(config, machine).itemsize, parallel.tensor_model_parallel_size
@@ -106,6 +106,8 @@ def traffic(architecture: Architecture, config: Config, machine: Machine, gpus: 
         found["pipeline"] = Transfer(passes * chunks * width / shards, 2 * chunks * micro_batches, 2, machine.network_bandwidth)
     own = max((stage_parameters(a, config, stage) for stage in range(stages)), key=lambda parameters: parameters.total)
     found |= _replication(a, config, machine, gpus, own, size)
+    if moved := _host_bytes(architecture, config, machine, gpus):
+        found["host"] = Transfer(moved, 2, 1, machine.host_bandwidth)
     found["samples"] = Transfer(exchanged_bytes(config, workload), 2, gpus, machine.network_bandwidth)
     if tensor * stages * experts > 1:
         tensors = a.num_hidden_layers * len(layer_shapes(a))
@@ -130,6 +132,16 @@ def _replication(a: Architecture, config: Config, machine: Machine, gpus: int, o
         matrices = 8 + 2 * a.num_experts // parallel.expert_model_parallel_size
         found["teacher"] = Transfer(2 * size * moved, layers * matrices, copies[0], bandwidth)
     return found
+
+
+def _host_bytes(architecture: Architecture, config: Config, machine: Machine, gpus: int) -> float:
+    """What goes to the host and comes back in a step, both counted: one follows the other."""
+    stages = range(config.parallel.pipeline_model_parallel_size)
+    states = max((state_bytes(architecture, config, machine, gpus, stage) for stage in stages), key=lambda parts: sum(parts.values()))
+    updates = config.rollout.prompts_per_step // config.mini_batch_prompts
+    stays = updates if config.optimizer.optimizer_cpu_offload else int(config.rollout.colocated)
+    moved = stays * (states["optimizer"] + states.get("EMA", 0.0)) + config.rollout.colocated * states.get("teacher", 0.0)
+    return 2 * moved
 
 
 def exchanged_bytes(config: Config, workload: Workload) -> float:

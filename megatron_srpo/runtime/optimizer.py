@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn import Parameter
 from megatron_srpo.config import Config
 from megatron_srpo.model.qwen3 import Qwen3
 from megatron_srpo.runtime import cpu
+from megatron_srpo.runtime.host_memory import HostMemory
 from megatron_srpo.runtime.parallel import replica_group
 
 cpu.install()
@@ -32,12 +33,24 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # n
 
 def wrap_data_parallel(chunks: Sequence[Qwen3], config: Config) -> list[DistributedDataParallel]:
     """The chunks with gradient buffers; gradients are summed, not averaged, over data-parallel ranks, in fp32."""
+    parallel, on_gpu = config.parallel, torch.cuda.is_available()
+    overlaps_reduce = on_gpu if parallel.overlap_grad_reduce is None else parallel.overlap_grad_reduce
+    overlaps_gather = on_gpu and overlaps_reduce if parallel.overlap_param_gather is None else parallel.overlap_param_gather
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=overlaps_reduce or overlaps_gather,
+        overlap_param_gather=overlaps_gather and parallel.use_distributed_optimizer,
+        bucket_size=parallel.ddp_bucket_size,
         average_in_collective=False,
     )
     return [DistributedDataParallel(chunk.config, settings, chunk, disable_bucketing=number > 0) for number, chunk in enumerate(chunks)]
+
+
+def gradient_is_ready(chunk: DistributedDataParallel, parameter: Parameter) -> None:
+    """Tell `chunk` in the backward pass that a micro-batch's gradient is in `parameter.main_grad`, though autograd had no part in it."""
+    if chunk.ddp_config.overlap_grad_reduce:
+        chunk.param_to_bucket_group[parameter].register_grad_ready(parameter, chunk.force_all_reduce)
 
 
 def _finalize(chunks, num_tokens=None, **kwargs) -> None:
@@ -58,9 +71,9 @@ class Shard(NamedTuple):
 
 
 class Optimizer:
-    """AdamW with warm-up and global gradient clipping over Megatron's (distributed) optimizer."""
+    """AdamW with warm-up and global gradient clipping over Megatron's (distributed) optimizer. Its state may be parked in `host`."""
 
-    def __init__(self, chunks: Sequence[DistributedDataParallel], config: Config):
+    def __init__(self, chunks: Sequence[DistributedDataParallel], config: Config, host: HostMemory):
         settings, lr = config.optimizer, config.lr
         core = chunks[0].config
         self.config = OptimizerConfig(
@@ -76,7 +89,7 @@ class Optimizer:
             params_dtype=core.params_dtype,
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         )
-        self.chunks = list(chunks)
+        self.chunks, self.host = list(chunks), host
         self.updates = 0  # made so far, as Adam's bias correction counts them
         self.inner = get_megatron_optimizer(self.config, self.chunks, config_overrides=get_standard_config_overrides(self.config))
         # The scheduler also applies the weight-decay multipliers (none for norms), so it must exist before the first step.
@@ -95,6 +108,9 @@ class Optimizer:
         )
         core.grad_scale_func = self.inner.scale_loss
         core.finalize_model_grads_func = _finalize
+        if self.chunks[0].ddp_config.overlap_grad_reduce:
+            quiet = [chunk.no_sync for chunk in self.chunks]
+            core.no_sync_func = quiet if len(quiet) > 1 else quiet[0]
 
     @property
     def lr(self) -> float:
@@ -124,6 +140,26 @@ class Optimizer:
         self.updates += 1
         return norm, True
 
+    def gather_weights(self) -> None:
+        """Bring the updated weights to all ranks, which otherwise happens while the next forward pass runs."""
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
+    def state(self) -> Iterator[Tensor]:
+        """What only updates need: fp32 masters, where they are not the model's own parameters, and Adam's moments."""
+        own = {parameter.untyped_storage()._cdata for chunk in self.chunks for parameter in chunk.parameters()}
+        for inner in getattr(self.inner, "chained_optimizers", [self.inner]):
+            for master in (master for group in inner.optimizer.param_groups for master in group["params"]):
+                if master.untyped_storage()._cdata not in own:
+                    yield master
+                yield from (moment for name, moment in inner.optimizer.state.get(master, {}).items() if name in MOMENTS)
+
+    def gradients(self) -> Iterator[Tensor]:
+        """The buffers that gradients are summed in."""
+        for chunk in self.chunks:
+            yield from (buffer.grad_data for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers])
+
     def held_range(self, parameter: Parameter) -> tuple[int, int]:
         """Flat elements of `parameter` whose fp32 values and moments this rank's optimizer holds: start, end."""
         return self._holding(parameter)[:2]
@@ -132,13 +168,14 @@ class Optimizer:
         """The part of `parameter` this rank keeps where each element is kept once, as it is now.
 
         That is what its optimizer holds, or an even share of it where all ranks of its replica group hold the same. The
-        values are the optimizer's own memory.
+        values are the optimizer's own memory, or the host's copy while they are parked.
         """
         start, end, master, adam = self._holding(parameter)
         if master is None:
             return Shard(0, 0, parameter.new_empty(0, dtype=torch.float32), {})
-        values = master.detach().view(-1)
-        moments = {name: adam.state.get(master, {}).get(name, torch.zeros_like(master)).view(-1) for name in MOMENTS}
+        values = self.host.values(master.detach()).view(-1)
+        state = adam.state.get(master) or {name: torch.zeros_like(master) for name in MOMENTS}
+        moments = {name: self.host.values(state[name]).view(-1) for name in MOMENTS}
         if not self.config.use_distributed_optimizer:
             rank, size = (group := replica_group(parameter)).rank(), group.size()
             share = -(-end // size)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_srpo.config import TeacherSection
 from megatron_srpo.model.qwen3 import Qwen3
+from megatron_srpo.runtime.host_memory import HostMemory
 from megatron_srpo.runtime.optimizer import Optimizer, Shard
 from megatron_srpo.runtime.packing import OptimizerBatch
 from megatron_srpo.runtime.parallel import replica_group
@@ -52,12 +53,13 @@ class Teacher:
         settings: TeacherSection,
         temperature: float,
         logits_memory: int | None,
+        host: HostMemory,
         policy_chunks: Sequence[torch.nn.Module],
         copy_of_policy: Callable[[], Sequence[Qwen3]],
     ):
         """`copy_of_policy()` builds chunks with the policy's present weights; it is not called for `live`."""
         self.settings = settings
-        self.temperature, self.logits_memory = temperature, logits_memory
+        self.temperature, self.logits_memory, self.host = temperature, logits_memory, host
         self.policy_chunks = policy_chunks
         self.chunks: Sequence[Qwen3] = [] if settings.kind == "live" else copy_of_policy()
         self.shares: list[Tensor] = []
@@ -71,19 +73,22 @@ class Teacher:
 
     def share(self, position: int, shard: Shard) -> Tensor:
         """Its flat weights of `shard`'s range, of the parameter at `position` in its order: what a checkpoint keeps."""
-        return self.shares[position] if self.shares else self._parameters[position].view(-1)[shard.start : shard.end]
+        if self.shares:
+            return self.host.values(self.shares[position])
+        return self.host.values(self.parameters[position]).view(-1)[shard.start : shard.end]
 
     @torch.no_grad()
     def restore(self, weights: Iterable[tuple[Tensor, Shard]]) -> None:
         """Put back every parameter's flat weights, in order; of an EMA, the shard's range in fp32 as well."""
         self.shares = []
-        for parameter, (values, shard) in zip(self._parameters, weights, strict=True):
+        for parameter, (values, shard) in zip(self.parameters, weights, strict=True):
             parameter.view(-1).copy_(values)
             if self.settings.kind == "ema":
                 self.shares.append(values[shard.start : shard.end].to(parameter.device, torch.float32, copy=True))
 
     @property
-    def _parameters(self) -> list[torch.nn.Parameter]:
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Those of the copy it scores with."""
         return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
 
     def score(self, batch: OptimizerBatch) -> TeacherTargets:
@@ -123,7 +128,7 @@ class Teacher:
         """
         if self.settings.kind != "ema":
             return
-        own = self._parameters
+        own = self.parameters
         shards = [optimizer.shard_of(parameter) for parameter in policy_parameters]
         if not self.shares:  # the copy still holds the initial weights exactly
             self.shares = [p.view(-1)[s.start : s.end].to(torch.float32, copy=True) for p, s in zip(own, shards, strict=True)]

@@ -19,7 +19,8 @@ from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.model.qwen3 import Qwen3, build_chunks, model_dtype
 from megatron_srpo.records import Sample
 from megatron_srpo.runtime.distance import teacher_distance
-from megatron_srpo.runtime.optimizer import Optimizer, wrap_data_parallel
+from megatron_srpo.runtime.host_memory import HostMemory
+from megatron_srpo.runtime.optimizer import Optimizer, gradient_is_ready, wrap_data_parallel
 from megatron_srpo.runtime.packing import OptimizerBatch, PackingRules, pack
 from megatron_srpo.runtime.parallel import Layout
 from megatron_srpo.runtime.schedule import run_schedule
@@ -72,12 +73,13 @@ class Trainer:
         if not is_resumed:
             load(chunks, folder)
         self.chunks = wrap_data_parallel(chunks, config)
-        self.optimizer = Optimizer(self.chunks, config)
+        self.host = HostMemory()
+        self.optimizer = Optimizer(self.chunks, config, self.host)
         self.teacher = None
         self.logits_memory = config.train.logits_memory_mib and config.train.logits_memory_mib * 2**20
         if self.algorithm.distils:
             temperature = config.rollout.temperature
-            self.teacher = Teacher(config.teacher, temperature, self.logits_memory, self.chunks, self._copy_of_policy)
+            self.teacher = Teacher(config.teacher, temperature, self.logits_memory, self.host, self.chunks, self._copy_of_policy)
         parallel = config.parallel
         self.rules = PackingRules(
             token_budget=config.train.micro_batch_tokens,
@@ -126,6 +128,29 @@ class Trainer:
         """The policy as HF-named full tensors; every rank must consume the stream, as often as the others do."""
         return Repeatable(lambda: export(self.chunks, self.folder.architecture))
 
+    def make_room(self) -> None:
+        """With rollout.colocated: until `take_room` the servers have the memory of all but the policy's weights."""
+        if self.config.rollout.colocated:
+            self.host.park([*self._update_state(), *(self.teacher.parameters if self.teacher else ())])
+            self.host.park(self.optimizer.gradients(), keep=False)
+            if self.layout.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def take_room(self) -> None:
+        """Everything that training needs is on this rank's device; before each step's training."""
+        self.host.fetch([*self.optimizer.gradients(), *(self.teacher.parameters if self.teacher else ())])
+        if not self.config.optimizer.optimizer_cpu_offload:
+            self.host.fetch(self._update_state())
+        self._rest()
+
+    def _rest(self) -> None:
+        """With optimizer_cpu_offload: what only updates need waits on the host."""
+        if self.config.optimizer.optimizer_cpu_offload:
+            self.host.park(self._update_state())
+
+    def _update_state(self) -> list[Tensor]:
+        return [*self.optimizer.state(), *(self.teacher.shares if self.teacher else ())]
+
     def pack(self, samples: Sequence[Sample]) -> list[OptimizerBatch]:
         """The step's optimizer batches, `mini_batch_prompts` prompts each. `samples` are whole groups, all ranks' alike."""
         size = self.config.mini_batch_prompts * self.config.rollout.samples_per_prompt
@@ -157,10 +182,12 @@ class Trainer:
             report.moved.append(moved)
             report.sums = {name: report.sums[name] + value for name, value in zip(_SUMS, sums, strict=True)}
             report.gap_max = max(report.gap_max, gap)
+        self.optimizer.gather_weights()
         before = self._teacher_distance()
         if self.teacher is not None and any(report.moved):
             self.teacher.follow(self.optimizer, self.parameters)
         report.teacher_distances = None if before is None else (before, self._teacher_distance())
+        self._rest()
         return report
 
     def _teacher_distance(self) -> float | None:
@@ -208,6 +235,8 @@ class Trainer:
             def objective(rows: Rows, tile: Statistics) -> Tensor:
                 return routed_objective(tile.logprob, tile.divergence, terms.rows(rows), self.algorithm)
 
+            if hidden.requires_grad:
+                hidden.register_hook(lambda _: gradient_is_ready(self.chunks[-1], model.output_weight))
             loss, statistics = fused_objective(
                 Projection(hidden, model.output_weight),
                 micro_batch.targets.to(device),
@@ -226,11 +255,13 @@ class Trainer:
             torch.maximum(gap_max, gap, out=gap_max)
             return loss
 
+        self._rest()
         self.optimizer.zero_grad()
         run_schedule(self.chunks, batch.micro_batches, routed_loss, backward=True)
         self.layout.from_last_stage(self.layout.sum_over_data_parallel(total))
         self.layout.from_last_stage(self.layout.max_over_data_parallel(gap_max))
         loss, *sums = total.tolist()
+        self.host.fetch(self._update_state())
         norm, moved = self.optimizer.step(loss)
         return loss, norm, moved, sums, float(gap_max)
 

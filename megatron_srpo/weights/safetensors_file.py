@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import struct
-import zlib
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -41,12 +40,12 @@ class Writer:
 
         writer = Writer(path, {"a": (torch.float32, (2, 3))})
         writer.write("a", tensor)
-        checksums = writer.close()
+        writer.close()
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]):
         self.path = path
-        self.checksums: dict[str, int] = {}
+        self._written: set[str] = set()
         self._tensors = dict(tensors)
         self._offsets: dict[str, int] = {}
         header: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
@@ -68,27 +67,20 @@ class Writer:
 
         Raises ValueError for a name, dtype or shape other than announced, FileError when the disk is full.
         """
-        if name not in self._tensors or name in self.checksums:
-            raise ValueError(f"{self.path}: {name}: {'written twice' if name in self.checksums else 'was not announced'}")
+        if name not in self._tensors or name in self._written:
+            raise ValueError(f"{self.path}: {name}: {'written twice' if name in self._written else 'was not announced'}")
         if (announced := self._tensors[name]) != (given := (tensor.dtype, tuple(tensor.shape))):
             raise ValueError(f"{self.path}: {name}: is {given}, announced as {announced}")
-        data = bytes_of(tensor.cpu().contiguous())
-        self._file.write_at(data, self._data_start + self._offsets[name])
-        self.checksums[name] = crc32(data)
+        self._file.write_at(bytes_of(tensor.cpu().contiguous()), self._data_start + self._offsets[name])
+        self._written.add(name)
 
-    def close(self) -> dict[str, int]:
-        """Wait until the file is on disk; returns the CRC32 of each tensor's bytes. Raises ValueError if some were not written."""
+    def close(self) -> None:
+        """Wait until the file is on disk. Raises ValueError if some tensors were not written."""
         self._file.close()
-        if missing := [name for name in self._tensors if name not in self.checksums]:
+        if missing := [name for name in self._tensors if name not in self._written]:
             raise ValueError(f"{self.path}: {missing[0]} was not written ({len(missing)} in all)")
-        return self.checksums
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The elements of a contiguous CPU tensor as they lie in memory, without a copy."""
     return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
-
-
-def crc32(data: memoryview | bytes) -> int:
-    """The CRC32 of `data`, as zip files have it. Releases the GIL."""
-    return zlib.crc32(data)

@@ -29,6 +29,8 @@ TP, PP, VPP, EP, ETP, SP, NO_DO = (
     "parallel.sequence_parallel=true",
     "parallel.use_distributed_optimizer=false",
 )
+OVERLAP_REDUCE = ["parallel.overlap_grad_reduce=true", "parallel.ddp_bucket_size=2000"]  # several buckets in these small models
+OVERLAP = [*OVERLAP_REDUCE, "parallel.overlap_param_gather=true"]
 ONE_STEP = "train.steps=1"
 RELATIVE, WEIGHTS = 1e-5, 1e-4
 MANY_WRONG = ([0, 0, 0, 1],) * 4  # twelve of sixteen samples distilled
@@ -80,6 +82,9 @@ LAYOUTS = {
         "pp2-vpp2": ([PP + "2", VPP + "2"], ["srpo", "one_routed"]),
         "dp2": ([], ["srpo", "grpo", "many_routed", "none_wrong", "moe"]),
         "dp2-replicated": ([NO_DO], ["srpo"]),
+        "dp2-overlap": (OVERLAP, ["srpo", "untied", "grpo", "one_routed", "moe"]),
+        "dp2-replicated-overlap": ([NO_DO, *OVERLAP_REDUCE], ["srpo"]),
+        "dp2-offload": (["optimizer.optimizer_cpu_offload=true"], ["srpo", "grpo"]),
         "ep2": ([EP + "2"], ["moe", "moe_one_routed"]),
         "ep2-replicated": ([EP + "2", NO_DO], ["moe"]),
     },
@@ -88,6 +93,9 @@ LAYOUTS = {
         "tp2-pp2": ([TP + "2", PP + "2"], ["srpo", "untied", "one_routed"]),
         "tp2-dp2": ([TP + "2"], ["srpo", "mix", "reverse", "trust_region"]),
         "tp2-pp2-vpp2-sp": ([TP + "2", PP + "2", VPP + "2", SP], ["srpo"]),
+        "tp2-dp2-overlap": ([TP + "2", SP, *OVERLAP], ["srpo"]),
+        "pp2-vpp2-dp2-overlap": ([PP + "2", VPP + "2", *OVERLAP], ["srpo", "untied", "grpo"]),
+        "ep2-dp2-overlap": ([EP + "2", *OVERLAP], ["moe"]),
         "pp2-dp2": ([PP + "2"], ["srpo", "sdpo", "none_right"]),
         "dp4": ([], ["srpo", "one_routed", "none_right"]),
         "ep2-dp2": ([EP + "2"], ["moe"]),

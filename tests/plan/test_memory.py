@@ -19,6 +19,7 @@ from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.model.qwen3 import build_chunks, packed_params
 from megatron_srpo.plan.machine import MACHINES, Workload
 from megatron_srpo.plan.memory import Batch, layer_bytes, memory, stage_parameters, state_bytes
+from megatron_srpo.plan.step import traffic
 from megatron_srpo.runtime.packing import Document, micro_batch
 from megatron_srpo.runtime.trainer import Trainer
 
@@ -104,8 +105,8 @@ def test_states_of_a_rank_of_four(folders, dtype, distributed):
             "weights": sum(p.nbytes for p in trainer.parameters),
             "gradients": buffer.grad_data.nbytes,
             "optimizer": own * (8 if dtype == "float32" else 12),
-            "teacher": sum(p.nbytes for chunk in trainer.teacher.chunks for p in chunk.parameters())
-            + sum(share.nbytes for share in trainer.teacher.shares),
+            "teacher": sum(p.nbytes for p in trainer.teacher.parameters),
+            "EMA": sum(share.nbytes for share in trainer.teacher.shares),
         }
         states = [s for one in trainer.optimizer.inner.chained_optimizers for s in one.optimizer.state.values()]
         assert sum(s["exp_avg"].nbytes + s["exp_avg_sq"].nbytes for s in states) == own * 8
@@ -192,6 +193,21 @@ def test_peak_memory_of_whole_steps(tmp_path):
     for row in found[512].values():
         assert row["seconds"] > 0 and row["tokens_per_second"] > 0 and row["mfu"] is None
         assert set(row) >= {"ratio", "seconds_pack", "seconds_teacher", "seconds_update"}
+
+
+def test_offloaded_states_count_where_activations_are_gone(folders):
+    """The peak is the larger of the two, and the states cross the bus twice an update."""
+    architecture = HFFolder(folders["tied"]).architecture
+    batches = {"small": Batch(10, 10, 0), "large": Batch(100_000, 10, 0)}
+    config, offload = (configure(folders["tied"], *o) for o in ([], ["optimizer.optimizer_cpu_offload=true"]))
+    states = state_bytes(architecture, config, CPU, 1, stage=0)
+    visitors = states["optimizer"] + states["EMA"]
+    for size, batch in batches.items():
+        before, after = (memory(architecture, c, CPU, 1, batch) for c in (config, offload))
+        there = before["activations"] + before["loss tiles"]
+        assert sum(before.values()) - sum(after.values()) == pytest.approx(min(visitors, there)), size
+    sent = traffic(architecture, offload, CPU, 1, Workload(10, 50, 0.5))["host"].bytes
+    assert sent == 2 * visitors and "host" not in traffic(architecture, config, CPU, 1, Workload(10, 50, 0.5))
 
 
 def test_worst_batch(folders):

@@ -1,4 +1,4 @@
-"""The trainer in one process: non-finite updates, bf16, teacher kinds."""
+"""The trainer in one process: non-finite updates, bf16, teacher kinds, state that waits on the host."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rollouts import write_rollouts
 from tiny import make_model, save_folder
 
 from megatron_srpo.algorithm.routing import route_groups
+from megatron_srpo.checkpoint.state import snapshot as checkpoint
 from megatron_srpo.config import load_config
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.dump import replay
@@ -152,3 +153,62 @@ def test_bf16_has_fp32_main_gradients_and_stays_near_fp32(make_trainer, optimize
     assert report.losses[0] == pytest.approx(wanted.losses[0], rel=0.05)
     assert report.grad_norms[0] == pytest.approx(wanted.grad_norms[0], rel=0.05)
     assert report.moved == [True]
+
+
+def sizes(tensors):
+    """Bytes of the memory behind each tensor."""
+    return [tensor.untyped_storage().nbytes() for tensor in tensors]
+
+
+def state_of_updates(trainer):
+    """What only updates need, by name."""
+    return {"masters and moments": list(trainer.optimizer.state()), "EMA": trainer.teacher.shares}
+
+
+@pytest.mark.parametrize("optimizer", ["true", "false"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_offloaded_state_is_on_the_device_for_updates_only_and_changes_no_bit(make_trainer, monkeypatch, dtype, optimizer):
+    overrides = [f"model.dtype={dtype}", f"parallel.use_distributed_optimizer={optimizer}", "algorithm.mini_batch_prompts=2"]
+
+    def run(*more):
+        trainer, samples = make_trainer(*overrides, *more)
+        reports = [step(trainer, samples) for _ in range(3)]
+        return trainer, samples, [(r.losses, r.grad_norms, r.teacher_distances) for r in reports], checkpoint(trainer)
+
+    _, _, reports, saved = run()
+    trainer, samples, found, parked = run("optimizer.optimizer_cpu_offload=true")
+    assert found == reports
+    assert saved.keys() == parked.keys() and all(torch.equal(saved[key], parked[key]) for key in saved)
+    states = state_of_updates(trainer)
+    assert all(tensors and set(sizes(tensors)) == {0} for tensors in states.values())
+    moments, masters = 2 * len(trainer.parameters), len(trainer.parameters) * (dtype == "bfloat16")
+    assert len(states["masters and moments"]) == moments + masters
+
+    during, forward = [], trainer.optimizer.zero_grad  # before each forward-backward pass, and inside each update
+    monkeypatch.setattr(trainer.optimizer, "zero_grad", lambda: (during.append(sum(sizes(trainer.optimizer.state()))), forward()))
+    update = trainer.optimizer.inner.step
+    monkeypatch.setattr(trainer.optimizer.inner, "step", lambda: (during.append(sum(sizes(trainer.optimizer.state()))), update()))
+    step(trainer, samples)
+    assert len(during) == 4 and during[0] == during[2] == 0 < during[1] == during[3]
+
+
+def test_servers_on_the_same_device_have_all_memory_but_the_policys(make_trainer):
+    """rollout.colocated: between steps nothing else is left, and the next step is the same to the bit."""
+    colocated = ("rollout.engine=sglang", "rollout.servers=1", "rollout.colocated=true")
+
+    def run(*more):
+        trainer, samples = make_trainer("model.dtype=bfloat16", *more)
+        reports, left = [], []
+        for _ in range(2):
+            trainer.take_room()
+            reports.append(step(trainer, samples).losses)
+            trainer.make_room()
+            left.append(sum(sizes([*trainer.optimizer.state(), *trainer.optimizer.gradients(), *trainer.teacher.shares])))
+            left[-1] += sum(sizes(teacher_parameters(trainer)))
+        return reports, left, checkpoint(trainer), dict(trainer.export())
+
+    reports, left, saved, policy = run()
+    found, empty, parked, same = run(*colocated)
+    assert found == reports and empty == [0, 0] and min(left) > 0
+    assert all(torch.equal(saved[key], parked[key]) for key in saved)
+    assert all(torch.equal(policy[key], same[key]) for key in policy)

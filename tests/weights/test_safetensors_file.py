@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
-
 import pytest
 import torch
 from safetensors import safe_open
@@ -27,13 +25,11 @@ def test_safetensors_reads_what_was_written_in_any_order(tmp_path):
     writer = Writer(tmp_path / "x.safetensors", ANNOUNCED)
     for name in sorted(TENSORS, reverse=True):
         writer.write(name, TENSORS[name])
-    checksums = writer.close()
+    writer.close()
     read = load_file(tmp_path / "x.safetensors")
-    assert set(read) == set(TENSORS) == set(checksums)
+    assert set(read) == set(TENSORS)
     for name, tensor in TENSORS.items():
         assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor), name
-        plain = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-        assert checksums[name] == zlib.crc32(plain)
     with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
 
