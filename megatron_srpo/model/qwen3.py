@@ -173,8 +173,9 @@ class Qwen3(GPTModel):
     unpadded_vocab_size: int
 
     def _postprocess(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-        for gather in self.output_layer._forward_pre_hooks.values():  # overlap_param_gather: the loss reads its weight, not its forward
-            gather(self.output_layer)
+        if self.post_process:  # overlap_param_gather waits for a module's weights before its forward pass; this one's the loss reads
+            for wait in self.output_layer._forward_pre_hooks.values():
+                wait(self.output_layer)
         return hidden_states
 
     @property

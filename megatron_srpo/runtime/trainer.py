@@ -238,7 +238,7 @@ class Trainer:
             if hidden.requires_grad:
                 hidden.register_hook(lambda _: gradient_is_ready(self.chunks[-1], model.output_weight))
             loss, statistics = fused_objective(
-                Projection(hidden, model.output_weight),
+                Projection(hidden, model.output_weight.detach()),  # its gradient goes past autograd
                 micro_batch.targets.to(device),
                 objective,
                 model.vocab_shard,

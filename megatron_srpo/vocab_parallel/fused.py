@@ -109,7 +109,7 @@ def fused_objective(
         targets: [T] token ids, in 0 … vocab_size - 1, or `IGNORED`: such tokens take no part and cost nothing.
         objective: called once a tile with the tile's tokens (a slice or their indices) and their statistics.
         weight_grad: [padded_width, H] fp32 (Megatron's `main_grad`). When given, dWeight is added to it in this call,
-            weight.grad stays None, and the scalar must be differentiated with a gradient of exactly 1.
+            weight (which need not require a gradient) gets none, and the scalar must be differentiated with a gradient of exactly 1.
         teacher: a source of D tokens' logits, to which no gradient flows; None when nothing is distilled.
         divergence: which; needed with a teacher only.
         temperature: both models' logits are divided by it.

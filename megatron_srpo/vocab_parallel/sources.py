@@ -158,7 +158,7 @@ class ProjectionGradient:
         self.own_weight_grad = needed[1] and weight_grad is None
         if self.own_weight_grad:
             weight_grad = torch.zeros(source.weight.shape, dtype=wide(source.weight.dtype), device=source.weight.device)
-        self.weight_grad = weight_grad if needed[1] else None
+        self.weight_grad = weight_grad
 
     def products(self, rows: Rows, gradient: Tensor) -> list[Callable[[], None]]:
         """dHidden[rows] = gradient · weight and dWeight += gradientᵀ · hidden[rows], as two calls to be made."""

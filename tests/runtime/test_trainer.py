@@ -212,3 +212,20 @@ def test_servers_on_the_same_device_have_all_memory_but_the_policys(make_trainer
     assert found == reports and empty == [0, 0] and min(left) > 0
     assert all(torch.equal(saved[key], parked[key]) for key in saved)
     assert all(torch.equal(policy[key], same[key]) for key in policy)
+
+
+def test_gradients_are_reduced_during_the_backward_pass(make_trainer, monkeypatch):
+    """overlap_grad_reduce: from the second batch on, every bucket's reduction has begun when the backward pass ends."""
+    overlap = [f"parallel.overlap_{what}=true" for what in ("grad_reduce", "param_gather")]
+    trainer, samples = make_trainer(*overlap, "parallel.ddp_bucket_size=2000")
+    (chunk,), begun = trainer.chunks, []
+    finish = chunk.finish_grad_sync
+
+    def note(**options):
+        begun.extend(group.grad_reduce_handle for group in chunk.bucket_groups)
+        finish(**options)
+
+    step(trainer, samples)
+    monkeypatch.setattr(chunk, "finish_grad_sync", note)
+    step(trainer, samples)
+    assert len(begun) == len(chunk.bucket_groups) > 3 and None not in begun
