@@ -1,12 +1,13 @@
-"""Two hosts on one machine: two network namespaces, torchrun across them, a link that is cut in the middle of a step.
+"""Hosts on one machine: network namespaces, torchrun across two of them, a link that is cut in the middle of a step.
 
-    sudo python tests/multinode.py [--steps 30] [--folder DIR]
+    sudo python tests/multinode.py [--steps 30] [--sglang .venv-sglang/bin/python] [--folder DIR]
 
-The quick start trains on one rank a host. After the first checkpoint the link goes down: both ranks must end with an error within
-the collectives' time-out, and the first host's torchrun with status 1. The other's, which has lost the store that torchruns meet at,
-lingers for minutes: it is killed, as `srun --wait` does. The link comes back, the same command goes on from the checkpoint and must
-reach the quick start's pass rate.
-Needs root and iproute2 (`ip netns`); tests/test_multinode.py runs a short one where it can.
+The quick start trains on one rank a host; with --sglang an SGLang server on a third host samples, and gets its weights over the
+network. After the first checkpoint the second host's cable is pulled: both ranks must end with an error within the collectives'
+time-out, and the first host's torchrun with status 1. The other's, which has lost the store that torchruns meet at, lingers for
+minutes: it is killed, as `srun --wait` does. The cable is put back, the same command goes on from the checkpoint and must reach the
+quick start's pass rate.
+Needs root and iproute2 (`ip netns`); tests/test_multinode.py and tests/sglang/test_third_host.py run short ones where they can.
 """
 
 from __future__ import annotations
@@ -19,10 +20,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from megatron_srpo.config import load_config
+from megatron_srpo.rollout.sglang.fleet import Launch
+
 ROOT = Path(__file__).parents[1]
+KEY = "SRPO_MULTINODE_KEY"  # the environment variable with the third host's API key
+EMBEDDED, SERVED = (ROOT / "examples/quickstart" / name for name in ("config.yaml", "sglang.yaml"))
 TIMEOUT = 20  # seconds of a collective; a host notices within it that the other is gone
 NOTICE = 90  # seconds until both ranks are gone: the time-out, and a busy machine
 
@@ -32,44 +39,85 @@ def ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
 
 
+def why_not() -> str | None:
+    """Why there cannot be hosts on this machine, or None."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    try:
+        ip("netns", "add", name := f"srpo{os.getpid()}try")
+        ip("netns", "del", name)
+    except FileNotFoundError:
+        return "network namespaces need iproute2's ip"
+    except subprocess.CalledProcessError as error:
+        return f"ip netns: {error.stderr.strip()}"
+    return None
+
+
 class Hosts:
-    """Two namespaces joined by a cable; entered, they exist."""
+    """Namespaces on one switch, two that train and one that may sample; entered, they exist."""
 
     def __init__(self):
-        self.names = [f"srpo{os.getpid()}{letter}" for letter in "ab"]
-        self.addresses, self.port = ["10.213.7.1", "10.213.7.2"], "29517"
+        *self.names, self.switch = [f"srpo{os.getpid()}{letter}" for letter in "abcs"]
+        self.addresses, self.port = ["10.213.7.1", "10.213.7.2", "10.213.7.3"], "29517"
 
     def __enter__(self) -> Hosts:
-        for name in self.names:
+        for name in (self.switch, *self.names):
             ip("netns", "add", name)
-        ip("link", "add", "cable", "netns", self.names[0], "type", "veth", "peer", "name", "cable", "netns", self.names[1])
-        for name, address in zip(self.names, self.addresses, strict=True):
-            ip("-n", name, "addr", "add", f"{address}/24", "dev", "cable")
             ip("-n", name, "link", "set", "lo", "up")
+        ip("-n", self.switch, "link", "add", "switch", "type", "bridge")
+        ip("-n", self.switch, "link", "set", "switch", "up")
+        for number, (name, address) in enumerate(zip(self.names, self.addresses, strict=True)):
+            ip("link", "add", "cable", "netns", name, "type", "veth", "peer", "name", f"port{number}", "netns", self.switch)
+            ip("-n", self.switch, "link", "set", f"port{number}", "master", "switch", "up")
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", "cable")
             ip("-n", name, "link", "set", "cable", "up")
         return self
 
     def __exit__(self, *exception) -> None:
-        for name in self.names:
+        for name in (*self.names, self.switch):
             subprocess.run(["ip", "netns", "del", name], check=False)
 
     def cable(self, state: str) -> None:
         """Plug the second host in ("up") or out ("down")."""
         ip("-n", self.names[1], "link", "set", "cable", state)
 
-    def train(self, overrides: list[str], logs: list[Path]) -> list[subprocess.Popen]:
-        """torchrun on both hosts, one rank each, meeting at the first one's address."""
+    @contextmanager
+    def server(self, python: Path, log: Path) -> Iterator[list[str]]:
+        """An SGLang server on the third host; gives the overrides that name it. The weights come from the first host."""
+        os.environ[KEY] = "open sesame"
+        overrides = [f"rollout.sglang.host={self.addresses[2]}", f"rollout.sglang.api_key_env={KEY}", f"rollout.sglang.python={python}"]
+        config = load_config(SERVED, overrides)
+        launch = Launch(config.rollout.sglang, config.model.hf_path, "float32", has_gpus=False, saves_memory=False, logs=log.parent)
+        environment = {**os.environ, **config.rollout.sglang.environment, "GLOO_SOCKET_IFNAME": "cable"}
+        environment.pop("PYTHONPATH", None)
+        with log.open("w") as out:
+            words = ["ip", "netns", "exec", self.names[2], *launch.command(0)]
+            job = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        url = launch.urls(1)[0]
+        ask = [sys.executable, "-c", f"import httpx; httpx.get({url!r} + '/health').raise_for_status()"]
+        answers = lambda: not subprocess.run(["ip", "netns", "exec", self.names[2], *ask], capture_output=True).returncode  # noqa: E731
+        try:
+            wait_for(lambda: job.poll() is not None or answers(), 300, "the server's start")
+            assert job.poll() is None, log.read_text()[-3000:]
+            reach = [f"rollout.urls=[{url}]", "rollout.servers=0", f"rollout.sglang.api_key_env={KEY}"]
+            reach += ["rollout.sglang.health_timeout=20", "rollout.sglang.return_timeout=20"]  # a host that loses it gives up after both
+            yield [*reach, "rollout.sglang.update=distributed", f"rollout.sglang.trainer_host={self.addresses[0]}"]
+        finally:
+            end([job])
+
+    def train(self, config: Path, overrides: list[str], logs: list[Path]) -> list[subprocess.Popen]:
+        """torchrun on the first two hosts, one rank each, meeting at the first one's address."""
         meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{self.addresses[0]}:{self.port}", "--rdzv-id", "quickstart"]
         command = [sys.executable, "tools/torchrun.py", "--nnodes", "2", "--nproc-per-node", "1", *meeting]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "cable", "PYTHONPATH": str(ROOT)}
         processes = []
-        for name, address, log in zip(self.names, self.addresses, logs, strict=True):
+        for name, address, log in zip(self.names, self.addresses, logs, strict=False):
             # Both namespaces have one host name, by which torchrun would not know whose the endpoint is.
             place = ["--local-addr", address, "--rdzv-conf", f"is_host={int(name == self.names[0])}"]
             words = ["ip", "netns", "exec", name, *command, *place, "-m", "megatron_srpo", "train"]
             with log.open("w") as out:
                 job = subprocess.Popen(
-                    [*words, "examples/quickstart/config.yaml", *overrides],
+                    [*words, str(config), *overrides],
                     cwd=ROOT,
                     env=environment,
                     stdout=out,
@@ -96,7 +144,7 @@ def rows(run: Path) -> list[dict]:
 
 def errors(log: Path) -> list[str]:
     """What ended the rank of this host, by its log."""
-    return [line for line in log.read_text().splitlines() if line.startswith("[rank") and "Error: " in line]
+    return [line for line in log.read_text().splitlines() if line.startswith("[rank") and "Error: " in line or "no SGLang server" in line]
 
 
 def wait_for(condition, seconds: float, what: str) -> None:
@@ -108,13 +156,18 @@ def wait_for(condition, seconds: float, what: str) -> None:
         time.sleep(0.2)
 
 
-def run(folder: Path, steps: int, overrides: Sequence[str] = (), patience: float = 600) -> list[dict]:
-    """The whole story in `folder`; metrics.jsonl at its end. Raises AssertionError or TimeoutError where it goes otherwise."""
+def run(folder: Path, steps: int, overrides: Sequence[str] = (), sglang: Path | None = None, patience: float = 600) -> list[dict]:
+    """The whole story in `folder`; metrics.jsonl at its end. Raises AssertionError or TimeoutError where it goes otherwise.
+
+    sglang: the interpreter that runs the third host's server; None: the ranks sample.
+    """
+    config = EMBEDDED if sglang is None else SERVED
     runs, logs = folder / "run", [folder / "a.log", folder / "b.log"]
     overrides = [f"logging.dir={runs}", f"train.steps={steps}", "checkpoint.save_interval=2", *overrides]
     overrides.append(f"parallel.distributed_timeout_minutes={TIMEOUT / 60}")
-    with Hosts() as hosts:
-        processes = hosts.train(overrides, logs)
+    with Hosts() as hosts, nullcontext([]) if sglang is None else hosts.server(sglang, folder / "server.log") as reach:
+        overrides += reach
+        processes = hosts.train(config, overrides, logs)
         try:
             checkpoint = lambda: any((runs / "checkpoints").glob("step_*/manifest.json"))  # noqa: E731
             wait_for(lambda: checkpoint() or any(p.poll() is not None for p in processes), patience, "the first checkpoint")
@@ -128,7 +181,7 @@ def run(folder: Path, steps: int, overrides: Sequence[str] = (), patience: float
         print(f"cut off after step {seen}: both ranks ended within {took:.0f} s; {errors(logs[1])[0]}")
         assert processes[0].returncode == 1 and len(rows(runs)) <= seen + 4
         hosts.cable("up")
-        processes = hosts.train(overrides, logs)
+        processes = hosts.train(config, overrides, logs)
         try:
             wait_for(lambda: all(process.poll() is not None for process in processes), patience, "the end of the run")
         finally:
@@ -142,10 +195,11 @@ def main() -> None:
     """The long version, by hand."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--sglang", type=Path, metavar="PYTHON", help="a third host samples: the interpreter of its SGLang")
     parser.add_argument("--folder", type=Path, help="kept; default: a temporary one")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        found = run(options.folder or Path(scratch), options.steps)
+        found = run(options.folder or Path(scratch), options.steps, sglang=options.sglang)
     scores = [row["eval/addition/avg@4"] for row in found if "eval/addition/avg@4" in row]
     print(f"{sum('loss' in row for row in found)} steps; addition/avg@4: {scores[0]:.3f} before, {scores[-1]:.3f} after")
     assert scores[-1] >= 0.80 or options.steps < 30

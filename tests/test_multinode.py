@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-
 import multinode
 import pytest
 
 
-def why_not() -> str | None:
-    """Why there cannot be two hosts here, or None."""
-    if os.geteuid() != 0:
-        return "network namespaces need root"
-    try:
-        multinode.ip("netns", "add", name := f"srpo{os.getpid()}try")
-        multinode.ip("netns", "del", name)
-    except FileNotFoundError:
-        return "network namespaces need iproute2's ip"
-    except subprocess.CalledProcessError as error:
-        return f"ip netns: {error.stderr.strip()}"
-    return None
-
-
 def test_a_cut_cable_ends_the_run_and_the_same_command_goes_on(tmp_path, monkeypatch):
     """Four steps on two hosts, cut off after the second."""
-    if reason := why_not():
+    if reason := multinode.why_not():
         pytest.skip(reason)
     monkeypatch.setattr(multinode, "TIMEOUT", 8)
     found = multinode.run(tmp_path, steps=4, overrides=["evaluation.every=0"])
