@@ -141,6 +141,8 @@ def transformer_config(architecture: Architecture, config: Config) -> Transforme
             raise ConfigError(f"megatron.{key}: TransformerConfig has no such field" + (f"; did you mean {near[0]}?" if near else ""))
         if key in _ROUTER_LOSSES:
             raise ConfigError(f"megatron.{key}: router losses are not supported: they depend on how the batch is split")
+        if "cuda_graph" in key:
+            raise ConfigError(f"megatron.{key}: Megatron's CUDA graphs take no packed sequences, and rows of thousands of tokens need none")
         if key in derived:
             raise ConfigError(f"megatron.{key}: comes from config.json or another section and cannot be set here")
     try:

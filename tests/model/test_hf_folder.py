@@ -507,6 +507,7 @@ def test_transformer_config_of_experts(folder_of, renormalised):
         ({"tensor_model_parallel_size": 2}, ["megatron.tensor_model_parallel_size", "cannot be set here"]),
         ({"calculate_per_token_loss": False}, ["megatron.calculate_per_token_loss", "cannot be set here"]),
         ({"bf16": True}, ["megatron.bf16", "cannot be set here"]),
+        ({"cuda_graph_impl": "local"}, ["megatron.cuda_graph_impl", "packed sequences"]),
         ({"recompute_granularity": "sometimes"}, ["megatron", "recompute"]),
     ],
 )
