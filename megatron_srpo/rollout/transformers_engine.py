@@ -81,7 +81,7 @@ class TransformersEngine:
                 break
             ids, mask = chosen[:, None], torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
             positions = positions[:, -1:] + 1
-            if going.sum() <= len(live) // 2:  # most are done: carry only the others on
+            if going.sum() <= 3 * len(live) // 4:  # a quarter is done: carry only the others on
                 keep = going.nonzero()[:, 0]
                 cache.batch_select_indices(keep)
                 live, ids, mask, positions = live[keep], ids[keep], mask[keep], positions[keep]
@@ -142,12 +142,14 @@ def _sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tenso
         logprobs = logits.log_softmax(-1)
         best = logits.argmax(-1)
         return best, logprobs.gather(1, best[:, None])[:, 0]
-    logprobs = (logits / sampling.temperature).log_softmax(-1)
-    sorted_logprobs, ids = logprobs.sort(dim=-1, descending=True)
-    mass = sorted_logprobs.double().exp().cumsum(-1)
+    logprobs, ids = (logits / sampling.temperature).log_softmax(-1), None
+    if sampling.top_p < 1:  # only this needs them in order
+        logprobs, ids = logprobs.sort(dim=-1, descending=True)
+    mass = logprobs.double().exp().cumsum(-1)
     total = mass[:, -1]
     if sampling.top_p < 1:  # the smallest set of tokens whose mass reaches top_p
         kept = (mass < sampling.top_p * total[:, None]).sum(-1, keepdim=True).clamp(max=mass.shape[1] - 1)
         total = mass.gather(1, kept)[:, 0]
     place = (mass <= (uniforms * total)[:, None]).sum(-1, keepdim=True).clamp(max=mass.shape[1] - 1)
-    return ids.gather(1, place)[:, 0], sorted_logprobs.gather(1, place)[:, 0]
+    chosen = place if ids is None else ids.gather(1, place)
+    return chosen[:, 0], logprobs.gather(1, place)[:, 0]

@@ -154,7 +154,7 @@ def test_a_higher_limit_goes_on_from_the_same_tokens(engine_of):
 
 
 def test_stop_token_is_kept_and_reasons_are_given(engine_of):
-    engine, requests = engine_of(64), requests_of([4] * 40)
+    engine, requests = engine_of(64), requests_of([4] * 100)
     stops = tuple(range(0, 270, 4))
     free = sample(engine, requests, Sampling(1.0, 1.0, 6, NEVER))
     stopped = sample(engine, requests, Sampling(1.0, 1.0, 6, stops))
