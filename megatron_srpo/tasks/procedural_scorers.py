@@ -46,8 +46,12 @@ def expression(text: str) -> Any:
         raise ValueError(f"{type(node).__name__} is no part of an expression")
 
     try:
-        return made(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, RecursionError, ArithmeticError) as error:
+        tree = ast.parse(text.strip(), mode="eval")
+    except (SyntaxError, RecursionError, MemoryError) as error:  # MemoryError: of the parser's stack
+        raise ValueError(f"no expression: {error}") from None
+    try:
+        return made(tree.body)
+    except (RecursionError, ArithmeticError) as error:
         raise ValueError(str(error)) from None
 
 

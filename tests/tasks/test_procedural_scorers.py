@@ -19,6 +19,8 @@ LIST = {"answer": "['2', '1.5', '-3']", "metadata": {"direction": "descending"}}
         ("simple_integration", INTEGRAL, "x**3 + sin(2*x)/2 + C", True),
         ("intermediate_integration", INTEGRAL, "sin(x)*cos(x) + x**3 - 7 + K", True),
         ("simple_integration", INTEGRAL, "x**3 + sin(2*x)", False),
+        ("simple_integration", INTEGRAL, "1/0", False),
+        ("simple_integration", INTEGRAL, "0*(1/0)", False),
         ("simple_integration", INTEGRAL, "0.5*sin(2*x) + x*x*x", True),
         ("polynomial_multiplication", PRODUCT, "-2*y - y*x + y*x**2", True),
         ("polynomial_multiplication", PRODUCT, "y*(x + 1)*(x - 2)", False),  # not multiplied out
@@ -43,7 +45,9 @@ def test_right_and_wrong(dataset, entry, answer, right):
     "text",
     [
         *("", "x +", "x; y", "x = 1", "(", "__import__('os')", "x.__class__", "[x]", "lambda: x", "f'{x}'", "x if y else z", "True", "1j"),
-        *("sin(x, y)", "sin(x=1)", "eval('x')", "sympify('x')", "'x'", "x[0]", "x(1)", "x @ y", "(" * 500 + "x" + ")" * 500),
+        *("sin(x, y)", "sin(x=1)", "eval('x')", "sympify('x')", "'x'", "x[0]", "x(1)", "x @ y"),
+        *("(" * 500 + "x" + ")" * 500, "-" * 100_000 + "x"),
+        *("x" + "+x" * 100_000, "9" * 100_000, "9" * 5_000 + ".x"),
     ],
 )
 def test_what_is_no_expression_is_not_evaluated(text):
