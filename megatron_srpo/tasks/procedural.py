@@ -87,7 +87,7 @@ def verify(answer: str, text: str) -> Verdict:
     truth: dict[str, Any] = json.loads(answer)
     score, entry = _scorer(truth["dataset"], json.dumps(truth["options"])), _entry(answer)
     try:
-        correct = score(given, entry) >= 1.0
+        correct = score(given, entry) == 1.0  # spell_backward's partial scores are sums that can come out above 1
     except (ValueError, TypeError, LookupError, SyntaxError, ArithmeticError, AttributeError, AssertionError):  # it has no form
         correct = False
     return Verdict(reward=float(correct), correct=correct, format_ok=True, feedback=None if correct else "Your answer is wrong.")

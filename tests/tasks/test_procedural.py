@@ -39,6 +39,13 @@ def test_only_the_full_score_of_the_extracted_answer_counts(name):
     assert not verify(prompt.answer, "<answer>wrong</answer>").correct
 
 
+def test_partial_scores_above_one_are_not_full():
+    """reasoning-gym adds up 1 / length for each letter, also where something follows them."""
+    task = make("spell_backward")
+    for prompt in (task.prompt("train", index) for index in range(30)):
+        assert not verify(prompt.answer, f"<answer>{_entry(prompt.answer)['answer']} and more</answer>").correct
+
+
 def test_an_answer_without_form_is_wrong_not_a_failure():
     """reasoning-gym raises ValueError here."""
     prompt = make("prime_factorization").prompt("train", 0)
