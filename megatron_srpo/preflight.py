@@ -60,4 +60,3 @@ def check_evaluation(config: Config, folder: HFFolder, tasks: Mapping[str, Task]
         for split in config.evaluation.splits:
             for number in range(question_count(task, split, config.evaluation)):
                 encode_prompt(task.prompt(split, number), folder, config.rollout)
-
