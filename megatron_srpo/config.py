@@ -171,7 +171,9 @@ class SGLangSection(_Section):
         " (NCCL, gloo on CPUs); tensor: memory shared with servers on the same GPUs, or on this machine's CPUs",
     )
     bucket_mib: int = Field(512, gt=0, description="size of the pieces that weights are sent in; a larger tensor is a piece of its own")
-    update_timeout: float = Field(300, gt=0, description="seconds a server has for each call of a publication")
+    update_timeout: float = Field(
+        300, gt=0, description="seconds a server has for each call of a publication; less than logging.watchdog_minutes"
+    )
     trainer_host: str | None = Field(
         None, description="update: distributed: the first rank's address for servers; null: loopback for those here, else its host name"
     )

@@ -20,6 +20,7 @@ from megatron_srpo.tasks import Task, evaluation_tasks, question_count, training
 def preflight(config: Config) -> HFFolder:
     """Check the configuration against the model folder, the processes and the disk; returns the folder. Raises ConfigError."""
     check_trackers(config)
+    _check_watchdog(config)
     folder = HFFolder(config.model.hf_path)
     check_layout(folder.architecture, config)
     data_parallel_size(config.parallel, world_size_from_environment())
@@ -43,10 +44,19 @@ def preflight(config: Config) -> HFFolder:
     return folder
 
 
+def _check_watchdog(config: Config) -> None:
+    """A server's answer to a publication must be waited for as long as configured. Raises ConfigError."""
+    minutes, seconds = config.logging.watchdog_minutes, config.rollout.sglang.update_timeout
+    if config.rollout.engine == "sglang" and minutes is not None and seconds >= 60 * minutes:
+        raise ConfigError(
+            f"logging.watchdog_minutes: {minutes:g} minutes would end a run that waits for rollout.sglang.update_timeout ({seconds:g} s);"
+            " set more"
+        )
+
+
 def check_evaluation(config: Config, folder: HFFolder, tasks: Mapping[str, Task]) -> None:
     """Check that the questions of evaluation.splits fit rollout.max_prompt_tokens. Raises ConfigError."""
     for task in tasks.values():
         for split in config.evaluation.splits:
             for number in range(question_count(task, split, config.evaluation)):
                 encode_prompt(task.prompt(split, number), folder, config.rollout)
-

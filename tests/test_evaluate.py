@@ -113,6 +113,14 @@ def test_another_evaluation_in_the_same_folder_is_refused(evaluation, command, t
     assert status == 2 and "holds a training run" in error
 
 
+def test_servers_that_are_not_there_are_told_in_a_line(evaluation, tmp_path):
+    """Nothing is asked; once they are there, the same command goes on in the same folder."""
+    status, _, error = evaluation(tmp_path / "run", "rollout.engine=sglang", "rollout.urls=[http://127.0.0.1:9]")
+    assert status == 2 and error.startswith("configuration error: rollout.engine: http://127.0.0.1:9/server_info: ConnectError")
+    assert not (tmp_path / "run/samples").exists()
+    assert evaluation(tmp_path / "run", "evaluation.greedy=true", "evaluation.prompts=10")[0] == 0
+
+
 def test_comparison(command, evaluation, tmp_path):
     """A model against itself, and against one whose answers were all made wrong by hand."""
     assert evaluation(tmp_path / "a", "evaluation.greedy=false")[0] == 0

@@ -65,7 +65,11 @@ class TensorBoard:
 
 
 class WandB:
-    """One W&B run for a run folder (its id is kept in RUN/wandb_id), also over several starts."""
+    """One W&B run for a run folder (its id is kept in RUN/wandb_id), also over several starts.
+
+    W&B's own step may only grow, and what comes below it is dropped; a run that goes on from a checkpoint comes back to steps it had.
+    So `step` is a number like the others, named as the x axis of all: such steps have two points.
+    """
 
     def __init__(self, config: Config):
         import wandb
@@ -84,9 +88,11 @@ class WandB:
             settings=wandb.Settings(silent=True, console="off"),  # the terminal is ours
         )
 
+        self.run.define_metric("*", step_metric="step")
+
     def write(self, row: Mapping[str, Any]) -> None:
         """See `Tracker`."""
-        self.run.log(_numbers(row), step=row["step"])
+        self.run.log({"step": row["step"], **_numbers(row)})
 
     def close(self) -> None:
         """See `Tracker`."""

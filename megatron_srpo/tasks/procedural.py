@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import zlib
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -11,6 +13,7 @@ from megatron_srpo.config import ConfigError, TaskSection, TaskSource
 from megatron_srpo.records import Prompt, Verdict
 from megatron_srpo.tasks.extract import last_answer_block
 from megatron_srpo.tasks.pool import Job, Pool
+from megatron_srpo.tasks.procedural_scorers import SCORERS
 
 CHECKED = 10  # entries tried before a run
 PREFIX = "reasoning_gym/"
@@ -18,14 +21,14 @@ SIZE = 1_000  # entries of one dataset, some are made at once; the next thousand
 
 
 class Procedural:
-    """Entries by (seed, split, index). The ground truth is the entry itself, as JSON."""
+    """Entries by (seed, split, index). The ground truth is JSON: the dataset, its options, and the entry as a Python literal (tuples
+    and whole numbers as keys would not come back from JSON, and scorers compare them)."""
 
     verifier = "megatron_srpo.tasks.procedural:verify"
 
     def __init__(self, source: TaskSource, seed: int):
         """Raises ConfigError for an unknown dataset, wrong options, or when reasoning-gym is not installed."""
         try:
-            import reasoning_gym
             from reasoning_gym.factory import DATASETS
         except ImportError as error:
             raise ConfigError(f"task.name: {source.name} needs reasoning-gym ({error}); pip install 'megatron_srpo[tasks]'") from None
@@ -33,9 +36,7 @@ class Procedural:
         self.dataset = source.name.removeprefix(PREFIX)
         if self.dataset not in DATASETS:
             raise ConfigError(f"task.name: reasoning-gym has no dataset {self.dataset!r}; known: {', '.join(sorted(DATASETS))}")
-        self._create = lru_cache(maxsize=4)(
-            lambda number: reasoning_gym.create_dataset(self.dataset, seed=number, size=SIZE, **self.options)
-        )
+        self._create = lru_cache(maxsize=4)(lambda number: _dataset(self.dataset, self.options, seed=number, size=SIZE))
         try:
             prompts = [self.prompt("train", index) for index in range(CHECKED)]
         except Exception as error:  # the library raises whatever a wrong option makes it trip over
@@ -45,17 +46,20 @@ class Procedural:
     def _check(self, prompts: list[Prompt]) -> None:
         """Judge own answers and nonsense as a run would. Raises ConfigError.
 
-        Some datasets give their own answer no full score once it has been JSON, or nonsense a full one; some evaluate answers as
-        Python code, which the workers refuse.
+        Some datasets take nonsense for right; some might evaluate answers as Python code, which the workers refuse.
         """
-        own = [(prompt, json.loads(prompt.answer)["entry"]["answer"]) for prompt in prompts]
-        right = [Job(self.name, prompt.answer, f"<answer>{answer}</answer>") for prompt, answer in own if answer is not None]
+        own = [(prompt, _entry(prompt.answer)["answer"]) for prompt in prompts]
+        # some have no answer of their own, and what sympy left as an integral is none
+        own = [(prompt, answer) for prompt, answer in own if answer is not None and "Integral(" not in str(answer)]
+        right = [Job(self.name, prompt.answer, f"<answer>{answer}</answer>") for prompt, answer in own]
         nonsense = [Job(self.name, prompt.answer, "<answer>[no such answer]</answer>") for prompt in prompts]
         pool = Pool({self.name: self.verifier}, TaskSection(verifier_workers=1))
         verdicts = pool.verify([*right, *nonsense])
         pool.close()
         if not all(verdict.correct for verdict in verdicts[: len(right)]):
-            raise ConfigError(f"task.name: {self.name} cannot be verified: reasoning-gym does not accept its own answers")
+            raise ConfigError(
+                f"task.name: {self.name} cannot be verified: reasoning-gym does not accept its own answers, or would evaluate them as code"
+            )
         if any(verdict.correct or verdict.verifier_failed for verdict in verdicts[len(right) :]):
             raise ConfigError(f"task.name: {self.name} cannot be verified: reasoning-gym takes nonsense for right, or cannot judge it")
 
@@ -71,7 +75,7 @@ class Procedural:
             id=f"{self.name}/{split}/{index}",
             task=self.name,
             messages=({"role": "user", "content": text},),
-            answer=json.dumps({"dataset": self.dataset, "entry": entry}, default=str),
+            answer=json.dumps({"dataset": self.dataset, "options": self.options, "entry": repr(_plain(entry))}),
         )
 
 
@@ -81,10 +85,45 @@ def verify(answer: str, text: str) -> Verdict:
     if given is None:
         return Verdict(reward=0.0, correct=False, format_ok=False, feedback="Your response holds no <answer> block.")
     truth: dict[str, Any] = json.loads(answer)
-    from reasoning_gym import get_score_answer_fn
-
+    score, entry = _scorer(truth["dataset"], json.dumps(truth["options"])), _entry(answer)
     try:
-        correct = get_score_answer_fn(truth["dataset"])(given, truth["entry"]) >= 1.0
-    except (ValueError, TypeError, LookupError, SyntaxError, ArithmeticError):  # how it says that an answer has no form
+        correct = score(given, entry) == 1.0  # spell_backward's partial scores are sums that can come out above 1
+    except (ValueError, TypeError, LookupError, SyntaxError, ArithmeticError, AttributeError, AssertionError):  # it has no form
         correct = False
     return Verdict(reward=float(correct), correct=correct, format_ok=True, feedback=None if correct else "Your answer is wrong.")
+
+
+@lru_cache(maxsize=64)
+def _scorer(dataset: str, options: str) -> Callable[[str, dict[str, Any]], float]:
+    """The score of (answer, entry), ours or that of the dataset with these options (as JSON)."""
+    if dataset == "composite":
+        parts = {part["name"]: json.dumps(part["config"]) for part in json.loads(options)["datasets"]}
+        return lambda given, entry: _scorer(name := entry["metadata"]["source_dataset"], parts[name])(given, entry)
+    return SCORERS.get(dataset) or _dataset(dataset, json.loads(options), seed=0).score_answer
+
+
+def _dataset(name: str, options: dict[str, Any], **more: int) -> Any:
+    from reasoning_gym.composite import DatasetSpec
+    from reasoning_gym.factory import create_dataset
+
+    if name == "composite" and "datasets" in options:
+        options = {**options, "datasets": [DatasetSpec(**part) for part in options["datasets"]]}
+    return create_dataset(name, **options, **more)
+
+
+def _entry(answer: str) -> dict[str, Any]:
+    """The entry in a ground truth."""
+    return ast.literal_eval(json.loads(answer)["entry"])
+
+
+def _plain(value: Any) -> Any:
+    """The same of Python's own types, whose repr can be read again; of any other type, its text."""
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    for kind in (list, tuple, set):
+        if isinstance(value, kind):
+            return kind(_plain(item) for item in value)
+    for kind in (bool, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    return value if value is None else str(value)

@@ -50,7 +50,8 @@ def read_toolalpaca(path: Path) -> Iterator[tuple[ToolQuestion | None, str]]:
 
     Evaluation files have Golden_Answers beside Instructions; training files have Instances, whose intermediate_steps are
     [[tool, input, log], observation]. Left out are questions whose calls need an earlier call's result (a `$` placeholder, as the
-    papers did: 68 of 100 remain), have an input that is no JSON object, or that have no calls. Raises ConfigError naming the field.
+    papers did: 68 of 100 remain), have an input that is no JSON object, or that have no calls; of training files also those in
+    which a call failed or asked for no tool of the API (`getDetails` asks the user back). Raises ConfigError naming the field.
     """
     try:
         apis = json.loads(path.read_text(encoding="utf-8"))
@@ -61,37 +62,57 @@ def read_toolalpaca(path: Path) -> Iterator[tuple[ToolQuestion | None, str]]:
     if not isinstance(apis, list) or not apis:
         raise ConfigError(f"{path}: expected a list of APIs as ToolAlpaca publishes it")
     for place, api in enumerate(apis):
-        where = f"{path}: API {place}"
-        for field in ("Name", "Description", "NLDocumentation"):
-            if not isinstance(api, dict) or not isinstance(api.get(field), str):
-                raise ConfigError(f"{where}: {field}: expected a string")
-        if "Golden_Answers" in api:
-            questions, answers = api.get("Instructions"), api["Golden_Answers"]
-        elif "Instances" in api:
-            answers = [_calls_of(instance, f"{where}: Instances") for instance in api["Instances"]]
-            questions = [str(instance.get("input", "")).rsplit("\nHint: ", 1)[0] for instance in api["Instances"]]
-        else:
-            raise ConfigError(f"{where} ({api['Name']}): has neither Golden_Answers nor Instances")
+        yield from _questions_of(api, place, f"{path}: API {place}")
+
+
+def _questions_of(api: Any, place: int, where: str) -> Iterator[tuple[ToolQuestion | None, str]]:
+    if not isinstance(api, dict):
+        raise ConfigError(f"{where}: expected an object")
+    if api.get("Instances") == [] and "Golden_Answers" not in api:
+        return  # the simulation never came to this API, which may have no documentation, either
+    for field in ("Name", "Description", "NLDocumentation"):
+        if not isinstance(api.get(field), str):
+            raise ConfigError(f"{where}: {field}: expected a string")
+    where = f"{where} ({api['Name']})"
+    if "Golden_Answers" in api:
+        questions, answers = api.get("Instructions"), api["Golden_Answers"]
         if not isinstance(questions, list) or not isinstance(answers, list) or len(questions) != len(answers):
-            raise ConfigError(f"{where} ({api['Name']}): expected one answer for each instruction")
-        for number, (question, calls) in enumerate(zip(questions, answers, strict=True)):
-            reason = _why_left_out(question, calls)
-            prompt = PROMPT.format(
-                name=api["Name"], description=api["Description"], documentation=api["NLDocumentation"], question=question
-            )
-            yield (None if reason else ToolQuestion(f"{place}-{number}", prompt, calls)), reason
+            raise ConfigError(f"{where}: expected one answer for each instruction")
+        needs = ["a call needs an earlier call's result" if "$" in json.dumps(calls) else "" for calls in answers]
+        rows = list(zip(questions, answers, needs, strict=True))
+    elif isinstance(api.get("Instances"), list):
+        rows = [_instance(instance, api, f"{where}: Instances") for instance in api["Instances"]]
+    else:
+        raise ConfigError(f"{where}: has neither Golden_Answers nor Instances")
+    for number, (question, calls, problem) in enumerate(rows):
+        reason = problem or _why_left_out(question, calls)
+        prompt = PROMPT.format(name=api["Name"], description=api["Description"], documentation=api["NLDocumentation"], question=question)
+        yield (None if reason else ToolQuestion(f"{place}-{number}", prompt, calls)), reason
 
 
-def _calls_of(instance: Any, where: str) -> list[dict[str, Any]]:
-    steps = instance.get("intermediate_steps") if isinstance(instance, dict) else None
-    if steps is None:  # the simulation failed: published as {"error": …}
-        if not isinstance(instance, dict):
-            raise ConfigError(f"{where}: expected objects")
-        return []
+def _instance(instance: Any, api: dict[str, Any], where: str) -> tuple[str, list[dict[str, str]], str]:
+    """(question, calls, why it is left out) of a training file's instance. A failed simulation is published as {"error": …} or text."""
+    if isinstance(instance, str) or (isinstance(instance, dict) and "intermediate_steps" not in instance):
+        return "", [], "the simulation failed"
     try:
-        return [{"Action": step[0][0], "Action_Input": step[0][1]} for step in steps]
-    except (IndexError, KeyError, TypeError):
+        question = str(instance.get("input", "")).rsplit("\nHint: ", 1)[0]
+        steps = [(step[0][0], step[0][1], str(step[1])) for step in instance["intermediate_steps"]]
+        calls = [{"Action": name, "Action_Input": _object_in(text)} for name, text, _ in steps]
+    except (AttributeError, IndexError, KeyError, TypeError):
         raise ConfigError(f"{where}: intermediate_steps: expected [[tool, input, log], observation] each") from None
+    names, tools = {name for name, _, _ in steps}, api.get("Function_Projection")
+    if "getDetails" in names:
+        return question, calls, "a call asks the user back"
+    if tools and not names <= set(tools):
+        return question, calls, "a call is to no tool of the API"
+    if any(not observation.startswith("Status Code: 2") for _, _, observation in steps):
+        return question, calls, "a call failed"
+    return question, calls, ""
+
+
+def _object_in(text: str) -> str:
+    """From the first brace to the last, as ToolAlpaca read its calls' inputs; all of it where there is no brace."""
+    return text[text.find("{") : text.rfind("}") + 1] or text
 
 
 def _why_left_out(question: Any, calls: Any) -> str:
@@ -99,8 +120,6 @@ def _why_left_out(question: Any, calls: Any) -> str:
         return "no question"
     if not calls:
         return "no calls"
-    if "$" in json.dumps(calls):
-        return "a call needs an earlier call's result"
     try:
         gold_calls(json.dumps(calls))
     except ValueError:

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import CodeType
 
 from megatron_srpo.records import Verdict
 
@@ -91,14 +92,17 @@ def main() -> None:
 
 
 def _refuse_evaluation(judging: threading.Event, event: str, arguments: tuple) -> None:
-    """Audit hook: no verifier, nor a library under it, runs a string as code. What classes and sympy's numbers are made by may."""
+    """Audit hook: no verifier, nor a library under it, runs a string as code. What classes, sympy's numbers and its
+    arithmetic of monomials are made by may."""
     if event != "exec" or not judging.is_set() or arguments[0].co_filename != "<string>":
         return
     frame = sys._getframe(1)
     caller = frame.f_globals.get("__name__", "")
-    if caller in ("collections", "dataclasses"):
+    if caller in ("collections", "dataclasses", "sympy.polys.monomials"):
         return
-    if caller == "sympy.parsing.sympy_parser" and set(arguments[0].co_names) <= NUMERALS:
+    # nothing but numerals, and no code within: a comprehension has names of its own
+    is_flat = not any(isinstance(constant, CodeType) for constant in arguments[0].co_consts)
+    if caller == "sympy.parsing.sympy_parser" and is_flat and set(arguments[0].co_names) <= NUMERALS:
         return
     while frame and frame.f_code is not judge.__code__:
         if frame.f_globals.get("__name__") == "importlib._bootstrap":  # a module being imported

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import struct
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -17,13 +18,17 @@ from megatron_srpo.observe.trackers import check_trackers
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """Stands for the package: `inits` and `logged` are what it was told."""
+    """Stands for the package: `inits`, `axes` and `logged` are what it was told."""
     module = ModuleType("wandb")
-    module.inits, module.logged = [], []
+    module.inits, module.axes, module.logged = [], [], []
 
     def init(**options):
         module.inits.append(options)
-        return SimpleNamespace(log=lambda row, step: module.logged.append((step, row)), finish=lambda: module.logged.append("finished"))
+        return SimpleNamespace(
+            define_metric=lambda name, step_metric: module.axes.append((name, step_metric)),
+            log=lambda row: module.logged.append(row),
+            finish=lambda: module.logged.append("finished"),
+        )
 
     module.init, module.Settings = init, lambda **settings: settings
     monkeypatch.setitem(sys.modules, "wandb", module)
@@ -44,7 +49,8 @@ def test_the_same_numbers_everywhere(wandb, tmp_path):
     smaller = ["rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "rollout.max_response_tokens=8"]
     rows = small_run(run, *smaller, "train.steps=3", "evaluation.every=2", "evaluation.prompts=4", *overrides)
     assert [row["step"] for row in rows] == [0, 1, 2, 2, 3, 3]  # evaluations beside steps
-    assert wandb.logged == [*((row["step"], numbers(row)) for row in rows), "finished"]
+    assert wandb.logged == [*({"step": row["step"], **numbers(row)} for row in rows), "finished"]
+    assert wandb.axes == [("*", "step")]
     (init,) = wandb.inits
     assert (init["project"], init["name"], init["mode"], init["id"]) == ("p", "run", "offline", (run / "wandb_id").read_text())
     events = tensorboard.EventAccumulator(str(run / "tensorboard"))
@@ -56,6 +62,45 @@ def test_the_same_numbers_everywhere(wandb, tmp_path):
     trace = json.loads(gzip.decompress((run / "profile" / "rank_00000.trace.json.gz").read_bytes()))
     assert any("addmm" in event.get("name", "") for event in trace["traceEvents"])
     assert "Self CPU" in (run / "profile" / "rank_00000.table.txt").read_text()
+
+
+def test_weights_and_biases_keeps_the_steps_of_a_run_that_goes_back(tmp_path):
+    """The package itself, offline: a run of five steps goes on from its checkpoint after the third; every row is kept with its step."""
+    pytest.importorskip("wandb", reason="needs wandb (the wandb extra)")
+    config, logged = small_config(tmp_path, "logging.wandb_project=p", "logging.wandb_mode=offline"), []
+    config.logging.dir.mkdir(parents=True, exist_ok=True)
+    for steps in ([0, 1, 2, 2, 3, 4, 5, 4], [4, 5, 5, 6]):  # evaluations beside steps; the first goes back by itself, too
+        tracker = trackers.WandB(config)
+        for step in steps:
+            logged.append((step, 100.0 * len(logged)))
+            tracker.write({"step": step, "loss": logged[-1][1], "alarms": ["not a number"]})
+        tracker.close()
+    files = sorted((config.logging.dir / "wandb").glob("offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns)
+    assert len({file.name for file in files}) == 1  # one run, by its id
+    found = [entry for file in files for entry in history_of(file)]
+    assert [(row["step"], row["loss"]) for row, _ in found] == logged
+    assert {(name, axis) for _, axes in found for name, axis in axes} == {("*", "step")}
+
+
+def history_of(file):
+    """(row, (metrics, their x axis) told before) of every row in a file of wandb's, which is a LevelDB log of protobuf messages."""
+    from wandb.proto import wandb_internal_pb2
+
+    content, place, data, axes = file.read_bytes(), 7, b"", []  # after the magic number
+    while place + 7 <= len(content):
+        if place % 32768 > 32768 - 7:  # no header fits into the rest of the block
+            place += 32768 - place % 32768
+            continue
+        length, kind = struct.unpack_from("<HB", content, place + 4)
+        data += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (2, 3):  # the record goes on
+            continue
+        record, data = wandb_internal_pb2.Record.FromString(data), b""
+        if record.WhichOneof("record_type") == "metric":
+            axes.append((record.metric.name or record.metric.glob_name, record.metric.step_metric))
+        if record.WhichOneof("record_type") == "history":
+            yield {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}, list(axes)
 
 
 def test_what_is_not_installed_is_said_before_anything_starts(monkeypatch, tmp_path):

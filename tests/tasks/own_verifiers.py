@@ -37,10 +37,10 @@ def misbehave(answer: str, text: str) -> Verdict:
         return None
     if text.startswith("eval "):
         return Verdict(reward=float(eval(text[5:])), correct=True, format_ok=True)
-    if text == "sympy":
+    if text.startswith("sympy "):
         from sympy.parsing.sympy_parser import parse_expr
 
-        return Verdict(reward=float(parse_expr("sin(1)")), correct=True, format_ok=True)
+        return Verdict(reward=float(parse_expr(text[6:])), correct=True, format_ok=True)
     if text == "classes":  # what imports do lazily is no evaluation of output
         collections.namedtuple("Pair", "a b")
         dataclasses.make_dataclass("Made", ["a"])

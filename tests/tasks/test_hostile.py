@@ -5,6 +5,7 @@ What runs in this process has no time limit: a verifier that hangs would hang th
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 
@@ -12,8 +13,9 @@ import pytest
 from paper_cases import NESTED, said
 
 from megatron_srpo.config import TaskSection
-from megatron_srpo.tasks import addition, mathematics, sciknoweval, tool_use
+from megatron_srpo.tasks import addition, mathematics, procedural, sciknoweval, tool_use
 from megatron_srpo.tasks.pool import Job, Pool
+from megatron_srpo.tasks.procedural_scorers import SCORERS
 
 COUNT = 10_000
 PIECES = [
@@ -58,6 +60,16 @@ def alarm():
 def test_ten_thousand_outputs(alarm, name):
     verify, answer = WRONG[name]
     assert not any(verify(answer, text).correct for text in hostile(name, COUNT))
+
+
+ENTRY = {"answer": "579341", "metadata": {"variable": "x", "integrand": "579341*x", "direction": "ascending"}}
+
+
+@pytest.mark.parametrize("dataset", SCORERS)
+def test_ten_thousand_outputs_for_our_scorers_of_procedural_tasks(alarm, dataset):
+    entry = ENTRY | {"answer": "['579341']"} if dataset == "number_sorting" else ENTRY
+    answer = json.dumps({"dataset": dataset, "options": {}, "entry": repr(entry)})
+    assert not any(procedural.verify(answer, f"<answer>{text}</answer>").correct for text in hostile(dataset, COUNT))
 
 
 MB = 1_000_000

@@ -68,10 +68,22 @@ def test_what_hangs_is_killed():
 
 def test_no_verifier_evaluates_a_string(pool):
     """Not even a library under it: sympy's parser would."""
-    verdicts = pool.verify(jobs("eval 1", "sympy", "classes", "eval __import__('os')._exit(0)", "right"))
+    texts = {
+        "eval 1": True,
+        "eval __import__('os')._exit(0)": True,
+        "sympy sin(1)": True,
+        "sympy (1).__class__": True,
+        # sympy makes no symbols of attributes, and the names in a comprehension are those of code within the code
+        "sympy [(1).__class__.evalf.__globals__['__builtins__']['exit']() for {}[1] in [1]]": True,
+        "sympy (lambda: (1).evalf.__globals__)()": True,
+        "sympy 1 + 2/3": False,
+        "classes": False,
+        "right": False,
+    }
+    verdicts = pool.verify(jobs(*texts))
     refused = [verdict.verifier_failed is not None and "wanted to evaluate a string" in verdict.verifier_failed for verdict in verdicts]
-    assert refused == [True, True, False, True, False]
-    assert verdicts[-1].correct
+    assert refused == list(texts.values())
+    assert verdicts[-1].correct and verdicts[-3].reward == pytest.approx(5 / 3)
 
 
 def test_what_a_verifier_prints_is_no_verdict(pool):

@@ -6,9 +6,11 @@ import json
 
 import pytest
 
-from megatron_srpo.config import ConfigError, TaskSource
+from megatron_srpo.config import ConfigError, TaskSection, TaskSource
+from megatron_srpo.records import Verdict
 from megatron_srpo.tasks import create_task
-from megatron_srpo.tasks.procedural import verify
+from megatron_srpo.tasks.pool import Job, Pool
+from megatron_srpo.tasks.procedural import _entry, verify
 
 pytest.importorskip("reasoning_gym")
 
@@ -30,11 +32,18 @@ def test_prompts_belong_to_seed_split_and_index():
 @pytest.mark.parametrize("name", ["basic_arithmetic", "spell_backward"])
 def test_only_the_full_score_of_the_extracted_answer_counts(name):
     prompt = make(name).prompt("train", 3)
-    right = json.loads(prompt.answer)["entry"]["answer"]
+    right = _entry(prompt.answer)["answer"]
     assert verify(prompt.answer, f"Let me think. <answer> {right} </answer>").correct
     assert not verify(prompt.answer, f"The answer is {right}").correct  # partial score in reasoning-gym
     assert not verify(prompt.answer, f"<answer>The answer is {right}</answer>").correct
     assert not verify(prompt.answer, "<answer>wrong</answer>").correct
+
+
+def test_partial_scores_above_one_are_not_full():
+    """reasoning-gym adds up 1 / length for each letter, also where something follows them."""
+    task = make("spell_backward")
+    for prompt in (task.prompt("train", index) for index in range(30)):
+        assert not verify(prompt.answer, f"<answer>{_entry(prompt.answer)['answer']} and more</answer>").correct
 
 
 def test_an_answer_without_form_is_wrong_not_a_failure():
@@ -43,16 +52,55 @@ def test_an_answer_without_form_is_wrong_not_a_failure():
     assert not verify(prompt.answer, "<answer>zzz</answer>").correct
 
 
+# one of each kind: tuples in the entry, our own scorers, arithmetic read by sympy, parts, no answer of its own
+SAMPLE = {
+    "rearc": {},
+    "bitwise_arithmetic": {},
+    "game_of_life_halting": {},
+    "intermediate_integration": {},
+    "number_sorting": {},
+    "polynomial_multiplication": {},
+    "puzzle24": {"max_value": 6},
+    "composite": {"datasets": [{"name": "simple_integration", "weight": 1, "config": {"max_terms": 3}}]},
+    "graph_color": {},
+}
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_right_and_wrong_answers_by_a_worker(name):
+    """The dataset's own answers (a colouring, where it has none) are right; those with something behind them and other texts are wrong."""
+    task = make(name, **SAMPLE[name])
+    prompts = [task.prompt("train", index) for index in range(6)]
+    entries = [_entry(prompt.answer) for prompt in prompts]
+    own = [entry["answer"] or json.dumps(entry["metadata"]["possible_answer"]) for entry in entries]
+    pool = Pool({"t": task.verifier}, TaskSection(verifier_workers=1))
+    for right, texts in ((True, own), (False, [f"{answer} 1" for answer in own]), (False, ["[]"] * 6), (False, ["x"] * 6)):
+        jobs = [Job("t", prompt.answer, f"<answer>{text}</answer>") for prompt, text in zip(prompts, texts, strict=True)]
+        verdicts = pool.verify(jobs)
+        expected = [right and "Integral(" not in text for text in texts]  # which is the question again
+        assert [(verdict.correct, verdict.verifier_failed) for verdict in verdicts] == [(one, None) for one in expected]
+    pool.close()
+
+
 @pytest.mark.parametrize(
     "name, options, said",
     [
         ("sudokuu", {}, "no dataset 'sudokuu'; known: "),
         ("basic_arithmetic", {"terms": 3}, "task.options: basic_arith"),
-        ("game_of_life_halting", {}, "cannot be verified: reasoning-gym takes nonsense for right, or cannot judge it"),
-        ("rearc", {}, "cannot be verified: reasoning-gym does not accept its own answers"),
-        ("number_sorting", {}, "cannot be verified"),  # evaluates answers
+        ("composite", {}, "Must specify at least one dataset"),
     ],
 )
 def test_refusals(name, options, said):
     with pytest.raises(ConfigError, match=said):
         make(name, **options)
+
+
+@pytest.mark.parametrize(
+    "correct, said", [(True, "takes nonsense for right"), (False, "does not accept its own answers, or would evaluate them as code")]
+)
+def test_a_dataset_that_cannot_be_judged_is_refused(correct, said, monkeypatch):
+    """A verifier that takes everything, or nothing."""
+    verdict = Verdict(reward=float(correct), correct=correct, format_ok=True)
+    monkeypatch.setattr(Pool, "verify", lambda pool, jobs: [verdict] * len(jobs))
+    with pytest.raises(ConfigError, match=said):
+        make()

@@ -28,18 +28,39 @@ API = {
         [],
     ],
 }
+FINE = "Status Code: 200. Response: {}"
+
+
+def step(tool, text, observation=FINE):
+    return [[tool, text, f" I need {tool}.\nAction: {tool}\nAction Input: {text}"], observation]
+
+
+# Every shape that ToolAlpaca's own programs write (instance_generation/generation.py, agent/tools.py); the words are ours.
 TRAINING = {
-    **{key: API[key] for key in ("Name", "Description", "NLDocumentation")},
+    **{key: API[key] for key in ("Name", "Description", "NLDocumentation", "Instructions")},
+    "Function_Description": {"getCat": "…", "components": ""},
+    "Function_Projection": {"getCat": ["/cat", "get"]},
     "Instances": [
         {
             "input": "Show me a cat.\nHint: use getCat",
-            "intermediate_steps": [[["getCat", '{"size": {"min": 1}}', "Thought: …"], "Status Code: 200"]],
-            "output": "…",
+            "intermediate_steps": [step("getCat", 'Well: {"size": {"min": 1}}\n')],  # it read from brace to brace
+            "output": "Here it is.",
+            "Final Thought": "I can respond now.",
         },
-        {"input": "Broken.", "intermediate_steps": [[["getCat", "{size: 1}", ""], "Status Code: 400"]]},
+        {"input": "A cat for $5.", "intermediate_steps": [step("getCat", '{"price": "$5"}'), step("getCat", "{}")], "output": "…"},
+        {"input": "Broken.", "intermediate_steps": [step("getCat", "{size: 1}")], "output": "…"},
+        {"input": "Which one?", "intermediate_steps": [step("getDetails", '{"Question": "Which?"}', "Any."), step("getCat", "{}")]},
+        {
+            "input": "A dog?",
+            "intermediate_steps": [step("getDog", "{}", "`getDog` is not a valid action. The action must be one of ['getCat'].")],
+        },
+        {"input": "Twice.", "intermediate_steps": [step("getCat", "{}", "Status Code: 400. Response: …"), step("getCat", "{}")]},
+        {"input": "Nothing to do.", "intermediate_steps": [], "output": "…"},
         {"error": "the simulation failed"},
+        "{'input': 'not even JSON'}",
     ],
 }
+UNTOUCHED = {"Name": "No documentation", "Description": "", "Instances": []}
 PROMPT = (
     "Your task is to answer the user's question using available tools. \nYou have access to the following tools:\nName: Cats\n"
     "Description: All about cats\nDocumentation:\ngetCat: One cat.\nParameters: {}\n\nUse the following format:\n"
@@ -100,18 +121,23 @@ def test_feedback_never_holds_the_answer(rule):
 
 def test_prepare_evaluation_and_training_files(tmp_path):
     (tmp_path / "eval.json").write_text(json.dumps([API]))
-    (tmp_path / "train.json").write_text(json.dumps([TRAINING]))
+    (tmp_path / "train.json").write_text(json.dumps([UNTOUCHED, TRAINING]))
     files = ["--train", str(tmp_path / "train.json"), "--test", str(tmp_path / "eval.json")]
     command = [sys.executable, "tools/prepare_tool_use.py", *files, "--output", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "left out: a call's input is no JSON object 1, no question 1" in done.stdout
-    assert "left out: a call needs an earlier call's result 1, no calls 1" in done.stdout
-    for name, gold in (("test", "{}"), ("train", '{"size": {"min": 1}}')):
-        (question,) = read_questions(tmp_path / f"out/{name}.jsonl")
-        assert question.messages == ({"role": "user", "content": PROMPT},)
-        assert verify(question.answer, f"Action: getCat\nAction Input: {gold}").correct
-        assert verify_strict(question.answer, f"Action: getCat\nAction Input: {gold}").correct
+    train, test = done.stdout.splitlines()
+    assert test.endswith("1 questions; left out: a call needs an earlier call's result 1, no calls 1")
+    assert train.endswith(
+        "2 questions; left out: the simulation failed 2, a call's input is no JSON object 1, a call asks the user back 1,"
+        " a call is to no tool of the API 1, a call failed 1, no calls 1"
+    )
+    for name, gold in (("test", ["{}"]), ("train", ['{"size": {"min": 1}}']), ("train", ['{"price": "$5"}', "{}"])):
+        question = read_questions(tmp_path / f"out/{name}.jsonl")[len(gold) - 1]
+        asked = "A cat for $5." if len(gold) == 2 else "Show me a cat."
+        assert question.messages == ({"role": "user", "content": PROMPT.replace("Show me a cat.", asked)},)
+        text = said(*(("getCat", value) for value in gold))
+        assert verify(question.answer, text).correct and verify_strict(question.answer, text).correct
 
 
 @pytest.mark.parametrize(
@@ -121,6 +147,7 @@ def test_prepare_evaluation_and_training_files(tmp_path):
         ("[]", "expected a list of APIs"),
         ('[{"Name": "x", "Description": 1}]', "API 0: Description: expected a string"),
         ('[{"Name": "x", "Description": "", "NLDocumentation": ""}]', "neither Golden_Answers nor Instances"),
+        ("[1]", "API 0: expected an object"),
         (
             '[{"Name": "x", "Description": "", "NLDocumentation": "", "Golden_Answers": [[]], "Instructions": []}]',
             "expected one answer for each instruction",

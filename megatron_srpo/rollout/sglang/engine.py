@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_srpo.config import Config, ConfigError
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.model.qwen3 import model_dtype
+from megatron_srpo.progress import beat
 from megatron_srpo.rollout.engine import EngineFailed, Finished, Request, Sampling
 from megatron_srpo.rollout.sglang.fleet import Launch
 from megatron_srpo.rollout.sglang.generation import Generation
@@ -115,6 +116,7 @@ class SGLangEngine:
         if self.publisher is not None and self.settings.servers:
             self.publisher.say(f"starting {self.settings.servers} SGLang servers (output: {self.publisher.fleet.launch.logs})")
         while self._from_first(self.publisher is not None and self.publisher.fleet.is_starting()):
+            beat()  # start_timeout ends this wait
             time.sleep(_HEARTBEAT)
         problem = None
         try:

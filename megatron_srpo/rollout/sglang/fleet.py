@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_srpo.config import ConfigError, SGLangSection
+from megatron_srpo.progress import beat
 from megatron_srpo.rollout.sglang import guard
 from megatron_srpo.rollout.sglang.http import Server, ServerFailed
 
@@ -142,6 +143,7 @@ class Fleet:
         """Until every server is there or given up, at most `seconds`."""
         until = time.monotonic() + seconds
         while self.is_starting() and time.monotonic() < until:
+            beat()
             time.sleep(0.05)
 
     def reachable(self) -> list[Member]:

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 
 from megatron_srpo.config import SGLangSection
+from megatron_srpo.progress import beat
 from megatron_srpo.rollout.engine import Completion, EngineFailed, Finished, Request, Sampling
 from megatron_srpo.rollout.sglang.http import IDLE, headers
 from megatron_srpo.rollout.sglang.replies import BadReply, joined, parse
@@ -168,6 +169,7 @@ class _Batch:
             if (reason := self.generation.hopeless(time.monotonic() - self.nobody_since)) is not None:
                 told = "; ".join(f"{target.url}: {target.out}" for target in self.generation.targets)
                 raise EngineFailed(f"no SGLang server is left: {reason} ({told})")
+            beat()  # `hopeless` ends this wait
             await asyncio.sleep(0.1)
         return None
 
@@ -261,6 +263,8 @@ class _Batch:
         try:
             response = await self.http.get(f"{target.url}{path}", timeout=self.settings.health_timeout)
             response.raise_for_status()
+            if target.out is None and target.calls:
+                beat()  # it makes tokens: the longest response may take longer than a watchdog waits, request_timeout ends that
             if target.out and not target.is_distrusted and str(response.json()["weight_version"]) == self.generation.versions[-1]:
                 target.out = None
         except (httpx.HTTPError, ValueError, TypeError, KeyError, IndexError) as error:

@@ -27,6 +27,7 @@ from torch.distributed import distributed_c10d
 
 from megatron_srpo.config import is_loopback
 from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.progress import beat
 from megatron_srpo.rollout.sglang.fleet import load_from_disk
 from megatron_srpo.rollout.sglang.http import Server, ServerFailed
 from megatron_srpo.weights.transfer import save_hf
@@ -57,6 +58,7 @@ class Update:
         for call, server in calls.items():
             try:
                 results[server] = call.result()
+                beat()
             except ServerFailed as failure:
                 self.fail(server, str(failure))
         return {server: result for server, result in results.items() if server in self.live}

@@ -1,0 +1,144 @@
+"""What the watchdog sees of SGLang servers: answers, tokens and bounded waits are progress, silence is not. Without real servers."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_srpo.config import ConfigError, SGLangSection, load_config
+from megatron_srpo.preflight import preflight
+from megatron_srpo.progress import PROGRESS
+from megatron_srpo.rollout.engine import EngineFailed, Request, Sampling
+from megatron_srpo.rollout.sglang import engine, generation
+from megatron_srpo.rollout.sglang.engine import SGLangEngine
+from megatron_srpo.rollout.sglang.fleet import Fleet
+from megatron_srpo.rollout.sglang.generation import Generation
+from megatron_srpo.rollout.sglang.http import Server, ServerFailed
+from megatron_srpo.rollout.sglang.publication import Update
+
+ROOT = Path(__file__).parents[2]
+REPLY = {
+    "output_ids": [2],
+    "meta_info": {"finish_reason": {"type": "stop"}, "weight_version": "0", "output_token_logprobs": [[-0.5, 2, None]]},
+}
+
+
+@contextmanager
+def server(is_healthy):
+    """Answers /generate when `released` is set, and /health at once or not before that either; yields (url, released)."""
+    released = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self):
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if self.path == "/generate" or not is_healthy:
+                released.wait(20)
+            content = json.dumps(REPLY).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_GET = do_POST = answer  # noqa: N815  (the library's names)
+
+        def log_message(self, *_):
+            pass
+
+    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=listening.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listening.server_port}", released
+    finally:
+        released.set()
+        listening.shutdown()
+        listening.server_close()
+
+
+def generating(url, hopeless=lambda seconds: None):
+    """A rank that asks the server at `url`."""
+    made = Generation([url], SGLangSection(), 3, 0, 1, False, lambda *_: None, hopeless)
+    made.versions = ["0"]
+    return made
+
+
+def beats_during(seconds):
+    before = PROGRESS.beats
+    time.sleep(seconds)
+    return PROGRESS.beats - before
+
+
+@pytest.mark.parametrize("is_healthy", [True, False])
+def test_a_long_response_is_progress_while_its_server_makes_tokens(is_healthy, monkeypatch):
+    """One request whose answer takes for ever: SGLang's /health answers when tokens are made. A server that hangs makes no sign."""
+    monkeypatch.setattr(generation, "_LOOK_AGAIN", 0.02)
+    done = []
+    with server(is_healthy) as (url, released):
+        asking = threading.Thread(
+            target=generating(url).generate,
+            args=([Request((0, 1), "x")], Sampling(1.0, 1.0, 4, (2,)), lambda number, completion: done.append(completion.ids)),
+        )
+        asking.start()
+        time.sleep(0.5)  # the request is on its way
+        assert (beats_during(0.5) > 3) == is_healthy and not done
+        released.set()
+        asking.join(20)
+    assert done == [[2]]
+
+
+def test_waiting_for_a_server_to_come_back_is_progress_until_it_is_hopeless():
+    made = generating("http://127.0.0.1:9", lambda seconds: "it is over" if seconds > 0.5 else None)
+    made.targets[0].out = "left out by the test"
+    before = PROGRESS.beats
+    with pytest.raises(EngineFailed, match="it is over"):
+        made.generate([Request((0,), "x")], Sampling(1.0, 1.0, 4, (2,)), lambda *_: False)
+    assert PROGRESS.beats - before >= 3
+
+
+def test_each_answer_to_a_publication_is_progress_and_silence_is_none():
+    """Three calls to two servers, one of which fails; then one that is not answered."""
+    servers = [Server(f"http://127.0.0.1:{port}", SGLangSection()) for port in (8, 9)]
+    update, answer = Update(servers, "1", needs_session=False), threading.Event()
+
+    def call(server):
+        if server is servers[1]:
+            raise ServerFailed("no")
+
+    before = PROGRESS.beats
+    update.each(call)
+    assert PROGRESS.beats - before == 1 and update.live == servers[:1]
+    waiting = threading.Thread(target=update.each, args=(lambda server: answer.wait(20),))
+    waiting.start()
+    assert beats_during(0.3) == 0
+    answer.set()
+    waiting.join(20)
+    assert PROGRESS.beats - before == 2
+    update.close()
+
+
+def test_waits_for_servers_that_start_are_progress(monkeypatch):
+    """At the start and before a publication; both are bounded by settings of their own."""
+    fleet = Fleet(["http://127.0.0.1:9"], SGLangSection(), None, lambda text: None)
+    fleet.members[0].state, before = "starting", PROGRESS.beats
+    fleet.wait(0.3)
+    assert PROGRESS.beats - before >= 3
+    monkeypatch.setattr(engine, "_HEARTBEAT", 0.01)
+    looks = iter([True, True, True, False])
+    publisher = SimpleNamespace(
+        settings=None, say=lambda text: None, inspect=lambda: None, is_seeded=True, fleet=SimpleNamespace(is_starting=lambda: next(looks))
+    )
+    alone = SimpleNamespace(publisher=publisher, settings=SimpleNamespace(servers=0), _from_first=lambda value: value)
+    before = PROGRESS.beats
+    assert SGLangEngine._meet_servers(alone) and PROGRESS.beats - before == 3
+
+
+def test_a_watchdog_less_patient_than_publications_is_refused():
+    given = [f"model.hf_path={ROOT / 'examples/quickstart/start'}", "rollout.sglang.update_timeout=900"]
+    with pytest.raises(ConfigError, match=r"logging.watchdog_minutes: 8 minutes would end .*update_timeout \(900 s\)"):
+        preflight(load_config(ROOT / "examples/quickstart/sglang.yaml", given))
