@@ -20,10 +20,11 @@ from tiny import make_model, save_folder
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.observe.tokens import read_tokens
 
-TP, PP, VPP, EP, ETP, SP, NO_DO = (
+TP, PP, VPP, CP, EP, ETP, SP, NO_DO = (
     "parallel.tensor_model_parallel_size=",
     "parallel.pipeline_model_parallel_size=",
     "parallel.virtual_pipeline_model_parallel_size=",
+    "parallel.context_parallel_size=",
     "parallel.expert_model_parallel_size=",
     "parallel.expert_tensor_parallel_size=",
     "parallel.sequence_parallel=true",
@@ -82,6 +83,12 @@ LAYOUTS = {
         "dp2-replicated": ([NO_DO], ["srpo"]),
         "ep2": ([EP + "2"], ["moe", "moe_one_routed"]),
         "ep2-replicated": ([EP + "2", NO_DO], ["moe"]),
+        "cp2": ([CP + "2"], ["srpo", "grpo", "one_routed", "trust_region", "moe"]),
+        "cp2-replicated-recompute": (
+            [CP + "2", NO_DO, "megatron={recompute_granularity: full, recompute_method: uniform, recompute_num_layers: 1}"],
+            ["srpo"],
+        ),
+        "cp2-ep2": ([CP + "2", EP + "2"], ["moe"]),
     },
     4: {
         "tp4": ([TP + "4"], ["srpo", "untied", "top_k", "sampled"]),
@@ -95,6 +102,13 @@ LAYOUTS = {
         "pp2-ep2": ([PP + "2", EP + "2"], ["moe"]),
         "tp2-sp-ep2": ([TP + "2", SP, EP + "2"], ["moe"]),
         "tp2-sp-ep4-etp1": ([TP + "2", SP, EP + "4", ETP + "1"], ["moe"]),
+        "cp4": ([CP + "4"], ["srpo"]),
+        "cp2-tp2": ([CP + "2", TP + "2"], ["srpo"]),
+        "cp2-tp2-sp": ([CP + "2", TP + "2", SP], ["srpo"]),
+        "cp2-dp2": ([CP + "2"], ["srpo", "grpo", "sdpo"]),
+        "cp2-dp2-replicated": ([CP + "2", NO_DO], ["sdpo"]),
+        "cp2-pp2": ([CP + "2", PP + "2"], ["srpo", "untied"]),
+        "cp2-tp2-sp-ep2": ([CP + "2", TP + "2", SP, EP + "2"], ["moe"]),
     },
 }
 PAIRS = [(ranks, layout, case) for ranks, layouts in LAYOUTS.items() for layout, (_, cases) in layouts.items() for case in cases]
@@ -220,7 +234,7 @@ def test_replay_routes_alike_on_every_layout(runs):
         assert (runs[run].folder / "rollouts" / "step_000001.jsonl").read_text() == first
 
 
-@pytest.mark.parametrize("run", [f"{layout}_srpo" for layout in ("one", "tp2", "pp2", "dp2", "tp2-pp2")])
+@pytest.mark.parametrize("run", [f"{layout}_srpo" for layout in ("one", "tp2", "pp2", "dp2", "cp2", "tp2-pp2", "cp4", "cp2-tp2")])
 def test_token_values_are_the_references_on_every_layout(world, runs, run):
     """What rollouts/step_000001.tokens.jsonl says of tokens, against float64 logits of the whole vocabulary."""
     folder, _ = world[2]["mixed"]
