@@ -146,6 +146,8 @@ def test_activations_of_a_layer(folders, model, context):
             del output
     batch = Batch(tokens=sum(lengths) // context, responses=0, distilled=0)
     planned, _ = layer_bytes(HFFolder(folders[model]).architecture, config, CPU, batch)
+    if context > 1:  # the last of four chunks sees all four: a CPU's kernel keeps that mask, in fp32, and a GPU's has none
+        planned += 4 * sum(length // 4 * length for length in lengths)
     assert planned == pytest.approx(kept[1] - kept[0], rel=0.02 if model == "qwen3_moe" else 0)
 
 

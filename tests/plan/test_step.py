@@ -95,8 +95,8 @@ def test_context_parallel_traffic_is_what_a_step_sends(start):
     """Keys, values, their gradients and the last hidden states as well; the padding of documents is left out."""
     config = load_config(start[2], ["parallel.context_parallel_size=2"])
     sent, samples = collectives_of_an_update(start, config, 2)
-    prompts, responses = (sum(map(len, ids)) // len(samples) for ids in zip(*((s.prompt.ids, s.response_ids) for s in samples)))
-    planned = traffic(start[0].architecture, config, MACHINES["cpu"], 2, Workload(prompts, responses, 0.0))
+    prompt, response = (sum(map(len, ids)) // len(samples) for ids in ([s.prompt.ids for s in samples], [s.response_ids for s in samples]))
+    planned = traffic(start[0].architecture, config, MACHINES["cpu"], 2, Workload(prompt, response, 0.0))
     assert planned["context"].bytes > planned["gradients"].bytes / 4
     assert sum(planned[name].bytes for name in ("gradients", "teacher", "context")) == pytest.approx(sent, rel=0.03)
 
