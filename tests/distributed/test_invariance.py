@@ -105,9 +105,10 @@ LAYOUTS = {
         "cp4": ([CP + "4"], ["srpo"]),
         "cp2-tp2": ([CP + "2", TP + "2"], ["srpo"]),
         "cp2-tp2-sp": ([CP + "2", TP + "2", SP], ["srpo"]),
-        "cp2-dp2": ([CP + "2"], ["srpo", "grpo", "sdpo"]),
+        "cp2-dp2": ([CP + "2"], ["srpo", "sdpo"]),
         "cp2-dp2-replicated": ([CP + "2", NO_DO], ["sdpo"]),
-        "cp2-pp2": ([CP + "2", PP + "2"], ["srpo", "untied"]),
+        "cp2-pp2": ([CP + "2", PP + "2"], ["srpo"]),
+        "cp2-pp2-vpp2": ([CP + "2", PP + "2", VPP + "2"], ["srpo"]),
         "cp2-tp2-sp-ep2": ([CP + "2", TP + "2", SP, EP + "2"], ["moe"]),
     },
 }
@@ -216,6 +217,9 @@ def test_the_cases_exercise_what_they_claim(runs):
     assert all(0 < row["sdpo_token_share"] < 1 for row in rows)
     assert runs["one_many_routed"].rows[0]["sdpo_sample_share"] == 0.75
     assert runs["one_one_routed"].rows[0]["sdpo_sample_share"] == 1 / 16
+    samples = [json.loads(line) for line in (runs["one_srpo"].folder / "rollouts" / "step_000001.jsonl").read_text().splitlines()]
+    assert any(len(sample["response_ids"]) == 1 for sample in samples)  # so that context-parallel ranks have none of some
+    assert any((len(sample["prompt"]["ids"]) + len(sample["response_ids"]) - 1) % 4 for sample in samples)
 
 
 @pytest.mark.parametrize("run", ["one_none_right", "pp2-dp2_none_right", "dp4_none_right", "one_none_wrong", "dp2_none_wrong"])
