@@ -42,8 +42,10 @@ class ParallelSection(_Section):
     tensor_model_parallel_size: int = Field(1, gt=0)
     pipeline_model_parallel_size: int = Field(1, gt=0)
     virtual_pipeline_model_parallel_size: int | None = Field(None, gt=1, description="model chunks per pipeline rank (interleaved 1F1B)")
-    context_parallel_size: Literal[1] = Field(1, description="only 1 so far")
-    expert_model_parallel_size: int = Field(1, gt=0, description="ranks that share a layer's experts; their tokens are data parallel")
+    context_parallel_size: int = Field(
+        1, gt=0, description="ranks that share every sequence, for long ones: each holds a part of its tokens and activations"
+    )
+    expert_model_parallel_size: int = Field(1, gt=0, description="ranks that share a layer's experts; they have other tokens")
     expert_tensor_parallel_size: int | None = Field(
         None, gt=0, description="ranks that share each expert's matrices; null: tensor_model_parallel_size"
     )
@@ -57,6 +59,11 @@ class ParallelSection(_Section):
         None, gt=0, description="parameters whose gradients are reduced together while overlapping; null: Megatron's 40 million or more"
     )
     distributed_timeout_minutes: float = Field(10, gt=0, description="a collective that waits longer ends the run")
+
+    @property
+    def replica_size(self) -> int:
+        """Ranks that train the same samples."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
     @property
     def expert_tensor_size(self) -> int:
@@ -273,7 +280,10 @@ class TrainSection(_Section):
     steps: int = Field(gt=0)
     seed: int = Field(1, ge=0)
     micro_batch_tokens: int = Field(
-        20480, gt=0, description="token budget of one packed micro-batch on one rank; a longer sequence gets a micro-batch of its own"
+        20480,
+        gt=0,
+        description="tokens of a packed micro-batch on one rank (context-parallel ranks share as many times more);"
+        " a longer sequence gets a micro-batch of its own",
     )
     logits_memory_mib: int | None = Field(
         None, gt=0, description="memory for tiles of logits; null: 320 on CPU, 2048 on CUDA. Speed only: results do not depend on it"

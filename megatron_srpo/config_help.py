@@ -152,9 +152,8 @@ def check(path: Path, overrides: list[str], processes: int | None) -> str:
 
     config = load_config(path, overrides)
     parallel = config.parallel
-    replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     experts = parallel.expert_tensor_size * parallel.expert_model_parallel_size * parallel.pipeline_model_parallel_size
-    processes = processes or math.lcm(replica, experts)
+    processes = processes or math.lcm(parallel.replica_size, experts)
     os.environ["WORLD_SIZE"] = str(processes)
     folder = preflight(config)
     samples = f"{config.rollout.prompts_per_step} × {config.rollout.samples_per_prompt} samples"

@@ -191,7 +191,7 @@ def test_required_key_names_its_section(message_of):
         ("teacher.ema_rate", "1.01"),
         ("model.dtype", "float16"),
         ("parallel.tensor_model_parallel_size", "0"),
-        ("parallel.context_parallel_size", "2"),
+        ("parallel.context_parallel_size", "0"),
         ("parallel.expert_model_parallel_size", "0"),
         ("parallel.expert_tensor_parallel_size", "0"),
         ("parallel.virtual_pipeline_model_parallel_size", "1"),

@@ -7,11 +7,14 @@ import itertools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from megatron_srpo.runtime import cpu
+from megatron_srpo.runtime.context import places
 
 cpu.install()
 
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.transformer.module import MegatronModule  # noqa: E402
 from megatron.core.transformer.moe import moe_utils  # noqa: E402
 
@@ -46,6 +49,8 @@ class PackedAttention(MegatronModule):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, packed_seq_params, **_) -> Tensor:
         """query [t, heads, d], key and value [t, kv_heads, d] → [t, heads · d]. Documents end at packed_seq_params.cu_seqlens_q."""
+        if self.config.context_parallel_size > 1:
+            return self._shared(query, key, value, packed_seq_params.cu_seqlens_q)
         bounds = packed_seq_params.cu_seqlens_q.tolist()
         lengths = [end - start for start, end in itertools.pairwise(bounds)]
         if len(lengths) * max(lengths) <= 2 * query.shape[0]:
@@ -64,8 +69,31 @@ class PackedAttention(MegatronModule):
         batch = (tensor[index].unflatten(0, (len(lengths), longest)) for tensor in (query, key, value))
         return self._attend(*batch)[rows < ends].flatten(1)
 
+    def _shared(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Context parallel: this rank's two chunks of each document, each against the document's keys up to its end.
+
+        Keys and values of all ranks are gathered, and their gradients summed and scattered backward: one collective each.
+        """
+        group = parallel_state.get_context_parallel_group()
+        rank, size = group.rank(), group.size()
+        both = tensor_parallel.gather_from_sequence_parallel_region(torch.stack([key, value], dim=1), group=group)
+        key, value = both[places(cu_seqlens, size)].unbind(1)
+        outputs, done = [], 0
+        for start, end in itertools.pairwise(cu_seqlens.tolist()):
+            chunk = (end - start) // (2 * size)
+            for number in (rank, 2 * size - 1 - rank):
+                rows, seen = slice(done, done + chunk), slice(start, start + (number + 1) * chunk)
+                outputs.append(self._attend(query[None, rows], key[None, seen], value[None, seen])[0])
+                done += chunk
+        return torch.cat(outputs).flatten(1)
+
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[documents, length, heads, d] → the same shape."""
+        """[documents, length, heads, d] → the same shape. The last query sees all keys, the one before it all but the last, …"""
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        causal = {"is_causal": True}
+        if (length := query.shape[2]) < (keys := key.shape[2]):
+            on_gpu = query.is_cuda  # whose flash kernel needs no mask in memory
+            mask = causal_lower_right(length, keys) if on_gpu else torch.ones(length, keys, dtype=torch.bool).tril(keys - length)
+            causal = {"attn_mask": mask}
         grouped = query.shape[1] != key.shape[1]
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale, enable_gqa=grouped).transpose(1, 2)
+        return F.scaled_dot_product_attention(query, key, value, **causal, scale=self.scale, enable_gqa=grouped).transpose(1, 2)

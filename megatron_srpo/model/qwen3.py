@@ -85,6 +85,10 @@ def check_layout(architecture: Architecture, config: Config) -> None:
 _ROUTER_LOSSES = ("moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_z_loss_coeff")
 
 
+# Both would need process groups that `runtime.parallel` does not make.
+_CONTEXT_GROUPS = ("hybrid_context_parallel", "hierarchical_context_parallel_sizes")
+
+
 def transformer_config(architecture: Architecture, config: Config) -> TransformerConfig:
     """The TransformerConfig of this run. Raises ConfigError for unknown or forbidden names under `megatron:`."""
     dtype, parallel = model_dtype(config), config.parallel
@@ -143,6 +147,10 @@ def transformer_config(architecture: Architecture, config: Config) -> Transforme
             raise ConfigError(f"megatron.{key}: router losses are not supported: they depend on how the batch is split")
         if "cuda_graph" in key:
             raise ConfigError(f"megatron.{key}: Megatron's CUDA graphs take no packed sequences, and rows of thousands of tokens need none")
+        if key in _CONTEXT_GROUPS:
+            raise ConfigError(f"megatron.{key}: is not supported; parallel.context_parallel_size shares every sequence among as many ranks")
+        if key == "cp_comm_type" and not uses_transformer_engine(config):
+            raise ConfigError("megatron.cp_comm_type: is for Transformer Engine's attention; local layers gather keys and values")
         if key in derived:
             raise ConfigError(f"megatron.{key}: comes from config.json or another section and cannot be set here")
     try:
@@ -194,16 +202,18 @@ class Qwen3(GPTModel):
         return VocabShard.of_rank(rank, self.output_weight.shape[0], self.unpadded_vocab_size, group)
 
     def final_hidden(self, output: Tensor) -> Tensor:
-        """The last stage's output [T or T/TP, 1, H] as [T, H], identical on all tensor-parallel ranks.
+        """The last stage's output [this rank's tokens, 1, H] as [T, H], identical on all tensor- and context-parallel ranks.
 
         Its backward sums the ranks' gradients (each rank's loss sees only its vocabulary shard), and with sequence
-        parallelism hands each rank its own tokens: one gather forward, one reduce-scatter backward.
+        parallelism hands each rank its own tokens: one gather forward, one reduce-scatter backward. So it is with context
+        parallelism: T is the whole row, the ranks' parts one after another, of which each rank's loss sees other rows.
         """
         if self.config.sequence_parallel:
             output = tensor_parallel.gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=True)
         else:
             output = tensor_parallel.copy_to_tensor_model_parallel_region(output)
-        return output[:, 0]
+        group = parallel_state.get_context_parallel_group()
+        return tensor_parallel.gather_from_sequence_parallel_region(output, group=group)[:, 0]
 
 
 def build_chunks(architecture: Architecture, config: Config, device: torch.device) -> list[Qwen3]:
@@ -251,7 +261,18 @@ def _local_spec(core: TransformerConfig, stage: int | None) -> TransformerBlockS
 
 
 def packed_params(cu_seqlens: Tensor, max_seqlen: int) -> PackedSeqParams:
-    """Megatron's description of packed documents: cu_seqlens is [documents + 1] int32, in tokens."""
+    """Megatron's description of packed documents: cu_seqlens is [documents + 1] int32, in tokens of the whole row.
+
+    Transformer Engine's context parallelism wants padded bounds as well. Its flash kernels take no padding between documents: all of
+    a document counts, and causality hides the padding at its end.
+    """
+    padded = cu_seqlens if parallel_state.get_context_parallel_world_size() > 1 else None
     return PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_kv=max_seqlen
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_kv=max_seqlen,
     )

@@ -72,7 +72,7 @@ def _title(architecture: Architecture, config: Config, machine: Machine, gpus: i
         f" {_describe(config, gpus)}\n"
         f"{config.algorithm.name}: {config.rollout.prompts_per_step} × {config.rollout.samples_per_prompt} samples of"
         f" {workload.prompt_tokens} + {workload.response_tokens} tokens on average, {workload.distilled_share:.0%} distilled;"
-        f" fullest micro-batch {batch.tokens:,} tokens"
+        f" fullest micro-batch {batch.tokens:,} tokens a GPU"
     )
 
 
@@ -80,7 +80,7 @@ def _describe(config: Config, gpus: int) -> str:
     """A layout in a few words."""
     p = config.parallel
     names = {"TP": p.tensor_model_parallel_size, "PP": p.pipeline_model_parallel_size, "VPP": p.virtual_pipeline_model_parallel_size or 1}
-    names |= {"EP": p.expert_model_parallel_size, "DP": data_parallel_size(p, gpus)}
+    names |= {"CP": p.context_parallel_size, "EP": p.expert_model_parallel_size, "DP": data_parallel_size(p, gpus)}
     text = " ".join(f"{name}{size}" for name, size in names.items() if size > 1) or "one replica"
     granularity = config.megatron.get("recompute_granularity")
     return text + (f", {granularity} recompute" if granularity else "")

@@ -95,16 +95,19 @@ def layouts(
 ) -> tuple[list[Plan], int, int]:
     """All layouts of powers of two that fit, the fastest first; and how many are impossible, how many too large.
 
-    Tensor parallelism stays inside a node. Each layout comes with and without full recomputation; the rest is the configuration's.
+    Tensor and context parallelism stay inside a node. Each layout comes with and without full recomputation; the rest is the
+    configuration's.
     """
     fitting: list[Plan] = []
     impossible = too_large = 0
     tensors = [size for size in POWERS if size <= min(machine.gpus_per_node, gpus)]
     pipelines = [size for size in POWERS if size <= min(16, gpus)]
     experts = [size for size in POWERS if size <= gpus] if architecture.num_experts else [1]
-    for tensor, pipeline, expert, recompute in itertools.product(tensors, pipelines, experts, (False, True)):
+    for tensor, context, pipeline, expert, recompute in itertools.product(tensors, tensors, pipelines, experts, (False, True)):
+        if tensor * context > machine.gpus_per_node:
+            continue
         changed = {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline, "expert_model_parallel_size": expert}
-        changed |= {"virtual_pipeline_model_parallel_size": None, "sequence_parallel": tensor > 1}
+        changed |= {"context_parallel_size": context, "virtual_pipeline_model_parallel_size": None, "sequence_parallel": tensor > 1}
         changed |= {"expert_tensor_parallel_size": 1 if expert > 1 else None}
         parallel = ParallelSection(**{**config.parallel.model_dump(), **changed})
         others = {key: value for key, value in config.megatron.items() if not key.startswith("recompute_")}

@@ -20,7 +20,7 @@ _EXPERT_ROWS = {name: row for row in EXPERT_ROWS for name in row.hf}
 
 
 class Parameters(NamedTuple):
-    """Elements one rank holds: `dense` ones are replicated over data-parallel ranks, `experts` over fewer of them."""
+    """Elements one rank holds: `dense` ones are replicated over data- and context-parallel ranks, `experts` over fewer of them."""
 
     dense: int
     experts: int
@@ -78,11 +78,12 @@ def replicas(config: Config, gpus: int) -> tuple[int, int]:
     """Ranks that hold the same dense parameters, and the same experts. Raises ConfigError when they do not divide."""
     parallel = config.parallel
     experts = parallel.expert_tensor_size * parallel.expert_model_parallel_size * parallel.pipeline_model_parallel_size
-    return data_parallel_size(parallel, gpus), gpus // experts
+    return data_parallel_size(parallel, gpus) * parallel.context_parallel_size, gpus // experts
 
 
 class Batch(NamedTuple):
-    """What one rank works on. tokens, responses: of one micro-batch. distilled: response tokens of the rank's whole step."""
+    """What one rank works on, its share of what context-parallel ranks share. tokens, responses: of one micro-batch. distilled:
+    response tokens of its whole step."""
 
     tokens: int
     responses: int
@@ -91,10 +92,10 @@ class Batch(NamedTuple):
     @classmethod
     def worst(cls, config: Config, gpus: int, workload: Workload) -> Batch:
         """The fullest micro-batch: the budget, or the longest sequence where that is longer. Responses may be nearly all of it."""
-        rollout, size = config.rollout, data_parallel_size(config.parallel, gpus)
-        longest = rollout.max_prompt_tokens + rollout.max_response_tokens
+        rollout, size, context = config.rollout, data_parallel_size(config.parallel, gpus), config.parallel.context_parallel_size
+        longest = math.ceil((rollout.max_prompt_tokens + rollout.max_response_tokens) / context)
         samples = rollout.prompts_per_step * rollout.samples_per_prompt
-        distilled = math.ceil(samples / size) * workload.response_tokens * workload.distilled_share
+        distilled = math.ceil(samples / size) * workload.response_tokens * workload.distilled_share / context
         tokens = max(config.train.micro_batch_tokens, longest)
         return cls(tokens, tokens, math.ceil(distilled))
 
@@ -193,6 +194,9 @@ def layer_bytes(architecture: Architecture, config: Config, machine: Machine, ba
     Experts: for each of the k that a token goes to (evenly spread), its input H and a feed-forward as above and F for its weight;
     5 bytes an expert for the router's map, 24 for each choice. Backward: gradients of the feed-forward's tensors, 4F, and of the
     residual stream, 2H.
+
+    Local, with C context-parallel ranks: keys and values of all of them, 2K·C, instead of the rotated keys, and their places, 8·C bytes;
+    as many gradients backward. Transformer Engine passes keys and values on instead.
     """
     a, size, tensor = architecture, planned_dtype(config, machine).itemsize, config.parallel.tensor_model_parallel_size
     is_local, is_wide = config.model.transformer_impl == "local" or not machine.is_gpu, size > 2
@@ -213,6 +217,9 @@ def layer_bytes(architecture: Architecture, config: Config, machine: Machine, ba
     else:
         kept += feed * a.intermediate_size / tensor * size
         transient = (4 * a.intermediate_size / tensor + 2 * hidden) * size
+    if is_local and (context := config.parallel.context_parallel_size) > 1:
+        kept += (2 * context - 1) * keys * size + 8 * context
+        transient = max(transient, 2 * keys * context * size + 2 * hidden * size)
     return batch.tokens * kept, batch.tokens * transient
 
 
@@ -220,8 +227,8 @@ def loss_bytes(architecture: Architecture, config: Config, machine: Machine, bat
     """(tiles of logits, what else the last stage keeps for the loss).
 
     Tiles: at most `train.logits_memory_mib` (`vocab_parallel.fused.MEMORY`), and no more than the response tokens need: two fp32 tiles
-    (one without a teacher), on a GPU one in the model's dtype. Besides, the final norm's three [T, H], the hidden states [T, H] and
-    those that predict responses [R, H] with their gradient and the teacher's.
+    (one without a teacher), on a GPU one in the model's dtype. Besides, the final norm's three [T, H], the hidden states [T, H] (of all
+    context-parallel ranks) and those that predict responses [R, H] with their gradient and the teacher's.
     """
     size = planned_dtype(config, machine).itemsize
     limit = config.train.logits_memory_mib and config.train.logits_memory_mib * 2**20
@@ -229,5 +236,5 @@ def loss_bytes(architecture: Architecture, config: Config, machine: Machine, bat
     sized = 8 + (size if machine.is_gpu else 0)  # what a tile's size is chosen by
     used = (8 if config.algorithm.distils else 4) + (size if machine.is_gpu else 0)
     tile_tokens = min(max(16, (limit or MEMORY["cuda" if machine.is_gpu else "cpu"]) // (sized * width)), batch.responses)
-    rows = (4 * batch.tokens + (3 if config.algorithm.distils else 2) * batch.responses) * architecture.hidden_size * size
-    return tile_tokens * used * width, rows
+    rows = (3 + config.parallel.context_parallel_size) * batch.tokens + (3 if config.algorithm.distils else 2) * batch.responses
+    return tile_tokens * used * width, rows * architecture.hidden_size * size

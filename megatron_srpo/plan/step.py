@@ -73,21 +73,24 @@ class Transfer(NamedTuple):
 
 def traffic(architecture: Architecture, config: Config, machine: Machine, gpus: int, workload: Workload) -> dict[str, Transfer]:
     """By purpose, of a rank of the fullest stage. A ring over n ranks sends (n - 1)/n of what is gathered or scattered, twice that to
-    reduce (Patarasuk & Yuan 2009). t: tokens through the rank's replica, forward; b: bytes a number.
+    reduce (Patarasuk & Yuan 2009). t: tokens through the rank, forward, shared with its tensor-parallel ranks; b: bytes a number.
 
     tensor: two all-reduces of [t, H] a layer each way (Shoeybi et al., arXiv 1909.08053; the same bytes with sequence parallelism, and
     two more gathers backward, arXiv 2205.05198). experts: dispatch and combine of k·[t, H] a layer each way. pipeline: [t, H] each
-    way. gradients: reduce-scatter in fp32, weights gathered back (all-reduce without the distributed optimizer), for each
-    optimizer step. host: what waits there (`optimizer_cpu_offload`, `colocated`), there and back. teacher: `Teacher.follow`, one
-    all-reduce a parameter. samples: every rank gets the whole batch. export: every rank sees every tensor.
+    way. context: keys and values of [t, K], C - 1 times a layer, and their gradients as often backward (Transformer Engine sends keys and
+    values once more then); the last hidden states likewise. gradients: reduce-scatter in fp32, weights gathered back (all-reduce
+    without the distributed optimizer), for each optimizer step. host: what waits there (`optimizer_cpu_offload`, `colocated`), there
+    and back. teacher: `Teacher.follow`, one all-reduce a parameter. samples: every rank gets the whole batch. export: every rank sees
+    every tensor.
     """
     a, parallel, rollout = architecture, config.parallel, config.rollout
     size, tensor = planned_dtype(config, machine).itemsize, parallel.tensor_model_parallel_size
     stages = parallel.pipeline_model_parallel_size
-    data, samples = data_parallel_size(parallel, gpus), rollout.prompts_per_step * rollout.samples_per_prompt
+    context, samples = parallel.context_parallel_size, rollout.prompts_per_step * rollout.samples_per_prompt
+    ranks = data_parallel_size(parallel, gpus) * context  # with other tokens
     shards = tensor if parallel.sequence_parallel else 1
-    trained = samples * workload.document / data
-    taught = samples * workload.distilled_share * workload.teacher_document(config) / data if config.algorithm.distils else 0
+    trained = samples * workload.document / ranks
+    taught = samples * workload.distilled_share * workload.teacher_document(config) / ranks if config.algorithm.distils else 0
     forward_only = taught + (trained if config.mini_batch_prompts < rollout.prompts_per_step else 0)
     passes = 2 * trained + forward_only + (trained if config.megatron.get("recompute_granularity") == "full" else 0)
     layers, width = a.num_hidden_layers / stages, a.hidden_size * size
@@ -101,6 +104,12 @@ def traffic(architecture: Architecture, config: Config, machine: Machine, gpus: 
         sent = 2 * passes * layers * a.num_experts_per_tok * width / tensor * (experts - 1) / experts
         ranks = experts * parallel.expert_tensor_size
         found["experts"] = Transfer(sent, 4 * layers * micro_batches, experts, machine.bandwidth(ranks))
+    if context > 1:
+        again = 0 if config.model.transformer_impl == "local" or not machine.is_gpu else trained
+        keys = 2 * a.num_key_value_heads * a.head_dim * size / tensor
+        sent = (context - 1) * ((passes + again) * layers * keys + passes * width)
+        bandwidth = machine.bandwidth(tensor * context, abreast=tensor)
+        found["context"] = Transfer(sent, 2 * (layers + 1) * micro_batches, context, bandwidth)
     if stages > 1:
         chunks = parallel.virtual_pipeline_model_parallel_size or 1
         found["pipeline"] = Transfer(passes * chunks * width / shards, 2 * chunks * micro_batches, 2, machine.network_bandwidth)
@@ -154,7 +163,7 @@ def micro_batch_count(config: Config, gpus: int, workload: Workload) -> int:
     """Of a rank, in one step: whole samples, the same number on every rank."""
     data, mini = data_parallel_size(config.parallel, gpus), config.mini_batch_prompts
     each = math.ceil(mini * config.rollout.samples_per_prompt / data)
-    per_row = max(1, config.train.micro_batch_tokens // workload.document)
+    per_row = max(1, config.train.micro_batch_tokens * config.parallel.context_parallel_size // workload.document)
     return math.ceil(each / per_row) * (config.rollout.prompts_per_step // mini)
 
 

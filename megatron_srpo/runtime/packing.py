@@ -7,6 +7,7 @@ needed: which samples a rank trains, how its micro-batches are filled, and the o
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from megatron_srpo.algorithm.objective import TokenTerms
 from megatron_srpo.records import Sample
+from megatron_srpo.runtime.context import ALONE, Context, places
 
 
 class Document(NamedTuple):
@@ -33,10 +35,11 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Documents in one row of T tokens; R response tokens in document order.
+    """Documents in one row of T tokens, a part of which is this rank's; its R response tokens in document order.
 
-    ids, positions: [T] long. cu_seqlens: [documents + 1] int32, a padding document included.
-    predicts: [R] the position whose hidden state predicts `targets` [R].
+    ids, positions: [T / context-parallel size] long. cu_seqlens: [documents + 1] int32, of the whole row, a padding document included.
+    predicts: [R] where the hidden state that predicts `targets` [R] is found, with the context-parallel ranks' parts one after another.
+    shares: of each document, which of its response tokens are this rank's.
     """
 
     documents: tuple[Document, ...]
@@ -46,11 +49,12 @@ class MicroBatch:
     max_seqlen: int
     predicts: Tensor
     targets: Tensor
+    shares: tuple[slice, ...]
 
     @property
     def response_lengths(self) -> list[int]:
-        """Response tokens of each document."""
-        return [len(document.response_ids) for document in self.documents]
+        """This rank's response tokens of each document."""
+        return [share.stop - share.start for share in self.shares]
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,8 @@ class OptimizerBatch:
 
         routes = [self.samples[key].route for key in keys]
         scales = [self.loss_scale[key] for key in keys]
-        engine = list(itertools.chain.from_iterable(self.samples[key].logprobs for key in keys))
+        own = (self.samples[key].logprobs[share] for key, share in zip(keys, micro_batch.shares, strict=True))
+        engine = list(itertools.chain.from_iterable(own))
         return TokenTerms(
             advantage=per_token([route.advantage for route in routes]),
             policy_weight=per_token([route.policy_weight * scale for route, scale in zip(routes, scales, strict=True)]),
@@ -89,12 +94,13 @@ class OptimizerBatch:
 
 class PackingRules(NamedTuple):
     """How rows are filled. length_multiple: tensor-parallel size under sequence parallelism. uniform: pipelines send one
-    shape. count_multiple: interleaved pipelines want micro-batches in multiples of their stages."""
+    shape. count_multiple: interleaved pipelines want micro-batches in multiples of their stages. context: who shares the rows."""
 
     token_budget: int
     length_multiple: int = 1
     uniform: bool = False
     count_multiple: int = 1
+    context: Context = ALONE
 
 
 def loss_scales(samples: Sequence[Sample], aggregation: str) -> tuple[float, ...]:
@@ -146,58 +152,71 @@ def balance(costs: Sequence[int], bins: int) -> list[list[int]]:
 
 def _fill_all(documents_of_rank: list[list[Document]], rules: PackingRules) -> list[list[list[Document]]]:
     """Rows of at most the token budget for every rank, then empty rows until all ranks have the same number."""
-    rows_of_rank = [_fill(documents, rules.token_budget) for documents in documents_of_rank]
+    rows_of_rank = [_fill(documents, rules.token_budget, rules.context) for documents in documents_of_rank]
     count = max(max(len(rows) for rows in rows_of_rank), 1)
     count = -(-count // rules.count_multiple) * rules.count_multiple
     return [rows + [[] for _ in range(count - len(rows))] for rows in rows_of_rank]
 
 
-def _fill(documents: list[Document], budget: int) -> list[list[Document]]:
+def _fill(documents: list[Document], budget: int, context: Context) -> list[list[Document]]:
     """First fit, longest first. A document longer than the budget gets a row of its own."""
     rows: list[list[Document]] = []
     room: list[int] = []
     for document in sorted(documents, key=lambda document: (-document.length, document.key)):
+        length = context.padded(document.length)
         for index, free in enumerate(room):
-            if document.length <= free:
+            if length <= free:
                 rows[index].append(document)
-                room[index] -= document.length
+                room[index] -= length
                 break
         else:
             rows.append([document])
-            room.append(budget - document.length)
+            room.append(budget - length)
     return rows
 
 
 def _rows_to_micro_batches(rows: list[list[Document]], rules: PackingRules) -> list[MicroBatch]:
-    lengths = [max(sum(document.length for document in row), 1) for row in rows]
+    context = rules.context
+    multiple = math.lcm(context.multiple, context.size * rules.length_multiple)
+    lengths = [max(sum(context.padded(document.length) for document in row), 1) for row in rows]
     if rules.uniform:
         lengths = [max(lengths)] * len(rows)
-    return [
-        micro_batch(row, -(-length // rules.length_multiple) * rules.length_multiple) for row, length in zip(rows, lengths, strict=True)
-    ]
+    return [micro_batch(row, -(-length // multiple) * multiple, context) for row, length in zip(rows, lengths, strict=True)]
 
 
-def micro_batch(documents: list[Document], total: int) -> MicroBatch:
-    """The documents in one row of `total` tokens, the rest of it a padding document. Documents may be none."""
+def micro_batch(documents: list[Document], total: int, context: Context = ALONE) -> MicroBatch:
+    """The rank's part of one row of `total` tokens that holds the documents, and a padding document. Documents may be none.
+
+    `total` is a multiple of the context's.
+    """
     ids: list[int] = []
     bounds, predicts, targets = [0], [], []
-    for document in documents:
+    shares = tuple(context.share(len(document.response_ids)) for document in documents)
+    for document, share in zip(documents, shares, strict=True):
         sequence = (*document.prompt_ids, *document.response_ids)[: document.length]
         first = len(ids) + len(document.prompt_ids) - 1  # the last prompt token predicts the first response token
-        predicts.extend(range(first, first + len(document.response_ids)))
-        targets.extend(document.response_ids)
+        predicts.extend(range(first + share.start, first + share.stop))
+        targets.extend(document.response_ids[share])
         ids.extend(sequence)
+        ids.extend([0] * (context.padded(document.length) - document.length))  # at the end, where causality hides it
         bounds.append(len(ids))
     if len(ids) < total:  # padding is one more document, with nothing to predict
         bounds.append(total)
         ids.extend([0] * (total - len(ids)))
     lengths = [end - start for start, end in itertools.pairwise(bounds)]
+    row = torch.tensor(ids), torch.cat([torch.arange(length) for length in lengths])
+    cu_seqlens, predicting = torch.tensor(bounds, dtype=torch.int32), torch.tensor(predicts, dtype=torch.long)
+    if context.size > 1:
+        place = places(cu_seqlens, context.size)
+        held = context.held(place)
+        row, predicting = tuple(values[held] for values in row), place[predicting]
     return MicroBatch(
         documents=tuple(documents),
-        ids=torch.tensor(ids),
-        positions=torch.cat([torch.arange(length) for length in lengths]),
-        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        ids=row[0],
+        positions=row[1],
+        cu_seqlens=cu_seqlens,
         max_seqlen=max(lengths),
-        predicts=torch.tensor(predicts, dtype=torch.long),
+        predicts=predicting,
         targets=torch.tensor(targets, dtype=torch.long),
+        shares=shares,
     )

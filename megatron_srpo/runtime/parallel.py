@@ -28,6 +28,8 @@ class Layout:
     device: torch.device
     data_parallel_rank: int
     data_parallel_size: int
+    context_parallel_rank: int
+    context_parallel_size: int
     tensor_parallel_rank: int
     tensor_parallel_size: int
     pipeline_parallel_size: int
@@ -43,16 +45,16 @@ class Layout:
 
     @property
     def data_parallel_group(self) -> dist.ProcessGroup:
-        """Ranks with the same shard of the model and other tokens."""
-        return parallel_state.get_data_parallel_group()
+        """Ranks with the same shard of the model and other tokens: data- and context-parallel ones."""
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
     def sum_over_data_parallel(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum in place over the data-parallel ranks."""
+        """Sum in place over the data- and context-parallel ranks."""
         dist.all_reduce(values, group=self.data_parallel_group)
         return values
 
     def max_over_data_parallel(self, values: torch.Tensor) -> torch.Tensor:
-        """Maximum in place over the data-parallel ranks."""
+        """Maximum in place over the data- and context-parallel ranks."""
         dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.data_parallel_group)
         return values
 
@@ -74,25 +76,27 @@ class Layout:
 
 
 def replica_group(parameter: torch.nn.Parameter) -> dist.ProcessGroup:
-    """Ranks that hold the same elements of `parameter`: the data-parallel ones, fewer of them for experts that are shared out."""
+    """Ranks that hold the same elements of `parameter`: data- and context-parallel ones, fewer for experts that are shared out."""
     if getattr(parameter, "allreduce", True):  # Megatron's mark
-        return parallel_state.get_data_parallel_group()
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)
     return parallel_state.get_expert_data_parallel_group()
 
 
 def data_parallel_size(parallel: ParallelSection, world_size: int) -> int:
-    """Model replicas in `world_size` processes. Raises ConfigError when they, or the experts' ranks, do not divide."""
-    replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    """Groups of ranks, in `world_size` processes, that train other samples. Raises ConfigError when they, or the experts' ranks, do
+    not divide."""
+    replica = parallel.replica_size
     if world_size % replica:
+        context = " × context_parallel_size" if parallel.context_parallel_size > 1 else ""
         raise ConfigError(
-            f"parallel: tensor_model_parallel_size × pipeline_model_parallel_size = {replica} does not divide the"
+            f"parallel: tensor_model_parallel_size × pipeline_model_parallel_size{context} = {replica} does not divide the"
             f" {world_size} processes that were started (torchrun --nproc-per-node × --nnodes)"
         )
     experts = parallel.expert_tensor_size * parallel.expert_model_parallel_size * parallel.pipeline_model_parallel_size
     if world_size % experts:
         raise ConfigError(
             f"parallel: expert_tensor_parallel_size × expert_model_parallel_size × pipeline_model_parallel_size = {experts} does not"
-            f" divide the {world_size} processes that were started; experts are shared out over data-parallel ranks"
+            f" divide the {world_size} processes that were started; experts are shared out over data- and context-parallel ranks"
         )
     return world_size // replica
 
@@ -118,6 +122,7 @@ def initialize(parallel: ParallelSection, seed: int) -> Layout:
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_size,
         distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes)),
@@ -130,6 +135,8 @@ def initialize(parallel: ParallelSection, seed: int) -> Layout:
         device=device,
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        context_parallel_rank=parallel_state.get_context_parallel_rank(),
+        context_parallel_size=parallel_state.get_context_parallel_world_size(),
         tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),

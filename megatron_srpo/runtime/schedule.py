@@ -56,7 +56,7 @@ def run_schedule(chunks: Sequence[torch.nn.Module], micro_batches: Sequence[Micr
             data_iterator=iterators if pipelined else iterators[0],
             model=list(chunks) if pipelined else chunks[0],
             num_microbatches=len(micro_batches),
-            seq_length=len(micro_batches[0].ids),  # pipelines get rows of one length (PackingRules.uniform)
+            seq_length=int(micro_batches[0].cu_seqlens[-1]),  # pipelines get rows of one length (PackingRules.uniform)
             micro_batch_size=1,
             forward_only=not backward,
         )

@@ -43,9 +43,9 @@ class TokenValues:
         targets: TeacherTargets,
     ) -> None:
         """One micro-batch on the last stage, on all its tensor-parallel ranks. of_teacher: entropies and weights of its first tokens."""
-        start, distilled = 0, batch.distilled_count(micro_batch)
+        start, lengths, distilled = 0, micro_batch.response_lengths, batch.distilled_count(micro_batch)
         for number, document in enumerate(micro_batch.documents):
-            rows = slice(start, start := start + len(document.response_ids))
+            rows = slice(start, start := start + lengths[number])
             sample = batch.samples[document.key]
             if (sample.prompt.id, sample.index) not in self.chosen:
                 continue
@@ -62,10 +62,16 @@ class TokenValues:
             self.rows.append(row)
 
     def gather(self) -> list[dict[str, Any]]:
-        """Every rank's rows, on every rank; all ranks together."""
+        """Every rank's rows, on every rank; all ranks together. What context-parallel ranks have of a sample becomes one row."""
         speaks = self.layout.is_last_stage and self.layout.tensor_parallel_rank == 0
         mine = "\n".join(json.dumps(row) for row in self.rows) if speaks else ""
-        return [json.loads(line) for payload in self.layout.gather_bytes(mine.encode()) for line in payload.decode().splitlines()]
+        whole: dict[SampleKey, dict[str, Any]] = {}
+        for line in (line for payload in self.layout.gather_bytes(mine.encode()) for line in payload.decode().splitlines()):
+            row = json.loads(line)
+            before = whole.setdefault((row["prompt_id"], row["index"]), row)
+            if before is not row:  # ranks come in the order of their shares (`runtime.context`)
+                before.update({name: before[name] + values for name, values in row.items() if isinstance(values, list)})
+        return list(whole.values())
 
 
 def _short(values: Tensor) -> list[float]:

@@ -18,6 +18,7 @@ from megatron_srpo.config import Config
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.model.qwen3 import Qwen3, build_chunks, model_dtype
 from megatron_srpo.records import Sample
+from megatron_srpo.runtime.context import Context
 from megatron_srpo.runtime.distance import teacher_distance
 from megatron_srpo.runtime.host_memory import HostMemory
 from megatron_srpo.runtime.optimizer import Optimizer, gradient_is_ready, wrap_data_parallel
@@ -82,10 +83,11 @@ class Trainer:
             self.teacher = Teacher(config.teacher, temperature, self.logits_memory, self.host, self.chunks, self._copy_of_policy)
         parallel = config.parallel
         self.rules = PackingRules(
-            token_budget=config.train.micro_batch_tokens,
+            token_budget=config.train.micro_batch_tokens * parallel.context_parallel_size,
             length_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
             uniform=parallel.pipeline_model_parallel_size > 1,
             count_multiple=parallel.pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size else 1,
+            context=Context(layout.context_parallel_rank, layout.context_parallel_size),
         )
         algorithm = self.algorithm
         self.divergence = Divergence(

@@ -20,10 +20,11 @@ from tiny import make_model, save_folder
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.observe.tokens import read_tokens
 
-TP, PP, VPP, EP, ETP, SP, NO_DO = (
+TP, PP, VPP, CP, EP, ETP, SP, NO_DO = (
     "parallel.tensor_model_parallel_size=",
     "parallel.pipeline_model_parallel_size=",
     "parallel.virtual_pipeline_model_parallel_size=",
+    "parallel.context_parallel_size=",
     "parallel.expert_model_parallel_size=",
     "parallel.expert_tensor_parallel_size=",
     "parallel.sequence_parallel=true",
@@ -87,6 +88,12 @@ LAYOUTS = {
         "dp2-offload": (["optimizer.optimizer_cpu_offload=true"], ["srpo", "grpo"]),
         "ep2": ([EP + "2"], ["moe", "moe_one_routed"]),
         "ep2-replicated": ([EP + "2", NO_DO], ["moe"]),
+        "cp2": ([CP + "2"], ["srpo", "grpo", "one_routed", "trust_region", "moe"]),
+        "cp2-replicated-recompute": (
+            [CP + "2", NO_DO, "megatron={recompute_granularity: full, recompute_method: uniform, recompute_num_layers: 1}"],
+            ["srpo"],
+        ),
+        "cp2-ep2": ([CP + "2", EP + "2"], ["moe"]),
     },
     4: {
         "tp4": ([TP + "4"], ["srpo", "untied", "top_k", "sampled"]),
@@ -103,6 +110,14 @@ LAYOUTS = {
         "pp2-ep2": ([PP + "2", EP + "2"], ["moe"]),
         "tp2-sp-ep2": ([TP + "2", SP, EP + "2"], ["moe"]),
         "tp2-sp-ep4-etp1": ([TP + "2", SP, EP + "4", ETP + "1"], ["moe"]),
+        "cp4": ([CP + "4"], ["srpo"]),
+        "cp2-tp2": ([CP + "2", TP + "2"], ["srpo"]),
+        "cp2-tp2-sp": ([CP + "2", TP + "2", SP], ["srpo"]),
+        "cp2-dp2": ([CP + "2"], ["srpo", "sdpo"]),
+        "cp2-dp2-replicated": ([CP + "2", NO_DO], ["sdpo"]),
+        "cp2-pp2": ([CP + "2", PP + "2"], ["srpo"]),
+        "cp2-pp2-vpp2": ([CP + "2", PP + "2", VPP + "2"], ["srpo"]),
+        "cp2-tp2-sp-ep2": ([CP + "2", TP + "2", SP, EP + "2"], ["moe"]),
     },
 }
 PAIRS = [(ranks, layout, case) for ranks, layouts in LAYOUTS.items() for layout, (_, cases) in layouts.items() for case in cases]
@@ -210,6 +225,9 @@ def test_the_cases_exercise_what_they_claim(runs):
     assert all(0 < row["sdpo_token_share"] < 1 for row in rows)
     assert runs["one_many_routed"].rows[0]["sdpo_sample_share"] == 0.75
     assert runs["one_one_routed"].rows[0]["sdpo_sample_share"] == 1 / 16
+    samples = [json.loads(line) for line in (runs["one_srpo"].folder / "rollouts" / "step_000001.jsonl").read_text().splitlines()]
+    assert any(len(sample["response_ids"]) == 1 for sample in samples)  # so that context-parallel ranks have none of some
+    assert any((len(sample["prompt"]["ids"]) + len(sample["response_ids"]) - 1) % 4 for sample in samples)
 
 
 @pytest.mark.parametrize("run", ["one_none_right", "pp2-dp2_none_right", "dp4_none_right", "one_none_wrong", "dp2_none_wrong"])
@@ -228,7 +246,7 @@ def test_replay_routes_alike_on_every_layout(runs):
         assert (runs[run].folder / "rollouts" / "step_000001.jsonl").read_text() == first
 
 
-@pytest.mark.parametrize("run", [f"{layout}_srpo" for layout in ("one", "tp2", "pp2", "dp2", "tp2-pp2")])
+@pytest.mark.parametrize("run", [f"{layout}_srpo" for layout in ("one", "tp2", "pp2", "dp2", "cp2", "tp2-pp2", "cp4", "cp2-tp2")])
 def test_token_values_are_the_references_on_every_layout(world, runs, run):
     """What rollouts/step_000001.tokens.jsonl says of tokens, against float64 logits of the whole vocabulary."""
     folder, _ = world[2]["mixed"]

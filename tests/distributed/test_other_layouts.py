@@ -14,11 +14,11 @@ from megatron_srpo.checkpoint.weights import RunTensors
 from megatron_srpo.model.hf_folder import HFFolder
 
 TP, PP, VPP, EP = (f"parallel.{name}_model_parallel_size=" for name in ("tensor", "pipeline", "virtual_pipeline", "expert"))
-SP, NO_DO = "parallel.sequence_parallel=true", "parallel.use_distributed_optimizer=false"
+CP, SP, NO_DO = "parallel.context_parallel_size=2", "parallel.sequence_parallel=true", "parallel.use_distributed_optimizer=false"
 # model → the layout of each step in turn, on two ranks and then on four
 CHAINS = {
     "tied": {2: [[TP + "2"], [NO_DO], [PP + "2", VPP + "2"]], 4: [[TP + "4", SP], [TP + "2", PP + "2"], []]},
-    "untied": {2: [[], [PP + "2"]], 4: [[TP + "2", NO_DO], [TP + "4"]]},
+    "untied": {2: [[CP], [], [PP + "2"]], 4: [[CP, NO_DO], [TP + "2", NO_DO], [TP + "4"]]},
     "moe": {2: [[EP + "2"], []], 4: [[EP + "2"], [TP + "2", SP, EP + "2"]]},
     "llama": {2: [[TP + "2"], []], 4: [[PP + "2"]]},
     "trust_region": {2: [[TP + "2"], []], 4: [[PP + "2"]]},

@@ -9,6 +9,7 @@ from launch import torchrun
 from tiny import save_folder
 
 TP, PP, EP = (f"parallel.{name}_model_parallel_size=2" for name in ("tensor", "pipeline", "expert"))
+CP = "parallel.context_parallel_size=2"
 BF16, REPLICATED = "model.dtype=bfloat16", "parallel.use_distributed_optimizer=false"
 JOBS = {  # an expert-parallel layout has a mixture of experts, the others are dense
     "dp2": [],
@@ -17,6 +18,8 @@ JOBS = {  # an expert-parallel layout has a mixture of experts, the others are d
     "dp2-bf16-replicated": [BF16, REPLICATED],
     "tp2": [TP],
     "pp2": [PP],
+    "cp2": [CP],
+    "cp2-replicated": [CP, REPLICATED],
     "ep2": [EP],
     "ep2-replicated": [EP, REPLICATED],
     "ep2-bf16": [EP, BF16],

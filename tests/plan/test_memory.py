@@ -14,12 +14,13 @@ import torch
 from simulated import simulated
 from tiny import make_model, save_folder
 
-from megatron_srpo.config import Config, ConfigError, load_config
+from megatron_srpo.config import Config, ConfigError, ParallelSection, load_config
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.model.qwen3 import build_chunks, packed_params
 from megatron_srpo.plan.machine import MACHINES, Workload
 from megatron_srpo.plan.memory import Batch, layer_bytes, memory, stage_parameters, state_bytes
 from megatron_srpo.plan.step import traffic
+from megatron_srpo.runtime.context import Context
 from megatron_srpo.runtime.packing import Document, micro_batch
 from megatron_srpo.runtime.trainer import Trainer
 
@@ -87,12 +88,14 @@ def test_uneven_stages_are_refused(folders):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("context", [1, 2])
 @pytest.mark.parametrize("distributed", ["true", "false"])
-def test_states_of_a_rank_of_four(folders, dtype, distributed):
+def test_states_of_a_rank_of_four(folders, dtype, distributed, context):
     """Weights, gradient buffers, Adam's states with fp32 masters, the teacher's copy and share; buffers end in padding."""
-    config = configure(folders["untied"], f"model.dtype={dtype}", f"parallel.use_distributed_optimizer={distributed}")
+    layout = [f"parallel.use_distributed_optimizer={distributed}", f"parallel.context_parallel_size={context}"]
+    config = configure(folders["untied"], f"model.dtype={dtype}", *layout)
     folder = HFFolder(folders["untied"])
-    with simulated(1, 4) as layout:
+    with simulated(1, 4, config.parallel) as layout:
         trainer = Trainer(config, folder, layout)
         size, buffer = trainer.parameters[0].element_size(), trainer.chunks[0].buffers[0]
         for parameter in trainer.parameters:
@@ -118,16 +121,17 @@ def test_states_of_a_rank_of_four(folders, dtype, distributed):
     assert expected["weights"] == found["weights"]
 
 
-@pytest.mark.parametrize("model", ["tied", "qwen3_moe"])
-def test_activations_of_a_layer(folders, model):
+@pytest.mark.parametrize(("model", "context"), [("tied", 1), ("tied", 2), ("qwen3_moe", 1)])
+def test_activations_of_a_layer(folders, model, context):
     """What autograd keeps of one more layer, storage by storage. Local layers in fp32: dense to the byte, experts to 2 %."""
-    config = configure(folders[model])
-    lengths, kept = [46, 3, 5, 10], []  # so unlike that attention does not pad them
+    config = configure(folders[model], f"parallel.context_parallel_size={context}")
+    lengths, kept = [48, 4, 4, 12], []  # so unlike that attention does not pad them
     for layers in (2, 3):
-        with simulated(0, 1) as layout:
+        with simulated(0, context, config.parallel) as layout:
             architecture = HFFolder(save_folder(folders[model].parent / f"{model}-{layers}", make_model(layers=layers, **MODELS[model])))
             (chunk,) = build_chunks(architecture.architecture, config, layout.device)
-            row = micro_batch([Document(n, (5,), (6,) * length) for n, length in enumerate(lengths)], sum(lengths))
+            documents = [Document(n, (5,), (6,) * length) for n, length in enumerate(lengths)]
+            row = micro_batch(documents, sum(lengths), Context(0, context))
             weights, storages, alive = {p.untyped_storage().data_ptr() for p in chunk.parameters()}, {}, []
 
             def note(tensor, weights=weights, storages=storages, alive=alive):
@@ -141,8 +145,10 @@ def test_activations_of_a_layer(folders, model):
                 output = chunk(row.ids[None], row.positions[None], None, packed_seq_params=packed)
             kept.append(sum(storages.values()))
             del output
-    batch = Batch(tokens=sum(lengths), responses=0, distilled=0)
+    batch = Batch(tokens=sum(lengths) // context, responses=0, distilled=0)
     planned, _ = layer_bytes(HFFolder(folders[model]).architecture, config, CPU, batch)
+    if context > 1:  # the last of four chunks sees all four: a CPU's kernel keeps that mask, in fp32, and a GPU's has none
+        planned += 4 * sum(length // 4 * length for length in lengths)
     assert planned == pytest.approx(kept[1] - kept[0], rel=0.02 if model == "qwen3_moe" else 0)
 
 
@@ -214,3 +220,5 @@ def test_worst_batch(folders):
     """The budget, or the longest sequence where that is longer; a rank's share of the distilled tokens."""
     config = configure(folders["tied"], "rollout.max_response_tokens=100", "rollout.max_prompt_tokens=28", "train.micro_batch_tokens=64")
     assert Batch.worst(config, 4, Workload(10, 50, 0.5)) == Batch(128, 128, 64 * 50 * 0.5)
+    shared = config.model_copy(update={"parallel": ParallelSection(context_parallel_size=2)})
+    assert Batch.worst(shared, 4, Workload(10, 50, 0.5)) == Batch(64, 64, 64 * 50 * 0.5)  # half of twice as many samples

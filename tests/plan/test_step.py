@@ -66,23 +66,39 @@ def test_step_flops(start):
     assert step_flops(a, grpo, work._replace(distilled_share=0.0)) == {"update": 3 * forward + 3 * head, "scoring": forward + head}
 
 
-@pytest.mark.parametrize("distributed", ["true", "false"])
-def test_replication_traffic_is_what_a_step_sends(start, distributed):
-    """Gradients, weights and the teacher, by the collectives of a whole update on a simulated rank."""
-    folder, rollouts, file = start
-    config = load_config(file, [f"parallel.use_distributed_optimizer={distributed}"])
-    with simulated(1, RANKS) as layout:
+def collectives_of_an_update(start, config, ranks):
+    """(bytes that a simulated rank sends in its collectives, how many they are, samples); the teacher has scored before."""
+    folder, rollouts, _ = start
+    with simulated(1, ranks, config.parallel) as layout:
         groups = route_groups(replay(rollouts, 1, 4, folder), config.algorithm, folder.encode, 160, seed="1/1")
         trainer = Trainer(config, folder, layout)
         batches = trainer.pack([sample for group in groups for sample in group])
         targets = trainer.score_teacher(batches)
         with Collectives() as collectives:
             assert trainer.update(batches, targets).moved == [True]
-    ring = {"reduce_scatter": RANKS - 1, "allgather": (RANKS - 1) / RANKS, "allreduce": 2 * (RANKS - 1) / RANKS}  # of the bytes it gets
+    ring = {"reduce_scatter": ranks - 1, "allgather": (ranks - 1) / ranks, "allreduce": 2 * (ranks - 1) / ranks}  # of the bytes it gets
     sent = [size * share for name, size in collectives.seen for kind, share in ring.items() if kind in name]
     assert len(sent) == len(collectives.seen)
-    planned = traffic(folder.architecture, config, MACHINES["cpu"], RANKS, Workload(20, 30, 0.5))
-    assert planned["gradients"].bytes + planned["teacher"].bytes == pytest.approx(sum(sent), rel=0.01)
+    return sum(sent), [sample for group in groups for sample in group]
+
+
+@pytest.mark.parametrize("distributed", ["true", "false"])
+def test_replication_traffic_is_what_a_step_sends(start, distributed):
+    """Gradients, weights and the teacher, by the collectives of a whole update on a simulated rank."""
+    config = load_config(start[2], [f"parallel.use_distributed_optimizer={distributed}"])
+    sent, _ = collectives_of_an_update(start, config, RANKS)
+    planned = traffic(start[0].architecture, config, MACHINES["cpu"], RANKS, Workload(20, 30, 0.5))
+    assert planned["gradients"].bytes + planned["teacher"].bytes == pytest.approx(sent, rel=0.01)
+
+
+def test_context_parallel_traffic_is_what_a_step_sends(start):
+    """Keys, values, their gradients and the last hidden states as well; the padding of documents is left out."""
+    config = load_config(start[2], ["parallel.context_parallel_size=2"])
+    sent, samples = collectives_of_an_update(start, config, 2)
+    prompt, response = (sum(map(len, ids)) // len(samples) for ids in ([s.prompt.ids for s in samples], [s.response_ids for s in samples]))
+    planned = traffic(start[0].architecture, config, MACHINES["cpu"], 2, Workload(prompt, response, 0.0))
+    assert planned["context"].bytes > planned["gradients"].bytes / 4
+    assert sum(planned[name].bytes for name in ("gradients", "teacher", "context")) == pytest.approx(sent, rel=0.03)
 
 
 def test_exchanged_bytes(start):

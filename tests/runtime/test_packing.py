@@ -1,6 +1,7 @@
 """Packing: nobody is lost, every rank does the same number of micro-batches, and every position predicts its own target."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -9,7 +10,13 @@ from hypothesis import strategies as st
 from samples import make_sample
 
 from megatron_srpo.records import Route
+from megatron_srpo.runtime import cpu
+from megatron_srpo.runtime.context import Context
 from megatron_srpo.runtime.packing import PackingRules, balance, loss_scales, pack
+
+cpu.install()
+
+from megatron.core.models.common.embeddings.rope_utils import _get_thd_freqs_on_this_cp_rank  # noqa: E402
 
 ROUTES = {  # branch -> (z^GRPO, z^SDPO)
     "grpo": (1.0, 0.0),
@@ -48,6 +55,7 @@ all_rules = st.builds(
     length_multiple=st.sampled_from([1, 2, 4]),
     uniform=st.booleans(),
     count_multiple=st.sampled_from([1, 2, 3]),
+    context=st.sampled_from([Context(rank, size) for size in (1, 1, 2, 3, 4) for rank in range(size)]),
 )
 
 
@@ -55,11 +63,39 @@ def rounded(length, multiple):
     return -(-length // multiple) * multiple
 
 
+def padded(document, context):
+    """Tokens a document takes: Transformer Engine wants a multiple of twice the context-parallel ranks."""
+    return rounded(document.length, 2 * context.size if context.size > 1 else 1)
+
+
+def rows_of_all(samples, rank, data_size, rules):
+    """Each row of a data-parallel rank, students' and teachers': (its parts on the context-parallel ranks, prompt ids by sample)."""
+    everyone = [rules._replace(context=Context(number, rules.context.size)) for number in range(rules.context.size)]
+    batches = [pack(samples, rank, data_size, own, "token_mean") for own in everyone]
+    for name, prompt_of in (
+        ("micro_batches", lambda sample: sample.prompt.ids),
+        ("teacher_micro_batches", lambda sample: sample.route.teacher_ids),
+    ):
+        yield from ((parts, prompt_of) for parts in zip(*(getattr(batch, name) for batch in batches), strict=True))
+
+
+def assemble(parts):
+    """(ids of the whole row, where in it each token of the ranks' parts, one after another, belongs), by the parts' positions."""
+    bounds = parts[0].cu_seqlens.tolist()
+    starts = [start for start, end in itertools.pairwise(bounds) for _ in range((end - start) // len(parts))]
+    where = [start + position for part in parts for start, position in zip(starts, part.positions.tolist(), strict=True)]
+    assert sorted(where) == list(range(bounds[-1]))
+    ids = dict(zip(where, torch.cat([part.ids for part in parts]).tolist(), strict=True))
+    return [ids[place] for place in range(len(where))], where
+
+
 @given(batches, st.integers(1, 4), all_rules)
 @settings(deadline=None, max_examples=200)
 def test_invariants(samples, data_size, rules):
     packed = [pack(samples, rank, data_size, rules, "token_mean") for rank in range(data_size)]
     distilled = [key for key, sample in enumerate(samples) if sample.route.distillation_weight > 0]
+    context = rules.context
+    multiple = context.size * (math.lcm(2, rules.length_multiple) if context.size > 1 else rules.length_multiple)
     for part, keys in (("micro_batches", range(len(samples))), ("teacher_micro_batches", distilled)):
         of_rank = [getattr(batch, part) for batch in packed]
         found = [document.key for rows in of_rank for row in rows for document in row.documents]
@@ -70,15 +106,15 @@ def test_invariants(samples, data_size, rules):
         else:
             assert of_rank[0] == []
         for row in itertools.chain.from_iterable(of_rank):
-            tokens = sum(document.length for document in row.documents)
+            tokens = sum(padded(document, context) for document in row.documents)
             assert tokens <= rules.token_budget or len(row.documents) == 1  # an over-long document is alone
             assert len(row.ids) % rules.length_multiple == 0
             if not rules.uniform:
-                assert len(row.ids) == rounded(max(tokens, 1), rules.length_multiple)
+                assert len(row.ids) == rounded(max(tokens, 1), multiple) // context.size
         for rows in of_rank if rules.uniform else []:
             assert len({len(row.ids) for row in rows}) <= 1
-            longest = max((sum(document.length for document in row.documents) for row in rows), default=1)
-            assert all(len(row.ids) == rounded(max(longest, 1), rules.length_multiple) for row in rows)
+            longest = max((sum(padded(document, context) for document in row.documents) for row in rows), default=1)
+            assert all(len(row.ids) == rounded(max(longest, 1), multiple) // context.size for row in rows)
     for batch in packed:
         student_keys = {document.key for row in batch.micro_batches for document in row.documents}
         teacher_keys = {document.key for row in batch.teacher_micro_batches for document in row.documents}
@@ -92,29 +128,49 @@ def test_invariants(samples, data_size, rules):
 def test_student_and_teacher_predict_the_same_ids_from_the_right_places(samples, data_size, rules):
     """METHOD §7 (f): whatever the prompt's length, the position before response token t predicts token t."""
     for rank in range(data_size):
-        batch = pack(samples, rank, data_size, rules, "token_mean")
-        for rows, prompt_of in (
-            (batch.micro_batches, lambda sample: sample.prompt.ids),
-            (batch.teacher_micro_batches, lambda sample: sample.route.teacher_ids),
-        ):
-            for row in rows:
-                places, targets = row.predicts.tolist(), row.targets.tolist()
-                ids, positions = row.ids.tolist(), row.positions.tolist()
-                assert len(places) == len(targets) == sum(row.response_lengths)
+        for parts, prompt_of in rows_of_all(samples, rank, data_size, rules):
+            ids, where = assemble(parts)
+            starts = parts[0].cu_seqlens.tolist()
+            found = {}  # (sample, t): how often some rank predicts it
+            for part in parts:
+                places, targets = part.predicts.tolist(), part.targets.tolist()
+                assert len(places) == len(targets) == sum(part.response_lengths)
                 cursor = 0
-                for document in row.documents:
+                for document, share, start in zip(part.documents, part.shares, starts, strict=False):
                     sample = samples[document.key]
                     prompt, response = prompt_of(sample), sample.response_ids
                     whole = (*prompt, *response)
-                    for t, token in enumerate(response):
-                        place = places[cursor]
-                        assert targets[cursor] == token
-                        assert positions[place] == len(prompt) - 1 + t
+                    for t in range(len(response))[share]:
+                        place = where[places[cursor]]
+                        assert targets[cursor] == response[t]
+                        assert place - start == len(prompt) - 1 + t
                         # every id the model sees up to here, in this document, is the true context of token t
-                        start = place - positions[place]
                         assert ids[start : place + 1] == list(whole[: len(prompt) + t])
+                        found[document.key, t] = found.get((document.key, t), 0) + 1
                         cursor += 1
                 assert cursor == len(places)
+            assert found == {(document.key, t): 1 for document in parts[0].documents for t in range(len(document.response_ids))}
+
+
+@given(batches, all_rules)
+@settings(deadline=None, max_examples=60)
+def test_context_parallel_ranks_hold_what_megatron_rotates(samples, rules):
+    """Megatron's rotary embedding takes a rank's positions in each document from the document's length alone."""
+    for parts, _ in rows_of_all(samples, 0, 1, rules):
+        for rank, part in enumerate(parts):
+            bounds, size = part.cu_seqlens.tolist(), len(parts)
+            lengths = [(end - start) // size for start, end in itertools.pairwise(bounds)]
+            for length, positions in zip(lengths, part.positions.split(lengths), strict=True):
+                rotated = _get_thd_freqs_on_this_cp_rank(rank, size, torch.empty(length), torch.arange(part.max_seqlen))
+                assert positions.tolist() == rotated.tolist()
+
+
+@given(st.integers(0, 40), st.integers(1, 8))
+def test_shares_of_a_response(count, size):
+    """In order, each token once, and no rank has more than one token more than another."""
+    shares = [range(count)[Context(rank, size).share(count)] for rank in range(size)]
+    assert [token for share in shares for token in share] == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 @given(batches, st.integers(1, 3), all_rules)
@@ -123,15 +179,16 @@ def test_documents_are_bounded(samples, data_size, rules):
     """cu_seqlens cuts the row into its documents (and one of padding); positions restart at each."""
     for rank in range(data_size):
         for row in pack(samples, rank, data_size, rules, "token_mean").micro_batches:
-            bounds = row.cu_seqlens.tolist()
+            bounds, size = row.cu_seqlens.tolist(), rules.context.size
             assert row.cu_seqlens.dtype == torch.int32
-            assert bounds[0] == 0 and bounds[-1] == len(row.ids) == len(row.positions) and bounds == sorted(set(bounds))
+            assert bounds[0] == 0 and bounds[-1] == size * len(row.ids) == size * len(row.positions) and bounds == sorted(set(bounds))
             lengths = [end - start for start, end in itertools.pairwise(bounds)]
-            own = [document.length for document in row.documents]
+            own = [padded(document, rules.context) for document in row.documents]
             assert lengths[: len(own)] == own and len(lengths) - len(own) in (0, 1)
             assert row.max_seqlen == max(lengths)
-            assert row.positions.tolist() == [place for length in lengths for place in range(length)]
-            assert all(place < sum(own) for place in row.predicts.tolist())
+            if size == 1:
+                assert row.positions.tolist() == [place for length in lengths for place in range(length)]
+                assert all(place < sum(own) for place in row.predicts.tolist())
 
 
 @given(batches, st.integers(1, 3), all_rules)
@@ -162,7 +219,7 @@ def test_terms_belong_to_their_tokens(samples, data_size, rules, aggregation):
                     denominator = sum(len(other.response_ids) for other in routed)
                 else:
                     denominator = len(routed) * len(sample.response_ids)
-                for logprob in sample.logprobs:
+                for logprob in sample.logprobs[rules.context.share(len(sample.logprobs))]:
                     weights = [weight / denominator if weight else 0.0 for weight in (route.policy_weight, route.distillation_weight)]
                     expected.append([route.advantage, *weights, logprob])
             found = torch.stack(terms[:4], dim=1)
@@ -213,6 +270,21 @@ def test_row_by_hand():
     assert teacher_row.ids.tolist() == [*teacher, response[0], 0, 0, 0]
     assert teacher_row.predicts.tolist() == [3, 4]
     assert teacher_row.targets.tolist() == list(response)
+
+
+def test_row_by_hand_on_two_context_parallel_ranks():
+    """The same two documents, padded to 4 and 4 tokens, and padding; each rank's numbers written out."""
+    samples = samples_of(("grpo", 2, 3, 1), ("sdpo", 1, 2, 4))
+    distilled, response = samples[1].prompt.ids[0], samples[1].response_ids
+    for rank, ids, positions, predicts, targets in (
+        (0, [distilled, 0, 1, 4, 0, 0], [0, 3, 0, 3, 0, 3], [0, 8], [response[0], 3]),
+        (1, [response[0], 0, 2, 3, 0, 0], [1, 2, 1, 2, 1, 2], [6, 9, 3], [response[1], 4, 5]),
+    ):
+        rules = PackingRules(token_budget=20, length_multiple=3, context=Context(rank, 2))
+        (row,) = pack(samples, 0, 1, rules, "token_mean").micro_batches
+        assert row.cu_seqlens.tolist() == [0, 4, 8, 12] and row.max_seqlen == 4
+        assert (row.ids.tolist(), row.positions.tolist()) == (ids, positions)
+        assert (row.predicts.tolist(), row.targets.tolist()) == (predicts, targets)
 
 
 def test_document_longer_than_the_budget_has_a_row_of_its_own():
