@@ -4,14 +4,15 @@
                                   [--python .venv-sglang/bin/python] [--json] [--output FILE]
 
 The servers are the quick start's, on this machine's CPU. Every request has a prompt of its own of 24 tokens and makes exactly
---tokens tokens. Both clients send the same load; SGLang's (sglang.benchmark, which knows one server) runs once beside each
-server, at the same time, with its share. The clients take turns; `seconds` is the median round. Says whether a request was lost
-or answered twice.
+--tokens tokens, drawn at temperature 1. Both clients send the same load; SGLang's (sglang.benchmark, which knows one server and
+needs `pip install datasets` in that environment) runs once beside each server, at the same time, with its share. The clients take
+turns; `seconds` is the median round. Says whether a request was lost or answered twice.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import re
@@ -55,6 +56,8 @@ def theirs(urls: list[str], options: argparse.Namespace, seed: int) -> float:
         command += ["--random-input-len", str(PROMPT_TOKENS), "--random-output-len", str(options.tokens), "--random-range-ratio", "1.0"]
         command += ["--tokenizer", str(START), "--model", str(START), "--seed", str(seed * 10 + number), "--disable-stream"]
         command += ["--warmup-requests", "0", "--disable-tqdm", "--return-logprob", "--output-file", os.devnull]
+        drawn = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "ignore_eos": True, "skip_special_tokens": False}  # else it is greedy
+        command += ["--extra-request-body", json.dumps({"sampling_params": {**drawn, "max_new_tokens": options.tokens}})]
         environment = {**os.environ, "SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1"}
         environment.pop("PYTHONPATH", None)
         clients.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
