@@ -93,7 +93,11 @@ def configuration(options: argparse.Namespace, model: Path, run: Path, way: str)
     """The quick start on servers, with that model and way."""
     overrides = [f"model.hf_path={model}", f"rollout.servers={options.servers}", f"rollout.sglang.python={options.python}"]
     overrides += [f"rollout.sglang.update={way}", f"rollout.sglang.bucket_mib={options.bucket_mib}", f"logging.dir={run}"]
-    return load_config(ROOT / "examples/quickstart/sglang.yaml", [*overrides, f"rollout.sglang.port={options.port}"])
+    file = ROOT / "examples/quickstart/sglang.yaml"
+    overrides.append(f"rollout.sglang.port={options.port}")
+    config = load_config(file, overrides)
+    arguments = [*config.rollout.sglang.arguments, "--mem-fraction-static=0.8", "--max-total-tokens=2048"]  # room for a large model
+    return config if model == START else load_config(file, [*overrides, f"rollout.sglang.arguments={json.dumps(arguments)}"])
 
 
 def measure(options: argparse.Namespace, way: str, root: Path, tensors: dict[str, torch.Tensor]) -> dict:
