@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace, is_first: bool) -> int:
     if arguments.command == "config":
         return explain_config(arguments.check, arguments.overrides, arguments.processes)
 
-    from megatron_srpo.config import load_config
+    from megatron_srpo.config_file import load_config
 
     config = load_config(arguments.config, arguments.overrides)
     if arguments.command == "plan":

@@ -14,7 +14,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megatron_srpo.checkpoint.weights import RunTensors, is_of_a_run
-from megatron_srpo.config import Config, ConfigError, EvaluationSection, ParallelSection, load_config, save_config
+from megatron_srpo.config import Config, ConfigError, EvaluationSection, ParallelSection
+from megatron_srpo.config_file import load_config, save_config
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.observe.scoreboard import Outcome, result_of, write_result
 from megatron_srpo.preflight import check_evaluation

@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from megatron_srpo.config import Config, ConfigError, ResumeSection, save_config
+from megatron_srpo.config import Config, ConfigError, ResumeSection
+from megatron_srpo.config_file import save_config
 from megatron_srpo.evaluate import stored_weights
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.observe.logs import open_run_folder, rank_log

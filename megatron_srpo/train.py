@@ -14,7 +14,8 @@ from megatron_srpo.checkpoint import resume
 from megatron_srpo.checkpoint.folder import FORMAT, Manifest
 from megatron_srpo.checkpoint.saver import Saver
 from megatron_srpo.checkpoint.state import numbers, snapshot
-from megatron_srpo.config import Config, save_config
+from megatron_srpo.config import Config
+from megatron_srpo.config_file import save_config
 from megatron_srpo.evaluate import evaluate
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.model.qwen3 import model_dtype, uses_transformer_engine

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from megatron_srpo.config import Config, load_config
+from megatron_srpo.config import Config
+from megatron_srpo.config_file import load_config
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.engine import Completion, Request, Sampling
 from megatron_srpo.runtime.parallel import Layout

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_srpo.config import Config, load_config
+from megatron_srpo.config import Config
+from megatron_srpo.config_file import load_config
 from megatron_srpo.train import train
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart"

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_srpo.config import Config, RolloutSection, load_config
+from megatron_srpo.config import Config, RolloutSection
+from megatron_srpo.config_file import load_config
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.model.qwen3 import transformer_config
 from megatron_srpo.plan.layouts import plan_for

@@ -12,7 +12,8 @@ from simulated import Collectives, simulated
 from tiny import make_model, save_folder
 
 from megatron_srpo.algorithm.routing import route_groups
-from megatron_srpo.config import ParallelSection, load_config
+from megatron_srpo.config import ParallelSection
+from megatron_srpo.config_file import load_config
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.collect import exchange
 from megatron_srpo.rollout.dump import replay

@@ -29,7 +29,8 @@ from pathlib import Path
 import torch
 
 from megatron_srpo.__main__ import quieten_libraries
-from megatron_srpo.config import Config, load_config
+from megatron_srpo.config import Config
+from megatron_srpo.config_file import load_config
 from megatron_srpo.records import Group, Prompt, Route, Sample, Verdict
 
 SHARED = {"model_type": "qwen3", "vocab_size": 151_936, "head_dim": 128, "num_key_value_heads": 8, "rms_norm_eps": 1e-6}

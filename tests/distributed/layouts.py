@@ -13,7 +13,7 @@ from worker import each_job
 
 def run(job: dict) -> None:
     """One training or evaluation."""
-    from megatron_srpo.config import load_config
+    from megatron_srpo.config_file import load_config
     from megatron_srpo.evaluate import run_evaluation
     from megatron_srpo.train import train
 

@@ -14,7 +14,7 @@ def fall_asleep() -> None:
 
 if __name__ == "__main__":
     quieten_libraries()
-    from megatron_srpo.config import load_config
+    from megatron_srpo.config_file import load_config
     from megatron_srpo.progress import PROGRESS
     from megatron_srpo.runtime.parallel import Layout
     from megatron_srpo.runtime.trainer import Trainer

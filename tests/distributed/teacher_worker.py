@@ -17,7 +17,7 @@ def run(job: dict) -> None:
     """One layout."""
     import torch
 
-    from megatron_srpo.config import load_config
+    from megatron_srpo.config_file import load_config
     from megatron_srpo.model.hf_folder import HFFolder
     from megatron_srpo.runtime.parallel import initialize, shut_down
     from megatron_srpo.runtime.trainer import Trainer

@@ -18,7 +18,7 @@ def run(job: dict) -> None:
     import torch.distributed as dist
     from safetensors.torch import save_file
 
-    from megatron_srpo.config import load_config
+    from megatron_srpo.config_file import load_config
     from megatron_srpo.model.hf_folder import HFFolder
     from megatron_srpo.model.qwen3 import build_chunks
     from megatron_srpo.runtime.packing import Document, micro_batch

@@ -519,7 +519,7 @@ def test_megatron_section(pristine, settings, named):
 
 def test_small_numbers_in_the_megatron_section_are_numbers(pristine, tmp_path):
     """`1e-2` without a dot is text to YAML; every other section takes it as the number it is."""
-    from megatron_srpo.config import load_config
+    from megatron_srpo.config_file import load_config
 
     file = tmp_path / "config.yaml"
     file.write_text("model: {hf_path: x}\ntrain: {steps: 1}\nlogging: {dir: x}\nmegatron:\n  init_method_std: 1e-2\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from small_run import QUICKSTART, small_run
 
-from megatron_srpo.config import load_config
+from megatron_srpo.config_file import load_config
 from megatron_srpo.observe.alarms import Limits, alarms
 from megatron_srpo.records import Verdict
 from megatron_srpo.rollout.transformers_engine import TransformersEngine

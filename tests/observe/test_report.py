@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from samples import make_sample
 
-from megatron_srpo.config import ConfigError, load_config, save_config
+from megatron_srpo.config import ConfigError
+from megatron_srpo.config_file import load_config, save_config
 from megatron_srpo.observe.report import report_data, write_report
 from megatron_srpo.observe.tokens import choose, write_tokens
 from megatron_srpo.records import Route, Verdict

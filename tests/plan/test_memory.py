@@ -14,7 +14,8 @@ import torch
 from simulated import simulated
 from tiny import make_model, save_folder
 
-from megatron_srpo.config import Config, ConfigError, ParallelSection, load_config
+from megatron_srpo.config import Config, ConfigError, ParallelSection
+from megatron_srpo.config_file import load_config
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.model.qwen3 import build_chunks, packed_params
 from megatron_srpo.plan.machine import MACHINES, Workload

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from tiny import save_folder
 
-from megatron_srpo.config import load_config
+from megatron_srpo.config_file import load_config
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.records import Prompt, Verdict
 from megatron_srpo.rollout.collect import Collector

@@ -12,7 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_srpo.config import ConfigError, SGLangSection, load_config
+from megatron_srpo.config import ConfigError, SGLangSection
+from megatron_srpo.config_file import load_config
 from megatron_srpo.preflight import preflight
 from megatron_srpo.progress import PROGRESS
 from megatron_srpo.rollout.engine import EngineFailed, Request, Sampling

@@ -11,7 +11,7 @@ from tiny import make_model, save_folder
 
 from megatron_srpo.algorithm.routing import route_groups
 from megatron_srpo.checkpoint.state import snapshot as checkpoint
-from megatron_srpo.config import load_config
+from megatron_srpo.config_file import load_config
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.dump import replay
 from megatron_srpo.runtime.parallel import initialize, shut_down

@@ -227,7 +227,7 @@ def test_no_server_outlives_a_killed_trainer(servers, tmp_path):
     """kill -9 to the process that started a server, once the server has workers of its own."""
     config = config_of(tmp_path, "rollout.servers=1", f"rollout.sglang.port={free_ports(1)}")
     code = (
-        "import sys, time; from pathlib import Path; from megatron_srpo.config import load_config;"
+        "import sys, time; from pathlib import Path; from megatron_srpo.config_file import load_config;"
         "from megatron_srpo.rollout.sglang.engine import launch_of;"
         "launch = launch_of(load_config(Path(sys.argv[1]), sys.argv[2:])); launch.logs.mkdir(parents=True);"
         "print(launch.start(0).pid, flush=True); time.sleep(600)"
