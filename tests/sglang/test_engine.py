@@ -88,6 +88,17 @@ def test_enough_breaks_the_rest_off_and_it_can_be_gone_on_with(servers):
         assert completion.versions == [span for span in spans if span[1] < span[2]]
 
 
+def test_a_thousand_requests_have_one_answer_each(servers):
+    """At concurrency 64 on two servers none is lost or doubled, and each answer is its own request's."""
+    servers.publish(seed=3)
+    tails = [(20 + number % 200, 20 + number // 200) for number in range(1000)]  # so that no two prompts are alike
+    prompts = zip(servers.requests(1000), tails, strict=True)
+    requests = [Request((*request.prompt_ids, *tail), str(number)) for number, (request, tail) in enumerate(prompts)]
+    completions = sample(servers.engine, requests, servers.sampling(max_tokens=8, stops=False))
+    assert len(completions) == 1000 and all(len(completion.ids) == 8 for completion in completions)
+    assert servers.gap(requests[::40], completions[::40]) < 1e-4
+
+
 def test_ids_outside_the_vocabulary_are_not_sent(servers):
     """One of them would end the server."""
     servers.publish(seed=None)
