@@ -113,7 +113,7 @@ LAYOUTS = {
         "cp4": ([CP + "4"], ["srpo"]),
         "cp2-tp2": ([CP + "2", TP + "2"], ["srpo"]),
         "cp2-tp2-sp": ([CP + "2", TP + "2", SP], ["srpo"]),
-        "cp2-dp2": ([CP + "2"], ["srpo", "sdpo"]),
+        "cp2-dp2-overlap": ([CP + "2", *OVERLAP], ["srpo", "sdpo"]),
         "cp2-dp2-replicated": ([CP + "2", NO_DO], ["sdpo"]),
         "cp2-pp2": ([CP + "2", PP + "2"], ["srpo"]),
         "cp2-pp2-vpp2": ([CP + "2", PP + "2", VPP + "2"], ["srpo"]),

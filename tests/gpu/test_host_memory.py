@@ -1,0 +1,34 @@
+"""What only a GPU can show of parking: its memory is free meanwhile, the copy is pinned, and work in flight is waited for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_srpo.runtime.host_memory import HostMemory
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+SIZE = 2**26  # fp32 numbers: 256 MiB
+
+
+def test_parked_memory_is_free_and_comes_back_bit_for_bit():
+    tensor, host = torch.randn(SIZE, device="cuda"), HostMemory()
+    view, wanted, before = tensor[5:25], tensor.cpu(), torch.cuda.memory_allocated()
+    for _ in range(2):
+        host.park([tensor])
+        assert torch.cuda.memory_allocated() <= before - 4 * SIZE
+        assert host.values(view).is_pinned() and torch.equal(host.values(view), wanted[5:25])
+        host.fetch([tensor])
+        assert torch.cuda.memory_allocated() == before and torch.equal(tensor.cpu(), wanted)
+
+
+def test_what_is_still_being_computed_is_parked_whole():
+    """Kernels run behind the call that started them; the copy and the freeing must come after."""
+    host, tensor = HostMemory(), torch.ones(4096, 4096, device="cuda")
+    for _ in range(50):
+        tensor.mul_(1.01)
+    expected = torch.ones(()).cuda()
+    for _ in range(50):
+        expected.mul_(1.01)
+    host.park([tensor])
+    assert torch.equal(host.values(tensor), expected.cpu().expand_as(tensor))
