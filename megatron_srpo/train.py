@@ -254,7 +254,6 @@ class _Run:
             manifest = self.checkpoint.manifest
             step, is_evaluated = manifest.step, manifest.evaluation is not None
             self.skipped_in_a_row = manifest.state["skipped_in_a_row"]
-            self.trainer.take_room()
             resume.go_on(self.trainer, self.checkpoint, self.layout, self.terminal.say)
             self.terminal.say(f"going on after step {step}: {self.checkpoint.folder}", "bold")
         rows = self.metrics.rewind(step, is_evaluated)

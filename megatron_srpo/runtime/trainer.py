@@ -133,22 +133,29 @@ class Trainer:
     def make_room(self) -> None:
         """With rollout.colocated: until `take_room` the servers have the memory of all but the policy's weights."""
         if self.config.rollout.colocated:
-            self.host.park([*self._update_state(), *(self.teacher.parameters if self.teacher else ())])
+            self.host.park([*self._update_state(), *self._teacher_weights()])
             self.host.park(self.optimizer.gradients(), keep=False)
             if self.layout.device.type == "cuda":
                 torch.cuda.empty_cache()
 
     def take_room(self) -> None:
         """Everything that training needs is on this rank's device; before each step's training."""
-        self.host.fetch([*self.optimizer.gradients(), *(self.teacher.parameters if self.teacher else ())])
+        self.host.fetch([*self.optimizer.gradients(), *self._teacher_weights()])
         if not self.config.optimizer.optimizer_cpu_offload:
             self.host.fetch(self._update_state())
         self._rest()
+
+    def fetch_state(self) -> None:
+        """What a checkpoint holds is on this rank's device, to be written over."""
+        self.host.fetch([*self._update_state(), *self._teacher_weights()])
 
     def _rest(self) -> None:
         """With optimizer_cpu_offload: what only updates need waits on the host."""
         if self.config.optimizer.optimizer_cpu_offload:
             self.host.park(self._update_state())
+
+    def _teacher_weights(self) -> list[Tensor]:
+        return self.teacher.parameters if self.teacher else []
 
     def _update_state(self) -> list[Tensor]:
         return [*self.optimizer.state(), *(self.teacher.shares if self.teacher else ())]

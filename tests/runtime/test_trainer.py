@@ -10,6 +10,9 @@ from rollouts import write_rollouts
 from tiny import make_model, save_folder
 
 from megatron_srpo.algorithm.routing import route_groups
+from megatron_srpo.checkpoint.pieces import GENERATOR, SavedTensors
+from megatron_srpo.checkpoint.saver import write_tensors
+from megatron_srpo.checkpoint.state import numbers, restore
 from megatron_srpo.checkpoint.state import snapshot as checkpoint
 from megatron_srpo.config_file import load_config
 from megatron_srpo.model.hf_folder import HFFolder
@@ -190,6 +193,24 @@ def test_offloaded_state_is_on_the_device_for_updates_only_and_changes_no_bit(ma
     monkeypatch.setattr(trainer.optimizer.inner, "step", lambda: (during.append(sum(sizes(trainer.optimizer.state()))), update()))
     step(trainer, samples)
     assert len(during) == 4 and during[0] == during[2] == 0 < during[1] == during[3]
+
+
+@pytest.mark.parametrize("where", ["optimizer.optimizer_cpu_offload=true", "rollout.colocated=true"])
+def test_a_checkpoint_is_restored_into_what_is_parked(make_trainer, tmp_path, where):
+    """The numbers of a run that parks nothing, put into a trainer that has parked them, are the numbers it has then."""
+    trainer, samples = make_trainer("model.dtype=bfloat16")
+    step(trainer, samples)
+    saved, state = checkpoint(trainer), numbers(trainer)
+    write_tensors(tmp_path / "rank_00000.safetensors", saved)
+    trainer, samples = make_trainer("model.dtype=bfloat16", "rollout.engine=sglang", "rollout.servers=1", where)
+    trainer.take_room()
+    step(trainer, samples)  # from the start model: other numbers
+    trainer.make_room()
+    assert set(sizes(trainer.optimizer.state())) == {0}
+    restore(trainer, SavedTensors([tmp_path / "rank_00000.safetensors"], trainer.folder.architecture), state)
+    trainer.make_room()
+    found = checkpoint(trainer)
+    assert all(torch.equal(found[key], saved[key]) for key in saved if not key.startswith(GENERATOR))
 
 
 def test_servers_on_the_same_device_have_all_memory_but_the_policys(make_trainer):
