@@ -36,7 +36,7 @@ def config(tmp_path_factory):
         "rollout: {prompts_per_step: 2, samples_per_prompt: 4, max_prompt_tokens: 64, max_response_tokens: 48, batch_size: 4}\n"
         "teacher: {max_prompt_tokens: 200}\n"
         f"train: {{steps: {STEPS}}}\n"
-        "optimizer: {lr: 1.0e-3, lr_warmup_steps: 3}\n"
+        "optimizer: {lr: 2.0e-4, lr_warmup_steps: 3}\n"
         "evaluation: {every: 2, prompts: 2, samples: 2}\n"
         "checkpoint: {save_interval: 2}\n"
         "logging: {dir: set}\n"
