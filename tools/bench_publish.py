@@ -1,11 +1,14 @@
 """What it costs to bring weights to an SGLang server: seconds, bytes and the trainer's extra memory, for each way.
 
-    python tools/bench_publish.py [--shape quickstart|0.6b|8b] [--servers 1] [--repeats 3] [--python .venv-sglang/bin/python]
-                                  [--bucket-mib 512] [--ways disk,tensor,distributed] [--json] [--output FILE]
+    python tools/bench_publish.py [--shape quickstart|0.6b|8b] [--dtype float32|bfloat16] [--servers 1] [--repeats 3]
+                                  [--python .venv-sglang/bin/python] [--bucket-mib 512] [--ways disk,tensor,distributed]
+                                  [--json] [--output FILE]
 
-The model has random weights, float32 on a CPU. `seconds` is the median of one whole update: pause, send, continue, version read
-back; `extra_bytes` the largest growth of this process's memory (its own and shared) during an update, the trainer's own tensors
-aside; `bytes` what was sent to each server. 8b needs about 100 GB of memory on a CPU.
+Every weight is 0.01. The trainer's tensors are mapped from a file, and take no memory of their own; the first row is a copy of
+them, tensor by tensor, which every way contains. `seconds` is the median of one whole update: pause, send, continue, version read
+back; `extra_bytes` the largest growth of this process's memory (its own, shared and swapped out) during an update; `bytes` what
+was sent to each server; `piece_bytes` the largest bucket, or tensor where that is larger. On a CPU 8b needs --dtype bfloat16, 24 GB
+of memory or swap for one server, and 50 GB of disk.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 
 import torch
@@ -31,7 +35,8 @@ from megatron_srpo.config_file import load_config
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.engines import create_engine
 from megatron_srpo.runtime.parallel import Layout
-from megatron_srpo.weights.transfer import save_hf
+from megatron_srpo.weights.sources import HFTensors
+from megatron_srpo.weights.transfer import Repeatable, save_hf
 
 ROOT = Path(__file__).parents[1]
 START = ROOT / "examples/quickstart/start"
@@ -52,8 +57,9 @@ SHAPES = {
 }
 
 
-def make_folder(shape: str, folder: Path) -> dict[str, torch.Tensor]:
-    """A Hugging Face folder of that shape; its tensors."""
+def make_model(shape: str, dtype: torch.dtype, root: Path) -> HFFolder:
+    """The Hugging Face folder root/model, of that shape and dtype."""
+    folder = root / "shape"
     folder.mkdir()
     for file in START.iterdir():
         shutil.copy(file, folder)
@@ -61,15 +67,20 @@ def make_folder(shape: str, folder: Path) -> dict[str, torch.Tensor]:
     config = {key: value for key, value in config.items() if key != "layer_types"} if SHAPES[shape] else config
     (folder / "config.json").write_text(json.dumps({**config, **SHAPES[shape]}))
     reference = HFFolder(folder)
-    tensors = {name: torch.full(size, 0.01) for name, size in reference.architecture.tensor_shapes().items()}
-    save_hf(tensors.items(), reference, folder.with_name("model"), write=True)
-    return tensors
+    shapes = reference.architecture.tensor_shapes().items()
+    save_hf(((name, torch.full(size, 0.01, dtype=dtype)) for name, size in shapes), reference, root / "model", write=True)
+    return HFFolder(root / "model")
+
+
+def stream_of(tensors: HFTensors) -> Repeatable:
+    """All tensors as `update_weights` takes them."""
+    return Repeatable(lambda: ((name, tensors.tensor(name)) for name in tensors.names()))
 
 
 def memory() -> int:
-    """Bytes of this process: its own and the shared ones that it maps."""
-    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("Rss"))
-    return sum(int(fields[key].split()[0]) * 1024 for key in ("RssAnon", "RssShmem"))
+    """Bytes of this process: its own, also those swapped out, and the shared ones that it maps."""
+    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(("Rss", "VmSwap")))
+    return sum(int(fields[key].split()[0]) * 1024 for key in ("RssAnon", "RssShmem", "VmSwap"))
 
 
 @contextmanager
@@ -90,34 +101,49 @@ def peak_memory() -> Iterator[list[int]]:
         watcher.join()
 
 
-def configuration(options: argparse.Namespace, model: Path, run: Path, way: str) -> Config:
-    """The quick start on servers, with that model and way."""
-    overrides = [f"model.hf_path={model}", f"rollout.servers={options.servers}", f"rollout.sglang.python={options.python}"]
-    overrides += [f"rollout.sglang.update={way}", f"rollout.sglang.bucket_mib={options.bucket_mib}", f"logging.dir={run}"]
-    file = ROOT / "examples/quickstart/sglang.yaml"
-    overrides.append(f"rollout.sglang.port={options.port}")
+def configuration(options: argparse.Namespace, model: Path, run: Path, *more: str) -> Config:
+    """The quick start on servers, with that model and what more is given as key=value."""
+    file, overrides = ROOT / "examples/quickstart/sglang.yaml", [f"model.hf_path={model}", f"logging.dir={run}", *more]
+    overrides += [f"rollout.servers={options.servers}", f"rollout.sglang.python={options.python}", f"rollout.sglang.port={options.port}"]
     config = load_config(file, overrides)
     arguments = [*config.rollout.sglang.arguments, "--mem-fraction-static=0.8", "--max-total-tokens=2048"]  # room for a large model
     return config if model == START else load_config(file, [*overrides, f"rollout.sglang.arguments={json.dumps(arguments)}"])
 
 
-def measure(options: argparse.Namespace, way: str, root: Path, tensors: dict[str, torch.Tensor]) -> dict:
+def measure(options: argparse.Namespace, way: str, root: Path, model: HFFolder) -> dict:
     """One way's row."""
-    config = configuration(options, root / "model", root / way, way)
-    engine = create_engine(config, HFFolder(root / "model"), ALONE, lambda text: None)
+    more = [f"model.dtype={options.dtype}", f"rollout.sglang.update={way}", f"rollout.sglang.bucket_mib={options.bucket_mib}"]
+    engine = create_engine(configuration(options, model.path, root / way, *more), model, ALONE, lambda text: None)
+    stream = stream_of(HFTensors(model))
     try:
-        engine.update_weights(tensors.items(), "0")  # the first one makes the group and compares checksums
-        seconds, extra = [], 0
-        for version in range(1, options.repeats + 1):
-            start = time.perf_counter()
-            with peak_memory() as largest:
-                engine.update_weights(tensors.items(), str(version))
-            seconds.append(time.perf_counter() - start)
-            extra = max(extra, largest[0])
+        engine.update_weights(stream, "0")  # the first one makes the group and compares checksums
+        return row_of(f"ours, {way}", options.repeats, lambda number: engine.update_weights(stream, str(1 + number)))
     finally:
         engine.close()
-    sent = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    return {"name": f"ours, {way}", "seconds": statistics.median(seconds), "extra_bytes": extra, "bytes": sent}
+
+
+def measure_copy(options: argparse.Namespace, model: HFFolder) -> dict:
+    """The row of what every way contains: each tensor read once into memory that is there."""
+    shapes = model.architecture.tensor_shapes().values()
+    memory = torch.zeros(max(map(prod, shapes)), dtype=getattr(torch, options.dtype))
+
+    def copy(_: int) -> None:
+        for _, tensor in stream_of(HFTensors(model)):
+            memory[: tensor.numel()].copy_(tensor.reshape(-1))
+
+    return row_of("a copy", options.repeats, copy)
+
+
+def row_of(name: str, repeats: int, call: Callable[[int], None]) -> dict:
+    """The median of the seconds, and the largest growth of memory, of `repeats` calls with their number."""
+    seconds, extra = [], 0
+    for number in range(repeats):
+        start = time.perf_counter()
+        with peak_memory() as largest:
+            call(number)
+        seconds.append(time.perf_counter() - start)
+        extra = max(extra, largest[0])
+    return {"name": name, "seconds": statistics.median(seconds), "extra_bytes": extra}
 
 
 def add_common_options(parser: argparse.ArgumentParser, servers: int) -> None:
@@ -145,22 +171,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_common_options(parser, servers=1)
     parser.add_argument("--shape", choices=SHAPES, default="quickstart")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--bucket-mib", type=int, default=512)
     parser.add_argument("--ways", default="disk,tensor,distributed")
     options = parser.parse_args()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     with tempfile.TemporaryDirectory() as root:
-        tensors = make_folder(options.shape, Path(root) / "shape")
-        rows = [measure(options, way, Path(root), tensors) for way in options.ways.split(",")]
+        model = make_model(options.shape, dtype := getattr(torch, options.dtype), Path(root))
+        rows = [measure_copy(options, model)]
+        rows += [measure(options, way, Path(root), model) for way in options.ways.split(",")]
     dist.destroy_process_group()
-    shape = {"model": options.shape, "servers": options.servers, "bucket_bytes": options.bucket_mib * 2**20}
-    tell(options, shape, rows, _line)
+    sizes = [prod(shape) * dtype.itemsize for shape in model.architecture.tensor_shapes().values()]
+    piece = max(min(options.bucket_mib * 2**20, sum(sizes)), *sizes)
+    shape = {"model": options.shape, "dtype": options.dtype, "servers": options.servers, "bytes": sum(sizes), "piece_bytes": piece}
+    tell(options, shape, rows, lambda row: _line(row, sum(sizes), piece))
 
 
-def _line(row: dict) -> str:
-    sent, extra = row["bytes"] / 2**20, row["extra_bytes"] / 2**20
-    return f"{row['name']:>20}  {row['seconds']:7.3f} s  {sent:9.1f} MiB  extra {extra:8.1f} MiB"
+def _line(row: dict, sent: int, piece: int) -> str:
+    extra = f"{row['extra_bytes'] / 2**20:8.1f} MiB, {row['extra_bytes'] / piece:.2f} pieces"
+    return f"{row['name']:>20}  {row['seconds']:8.3f} s for {sent / 2**20:9.1f} MiB ({row['ratio']:.1f} copies)  extra {extra}"
 
 
 if __name__ == "__main__":

@@ -80,9 +80,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    options.bucket_mib, folder, mine, others = 512, HFFolder(START), [], []
+    folder, mine, others = HFFolder(START), [], []
     with tempfile.TemporaryDirectory() as root:
-        config = configuration(options, START, Path(root) / "run", "disk")
+        config = configuration(options, START, Path(root) / "run")
         engine = create_engine(config, folder, ALONE, lambda text: None)
         try:
             engine.update_weights(load_file(START / "model.safetensors").items(), "0")

@@ -146,19 +146,20 @@ class Bucket(NamedTuple):
     entries: list[Entry]
 
 
-def buckets(tensors: Stream, limit: int, device: torch.device) -> Iterator[Bucket]:
+def buckets(tensors: Stream, limit: int, allocate: Callable[[int], Tensor]) -> Iterator[Bucket]:
     """The stream in pieces of at most `limit` bytes; a larger tensor is a piece of its own.
 
     All pieces lie in the same memory: one is gone when the next is made, and no more than that and one tensor is held.
+    allocate: makes that memory, uint8 [bytes]; once, but for larger tensors.
     """
-    buffer, entries, used = torch.empty(0, dtype=uint8, device=device), list[Entry](), 0
+    buffer, entries, used = torch.empty(0, dtype=uint8), list[Entry](), 0
     for name, tensor in tensors:
         size = tensor.numel() * tensor.element_size()
         if entries and (used + size > limit or tensor.dtype != entries[0].dtype):
             yield Bucket(buffer[:used], entries)
             entries, used = [], 0
         if used + size > len(buffer):  # only ever with an empty bucket
-            buffer = torch.empty(max(limit, size), dtype=uint8, device=device)
+            buffer = allocate(max(limit, size))
         buffer[used : used + size].copy_(tensor.detach().reshape(-1).view(uint8))
         entries.append(Entry(name, tensor.dtype, tuple(tensor.shape), used, used + size))
         used += size
@@ -178,10 +179,16 @@ class SharedMemory:
     def send(self, update: Update, tensors: Stream) -> None:
         """See `Transport`."""
         with update.paused(), update.session():
-            for bucket in buckets(tensors, self.limit, self.device):
+            for bucket in buckets(tensors, self.limit, self._allocate):
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
                 update.each(lambda server, bucket=bucket: self._post(server, bucket, update.version))
+
+    def _allocate(self, size: int) -> Tensor:
+        """Shared from the start on a CPU: sharing what is filled would copy it."""
+        memory = torch.empty(size, dtype=uint8, device=self.device)
+        with _named_files():
+            return memory if self.device.type == "cuda" else memory.share_memory_()
 
     def _post(self, server: Server, bucket: Bucket, version: str) -> None:
         # every reader needs a handle of its own: they are counted
@@ -203,10 +210,17 @@ def _pickled(bucket: Bucket) -> str:
         )
         for entry in bucket.entries
     ]
-    before = torch.multiprocessing.get_sharing_strategy()
-    torch.multiprocessing.set_sharing_strategy("file_system")  # a file's name can be told over HTTP, a descriptor cannot
-    try:
+    with _named_files():
         return base64.b64encode(ForkingPickler.dumps({"flattened_tensor": bucket.data, "metadata": metadata})).decode()
+
+
+@contextlib.contextmanager
+def _named_files() -> Iterator[None]:
+    """Memory is shared through files with a name, which can be told over HTTP; a descriptor cannot."""
+    before = torch.multiprocessing.get_sharing_strategy()
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    try:
+        yield
     finally:
         torch.multiprocessing.set_sharing_strategy(before)
 
@@ -240,7 +254,7 @@ class Broadcast:
             if self._members != {server: server.incarnation for server in update.live}:
                 self.close()
                 self._meet(update)
-            for bucket in buckets(tensors, self.limit, self.device):
+            for bucket in buckets(tensors, self.limit, lambda size: torch.empty(size, dtype=uint8, device=self.device)):
                 if self._group is not None and (problem := self._broadcast(update, bucket)) is not None:
                     self.close()
                     self.say(f"weights go by disk this time: {problem}")
