@@ -1,11 +1,14 @@
-"""What the tests of real servers share: configurations, prompts, and the model to compare with."""
+"""What the tests of servers share: configurations, prompts, the model to compare with, and a stand-in that speaks HTTP."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import socket
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import torch
@@ -32,6 +35,33 @@ def free_ports(count: int) -> int:
                 stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
             return first
     raise AssertionError("no free ports")
+
+
+@contextlib.contextmanager
+def listening(answer: Callable[[BaseHTTPRequestHandler, bytes], tuple[int, bytes]]) -> Iterator[ThreadingHTTPServer]:
+    """An HTTP server on loopback. answer: of a request, with its body, what is sent back: (status, content)."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def reply(self):
+            status, content = answer(self, self.rfile.read(int(self.headers.get("Content-Length") or 0)))
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_GET = do_POST = reply  # noqa: N815  (the library's names)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def config_of(run: Path, *overrides: str) -> Config:

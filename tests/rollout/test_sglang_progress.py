@@ -6,11 +6,11 @@ import json
 import threading
 import time
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from servers import listening
 
 from megatron_srpo.config import ConfigError, SGLangSection
 from megatron_srpo.config_file import load_config
@@ -36,30 +36,16 @@ def server(is_healthy):
     """Answers /generate when `released` is set, and /health at once or not before that either; yields (url, released)."""
     released = threading.Event()
 
-    class Handler(BaseHTTPRequestHandler):
-        def answer(self):
-            self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            if self.path == "/generate" or not is_healthy:
-                released.wait(20)
-            content = json.dumps(REPLY).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+    def answer(request, _):
+        if request.path == "/generate" or not is_healthy:
+            released.wait(20)
+        return 200, json.dumps(REPLY).encode()
 
-        do_GET = do_POST = answer  # noqa: N815  (the library's names)
-
-        def log_message(self, *_):
-            pass
-
-    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=listening.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{listening.server_port}", released
-    finally:
-        released.set()
-        listening.shutdown()
-        listening.server_close()
+    with listening(answer) as stand_in:
+        try:
+            yield stand_in.url, released
+        finally:
+            released.set()
 
 
 def generating(url, hopeless=lambda seconds: None):

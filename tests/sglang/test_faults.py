@@ -7,16 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from servers import ALONE, ROOT, START, config_of, free_ports, sample
+from servers import ALONE, ROOT, START, config_of, free_ports, listening, sample
 
 from megatron_srpo.config import ConfigError
 from megatron_srpo.rollout.engine import EngineFailed
@@ -26,39 +23,22 @@ from megatron_srpo.weights.transfer import Repeatable
 pytestmark = pytest.mark.needs_sglang
 
 
-@contextmanager
 def proxy(url: str, spoil):
     """A server's stand-in that hands everything on to it, and `spoil`s (status, body) of every answer to /generate."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def answer(self):
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0)) if self.command == "POST" else None
-            headers = {"Content-Type": "application/json", "Authorization": self.headers["Authorization"]}
-            request = urllib.request.Request(url + self.path, body, headers, method=self.command)
-            try:
-                with urllib.request.urlopen(request, timeout=60) as response:
-                    status, content = response.status, response.read()
-            except urllib.error.HTTPError as error:
-                status, content = error.code, error.read()
-            if self.path == "/generate" and b'"max_new_tokens": 1}' not in body.replace(b'":1}', b'": 1}'):  # not the look at the start
-                status, content = spoil(status, content)
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+    def answer(request, body):
+        headers = {"Content-Type": "application/json", "Authorization": request.headers["Authorization"]}
+        passed_on = urllib.request.Request(url + request.path, body if request.command == "POST" else None, headers, method=request.command)
+        try:
+            with urllib.request.urlopen(passed_on, timeout=60) as response:
+                status, content = response.status, response.read()
+        except urllib.error.HTTPError as error:
+            status, content = error.code, error.read()
+        if request.path == "/generate" and b'"max_new_tokens": 1}' not in body.replace(b'":1}', b'": 1}'):  # not the look at the start
+            status, content = spoil(status, content)
+        return status, content
 
-        do_GET = do_POST = answer  # noqa: N815  (the library's names)
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", server
-    finally:
-        server.shutdown()
-        server.server_close()
+    return listening(answer)
 
 
 def changed(change):
@@ -99,17 +79,17 @@ def test_a_lying_server_is_taken_out_and_the_other_does_its_work(servers, fault)
     spoil, reason = FAULTS[fault]
     good, behind = (target.url for target in servers.engine.generation.targets)
     said: list[str] = []
-    with proxy(behind, spoil) as (bad, _):
-        config = config_of(servers.run, "rollout.servers=0", f"rollout.urls=[{bad},{good}]", "rollout.sglang.concurrency=8")
+    with proxy(behind, spoil) as bad:
+        config = config_of(servers.run, "rollout.servers=0", f"rollout.urls=[{bad.url},{good}]", "rollout.sglang.concurrency=8")
         engine = create_engine(config, servers.folder, ALONE, said.append)
         try:
             engine.update_weights(list(servers.model.named_parameters()), str(servers.version))
             requests = servers.requests(16)
             completions = sample(engine, requests, servers.sampling())
             assert servers.gap(requests, completions) < 1e-4
-            out, used = engine.generation.targets if engine.generation.targets[0].url == bad else engine.generation.targets[::-1]
+            out, used = engine.generation.targets if engine.generation.targets[0].url == bad.url else engine.generation.targets[::-1]
             assert reason in out.out and used.out is None
-            assert any(bad in line and reason in line for line in said)
+            assert any(bad.url in line and reason in line for line in said)
             # one that answers 500 may be better next time; a liar is not asked again
             engine.update_weights(list(servers.model.named_parameters()), str(servers.version))
             assert (out.out is None) == (fault == "answers 500")
@@ -120,13 +100,15 @@ def test_a_lying_server_is_taken_out_and_the_other_does_its_work(servers, fault)
 def test_a_run_without_servers_stops_and_says_why(servers):
     servers.publish(seed=None)
     behind = servers.engine.generation.targets[0].url
-    with proxy(behind, lambda status, content: (status, content)) as (url, server):
-        config = config_of(servers.run, "rollout.servers=0", f"rollout.urls=[{url}]", "rollout.sglang.return_timeout=1")
+    with proxy(behind, lambda status, content: (status, content)) as server:
+        config = config_of(servers.run, "rollout.servers=0", f"rollout.urls=[{server.url}]", "rollout.sglang.return_timeout=1")
         engine = create_engine(config, servers.folder, ALONE, lambda text: None)
         engine.update_weights(list(servers.model.named_parameters()), str(servers.version))
         server.shutdown()
         server.server_close()
-        with pytest.raises(EngineFailed, match=f"no SGLang server is left: none has come back in 1 s .*{url}: /health: ConnectError"):
+        with pytest.raises(
+            EngineFailed, match=f"no SGLang server is left: none has come back in 1 s .*{server.url}: /health: ConnectError"
+        ):
             sample(engine, servers.requests(4), servers.sampling())
         engine.close()
 
