@@ -19,6 +19,7 @@ import json
 import platform
 import shutil
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -143,6 +144,7 @@ def row_of(name: str, repeats: int, call: Callable[[int], None]) -> dict:
             call(number)
         seconds.append(time.perf_counter() - start)
         extra = max(extra, largest[0])
+        print(f"{name}: {seconds[-1]:.3f} s", file=sys.stderr, flush=True)
     return {"name": name, "seconds": statistics.median(seconds), "extra_bytes": extra}
 
 

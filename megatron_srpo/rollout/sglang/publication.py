@@ -110,7 +110,10 @@ class Transport(Protocol):
 
 
 class Disk:
-    """Through a Hugging Face folder in `directory`, which servers must see under the same path. on_disk: told when it is whole."""
+    """Through a Hugging Face folder in `directory`, which servers must see under the same path; at most two versions are there.
+
+    on_disk: told when the folder is whole.
+    """
 
     def __init__(self, reference: HFFolder, directory: Path, on_disk: Callable[[Path, str], None]):
         self.reference, self.directory, self.on_disk = reference, directory, on_disk
@@ -118,12 +121,12 @@ class Disk:
     def send(self, update: Update, tensors: Stream) -> None:
         """See `Transport`. Raises FileError when the folder cannot be written."""
         path = self.directory / f"version_{update.version}"
+        for old in sorted(self.directory.glob("*"), key=lambda folder: folder.stat().st_mtime)[:-1]:
+            shutil.rmtree(old, ignore_errors=True)  # but not the last one: a server being restarted may be reading it
         save_hf(tensors, self.reference, path, write=True)
         self.on_disk(path, update.version)
         with update.paused():
             update.each(lambda server: load_from_disk(server, path, update.version))
-        for old in sorted(self.directory.iterdir(), key=lambda folder: folder.stat().st_mtime)[:-2]:
-            shutil.rmtree(old, ignore_errors=True)  # not the one before: a server being restarted may be reading it
 
 
 # ---- buckets ---------------------------------------------------------------------------------------------------------
