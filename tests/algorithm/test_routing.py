@@ -73,7 +73,7 @@ def test_advantages_are_of_the_whole_group_whatever_the_route(name, correct):
 
 def test_uniform_groups_have_advantage_exactly_zero():
     for size in range(2, 20):
-        for value in (0, 1):
+        for value in (0, 1, 0.1, 0.2, 0.7):
             for divide in (False, True):
                 assert group_advantages([float(value)] * size, divide) == [0.0] * size
 
