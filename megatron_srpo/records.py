@@ -29,7 +29,7 @@ class Prompt(_Record):
 class Verdict(_Record):
     """What the verifier says of one response."""
 
-    reward: float
+    reward: float = Field(allow_inf_nan=False)
     correct: bool = Field(description="c_i of METHOD.md: reward >= 0.5")
     format_ok: bool
     feedback: str | None = Field(default=None, description="what the environment says of this attempt; never the ground truth")
@@ -37,6 +37,12 @@ class Verdict(_Record):
         default=None, description="why nobody could judge it: timeout, died, memory, or error: and what the verifier raised"
     )
     excluded: bool = Field(default=False, description="takes no part in its group: neither learns nor counts nor is shown")
+
+    @model_validator(mode="after")
+    def _correct_by_its_reward(self):
+        if self.correct != (self.reward >= 0.5):
+            raise ValueError(f"correct: {self.correct}, but reward is {self.reward}; a response is correct from 0.5 on")
+        return self
 
 
 class Route(_Record):

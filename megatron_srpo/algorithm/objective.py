@@ -68,8 +68,8 @@ def routed_objective(logprob: Tensor, divergence: Tensor | None, terms: TokenTer
 
 
 def raw_entropy_weights(teacher_entropy: Tensor, beta: float) -> Tensor:
-    """w̃ = exp(-β H), [T], from the teacher's full-vocabulary entropies in nats."""
-    return torch.exp(-beta * teacher_entropy.detach())
+    """w̃ = exp(-β H), [T] float64 (in fp32 all would be 0 from β H = 104 on), from the teacher's full-vocabulary entropies in nats."""
+    return torch.exp(-beta * teacher_entropy.detach().double())
 
 
 def entropy_weights(raw: Tensor, mean: Tensor, cap: float | None = None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -13,7 +14,7 @@ from megatron_srpo.records import Group, Route, Sample
 
 def group_advantages(rewards: Sequence[float], divide_by_std: bool = False) -> list[float]:
     """A_i = r_i - mean(r) over the G rewards of one prompt, whatever their route; optionally / (std + 1e-6), ddof 1."""
-    mean = sum(rewards) / len(rewards)
+    mean = statistics.mean(rewards)  # exact, so that rewards all alike have advantage 0 also where they are no 0 or 1
     centred = [reward - mean for reward in rewards]
     if not divide_by_std:
         return centred

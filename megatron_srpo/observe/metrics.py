@@ -17,16 +17,21 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
+def _tokens(samples: Sequence[Sample]) -> int:
+    return sum(len(sample.response_ids) for sample in samples)
+
+
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """What the routed groups of a step say; shares are of samples unless named otherwise.
 
-    Samples that nobody could judge and that are excluded count in lengths and verifier_failed_share only. With several tasks
-    also pass_rate/<task> and the like.
+    Samples that nobody could judge and that are excluded count in response_tokens_mean, truncated_share and verifier_failed_share
+    only. With several tasks also pass_rate/<task> and the like.
     """
     samples = [sample for group in groups for sample in group]
     judged = [sample for sample in samples if not sample.verdict.excluded]
+    judged_groups = [group for group in groups if not all(sample.verdict.excluded for sample in group)]
     lengths = [len(sample.response_ids) for sample in samples]
-    distilled = [sample.route.distillation_weight > 0 for sample in samples]
+    distilled = [sample for sample in judged if sample.route.distillation_weight > 0]
     failed = [sample for sample in judged if not sample.verdict.correct]
     return {
         "reward_mean": _mean([sample.verdict.reward for sample in judged]),
@@ -35,12 +40,12 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "truncated_share": _mean([float(sample.finish_reason == "length") for sample in samples]),
         "format_rate": _mean([float(sample.verdict.format_ok) for sample in judged]),
         "verifier_failed_share": _mean([float(sample.verdict.verifier_failed is not None) for sample in samples]),
-        "sdpo_sample_share": _mean([float(is_distilled) for is_distilled in distilled]),
-        "sdpo_token_share": sum(length for length, d in zip(lengths, distilled, strict=True) if d) / sum(lengths),
+        "sdpo_sample_share": len(distilled) / max(len(judged), 1),
+        "sdpo_token_share": _tokens(distilled) / max(_tokens(judged), 1),
         "teacherless_failed_share": _mean([float(sample.route.no_teacher is not None) for sample in failed]),
         "teacher_prompts_cut": sum(sample.route.demonstration_cut for sample in samples),
         "teacher_prompts_empty": sum(sample.route.no_teacher == "nothing_to_show" for sample in samples),
-        "zero_advantage_share": _mean([float(all(sample.route.advantage == 0 for sample in group)) for group in groups]),
+        "zero_advantage_share": _mean([float(all(sample.route.advantage == 0 for sample in group)) for group in judged_groups]),
         **_by_task(samples),
     }
 

@@ -67,7 +67,7 @@ class Ledger:
     def carried(self, step: int) -> list[Unfinished]:
         """What was left over for `step`."""
         file = self.directory / f"step_{step:06d}.carried.jsonl"
-        return [Unfinished.model_validate_json(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return [Unfinished.model_validate_json(line) for line in file.read_bytes().split(b"\n") if line] if file.exists() else []
 
     def keep(self, step: int, sample: Sample) -> None:
         """One finished sample."""

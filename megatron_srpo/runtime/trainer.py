@@ -278,9 +278,9 @@ class Trainer:
         """Mean of w̃ over Ω: every rank takes part, whatever its share, and an empty Ω gives 1."""
         total = torch.zeros(1, dtype=torch.float64, device=self.layout.device)
         for entropy in targets.entropy.values():
-            total += raw_entropy_weights(entropy, self.algorithm.entropy_beta).double().sum()
+            total += raw_entropy_weights(entropy, self.algorithm.entropy_beta).sum()
         self.layout.sum_over_data_parallel(total)
-        return (total / batch.distilled_tokens).float() if batch.distilled_tokens else torch.ones_like(total).float()
+        return total / batch.distilled_tokens if batch.distilled_tokens else torch.ones_like(total)
 
 
 def _token_sums(

@@ -47,7 +47,7 @@ def judge(verifier: Verifier, answer: str, text: str) -> dict:
         verdict = verifier(answer, text)
         if not isinstance(verdict, Verdict):
             raise TypeError(f"the verifier returned {type(verdict).__name__}, not a Verdict")
-        return verdict.model_dump(mode="json")
+        return json.loads(verdict.model_dump_json())  # which refuses halves of surrogate pairs, as the run's files would
     except MemoryError:
         return {"failed": "memory"}
     except Exception as error:  # a verifier's bug must not end the run, and is counted

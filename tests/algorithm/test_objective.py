@@ -224,6 +224,12 @@ def test_beta_zero_gives_weight_one():
     assert entropy_weights(raw, raw.mean()).tolist() == [1.0, 1.0, 1.0]
 
 
+def test_an_unsure_teacher_and_a_large_beta_give_finite_weights():
+    """Teachers' entropies are fp32, in which exp(-20 · 6) is 0."""
+    raw = raw_entropy_weights(torch.tensor([6.0, 6.0, 6.5]), 20.0)
+    np.testing.assert_allclose(entropy_weights(raw, raw.mean()), np.array([1, 1, math.exp(-10)]) * 3 / (2 + math.exp(-10)))
+
+
 def test_entropy_weights_keep_the_mean_they_are_given():
     """Ω is larger than one micro-batch: the mean comes from outside."""
     np.testing.assert_allclose(entropy_weights(tensor(0.5, 1.0), torch.tensor(0.25, dtype=WIDE)), [2.0, 4.0])

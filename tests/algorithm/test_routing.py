@@ -73,7 +73,7 @@ def test_advantages_are_of_the_whole_group_whatever_the_route(name, correct):
 
 def test_uniform_groups_have_advantage_exactly_zero():
     for size in range(2, 20):
-        for value in (0, 1):
+        for value in (0, 1, 0.1, 0.2, 0.7):
             for divide in (False, True):
                 assert group_advantages([float(value)] * size, divide) == [0.0] * size
 
@@ -251,10 +251,13 @@ def test_a_sample_scored_zero_instead_counts():
 def test_metrics_leave_excluded_samples_out():
     from megatron_srpo.observe.metrics import rollout_metrics
 
-    groups = route_groups([without_verdict(make_group((1, 0, 0, 1)), 1), make_group((0, 0, 0, 0), "q")], SRPO(), encode_bytes, PLENTY, "s")
-    metrics = rollout_metrics(groups)
+    nobody = without_verdict(make_group((0, 0), "r"), 0, 1)
+    groups = [without_verdict(make_group((1, 0, 0, 1)), 1), make_group((0, 0, 0, 0), "q"), nobody]
+    metrics = rollout_metrics(route_groups(groups, SRPO(), encode_bytes, PLENTY, "s"))
     assert metrics["pass_rate"] == metrics["reward_mean"] == pytest.approx(2 / 7)
-    assert metrics["verifier_failed_share"] == pytest.approx(1 / 8)
+    assert metrics["sdpo_sample_share"] == metrics["sdpo_token_share"] == pytest.approx(1 / 7)
+    assert metrics["zero_advantage_share"] == 1 / 2
+    assert metrics["verifier_failed_share"] == pytest.approx(3 / 10)
     assert metrics["format_rate"] == 1
     assert not any("/" in key for key in metrics)  # one task: no numbers by task
 

@@ -172,3 +172,13 @@ def test_a_prompt_that_has_changed_is_sampled_anew(make, monkeypatch):
     again.go_on(1, 0)
     again.draw(1, "0")
     assert len(engine.asked) == 6
+
+
+def test_what_is_carried_may_hold_any_character(make, tmp_path):
+    """Also those at which Python's splitlines would cut: JSON leaves them as they are."""
+    drawing, _ = make(None, "rollout.over_sampling=2")
+    drawing.draw(1, "0")
+    (one, *_), ledger = drawing.ledger.carried(2), drawing.ledger
+    strange = one.samples[0].model_copy(update={"text": "a\u2028b\u2029c\x85d\x0ce"})
+    ledger.carry(2, [one.model_copy(update={"samples": (strange,)})])
+    assert ledger.carried(2)[0].samples == (strange,)

@@ -35,6 +35,12 @@ def misbehave(answer: str, text: str) -> Verdict:
         return misbehave(answer, text)
     if text == "nothing":
         return None
+    if text == "nan":
+        return Verdict(reward=float("nan"), correct=False, format_ok=True)
+    if text == "contradict":
+        return Verdict(reward=0.9, correct=False, format_ok=True)
+    if text == "surrogate":
+        return Verdict(reward=0.0, correct=False, format_ok=True, feedback="\ud800")
     if text.startswith("eval "):
         return Verdict(reward=float(eval(text[5:])), correct=True, format_ok=True)
     if text.startswith("sympy "):

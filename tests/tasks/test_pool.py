@@ -55,6 +55,9 @@ def test_what_fails_is_marked_and_nothing_else_is_lost(pool):
         "raise": "error: KeyError: 'a bug'",
         "recurse": "error: RecursionError: maximum recursion depth exceeded",
         "nothing": "error: TypeError: the verifier returned NoneType, not a Verdict",
+        "nan": "error: ValidationError",
+        "contradict": "error: ValidationError: 1 validation error for Verdict\n  Value error, correct: False, but reward is 0.9",
+        "surrogate": "error: PydanticSerializationError",
     }
     check_among_good_ones(pool, kinds)
 
