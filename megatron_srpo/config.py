@@ -205,7 +205,9 @@ class RolloutSection(_Section):
     enable_thinking: bool = Field(False, description="passed to the chat template")
     batch_size: int = Field(256, gt=0, description="sequences the embedded engine samples at once")
     over_sampling: float = Field(1.0, ge=1, description="prompts begun for each one trained on; the slowest are broken off and carried on")
-    dynamic_filtering: bool = Field(False, description="leave out groups without signal (all rewards alike) and draw others instead")
+    dynamic_filtering: bool = Field(
+        False, description="leave out groups that teach nothing (rewards alike, no teacher); draw others instead"
+    )
     filter_rounds: int = Field(4, gt=0, description="rounds of drawing after which the batch is filled with groups without signal")
     max_staleness: int = Field(1, ge=0, description="samples carried on are at most so many weight versions older than the policy")
     overlap: Literal[0, 1] = Field(0, description="1: the next batch is sampled while one trains, by weights one version older")
@@ -414,6 +416,11 @@ class Config(_Section):
             )
         if rollout.overlap > rollout.max_staleness:
             raise ValueError(f"rollout.max_staleness: {rollout.max_staleness}, but rollout.overlap: 1 makes every sample one version old")
+        if rollout.overlap and rollout.max_staleness < 2 and (rollout.over_sampling > 1 or rollout.dynamic_filtering):
+            raise ValueError(
+                f"rollout.max_staleness: {rollout.max_staleness}, but what over_sampling and dynamic_filtering carry into the next step is"
+                " two versions old with rollout.overlap: 1, and would all be thrown away: set 2"
+            )
         if rollout.prompts_per_step % self.mini_batch_prompts:
             raise ValueError(
                 f"rollout.prompts_per_step: {rollout.prompts_per_step} is not a multiple of algorithm.mini_batch_prompts"

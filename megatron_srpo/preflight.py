@@ -27,9 +27,14 @@ def preflight(config: Config) -> HFFolder:
     uses_transformer_engine(config)
     transformer_config(folder.architecture, config)
     folder.file_of, folder.tokenizer  # noqa: B018  (both check what they read)
-    for task in training_tasks(config).values():  # of a finite task all prompts, each of which is in the first epoch
+    for name, task in training_tasks(config).items():  # of a finite task all prompts, each of which is in the first epoch
+        seen: dict[str, int] = {}
         for number in range(task.size("train") or config.rollout.prompts_per_step):
-            encode_prompt(task.prompt("train", number), folder, config.rollout)
+            prompt = encode_prompt(task.prompt("train", number), folder, config.rollout)
+            if (before := seen.setdefault(prompt.id, number)) != number:
+                raise ConfigError(
+                    f"task {name}: its training prompts {before} and {number} have the same id, {prompt.id!r}; each needs its own"
+                )
     if config.evaluation.every > 0 and config.rollout.replay is None:
         check_evaluation(config, folder, evaluation_tasks(config))
     if rank_from_environment() == 0:

@@ -54,6 +54,9 @@ def _sample_steps(config: Config, folder: HFFolder, layout: Layout, terminal: Te
     directory, is_first = config.logging.dir, layout.rank == 0
     if is_first:
         save_config(config, directory / "config.yaml")
+    # the weights stay: nothing gets stale; and nothing is gone on with: no sample is kept beside the dumps
+    stays = {"rollout": config.rollout.model_copy(update={"max_staleness": config.train.steps})}
+    config = config.model_copy(update={**stays, "checkpoint": config.checkpoint.model_copy(update={"save_interval": 0})})
     rollouts, watch = Rollouts(config, folder, layout, terminal.say), Stopwatch(terminal)
     metrics = MetricsFile(directory / "metrics.jsonl" if is_first else Path(os.devnull))
     try:

@@ -150,7 +150,7 @@ class _Run:
                 self._save(step, evaluation)
             if problem := self.saver.news():  # the checkpoint before stays, and training goes on
                 self.terminal.say(problem, "bold red")
-            if reason is not None and step < config.train.steps:
+            if reason is not None and (step < config.train.steps or self.evaluates and interval):  # the last step's is left to do
                 self._leave(step, reason)
 
     def _step(self, step: int) -> tuple[list[Group], UpdateReport]:
@@ -294,9 +294,11 @@ class _Run:
         layers = "Transformer Engine" if uses_transformer_engine(self.config) else "local layers, torch SDPA attention"
         dtype = str(model_dtype(self.config)).removeprefix("torch.")
         self.terminal.say(f"{self.layout.device.type}, {dtype}, {layers}")
-        longest = self.config.rollout.max_prompt_tokens + self.config.rollout.max_response_tokens
+        prompt = max(self.config.rollout.max_prompt_tokens, self.config.teacher.max_prompt_tokens * self.config.algorithm.distils)
+        longest = prompt + self.config.rollout.max_response_tokens
         if longest > (positions := self.folder.architecture.max_position_embeddings):
-            self.terminal.say(f"sequences may reach {longest} tokens (rollout.max_*_tokens); the model was made for {positions}", "yellow")
+            keys = "rollout.max_*_tokens, teacher.max_prompt_tokens"
+            self.terminal.say(f"sequences may reach {longest} tokens ({keys}); the model was made for {positions}", "yellow")
 
     def _report(self) -> None:
         """report.html. What it could not read, or a full disk, does not undo a run that is done."""

@@ -248,6 +248,7 @@ def test_wrong_value_in_the_file_names_the_line(message_of):
             ["virtual_pipeline_model_parallel_size", "pipeline_model_parallel_size > 1"],
         ),
         (["evaluation.temperature=0"], "evaluation", ["greedy", "samples: 1"]),
+        (["rollout.overlap=1", "rollout.over_sampling=2"], "rollout.max_staleness", ["two versions old", "set 2"]),
         (["rollout.samples_per_prompt=1"], "rollout.samples_per_prompt", ["srpo", "at least 2"]),
         (["rollout.samples_per_prompt=1", "algorithm.name=grpo"], "rollout.samples_per_prompt", ["grpo", "at least 2"]),
         (
@@ -270,6 +271,7 @@ def test_contradictions(message_of, overrides, section, named):
         ["parallel.sequence_parallel=true", "parallel.tensor_model_parallel_size=2"],
         ["parallel.virtual_pipeline_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"],
         ["evaluation.temperature=0", "evaluation.samples=1"],
+        ["rollout.overlap=1", "rollout.over_sampling=2", "rollout.max_staleness=2"],
         ["rollout.samples_per_prompt=2"],
         ["rollout.prompts_per_step=12", "algorithm.name=grpo", "algorithm.mini_batch_prompts=null"],
         ["rollout.prompts_per_step=4", "algorithm.name=grpo"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -12,6 +13,8 @@ from tiny import make_model, save_folder
 
 from megatron_srpo.__main__ import main
 from megatron_srpo.model.hf_folder import HFFolder
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +76,14 @@ def test_what_cannot_run_is_refused_before_anything_starts(start, command, overr
     assert status == 2
     assert said in error
     assert not (start[0] / "never").exists()
+
+
+def test_prompts_that_share_an_id_are_refused(command, tmp_path):
+    """They would be one group, and samples would be lost."""
+    own = (ROOT / "examples/own_task/backwards.py").read_text()
+    (tmp_path / "twice.py").write_text(own.replace('{split}/{index}",', '{split}/{index // 2}",'))
+    status, error = command(f"task.path={tmp_path / 'twice.py'}", "task.name=twice")
+    assert status == 2 and "task twice: its training prompts 0 and 1 have the same id, 'twice/train/0'" in error
 
 
 def test_a_folder_that_holds_a_run_is_not_written_to(command, tmp_path):

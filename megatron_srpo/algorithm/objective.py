@@ -50,7 +50,7 @@ def policy_term(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, algorit
 
 
 def routed_objective(logprob: Tensor, divergence: Tensor | None, terms: TokenTerms, algorithm: Algorithm) -> Tensor:
-    """Σ_t policy_weight · ρ · ℓ^GRPO + distillation_weight · ρ · min(sg[w], cap) · ℓ^SDPO, a scalar.
+    """Σ_t policy_weight · ρ · ℓ^GRPO + distillation_weight · ρ · min(sg[w], cap) · ℓ^SDPO, a scalar; without a cap ρ and sg[w] are 1.
 
     Args:
         logprob: [T] log π_θ(y_t) of the sampled tokens, with gradient.
@@ -60,10 +60,10 @@ def routed_objective(logprob: Tensor, divergence: Tensor | None, terms: TokenTer
     importance = truncated_importance(old, terms.engine_logprob, algorithm.importance_cap)
     loss = (terms.policy_weight * importance * policy_term(logprob, old, terms.advantage, algorithm)).sum()
     if divergence is not None:
-        drift = _ratio(logprob.detach(), old)
+        weight = terms.distillation_weight * importance
         if algorithm.importance_cap is not None:
-            drift = drift.clamp(max=algorithm.importance_cap)
-        loss = loss + (terms.distillation_weight * importance * drift * divergence).sum()
+            weight = weight * _ratio(logprob.detach(), old).clamp(max=algorithm.importance_cap)
+        loss = loss + (weight * divergence).sum()
     return loss
 
 

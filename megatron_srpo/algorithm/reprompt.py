@@ -17,10 +17,17 @@ Message = dict[str, str]
 
 
 class TeacherPrompt(NamedTuple):
-    """Token ids of the teacher's prompt, or None when there is nothing to show: no demonstration and no feedback, or none fits."""
+    """Token ids of the teacher's prompt, or None when there is nothing to show: no demonstration and no feedback, or none fits.
+
+    shows_solution: something of the demonstration is in it. demonstration_cut: not all of it is.
+    """
 
     ids: list[int] | None
+    shows_solution: bool
     demonstration_cut: bool
+
+
+NOTHING_SHOWN = TeacherPrompt(None, False, False)
 
 
 def clean_demonstration(text: str) -> str:
@@ -47,7 +54,7 @@ def teacher_messages(messages: Sequence[Message], demonstration: str, feedback: 
         roles = [message["role"] for message in messages]
         raise ValueError(f"a prompt must be system messages and one final user message to be shown to the teacher, not {roles}")
     content = f"{user['content']}\n"
-    if demonstration:
+    if demonstration.strip():
         content += f"Correct solution:\n\n{demonstration}\n\n"
     if feedback:
         content += f"The following is feedback from your unsuccessful earlier attempt:\n\n{feedback}\n\n"
@@ -64,29 +71,26 @@ def build_teacher_prompt(
     """Ids of the longest teacher prompt of at most `max_tokens` tokens.
 
     `encode` renders chat messages to ids with the generation header. A demonstration that does not fit is cut at its
-    end, to the longest prefix that fits (bisection over its characters: token counts grow with the text).
+    end, to the longest prefix that fits (bisection over its characters: token counts grow with the text), which is none of it
+    where only the feedback fits.
     """
 
     def ids_for(characters: int) -> list[int]:
         return encode(teacher_messages(messages, demonstration[:characters], feedback))
 
     if not demonstration.strip() and not feedback:  # a prompt that shows nothing teaches nothing
-        return TeacherPrompt(None, False)
-    if not demonstration.strip():
-        ids = ids_for(0)
-        return TeacherPrompt(ids if len(ids) <= max_tokens else None, False)
+        return NOTHING_SHOWN
     whole = ids_for(len(demonstration))
     if len(whole) <= max_tokens:
-        return TeacherPrompt(whole, False)
-    best = None
+        return TeacherPrompt(whole, bool(demonstration.strip()), False)
+    best, characters = None, 0
     low, high = 0, len(demonstration) - 1
     while low <= high:
         middle = (low + high) // 2
         ids = ids_for(middle)
         if len(ids) <= max_tokens:
-            best, low = (ids, middle), middle + 1
+            best, characters, low = ids, middle, middle + 1
         else:
             high = middle - 1
-    if best is None or not demonstration[: best[1]].strip():
-        return TeacherPrompt(None, False)
-    return TeacherPrompt(best[0], True)
+    shows_solution = bool(demonstration[:characters].strip())
+    return TeacherPrompt(best, shows_solution, True) if best is not None and (shows_solution or feedback) else NOTHING_SHOWN

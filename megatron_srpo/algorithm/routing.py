@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from megatron_srpo.algorithm.reprompt import TeacherPrompt, build_teacher_prompt, clean_demonstration
+from megatron_srpo.algorithm.reprompt import NOTHING_SHOWN, TeacherPrompt, build_teacher_prompt, clean_demonstration
 from megatron_srpo.algorithm.settings import Algorithm
 from megatron_srpo.records import Group, Route, Sample
 
@@ -26,6 +26,19 @@ def choose_sibling(correct: Sequence[bool], index: int, seed: str) -> int | None
     """A correct rollout other than `index`, uniformly at random by `seed`; None when there is none."""
     others = [other for other, is_correct in enumerate(correct) if is_correct and other != index]
     return random.Random(seed).choice(others) if others else None
+
+
+def has_signal(group: Group, algorithm: Algorithm, feedback: Literal["off", "without_solution", "always"] = "off") -> bool:
+    """Whether any sample of the group would teach the policy something: by an advantage other than 0, or by a teacher."""
+    judged = [sample for sample in group if not sample.verdict.excluded]
+    differ = len({sample.verdict.reward for sample in judged}) > 1
+    right = sum(sample.verdict.correct for sample in judged)
+    for verdict in (sample.verdict for sample in judged):
+        is_told = feedback != "off" and not verdict.correct and bool(verdict.feedback)
+        policy_weight, distillation_weight = algorithm.branch_weights(verdict.correct, right > verdict.correct or is_told)
+        if distillation_weight > 0 or differ and policy_weight > 0:
+            return True
+    return False
 
 
 def route_groups(
@@ -70,7 +83,7 @@ def _route(
     sample: Sample, group: Group, correct: Sequence[bool], advantage: float, algorithm: Algorithm, teacher_prompt: Callable, seed: str
 ) -> Route:
     sibling = choose_sibling(correct, sample.index, f"{seed}/{sample.prompt.id}/{sample.index}")
-    shown, missing = TeacherPrompt(None, False), None if sibling is not None else "no_correct_sibling"
+    shown, missing = NOTHING_SHOWN, None if sibling is not None else "no_correct_sibling"
     if algorithm.branch_weights(sample.verdict.correct, True)[1] > 0:  # it would learn from a teacher
         shown = teacher_prompt(sample, None if sibling is None else group[sibling])
         if shown.ids is not None:
@@ -84,7 +97,7 @@ def _route(
         policy_weight=policy_weight,
         distillation_weight=distillation_weight,
         advantage=advantage,
-        sibling=sibling if distilled else None,
+        sibling=sibling if distilled and shown.shows_solution else None,
         teacher_ids=shown.ids if distilled else None,
         no_teacher=missing,
         demonstration_cut=shown.demonstration_cut,

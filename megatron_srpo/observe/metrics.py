@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_srpo.algorithm.quantiles import quantile
 from megatron_srpo.files import write_text
 from megatron_srpo.records import Group, Sample
 from megatron_srpo.runtime.trainer import UpdateReport
@@ -89,6 +90,7 @@ def update_metrics(report: UpdateReport) -> dict[str, float]:
         "updates_skipped": len(report.skipped_updates),
         "policy_entropy": per_token("entropy"),
         "teacher_entropy": per_distilled("teacher_entropy"),
+        **{f"teacher_entropy_p{share}": quantile(report.teacher_entropies, share / 100) for share in (10, 50, 90)},
         "distillation_divergence": per_distilled("divergence"),
         "entropy_weight_mean": per_distilled("weight"),
         "entropy_weight_std": math.sqrt(max(variance, 0.0)) if math.isfinite(variance) else variance,

@@ -96,7 +96,7 @@ class Terminal:
                 table.add_column()
             table.add_row(f"pass rate {row['pass_rate']:.3f}", Text(sparkline(self.pass_rates), style="green"))
             table.add_row(
-                f"GRPO {1 - row['sdpo_sample_share']:.0%} · SDPO {row['sdpo_sample_share']:.0%}",
+                f"routed to SDPO {row['sdpo_sample_share']:.0%}",
                 f"zero-advantage groups {row['zero_advantage_share']:.0%}",
                 f"length {row['response_tokens_mean']:.1f}",
                 f"truncated {row['truncated_share']:.0%}",

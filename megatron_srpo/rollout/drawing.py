@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from megatron_srpo.algorithm.routing import has_signal
 from megatron_srpo.config import Config
 from megatron_srpo.records import Group, Prompt, Sample, Unfinished
 from megatron_srpo.rollout.collect import Collector, encode_prompt
@@ -28,11 +29,6 @@ class Drawn(NamedTuple):
     seconds_verifying: float
 
 
-def has_signal(group: Group) -> bool:
-    """Whether rewards differ among the samples that count: else no advantage is other than 0, and nobody can teach."""
-    return len({sample.verdict.reward for sample in group if not sample.verdict.excluded}) > 1
-
-
 class Drawing:
     """The place in the training prompts, and what is carried from step to step."""
 
@@ -45,11 +41,11 @@ class Drawing:
         self.next_prompt = 0
         self._carried: list[Unfinished] = []
         self._kept: dict[tuple[str, int], Sample] = {}
-        self._starts: dict[int, int] = {}
+        self._start = (0, 0)  # the last step drawn, and the first prompt that had not been drawn before
 
     def place(self, step: int) -> int:
         """The first prompt that had not been drawn before `step`: what a checkpoint keeps, to go on with `step`."""
-        return self._starts.get(step, self.next_prompt)
+        return self._start[1] if step == self._start[0] else self.next_prompt
 
     def go_on(self, step: int, next_prompt: int) -> None:
         """As it was before `step` was drawn."""
@@ -58,7 +54,7 @@ class Drawing:
     def draw(self, step: int, version: str) -> Drawn:
         """The batch of `step`, sampled by the engine's weights `version`. All ranks together when choosy."""
         settings = self.config.rollout
-        target, self._starts = settings.prompts_per_step, {step: self.next_prompt, **dict(list(self._starts.items())[-1:])}
+        target, self._start = settings.prompts_per_step, (step, self.next_prompt)
         begun, self._carried = self._fresh(self._carried, step), []
         kept, self._kept = self._kept, {}  # what a stopped run had of the first step after it
         chosen: list[Group] = []
@@ -71,8 +67,8 @@ class Drawing:
             rounds, seconds = rounds + 1, seconds + self.collector.seconds_verifying
             if not self.is_choosy:
                 return Drawn(groups, {}, seconds)
-            chosen += [group for group in groups if not settings.dynamic_filtering or has_signal(group)]
-            dull += [group for group in groups if settings.dynamic_filtering and not has_signal(group)]
+            chosen += [group for group in groups if not settings.dynamic_filtering or self._has_signal(group)]
+            dull += [group for group in groups if settings.dynamic_filtering and not self._has_signal(group)]
             if len(chosen) < target and rounds >= settings.filter_rounds:  # better a full batch than none
                 fill = dull[: target - len(chosen)]
                 chosen, dull = chosen + fill, dull[len(fill) :]
@@ -101,7 +97,7 @@ class Drawing:
 
         def is_enough(group: Group) -> bool:
             nonlocal found
-            found += not settings.dynamic_filtering or has_signal(group)
+            found += not settings.dynamic_filtering or self._has_signal(group)
             return self.is_choosy and found >= share
 
         groups, left = self.collector.collect(
@@ -140,6 +136,9 @@ class Drawing:
         is_whole = [len(one.samples) == size and all(sample.verdict is not None for sample in one.samples) for one in in_order]
         whole = [one.samples for one, whole in zip(in_order, is_whole, strict=True) if whole]
         return whole, [one for one, whole in zip(in_order, is_whole, strict=True) if not whole]
+
+    def _has_signal(self, group: Group) -> bool:
+        return has_signal(group, self.config.algorithm, self.config.teacher.feedback)
 
     def _fresh(self, carried: Sequence[Unfinished], step: int) -> list[Unfinished]:
         """Without the samples whose oldest token is too many versions older than the policy that will train on them."""

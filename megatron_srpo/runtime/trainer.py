@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from megatron_srpo.algorithm import quantiles
 from megatron_srpo.algorithm.objective import (
     TokenTerms,
     entropy_weights,
@@ -37,6 +38,7 @@ from megatron_srpo.weights.transfer import Repeatable, export, load
 class UpdateReport:
     """One training step's updates. `sums` are token sums over all ranks (see `_SUMS`), `gap_max` the largest log-prob gap.
 
+    teacher_entropies: of all distilled tokens, counted as in algorithm/quantiles.py.
     teacher_distances: ‖θ - θ'‖ / ‖θ‖ before and after the teacher followed; None without a teacher that has weights of its own.
     """
 
@@ -46,6 +48,7 @@ class UpdateReport:
     lr: float
     sums: dict[str, float]
     gap_max: float
+    teacher_entropies: list[float] = field(default_factory=lambda: [0.0] * quantiles.BINS)
     teacher_distances: tuple[float, float] | None = None
 
     @property
@@ -189,7 +192,8 @@ class Trainer:
             report.losses.append(loss)
             report.grad_norms.append(norm)
             report.moved.append(moved)
-            report.sums = {name: report.sums[name] + value for name, value in zip(_SUMS, sums, strict=True)}
+            report.sums = {name: report.sums[name] + value for name, value in zip(_SUMS, sums, strict=False)}
+            report.teacher_entropies = [*map(sum, zip(report.teacher_entropies, sums[len(_SUMS) :], strict=True))]
             report.gap_max = max(report.gap_max, gap)
         self.optimizer.gather_weights()
         before = self._teacher_distance()
@@ -221,10 +225,10 @@ class Trainer:
     def _update_once(
         self, batch: OptimizerBatch, targets: TeacherTargets, old_logprobs: dict[int, Tensor] | None, tokens: TokenValues | None
     ):
-        """(loss, gradient norm, whether weights moved, token sums, largest log-prob gap), the same on every rank."""
+        """(loss, gradient norm, whether weights moved, token sums and counts, largest log-prob gap), the same on every rank."""
         mean_weight = self._mean_entropy_weight(batch, targets)
         device = self.layout.device
-        total = torch.zeros(1 + len(_SUMS), dtype=torch.float64, device=device)
+        total = torch.zeros(1 + len(_SUMS) + quantiles.BINS, dtype=torch.float64, device=device)
         gap_max = torch.zeros((), device=device)
 
         def routed_loss(number: int, hidden: Tensor, model: Qwen3) -> Tensor:
@@ -286,7 +290,7 @@ class Trainer:
 def _token_sums(
     statistics: Statistics, terms: TokenTerms, weights: Tensor, teacher_entropy: Tensor, importance_cap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """The micro-batch's `_SUMS` in order, and its largest |log π_old - log π_roll|."""
+    """The micro-batch's `_SUMS` in order and its teacher entropies' counts, and its largest |log π_old - log π_roll|."""
     old = statistics.logprob if terms.old_logprob is None else terms.old_logprob
     gap = old - terms.engine_logprob
     importance = gap.exp()
@@ -304,4 +308,5 @@ def _token_sums(
         weights.square(),
     )
     largest = gap.abs().max() if len(gap) else gap.new_zeros(())
-    return torch.stack([vector.double().sum() for vector in vectors]), largest.float()
+    sums = torch.stack([vector.double().sum() for vector in vectors])
+    return torch.cat([sums, quantiles.counts(teacher_entropy)]), largest.float()

@@ -46,7 +46,7 @@ def routed_token(logprob, divergence, engine, old, advantage, policy, distillati
     before = logprob if old is None else old
     importance = 1.0 if cap is None else min(math.exp(before - engine), cap)
     loss, gradient = grpo_token(logprob, before, advantage)
-    drift = math.exp(logprob - before) if cap is None else min(math.exp(logprob - before), cap)
+    drift = 1.0 if cap is None else min(math.exp(logprob - before), cap)
     factor = distillation * importance * drift
     return policy * importance * loss + factor * divergence, policy * importance * gradient, factor
 

@@ -137,9 +137,9 @@ def test_no_think_tag_survives(pieces):
 
 
 def brute_force(messages, demonstration, encode, limit, feedback=None):
-    """Ids with the longest prefix that fits and shows something, trying every length; None when there is none."""
-    for length in range(len(demonstration), 0, -1):
-        if not demonstration[:length].strip():
+    """Ids with the longest prefix that fits and shows something, if only the feedback, trying every length; None when there is none."""
+    for length in range(len(demonstration), -1, -1):
+        if not demonstration[:length].strip() and not feedback:
             return None
         ids = encode(teacher_messages(messages, demonstration[:length], feedback))
         if len(ids) <= limit:
@@ -155,6 +155,7 @@ def test_truncation_is_the_longest_prefix_that_fits(demonstration, limit, feedba
     found = build_teacher_prompt(messages, demonstration, BYTES, limit, feedback)
     assert found.ids == brute_force(messages, demonstration, BYTES, limit, feedback)
     assert found.demonstration_cut == (found.ids is not None and len(whole) > limit)
+    assert found.shows_solution == (found.ids not in (None, BYTES(teacher_messages(messages, "", feedback))))
 
 
 def test_header_and_final_sentence_are_never_cut():
@@ -168,15 +169,15 @@ def test_header_and_final_sentence_are_never_cut():
         head, tail = text.split("\n\n" + demonstration[: limit - least + 1])
         assert head == "<|im_start|>system\n" + "S" * 30 + "<|im_end|>\n<|im_start|>user\n" + "Q" * 50 + "\nCorrect solution:"
         assert tail == "\n\nCorrectly solve the original question.<|im_end|>\n<|im_start|>assistant\n"
-    assert build_teacher_prompt(messages, demonstration, BYTES, least - 1) == (None, False)
+    assert build_teacher_prompt(messages, demonstration, BYTES, least - 1) == (None, False, False)
 
 
 def test_fits_exactly():
     messages = [user("Q")]
     whole = BYTES(teacher_messages(messages, "demonstration"))
-    assert build_teacher_prompt(messages, "demonstration", BYTES, len(whole)) == (whole, False)
+    assert build_teacher_prompt(messages, "demonstration", BYTES, len(whole)) == (whole, True, False)
     cut = build_teacher_prompt(messages, "demonstration", BYTES, len(whole) - 1)
-    assert cut == (BYTES(teacher_messages(messages, "demonstratio")), True)
+    assert cut == (BYTES(teacher_messages(messages, "demonstratio")), True, True)
 
 
 def test_truncation_with_qwen3_keeps_to_the_limit(qwen3):

@@ -10,7 +10,7 @@ from samples import encode_bytes, make_group
 
 from megatron_srpo.algorithm.advantage_mix import AdvantageMix
 from megatron_srpo.algorithm.grpo import GRPO
-from megatron_srpo.algorithm.routing import choose_sibling, group_advantages, route_groups
+from megatron_srpo.algorithm.routing import choose_sibling, group_advantages, has_signal, route_groups
 from megatron_srpo.algorithm.sdpo import SDPO
 from megatron_srpo.algorithm.srpo import SRPO
 from megatron_srpo.records import Verdict
@@ -326,3 +326,23 @@ def test_a_solution_that_is_all_thought_leaves_the_feedback():
     right = right.model_copy(update={"text": "<think>only thoughts"})
     ((_, routed),) = route_groups([(right, wrong)], SRPO(), encode_bytes, PLENTY, "s", "without_solution")
     assert bytes(routed.route.teacher_ids).decode() == ALONE
+
+
+@pytest.mark.parametrize("mode", ["off", "without_solution", "always"])
+@pytest.mark.parametrize("algorithm", [SRPO(), GRPO(), SDPO(), AdvantageMix()], ids=lambda algorithm: algorithm.name)
+def test_signal_is_what_the_routes_make_of_a_group(algorithm, mode):
+    """A group has a signal if and only if one of its routes moves the weights."""
+    for correct in ((1, 1), (0, 0), (1, 0), (1, 0, 0)):
+        for is_told in (False, True):
+            for excluded in ((), (0,), (1,), (0, 1)):
+                group = without_verdict(told(make_group(correct)) if is_told else make_group(correct), *excluded)
+                (routed,) = route_groups([group], algorithm, encode_bytes, PLENTY, "s", mode)
+                moves = [sample.route.distillation_weight or sample.route.policy_weight * sample.route.advantage for sample in routed]
+                assert has_signal(group, algorithm, mode) == any(moves), (correct, is_told, excluded)
+
+
+def test_a_solution_that_does_not_fit_leaves_the_feedback_that_does():
+    right, wrong = told(make_group((1, 0)))
+    ((_, routed),) = route_groups([(right, wrong)], SRPO(), encode_bytes, len(ALONE), "s", "always")
+    assert bytes(routed.route.teacher_ids).decode() == ALONE
+    assert routed.route.sibling is None and routed.route.demonstration_cut

@@ -99,7 +99,7 @@ def interrupt_in_step(monkeypatch, step, number=signal.SIGTERM):
     monkeypatch.setattr(driver, "dump", dump)
 
 
-@pytest.mark.parametrize(("step", "number"), [(1, signal.SIGTERM), (2, signal.SIGUSR1), (3, signal.SIGINT)])
+@pytest.mark.parametrize(("step", "number"), [(1, signal.SIGTERM), (2, signal.SIGUSR1), (3, signal.SIGINT), (4, signal.SIGTERM)])
 def test_a_signal_saves_and_the_same_command_goes_on(command, whole, tmp_path, monkeypatch, step, number):
     """After any step: also one whose evaluation was due, which is made up for."""
     interrupt_in_step(monkeypatch, step, number)
