@@ -146,6 +146,19 @@ class Fleet:
             beat()
             time.sleep(0.05)
 
+    def hold_back(self) -> None:
+        """Until `go_on` nothing starts, and what is starting is ended: the memory that it would take is the trainer's."""
+        self.holds_back = True
+        for member in self.members:
+            with member.lock:  # nobody is about to start it
+                pass
+        while any(member.process and (member.state == "starting" or member.complaint) for member in self.members):
+            time.sleep(0.05)
+
+    def go_on(self) -> None:
+        """Servers may start."""
+        self.holds_back = False
+
     def reachable(self) -> list[Member]:
         """Those to be given weights."""
         return [member for member in self.members if member.state in ("behind", "ready", "out") and member.complaint is None]
@@ -212,10 +225,14 @@ class Fleet:
     def _tend(self, member: Member) -> None:
         while not self._closing.wait(_TEND) and member.state != "given up":
             if member.process is None:
-                if not self.holds_back:
-                    self._start(member)
+                with member.lock:
+                    if not self.holds_back:
+                        self._start(member)
             elif (problem := self._problem(member)) is not None:
                 self._restart(member, problem)
+            elif member.state == "starting" and self.holds_back:
+                self._end(member)
+                member.process = None
             elif member.state == "starting" and self._is_up(member):
                 self._catch_up(member)
 
