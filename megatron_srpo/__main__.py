@@ -178,6 +178,7 @@ def explain_config(file: Path | None, overrides: list[str], processes: int | Non
 def quieten_libraries() -> None:
     """Before torch and Megatron are imported: their errors only, and the settings they read from the environment."""
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron needs it for tensor parallelism on Hopper and before
+    os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")  # as SGLang's servers set it: NCCL hangs or fails where two sides of a group differ
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.basicConfig(level=logging.ERROR, format="%(name)s: %(message)s")
