@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -23,7 +24,8 @@ from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.engine import Request, Sampling
 from megatron_srpo.rollout.sglang import generation, publication
 from megatron_srpo.rollout.sglang.capabilities import Capabilities
-from megatron_srpo.rollout.sglang.fleet import Fleet
+from megatron_srpo.rollout.sglang.engine import SGLangEngine
+from megatron_srpo.rollout.sglang.fleet import Fleet, Launch
 from megatron_srpo.rollout.sglang.generation import Generation
 from megatron_srpo.rollout.sglang.http import Server
 from megatron_srpo.rollout.sglang.publication import Broadcast, SharedMemory, Update, buckets
@@ -165,6 +167,52 @@ def test_what_is_starting_is_ended_while_memory_is_the_trainers(tmp_path):
     finally:
         fleet.close()
     assert started[1].poll() is not None
+
+
+def test_a_server_that_cannot_be_started_again_is_given_up(tmp_path):
+    """Nobody would hear of an error in the thread that tends it: the run would wait for it at every publication."""
+    started, said = [], []
+
+    def start(number):
+        if started:
+            raise OSError("no room for another process")
+        started.append(subprocess.Popen(["sleep", "100"]))
+        return started[-1]
+
+    launch = SimpleNamespace(logs=tmp_path, start=start, log=lambda number: tmp_path / "log")
+    fleet = Fleet(["http://127.0.0.1:9"], SGLangSection(), launch, said.append)
+    fleet.members[0].has_started = True
+    started[0].kill()
+    fleet._threads[0].join(20)
+    assert not fleet.is_starting() and "no room for another process" in fleet.given_up()
+    assert "server 0 is given up: it could not be started: no room for another process" in said
+    fleet.close()
+
+
+def test_a_log_that_holds_the_key_is_its_owners_alone(tmp_path, monkeypatch):
+    """SGLang writes all its arguments to its log."""
+    monkeypatch.setenv("A_KEY", "open sesame")
+    for name, others_read in (("A_KEY", False), (None, True)):
+        settings = SGLangSection(python="/bin/true", api_key_env=name)
+        logs = tmp_path / str(name)
+        logs.mkdir()
+        launch = Launch(settings, tmp_path, "float32", has_gpus=False, saves_memory=False, logs=logs)
+        launch.start(0).wait(20)
+        assert bool(launch.log(0).stat().st_mode & 0o077) == others_read
+
+
+def test_a_rank_that_reaches_no_server_says_so_at_the_start():
+    """The first rank's 127.0.0.1 is another host to ranks elsewhere, which waited for an hour."""
+    settings = SimpleNamespace(sglang=SGLangSection())
+    rank = SimpleNamespace(settings=settings, layout=SimpleNamespace(rank=8))
+    assert re.fullmatch(
+        r"rollout.engine: rank 8 on \S+ cannot reach a server: http://127.0.0.1:9/model_info: ConnectError.*",
+        SGLangEngine._unreachable(rank, ["http://127.0.0.1:9"]),
+    )
+    with server(lambda path, body: (200, {"weight_version": "default"})) as (url, _):
+        assert SGLangEngine._unreachable(rank, [url]) is None
+    rank.settings.sglang = SGLangSection(api_key_env="NOBODY_SETS_THIS")
+    assert "rank 8 on " in (said := SGLangEngine._unreachable(rank, [])) and "NOBODY_SETS_THIS" in said
 
 
 def asking(url):

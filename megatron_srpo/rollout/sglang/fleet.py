@@ -59,7 +59,8 @@ class Launch:
         """Start server `number` under a guard; its output goes to logs/server_<number>.log."""
         kept = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED_ON and not name.startswith("TORCHELASTIC")}
         patience = {"SGLANG_HEALTH_CHECK_TIMEOUT": str(math.ceil(self.settings.health_timeout))}  # one setting for both sides
-        with self.log(number).open("ab") as log:
+        mode = 0o666 if self.settings.api_key_env is None else 0o600  # SGLang writes its arguments there, and the key is one
+        with open(self.log(number), "ab", opener=lambda path, flags: os.open(path, flags, mode)) as log:
             return subprocess.Popen(
                 [sys.executable, "-S", guard.__file__, str(os.getpid()), *self.command(number)],
                 env={**kept, **patience, **self.settings.environment},
@@ -211,6 +212,13 @@ class Fleet:
         member.process = self.launch.start(member.number)
         member.deadline = time.monotonic() + self.settings.start_timeout
 
+    def _start_again(self, member: Member) -> None:
+        try:
+            self._start(member)
+        except OSError as error:  # no memory for a process, no room for its log: nobody else would hear of it in this thread
+            member.state, member.why = "given up", f"it could not be started: {error}"
+            self.say(f"server {member.number} is given up: {member.why}")
+
     def _end(self, member: Member) -> None:
         """The guard ends the server's whole tree; without it, Linux does."""
         if (process := member.process) is None:
@@ -227,7 +235,7 @@ class Fleet:
             if member.process is None:
                 with member.lock:
                     if not self.holds_back:
-                        self._start(member)
+                        self._start_again(member)
             elif (problem := self._problem(member)) is not None:
                 self._restart(member, problem)
             elif member.state == "starting" and self.holds_back:
