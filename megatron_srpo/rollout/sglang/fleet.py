@@ -264,6 +264,8 @@ class Fleet:
             with log.open("rb") as file:
                 file.seek(max(0, log.stat().st_size - _LOG_TAIL))
                 tail = file.read().decode(errors="replace")
+            if self.settings.api_key_env is not None:
+                tail = tail.replace(os.environ[self.settings.api_key_env], "…")
             with member.lock:
                 member.state, member.why = "given up", f"{problem}; {log} ends with:\n{tail}"
             self.say(f"server {member.number} is given up: {problem} ({log})")
