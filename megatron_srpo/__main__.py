@@ -26,14 +26,30 @@ def main() -> int:
     from megatron_srpo.files import FileError
 
     try:
-        return run(arguments, is_first)
+        status = run(arguments, is_first)
     except (ConfigError, FileError) as error:
         if is_first:
             kind = "configuration error: " if isinstance(error, ConfigError) else "error: "
             print(f"{kind}{error}", file=sys.stderr, flush=True)
         else:  # every rank finds the same error; torchrun ends all of them when one leaves, so let the first speak before
             time.sleep(5)
-        return 2
+        status = 2
+    except (Exception, KeyboardInterrupt):
+        if not _is_among_others():
+            raise
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    if _is_among_others():  # a rank that failed alone: Python's own end would wait, in NCCL, for ranks that wait for this one
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _is_among_others() -> bool:
+    """Whether this process is still in a group with other ranks."""
+    dist = sys.modules.get("torch.distributed")
+    return dist is not None and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -178,6 +194,7 @@ def explain_config(file: Path | None, overrides: list[str], processes: int | Non
 def quieten_libraries() -> None:
     """Before torch and Megatron are imported: their errors only, and the settings they read from the environment."""
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron needs it for tensor parallelism on Hopper and before
+    os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")  # as SGLang's servers set it: NCCL hangs or fails where two sides of a group differ
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.basicConfig(level=logging.ERROR, format="%(name)s: %(message)s")

@@ -235,6 +235,8 @@ class RolloutSection(_Section):
             raise ValueError("rollout.sglang.update: tensor shares memory with servers on this machine, and rollout.urls names others")
         if self.colocated and self.overlap:
             raise ValueError("rollout.overlap: 1 samples while training, for which rollout.colocated takes the servers' memory")
+        if self.colocated and self.sglang.update == "distributed":
+            raise ValueError("rollout.sglang.update: distributed broadcasts between GPUs, and rollout.colocated shares them; set tensor")
         if self.sglang.port + self.servers > 65536:
             raise ValueError(f"rollout.sglang.port: {self.servers} servers from {self.sglang.port} on pass 65535")
         return self

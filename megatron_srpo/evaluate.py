@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from megatron_srpo.records import Group, Sample
 from megatron_srpo.rollout.collect import Collector, exchange
 from megatron_srpo.rollout.engine import Sampling
 from megatron_srpo.rollout.engines import check_engine, create_engine
-from megatron_srpo.runtime.parallel import Layout, initialize, shut_down
+from megatron_srpo.runtime.parallel import Layout, joined
 from megatron_srpo.runtime.processes import rank_from_environment
 from megatron_srpo.scores import interval
 from megatron_srpo.tasks import Task, evaluation_tasks, question_count
@@ -105,19 +106,15 @@ def run_evaluation(config: Config) -> Path:
         check_engine(config)
         _open_folder(config)
     alone = ParallelSection(distributed_timeout_minutes=config.parallel.distributed_timeout_minutes)  # every process holds an engine
-    layout, engine = initialize(alone, config.train.seed), None
-    try:
+    with joined(alone, config.train.seed) as layout:
         engine = create_engine(config, folder, layout, lambda text: print(text) if layout.rank == 0 else None)
-        engine.update_weights(Repeatable(lambda: stored_weights(config, folder)), "0")
-        verifiers = Pool({name: task.verifier for name, task in tasks.items()}, config.task)
-        outcomes = _ask_everything(config, Collector(verifiers, engine, folder, layout, config.rollout), tasks)
-        if layout.rank == 0:
-            model = str(config.evaluation.checkpoint or config.model.hf_path)
-            write_result(config.logging.dir, result_of(outcomes, model, layout.device.type))
-    finally:
-        if engine is not None:
-            engine.close()
-        shut_down(layout)
+        with closing(engine):
+            engine.update_weights(Repeatable(lambda: stored_weights(config, folder)), "0")
+            verifiers = Pool({name: task.verifier for name, task in tasks.items()}, config.task)
+            outcomes = _ask_everything(config, Collector(verifiers, engine, folder, layout, config.rollout), tasks)
+            if layout.rank == 0:
+                model = str(config.evaluation.checkpoint or config.model.hf_path)
+                write_result(config.logging.dir, result_of(outcomes, model, layout.device.type))
     return config.logging.dir
 
 

@@ -21,7 +21,7 @@ from megatron_srpo.progress import PROGRESS
 from megatron_srpo.rollout.collect import exchange
 from megatron_srpo.rollout.dump import dump
 from megatron_srpo.rollout.source import Rollouts
-from megatron_srpo.runtime.parallel import Layout, initialize, shut_down
+from megatron_srpo.runtime.parallel import Layout, joined
 from megatron_srpo.train import route
 
 
@@ -35,9 +35,8 @@ def sample(config: Config) -> Path:
     if config.rollout.overlap:
         raise ConfigError("rollout.overlap: 1 overlaps sampling with training; the sample command does not train: set 0")
     folder = preflight(config.model_copy(update={"resume": ResumeSection(mode="never")}))
-    layout = initialize(config.parallel, config.train.seed)
     directory, limit = config.logging.dir, config.logging.watchdog_minutes
-    try:
+    with joined(config.parallel, config.train.seed) as layout:
         session = open_run_folder(directory, layout)
         with (
             rank_log(directory, layout),
@@ -45,8 +44,6 @@ def sample(config: Config) -> Path:
             Terminal(f"sampling · {folder.path.name}", config.train.steps, layout.rank == 0) as terminal,
         ):
             _sample_steps(config, folder, layout, terminal)
-    finally:
-        shut_down(layout)
     return directory
 
 

@@ -34,7 +34,7 @@ from megatron_srpo.records import Group
 from megatron_srpo.rollout.collect import exchange
 from megatron_srpo.rollout.dump import dump
 from megatron_srpo.rollout.source import Rollouts
-from megatron_srpo.runtime.parallel import Layout, initialize, shut_down
+from megatron_srpo.runtime.parallel import Layout, joined
 from megatron_srpo.runtime.stop import StopRequest
 from megatron_srpo.runtime.token_values import TokenValues
 from megatron_srpo.runtime.trainer import Trainer, UpdateReport
@@ -57,9 +57,8 @@ def train(config: Config) -> Path:
     TrainingInterrupted, and SaveFailed when the last checkpoint could not be written.
     """
     folder = preflight(config)
-    layout = initialize(config.parallel, config.train.seed)
-    title = f"{config.algorithm.name} · {folder.path.name} · {layout.world_size} process{'es' * (layout.world_size > 1)}"
-    try:
+    with joined(config.parallel, config.train.seed, alike=(TrainingStopped, TrainingInterrupted)) as layout:
+        title = f"{config.algorithm.name} · {folder.path.name} · {layout.world_size} process{'es' * (layout.world_size > 1)}"
         session = open_run_folder(config.logging.dir, layout)
         with (
             rank_log(config.logging.dir, layout),
@@ -68,8 +67,6 @@ def train(config: Config) -> Path:
             StopRequest(layout, config.checkpoint.exit_duration_in_mins) as stop,
         ):
             _Run(config, folder, layout, terminal, stop).whole()
-    finally:
-        shut_down(layout)
     return config.logging.dir
 
 

@@ -107,7 +107,8 @@ def check_files(folder: Path, manifest: Manifest, share: slice = slice(None)) ->
 
 
 def commit(partial: Path, manifest: Manifest, directory: Path) -> Path:
-    """Give the checkpoint written in `partial` its name, and point `latest` at it."""
+    """Give the checkpoint written in `partial` its name, and point `latest` at it. Later steps have been taken back: their
+    checkpoints, damaged ones that were passed over, go, or they would count as the newest."""
     write_text(partial / "manifest.json", manifest.model_dump_json(indent=1))
     sync(partial)
     final = folder_of(directory, manifest.step)
@@ -116,6 +117,9 @@ def commit(partial: Path, manifest: Manifest, directory: Path) -> Path:
     partial.rename(final)
     sync(directory)
     write_text(directory / "latest", final.name + "\n")
+    for step in steps(directory):
+        if step > manifest.step:
+            discard(folder_of(directory, step))
     return final
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -34,7 +35,7 @@ class Ledger:
 
     def __init__(self, directory: Path, layout: Layout, keeps_samples: bool):
         self.directory, self.layout, self.keeps_samples = directory, layout, keeps_samples
-        self._file = None
+        self._file, self._events = None, threading.Lock()  # with overlap two threads write events
         if layout.rank == 0:
             directory.mkdir(parents=True, exist_ok=True)
 
@@ -108,7 +109,8 @@ class Ledger:
 
     def _event(self, event: str, **what: Any) -> None:
         if self.layout.rank == 0:
-            append_line(self.directory / "events.jsonl", json.dumps({"event": event, **what}))
+            with self._events:
+                append_line(self.directory / "events.jsonl", json.dumps({"event": event, **what}))
 
 
 def history(events: Iterable[str]) -> dict[int, dict[str, list[str]]]:

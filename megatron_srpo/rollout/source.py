@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from torch import Tensor
 
@@ -54,9 +54,9 @@ class Rollouts:
         return self.drawn.groups
 
     def settle(self) -> None:
-        """Wait until nothing is being sampled."""
+        """Wait until nothing is being sampled. Raises what went wrong there: other ranks may wait for this one's part."""
         if self._ahead is not None:
-            wait([self._ahead])
+            self._ahead.result()
 
     def publish(self, tensors: Iterable[tuple[str, Tensor]], step: int) -> None:
         """The policy's weights to the engine, as version `step`; all ranks together. The stream is left alone when replaying."""
@@ -84,7 +84,6 @@ class Rollouts:
 
     def close(self) -> None:
         """Let go of the engine and of the verifiers."""
-        self.settle()
         self._thread.shutdown()
         self.ledger.close()
         if self.collector is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -164,6 +166,25 @@ def restore_random_states(states: dict[str, torch.Tensor]) -> None:
     torch.set_rng_state(states["cpu"])
     if torch.cuda.is_available() and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])
+
+
+@contextmanager
+def joined(parallel: ParallelSection, seed: int, alike: tuple[type[BaseException], ...] = ()) -> Iterator[Layout]:
+    """`initialize`, and `shut_down` when all ranks get there: without an error, or with one of `alike`, which all raise together.
+
+    A rank that fails alone leaves its groups as they are: NCCL would wait for ranks that wait for it, and nobody would hear why.
+    """
+    layout = initialize(parallel, seed)
+    try:
+        yield layout
+    except alike:
+        shut_down(layout)
+        raise
+    except BaseException:
+        if layout.world_size == 1:
+            shut_down(layout)
+        raise
+    shut_down(layout)
 
 
 def shut_down(layout: Layout) -> None:

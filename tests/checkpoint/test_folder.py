@@ -118,6 +118,16 @@ def test_the_newest_and_the_best_stay(tmp_path):
     assert folders.retain(tmp_path, keep_last=1, keep_best=0) == [6]
 
 
+def test_a_damaged_one_of_a_step_taken_back_is_not_the_newest(tmp_path):
+    """30 is damaged, so the run went on from 20 and saves at 25: with one to keep, that is 25."""
+    for step in (20, 30):
+        make(tmp_path, step)
+    (tmp_path / "step_000030" / "manifest.json").write_text("half")
+    make(tmp_path, 25)
+    assert folders.retain(tmp_path, keep_last=1, keep_best=0) == [25] and folders.steps(tmp_path) == [25]
+    assert (tmp_path / "latest").read_text() == "step_000025\n"
+
+
 def test_what_killed_saves_leave_is_removed(tmp_path):
     make(tmp_path, 10)
     (tmp_path / ".step_000020.abc").mkdir()

@@ -49,6 +49,7 @@ def test_what_a_server_can_do():
         ({}, {}, ["rollout.max_response_tokens=500"], "up to 564 tokens; http://a:1 takes 512"),
         ({}, {}, ["rollout.colocated=true"], "rollout.colocated: http://a:1 was started without --enable-memory-saver"),
         ({"dp_size": 2}, {}, ["rollout.sglang.update=tensor"], "--dp-size 2, which takes updates from disk only"),
+        ({"pp_size": 2}, {}, ["rollout.sglang.update=distributed"], "--pp-size 2, which takes updates from disk only"),
     ],
 )
 def test_what_a_run_cannot_use_is_told(server, model, overrides, message):
@@ -69,6 +70,7 @@ def test_what_a_run_cannot_use_is_told(server, model, overrides, message):
         (["rollout.sglang.host=0.0.0.0"], "0.0.0.0 can be reached from other machines; set rollout.sglang.api_key_env"),
         (["rollout.sglang.port=65535"], "2 servers from 65535 on pass 65535"),
         (["rollout.colocated=true", "rollout.overlap=1"], "rollout.overlap: 1 samples while training"),
+        (["rollout.colocated=true", "rollout.sglang.update=distributed"], "rollout.sglang.update: distributed broadcasts between GPUs"),
         (["rollout.sglang.updat=disk"], "rollout.sglang.updat: unknown key; did you mean update?"),
     ],
 )

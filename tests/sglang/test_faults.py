@@ -198,6 +198,24 @@ def test_a_server_killed_while_weights_are_broadcast(servers, updating):
     assert [member.server.version() for member in fleet.members] == [str(servers.version)] * 2
 
 
+def test_servers_that_a_dead_trainer_left_in_the_middle_of_an_update(servers):
+    """Paused, and with a session open, as kill -9 leaves others' servers; the next run takes them as they are."""
+    servers.publish(seed=11)
+    for member in servers.engine.publisher.fleet.members:
+        member.server.post("/pause_generation", {"mode": "retract"})
+        member.server.post("/begin_weight_update", {})
+    urls = ",".join(target.url for target in servers.engine.generation.targets)
+    given = ["rollout.servers=0", f"rollout.urls=[{urls}]", "rollout.sglang.update=tensor", "rollout.sglang.request_timeout=20"]
+    engine = create_engine(config_of(servers.run, *given), servers.folder, ALONE, lambda text: None)
+    try:
+        engine.update_weights(list(servers.model.named_parameters()), str(servers.version))
+        requests = servers.requests(8)
+        assert servers.gap(requests, sample(engine, requests, servers.sampling())) < 1e-4
+        assert all(target.out is None for target in engine.generation.targets)
+    finally:
+        engine.close()
+
+
 def test_a_server_that_cannot_be_started_is_told_with_its_last_words(servers, tmp_path):
     port = free_ports(1)
     config = config_of(tmp_path, "rollout.servers=1", f"rollout.sglang.port={port}", "rollout.sglang.arguments=[--no-such-option]")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from megatron_srpo.config import ConfigError, RolloutSection
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.rollout.sglang.http import Server
+from megatron_srpo.rollout.sglang.http import Server, ServerFailed
 from megatron_srpo.rollout.sglang.replies import BadReply, parse
 
 OLDEST, WITH_SESSIONS = (0, 5, 19), (0, 5, 21)
@@ -26,6 +27,11 @@ class Capabilities(NamedTuple):
 def inspect(server: Server, settings: RolloutSection, folder: HFFolder) -> Capabilities:
     """Ask the server, and have it make one token. Raises ConfigError for what it cannot do, ServerFailed when it does not answer."""
     found = check(server.url, server.get("/server_info"), server.get("/model_info"), settings, folder)
+    if settings.urls:  # a trainer that died in a publication has left it in the middle of one
+        if found.needs_session:
+            with contextlib.suppress(ServerFailed):  # mostly there is nothing to end
+                server.post("/end_weight_update", {})
+        server.post("/continue_generation", {})
     body = {"input_ids": [folder.stop_ids[0]], "sampling_params": {"max_new_tokens": 1}, "return_logprob": True}
     try:
         reply = server.post("/generate", body, timeout=settings.sglang.request_timeout)
@@ -60,8 +66,10 @@ def check(
         )
     if settings.colocated and not server_info.get("enable_memory_saver"):
         raise ConfigError(f"rollout.colocated: {url} was started without --enable-memory-saver")
-    if settings.sglang.update != "disk" and server_info.get("dp_size", 1) > 1:
-        raise ConfigError(f"rollout.sglang.update: {url} has --dp-size {server_info['dp_size']}, which takes updates from disk only")
+    for key in ("dp_size", "pp_size"):
+        if settings.sglang.update != "disk" and server_info.get(key, 1) > 1:
+            option = f"--{key.replace('_', '-')} {server_info[key]}"
+            raise ConfigError(f"rollout.sglang.update: {url} has {option}, which takes updates from disk only")
     return Capabilities(
         version=version,
         needs_session=numbers >= WITH_SESSIONS,

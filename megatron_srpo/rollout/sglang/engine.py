@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from megatron_srpo.progress import beat
 from megatron_srpo.rollout.engine import EngineFailed, Finished, Request, Sampling
 from megatron_srpo.rollout.sglang.fleet import Launch
 from megatron_srpo.rollout.sglang.generation import Generation
+from megatron_srpo.rollout.sglang.http import Server, ServerFailed
 from megatron_srpo.rollout.sglang.publisher import Publisher
 from megatron_srpo.runtime.parallel import Layout
 
@@ -54,6 +56,8 @@ class SGLangEngine:
         self.publisher = Publisher(config, folder, urls, launch, layout.device, say) if layout.rank == 0 else None
         try:
             is_seeded = self._meet_servers()
+            if problems := [problem for problem in self._gather(self._unreachable(urls)) if problem is not None]:
+                raise ConfigError(f"{problems[0]} (rollout.sglang.host, rollout.urls)")
         except BaseException:
             self.close()
             raise
@@ -128,6 +132,22 @@ class SGLangEngine:
         if problem is not None:
             raise ConfigError(problem)
         return is_seeded
+
+    def _unreachable(self, urls: Sequence[str]) -> str | None:
+        """Why this rank cannot ask one of the servers, or None. What the first rank calls 127.0.0.1 is another host to others."""
+        name = self.settings.sglang.api_key_env
+        place = f"rank {self.layout.rank} on {socket.gethostname()}"
+        if name is not None and not os.environ.get(name):
+            return f"rollout.sglang.api_key_env: {place} does not have the environment variable {name}"
+        for url in urls:
+            server = Server(url, self.settings.sglang)
+            try:
+                server.version()
+            except ServerFailed as failure:
+                return f"rollout.engine: {place} cannot reach a server: {failure}"
+            finally:
+                server.close()
+        return None
 
     def _complain(self, url: str, reason: str, is_lie: bool) -> None:
         """Only the first rank can do something at once. It sees for itself what does not answer, and hears of lies at publications."""

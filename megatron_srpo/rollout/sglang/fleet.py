@@ -59,7 +59,8 @@ class Launch:
         """Start server `number` under a guard; its output goes to logs/server_<number>.log."""
         kept = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED_ON and not name.startswith("TORCHELASTIC")}
         patience = {"SGLANG_HEALTH_CHECK_TIMEOUT": str(math.ceil(self.settings.health_timeout))}  # one setting for both sides
-        with self.log(number).open("ab") as log:
+        mode = 0o666 if self.settings.api_key_env is None else 0o600  # SGLang writes its arguments there, and the key is one
+        with open(self.log(number), "ab", opener=lambda path, flags: os.open(path, flags, mode)) as log:
             return subprocess.Popen(
                 [sys.executable, "-S", guard.__file__, str(os.getpid()), *self.command(number)],
                 env={**kept, **patience, **self.settings.environment},
@@ -146,6 +147,19 @@ class Fleet:
             beat()
             time.sleep(0.05)
 
+    def hold_back(self) -> None:
+        """Until `go_on` nothing starts, and what is starting is ended: the memory that it would take is the trainer's."""
+        self.holds_back = True
+        for member in self.members:
+            with member.lock:  # nobody is about to start it
+                pass
+        while any(member.process and (member.state == "starting" or member.complaint) for member in self.members):
+            time.sleep(0.05)
+
+    def go_on(self) -> None:
+        """Servers may start."""
+        self.holds_back = False
+
     def reachable(self) -> list[Member]:
         """Those to be given weights."""
         return [member for member in self.members if member.state in ("behind", "ready", "out") and member.complaint is None]
@@ -198,6 +212,13 @@ class Fleet:
         member.process = self.launch.start(member.number)
         member.deadline = time.monotonic() + self.settings.start_timeout
 
+    def _start_again(self, member: Member) -> None:
+        try:
+            self._start(member)
+        except OSError as error:  # no memory for a process, no room for its log: nobody else would hear of it in this thread
+            member.state, member.why = "given up", f"it could not be started: {error}"
+            self.say(f"server {member.number} is given up: {member.why}")
+
     def _end(self, member: Member) -> None:
         """The guard ends the server's whole tree; without it, Linux does."""
         if (process := member.process) is None:
@@ -212,10 +233,14 @@ class Fleet:
     def _tend(self, member: Member) -> None:
         while not self._closing.wait(_TEND) and member.state != "given up":
             if member.process is None:
-                if not self.holds_back:
-                    self._start(member)
+                with member.lock:
+                    if not self.holds_back:
+                        self._start_again(member)
             elif (problem := self._problem(member)) is not None:
                 self._restart(member, problem)
+            elif member.state == "starting" and self.holds_back:
+                self._end(member)
+                member.process = None
             elif member.state == "starting" and self._is_up(member):
                 self._catch_up(member)
 
@@ -239,6 +264,8 @@ class Fleet:
             with log.open("rb") as file:
                 file.seek(max(0, log.stat().st_size - _LOG_TAIL))
                 tail = file.read().decode(errors="replace")
+            if self.settings.api_key_env is not None:
+                tail = tail.replace(os.environ[self.settings.api_key_env], "…")
             with member.lock:
                 member.state, member.why = "given up", f"{problem}; {log} ends with:\n{tail}"
             self.say(f"server {member.number} is given up: {problem} ({log})")

@@ -206,6 +206,8 @@ class _Batch:
         except (BadReply, ValueError) as error:  # ValueError: no JSON
             self.generation.take_out(target, f"/generate: {error}", is_distrusted=True)
             raise _Failed(target.out) from None
+        if completion.finish_reason == "abort" and completion.ids and completion.ids[-1] in self.sampling.stop_ids:
+            return completion._replace(finish_reason="stop")  # SGLang says of a request that is aborted with its last token: aborted
         if completion.finish_reason == "stop" and completion.ids[-1] not in self.sampling.stop_ids:
             raise EngineFailed(
                 f"{target.url} ends responses at token {completion.ids[-1]}, which is not among the trainer's {self.sampling.stop_ids}"
@@ -265,14 +267,18 @@ class _Batch:
             if not self.generation.is_publishing:  # a paused server does not answer
                 await asyncio.gather(*(self._look_at(target) for target in self.generation.targets))
 
+    async def _get(self, url: str) -> httpx.Response:
+        response = await self.http.get(url, timeout=self.settings.health_timeout)
+        return response.raise_for_status()
+
     async def _look_at(self, target: Target) -> None:
         path = "/model_info" if target.out else "/health"
         try:
-            response = await self.http.get(f"{target.url}{path}", timeout=self.settings.health_timeout)
-            response.raise_for_status()
+            response = await self._get(f"{target.url}{path}")
             if target.out is None and target.calls:
                 beat()  # it makes tokens: the longest response may take longer than a watchdog waits, request_timeout ends that
             if target.out and not target.is_distrusted and str(response.json()["weight_version"]) == self.generation.versions[-1]:
+                await self._get(f"{target.url}/health")  # what hangs or is paused has a version, too
                 target.out = None
         except (httpx.HTTPError, ValueError, TypeError, KeyError, IndexError) as error:
             target.is_distrusted &= not isinstance(error, httpx.ConnectError)

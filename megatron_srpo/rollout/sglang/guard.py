@@ -60,6 +60,7 @@ def main() -> int:
             time.sleep(0.1)
             status = command.poll()
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would leave processes behind
         end_all(command.pid)
     return 1 if status is None else status & 0xFF
 

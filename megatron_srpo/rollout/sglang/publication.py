@@ -12,6 +12,7 @@ import shutil
 import socket
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from multiprocessing.reduction import ForkingPickler
@@ -24,6 +25,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor, uint8
 from torch.distributed import distributed_c10d
+from torch.multiprocessing import reductions
 
 from megatron_srpo.config import is_loopback
 from megatron_srpo.model.hf_folder import HFFolder
@@ -40,11 +42,13 @@ class Update:
     """One update of `servers` to `version`, all of them at once. A server that fails is left out of what follows.
 
     failures: what became of those that failed. missed: live ones that another's failure has kept from the update.
-    needs_session: servers want begin and end around tensors.
+    needs_session: servers want begin and end around tensors. last_call: made to each before it goes on.
     """
 
-    def __init__(self, servers: Sequence[Server], version: str, needs_session: bool):
-        self.version, self.needs_session = version, needs_session
+    def __init__(
+        self, servers: Sequence[Server], version: str, needs_session: bool, last_call: Callable[[Server], Any] = lambda server: None
+    ):
+        self.version, self.needs_session, self.last_call = version, needs_session, last_call
         self.live, self.failures, self.missed = list(servers), dict[Server, str](), set[Server]()
         self._pool = ThreadPoolExecutor(max(1, len(servers)), "publication")
 
@@ -73,13 +77,18 @@ class Update:
             self.live.remove(server)
             self.failures[server] = reason
 
+    def pause(self) -> None:
+        """Servers make no more tokens, and new requests wait."""
+        self.each(lambda server: server.post("/pause_generation", {"mode": "retract"}))
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Running requests are put back meanwhile, and go on with the new weights: their spans tell both versions."""
-        self.each(lambda server: server.post("/pause_generation", {"mode": "retract"}))
+        self.pause()
         try:
             yield
         finally:
+            self.each(self.last_call)
             for server in self.failures:  # another trainer's, perhaps: it shall not stay paused
                 with contextlib.suppress(ServerFailed):
                     server.post("/continue_generation", {}, timeout=2)
@@ -147,27 +156,33 @@ class Bucket(NamedTuple):
 
     data: Tensor
     entries: list[Entry]
+    is_last: bool
+
+    def version(self, version: str) -> str | None:
+        """What a server is told with it: a server that has not got everything must not call itself `version`."""
+        return version if self.is_last else None
 
 
-def buckets(tensors: Stream, limit: int, allocate: Callable[[int], Tensor]) -> Iterator[Bucket]:
+def buckets(tensors: Stream, limit: int, allocate: Callable[[int], Tensor], memories: int = 1) -> Iterator[Bucket]:
     """The stream in pieces of at most `limit` bytes; a larger tensor is a piece of its own.
 
-    All pieces lie in the same memory: one is gone when the next is made, and no more than that and one tensor is held.
-    allocate: makes that memory, uint8 [bytes]; once, but for larger tensors.
+    memories: places where the pieces lie in turn; a piece is gone when so many others have been made after it.
+    allocate: makes such a place, uint8 [bytes]; once each, but for larger tensors.
     """
-    buffer, entries, used = torch.empty(0, dtype=uint8), list[Entry](), 0
+    buffers, entries, used = deque([torch.empty(0, dtype=uint8)] * memories), list[Entry](), 0
     for name, tensor in tensors:
         size = tensor.numel() * tensor.element_size()
         if entries and (used + size > limit or tensor.dtype != entries[0].dtype):
-            yield Bucket(buffer[:used], entries)
+            yield Bucket(buffers[0][:used], entries, is_last=False)
+            buffers.rotate()
             entries, used = [], 0
-        if used + size > len(buffer):  # only ever with an empty bucket
-            buffer = allocate(max(limit, size))
-        buffer[used : used + size].copy_(tensor.detach().reshape(-1).view(uint8))
+        if used + size > len(buffers[0]):  # only ever with an empty bucket
+            buffers[0] = allocate(max(limit, size))
+        buffers[0][used : used + size].copy_(tensor.detach().reshape(-1).view(uint8))
         entries.append(Entry(name, tensor.dtype, tuple(tensor.shape), used, used + size))
         used += size
     if entries:
-        yield Bucket(buffer[:used], entries)
+        yield Bucket(buffers[0][:used], entries, is_last=True)
 
 
 # ---- shared memory ---------------------------------------------------------------------------------------------------
@@ -181,8 +196,10 @@ class SharedMemory:
 
     def send(self, update: Update, tensors: Stream) -> None:
         """See `Transport`."""
-        with update.paused(), update.session():
-            for bucket in buckets(tensors, self.limit, self._allocate):
+        # A server answers when its first worker has copied a bucket; the others have when it takes the next one.
+        memories = 1 + (self.device.type == "cuda" and any(self.tensor_parallel_size(server) > 1 for server in update.live))
+        with update.paused(), update.session(), _named_files():
+            for bucket in buckets(tensors, self.limit, self._allocate, memories):
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
                 update.each(lambda server, bucket=bucket: self._post(server, bucket, update.version))
@@ -190,14 +207,27 @@ class SharedMemory:
     def _allocate(self, size: int) -> Tensor:
         """Shared from the start on a CPU: sharing what is filled would copy it."""
         memory = torch.empty(size, dtype=uint8, device=self.device)
-        with _named_files():
-            return memory if self.device.type == "cuda" else memory.share_memory_()
+        return memory if self.device.type == "cuda" else memory.share_memory_()
 
     def _post(self, server: Server, bucket: Bucket, version: str) -> None:
         # every reader needs a handle of its own: they are counted
         handles = [_pickled(bucket) for _ in range(self.tensor_parallel_size(server))]
-        body = {"serialized_named_tensors": handles, "load_format": "flattened_bucket", "flush_cache": True, "weight_version": version}
-        server.post("/update_weights_from_tensor", body)
+        body = {"serialized_named_tensors": handles, "load_format": "flattened_bucket", "flush_cache": True}
+        server.post("/update_weights_from_tensor", {**body, "weight_version": bucket.version(version)})
+
+
+class _Handle:
+    """Pickles as the tensor does, but for a GPU's number, which may be another one's to the reader: its UUID, as SGLang takes it."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+    def __reduce__(self):
+        rebuild, arguments = reductions.reduce_tensor(self.tensor)
+        if not self.tensor.is_cuda:
+            return rebuild, arguments
+        before, number, after = arguments[:6], arguments[6], arguments[7:]
+        return rebuild, (*before, str(torch.cuda.get_device_properties(number).uuid), *after)
 
 
 def _pickled(bucket: Bucket) -> str:
@@ -213,13 +243,12 @@ def _pickled(bucket: Bucket) -> str:
         )
         for entry in bucket.entries
     ]
-    with _named_files():
-        return base64.b64encode(ForkingPickler.dumps({"flattened_tensor": bucket.data, "metadata": metadata})).decode()
+    return base64.b64encode(ForkingPickler.dumps({"flattened_tensor": _Handle(bucket.data), "metadata": metadata})).decode()
 
 
 @contextlib.contextmanager
 def _named_files() -> Iterator[None]:
-    """Memory is shared through files with a name, which can be told over HTTP; a descriptor cannot."""
+    """Memory is shared through files with a name, which can be told over HTTP; a descriptor cannot. For all threads alike."""
     before = torch.multiprocessing.get_sharing_strategy()
     torch.multiprocessing.set_sharing_strategy("file_system")
     try:
@@ -256,17 +285,22 @@ class Broadcast:
         with update.paused(), update.session():
             if self._members != {server: server.incarnation for server in update.live}:
                 self.close()
-                self._meet(update)
+                self._give_up(update, self._meet(update))
             for bucket in buckets(tensors, self.limit, lambda size: torch.empty(size, dtype=uint8, device=self.device)):
-                if self._group is not None and (problem := self._broadcast(update, bucket)) is not None:
-                    self.close()
-                    self.say(f"weights go by disk this time: {problem}")
-                    update.missed.update(update.live)
+                if self._group is not None:
+                    self._give_up(update, self._broadcast(update, bucket))
 
-    def _meet(self, update: Update) -> None:
-        """Make the group. Nobody is live when it cannot be made."""
+    def _give_up(self, update: Update, problem: str | None) -> None:
+        """After a problem the group is of no use, and who is live has missed the update."""
+        if problem is not None:
+            self.close(is_broken=True)
+            self.say(f"weights go by disk this time: {problem}")
+            update.missed.update(update.live)
+
+    def _meet(self, update: Update) -> str | None:
+        """Make the group; what went wrong, or None. Nobody is live when it cannot be made: who waits for others does nothing else."""
         if not update.live:
-            return
+            return None
         here = all(is_loopback(server.host) for server in update.live)
         host = self.host or ("127.0.0.1" if here else socket.gethostname())
         timeout, name = datetime.timedelta(seconds=self.timeout), f"srpo-{uuid.uuid4().hex}"
@@ -276,14 +310,18 @@ class Broadcast:
             offsets[server], offset = offset, offset + self.tensor_parallel_size(server)
         body = {"master_address": host, "master_port": store.port, "world_size": offset, "group_name": name, "backend": backend}
         calls = update.begin(lambda server: server.post("/init_weights_update_group", {**body, "rank_offset": offsets[server]}))
+        # NCCL ends this process when a broadcast takes longer than its group's time-out: `_broadcast` shall notice before
+        patience = timeout + datetime.timedelta(seconds=60) if backend == "nccl" else timeout
         try:
-            self._group = _group(store, offset, backend, name, timeout)
+            self._group = _group(store, offset, backend, name, patience)
         except (RuntimeError, ValueError) as error:  # gloo, NCCL and the store say everything with these
             for server in list(update.live):
                 update.fail(server, f"the group for weight updates could not be made: {error}")
-            return
-        update.end(calls)
+            return None
+        if len(update.end(calls)) < len(calls):  # NCCL would wait for its members at the first broadcast, for ever
+            return "a server did not join the group"
         self._name, self._members = name, {server: server.incarnation for server in update.live}
+        return None
 
     def _broadcast(self, update: Update, bucket: Bucket) -> str | None:
         """Send one bucket; what went wrong, or None."""
@@ -291,14 +329,18 @@ class Broadcast:
             "names": [entry.name for entry in bucket.entries],
             "dtypes": [str(entry.dtype).removeprefix("torch.") for entry in bucket.entries],
             "shapes": [entry.shape for entry in bucket.entries],
-            **{"group_name": self._name, "load_format": "flattened_bucket", "flush_cache": True, "weight_version": update.version},
+            **{"group_name": self._name, "load_format": "flattened_bucket", "flush_cache": True},
+            "weight_version": bucket.version(update.version),
         }
         calls = update.begin(lambda server: server.post("/update_weights_from_distributed", body))
         # A server that refuses says so at once, and takes part in nothing: who broadcasts then waits for ever.
         if wait(calls, _REFUSAL, FIRST_COMPLETED).done:
             update.end({call: server for call, server in calls.items() if call.done()})
             return "a server refused the update"
-        work, until = self._group.broadcast(bucket.data, 0), time.monotonic() + self.timeout
+        try:
+            work, until = self._group.broadcast(bucket.data, 0), time.monotonic() + self.timeout
+        except RuntimeError as error:
+            return f"a broadcast could not begin: {error}"
         while not work.is_completed():
             if any(call.done() and call.exception() for call in calls):
                 update.end({call: server for call, server in calls.items() if call.done()})
@@ -315,11 +357,15 @@ class Broadcast:
         update.end(calls)
         return None if len(update.live) == len(self._members) else "a server failed after a broadcast"
 
-    def close(self) -> None:
-        """Leave the group. Servers forget it when they are restarted or meet in another one."""
+    def close(self, is_broken: bool = False) -> None:
+        """Leave the group. Servers forget it when they are restarted or meet in another one. is_broken: without waiting for what it
+        still does, which for NCCL may be never."""
         if self._group is not None:
             with contextlib.suppress(RuntimeError):
-                dist.destroy_process_group(self._group)
+                if is_broken and self.device.type == "cuda":
+                    distributed_c10d._abort_process_group(self._group)
+                else:
+                    dist.destroy_process_group(self._group)
         self._group, self._members = None, {}
 
 

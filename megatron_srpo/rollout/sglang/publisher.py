@@ -12,7 +12,7 @@ from megatron_srpo.config import Config, ConfigError
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.model.qwen3 import model_dtype
 from megatron_srpo.rollout.sglang.capabilities import Capabilities, inspect
-from megatron_srpo.rollout.sglang.fleet import Fleet, Launch, check_version
+from megatron_srpo.rollout.sglang.fleet import Fleet, Launch, Member, check_version
 from megatron_srpo.rollout.sglang.http import Server, ServerFailed
 from megatron_srpo.rollout.sglang.publication import Broadcast, Disk, SharedMemory, Transport, Update
 
@@ -53,10 +53,10 @@ class Publisher:
 
         Returns what is wrong when the first update has not left the same weights everywhere.
         """
-        self.fleet.holds_back = False
+        self.fleet.go_on()
         self.fleet.wait(self.settings.sglang.return_timeout)
         self.fleet.renew(None)
-        update = Update([member.server for member in self.fleet.reachable()], version, self._needs_session)
+        update = self._update(self.fleet.reachable(), version)
         found = update.each(Server.version)
         for server in [server for server, had in found.items() if self._version not in (None, had)]:
             server.incarnation += 1  # others have started it anew: another process, though it is where the old one was
@@ -77,18 +77,21 @@ class Publisher:
 
     def publish_through_disk(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
         """The last version once more, for those that missed it. Consumes `tensors`."""
-        behind = [member.server for member in self.fleet.reachable() if member.state != "ready"]
-        update = Update(behind, version, self._needs_session)
+        update = self._update([member for member in self.fleet.reachable() if member.state != "ready"], version)
         self._send(update, tensors, self._disk)
         self._settle(update)
 
     def release_memory(self) -> None:
-        """Servers give their GPU memory away until the next publication."""
-        self.fleet.holds_back = True
-        update = Update([member.server for member in self.fleet.reachable() if member.state == "ready"], "", self._needs_session)
+        """Servers give their GPU memory away until the next publication, and are paused: a token would touch what is not there."""
+        self.fleet.hold_back()
+        update = self._update([member for member in self.fleet.reachable() if member.state != "out"], "")
+        update.pause()
         update.each(lambda server: server.post("/release_memory_occupation", {"tags": ["kv_cache", "weights"]}))
         self._released = {server: server.incarnation for server in update.live}
-        self._settle(update)
+        for server, reason in update.failures.items():
+            self.fleet.complain(server.url, reason, is_lie=False)
+        update.close()
+        self.fleet.hold_back()  # those that failed are gone, too
 
     def close(self) -> None:
         """Stop our servers."""
@@ -116,21 +119,19 @@ class Publisher:
     def _on_disk(self, path: Path, version: str) -> None:
         self.fleet.renew((path, version))
 
+    def _update(self, members: Iterable[Member], version: str) -> Update:
+        return Update([member.server for member in members], version, self._needs_session, lambda server: self._resume(server, "kv_cache"))
+
     def _send(self, update: Update, tensors: Iterable[tuple[str, Tensor]], transport: Transport) -> None:
-        self._resume(update, "weights")
+        update.each(lambda server: self._resume(server, "weights"))
         transport.send(update, tensors)
-        self._resume(update, "kv_cache")
         self._released = {}
         update.each(lambda server: None if server in update.missed else check_version(server, update.version))
 
-    def _resume(self, update: Update, what: str) -> None:
-        """Servers that gave memory away take it back."""
-
-        def resume(server: Server) -> None:
-            if self._released.get(server) == server.incarnation:
-                server.post("/resume_memory_occupation", {"tags": [what]})
-
-        update.each(resume)
+    def _resume(self, server: Server, what: str) -> None:
+        """A server that gave memory away takes it back."""
+        if self._released.get(server) == server.incarnation:
+            server.post("/resume_memory_occupation", {"tags": [what]})
 
     def _settle(self, update: Update) -> None:
         """Tell the fleet who has the weights, and who failed."""

@@ -1,0 +1,258 @@
+"""What servers are told, and in which order, when weights come and memory goes; without real servers."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.multiprocessing
+
+from megatron_srpo.config import SGLangSection
+from megatron_srpo.config_file import load_config
+from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.rollout.engine import Request, Sampling
+from megatron_srpo.rollout.sglang import generation, publication
+from megatron_srpo.rollout.sglang.capabilities import Capabilities
+from megatron_srpo.rollout.sglang.engine import SGLangEngine
+from megatron_srpo.rollout.sglang.fleet import Fleet, Launch
+from megatron_srpo.rollout.sglang.generation import Generation
+from megatron_srpo.rollout.sglang.http import Server
+from megatron_srpo.rollout.sglang.publication import Broadcast, SharedMemory, Update, buckets
+from megatron_srpo.rollout.sglang.publisher import Publisher
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+TENSORS = [(name, torch.full((4,), float(number))) for number, name in enumerate("abc")]
+
+
+@contextmanager
+def server(answer=lambda path, body: (200, {})):
+    """Answers as `answer(path, body)` says; yields (url, what it was asked: [(path, body)])."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def reply(self):
+            body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "null")
+            asked.append((self.path, body))
+            status, content = answer(self.path, body)
+            content = json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_GET = do_POST = reply  # noqa: N815  (the library's names)
+
+        def log_message(self, *_):
+            pass
+
+    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=listening.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listening.server_port}", asked
+    finally:
+        listening.shutdown()
+        listening.server_close()
+
+
+def update_of(*urls):
+    return Update([Server(url, SGLangSection()) for url in urls], "7", needs_session=True)
+
+
+def test_a_server_has_the_version_only_with_the_last_bucket():
+    """One that misses the rest must not call itself "7", by which it would be taken for whole."""
+    with server() as (url, asked):
+        update = update_of(url)
+        SharedMemory(16, CPU, lambda server: 1).send(update, iter(TENSORS))
+        update.close()
+    told = [body["weight_version"] for path, body in asked if path == "/update_weights_from_tensor"]
+    assert told == [None, None, "7"] and not update.failures
+
+
+def test_a_bucket_outlives_as_many_others_as_there_are_memories():
+    made = buckets(TENSORS, 16, lambda size: torch.empty(size, dtype=torch.uint8), 2)
+    seen = [(bucket.data.data_ptr(), bucket.is_last) for bucket in made]
+    assert seen[0][0] == seen[2][0] != seen[1][0] and [last for _, last in seen] == [False, False, True]
+
+
+def test_threads_that_share_memory_do_not_change_how_the_others_do(monkeypatch):
+    """The second of two handles is made when the first thread is done: it, too, must be a file with a name."""
+    before, dumps = torch.multiprocessing.get_sharing_strategy(), publication.ForkingPickler.dumps
+    both, order = threading.Event(), iter("ab")
+
+    def slow(what):
+        if next(order) == "a":
+            both.wait(20)
+        else:
+            both.set()
+            time.sleep(0.2)
+        return dumps(what)
+
+    monkeypatch.setattr(publication.ForkingPickler, "dumps", slow)
+    with server() as (one, asked), server() as (other, asked_too):
+        update = update_of(one, other)
+        SharedMemory(64, CPU, lambda server: 1).send(update, iter(TENSORS))
+        update.close()
+    handles = [body["serialized_named_tensors"][0] for path, body in asked + asked_too if path == "/update_weights_from_tensor"]
+    assert len(handles) == 2 and all(b"rebuild_storage_filename" in base64.b64decode(handle) for handle in handles)
+    assert torch.multiprocessing.get_sharing_strategy() == before
+
+
+def test_nobody_broadcasts_to_a_group_that_a_server_has_not_joined(monkeypatch):
+    """NCCL makes its group without waiting; at the first broadcast it would wait for ever for the one that refused."""
+    monkeypatch.setattr(publication, "_group", lambda *_: SimpleNamespace(broadcast=lambda *_: pytest.fail("broadcast")))
+    monkeypatch.setattr(publication.dist, "destroy_process_group", lambda group: None)
+    refuses = lambda path, body: (400, {}) if path == "/init_weights_update_group" else (200, {})  # noqa: E731
+    said = []
+    with server() as (good, _), server(refuses) as (bad, _):
+        update = update_of(good, bad)
+        Broadcast(64, CPU, None, 20, lambda server: 1, said.append).send(update, iter(TENSORS))
+        update.close()
+    assert [server.url for server in update.missed] == [good] and [server.url for server in update.failures] == [bad]
+    assert said == ["weights go by disk this time: a server did not join the group"]
+
+
+def test_released_servers_stay_paused_until_weights_and_memory_are_back(tmp_path):
+    """A token between, one of somebody's health check, would touch memory that is not there and end the server."""
+    given = ["rollout.servers=0", "rollout.urls=[http://a:1]", f"logging.dir={tmp_path}"]
+    config = load_config(ROOT / "examples/quickstart/sglang.yaml", given)
+    config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"colocated": True})})
+    with server(lambda path, body: (200, {"weight_version": "0"})) as (url, asked):
+        publisher = Publisher(config, HFFolder(ROOT / "examples/quickstart/start"), [url], None, CPU, lambda text: None)
+        publisher.capabilities[url] = Capabilities("0.5.23", True, False, 1)
+        publisher._transport = SharedMemory(64, CPU, lambda server: 1)
+        publisher.release_memory()
+        released, asked[:] = [(path, body) for path, body in asked], []
+        publisher.publish(iter(TENSORS), "0")
+        publisher.close()
+    assert [path for path, _ in released] == ["/pause_generation", "/release_memory_occupation"]
+    assert released[0][1] == {"mode": "retract"}
+    steps = [path.strip("/") if body is None or "tags" not in body else body["tags"][0] for path, body in asked]
+    order = ["weights", "pause_generation", "begin_weight_update", "update_weights_from_tensor", "end_weight_update", "kv_cache"]
+    assert [step for step in steps if step in (*order, "continue_generation")] == [*order, "continue_generation"]
+
+
+def test_what_is_starting_is_ended_while_memory_is_the_trainers(tmp_path):
+    """A colocated server that was lost while sampling must not take GPU memory in the middle of an update."""
+    started = []
+
+    def start(number):
+        started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"]))
+        return started[-1]
+
+    launch = SimpleNamespace(logs=tmp_path, start=start, log=lambda number: tmp_path / "log")
+    fleet = Fleet(["http://127.0.0.1:9"], SGLangSection(), launch, lambda text: None)
+    try:
+        assert len(started) == 1 and started[0].poll() is None
+        fleet.hold_back()
+        assert started[0].poll() is not None
+        time.sleep(0.6)
+        assert len(started) == 1 and fleet.members[0].state == "starting" and not fleet.members[0].failed_starts
+        fleet.go_on()
+        until = time.monotonic() + 10
+        while len(started) < 2 and time.monotonic() < until:
+            time.sleep(0.05)
+        assert len(started) == 2 and started[1].poll() is None
+    finally:
+        fleet.close()
+    assert started[1].poll() is not None
+
+
+def test_a_server_that_cannot_be_started_again_is_given_up(tmp_path):
+    """Nobody would hear of an error in the thread that tends it: the run would wait for it at every publication."""
+    started, said = [], []
+
+    def start(number):
+        if started:
+            raise OSError("no room for another process")
+        started.append(subprocess.Popen(["sleep", "100"]))
+        return started[-1]
+
+    launch = SimpleNamespace(logs=tmp_path, start=start, log=lambda number: tmp_path / "log")
+    fleet = Fleet(["http://127.0.0.1:9"], SGLangSection(), launch, said.append)
+    fleet.members[0].has_started = True
+    started[0].kill()
+    fleet._threads[0].join(20)
+    assert not fleet.is_starting() and "no room for another process" in fleet.given_up()
+    assert "server 0 is given up: it could not be started: no room for another process" in said
+    fleet.close()
+
+
+def test_a_log_that_holds_the_key_is_its_owners_alone(tmp_path, monkeypatch):
+    """SGLang writes all its arguments to its log."""
+    monkeypatch.setenv("A_KEY", "open sesame")
+    for name, others_read in (("A_KEY", False), (None, True)):
+        settings = SGLangSection(python="/bin/true", api_key_env=name)
+        logs = tmp_path / str(name)
+        logs.mkdir()
+        launch = Launch(settings, tmp_path, "float32", has_gpus=False, saves_memory=False, logs=logs)
+        launch.start(0).wait(20)
+        assert bool(launch.log(0).stat().st_mode & 0o077) == others_read
+
+
+def test_a_rank_that_reaches_no_server_says_so_at_the_start():
+    """The first rank's 127.0.0.1 is another host to ranks elsewhere, which waited for an hour."""
+    settings = SimpleNamespace(sglang=SGLangSection())
+    rank = SimpleNamespace(settings=settings, layout=SimpleNamespace(rank=8))
+    assert re.fullmatch(
+        r"rollout.engine: rank 8 on \S+ cannot reach a server: http://127.0.0.1:9/model_info: ConnectError.*",
+        SGLangEngine._unreachable(rank, ["http://127.0.0.1:9"]),
+    )
+    with server(lambda path, body: (200, {"weight_version": "default"})) as (url, _):
+        assert SGLangEngine._unreachable(rank, [url]) is None
+    rank.settings.sglang = SGLangSection(api_key_env="NOBODY_SETS_THIS")
+    assert "rank 8 on " in (said := SGLangEngine._unreachable(rank, [])) and "NOBODY_SETS_THIS" in said
+
+
+def asking(url):
+    made = Generation([url], SGLangSection(health_timeout=0.3, retries=2), 3, 0, 1, False, lambda *_: None, lambda seconds: None)
+    made.versions, done, requests = ["0"], [], [Request((0, 1), "x")]
+    return made, lambda: made.generate(requests, Sampling(1.0, 1.0, 4, (2,)), lambda number, completion: done.append(completion)), done
+
+
+def reply(ids, reason):
+    rows = [[-0.5, token, None] for token in ids]
+    return 200, {"output_ids": ids, "meta_info": {"finish_reason": {"type": reason}, "weight_version": "0", "output_token_logprobs": rows}}
+
+
+def test_a_response_aborted_with_its_last_token_is_whole():
+    """SGLang lets an abort win over a stop token that comes in the same pass; nothing may be sampled after that token."""
+    with server(lambda path, body: reply([1, 2], "abort")) as (url, asked):
+        _, generate, done = asking(url)
+        generate()
+    assert [(completion.ids, completion.finish_reason) for completion in done] == [([1, 2], "stop")]
+    assert [path for path, _ in asked] == ["/generate"]
+
+
+def test_a_server_that_hangs_is_not_used_again_for_the_version_it_names(monkeypatch):
+    """Its HTTP side answers /model_info; what makes tokens is stuck, as /health tells."""
+    monkeypatch.setattr(generation, "_LOOK_AGAIN", 0.02)
+    is_stuck = threading.Event()
+    is_stuck.set()
+
+    def answer(path, body):
+        if path == "/health" and is_stuck.is_set():
+            time.sleep(0.5)
+        return reply([2], "stop") if path == "/generate" else (200, {"weight_version": "0"})
+
+    with server(answer) as (url, asked):
+        made, generate, done = asking(url)
+        made.targets[0].out = "it hung"
+        thread = threading.Thread(target=generate)
+        thread.start()
+        time.sleep(1.0)
+        assert not done and {path for path, _ in asked} == {"/model_info", "/health"}
+        is_stuck.clear()
+        thread.join(20)
+    assert [completion.ids for completion in done] == [[2]]

@@ -1,0 +1,69 @@
+"""Who takes leave of the other ranks, and who just goes. What NCCL does meanwhile, only GPUs can show."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from soak import free_port
+
+from megatron_srpo.config import ParallelSection
+from megatron_srpo.rollout.source import Rollouts
+from megatron_srpo.runtime import parallel
+
+ROOT = Path(__file__).parents[2]
+
+
+class Alike(Exception):
+    """What all ranks raise together."""
+
+
+@pytest.mark.parametrize("ranks, error, leaves", [(2, None, True), (2, Alike, True), (2, OSError, False), (1, OSError, True)])
+def test_a_rank_that_fails_alone_does_not_wait_for_those_that_wait_for_it(monkeypatch, ranks, error, leaves):
+    left = []
+    monkeypatch.setattr(parallel, "initialize", lambda *_: SimpleNamespace(world_size=ranks))
+    monkeypatch.setattr(parallel, "shut_down", left.append)
+    try:
+        with parallel.joined(ParallelSection(), 1, alike=(Alike,)):
+            if error is not None:
+                raise error
+    except (Alike, OSError) as caught:
+        assert type(caught) is error
+    assert len(left) == leaves
+
+
+def test_its_error_is_printed_and_its_process_ends():
+    """Two ranks: the second's command fails while both are in a group; the first would wait for it."""
+    code = (
+        "import os, sys, time; import torch.distributed as dist; import megatron_srpo.__main__ as program;"
+        "dist.init_process_group('gloo');"
+        "fail = lambda *_: (_ for _ in ()).throw(OSError('the disk is gone'));"
+        "program.run = fail if dist.get_rank() else lambda *_: time.sleep(60);"
+        "sys.argv = ['megatron_srpo', 'report', 'x'];"
+        "import atexit; atexit.register(time.sleep, 60);"
+        "program.main()"
+    )
+    port, ranks = free_port(), []
+    for rank in range(2):
+        place = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": ROOT}
+        environment = {name: str(value) for name, value in place.items()}
+        ranks.append(subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True))
+    try:
+        _, said = ranks[1].communicate(timeout=50)
+        assert ranks[1].returncode == 1 and "OSError: the disk is gone" in said
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
+
+
+def test_what_fails_beside_the_training_is_heard_before_the_next_publication():
+    """With overlap: the others' threads wait for this rank's groups, and their ranks for them; its own must not wait, too."""
+    with ThreadPoolExecutor(1) as thread:
+        ahead = thread.submit(lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            Rollouts.settle(SimpleNamespace(_ahead=ahead))
