@@ -10,13 +10,13 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.multiprocessing
+from servers import listening
 
 from megatron_srpo.config import SGLangSection
 from megatron_srpo.config_file import load_config
@@ -41,29 +41,14 @@ def server(answer=lambda path, body: (200, {})):
     """Answers as `answer(path, body)` says; yields (url, what it was asked: [(path, body)])."""
     asked = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def reply(self):
-            body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "null")
-            asked.append((self.path, body))
-            status, content = answer(self.path, body)
-            content = json.dumps(content).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+    def reply(request, body):
+        body = json.loads(body or "null")
+        asked.append((request.path, body))
+        status, content = answer(request.path, body)
+        return status, json.dumps(content).encode()
 
-        do_GET = do_POST = reply  # noqa: N815  (the library's names)
-
-        def log_message(self, *_):
-            pass
-
-    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=listening.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{listening.server_port}", asked
-    finally:
-        listening.shutdown()
-        listening.server_close()
+    with listening(reply) as stand_in:
+        yield stand_in.url, asked
 
 
 def update_of(*urls):
