@@ -71,6 +71,8 @@ def test_what_was_sampled_can_be_trained_on(run, tmp_path):
     assert [first[key] for key in ("loss", "grad_norm", "pass_rate")] == [trained[key] for key in ("loss", "grad_norm", "pass_rate")]
     with pytest.raises(ConfigError, match="already holds a run"):
         sample(small_config(tmp_path / "sampled"))
+    with pytest.raises(ConfigError, match="of the sample command; name another folder"):
+        small_run(tmp_path / "sampled")
 
 
 def test_config_explains_every_key():
