@@ -145,7 +145,8 @@ def print_keys() -> None:
         if section != before:
             console.print(Text(f"\n{section}", style="bold"))
             before = section
-        line = Text.assemble("  ", (key.name, "cyan"), f"  {key.type}  ", (key.default if key.default.startswith("[") else f"[{key.default}]", "green"))
+        default = key.default if key.default.startswith("[") else f"[{key.default}]"
+        line = Text.assemble("  ", (key.name, "cyan"), f"  {key.type}  ", (default, "green"))
         console.print(line, soft_wrap=True)
         meaning = f"{key.help}{f'  ({key.paper})' if key.paper else ''}"
         if meaning:
