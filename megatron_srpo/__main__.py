@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -17,16 +18,19 @@ INTERRUPTED = 75  # sysexits.h's EX_TEMPFAIL: come again
 
 def main() -> int:
     """Parse the command line and run it. Returns the exit status: 2 for a configuration that cannot be run, 1 for a run that
-    cannot go on, 75 for one that was asked to leave before its end."""
+    cannot go on, 75 for one that was asked to leave before its end, 130 after Ctrl-C."""
     arguments = command_line().parse_args()
     is_first = os.environ.get("RANK", "0") == "0"
     quieten_libraries()
-
-    from megatron_srpo.config import ConfigError
-    from megatron_srpo.files import FileError
-
     try:
+        from megatron_srpo.config import ConfigError
+        from megatron_srpo.files import FileError
+
         status = run(arguments, is_first)
+    except KeyboardInterrupt:  # before the others, which may not be imported yet
+        if is_first:
+            print("interrupted", file=sys.stderr)
+        status = 130
     except (ConfigError, FileError) as error:
         if is_first:
             kind = "configuration error: " if isinstance(error, ConfigError) else "error: "
@@ -34,7 +38,7 @@ def main() -> int:
         else:  # every rank finds the same error; torchrun ends all of them when one leaves, so let the first speak before
             time.sleep(5)
         status = 2
-    except (Exception, KeyboardInterrupt):
+    except Exception:
         if not _is_among_others():
             raise
         sys.excepthook(*sys.exc_info())
@@ -64,10 +68,10 @@ def command_line() -> argparse.ArgumentParser:
     for name, text in by_configuration.items():
         command = commands.add_parser(name, help=text)
         command.add_argument("config", type=Path, help="YAML file, see examples/")
-        command.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+        command.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace the file's")
     command = commands.add_parser("plan", help="memory, time and traffic of a configuration, and better layouts; reads no weights")
     command.add_argument("config", type=Path)
-    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="before the options")
+    command.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="before the options")
     add_arguments(command)
     command = commands.add_parser("compare", help="compare evaluations with the first one, by a paired bootstrap over questions")
     command.add_argument("results", nargs="+", type=Path, metavar="DIR", help="folders that eval has written, two or more")
@@ -81,7 +85,7 @@ def command_line() -> argparse.ArgumentParser:
     command = commands.add_parser("config", help="print every key of the configuration, or check a file")
     command.add_argument("--check", type=Path, metavar="FILE", help="find what is wrong with it, without starting anything")
     command.add_argument("--processes", type=int, help="that the run will have; default: as few as its layout needs")
-    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="with --check: settings that replace the file's")
+    command.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="with --check: replace the file's")
     return parser
 
 
@@ -109,6 +113,11 @@ def run(arguments: argparse.Namespace, is_first: bool) -> int:
         return {"train": train_model, "sample": sample_batches, "eval": evaluate_model}[arguments.command](config, is_first)
     except EngineFailed as error:  # which can happen to any rank alone
         print(f"stopped: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"stopped: logging.dir: {config.logging.dir}: {error.strerror}; make room and give the command again", file=sys.stderr)
         return 1
 
 
@@ -162,10 +171,14 @@ def compare_results(directories: list[Path]) -> int:
 
 def report_runs(runs: list[Path], output: Path | None) -> int:
     """The report command. Returns the exit status."""
+    from megatron_srpo.files import FileError
     from megatron_srpo.observe.report import write_report
 
     output = output or runs[0] / "report.html"
-    write_report(runs, output)
+    try:
+        write_report(runs, output)
+    except OSError as error:
+        raise FileError(f"{output}: cannot be written: {error.strerror}") from None
     print(f"report: {output}  ({output.stat().st_size / 1e6:.1f} MB)")
     return 0
 
@@ -182,9 +195,12 @@ def inspect_run(run: Path, step: int, sample: int | None) -> int:
 
 def explain_config(file: Path | None, overrides: list[str], processes: int | None) -> int:
     """The config command. Returns the exit status."""
+    from megatron_srpo.config import ConfigError
     from megatron_srpo.config_help import check, print_keys
 
     if file is None:
+        if overrides:
+            raise ConfigError(f"config: {overrides[0]!r} needs --check FILE")
         print_keys()
     else:
         print(check(file, overrides, processes))

@@ -46,6 +46,7 @@ def load_config(path: Path, overrides: list[str]) -> Config:
             if not isinstance(node, dict):
                 raise ConfigError(f"override {override!r}: {section} is not a section")
         node[name] = value
+        places = {known: place for known, place in places.items() if not known.startswith(f"{key}.")}
         for depth in range(1, len(sections) + 1):
             places.setdefault(".".join(sections[:depth]), f"override {override!r}")
         places[key] = f"override {override!r}"
@@ -65,15 +66,6 @@ def save_config(config: Config, path: Path) -> None:
 
 def _read_yaml(path: Path) -> tuple[dict, dict[str, str]]:
     """The file's tree and the place ("file:line") of every dotted key. Raises ConfigError for bad YAML or repeated keys."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        root = yaml.compose(text, _Loader)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not valid YAML: {error}") from None
-    if not isinstance(root, yaml.MappingNode):
-        raise ConfigError(f"{path}: expected sections (model:, train:, …) at the top level")
     places: dict[str, str] = {}
 
     def walk(node: yaml.MappingNode, prefix: str) -> None:
@@ -85,8 +77,18 @@ def _read_yaml(path: Path) -> tuple[dict, dict[str, str]]:
             if isinstance(value_node, yaml.MappingNode):
                 walk(value_node, f"{key}.")
 
-    walk(root, "")
-    tree = yaml.load(text, _Loader)
+    try:
+        text = path.read_text(encoding="utf-8")
+        root, tree = yaml.compose(text, _Loader), yaml.load(text, _Loader)
+        if not isinstance(root, yaml.MappingNode):
+            raise ConfigError(f"{path}: expected sections (model:, train:, …) at the top level")
+        walk(root, "")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: is nested without end: an alias (*name) stands inside what it names") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not valid YAML: {error}") from None
     return {key: {} if value is None and key in Config.model_fields else value for key, value in tree.items()}, places
 
 
@@ -96,11 +98,12 @@ def _explain(problem: dict, path: Path, places: dict[str, str]) -> str:
     if location[:1] == ["algorithm"] and len(location) > 1:  # pydantic inserts the union's tag
         location = ["algorithm", *location[2:]]
     key = ".".join(location)
-    place = places.get(key) or places.get(location[0] if location else "", str(path))
     message = problem["msg"].removeprefix("Value error, ")
-    if message.split(": ")[0] in places:  # a check over several keys names the one to change
-        key, message = message.split(": ", 1)
-        place = places[key]
+    name, _, rest = message.partition(": ")
+    for named in (name, f"{key}.{name}"):  # a check over several keys names the one to change, in its section or whole
+        if named in places:
+            key, message = named, rest
+    place = next((places[nearest] for nearest in _and_above(key) if nearest in places), str(path))
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(location[-1], known := _known_names(location[:-1], problem), n=1)
         message = "unknown key; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}")
@@ -115,6 +118,11 @@ def _explain(problem: dict, path: Path, places: dict[str, str]) -> str:
     elif problem["type"] != "value_error":
         message = f"{message}, not {problem['input']!r}"
     return f"{place}: {key}: {message}" if key else f"{place}: {message}"
+
+
+def _and_above(key: str) -> list[str]:
+    """A dotted key and the sections it is in, the innermost first."""
+    return [key, *(key[:end] for end in range(len(key) - 1, 0, -1) if key[end] == ".")]
 
 
 def _algorithms() -> tuple[type[BaseModel], ...]:

@@ -18,7 +18,7 @@ from megatron_srpo.algorithm.grpo import GRPO
 from megatron_srpo.algorithm.sdpo import SDPO
 from megatron_srpo.algorithm.settings import Algorithm
 from megatron_srpo.algorithm.srpo import SRPO
-from megatron_srpo.config import Config
+from megatron_srpo.config import Config, ConfigError
 from megatron_srpo.config_file import load_config
 
 # Where the papers say it: SRPO = arXiv 2604.02288, SDPO = arXiv 2601.20802.
@@ -67,14 +67,20 @@ class Key(NamedTuple):
 def keys() -> Iterator[Key]:
     """Every key, in the order of the sections."""
     for section, field in Config.model_fields.items():
-        model = field.annotation
-        if section == "algorithm":
-            yield from _algorithm_keys()
-        elif isinstance(model, type) and issubclass(model, BaseModel):
-            for name, inner in model.model_fields.items():
-                yield _key(f"{section}.{name}", inner, _default(inner), inner.description)
-        else:
-            yield _key(section, field, _default(field), field.description)
+        yield from _algorithm_keys() if section == "algorithm" else _keys_of(section, field)
+
+
+def _keys_of(name: str, field: FieldInfo) -> Iterator[Key]:
+    """The key itself, or, of a section, the keys in it."""
+    if not _is_section(field.annotation):
+        yield _key(name, field, _default(field), field.description)
+        return
+    for inner, inner_field in field.annotation.model_fields.items():
+        yield from _keys_of(f"{name}.{inner}", inner_field)
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _algorithm_keys() -> Iterator[Key]:
@@ -120,6 +126,8 @@ def type_name(annotation: Any) -> str:
         return f"list of {type_name(arguments[0])}"
     if origin is dict:
         return "mapping"
+    if _is_section(annotation):
+        return f"{{{', '.join(annotation.model_fields)}}}"
     if arguments:  # Annotated
         return type_name(arguments[0])
     names = {int: "integer", float: "number", str: "text", bool: "true | false", Path: "path"}
@@ -137,7 +145,8 @@ def print_keys() -> None:
         if section != before:
             console.print(Text(f"\n{section}", style="bold"))
             before = section
-        line = Text.assemble("  ", (key.name, "cyan"), f"  {key.type}  ", (f"[{key.default}]", "green"))
+        default = key.default if key.default.startswith("[") else f"[{key.default}]"
+        line = Text.assemble("  ", (key.name, "cyan"), f"  {key.type}  ", (default, "green"))
         console.print(line, soft_wrap=True)
         meaning = f"{key.help}{f'  ({key.paper})' if key.paper else ''}"
         if meaning:
@@ -151,6 +160,8 @@ def check(path: Path, overrides: list[str], processes: int | None) -> str:
     """
     from megatron_srpo.preflight import preflight
 
+    if processes is not None and processes < 1:
+        raise ConfigError(f"--processes: {processes}; expected 1 or more")
     config = load_config(path, overrides)
     parallel = config.parallel
     experts = parallel.expert_tensor_size * parallel.expert_model_parallel_size * parallel.pipeline_model_parallel_size

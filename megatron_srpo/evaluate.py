@@ -14,6 +14,7 @@ import yaml
 from safetensors import safe_open
 from torch import Tensor
 
+from megatron_srpo.checkpoint.resume import check_writable
 from megatron_srpo.checkpoint.weights import RunTensors, is_of_a_run
 from megatron_srpo.config import Config, ConfigError, EvaluationSection, ParallelSection
 from megatron_srpo.config_file import load_config, save_config
@@ -208,6 +209,7 @@ def stored_weights(config: Config, folder: HFFolder) -> Iterator[tuple[str, Tens
 def _open_folder(config: Config) -> None:
     """Make the result folder, or find it made by the same command. Raises ConfigError otherwise."""
     directory, file = config.logging.dir, config.logging.dir / "config.yaml"
+    check_writable(directory)
     if (directory / "metrics.jsonl").exists():
         raise ConfigError(f"logging.dir: {directory.resolve()} holds a training run; name another folder for the evaluation")
     if file.exists():

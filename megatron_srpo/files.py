@@ -115,11 +115,15 @@ def sync(path: Path) -> None:
 def write_text(file: Path, text: str) -> None:
     """Write a small file so that it appears whole or not at all."""
     partial = file.with_name(f".{file.name}.partial")
-    with partial.open("w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    partial.replace(file)
+    try:
+        with partial.open("w", encoding="utf-8") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+        partial.replace(file)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def append_line(file: Path, line: str) -> None:

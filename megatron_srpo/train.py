@@ -226,7 +226,7 @@ class _Run:
     def _guard(self, step: int, gap: float) -> None:
         """Trainer and engine must agree on what was sampled; what is replayed, another policy may have made."""
         settings = self.config.rollout
-        if settings.replay is None and settings.logprob_gap_stop is not None and gap >= settings.logprob_gap_stop:
+        if settings.replay is None and settings.logprob_gap_stop is not None and not gap < settings.logprob_gap_stop:
             what = f"step {step}: trainer's and engine's log-probabilities are {gap:.3g} nats a token apart"
             raise TrainingStopped(f"{what} (rollout.logprob_gap_stop); does the engine have the published weights?")
 

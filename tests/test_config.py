@@ -240,14 +240,14 @@ def test_wrong_value_in_the_file_names_the_line(message_of):
 @pytest.mark.parametrize(
     "overrides, section, named",
     [
-        (["parallel.sequence_parallel=true"], "parallel", ["sequence_parallel", "tensor_model_parallel_size"]),
+        (["parallel.sequence_parallel=true"], "parallel.sequence_parallel", ["true needs tensor_model_parallel_size"]),
         (["parallel.expert_tensor_parallel_size=2"], "parallel", ["expert_tensor_parallel_size", "expert_model_parallel_size > 1"]),
         (
             ["parallel.virtual_pipeline_model_parallel_size=2"],
             "parallel",
             ["virtual_pipeline_model_parallel_size", "pipeline_model_parallel_size > 1"],
         ),
-        (["evaluation.temperature=0"], "evaluation", ["greedy", "samples: 1"]),
+        (["evaluation.temperature=0"], "evaluation.temperature", ["greedy", "samples: 1"]),
         (["rollout.overlap=1", "rollout.over_sampling=2"], "rollout.max_staleness", ["two versions old", "set 2"]),
         (["rollout.samples_per_prompt=1"], "rollout.samples_per_prompt", ["srpo", "at least 2"]),
         (["rollout.samples_per_prompt=1", "algorithm.name=grpo"], "rollout.samples_per_prompt", ["grpo", "at least 2"]),
@@ -301,16 +301,16 @@ def test_contradictions_name_their_place(message_of, text, override, place):
     "text, expected",
     [
         ("task: {nmae: addition}\n", "config.yaml:7: task.nmae: unknown key; did you mean name?"),
-        ("task:\n  mixture: [{nmae: addition}]\n", "config.yaml:7: task.mixture.0.nmae: unknown key; did you mean name?"),
+        ("task:\n  mixture: [{nmae: addition}]\n", "config.yaml:8: task.mixture.0.nmae: unknown key; did you mean name?"),
         ("task:\n  name: x\n  mixture: [addition]\n", "config.yaml:9: task.mixture: beside it stands task.name"),
         ("task:\n  mixture: [addition, addition]\n", "config.yaml:8: task.mixture: two tasks are called addition"),
         ("task:\n  mixture: []\n", "config.yaml:8: task.mixture: List should have at least 1 item"),
-        ("task:\n  mixture: [{name: addition, weight: 0}]\n", "config.yaml:7: task.mixture.0.weight: Input should be greater than 0"),
+        ("task:\n  mixture: [{name: addition, weight: 0}]\n", "config.yaml:8: task.mixture.0.weight: Input should be greater than 0"),
         ("task:\n  weight: 2\n", "config.yaml:8: task.weight: says a task's share of task.mixture, but there is no mixture"),
         ("task:\n  name: a b\n", "config.yaml:8: task.name: String should match"),
         ("task:\n  rule: lax\n", "config.yaml:8: task.rule: Input should be 'paper' or 'strict'"),
-        ("evaluation:\n  tasks: [{weigt: 1}]\n", "config.yaml:7: evaluation.tasks.0.weigt: unknown key; did you mean weight?"),
-        ("evaluation:\n  splits: [train]\n", "config.yaml:7: evaluation.splits.0: Input should be 'test' or 'validation'"),
+        ("evaluation:\n  tasks: [{weigt: 1}]\n", "config.yaml:8: evaluation.tasks.0.weigt: unknown key; did you mean weight?"),
+        ("evaluation:\n  splits: [train]\n", "config.yaml:8: evaluation.splits.0: Input should be 'test' or 'validation'"),
     ],
 )
 def test_wrong_tasks(message_of, text, expected):
@@ -350,6 +350,11 @@ def test_folder_instead_of_file(tmp_path):
 @pytest.mark.parametrize("text", ["train: [1, 2\n", "train:\n\tsteps: 1\n", "a: b: c\n", "train: @x\n"])
 def test_not_yaml(message_of, text):
     assert message_of(text).startswith("config.yaml: is not valid YAML: ")
+
+
+@pytest.mark.parametrize("text", ["model: &m\n  hf_path: *m\n", "train: &t {<<: *t}\n", "? [a, b]\n: 1\n"])
+def test_yaml_that_is_no_tree(message_of, text):
+    assert message_of(text).startswith(("config.yaml: is not valid YAML: ", "config.yaml: is nested without end"))
 
 
 def test_not_utf8(tmp_path):
@@ -430,6 +435,19 @@ def test_override_into_an_absent_section(config_of):
 )
 def test_bad_overrides(message_of, override, expected):
     assert expected in message_of(GOOD, override)
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        ("logging.profile_steps=[3]", "override 'logging.profile_steps=[3]': logging.profile_steps.1: is required"),
+        ("logging.profile_steps=[3, 1]", "override 'logging.profile_steps=[3, 1]': logging.profile_steps: [3, 1]: expected"),
+        ("logging={dur: x}", "override 'logging={dur: x}': logging.dur: unknown key"),
+    ],
+)
+def test_an_override_is_named_before_the_files_section(message_of, override, expected):
+    """The file has the section, but not this value."""
+    assert any(line.startswith(expected) for line in message_of(GOOD, override).splitlines())
 
 
 def test_unknown_section_by_override_names_the_override(message_of):

@@ -88,8 +88,7 @@ def test_a_command_cut_off_goes_on(evaluation, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(evaluate.Answers, "append", cut)
-    with pytest.raises(KeyboardInterrupt):
-        evaluation(tmp_path / "cut", *small)
+    assert evaluation(tmp_path / "cut", *small)[0] == 130
     assert not (tmp_path / "cut/result.json").exists()
     assert evaluation(tmp_path / "cut", *small, "rollout.batch_size=5")[0] == 0
     assert sum(appended[2:]) == 3  # three of six were answered, the fourth's last line was cut: what is answered is not asked again
@@ -107,6 +106,9 @@ def test_another_evaluation_in_the_same_folder_is_refused(evaluation, command, t
     before = (folder / "result.json").read_text()
     status, _, error = evaluation(folder, "evaluation.greedy=false", "evaluation.prompts=2", "evaluation.top_p=0.5")
     assert status == 2 and "holds an evaluation with other settings (evaluation)" in error
+    for name in ("train", "sample"):
+        status, _, error = command(name, ROOT / "examples/quickstart/config.yaml", f"hf_path={START}", f"logging.dir={folder}")
+        assert status == 2 and "holds an evaluation; name another folder" in error
     assert (folder / "result.json").read_text() == before
     (tmp_path / "metrics.jsonl").write_text("")
     status, _, error = evaluation(tmp_path)

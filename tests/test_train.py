@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
+import signal
 import sys
 from pathlib import Path
 
@@ -91,6 +94,36 @@ def test_a_folder_that_holds_a_run_is_not_written_to(command, tmp_path):
     status, error = command(f"logging.dir={tmp_path}")
     assert status == 2 and "already holds a run (metrics.jsonl)" in error
     assert (tmp_path / "metrics.jsonl").read_text() == "precious"
+
+
+@pytest.mark.parametrize(("folder", "said"), [("file/sub", "file is not a folder"), ("locked/run", "locked cannot be written to")])
+def test_a_run_folder_that_cannot_be_made(command, tmp_path, monkeypatch, folder, said):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "locked").mkdir(mode=0o500)
+    access = os.access  # root may write everywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: access(path, mode) and path.name != "locked")
+    status, error = command(f"logging.dir={tmp_path / folder}")
+    assert status == 2 and error.startswith("configuration error: logging.dir: ") and said in error
+
+
+def test_a_full_disk_ends_the_run_with_a_line(start, command, tmp_path):
+    """Files may grow to 20 kB: no step's dump fits."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        status, error = command(f"rollout.replay={start[0] / 'rollouts'}", f"logging.dir={tmp_path / 'run'}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert status == 1 and error == f"stopped: logging.dir: {tmp_path / 'run'}: File too large; make room and give the command again\n"
+
+
+def test_an_interrupted_command_says_so_in_a_line(command, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megatron_srpo.train.preflight", interrupt)
+    assert command() == (130, "interrupted\n")
 
 
 def test_too_few_replayed_steps(start, command, tmp_path):

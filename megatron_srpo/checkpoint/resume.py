@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,8 +48,9 @@ def package_versions() -> dict[str, str]:
 def check_run_folder(config: Config, architecture: Architecture) -> None:
     """Raises ConfigError when the run folder cannot take this run: it holds another one, or may not be gone on with."""
     directory = config.logging.dir
-    if directory.exists() and not directory.is_dir():
-        raise ConfigError(f"logging.dir: {directory.resolve()} is not a folder")
+    check_writable(directory)
+    if (directory / "samples").exists():
+        raise ConfigError(f"logging.dir: {directory.resolve()} holds an evaluation; name another folder for the run")
     held = [name for name in ("metrics.jsonl", "rollouts", "checkpoints", "hf", "hf.partial") if (directory / name).exists()]
     if not held:
         return
@@ -56,6 +58,8 @@ def check_run_folder(config: Config, architecture: Architecture) -> None:
     if config.resume.mode == "never":
         raise ConfigError(f"{what}; name another folder, or set resume: auto to go on with it")
     has_checkpoint = bool(folders.steps(directory / "checkpoints"))
+    if _was_only_sampled(directory):
+        raise ConfigError(f"{what} of the sample command; name another folder (and train on its samples by rollout.replay)")
     if not has_checkpoint and ("hf" in held or not config.checkpoint.save_interval):
         raise ConfigError(f"{what} without a checkpoint to go on from; name another folder")
     before, source = _configuration_of(directory, what)
@@ -68,6 +72,23 @@ def check_run_folder(config: Config, architecture: Architecture) -> None:
         )
     for step in folders.steps(directory / "checkpoints")[:1]:
         _check_model(folders.folder_of(directory / "checkpoints", step), architecture)
+
+
+def check_writable(directory: Path) -> None:
+    """Raises ConfigError when the folder `logging.dir` can be neither made nor written to."""
+    above = directory.absolute()
+    place = next(path for path in (above, *above.parents) if os.path.lexists(path))
+    if not place.is_dir():
+        raise ConfigError(f"logging.dir: {place} is not a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"logging.dir: {place} cannot be written to")
+
+
+def _was_only_sampled(directory: Path) -> bool:
+    """Whether the folder's steps were sampled and not trained."""
+    file = directory / "metrics.jsonl"
+    lines = file.read_bytes().split(b"\n") if file.is_file() else []
+    return any(b'"pass_rate":' in line for line in lines) and not any(b'"loss":' in line for line in lines)
 
 
 def _configuration_of(directory: Path, what: str) -> tuple[dict[str, Any], Path]:

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 
 from megatron_srpo.config import ConfigError
@@ -261,6 +262,9 @@ class HFFolder:
         return tuple(sorted(ids))
 
     def encode(self, messages: list[dict[str, str]], enable_thinking: bool = False) -> list[int]:
-        """Token ids of chat messages with the assistant's generation header."""
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking)
+        """Token ids of chat messages with the assistant's generation header. Raises ConfigError when the template refuses them."""
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking)
+        except TemplateError as error:
+            raise ConfigError(f"model.hf_path: {self.path}: the chat template cannot be applied: {error}") from None
         return self.tokenizer(text, add_special_tokens=False).input_ids

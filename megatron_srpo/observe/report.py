@@ -134,7 +134,11 @@ def _add_samples(data: dict[str, Any], run: RunFolder, number: int, name: str, l
     for step, rows in sorted(chosen, key=lambda pair: pair[0]):
         values = read_tokens(run.path, step)
         for place, row in enumerate(rows):
-            sample = _sample(row, place, values, data["prompts"], prompts)
+            try:
+                sample = _sample(row, place, values, data["prompts"], prompts)
+            except (KeyError, TypeError) as error:
+                run.problems.append(f"{name}: step {step}, sample {place}: is no sample as runs dump them and left out: {error!r}")
+                continue
             data["samples"].append({"run": number, "step": step, **sample})
     if len(chosen) < len(steps):
         data["notes"].append(f"{name}: the samples of {len(chosen)} of {len(steps)} steps are in this page; all are in its rollouts/.")

@@ -24,8 +24,8 @@ def plan(config: Config, options: argparse.Namespace) -> int:
         raise ConfigError(f"--gpus: {options.gpus}; expected 1 or more")
     machine, workload = _machine(options), _workload(config, options)
     architecture, console = HFFolder(config.model.hf_path).architecture, Console()
-    console.print(_title(architecture, config, machine, options.gpus, workload))
     own = plan_for(architecture, config, machine, options.gpus, workload)
+    console.print(_title(architecture, config, machine, options.gpus, workload))
     console.print(_memory_table(own, machine), _step_table(own, architecture, machine, workload))
     problem = own.problem(machine)
     console.print(f"[bold red]does not fit: {problem}" if problem else "[bold green]fits")
@@ -45,14 +45,16 @@ def _machine(options: argparse.Namespace) -> Machine:
         raise ConfigError(f"--machine: {options.machine!r}; expected one of {', '.join(MACHINES)}")
     machine = MACHINES[options.machine]
     given = {
-        "memory": options.gpu_memory and options.gpu_memory * 1e9,
-        "peak": options.peak_tflops and options.peak_tflops * 1e12,
-        "mfu": options.mfu,
+        "memory": ("--gpu-memory", options.gpu_memory, 1e9),
+        "peak": ("--peak-tflops", options.peak_tflops, 1e12),
+        "mfu": ("--mfu", options.mfu, 1.0),
     }
-    for name, value in given.items():
-        if value is not None and value <= 0:
-            raise ConfigError(f"plan: {name}: expected more than 0")
-    return machine._replace(**{name: value for name, value in given.items() if value is not None})
+    for option, value, _ in given.values():
+        if value is not None and not value > 0:
+            raise ConfigError(f"{option}: {value:g}; expected more than 0")
+    if options.mfu is not None and options.mfu > 1:
+        raise ConfigError(f"--mfu: {options.mfu:g}; expected a share, at most 1")
+    return machine._replace(**{name: value * unit for name, (_, value, unit) in given.items() if value is not None})
 
 
 def _workload(config: Config, options: argparse.Namespace) -> Workload:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.progress import beat
-from megatron_srpo.rollout.engine import Completion, Finished, Request, Sampling
+from megatron_srpo.rollout.engine import Completion, EngineFailed, Finished, Request, Sampling
 
 
 class TransformersEngine:
@@ -42,7 +42,7 @@ class TransformersEngine:
     def generate(self, requests: Sequence[Request], sampling: Sampling, finished: Finished) -> None:
         """See `Engine.generate`. Prompts of like length are batched together; the results do not depend on it.
 
-        "Enough" is heard between batches.
+        "Enough" is heard between batches. Raises EngineFailed for a model that gives NaN.
         """
         order = sorted(range(len(requests)), key=lambda number: _length(requests[number]))
         is_enough = False
@@ -85,6 +85,8 @@ class TransformersEngine:
                 keep = going.nonzero()[:, 0]
                 cache.batch_select_indices(keep)
                 live, ids, mask, positions = live[keep], ids[keep], mask[keep], positions[keep]
+        if logprobs.isnan().any():
+            raise EngineFailed(f"the model of weight version {self.version} gives no numbers (NaN): are its weights damaged?")
         return [self._completion(*row, sampling) for row in zip(requests, tokens.tolist(), logprobs.tolist(), strict=True)]
 
     def _completion(self, request: Request, tokens: list[int], logprobs: list[float], sampling: Sampling) -> Completion:

@@ -66,7 +66,7 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8"))
+                row = json.loads(line.decode("utf-8").rstrip())
             except UnicodeDecodeError as error:
                 raise ConfigError(f"{where}: byte {error.start + 1} is not UTF-8; expected a UTF-8 file") from None
             except (ValueError, RecursionError) as error:
@@ -80,9 +80,12 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def write_questions(rows: Iterable[dict[str, Any]], path: Path) -> None:
-    """Write rows that `read_questions` reads; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    """Write rows that `read_questions` reads; the file appears whole or not at all. Raises ConfigError when it cannot."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def _question(row: dict[str, Any], number: int, where: str, phrase: Callable[[str], str]) -> Question:

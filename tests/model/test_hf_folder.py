@@ -393,6 +393,12 @@ def test_no_chat_template(tied):
     assert "chat template" in refusal(lambda: HFFolder(tied).tokenizer)
 
 
+@pytest.mark.parametrize("template", ["{% if %}", "{{ raise_exception('no system messages') }}"])
+def test_chat_template_that_cannot_be_applied(tied, template):
+    (tied / "chat_template.jinja").write_text(template)
+    assert "the chat template cannot be applied" in refusal(lambda: HFFolder(tied).encode([{"role": "user", "content": "x"}]))
+
+
 def test_no_end_of_sequence_token(tied):
     edit_json(tied / "tokenizer_config.json", eos_token=None)
     assert "end-of-sequence" in refusal(lambda: HFFolder(tied).tokenizer)

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from small_run import QUICKSTART, small_config, small_run
 
-from megatron_srpo.config import Config, ConfigError
+from megatron_srpo.config import Config, ConfigError, SGLangSection
 from megatron_srpo.config_help import PAPER, check, keys
 from megatron_srpo.observe.inspect import inspect, visible
 from megatron_srpo.observe.tokens import read_tokens
@@ -72,12 +72,17 @@ def test_what_was_sampled_can_be_trained_on(run, tmp_path):
     assert [first[key] for key in ("loss", "grad_norm", "pass_rate")] == [trained[key] for key in ("loss", "grad_norm", "pass_rate")]
     with pytest.raises(ConfigError, match="already holds a run"):
         sample(small_config(tmp_path / "sampled"))
+    with pytest.raises(ConfigError, match="of the sample command; name another folder"):
+        small_run(tmp_path / "sampled")
 
 
 def test_config_explains_every_key():
     found = {key.name: key for key in keys()}
     sections = {name: field.annotation for name, field in Config.model_fields.items() if hasattr(field.annotation, "model_fields")}
-    assert {f"{section}.{name}" for section, model in sections.items() for name in model.model_fields} <= set(found)
+    sections["rollout.sglang"] = SGLangSection
+    every = {f"{section}.{name}" for section, model in sections.items() for name in model.model_fields}
+    assert every - {"rollout.sglang"} <= set(found) and "rollout.sglang" not in found
+    assert found["task.mixture"].type.startswith("list of {name, path, verifier, ")
     assert set(PAPER) <= set(found)
     assert found["algorithm.lr"].default == "srpo: 5e-06, grpo: 1e-06, sdpo: 1e-05, advantage_mix: 5e-06"
     assert found["rollout.top_p"][1:3] == ("number", "1.0") and found["train.steps"].default == "required"
@@ -94,6 +99,8 @@ def test_check_finds_what_a_run_would(tmp_path, monkeypatch):
     for wrong, message in (("teacher.kind=frosen", "teacher.kind"), ("rollout.max_prompt_tokens=5", "raise it")):
         with pytest.raises(ConfigError, match=message):
             check(QUICKSTART / "config.yaml", [*overrides, wrong], None)
+    with pytest.raises(ConfigError, match="--processes: 0; expected 1 or more"):
+        check(QUICKSTART / "config.yaml", overrides, 0)
     with pytest.raises(ConfigError, match="does not divide the 3 processes"):
         check(QUICKSTART / "config.yaml", [*overrides, "parallel.tensor_model_parallel_size=2"], 3)
 

@@ -209,6 +209,15 @@ def test_a_cut_off_run_is_read_to_its_last_whole_line(folders):
     assert len(data["notes"]) == 2 and all("not readable and left out" in note for note in data["notes"])
 
 
+def test_a_row_that_is_no_sample_is_left_out(folders, tmp_path):
+    run = shutil.copytree(folders[0], tmp_path / "run")
+    lines = step_file(run, 2).read_text().splitlines()
+    step_file(run, 2).write_text("\n".join([lines[0].replace('"reward"', '"score"'), *lines[1:]]))
+    data = report_data([run], 10_000)
+    assert len(data["samples"]) == STEPS * PROMPTS * GROUP - 1
+    assert data["notes"] == ["run: step 2, sample 0: is no sample as runs dump them and left out: KeyError('reward')"]
+
+
 def test_fewer_samples_are_whole_steps_and_the_page_says_so(folders):
     data = report_data([folders[0]], 700)
     steps = sorted({one["step"] for one in data["samples"]})

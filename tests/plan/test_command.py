@@ -120,7 +120,8 @@ def test_command(command):
         (["parallel.pipeline_model_parallel_size=2", "--gpus", "3"], "does not divide the 3 processes"),
         (["parallel.expert_model_parallel_size=2"], "the model has no experts"),
         (["--distilled-share", "2"], "expected --distilled-share from 0 to 1"),
-        (["--gpu-memory", "-1"], "memory: expected more than 0"),
+        (["--gpu-memory", "-1"], "--gpu-memory: -1; expected more than 0"),
+        (["--mfu", "40"], "--mfu: 40; expected a share, at most 1"),
     ],
 )
 def test_command_refuses(command, arguments, said):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tiny import make_model, save_folder
 
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.rollout.engine import Request, Sampling
+from megatron_srpo.rollout.engine import EngineFailed, Request, Sampling
 from megatron_srpo.rollout.transformers_engine import TransformersEngine
 
 NEVER = (269,)  # a stop id; the tests below make it improbable, or ask for others
@@ -232,6 +232,14 @@ def test_new_weights_are_sampled_from(engine_of):
     for request, completion in zip(requests, sample(engine, requests, sampling), strict=True):
         assert completion.ids == generate(other, request.prompt_ids, 6, NEVER)
         assert completion.versions == [("8", 0, len(completion.ids))]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_of_nan_is_not_sampled_from(engine_of, hf, temperature):
+    engine = engine_of(4)
+    engine.update_weights([(name, tensor * float("nan")) for name, tensor in hf.named_parameters()], "8")
+    with pytest.raises(EngineFailed, match="weight version 8 gives no numbers"):
+        sample(engine, requests_of(LENGTHS), Sampling(temperature, 1.0, 5, NEVER))
 
 
 @pytest.mark.parametrize(

@@ -254,6 +254,12 @@ def test_a_checkpoint_that_is_none(pristine, tmp_path, capsys):
     assert "metadata.json" in told(capsys)
 
 
+def test_a_teacher_where_there_is_none(pristine, tmp_path, capsys):
+    arguments = ("--checkpoint", pristine / "megatron", "--hf-reference", pristine / "hf", "--output", tmp_path / "out")
+    assert tool("convert_megatron_to_hf", *arguments, "--weights", "teacher") == 2
+    assert "is no training run's folder" in told(capsys)
+
+
 def either_way(direction: str, pristine: Path, output: Path) -> int:
     return there(pristine / "hf", output) if direction == "there" else back(pristine / "megatron", pristine / "hf", output)
 
