@@ -16,7 +16,7 @@ from megatron_srpo.vocab_parallel.shard import VocabShard, wide
 
 Rows = slice | Tensor  # a range of tokens, or their indices
 
-_COLUMN_BLOCK = 8192  # columns of a bf16 matrix upcast at a time where the hardware's products cannot do it (CPU)
+_COLUMN_BLOCK = 8192  # vocabulary columns at a time: of a bf16 matrix upcast on a CPU, of a product added to an fp32 tensor on CUDA
 
 
 class Logits(NamedTuple):
@@ -82,8 +82,13 @@ class Projection(NamedTuple):
         hidden, weight, beta = self.hidden[rows], self.weight[: tile.shape[1]], 1.0 if add else 0.0
         if weight.dtype == tile.dtype:
             torch.addmm(tile, hidden, weight.t(), beta=beta, alpha=scale, out=tile)
+        elif weight.is_cuda and not add:
+            torch.mm(hidden, weight.t(), out_dtype=tile.dtype, out=tile)
+            if scale != 1.0:
+                tile.mul_(scale)
         elif weight.is_cuda:
-            torch.addmm(tile, hidden, weight.t(), out_dtype=tile.dtype, beta=beta, alpha=scale, out=tile)
+            for columns in _column_blocks(tile.shape[1]):
+                _add_product(tile[:, columns], hidden, weight[columns].t(), scale)
         else:
             hidden = hidden.to(tile.dtype)
             for columns in _column_blocks(tile.shape[1]):
@@ -186,11 +191,20 @@ class ProjectionGradient:
         if gradient.dtype == accumulator.dtype:
             accumulator.addmm_(gradient.t(), hidden.to(gradient.dtype))
         else:
-            torch.addmm(accumulator, gradient.t(), hidden, out_dtype=accumulator.dtype, out=accumulator)
+            for columns in _column_blocks(gradient.shape[1]):
+                _add_product(accumulator[columns], gradient[:, columns].t(), hidden)
 
     def results(self) -> tuple[Tensor | None, Tensor | None]:
         """The gradients of the source's tensors, in order; None where the caller's `weight_grad` has it already."""
         return self.hidden_grad, self.weight_grad.to(self.source.weight.dtype) if self.own_weight_grad else None
+
+
+def _add_product(into: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
+    """into += scale · left · right on CUDA: an fp32 product of bf16 matrices, never rounded to bf16.
+
+    Not by `addmm`, which before torch 2.10 refuses an fp32 `self` beside bf16 matrices (pytorch#167931).
+    """
+    into.add_(torch.mm(left, right, out_dtype=into.dtype), alpha=scale)
 
 
 def _column_blocks(width: int):
