@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 
 pytest.importorskip("triton")
 
-from megatron_srpo.vocab_parallel import fused  # noqa: E402
+from megatron_srpo.vocab_parallel import fused, sources  # noqa: E402
 from megatron_srpo.vocab_parallel.cuda import TritonPasses  # noqa: E402
 from megatron_srpo.vocab_parallel.divergence import Divergence  # noqa: E402
 from megatron_srpo.vocab_parallel.exact import ExactKernel  # noqa: E402
@@ -151,9 +151,9 @@ def test_overlapped_collectives(tmp_path):
     assert_close(((loss, hidden_grad, weight_grad), Statistics(*statistics)), expected, FP32)
 
 
-@pytest.fixture
-def products_of_cuda(monkeypatch):
-    """bf16 matrices are multiplied as on CUDA, where `mm` alone gives fp32 results in every torch from 2.8 on."""
+@pytest.fixture(params=["torch 2.9", "torch 2.10"])
+def products_of_cuda(monkeypatch, request):
+    """bf16 matrices are multiplied as on CUDA: fp32 results by `mm`, and, only since torch 2.10, added to fp32 by `addmm`."""
     mm = torch.mm
 
     def mm_of_cuda(left, right, *, out_dtype=None, out=None):
@@ -163,8 +163,17 @@ def products_of_cuda(monkeypatch):
         assert out is None or (out.dtype, out.shape) == (out_dtype, (len(left), right.shape[1]))
         return mm(left.float(), right.float(), out=out)
 
+    def addmm_of_cuda(own, left, right, *, out_dtype, alpha=1.0, out=None):
+        if request.param == "torch 2.9" and own.dtype != right.dtype:
+            raise RuntimeError("self and mat2 must have the same dtype, but got Float and BFloat16")
+        return torch.add(own, mm_of_cuda(left, right, out_dtype=out_dtype), alpha=alpha, out=out)
+
     monkeypatch.setattr(torch, "mm", mm_of_cuda)
+    monkeypatch.setattr(torch, "addmm", addmm_of_cuda)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    sources._addmm_takes_fp32.cache_clear()
+    yield
+    sources._addmm_takes_fp32.cache_clear()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
