@@ -36,6 +36,7 @@ COPY --chown=srpo:srpo megatron_srpo megatron_srpo
 RUN pip install --editable ".[tasks]"
 COPY --chown=srpo:srpo tools tools
 COPY --chown=srpo:srpo examples examples
+COPY --chown=srpo:srpo tests tests
 USER 1000
 ENV SGLANG_PYTHON=/opt/sglang/bin/python
 CMD ["python", "-m", "megatron_srpo", "--help"]

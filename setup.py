@@ -15,7 +15,7 @@ setup(
     packages=find_packages(include=["megatron_srpo", "megatron_srpo.*"]),
     package_data={"megatron_srpo.observe": ["page/*"]},
     install_requires=[
-        "torch>=2.9",
+        "torch>=2.9.0a0",  # NVIDIA's images name theirs so
         "megatron-core>=0.16.1,<0.20",
         "transformers>=5.0",
         "safetensors>=0.5",

@@ -58,14 +58,19 @@ class PackedAttention(MegatronModule):
         return torch.cat(outputs).flatten(1)
 
     def _padded(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
-        """Documents of like length as one batch. Padding stands after each document's end, where causality hides it."""
-        longest = max(lengths)
-        rows = torch.arange(longest, device=query.device)[None]
-        ends = torch.tensor(lengths, device=query.device)[:, None]
-        starts = ends.cumsum(0) - ends
-        index = (starts + rows.minimum(ends - 1)).flatten()  # padding repeats the last token, and is dropped again
-        batch = (tensor[index].unflatten(0, (len(lengths), longest)) for tensor in (query, key, value))
-        return self._attend(*batch)[rows < ends].flatten(1)
+        """Documents of like length as one batch. Padding stands after each document's end, where causality hides it.
+
+        No row is read twice: on CUDA the gradient of an index that repeats is summed one after another.
+        """
+        count, longest = len(lengths), max(lengths)
+        sizes = torch.tensor(lengths)
+        shift = torch.arange(count) * longest - (sizes.cumsum(0) - sizes)  # of each document's rows
+        place = (torch.arange(len(query)) + shift.repeat_interleave(sizes)).to(query.device)
+        batch = (
+            tensor.new_zeros(count * longest, *tensor.shape[1:]).index_copy(0, place, tensor).unflatten(0, (count, longest))
+            for tensor in (query, key, value)
+        )
+        return self._attend(*batch).flatten(0, 1).index_select(0, place).flatten(1)
 
     def _shared(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Context parallel: this rank's two chunks of each document, each against the document's keys up to its end.

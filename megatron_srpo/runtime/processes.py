@@ -26,7 +26,7 @@ def gather_bytes(mine: bytes, device: torch.device, group: dist.ProcessGroup | N
     sizes = torch.zeros(world_size, dtype=torch.long, device=device)
     sizes[dist.get_rank()] = len(mine)
     dist.all_reduce(sizes, group=group)
-    longest = int(sizes.max())
+    longest = max(int(sizes.max()), 1)  # a collective of nothing is not for every backend
     buffer = torch.zeros(longest, dtype=torch.uint8, device=device)
     buffer[: len(mine)] = torch.frombuffer(bytearray(mine or b"\0"), dtype=torch.uint8)[: len(mine)].to(device)
     everything = torch.empty(world_size * longest, dtype=torch.uint8, device=device)

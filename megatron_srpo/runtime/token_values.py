@@ -80,4 +80,4 @@ def _short(values: Tensor) -> list[float]:
 
 
 def _pairs(ids: Tensor, logprobs: Tensor) -> list[list[list[float]]]:
-    return [[list(pair) for pair in zip(i, _short(p), strict=True)] for i, p in zip(ids.tolist(), logprobs, strict=True)]
+    return [[list(pair) for pair in zip(i, _short(p), strict=True)] for i, p in zip(ids.tolist(), logprobs.cpu(), strict=True)]

@@ -6,6 +6,7 @@ A student is `Logits` or a `Projection`; a teacher may also be a `Mixture` of tw
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from megatron_srpo.vocab_parallel.shard import VocabShard, wide
 Rows = slice | Tensor  # a range of tokens, or their indices
 
 _COLUMN_BLOCK = 8192  # columns of a bf16 matrix upcast at a time where the hardware's products cannot do it (CPU)
+_ROW_BLOCK = 2048  # rows of a product made and added at a time where `addmm` cannot do it: few enough for a GPU's cache
 
 
 class Logits(NamedTuple):
@@ -82,8 +84,12 @@ class Projection(NamedTuple):
         hidden, weight, beta = self.hidden[rows], self.weight[: tile.shape[1]], 1.0 if add else 0.0
         if weight.dtype == tile.dtype:
             torch.addmm(tile, hidden, weight.t(), beta=beta, alpha=scale, out=tile)
+        elif weight.is_cuda and not add:
+            torch.mm(hidden, weight.t(), out_dtype=tile.dtype, out=tile)
+            if scale != 1.0:
+                tile.mul_(scale)
         elif weight.is_cuda:
-            torch.addmm(tile, hidden, weight.t(), out_dtype=tile.dtype, beta=beta, alpha=scale, out=tile)
+            _add_product(tile.t(), weight, hidden.t(), scale)
         else:
             hidden = hidden.to(tile.dtype)
             for columns in _column_blocks(tile.shape[1]):
@@ -186,11 +192,32 @@ class ProjectionGradient:
         if gradient.dtype == accumulator.dtype:
             accumulator.addmm_(gradient.t(), hidden.to(gradient.dtype))
         else:
-            torch.addmm(accumulator, gradient.t(), hidden, out_dtype=accumulator.dtype, out=accumulator)
+            _add_product(accumulator, gradient.t(), hidden)
 
     def results(self) -> tuple[Tensor | None, Tensor | None]:
         """The gradients of the source's tensors, in order; None where the caller's `weight_grad` has it already."""
         return self.hidden_grad, self.weight_grad.to(self.source.weight.dtype) if self.own_weight_grad else None
+
+
+def _add_product(into: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
+    """into += scale · left · right on CUDA: an fp32 product of bf16 matrices, never rounded to bf16."""
+    if _addmm_takes_fp32(into.device):
+        torch.addmm(into, left, right, out_dtype=into.dtype, alpha=scale, out=into)
+        return
+    for start in range(0, len(left), _ROW_BLOCK):
+        rows = slice(start, start + _ROW_BLOCK)
+        into[rows].add_(torch.mm(left[rows], right, out_dtype=into.dtype), alpha=scale)
+
+
+@functools.cache
+def _addmm_takes_fp32(device: torch.device) -> bool:
+    """Whether it adds to an fp32 matrix the product of bf16 ones: not before torch 2.10 (pytorch#167931), as NVIDIA's images have it."""
+    one = torch.ones(1, 1, dtype=torch.bfloat16, device=device)
+    try:
+        torch.addmm(one.float(), one, one, out_dtype=torch.float32)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _column_blocks(width: int):

@@ -9,7 +9,7 @@ import torch
 from megatron_srpo.vocab_parallel.divergence import Divergence
 from megatron_srpo.vocab_parallel.fused import fused_objective, kernel_name, score
 from megatron_srpo.vocab_parallel.shard import VocabShard
-from megatron_srpo.vocab_parallel.sources import Projection
+from megatron_srpo.vocab_parallel.sources import Mixture, Projection
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -28,10 +28,12 @@ def inputs(dtype):
     return *(x.to(dtype) for x in (hidden, weight, teacher_hidden, teacher_weight)), targets
 
 
-def run(kind, hidden, weight, teacher_hidden, teacher_weight, targets, **options):
-    """(loss, dHidden, dWeight) and the statistics."""
+def run(kind, hidden, weight, teacher_hidden, teacher_weight, targets, share=0.0, **options):
+    """(loss, dHidden, dWeight) and the statistics. share: of the student's own logits in the teacher's."""
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     teacher = Projection(teacher_hidden, teacher_weight)
+    if share:
+        teacher = Mixture(teacher, Projection(hidden.detach()[:D], weight.detach()), share)
 
     def objective(rows, tile):
         loss = -tile.logprob.sum() - 0.1 * tile.entropy.sum()
@@ -64,6 +66,16 @@ def test_against_float64(kind, dtype, of_values, of_gradients):
     for ours, exact in zip(found[1:], wanted[1:], strict=True):
         assert ours.dtype == dtype and error(ours, exact) < of_gradients
     assert found[2][V:].abs().max() == 0
+
+
+def test_mixed_teacher_and_temperature():
+    """Two products added up in fp32, and logits divided."""
+    given = inputs(torch.bfloat16)
+    options = {"share": 0.25, "temperature": 0.7}
+    found, statistics = run(KINDS[0], *given, tile_tokens=128, **options)
+    wanted, exact_statistics = run(KINDS[0], *(x.double() for x in given[:4]), given[4], **options)
+    assert all(error(ours, exact) < 5e-6 for ours, exact in zip((found[0], *statistics), (wanted[0], *exact_statistics), strict=True))
+    assert all(error(ours, exact) < 1e-2 for ours, exact in zip(found[1:], wanted[1:], strict=True))
 
 
 def test_float64_on_the_gpu_is_float64_on_the_cpu():

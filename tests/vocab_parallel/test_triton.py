@@ -11,13 +11,13 @@ import torch.multiprocessing as mp
 
 pytest.importorskip("triton")
 
-from megatron_srpo.vocab_parallel import fused  # noqa: E402
+from megatron_srpo.vocab_parallel import fused, sources  # noqa: E402
 from megatron_srpo.vocab_parallel.cuda import TritonPasses  # noqa: E402
 from megatron_srpo.vocab_parallel.divergence import Divergence  # noqa: E402
 from megatron_srpo.vocab_parallel.exact import ExactKernel  # noqa: E402
 from megatron_srpo.vocab_parallel.fused import Statistics, fused_objective  # noqa: E402
 from megatron_srpo.vocab_parallel.shard import VocabShard  # noqa: E402
-from megatron_srpo.vocab_parallel.sources import Logits, Projection  # noqa: E402
+from megatron_srpo.vocab_parallel.sources import Logits, Mixture, Projection  # noqa: E402
 from megatron_srpo.vocab_parallel.tail import TailKernel  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))  # the spawned processes find their neighbours too
@@ -149,6 +149,49 @@ def test_overlapped_collectives(tmp_path):
     loss, hidden_grad, weight_grad, *statistics = torch.load(tmp_path / "results", weights_only=True)
     expected = Problem(13, 7, dtype=torch.float32).exact()
     assert_close(((loss, hidden_grad, weight_grad), Statistics(*statistics)), expected, FP32)
+
+
+@pytest.fixture(params=["torch 2.9", "torch 2.10"])
+def products_of_cuda(monkeypatch, request):
+    """bf16 matrices are multiplied as on CUDA: fp32 results by `mm`, and, only since torch 2.10, added to fp32 by `addmm`."""
+    mm = torch.mm
+
+    def mm_of_cuda(left, right, *, out_dtype=None, out=None):
+        if out_dtype is None:
+            return mm(left, right, out=out)
+        assert left.dtype == right.dtype == torch.bfloat16 and out_dtype == torch.float32
+        assert out is None or (out.dtype, out.shape) == (out_dtype, (len(left), right.shape[1]))
+        return mm(left.float(), right.float(), out=out)
+
+    def addmm_of_cuda(own, left, right, *, out_dtype, alpha=1.0, out=None):
+        if request.param == "torch 2.9" and own.dtype != right.dtype:
+            raise RuntimeError("self and mat2 must have the same dtype, but got Float and BFloat16")
+        return torch.add(own, mm_of_cuda(left, right, out_dtype=out_dtype), alpha=alpha, out=out)
+
+    monkeypatch.setattr(torch, "mm", mm_of_cuda)
+    monkeypatch.setattr(torch, "addmm", addmm_of_cuda)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    sources._addmm_takes_fp32.cache_clear()
+    yield
+    sources._addmm_takes_fp32.cache_clear()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_products_of_bf16_matrices(temperature, products_of_cuda):
+    """Over several blocks of vocabulary columns, accumulated over tiles: fp32 results, of which only the gradients are rounded."""
+    problem = Problem(9, 5, 9001, 9008, width=16, dtype=torch.bfloat16)
+    found, expected = problem.fused(temperature=temperature, tile_tokens=4), problem.exact(temperature=temperature)
+    assert_close(found, expected, 0.01)
+    assert_close(((), found[1]), ((), expected[1]), FP32)
+
+
+def test_products_of_a_mixture(products_of_cuda):
+    problem = Problem(9, 9, 9001, 9008, width=16, dtype=torch.bfloat16)
+    pairs = (problem.hidden, problem.weight), (problem.teacher_hidden, problem.teacher_weight)
+    tile = torch.full((9, 9001), torch.nan)
+    Mixture(*(Projection(*pair) for pair in pairs), 0.25).write(slice(0, 9), tile, 0.5)
+    one, other = (hidden.double() @ weight[:9001].double().t() for hidden, weight in pairs)
+    assert relative_error(tile, 0.5 * (0.75 * one + 0.25 * other)) < FP32
 
 
 COMPILE = """
