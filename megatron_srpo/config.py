@@ -416,6 +416,9 @@ class Config(_Section):
             raise ValueError(
                 f"rollout.samples_per_prompt: {self.algorithm.name} compares the samples of a group, so it needs at least 2, not 1"
             )
+        for key in self.resume.override:
+            if not _is_key(self, key):
+                raise ValueError(f"resume.override: {key!r} is no key and no section of the configuration")
         if rollout.overlap > rollout.max_staleness:
             raise ValueError(f"rollout.max_staleness: {rollout.max_staleness}, but rollout.overlap: 1 makes every sample one version old")
         if rollout.overlap and rollout.max_staleness < 2 and (rollout.over_sampling > 1 or rollout.dynamic_filtering):
@@ -429,3 +432,11 @@ class Config(_Section):
                 f" ({self.mini_batch_prompts}; null: one optimizer step per batch)"
             )
         return self
+
+
+def _is_key(section: Any, key: str) -> bool:
+    """Whether `key` (dotted) names something in the section; anything may stand in a mapping."""
+    name, _, rest = key.partition(".")
+    if not isinstance(section, BaseModel):
+        return isinstance(section, dict)
+    return name in type(section).model_fields and (not rest or _is_key(getattr(section, name), rest))

@@ -59,7 +59,7 @@ class DurableFile:
         self._start = self._end = next_offset
 
     def _failure(self, error: OSError) -> FileError:
-        return FileError(f"{self.path}: cannot be written: {error.strerror}; what was written so far is not complete and can be deleted")
+        return FileError(f"{self.path}: cannot be written: {error.strerror}")
 
 
 @contextmanager

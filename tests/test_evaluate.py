@@ -136,7 +136,7 @@ def test_comparison(command, evaluation, tmp_path):
     same, worse = [line.split(" | ") for line in out.splitlines() if line.startswith("| addition | avg@4")]
     assert same[4:] == ["+0.0", "[+0.0, +0.0]", "1.000 |"]
     base = 100 * sum(questions["avg@4"].values()) / 10
-    assert (worse[2], worse[3], worse[4]) == (f"{base:.1f}", "0.0", f"{-base:+.1f}") and worse[6] == "0.000 |"
+    assert (worse[2], worse[3], worse[4]) == (f"{base:.1f}", "0.0", f"{-base:+.1f}") and worse[6] == "< 0.001 |"
     del result["tasks"]["addition"]["questions"]["avg@4"]["addition/test/3"]
     (tmp_path / "b/result.json").write_text(json.dumps(result))
     status, _, error = command("compare", tmp_path / "a", tmp_path / "b")

@@ -137,7 +137,8 @@ def compare(directories: Sequence[Path]) -> str:
                 difference = paired_difference([first for first, _ in pair], [second for _, second in pair])
                 means = [100 * sum(sum(side) / len(side) for side in sides) / len(pair) for sides in zip(*pair, strict=True)]
                 cells = [name, key, f"{means[0]:.1f}", f"{means[1]:.1f}", f"{100 * difference.mean:+.1f}"]
-                lines.append(_row([*cells, f"[{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]", f"{difference.p:.3f}"]))
+                p = f"{difference.p:.3f}" if difference.p >= 0.001 else "< 0.001"
+                lines.append(_row([*cells, f"[{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]", p]))
         lines.append("")
     return "\n".join(lines).rstrip()
 

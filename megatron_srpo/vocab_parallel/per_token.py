@@ -7,7 +7,7 @@ may be bf16, fp32 or float64; a tile of them at a time is fp32 (float64).
 Backward makes every tile's logits a second time, because the gradient of [T] is known only then: with projections that is one
 matrix product more for each side than `fused_objective`, which is told the objective beforehand. Memory beyond inputs, their
 gradients and [T]: the tiles (`fused.MEMORY`, or `memory` bytes), whatever T. Collectives a tile, each way: one all-gather
-of [4, n] fp32, with a teacher of [4, 2, n] and, on the full support, [2, n]; see `divergence.on_tile` for top K.
+of [4, n] fp32, with a teacher of [4, 2, n] and, on the full support, [2, n]; see `tail.TailKernel` for top K.
 
 The gradient to `hidden` is this rank's share, to be summed over the tensor-parallel ranks; to logits and weight it is whole.
 No gradient flows to a teacher. All raise ValueError, on every rank together, as `fused_objective` does. Options of all:
