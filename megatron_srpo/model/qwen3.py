@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.util
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -82,11 +83,31 @@ def check_layout(architecture: Architecture, config: Config) -> None:
 
 
 # Balance within a micro-batch is no sum over tokens; besides, Megatron scales these losses by the tokens that it divides by later.
-_ROUTER_LOSSES = ("moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_z_loss_coeff")
+_SPLIT_DEPENDENT = "is not supported: it would depend on how the batch is split"
+_REFUSED = {
+    **dict.fromkeys(("moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_z_loss_coeff"), f"(router losses) {_SPLIT_DEPENDENT}"),
+    **dict.fromkeys(("hidden_dropout", "attention_dropout"), f"(dropout) {_SPLIT_DEPENDENT}"),
+    # Both would need process groups that `runtime.parallel` does not make.
+    **dict.fromkeys(
+        ("hybrid_context_parallel", "hierarchical_context_parallel_sizes"),
+        "is not supported; parallel.context_parallel_size shares every sequence among as many ranks",
+    ),
+}
 
 
-# Both would need process groups that `runtime.parallel` does not make.
-_CONTEXT_GROUPS = ("hybrid_context_parallel", "hierarchical_context_parallel_sizes")
+def _refusal(key: str, config: Config, derived: Mapping[str, Any]) -> str | None:
+    """Why `megatron.<key>` may not be set, or None."""
+    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=1)
+        return "TransformerConfig has no such field" + (f"; did you mean {near[0]}?" if near else "")
+    if key in derived:
+        return "comes from config.json or another section and cannot be set here"
+    if "cuda_graph" in key:
+        return "Megatron's CUDA graphs take no packed sequences, and rows of thousands of tokens need none"
+    if key == "cp_comm_type" and not uses_transformer_engine(config):
+        return "is for Transformer Engine's attention; local layers gather keys and values"
+    return _REFUSED.get(key) if config.megatron[key] else None
 
 
 def transformer_config(architecture: Architecture, config: Config) -> TransformerConfig:
@@ -138,21 +159,9 @@ def transformer_config(architecture: Architecture, config: Config) -> Transforme
         batch_p2p_comm=not interleaved,
         moe_token_dispatcher_type="alltoall",
     )
-    known = {field.name for field in dataclasses.fields(TransformerConfig)}
     for key in config.megatron:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            raise ConfigError(f"megatron.{key}: TransformerConfig has no such field" + (f"; did you mean {near[0]}?" if near else ""))
-        if key in _ROUTER_LOSSES:
-            raise ConfigError(f"megatron.{key}: router losses are not supported: they depend on how the batch is split")
-        if "cuda_graph" in key:
-            raise ConfigError(f"megatron.{key}: Megatron's CUDA graphs take no packed sequences, and rows of thousands of tokens need none")
-        if key in _CONTEXT_GROUPS:
-            raise ConfigError(f"megatron.{key}: is not supported; parallel.context_parallel_size shares every sequence among as many ranks")
-        if key == "cp_comm_type" and not uses_transformer_engine(config):
-            raise ConfigError("megatron.cp_comm_type: is for Transformer Engine's attention; local layers gather keys and values")
-        if key in derived:
-            raise ConfigError(f"megatron.{key}: comes from config.json or another section and cannot be set here")
+        if (problem := _refusal(key, config, derived)) is not None:
+            raise ConfigError(f"megatron.{key}: {problem}")
     try:
         return TransformerConfig(**derived, **(chosen | config.megatron))
     except (ValueError, AssertionError, TypeError) as error:

@@ -510,6 +510,7 @@ def test_transformer_config_of_experts(folder_of, renormalised):
         ({"recompute_granularty": "full"}, ["megatron.recompute_granularty", "did you mean recompute_granularity?"]),
         ({"zzzzzz": 1}, ["megatron.zzzzzz", "no such field"]),
         ({"num_layers": 2}, ["megatron.num_layers", "cannot be set here"]),
+        ({"attention_dropout": 0.1}, ["megatron.attention_dropout", "depend on how the batch is split"]),
         ({"tensor_model_parallel_size": 2}, ["megatron.tensor_model_parallel_size", "cannot be set here"]),
         ({"calculate_per_token_loss": False}, ["megatron.calculate_per_token_loss", "cannot be set here"]),
         ({"bf16": True}, ["megatron.bf16", "cannot be set here"]),
