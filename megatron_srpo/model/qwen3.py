@@ -101,13 +101,13 @@ def _refusal(key: str, config: Config, derived: Mapping[str, Any]) -> str | None
     if key not in known:
         near = difflib.get_close_matches(key, known, n=1)
         return "TransformerConfig has no such field" + (f"; did you mean {near[0]}?" if near else "")
-    if key in derived:
-        return "comes from config.json or another section and cannot be set here"
     if "cuda_graph" in key:
         return "Megatron's CUDA graphs take no packed sequences, and rows of thousands of tokens need none"
     if key == "cp_comm_type" and not uses_transformer_engine(config):
         return "is for Transformer Engine's attention; local layers gather keys and values"
-    return _REFUSED.get(key) if config.megatron[key] else None
+    if key in _REFUSED and config.megatron[key]:
+        return _REFUSED[key]
+    return "comes from config.json or another section and cannot be set here" if key in derived else None
 
 
 def transformer_config(architecture: Architecture, config: Config) -> TransformerConfig:
