@@ -29,6 +29,9 @@ ROOT = Path(__file__).parents[2]
         (r"\boxed {8}", "8"),
         (r"\boxed{a \boxed{b}}", r"a \boxed{b}"),  # the outermost
         (r"\boxed{1} then \boxed{2", "1"),  # cut off
+        (r"I write it in \boxed{. So \boxed{6}.", "6"),  # never closed
+        (r"\boxed{\frac{3}{4} or rather \boxed{\frac{3}{5}}", r"\frac{3}{5}"),
+        (r"\boxed{a \boxed{b} c \boxed{d}}", r"a \boxed{b} c \boxed{d}"),
         (r"}} \boxed{3} {{", "3"),
         (r"{ \boxed{4} }", "4"),
         (r"\boxed{}", ""),
