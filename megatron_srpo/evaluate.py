@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megatron_srpo.checkpoint.resume import check_writable
-from megatron_srpo.checkpoint.weights import RunTensors, is_of_a_run
+from megatron_srpo.checkpoint.weights import RunTensors, checkpoint_of, is_of_a_run
 from megatron_srpo.config import Config, ConfigError, EvaluationSection, ParallelSection
 from megatron_srpo.config_file import load_config, save_config
 from megatron_srpo.model.hf_folder import HFFolder
@@ -96,11 +96,14 @@ def run_evaluation(config: Config) -> Path:
 
     Returns the result folder (logging.dir). Every sample is appended to samples/, chunk by chunk; the same command goes on where an
     earlier one stopped. At the end result.json and result.md. Raises ConfigError before any work for what cannot be run.
+    Of a run it is the newest checkpoint now: when there is a newer one, the same command is another evaluation.
     """
     folder = HFFolder(config.model.hf_path)
     folder.file_of, folder.tokenizer  # noqa: B018  (both check what they read)
-    if (path := config.evaluation.checkpoint) is not None and not is_of_a_run(path):
-        raise ConfigError(f"evaluation.checkpoint: {path} is neither a run folder with checkpoints nor one of its checkpoints")
+    if (path := config.evaluation.checkpoint) is not None:
+        if not is_of_a_run(path):
+            raise ConfigError(f"evaluation.checkpoint: {path} is neither a run folder with checkpoints nor one of its checkpoints")
+        config = _with_checkpoint(config, checkpoint_of(path))
     tasks = evaluation_tasks(config)
     check_evaluation(config, folder, tasks)
     if rank_from_environment() == 0:
@@ -108,6 +111,9 @@ def run_evaluation(config: Config) -> Path:
         _open_folder(config)
     alone = ParallelSection(distributed_timeout_minutes=config.parallel.distributed_timeout_minutes)  # every process holds an engine
     with joined(alone, config.train.seed) as layout:
+        if path is not None:  # the first rank's: a run that goes on may have saved another meanwhile
+            first = layout.gather_bytes(str(config.evaluation.checkpoint).encode())[0].decode()
+            config = _with_checkpoint(config, Path(first))
         engine = create_engine(config, folder, layout, lambda text: print(text) if layout.rank == 0 else None)
         with closing(engine):
             engine.update_weights(Repeatable(lambda: stored_weights(config, folder)), "0")
@@ -117,6 +123,10 @@ def run_evaluation(config: Config) -> Path:
                 model = str(config.evaluation.checkpoint or config.model.hf_path)
                 write_result(config.logging.dir, result_of(outcomes, model, layout.device.type))
     return config.logging.dir
+
+
+def _with_checkpoint(config: Config, checkpoint: Path) -> Config:
+    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"checkpoint": checkpoint})})
 
 
 def _ask_everything(config: Config, collector: Collector, tasks: Mapping[str, Task]) -> list[Outcome]:

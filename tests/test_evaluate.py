@@ -115,6 +115,21 @@ def test_another_evaluation_in_the_same_folder_is_refused(evaluation, command, t
     assert status == 2 and "holds a training run" in error
 
 
+def test_answers_of_two_checkpoints_are_not_mixed(command, evaluation, tmp_path):
+    """The run went on between two times of the same command: the newest checkpoint is another."""
+    run, short = tmp_path / "run", ["evaluation.greedy=false", "evaluation.prompts=2", f"checkpoint={tmp_path / 'run'}"]
+    config = ROOT / "examples/quickstart/config.yaml"
+    sizes = ["rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "evaluation.every=0", f"logging.dir={run}"]
+    assert command("train", config, *SETTINGS, *sizes, "train.steps=1", "checkpoint.save_interval=1", "checkpoint.keep_last=9")[0] == 0
+    assert evaluation(tmp_path / "a", *short)[0] == 0
+    assert json.loads((tmp_path / "a/result.json").read_text())["model"].endswith("checkpoints/step_000001")
+    assert evaluation(tmp_path / "a", *short)[0] == 0
+    shutil.copytree(run / "checkpoints/step_000001", run / "checkpoints/step_000002")
+    status, _, error = evaluation(tmp_path / "a", *short)
+    assert status == 2 and "holds an evaluation with other settings (evaluation)" in error and "step_000001" in error
+    assert evaluation(tmp_path / "a", *short, f"checkpoint={run / 'checkpoints/step_000001'}")[0] == 0
+
+
 def test_servers_that_are_not_there_are_told_in_a_line(evaluation, tmp_path):
     """Nothing is asked; once they are there, the same command goes on in the same folder."""
     status, _, error = evaluation(tmp_path / "run", "rollout.engine=sglang", "rollout.urls=[http://127.0.0.1:9]")
