@@ -94,7 +94,10 @@ class TaskSource(_Section):
     options: dict[str, Any] = Field(default_factory=dict, description="passed to the reasoning_gym dataset or to your own class")
     weight: float = Field(1.0, gt=0, description="share of the training prompts in a mixture, relative to the other tasks'")
     test_share: float | None = Field(
-        None, ge=0, le=1, description="of one .jsonl file, the questions that are the test; null: a tenth, in evaluation.tasks all (if none is trained on)"
+        None,
+        ge=0,
+        le=1,
+        description="of one .jsonl file, the questions that are the test; null: a tenth, or all in evaluation.tasks if none is trained on",
     )
     validation_share: float = Field(0.0, ge=0, lt=1, description="of the training questions, those held out where no validation.jsonl is")
 
