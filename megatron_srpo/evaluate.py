@@ -106,6 +106,7 @@ def run_evaluation(config: Config) -> Path:
         config = _with_checkpoint(config, checkpoint_of(path))
     tasks = evaluation_tasks(config)
     check_evaluation(config, folder, tasks)
+    _check_files(config, tasks)
     if rank_from_environment() == 0:
         check_engine(config)
         _open_folder(config)
@@ -136,15 +137,34 @@ def _ask_everything(config: Config, collector: Collector, tasks: Mapping[str, Ta
     sampling, greedy = Sampling(settings.temperature, settings.top_p, limit, stops), Sampling(0.0, 1.0, limit, stops)
     for task, split in _parts(tasks, settings):
         label = _label(task, split)
-        file = config.logging.dir / "samples" / f"{label.replace('/', '.')}.jsonl"
+        file, greedy_file = _files(config, task, split)
         sampled = Answers(file, settings.samples, collector.layout)
-        single = Answers(file.with_suffix(".greedy.jsonl"), 1, collector.layout)
+        single = Answers(greedy_file, 1, collector.layout)
         _complete(sampled, collector, task, split, config, sampling)
         if wants_greedy := settings.greedy and settings.temperature > 0:
             _complete(single, collector, task, split, config, greedy)
         if collector.layout.rank == 0:
             outcomes.append(Outcome(label, sampled.read(), sampled.seconds(), single.read() if wants_greedy else None))
     return outcomes
+
+
+def _files(config: Config, task: Task, split: str) -> tuple[Path, Path]:
+    """Where the sampled and the greedy answers are kept."""
+    file = config.logging.dir / "samples" / f"{_label(task, split).replace('/', '.')}.jsonl"
+    return file, file.with_suffix(".greedy.jsonl")
+
+
+def _check_files(config: Config, tasks: Mapping[str, Task]) -> None:
+    """Every task's split has files of its own. Raises ConfigError."""
+    owners: dict[Path, str] = {}
+    for task, split in _parts(tasks, config.evaluation):
+        for file in _files(config, task, split):
+            if file in owners:
+                raise ConfigError(
+                    f"evaluation.tasks: {owners[file]} and {_label(task, split)} would both keep their answers in {file};"
+                    " give one another name"
+                )
+            owners[file] = _label(task, split)
 
 
 def _complete(answers: Answers, collector: Collector, task: Task, split: str, config: Config, sampling: Sampling) -> None:

@@ -130,6 +130,16 @@ def test_answers_of_two_checkpoints_are_not_mixed(command, evaluation, tmp_path)
     assert evaluation(tmp_path / "a", *short, f"checkpoint={run / 'checkpoints/step_000001'}")[0] == 0
 
 
+@pytest.mark.parametrize("name, split", [("own.validation", "[test, validation]"), ("own.greedy", "[test]")])
+def test_tasks_do_not_share_a_file_of_answers(evaluation, tmp_path, name, split):
+    """The second would have found its questions answered, by the first's answers."""
+    own = ROOT / "examples/own_task/backwards.py"
+    tasks = f"evaluation.tasks=[{{path: {own}, name: own}}, {{path: {own}, name: {name}}}]"
+    status, _, error = evaluation(tmp_path / "run", tasks, f"evaluation.splits={split}", "evaluation.prompts=1")
+    assert status == 2 and "would both keep their answers in" in error and name in error
+    assert not (tmp_path / "run").exists()
+
+
 def test_servers_that_are_not_there_are_told_in_a_line(evaluation, tmp_path):
     """Nothing is asked; once they are there, the same command goes on in the same folder."""
     status, _, error = evaluation(tmp_path / "run", "rollout.engine=sglang", "rollout.urls=[http://127.0.0.1:9]")
