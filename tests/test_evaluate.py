@@ -130,6 +130,16 @@ def test_answers_of_two_checkpoints_are_not_mixed(command, evaluation, tmp_path)
     assert evaluation(tmp_path / "a", *short, f"checkpoint={run / 'checkpoints/step_000001'}")[0] == 0
 
 
+def test_a_run_may_go_on_with_another_evaluation(command, tmp_path):
+    """As resume.override lets it by default: the last scores have other names than the first."""
+    sizes = ["rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "evaluation.every=1", "evaluation.prompts=2"]
+    start = ["train", ROOT / "examples/quickstart/config.yaml", *SETTINGS, *sizes, f"logging.dir={tmp_path / 'run'}"]
+    assert command(*start, "train.steps=1", "checkpoint.save_interval=1", "evaluation.samples=2")[0] == 0
+    status, out, error = command(*start, "train.steps=2", "checkpoint.save_interval=1", "evaluation.samples=3")
+    assert status == 0, error
+    assert "addition/avg@3: " in out and (tmp_path / "run/report.html").exists()
+
+
 @pytest.mark.parametrize("name, split", [("own.validation", "[test, validation]"), ("own.greedy", "[test]")])
 def test_tasks_do_not_share_a_file_of_answers(evaluation, tmp_path, name, split):
     """The second would have found its questions answered, by the first's answers."""
