@@ -110,6 +110,7 @@ def run_evaluation(config: Config) -> Path:
     if rank_from_environment() == 0:
         check_engine(config)
         _open_folder(config)
+        _check_answered(config, tasks)
     alone = ParallelSection(distributed_timeout_minutes=config.parallel.distributed_timeout_minutes)  # every process holds an engine
     with joined(alone, config.train.seed) as layout:
         if path is not None:  # the first rank's: a run that goes on may have saved another meanwhile
@@ -252,6 +253,19 @@ def _open_folder(config: Config) -> None:
         return
     directory.mkdir(parents=True, exist_ok=True)
     save_config(config, file)
+
+
+def _check_answered(config: Config, tasks: Mapping[str, Task]) -> None:
+    """What has been answered are the questions asked now: a file of questions may have changed. Raises ConfigError."""
+    for task, split in _parts(tasks, config.evaluation):
+        count = question_count(task, split, config.evaluation)
+        for file, samples in zip(_files(config, task, split), (config.evaluation.samples, 1), strict=True):
+            lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+            for number, line in enumerate(lines[::samples]):
+                then = Sample.model_validate_json(line).prompt
+                now = task.prompt(split, number) if number < count else None
+                if now is None or (then.id, then.messages, then.answer) != (now.id, now.messages, now.answer):
+                    raise ConfigError(f"logging.dir: {file} holds answers to other questions (first: {then.id}); name another folder")
 
 
 def _what_counts(config: Config) -> dict:

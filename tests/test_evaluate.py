@@ -130,6 +130,17 @@ def test_answers_of_two_checkpoints_are_not_mixed(command, evaluation, tmp_path)
     assert evaluation(tmp_path / "a", *short, f"checkpoint={run / 'checkpoints/step_000001'}")[0] == 0
 
 
+def test_answers_to_other_questions_are_not_taken_over(evaluation, words, tmp_path):
+    """The file of questions changed between two times of the same command."""
+    arguments = [tmp_path / "run", f"evaluation.tasks=[{words}]", "evaluation.prompts=3", "evaluation.samples=1", "evaluation.greedy=false"]
+    assert evaluation(*arguments)[0] == 0
+    assert evaluation(*arguments)[0] == 0
+    file = tmp_path / "words.jsonl"
+    file.write_text(file.read_text().replace('"none"', '"some"'))
+    status, _, error = evaluation(*arguments)
+    assert status == 2 and "holds answers to other questions (first: words/test/w0)" in error
+
+
 def test_a_run_may_go_on_with_another_evaluation(command, tmp_path):
     """As resume.override lets it by default: the last scores have other names than the first."""
     sizes = ["rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "evaluation.every=1", "evaluation.prompts=2"]
