@@ -81,6 +81,12 @@ def test_procedural_answers_of_any_depth_are_judged(alarm, dataset, text):
     assert not procedural.verify(answer, f"<answer>{text}</answer>").correct
 
 
+def test_true_is_no_number():
+    answer = json.dumps({"dataset": "number_sorting", "options": {}, "entry": repr({"answer": "['1', '2']"})})
+    judged = [procedural.verify(answer, f"<answer>{text}</answer>").correct for text in ("[1, 2.0]", "['1', 2]", "[true, 2]", "[null, 2]")]
+    assert judged == [True, True, False, False]
+
+
 MB = 1_000_000
 HUGE = {
     "open tags": "<answer>" * (MB // 8),
