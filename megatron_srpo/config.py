@@ -94,7 +94,10 @@ class TaskSource(_Section):
     options: dict[str, Any] = Field(default_factory=dict, description="passed to the reasoning_gym dataset or to your own class")
     weight: float = Field(1.0, gt=0, description="share of the training prompts in a mixture, relative to the other tasks'")
     test_share: float | None = Field(
-        None, ge=0, le=1, description="of one .jsonl file, the questions that are the test; null: a tenth, in evaluation.tasks all"
+        None,
+        ge=0,
+        le=1,
+        description="of one .jsonl file, the questions that are the test; null: a tenth, or all in evaluation.tasks if none is trained on",
     )
     validation_share: float = Field(0.0, ge=0, lt=1, description="of the training questions, those held out where no validation.jsonl is")
 
@@ -396,14 +399,19 @@ class Config(_Section):
 
     @property
     def evaluation_tasks(self) -> tuple[TaskSource, ...]:
-        """What is evaluated; a bare name means the training task of that name, if there is one."""
+        """What is evaluated; a bare name means the training task of that name, if there is one. Questions that are trained on are none:
+        a file or folder that is trained on, too, is divided as it is there, unless shares are given."""
         if self.evaluation.tasks is None:
             return self.task.sources
         trained = {source.name: source for source in self.task.sources}
+        by_path = {source.path.resolve(): source for source in self.task.sources if source.path is not None}
         found = []
         for source in self.evaluation.tasks:
             if source == TaskSource(name=source.name):
                 source = trained.get(source.name, source)
+            elif source.path is not None and (twin := by_path.get(source.path.resolve())):
+                shares = {key: getattr(twin, key) for key in ("test_share", "validation_share") if not getattr(source, key)}
+                source = source.model_copy(update=shares)
             elif source.test_share is None and source.path is not None and source.path.suffix == ".jsonl":
                 source = source.model_copy(update={"test_share": 1.0})  # nothing is trained on it
             found.append(source)

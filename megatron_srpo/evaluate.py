@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megatron_srpo.checkpoint.resume import check_writable
-from megatron_srpo.checkpoint.weights import RunTensors, is_of_a_run
+from megatron_srpo.checkpoint.weights import RunTensors, checkpoint_of, is_of_a_run
 from megatron_srpo.config import Config, ConfigError, EvaluationSection, ParallelSection
 from megatron_srpo.config_file import load_config, save_config
 from megatron_srpo.model.hf_folder import HFFolder
@@ -96,18 +96,26 @@ def run_evaluation(config: Config) -> Path:
 
     Returns the result folder (logging.dir). Every sample is appended to samples/, chunk by chunk; the same command goes on where an
     earlier one stopped. At the end result.json and result.md. Raises ConfigError before any work for what cannot be run.
+    Of a run it is the newest checkpoint now: when there is a newer one, the same command is another evaluation.
     """
     folder = HFFolder(config.model.hf_path)
     folder.file_of, folder.tokenizer  # noqa: B018  (both check what they read)
-    if (path := config.evaluation.checkpoint) is not None and not is_of_a_run(path):
-        raise ConfigError(f"evaluation.checkpoint: {path} is neither a run folder with checkpoints nor one of its checkpoints")
+    if (path := config.evaluation.checkpoint) is not None:
+        if not is_of_a_run(path):
+            raise ConfigError(f"evaluation.checkpoint: {path} is neither a run folder with checkpoints nor one of its checkpoints")
+        config = _with_checkpoint(config, checkpoint_of(path))
     tasks = evaluation_tasks(config)
     check_evaluation(config, folder, tasks)
+    _check_files(config, tasks)
     if rank_from_environment() == 0:
         check_engine(config)
         _open_folder(config)
+        _check_answered(config, tasks)
     alone = ParallelSection(distributed_timeout_minutes=config.parallel.distributed_timeout_minutes)  # every process holds an engine
     with joined(alone, config.train.seed) as layout:
+        if path is not None:  # the first rank's: a run that goes on may have saved another meanwhile
+            first = layout.gather_bytes(str(config.evaluation.checkpoint).encode())[0].decode()
+            config = _with_checkpoint(config, Path(first))
         engine = create_engine(config, folder, layout, lambda text: print(text) if layout.rank == 0 else None)
         with closing(engine):
             engine.update_weights(Repeatable(lambda: stored_weights(config, folder)), "0")
@@ -119,6 +127,10 @@ def run_evaluation(config: Config) -> Path:
     return config.logging.dir
 
 
+def _with_checkpoint(config: Config, checkpoint: Path) -> Config:
+    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"checkpoint": checkpoint})})
+
+
 def _ask_everything(config: Config, collector: Collector, tasks: Mapping[str, Task]) -> list[Outcome]:
     """Sampled and greedy answers to every split of every task. On the first rank, the outcomes; elsewhere nothing."""
     settings, outcomes = config.evaluation, []
@@ -126,15 +138,34 @@ def _ask_everything(config: Config, collector: Collector, tasks: Mapping[str, Ta
     sampling, greedy = Sampling(settings.temperature, settings.top_p, limit, stops), Sampling(0.0, 1.0, limit, stops)
     for task, split in _parts(tasks, settings):
         label = _label(task, split)
-        file = config.logging.dir / "samples" / f"{label.replace('/', '.')}.jsonl"
+        file, greedy_file = _files(config, task, split)
         sampled = Answers(file, settings.samples, collector.layout)
-        single = Answers(file.with_suffix(".greedy.jsonl"), 1, collector.layout)
+        single = Answers(greedy_file, 1, collector.layout)
         _complete(sampled, collector, task, split, config, sampling)
         if wants_greedy := settings.greedy and settings.temperature > 0:
             _complete(single, collector, task, split, config, greedy)
         if collector.layout.rank == 0:
             outcomes.append(Outcome(label, sampled.read(), sampled.seconds(), single.read() if wants_greedy else None))
     return outcomes
+
+
+def _files(config: Config, task: Task, split: str) -> tuple[Path, Path]:
+    """Where the sampled and the greedy answers are kept."""
+    file = config.logging.dir / "samples" / f"{_label(task, split).replace('/', '.')}.jsonl"
+    return file, file.with_suffix(".greedy.jsonl")
+
+
+def _check_files(config: Config, tasks: Mapping[str, Task]) -> None:
+    """Every task's split has files of its own. Raises ConfigError."""
+    owners: dict[Path, str] = {}
+    for task, split in _parts(tasks, config.evaluation):
+        for file in _files(config, task, split):
+            if file in owners:
+                raise ConfigError(
+                    f"evaluation.tasks: {owners[file]} and {_label(task, split)} would both keep their answers in {file};"
+                    " give one another name"
+                )
+            owners[file] = _label(task, split)
 
 
 def _complete(answers: Answers, collector: Collector, task: Task, split: str, config: Config, sampling: Sampling) -> None:
@@ -222,6 +253,19 @@ def _open_folder(config: Config) -> None:
         return
     directory.mkdir(parents=True, exist_ok=True)
     save_config(config, file)
+
+
+def _check_answered(config: Config, tasks: Mapping[str, Task]) -> None:
+    """What has been answered are the questions asked now: a file of questions may have changed. Raises ConfigError."""
+    for task, split in _parts(tasks, config.evaluation):
+        count = question_count(task, split, config.evaluation)
+        for file, samples in zip(_files(config, task, split), (config.evaluation.samples, 1), strict=True):
+            lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+            for number, line in enumerate(lines[::samples]):
+                then = Sample.model_validate_json(line).prompt
+                now = task.prompt(split, number) if number < count else None
+                if now is None or (then.id, then.messages, then.answer) != (now.id, now.messages, now.answer):
+                    raise ConfigError(f"logging.dir: {file} holds answers to other questions (first: {then.id}); name another folder")
 
 
 def _what_counts(config: Config) -> dict:

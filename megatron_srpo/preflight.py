@@ -27,14 +27,8 @@ def preflight(config: Config) -> HFFolder:
     uses_transformer_engine(config)
     transformer_config(folder.architecture, config)
     folder.file_of, folder.tokenizer  # noqa: B018  (both check what they read)
-    for name, task in training_tasks(config).items():  # of a finite task all prompts, each of which is in the first epoch
-        seen: dict[str, int] = {}
-        for number in range(task.size("train") or config.rollout.prompts_per_step):
-            prompt = encode_prompt(task.prompt("train", number), folder, config.rollout)
-            if (before := seen.setdefault(prompt.id, number)) != number:
-                raise ConfigError(
-                    f"task {name}: its training prompts {before} and {number} have the same id, {prompt.id!r}; each needs its own"
-                )
+    for task in training_tasks(config).values():  # of a finite task all prompts, each of which is in the first epoch
+        _check_prompts(config, folder, task, "train", task.size("train") or config.rollout.prompts_per_step)
     if config.evaluation.every > 0 and config.rollout.replay is None:
         check_evaluation(config, folder, evaluation_tasks(config))
     if rank_from_environment() == 0:
@@ -60,8 +54,16 @@ def _check_watchdog(config: Config) -> None:
 
 
 def check_evaluation(config: Config, folder: HFFolder, tasks: Mapping[str, Task]) -> None:
-    """Check that the questions of evaluation.splits fit rollout.max_prompt_tokens. Raises ConfigError."""
+    """Check that the questions of evaluation.splits fit rollout.max_prompt_tokens, and have ids of their own. Raises ConfigError."""
     for task in tasks.values():
         for split in config.evaluation.splits:
-            for number in range(question_count(task, split, config.evaluation)):
-                encode_prompt(task.prompt(split, number), folder, config.rollout)
+            _check_prompts(config, folder, task, split, question_count(task, split, config.evaluation))
+
+
+def _check_prompts(config: Config, folder: HFFolder, task: Task, split: str, count: int) -> None:
+    seen: dict[str, int] = {}
+    for number in range(count):
+        prompt = encode_prompt(task.prompt(split, number), folder, config.rollout)
+        if (before := seen.setdefault(prompt.id, number)) != number:
+            which = f"{'training' if split == 'train' else split} prompts {before} and {number}"
+            raise ConfigError(f"task {task.name}: its {which} have the same id, {prompt.id!r}; each needs its own")

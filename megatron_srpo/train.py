@@ -307,7 +307,7 @@ class _Run:
     def _say_goodbye(self) -> None:
         evaluations = self.metrics.evaluations()
         if evaluations:
-            key = next(key for key in evaluations[0] if "/avg@" in key)
-            before, after = evaluations[0][key], evaluations[-1][key]
-            self.terminal.say(f"{key.removeprefix('eval/')}: {before:.3f} before, {after:.3f} after", "bold green")
+            key = next(key for key in evaluations[-1] if "/avg@" in key)
+            values = [row[key] for row in evaluations if key in row]  # evaluation.* may have changed where the run went on
+            self.terminal.say(f"{key.removeprefix('eval/')}: {values[0]:.3f} before, {values[-1]:.3f} after", "bold green")
         self.terminal.say(f"run folder: {self.directory}  (report.html, metrics.jsonl, rollouts/; the trained model is in hf/)")

@@ -115,6 +115,52 @@ def test_another_evaluation_in_the_same_folder_is_refused(evaluation, command, t
     assert status == 2 and "holds a training run" in error
 
 
+def test_answers_of_two_checkpoints_are_not_mixed(command, evaluation, tmp_path):
+    """The run went on between two times of the same command: the newest checkpoint is another."""
+    run, short = tmp_path / "run", ["evaluation.greedy=false", "evaluation.prompts=2", f"checkpoint={tmp_path / 'run'}"]
+    config = ROOT / "examples/quickstart/config.yaml"
+    sizes = ["rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "evaluation.every=0", f"logging.dir={run}"]
+    assert command("train", config, *SETTINGS, *sizes, "train.steps=1", "checkpoint.save_interval=1", "checkpoint.keep_last=9")[0] == 0
+    assert evaluation(tmp_path / "a", *short)[0] == 0
+    assert json.loads((tmp_path / "a/result.json").read_text())["model"].endswith("checkpoints/step_000001")
+    assert evaluation(tmp_path / "a", *short)[0] == 0
+    shutil.copytree(run / "checkpoints/step_000001", run / "checkpoints/step_000002")
+    status, _, error = evaluation(tmp_path / "a", *short)
+    assert status == 2 and "holds an evaluation with other settings (evaluation)" in error and "step_000001" in error
+    assert evaluation(tmp_path / "a", *short, f"checkpoint={run / 'checkpoints/step_000001'}")[0] == 0
+
+
+def test_answers_to_other_questions_are_not_taken_over(evaluation, words, tmp_path):
+    """The file of questions changed between two times of the same command."""
+    arguments = [tmp_path / "run", f"evaluation.tasks=[{words}]", "evaluation.prompts=3", "evaluation.samples=1", "evaluation.greedy=false"]
+    assert evaluation(*arguments)[0] == 0
+    assert evaluation(*arguments)[0] == 0
+    file = tmp_path / "words.jsonl"
+    file.write_text(file.read_text().replace('"none"', '"some"'))
+    status, _, error = evaluation(*arguments)
+    assert status == 2 and "holds answers to other questions (first: words/test/w0)" in error
+
+
+def test_a_run_may_go_on_with_another_evaluation(command, tmp_path):
+    """As resume.override lets it by default: the last scores have other names than the first."""
+    sizes = ["rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "evaluation.every=1", "evaluation.prompts=2"]
+    start = ["train", ROOT / "examples/quickstart/config.yaml", *SETTINGS, *sizes, f"logging.dir={tmp_path / 'run'}"]
+    assert command(*start, "train.steps=1", "checkpoint.save_interval=1", "evaluation.samples=2")[0] == 0
+    status, out, error = command(*start, "train.steps=2", "checkpoint.save_interval=1", "evaluation.samples=3")
+    assert status == 0, error
+    assert "addition/avg@3: " in out and (tmp_path / "run/report.html").exists()
+
+
+@pytest.mark.parametrize("name, split", [("own.validation", "[test, validation]"), ("own.greedy", "[test]")])
+def test_tasks_do_not_share_a_file_of_answers(evaluation, tmp_path, name, split):
+    """The second would have found its questions answered, by the first's answers."""
+    own = ROOT / "examples/own_task/backwards.py"
+    tasks = f"evaluation.tasks=[{{path: {own}, name: own}}, {{path: {own}, name: {name}}}]"
+    status, _, error = evaluation(tmp_path / "run", tasks, f"evaluation.splits={split}", "evaluation.prompts=1")
+    assert status == 2 and "would both keep their answers in" in error and name in error
+    assert not (tmp_path / "run").exists()
+
+
 def test_servers_that_are_not_there_are_told_in_a_line(evaluation, tmp_path):
     """Nothing is asked; once they are there, the same command goes on in the same folder."""
     status, _, error = evaluation(tmp_path / "run", "rollout.engine=sglang", "rollout.urls=[http://127.0.0.1:9]")

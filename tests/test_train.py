@@ -84,9 +84,11 @@ def test_what_cannot_run_is_refused_before_anything_starts(start, command, overr
 def test_prompts_that_share_an_id_are_refused(command, tmp_path):
     """They would be one group, and samples would be lost."""
     own = (ROOT / "examples/own_task/backwards.py").read_text()
-    (tmp_path / "twice.py").write_text(own.replace('{split}/{index}",', '{split}/{index // 2}",'))
-    status, error = command(f"task.path={tmp_path / 'twice.py'}", "task.name=twice")
-    assert status == 2 and "task twice: its training prompts 0 and 1 have the same id, 'twice/train/0'" in error
+    for split, called in (("train", "training"), ("test", "test")):
+        twice = f"{{split}}/{{index // 2 if split == '{split}' else index}}\","
+        (tmp_path / "twice.py").write_text(own.replace('{split}/{index}",', twice))
+        status, error = command(f"task.path={tmp_path / 'twice.py'}", "task.name=twice", "evaluation.every=1")
+        assert status == 2 and f"task twice: its {called} prompts 0 and 1 have the same id, 'twice/{split}/0'" in error
 
 
 def test_a_folder_that_holds_a_run_is_not_written_to(command, tmp_path):

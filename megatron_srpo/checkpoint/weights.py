@@ -20,6 +20,12 @@ def is_of_a_run(path: Path) -> bool:
     return (path / "manifest.json").exists() or bool(folders.steps(path / "checkpoints"))
 
 
+def checkpoint_of(path: Path) -> Path:
+    """The newest checkpoint of the run at `path`, or the checkpoint at `path` itself."""
+    checkpoints = path / "checkpoints"
+    return path if (path / "manifest.json").exists() else folders.folder_of(checkpoints, folders.steps(checkpoints)[0])
+
+
 class RunTensors:
     """What a run holds, of `path`'s newest checkpoint or the checkpoint at `path`; in the dtype the run computed with.
 
@@ -27,8 +33,7 @@ class RunTensors:
     """
 
     def __init__(self, path: Path, kind: Literal["policy", "teacher"]):
-        checkpoints = path / "checkpoints"
-        self.folder = path if (path / "manifest.json").exists() else folders.folder_of(checkpoints, folders.steps(checkpoints)[0])
+        self.folder = checkpoint_of(path)
         manifest = folders.read_manifest(self.folder)
         folders.check_files(self.folder, manifest)
         self.kind, self.architecture = kind, Architecture.from_dict(manifest.architecture)

@@ -57,13 +57,16 @@ def alarms(rows: Sequence[Row], limits: Limits) -> list[Alarm]:
 
 def _collapse(rows: Sequence[Row], limits: Limits) -> str | None:
     before, now = rows[-REMEMBERED:-LASTS], rows[-LASTS:]
-    if len(before) < LASTS or _mean(now, "pass_rate") > _mean(before, "pass_rate") + _RISE:
+    if len(before) < LASTS:
+        return None
+    rate = _mean(before, "pass_rate")
+    if _mean(now, "pass_rate") - rate >= min(_RISE, (1 - rate) / 2):  # near 1 there is little left to gain
         return None
     fallen = [key for key, share in _FALLS.items() if _mean(now, key) < (1 - share) * _mean(before, key)]
     if len(fallen) < 2:
         return None
     figures = ", ".join(f"{key} {_mean(before, key):.3g} → {_mean(now, key):.3g}" for key in fallen)
-    return f"{figures}, while the pass rate did not rise ({_mean(before, 'pass_rate'):.3f} → {_mean(now, 'pass_rate'):.3f})"
+    return f"{figures}, while the pass rate did not rise ({rate:.3f} → {_mean(now, 'pass_rate'):.3f})"
 
 
 def _dead_groups(rows: Sequence[Row], limits: Limits) -> str | None:
@@ -108,8 +111,9 @@ def _number(row: Row, key: str) -> float:
 
 
 def _mean(rows: Sequence[Row], key: str) -> float:
+    """Of what is finite; NaN, which compares as neither less nor more, where nothing is."""
     values = [value for row in rows if math.isfinite(value := _number(row, key))]
-    return sum(values) / len(values) if values else 0.0
+    return sum(values) / len(values) if values else math.nan
 
 
 _ALARMS: dict[AlarmName, tuple[Callable[[Sequence[Row], Limits], str | None], str]] = {

@@ -17,20 +17,21 @@ def last_answer_block(text: str) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    """What stands in the last complete outermost \\boxed{…} or \\fbox{…}, braces balanced, stripped; None when there is none."""
+    """What stands in the last complete \\boxed{…} or \\fbox{…}, braces balanced, stripped; None when there is none.
+
+    Of boxes within boxes the outermost that is closed: one that is never closed hides none.
+    """
     open_braces: list[tuple[int, bool]] = []  # (place after the brace, whether it is a box's)
-    boxes, found = 0, None
+    found = None
     for match in _BRACES.finditer(text):
         token = match.group()
         if token == "}":
             if open_braces:
                 start, is_box = open_braces.pop()
-                boxes -= is_box
-                if is_box and not boxes:
+                if is_box:
                     found = (start, match.start())
         elif token[-1] == "{" and token != "\\{":
             open_braces.append((match.end(), len(token) > 1))
-            boxes += len(token) > 1
             if len(open_braces) > DEEPEST:
                 break
     return None if found is None else text[found[0] : found[1]].strip()

@@ -15,6 +15,9 @@ QUESTION_FIELDS = ("question", "problem", "prompt")
 ANSWER_FIELDS = ("final_answer", "answer", "expected_answer", "solution")
 _INTEGER = re.compile(r"[+-]?[0-9]{1,100}")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
+_SPACED_THOUSANDS = re.compile(r"(?<=\d)\\[,;: ](?=\d{3}(?!\d))")  # which math-verify adds up: 1\,234 = 235
+_DISPLAY = re.compile(r"\\\[(.*)\\\]|\$(.*)(?<!\\)\$", re.DOTALL)
+_FULL_STOP = re.compile(r"(?<![.\\])(?<!\\right)\.$")
 
 
 def phrase(question: str) -> str:
@@ -67,12 +70,21 @@ def verify(answer: str, text: str) -> Verdict:
     given = final_answer(text)
     if not given or len(given) > LONGEST_ANSWER:
         return Verdict(reward=0.0, correct=False, format_ok=False, feedback="Your response holds no final answer within \\boxed{}.")
-    correct = given == answer.strip() or _equal(answer, given)
+    answer, given = _bare(answer), _bare(given)
+    correct = given == answer or _equal(answer, given)
     return Verdict(reward=float(correct), correct=correct, format_ok=True, feedback=None if correct else "Your final answer is wrong.")
 
 
+def _bare(answer: str) -> str:
+    """Without what stands around a formula or ends a sentence, and without spaces between thousands: the parser trips over them."""
+    answer = _FULL_STOP.sub("", answer.strip())
+    if around := _DISPLAY.fullmatch(answer):
+        answer = _FULL_STOP.sub("", (around[1] or around[2] or "").strip())
+    return _SPACED_THOUSANDS.sub("", answer)
+
+
 def _equal(answer: str, given: str) -> bool:
-    if _INTEGER.fullmatch(answer.strip()) and _INTEGER.fullmatch(given):  # most answers; the parser takes milliseconds
+    if _INTEGER.fullmatch(answer) and _INTEGER.fullmatch(given):  # most answers; the parser takes milliseconds
         return int(answer) == int(given)
     from math_verify import verify as equal
 
@@ -83,5 +95,4 @@ def _equal(answer: str, given: str) -> bool:
 def _parsed(answer: str) -> tuple[Any, ...]:
     from math_verify import LatexExtractionConfig, parse
 
-    answer = answer.strip().removeprefix("$").removesuffix("$").strip()
     return tuple(parse(f"${answer}$", extraction_config=[LatexExtractionConfig()], parsing_timeout=None))

@@ -18,6 +18,8 @@ from megatron_srpo.tasks.procedural_scorers import SCORERS
 CHECKED = 10  # entries tried before a run
 PREFIX = "reasoning_gym/"
 SIZE = 1_000  # entries of one dataset, some are made at once; the next thousand comes from another seed
+# what scorers raise for an answer without form, or of a depth that parsers do not take
+NO_FORM = (ValueError, TypeError, LookupError, SyntaxError, ArithmeticError, AttributeError, AssertionError, RecursionError)
 
 
 class Procedural:
@@ -88,7 +90,7 @@ def verify(answer: str, text: str) -> Verdict:
     score, entry = _scorer(truth["dataset"], json.dumps(truth["options"])), _entry(answer)
     try:
         correct = score(given, entry) == 1.0  # spell_backward's partial scores are sums that can come out above 1
-    except (ValueError, TypeError, LookupError, SyntaxError, ArithmeticError, AttributeError, AssertionError):  # it has no form
+    except NO_FORM:
         correct = False
     return Verdict(reward=float(correct), correct=correct, format_ok=True, feedback=None if correct else "Your answer is wrong.")
 

@@ -83,7 +83,7 @@ def is_same_list(answer: str, entry: Entry) -> bool:
     given, right = (json.loads(text.replace("'", '"')) for text in (answer, entry["answer"]))
     if not isinstance(given, list):
         raise ValueError("no list")
-    return [float(number) for number in given] == [float(number) for number in right]
+    return [float(str(number)) for number in given] == [float(number) for number in right]  # str: true is no 1
 
 
 SCORERS: dict[str, Callable[[str, Entry], bool]] = {

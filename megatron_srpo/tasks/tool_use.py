@@ -240,7 +240,10 @@ def verify_strict(answer: str, text: str) -> Verdict:
         (optional if name.startswith(OPTIONAL) else wanted)[_canonical(name.removeprefix(OPTIONAL), value)] += 1
     if calls.malformed is not None:
         return _verdict(False, calls.malformed)
-    made = Counter(_canonical(name, value) for name, value in zip(calls.names, calls.inputs, strict=True))
+    try:
+        made = Counter(_canonical(name, value) for name, value in zip(calls.names, calls.inputs, strict=True))
+    except RecursionError:  # a depth that the parser just takes
+        return _verdict(False, None)
     return _verdict(not wanted - made and not made - wanted - optional, None)
 
 

@@ -94,7 +94,7 @@ def main() -> None:
 def _refuse_evaluation(judging: threading.Event, event: str, arguments: tuple) -> None:
     """Audit hook: no verifier, nor a library under it, runs a string as code. What classes, sympy's numbers and its
     arithmetic of monomials are made by may."""
-    if event != "exec" or not judging.is_set() or arguments[0].co_filename != "<string>":
+    if event != "exec" or not judging.is_set():
         return
     frame = sys._getframe(1)
     caller = frame.f_globals.get("__name__", "")

@@ -76,6 +76,26 @@ def test_collapse_is_several_falls_without_a_gain(fall, expected):
     assert names(rows(10) + rows(3, **fall)) == expected
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "expected"),
+    [
+        (0.96, 0.99, []),  # as much as can be asked for
+        (1.0, 1.0, []),
+        (0.96, 0.96, ["collapse"]),
+        (0.96, 0.5, ["collapse"]),
+        (0.5, 0.53, ["collapse"]),
+    ],
+)
+def test_a_policy_that_is_nearly_always_right_may_get_shorter(before, now, expected):
+    short = dict(response_tokens_mean=50.0, policy_entropy=0.1)
+    assert names(rows(10, pass_rate=before) + rows(3, pass_rate=now, **short)) == expected
+
+
+def test_an_entropy_that_is_not_finite_has_not_fallen():
+    assert names(rows(10) + rows(3, policy_entropy=None, response_tokens_mean=50.0)) == []
+    assert names(rows(10, policy_entropy=None) + rows(3, response_tokens_mean=50.0)) == []
+
+
 def test_a_gap_is_told_at_once_a_number_that_is_not_finite_too():
     assert names(rows(1, engine_logprob_gap=0.06)) == names(rows(1, engine_logprob_gap=None)) == ["logprob_gap"]
 

@@ -43,6 +43,8 @@ def misbehave(answer: str, text: str) -> Verdict:
         return Verdict(reward=0.0, correct=False, format_ok=True, feedback="\ud800")
     if text.startswith("eval "):
         return Verdict(reward=float(eval(text[5:])), correct=True, format_ok=True)
+    if text.startswith("compile "):
+        return Verdict(reward=float(eval(compile(text[8:], __file__, "eval"))), correct=True, format_ok=True)
     if text.startswith("sympy "):
         from sympy.parsing.sympy_parser import parse_expr
 

@@ -29,6 +29,9 @@ ROOT = Path(__file__).parents[2]
         (r"\boxed {8}", "8"),
         (r"\boxed{a \boxed{b}}", r"a \boxed{b}"),  # the outermost
         (r"\boxed{1} then \boxed{2", "1"),  # cut off
+        (r"I write it in \boxed{. So \boxed{6}.", "6"),  # never closed
+        (r"\boxed{\frac{3}{4} or rather \boxed{\frac{3}{5}}", r"\frac{3}{5}"),
+        (r"\boxed{a \boxed{b} c \boxed{d}}", r"a \boxed{b} c \boxed{d}"),
         (r"}} \boxed{3} {{", "3"),
         (r"{ \boxed{4} }", "4"),
         (r"\boxed{}", ""),
@@ -69,6 +72,15 @@ def test_final_answer(text, expected):
         (r"$\frac{\sqrt{2}}{2}$", r"\boxed{\frac{1}{\sqrt{2}}}", True),
         (r"\frac{1}{2}", r"\boxed{-\frac{1}{2}}", False),
         ("1,234", r"\boxed{1234}", True),
+        ("1234", r"\boxed{1\,234}", True),
+        ("235", r"\boxed{1\,234}", False),
+        (r"12\,345\,678", r"\boxed{12345678}", True),
+        ("18", r"\boxed{18.}", True),
+        ("18", "<answer>$18.$</answer>", True),
+        ("18", r"<answer>\[18\]</answer>", True),
+        ("18", r"\boxed{18\$}", True),
+        (r"\$18", r"\boxed{\frac{36}{2}.}", True),
+        ("18", r"\boxed{1.8}", False),
         ("x^2+2x+1", r"\boxed{(x+1)^2}", True),
         ("(3, 4)", r"\boxed{(3,4)}", True),
         ("(3, 4)", r"\boxed{(4,3)}", False),

@@ -74,6 +74,7 @@ def test_no_verifier_evaluates_a_string(pool):
     texts = {
         "eval 1": True,
         "eval __import__('os')._exit(0)": True,
+        "compile 1": True,
         "sympy sin(1)": True,
         "sympy (1).__class__": True,
         # sympy makes no symbols of attributes, and the names in a comprehension are those of code within the code

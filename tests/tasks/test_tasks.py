@@ -149,6 +149,24 @@ def test_one_file_is_all_test_when_nothing_is_trained_on_it(folder):
     assert question_count(task, "test", config_of().evaluation) == 1  # of 64 wanted
 
 
+@pytest.mark.parametrize("shares", [{}, {"test_share": 0.3}, {"test_share": 0.3, "validation_share": 0.4}])
+def test_what_is_trained_on_is_not_evaluated(folder, shares, monkeypatch):
+    """The same file as a training task and in evaluation.tasks, by another spelling of its path and another name."""
+    monkeypatch.chdir(folder)
+    file = {"path": folder / "chemistry/train.jsonl", "verifier": "exact"}
+    config = config_of(
+        task=file | shares,
+        evaluation={"tasks": [{"path": "chemistry/train.jsonl", "name": "other", "verifier": "exact"}], "splits": ["test"]},
+    )
+    (trained,), (evaluated,) = training_tasks(config).values(), evaluation_tasks(config).values()
+    learnt = {question.id for question in trained.splits["train"]}
+    for split in ("test", "validation"):
+        assert evaluated.splits[split] == trained.splits[split]
+        assert not learnt & {question.id for question in evaluated.splits[split]}
+    asked = config_of(task=file, evaluation={"tasks": [file | {"test_share": 1.0}]})  # who says so gets all
+    assert [task.size("test") for task in evaluation_tasks(asked).values()] == [10]
+
+
 @pytest.mark.parametrize(
     "sections, said",
     [

@@ -113,6 +113,13 @@ def test_parser():
 
 
 @pytest.mark.parametrize("rule", [verify, verify_strict])
+@pytest.mark.parametrize("depth", [100, 400, 600, 800, 950, 5_000])
+def test_inputs_of_any_depth_are_judged(rule, depth):
+    """An exception would leave the sample out of its group instead of counting it as wrong."""
+    assert not rule(ONE, said(("search", '{"q": ' * depth + "1" + "}" * depth))).correct
+
+
+@pytest.mark.parametrize("rule", [verify, verify_strict])
 def test_feedback_never_holds_the_answer(rule):
     for text in ("", said(("search", '{"q": "dog"}')), "Action: search\nAction Input: {"):
         feedback = rule(ONE, text).feedback
