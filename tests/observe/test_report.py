@@ -217,11 +217,11 @@ def test_runs_with_little_to_show(folders, tmp_path):
     tokens.write_text(tokens.read_text().replace("-3.0", "NaN").replace("0.3", "NaN").replace("1.8", "-Infinity"))
     assert "NaN" in tokens.read_text()
     write_report([started, bad], tmp_path / "report.html")
-    probe = "const charts = [...document.querySelectorAll('.chart h3')].map((one) => one.firstChild.textContent);"
+    probe = "const titles = [...document.querySelectorAll('.chart h3')].map((one) => one.firstChild.textContent);"
     probe += "document.body.append(Object.assign(document.createElement('pre'), { id: 'probe',"
-    probe += " textContent: btoa(unescape(encodeURIComponent(JSON.stringify({ problems, charts })))) }));"
+    probe += " textContent: btoa(unescape(encodeURIComponent(JSON.stringify({ problems, titles })))) }));"
     found = browse((tmp_path / "report.html").read_text(), tmp_path, 1280, probe)
-    assert found["problems"] == [] and {"addition/avg@4", "Gradient norm", "Entropy weights"} <= set(found["charts"])
+    assert found["problems"] == [] and {"addition/avg@4", "Gradient norm", "Entropy weights"} <= set(found["titles"])
     number = next(one["number"] for one in report_data([bad], 5000)["samples"] if one["step"] == 1 and one.get("values", {}).get("weight"))
     console = Console(file=io.StringIO(), width=200)
     inspect(bad, 1, number, console)
