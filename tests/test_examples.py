@@ -117,7 +117,7 @@ def test_manifest():
 
 FAKES = {
     "scontrol": 'if [ "$1" = show ]; then printf "a\\nb\\nc\\n"; else echo "$@" >>"$LOG"; fi',
-    "srun": """printf "%s\\n" "$*" >>"$LOG"
+    "srun": """printf "%s\\n" "$*" >>"$LOG"; [ "$SRUN_CPUS_PER_TASK" = 64 ] || exit 3
 case "$*" in *torchrun.py*) exit "$LEFT";; esac
 until [ "$1" = bash ]; do shift; done
 exec "$@\"""",
@@ -136,7 +136,7 @@ def test_slurm_job(tmp_path, left):
     config.write_text("model: {hf_path: models/m}\ntrain: {steps: 1}\nlogging: {dir: unused}\n")
     log = tmp_path / "log"
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(log), "LEFT": str(left), "PYTHON": sys.executable}
-    environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "x", "SERVER_NODES": "1", "SERVER_GPUS": "4"}
+    environment |= {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "64", "SLURM_JOB_NODELIST": "x", "SERVER_NODES": "1", "SERVER_GPUS": "4"}
     environment |= {"SGLANG_PYTHON": str(tmp_path / "sglang"), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(["bash", "examples/cluster/slurm.sh", config, "train.seed=3"], cwd=ROOT, env=environment, timeout=120)
     lines = log.read_text().splitlines()

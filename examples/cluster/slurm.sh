@@ -17,6 +17,7 @@ model=$("$python" -c 'import sys; from megatron_srpo.config_file import load_con
 from pathlib import Path
 print(load_config(Path(sys.argv[1]), sys.argv[2:]).model.hf_path)' "$config" "$@")
 
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK" # from Slurm 22.05 on, srun does not inherit it
 overrides=()
 if [ "$server_nodes" -gt 0 ]; then
     SGLANG_API_KEY=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n') # for this job; --export=ALL hands it to all steps
