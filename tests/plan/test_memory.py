@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 from simulated import simulated
 from tiny import make_model, save_folder
 
@@ -170,6 +169,8 @@ def test_recompute_keeps_layer_inputs(folders):
 @pytest.mark.parametrize("virtual", [2, 4])
 def test_layers_in_flight_are_megatrons_warm_up_and_one(folders, virtual):
     """Stage by stage, against the schedule that runs."""
+    from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches  # after the package, which makes it importable
+
     architecture = dataclasses.replace(HFFolder(folders["untied"]).architecture, num_hidden_layers=16)
     config, batch = configure(folders["untied"], f"{PP}4", f"{VPP}{virtual}"), Batch(1000, 10, 0)
     layer, _ = layer_bytes(architecture, config, CPU, batch)
