@@ -20,13 +20,13 @@ from megatron_srpo.evaluate import evaluate
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.model.qwen3 import model_dtype, uses_transformer_engine
 from megatron_srpo.observe.alarms import REMEMBERED, Alarm, Limits, alarms
-from megatron_srpo.observe.logs import open_run_folder, rank_log
+from megatron_srpo.observe.logs import alone, open_run_folder, rank_log
 from megatron_srpo.observe.metrics import MetricsFile, rollout_metrics, update_metrics, version_metrics
 from megatron_srpo.observe.profiler import StepProfiler
 from megatron_srpo.observe.report import write_report
 from megatron_srpo.observe.terminal import Stopwatch, Terminal
 from megatron_srpo.observe.tokens import choose, write_tokens
-from megatron_srpo.observe.trackers import Tracker, start_trackers
+from megatron_srpo.observe.trackers import Trackers, start_trackers
 from megatron_srpo.observe.watchdog import Watchdog
 from megatron_srpo.preflight import preflight
 from megatron_srpo.progress import PROGRESS
@@ -61,6 +61,7 @@ def train(config: Config) -> Path:
         title = f"{config.algorithm.name} · {folder.path.name} · {layout.world_size} process{'es' * (layout.world_size > 1)}"
         session = open_run_folder(config.logging.dir, layout)
         with (
+            alone(config.logging.dir, layout),
             rank_log(config.logging.dir, layout),
             Watchdog(config.logging.dir / "watchdog", layout, config.logging.watchdog_minutes, session),
             Terminal(title, config.train.steps, layout.rank == 0) as terminal,
@@ -97,7 +98,7 @@ class _Run:
         self.trainer.make_room()  # servers may start beside it
         self.rollouts = Rollouts(config, folder, layout, terminal.say)
         self.metrics = MetricsFile(self.directory / "metrics.jsonl" if self.is_first else Path(os.devnull))
-        self.trackers: list[Tracker] = []
+        self.trackers = Trackers([], terminal.say)
         self.profiler = StepProfiler(self.directory / "profile", config.logging, layout)
         self.watch = Stopwatch(terminal)
         self.rows, self.limits = [], Limits.of(config)  # the last training steps' rows
@@ -116,8 +117,7 @@ class _Run:
                 stopped = error
             finally:
                 self.rollouts.close()
-                for tracker in self.trackers:
-                    tracker.close()
+                self.trackers.close()
             self.terminal.phase("export")
             save_hf(self.trainer.export(), self.folder, self.directory / "hf", write=self.is_first)
             self.saver.finish()
@@ -183,8 +183,7 @@ class _Run:
 
     def _write(self, row: dict[str, Any]) -> None:
         self.metrics.write(row)
-        for tracker in self.trackers:
-            tracker.write(row)
+        self.trackers.write(row)
 
     def _token_values(self, step: int, groups: list[Group]) -> TokenValues | None:
         """For the steps whose tokens are dumped."""
@@ -256,7 +255,7 @@ class _Run:
         rows = self.metrics.rewind(step, is_evaluated)
         self.terminal.recall(rows)
         if self.is_first:
-            self.trackers = start_trackers(self.config, step)
+            self.trackers = Trackers(start_trackers(self.config, step), lambda text: self.terminal.say(text, "bold red"))
         recent = json.dumps([row for row in rows if "loss" in row][-REMEMBERED:]).encode()
         self.rows = json.loads(self.layout.gather_bytes(recent)[0])  # only the first rank has read them
         self.rollouts.go_on(step, 0 if self.checkpoint is None else self.checkpoint.manifest.state["next_prompt"])

@@ -112,11 +112,16 @@ def test_manifest():
         assert container["name"] == "pytorch" and node["restartPolicy"] == "OnFailure"
         example = re.search(r"train (\S+)", container["args"][0])[1]
         assert (ROOT / example).is_file() and (ROOT / "tools" / "torchrun.py").is_file()
+        assert '--nnodes "$PET_NNODES"' in container["args"][0]  # the operator's WORLD_SIZE counts processes
 
 
 FAKES = {
     "scontrol": 'if [ "$1" = show ]; then printf "a\\nb\\nc\\n"; else echo "$@" >>"$LOG"; fi',
-    "srun": 'printf "%s\\n" "$*" >>"$LOG"; case "$*" in *torchrun.py*) exit "$LEFT";; esac',
+    "srun": """printf "%s\\n" "$*" >>"$LOG"; [ "$SRUN_CPUS_PER_TASK" = 64 ] || exit 3
+case "$*" in *torchrun.py*) exit "$LEFT";; esac
+until [ "$1" = bash ]; do shift; done
+exec "$@\"""",
+    "sglang": 'kill -USR1 $$; echo "outlives the warning" >>"$LOG"',
     "sleep": "exit 0",
 }
 
@@ -131,11 +136,13 @@ def test_slurm_job(tmp_path, left):
     config.write_text("model: {hf_path: models/m}\ntrain: {steps: 1}\nlogging: {dir: unused}\n")
     log = tmp_path / "log"
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(log), "LEFT": str(left), "PYTHON": sys.executable}
-    environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "x", "SERVER_NODES": "1", "SERVER_GPUS": "4", "PYTHONPATH": str(ROOT)}
+    environment |= {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "64", "SLURM_JOB_NODELIST": "x", "SERVER_NODES": "1", "SERVER_GPUS": "4"}
+    environment |= {"SGLANG_PYTHON": str(tmp_path / "sglang"), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(["bash", "examples/cluster/slurm.sh", config, "train.seed=3"], cwd=ROOT, env=environment, timeout=120)
     lines = log.read_text().splitlines()
     assert done.returncode == left and ("requeue 7" in lines) == (left == 75)
     servers = [line for line in lines if "launch_server" in line]
+    assert lines.count("outlives the warning") == len(servers)
     assert [re.search(r"--nodelist (\S+)", line)[1] for line in servers] == ["c", "c"]
     (training,) = [line for line in lines if "torchrun.py" in line]
     assert "--nodelist a,b" in training and "--nnodes 2" in training and "--rdzv-endpoint a:29500" in training
@@ -147,3 +154,14 @@ def test_torchrun_hands_on_the_status():
     program = "import os, signal, sys; os.kill(os.getppid(), signal.SIGUSR1); sys.exit(75)"
     command = [sys.executable, "tools/torchrun.py", "--standalone", "--nproc-per-node", "1", "--no-python", sys.executable, "-c", program]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120).returncode == 75
+
+
+def test_torchrun_gives_the_ranks_their_time():
+    """SIGTERM to it alone: the rank leaves when it has saved itself (torchrun's own 30 seconds would be long over), and with 75."""
+    program = """import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (time.sleep(2), sys.exit(75)))
+os.kill(os.getppid(), signal.SIGTERM)
+time.sleep(60)"""
+    command = [sys.executable, "tools/torchrun.py", "--standalone", "--nproc-per-node", "1", "--shutdown-timeout", "1", "--no-python"]
+    done = subprocess.run([*command, sys.executable, "-c", program], cwd=ROOT, capture_output=True, timeout=120)
+    assert done.returncode == 75

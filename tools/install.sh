@@ -15,9 +15,9 @@ fi
     echo "install: $python is $("$python" -V 2>&1); Python 3.11 or newer is needed (set PYTHON=…)" >&2
     exit 1
 }
-[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+"$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv "$venv" # also one that was left without pip
 echo "install: packages into $venv (once; some minutes where torch must be downloaded) …"
-pip="$venv/bin/python -m pip install --quiet --disable-pip-version-check"
-$pip "${TORCH:-torch==2.13.0}"
-$pip --editable ".${extras:+[$extras]}"
+pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
+"${pip[@]}" "${TORCH:-torch==2.13.0}"
+"${pip[@]}" --editable ".${extras:+[$extras]}"
 touch "$stamp"

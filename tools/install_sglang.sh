@@ -10,11 +10,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${1:-.venv-sglang}
 requirements=tools/sglang_cpu/requirements.txt stubs=tools/sglang_cpu/stubs
 if ! cmp -s "$requirements" "$venv/.installed" || ! "$venv/bin/python" -c 'import sglang' 2>/dev/null; then
-    [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
+    "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "${PYTHON:-python3}" -m venv "$venv" # also one that was left without pip
     echo "install: an SGLang server into $venv (once, 2 GB; some minutes) …"
-    pip="$venv/bin/python -m pip install --quiet --disable-pip-version-check"
-    $pip "$(grep '^torch==' "$requirements")" # with what it needs itself: PyPI's is made for CUDA and does not import without
-    $pip --no-deps --requirement "$requirements"
+    pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
+    "${pip[@]}" "$(grep '^torch==' "$requirements")" # with what it needs itself: PyPI's is made for CUDA and does not import without
+    "${pip[@]}" --no-deps --requirement "$requirements"
     cp "$requirements" "$venv/.installed"
 fi
 packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')

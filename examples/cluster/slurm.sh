@@ -17,6 +17,7 @@ model=$("$python" -c 'import sys; from megatron_srpo.config_file import load_con
 from pathlib import Path
 print(load_config(Path(sys.argv[1]), sys.argv[2:]).model.hf_path)' "$config" "$@")
 
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK" # from Slurm 22.05 on, srun does not inherit it
 overrides=()
 if [ "$server_nodes" -gt 0 ]; then
     SGLANG_API_KEY=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n') # for this job; --export=ALL hands it to all steps
@@ -26,9 +27,10 @@ if [ "$server_nodes" -gt 0 ]; then
         for ((first = 0; first + server_gpus <= gpus; first += server_gpus)); do
             port=$((30000 + first))
             urls+=("http://$node:$port")
-            # the key is read inside the step: it never stands in this command line
+            # the key is read inside the step: it never stands in this command line; --signal's USR1, which reaches all steps, is for
+            # the run, whose last step still samples
             srun --overlap --nodes 1 --ntasks 1 --nodelist "$node" --export=ALL --kill-on-bad-exit=0 bash -c \
-                "exec '$sglang' -m sglang.launch_server --model-path '$model' --dtype bfloat16 --host 0.0.0.0 --port $port \
+                "trap '' USR1; exec '$sglang' -m sglang.launch_server --model-path '$model' --dtype bfloat16 --host 0.0.0.0 --port $port \
                 --tp-size $server_gpus --base-gpu-id $first --api-key \"\$SGLANG_API_KEY\"" &
         done
     done

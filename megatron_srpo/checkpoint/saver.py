@@ -84,6 +84,7 @@ class Saver:
             try:
                 note: dict[str, Any] = write_tensors(partial / name, tensors).model_dump()
             except Exception as error:  # a full disk, a quota: the first rank will say it
+                (partial / name).unlink(missing_ok=True)  # or there would be no room for the note that the first rank waits for
                 note = {"error": f"rank {self.layout.rank}: {error}"}
             write_text(partial / f"{name}.note", json.dumps(note))
             if self.layout.rank == 0:

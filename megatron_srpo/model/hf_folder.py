@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -107,6 +108,7 @@ class _Family:
     experts: bool = False
 
 
+_OF_EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")  # 0 in dense models
 _FULL_ATTENTION = {"hidden_act": "silu", "use_sliding_window": False}
 _FAMILIES = {
     "qwen3": _Family(qk_norm=True, qkv_bias=False, only={**_FULL_ATTENTION, "attention_bias": False}, head_dim=128),
@@ -150,15 +152,17 @@ class HFFolder:
     def architecture(self) -> Architecture:
         """The architecture in config.json. Refuses what our layers do not compute."""
         config = self.config
-        if (kind := config.get("model_type")) not in _FAMILIES:
+        if not isinstance(kind := config.get("model_type"), str) or kind not in _FAMILIES:
             raise self._refusal(f"model_type is {kind!r}; supported: {', '.join(_FAMILIES)}")
         family = _FAMILIES[kind]
         for key, only in family.only.items():
             if (given := config.get(key)) is not None and given != only:
                 raise self._refusal(f"{key} is {given!r}; only {only!r} is supported")
-        if any(layer != "full_attention" for layer in config.get("layer_types") or ()):
+        if not isinstance(layers := config.get("layer_types") or [], list) or set(map(str, layers)) - {"full_attention"}:
             raise self._refusal("layer_types: only 'full_attention' is supported")
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise self._refusal(f"rope_parameters or rope_scaling is {rope!r}, expected an object")
         if (partial := rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))) != 1.0:
             raise self._refusal(f"partial_rotary_factor is {partial!r}; only 1.0 is supported")
         values = {key: value for key, value in config.items() if value is not None}
@@ -171,12 +175,12 @@ class HFFolder:
         if family.head_dim is not None:
             values.setdefault("head_dim", family.head_dim)
         elif isinstance(hidden := values.get("hidden_size"), int) and isinstance(heads := values.get("num_attention_heads"), int):
-            values.setdefault("head_dim", hidden // heads)
+            values.setdefault("head_dim", hidden // max(heads, 1))
         if family.experts:
             values.setdefault("num_experts", config.get("num_local_experts"))  # as transformers 5 writes it
             values.setdefault("norm_topk_prob", False)
         else:
-            values |= dict(num_experts=0, num_experts_per_tok=0, moe_intermediate_size=0, norm_topk_prob=False)
+            values |= dict.fromkeys(_OF_EXPERTS, 0) | {"norm_topk_prob": False}
         return self._checked(Architecture, {**values, "qk_norm": family.qk_norm, "qkv_bias": family.qkv_bias})
 
     def _refusal(self, message: str) -> ConfigError:
@@ -199,6 +203,8 @@ class HFFolder:
                 continue
             if not isinstance(values[name], types[field.type]) or (isinstance(values[name], bool) and field.type != "bool"):
                 raise self._refusal(f"{name} is {values[name]!r}, expected {field.type}")
+            if field.type != "bool" and not 0 < values[name] < math.inf and (values[name] != 0 or name not in _OF_EXPERTS):
+                raise self._refusal(f"{name} is {values[name]!r}, expected a number above 0")
         return kind(**{name: values[name] for name in fields})
 
     @cached_property
@@ -207,6 +213,8 @@ class HFFolder:
         index = self.path / "model.safetensors.index.json"
         if index.exists():
             weight_map = self._json(index.name).get("weight_map", {})
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                raise ConfigError(f"model.hf_path: {index}: weight_map is not an object of tensors' names and their files'")
             files = sorted(set(weight_map.values()))
         else:
             files = ["model.safetensors"]

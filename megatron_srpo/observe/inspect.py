@@ -88,18 +88,26 @@ def _tokens(values: dict[str, Any], console: Console) -> None:
     divergences = values.get("divergence", [0.0] * len(values["tokens"]))
     text = Text()
     for token, divergence in zip(values["tokens"], divergences, strict=True):
-        red = round(200 * min(1.0, divergence / math.log(2)))
+        red = round(200 * min(1.0, (divergence or 0.0) / math.log(2)))
         text.append(visible(token), style=f"on rgb({red},0,0)" if red > 8 else "")
     console.print(Text("\nresponse" + (", by divergence" if "divergence" in values else ""), style="cyan"))
     console.print(text, soft_wrap=True)
     console.print(Text("\ntoken by token: nats, and the likeliest five of student and teacher", style="cyan"))
     for place, token in enumerate(values["tokens"]):
-        numbers = [f"{key.replace('_', ' ')} {values[key][place]:.3g}" for key in _NUMBERS if key in values]
+        numbers = [f"{key.replace('_', ' ')} {_figure(values[key][place])}" for key in _NUMBERS if key in values]
         console.print(Text.assemble((_quoted(token), "bold"), "  ", ", ".join(numbers)), soft_wrap=True)
         for key, who in (("top", "student"), ("teacher_top", "teacher")):
             if key in values:
-                best = "  ".join(f"{_quoted(text)} {100 * math.exp(logprob):.1f}%" for text, logprob in values[key][place])
+                best = "  ".join(f"{_quoted(text)} {_share(logprob)}" for text, logprob in values[key][place])
                 console.print(Text(f"    {who}  {best}", style="dim"), soft_wrap=True)
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def _share(logprob: float | None) -> str:
+    return "–" if logprob is None else f"{100 * math.exp(logprob):.1f}%"
 
 
 def _quoted(token: str) -> str:

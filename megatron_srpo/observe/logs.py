@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import fcntl
 import logging
 import os
 import socket
@@ -10,10 +11,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from megatron_srpo.config import ConfigError
 from megatron_srpo.runtime.parallel import Layout
 
+LOCK_SECONDS = 120.0  # NFS keeps the locks of a lost host for 90
 LOG = logging.getLogger("megatron_srpo")
 
 
@@ -28,6 +31,47 @@ def open_run_folder(directory: Path, layout: Layout) -> str:
     if not (directory / "logs").is_dir():
         raise ConfigError(f"logging.dir: {directory} was made by the first rank, but rank {layout.rank} does not see it")
     return session
+
+
+@contextmanager
+def alone(directory: Path, layout: Layout) -> Iterator[None]:
+    """While entered, no other start of the run works in the folder: two would remove each other's checkpoints and metrics.
+
+    The first rank holds a lock on RUN/lock, which ends with its process, however it ends; where the file system has no locks,
+    nothing is held. All ranks together. Raises ConfigError when another process holds it for longer than a lost host's lock lasts.
+    """
+    file, problem = None, ""
+    if layout.rank == 0:
+        file = (directory / "lock").open("a+", encoding="utf-8")
+        problem = _lock(file)
+    try:
+        if problem := layout.gather_bytes(problem.encode())[0].decode():
+            raise ConfigError(problem)
+        yield
+    finally:
+        if file is not None:
+            file.close()
+
+
+def _lock(file: TextIO) -> str:
+    """Lock the file for this process and write its name into it; returns why that cannot be, or nothing."""
+    until = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() < until:
+                time.sleep(0.5)
+                continue
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            return f"logging.dir: {file.name} is locked: {holder} works in this folder; end it first (if it is long gone, delete the file)"
+        except OSError:
+            pass  # no locks here
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        return ""
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 def _run_data(run: RunFolder, name: str) -> dict[str, Any]:
     config = run.config
-    keys = [key for row in run.steps[:1] for key, value in row.items() if isinstance(value, int | float)]
+    keys = dict.fromkeys(key for row in ({"step": 0}, *run.steps) for key, value in row.items() if isinstance(value, int | float))
     evaluate = {row["step"]: row.get("seconds_evaluate") or 0.0 for row in run.evaluations}
     seconds = np.cumsum([(row.get("seconds") or 0.0) + evaluate.get(row["step"], 0.0) for row in run.steps])
     return {
@@ -94,7 +94,7 @@ def _weight_quantiles(run: RunFolder) -> dict[str, Any]:
     """Quantiles of the dumped tokens' entropy weights, by step."""
     steps, quantiles = [], []
     for step in run.sampled_steps:
-        weights = [weight for row in read_tokens(run.path, step).values() for weight in row.get("weight", ())]
+        weights = [weight for row in read_tokens(run.path, step).values() for weight in row.get("weight", ()) if weight is not None]
         if weights:
             steps.append(step)
             quantiles.append(np.quantile(weights, _QUANTILES).tolist())

@@ -60,12 +60,15 @@ def write_tokens(
 
 
 def read_tokens(folder: Path, step: int) -> dict[SampleKey, dict[str, Any]]:
-    """The rows of a step; empty where none were written. Raises ConfigError naming file and line for a damaged one."""
+    """The rows of a step, None for what is no finite number; empty where none were written.
+
+    Raises ConfigError naming file and line for a damaged one.
+    """
     file, rows = tokens_file(folder, step), {}
     for number, line in enumerate(file.read_bytes().split(b"\n") if file.is_file() else (), 1):
         if line:
             try:
-                row = json.loads(line)
+                row = json.loads(line, parse_constant=lambda name: None)
                 rows[row["prompt_id"], row["index"]] = row
             except (ValueError, KeyError, TypeError) as error:
                 raise ConfigError(f"{file}:{number}: is damaged ({error}); remove the file, which nothing else needs") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +29,29 @@ def check_trackers(config: Config) -> None:
         if is_wanted and importlib.util.find_spec(package) is None:
             key = "logging.tensorboard" if package == "tensorboard" else "logging.wandb_project"
             raise ConfigError(f"{key}: needs the package {package}: pip install {package}")
+
+
+class Trackers:
+    """All of a run. One that fails, such as for a lost connection, is told by `say` and let go: metrics.jsonl has everything."""
+
+    def __init__(self, trackers: list[Tracker], say: Callable[[str], None]):
+        self._trackers, self._say = trackers, say
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """See `Tracker`."""
+        self._each(lambda tracker: tracker.write(row))
+
+    def close(self) -> None:
+        """See `Tracker`."""
+        self._each(lambda tracker: tracker.close())
+
+    def _each(self, do: Callable[[Tracker], None]) -> None:
+        for tracker in list(self._trackers):
+            try:
+                do(tracker)
+            except Exception as error:  # whatever the packages raise
+                self._say(f"{type(tracker).__name__} is given up: {type(error).__name__}: {error}")
+                self._trackers.remove(tracker)
 
 
 def start_trackers(config: Config, step: int) -> list[Tracker]:

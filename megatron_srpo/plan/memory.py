@@ -154,8 +154,8 @@ def state_bytes(architecture: Architecture, config: Config, machine: Machine, gp
 def activation_bytes(architecture: Architecture, config: Config, machine: Machine, batch: Batch, stage: int) -> tuple[float, float]:
     """(kept between forward and backward, the most that a backward pass adds to it) on a rank of `stage`.
 
-    A stage of 1F1B keeps as many micro-batches as stages follow it, itself included; interleaved, 1 + (p - 1)/(p·v) times its
-    layers' p micro-batches (Narayanan et al., arXiv 2104.04473; Korthikanti et al., arXiv 2205.05198, §4.2.3). Full recompute keeps
+    A stage of 1F1B keeps as many micro-batches as stages follow it, itself included; interleaved, stage s of p keeps
+    (v - 1)·p + 2·(p - s - 1) + 1 of its v chunks' (Narayanan et al., arXiv 2104.04473, §2.2; Megatron's warm-up). Full recompute keeps
     each `recompute_num_layers`-th layer's input, and one such group whole while it is computed again. Selective recompute is not counted:
     it only saves.
     """
@@ -163,7 +163,7 @@ def activation_bytes(architecture: Architecture, config: Config, machine: Machin
     layers, stages = architecture.num_hidden_layers // parallel.pipeline_model_parallel_size, parallel.pipeline_model_parallel_size
     in_flight = float(stages - stage)
     if virtual := parallel.virtual_pipeline_model_parallel_size:
-        in_flight = stages * (1 + (stages - 1) / (stages * virtual)) if stage == 0 else in_flight + stages / virtual
+        in_flight = ((virtual - 1) * stages + 2 * (stages - stage - 1) + 1) / virtual
     layer, transient = layer_bytes(architecture, config, machine, batch)
     width = architecture.hidden_size * size * batch.tokens / _sequence_shards(config)
     if config.megatron.get("recompute_granularity") == "full":

@@ -67,6 +67,10 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 continue
             try:
                 row = json.loads(line.decode("utf-8").rstrip())
+                if rb"\ud" in line.lower():  # half a surrogate pair no tokenizer takes, nor do the run's files
+                    json.dumps(row, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                raise ConfigError(f"{where}: holds half a surrogate pair ({error.object[error.start]!r})") from None
             except UnicodeDecodeError as error:
                 raise ConfigError(f"{where}: byte {error.start + 1} is not UTF-8; expected a UTF-8 file") from None
             except (ValueError, RecursionError) as error:

@@ -62,7 +62,8 @@ def main() -> None:
     """
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a verifier prints must not stand between the answers
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the run's to handle
+    for number in (signal.SIGINT, signal.SIGUSR1):  # Ctrl-C and Slurm's warning are the run's to handle
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     jobs = (json.loads(line) for line in sys.stdin.buffer)
     settings = next(jobs)

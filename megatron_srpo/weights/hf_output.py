@@ -49,11 +49,16 @@ def write_companions(folder: Path, reference: HFFolder, tensors: Announced, shar
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
         for file in reference.path.iterdir():
-            if file.is_file() and file.suffix in (".json", ".txt", ".jinja", ".model") and "safetensors" not in file.name:
+            if file.is_file() and file.suffix in (".json", ".txt", ".jinja", ".model") and not _is_of_weights(file.name):
                 (folder / file.name).write_bytes(file.read_bytes())
         write_config(folder, reference, tensors)
     except OSError as error:
         raise FileError(f"{folder}: cannot be written: {error.strerror}") from None
+
+
+def _is_of_weights(name: str) -> bool:
+    """Whether the file speaks of the reference's own weights: an index, or what marks a converted folder as Megatron's."""
+    return "safetensors" in name or name.endswith(".bin.index.json") or name == "metadata.json"
 
 
 def write_config(folder: Path, reference: HFFolder, tensors: Announced) -> None:

@@ -202,10 +202,10 @@ def checkpoint_folder(path: Path) -> Path:
     tracker = path / "latest_checkpointed_iteration.txt"
     if (path / "metadata.json").exists() or not tracker.exists():
         return path
-    name = tracker.read_text().strip()
+    name = tracker.read_text(errors="replace").strip()
     if name == "release":
         return path / name
-    if not name.isdigit():
+    if not (name.isascii() and name.isdigit()):
         raise FileError(f"{tracker}: expected an iteration or 'release', found {name[:40]!r}")
     return path / f"iter_{int(name):07d}"
 

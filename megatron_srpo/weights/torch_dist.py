@@ -229,6 +229,8 @@ class Folder:
         try:
             for key, tensor in whole.state_dict_metadata.items():
                 if isinstance(tensor, metadata.TensorStorageMetadata):
+                    if not tensor.chunks:
+                        raise ValueError(f"{key} has no chunks")
                     found[key] = [self._chunk(whole.storage_data, key, tensor, piece) for piece in tensor.chunks]
         except (AttributeError, TypeError, KeyError, ValueError) as error:
             raise FileError(f"{self.path / '.metadata'}: is not the metadata of a checkpoint: {error!r}") from None
@@ -267,10 +269,15 @@ class Folder:
         if getattr(place, "transform_descriptors", None):
             raise ValueError(f"{key} is stored with {place.transform_descriptors}, which cannot be read")
         dtype = str(tensor.properties.dtype)
-        return Chunk(
+        chunk = Chunk(
             *(key, dtype, tuple(tensor.size), tuple(piece.offsets), tuple(piece.sizes)),
             *(place.relative_path, place.offset, place.length),
         )
+        bounds = zip(chunk.start, chunk.shape, chunk.tensor_shape, strict=True)
+        lies_inside = all(0 <= start <= start + size <= whole for start, size, whole in bounds)
+        if not lies_inside or dtype not in _DTYPES or not isinstance(chunk.file, str) or min(chunk.offset, chunk.length) < 0:
+            raise ValueError(f"{key} has an impossible chunk, {chunk}")
+        return chunk
 
     def dtype(self, key: str) -> torch.dtype:
         """The dtype of tensor `key`."""

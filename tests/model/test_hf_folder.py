@@ -265,6 +265,12 @@ def test_foreign_model_type(tied, model_type):
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"hidden_act": "gelu"}, "silu"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}}, "yarn"),
+        ({"rope_parameters": "yarn"}, "rope_parameters"),
+        ({"layer_types": 5}, "layer_types"),
+        ({"model_type": ["qwen3"]}, "model_type"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0, expected a number above 0"),
+        ({"num_hidden_layers": -3}, "num_hidden_layers is -3"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
         ({"hidden_size": None}, "hidden_size"),
         ({"num_key_value_heads": None, "vocab_size": None}, "vocab_size, num_key_value_heads"),
@@ -299,6 +305,9 @@ def test_missing_shard(untied):
 def test_broken_index(untied):
     (untied / "model.safetensors.index.json").write_text('{"weight_map": {')
     assert "model.safetensors.index.json cannot be read" in refusal(lambda: HFFolder(untied).file_of)
+    for weight_map in ("[1]", '{"a": 5}', "null"):
+        (untied / "model.safetensors.index.json").write_text(f'{{"weight_map": {weight_map}}}')
+        assert "model.safetensors.index.json: weight_map is not" in refusal(lambda: HFFolder(untied).file_of)
 
 
 def test_missing_tensor(tied):

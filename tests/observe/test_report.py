@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 import shutil
@@ -10,12 +11,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from samples import make_sample
 
 from megatron_srpo.config import ConfigError
 from megatron_srpo.config_file import load_config, save_config
+from megatron_srpo.observe.inspect import inspect
 from megatron_srpo.observe.report import report_data, write_report
-from megatron_srpo.observe.tokens import choose, write_tokens
+from megatron_srpo.observe.tokens import choose, tokens_file, write_tokens
 from megatron_srpo.records import Route, Verdict
 from megatron_srpo.rollout.dump import dump, step_file
 
@@ -200,6 +203,29 @@ def test_the_probe_would_notice(tmp_path):
     found = browse(page, tmp_path, 1280, probe)
     assert any("told" in problem for problem in found["problems"]) and any("missing" in problem for problem in found["problems"])
     assert found["requests"] == 1
+
+
+@needs_chromium
+def test_runs_with_little_to_show(folders, tmp_path):
+    """One before its first step, beside one whose first step's norm and token values are no numbers: the page is drawn."""
+    started, bad = tmp_path / "started", shutil.copytree(folders[0], tmp_path / "bad")
+    started.mkdir()
+    shutil.copy(bad / "config.yaml", started)
+    (started / "metrics.jsonl").write_text('{"step": 0, "eval/addition/avg@4": 0.5}\n')
+    (bad / "metrics.jsonl").write_text(json.dumps(row(1) | {"grad_norm": None}) + "\n" + json.dumps(row(2)) + "\n")
+    tokens = tokens_file(bad, 1)
+    tokens.write_text(tokens.read_text().replace("-3.0", "NaN").replace("0.3", "NaN").replace("1.8", "-Infinity"))
+    assert "NaN" in tokens.read_text()
+    write_report([started, bad], tmp_path / "report.html")
+    probe = "const titles = [...document.querySelectorAll('.chart h3')].map((one) => one.firstChild.textContent);"
+    probe += "document.body.append(Object.assign(document.createElement('pre'), { id: 'probe',"
+    probe += " textContent: btoa(unescape(encodeURIComponent(JSON.stringify({ problems, titles })))) }));"
+    found = browse((tmp_path / "report.html").read_text(), tmp_path, 1280, probe)
+    assert found["problems"] == [] and {"addition/avg@4", "Gradient norm", "Entropy weights"} <= set(found["titles"])
+    number = next(one["number"] for one in report_data([bad], 5000)["samples"] if one["step"] == 1 and one.get("values", {}).get("weight"))
+    console = Console(file=io.StringIO(), width=200)
+    inspect(bad, 1, number, console)
+    assert "divergence –" in console.file.getvalue()
 
 
 def test_a_cut_off_run_is_read_to_its_last_whole_line(folders):

@@ -64,6 +64,24 @@ def test_the_same_numbers_everywhere(wandb, tmp_path):
     assert "Self CPU" in (run / "profile" / "rank_00000.table.txt").read_text()
 
 
+def test_one_that_fails_is_told_once_and_the_others_go_on():
+    """When it is written to, and when it is closed: before the trained model is exported."""
+    said, rows = [], []
+
+    def fail(*_):
+        raise ConnectionResetError("gone")
+
+    lost = SimpleNamespace(write=fail, close=fail)
+    whole = SimpleNamespace(write=rows.append, close=lambda: rows.append("closed"))
+    late = SimpleNamespace(write=rows.append, close=fail)
+    group = trackers.Trackers([lost, whole, late], said.append)
+    group.write({"step": 1})
+    group.write({"step": 2})
+    group.close()
+    assert rows == [{"step": 1}, {"step": 1}, {"step": 2}, {"step": 2}, "closed"]
+    assert said == ["SimpleNamespace is given up: ConnectionResetError: gone"] * 2
+
+
 def test_weights_and_biases_keeps_the_steps_of_a_run_that_goes_back(tmp_path):
     """The package itself, offline: a run of five steps goes on from its checkpoint after the third; every row is kept with its step."""
     pytest.importorskip("wandb", reason="needs wandb (the wandb extra)")

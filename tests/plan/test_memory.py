@@ -3,11 +3,13 @@ processes by the kernel's own count."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from megatron_srpo.config_file import load_config
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.model.qwen3 import build_chunks, packed_params
 from megatron_srpo.plan.machine import MACHINES, Workload
-from megatron_srpo.plan.memory import Batch, layer_bytes, memory, stage_parameters, state_bytes
+from megatron_srpo.plan.memory import Batch, activation_bytes, layer_bytes, memory, stage_parameters, state_bytes
 from megatron_srpo.plan.step import traffic
 from megatron_srpo.runtime.context import Context
 from megatron_srpo.runtime.packing import Document, micro_batch
@@ -162,6 +164,22 @@ def test_recompute_keeps_layer_inputs(folders):
     less = memory(architecture, configure(folders["tied"], *recompute), CPU, 1, batch)["activations"]
     layer, _ = layer_bytes(architecture, config, CPU, batch)
     assert whole - less == pytest.approx(3 * layer - 4 * 1000 * 64 * 4)
+
+
+@pytest.mark.parametrize("virtual", [2, 4])
+def test_layers_in_flight_are_megatrons_warm_up_and_one(folders, virtual):
+    """Stage by stage, against the schedule that runs."""
+    from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches  # after the package, which makes it importable
+
+    architecture = dataclasses.replace(HFFolder(folders["untied"]).architecture, num_hidden_layers=16)
+    config, batch = configure(folders["untied"], f"{PP}4", f"{VPP}{virtual}"), Batch(1000, 10, 0)
+    layer, _ = layer_bytes(architecture, config, CPU, batch)
+    for stage in range(4):
+        group = SimpleNamespace(size=lambda: 4, rank=lambda stage=stage: stage)
+        pipeline = SimpleNamespace(pp_group=group, virtual_pipeline_model_parallel_size=virtual)
+        _, _, warm_up, _ = get_pp_rank_microbatches(64, virtual, 4, p2p_communicator=pipeline)
+        kept, _ = activation_bytes(architecture, config, CPU, batch, stage)
+        assert kept == pytest.approx((warm_up + 1) * 4 / virtual * layer)
 
 
 def measured(*arguments: str) -> dict[str, dict]:

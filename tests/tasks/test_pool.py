@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -33,6 +34,14 @@ def test_verdicts_come_in_order(pool):
     assert [verdict.correct for verdict in verdicts] == [text == "right" for text in texts]
     assert len({verdict.feedback for verdict in verdicts}) == 2  # process ids: both had a share
     assert pool.verify([]) == []
+
+
+def test_slurms_warning_ends_no_worker(pool):
+    before = [worker.process.pid for worker in pool.workers]
+    for process in before:
+        os.kill(process, signal.SIGUSR1)
+    assert [verdict.correct for verdict in pool.verify(jobs("right", "wrong"))] == [True, False]
+    assert [worker.process.pid for worker in pool.workers] == before
 
 
 def check_among_good_ones(pool, kinds):

@@ -49,6 +49,7 @@ def refusal(tmp_path):
         ),
         (b'{"question": "x", "answer": "1", "id": [1]}\n', "data.jsonl:1: id: is [1]; expected a string or an integer"),
         (b'{"question": "x", "answer": "1", "feedback": 3}\n', "data.jsonl:1: feedback: is 3; expected a string"),
+        (b'{"question": "x", "answer": "\\ud800"}\n', "data.jsonl:1: holds half a surrogate pair ('\\ud800')"),
         (GOOD + b'{"question": "caf\xe9"}\n', "data.jsonl:2: byte 18 is not UTF-8; expected a UTF-8 file"),
         (b"[1, 2]\n", "data.jsonl:1: is a JSON list; expected an object with question and answer"),
         (

@@ -171,6 +171,21 @@ def test_the_folder_that_megatron_lm_names(pristine, tmp_path, tracker, name):
     assert same(pristine / "hf", tmp_path / "out")
 
 
+def test_a_converted_folder_is_its_own_reference(pristine, tmp_path):
+    """What comes back holds nothing by which it would be taken for Megatron's."""
+    megatron, output = pristine / "megatron", tmp_path / "hf"
+    assert tool("convert_megatron_to_hf", "--checkpoint", megatron, "--hf-reference", megatron, "--output", output) == 0
+    assert tool("verify_checkpoint", pristine / "hf", output) == 0
+
+
+@pytest.mark.parametrize("written", ["²".encode(), b"\xff\xfe"])
+def test_a_tracker_that_names_nothing(pristine, tmp_path, capsys, written):
+    (tmp_path / "latest_checkpointed_iteration.txt").write_bytes(written)
+    command = ("--checkpoint", tmp_path, "--hf-reference", pristine / "hf", "--output", tmp_path / "out")
+    assert tool("convert_megatron_to_hf", *command) == 2
+    assert "expected an iteration or 'release'" in capsys.readouterr().err
+
+
 def test_nan_is_told_and_kept(hf, tmp_path, capsys):
     edit_tensors(hf, lambda tensors: tensors["model.norm.weight"][3:5].fill_(torch.nan))
     assert there(hf, tmp_path / "megatron") == 0

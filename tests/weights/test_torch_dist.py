@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader, save
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 
 from megatron_srpo.files import FileError
 from megatron_srpo.weights.torch_dist import Folder, Writer, chunks_from_json, chunks_to_json, write_metadata
@@ -159,3 +159,36 @@ def test_another_dtype_than_announced(folder):
     edit_metadata(folder, lambda metadata: setattr(metadata.state_dict_metadata["plain"].properties, "dtype", torch.float16))
     message = refusal(folder)
     assert "__0_0.distcp" in message and "plain" in message and "bfloat16" in message
+
+
+@pytest.mark.parametrize(
+    "place",
+    [{"relative_path": 5}, {"relative_path": [1]}, {"relative_path": "../checkpoint/__0_0.distcp"}, {"offset": "x"}, {"offset": -5}],
+    ids=str,
+)
+def test_impossible_places_are_refused(folder, place):
+    def change(whole):
+        for stored in whole.storage_data.values():
+            vars(stored).update(place)
+
+    edit_metadata(folder, change)
+    assert str(folder) in refusal(folder)
+
+
+@pytest.mark.parametrize("chunks", [[], [((1,), (3,))], [((-1,), (3,))], [((0, 0), (3, 1))], [((0,), (4,))]], ids=str)
+def test_impossible_chunks_are_refused(folder, chunks):
+    """None, shifted, before the start, of other dimensions, too long."""
+
+    def change(whole):
+        pieces = [ChunkStorageMetadata(torch.Size(start), torch.Size(shape)) for start, shape in chunks]
+        whole.state_dict_metadata["plain"].chunks = pieces
+        stored = whole.storage_data.pop(MetadataIndex("plain", (0,)))
+        whole.storage_data |= {MetadataIndex("plain", piece.offsets): stored for piece in pieces}
+
+    edit_metadata(folder, change)
+    assert str(folder / ".metadata") in refusal(folder)
+
+
+def test_a_dtype_that_is_none_is_refused(folder):
+    edit_metadata(folder, lambda whole: setattr(whole.state_dict_metadata["plain"], "properties", TensorProperties(dtype=None)))
+    assert "plain" in refusal(folder)

@@ -123,7 +123,7 @@ function tokenTip(values, place) {
   const facts = [["policy", values.logprob], ["entropy", values.entropy], ["teacher", values.teacher_logprob], ["teacher entropy", values.teacher_entropy],
     ["divergence", values.divergence], ["weight", values.weight]].filter(([, column]) => column).map(([name, column]) => `${name} ${figure(column[place])}`);
   const table = (title, top) => make("div", {}, make("b", {}, title), make("table", {}, ...top.map(([text, logprob]) =>
-    make("tr", {}, make("td", {}, visible(text).replaceAll("\n", "↵")), make("td", { class: "number" }, `${(100 * Math.exp(logprob)).toFixed(1)} %`)))));
+    make("tr", {}, make("td", {}, visible(text).replaceAll("\n", "↵")), make("td", { class: "number" }, logprob === null ? "–" : `${(100 * Math.exp(logprob)).toFixed(1)} %`)))));
   return [make("div", { class: "quiet number" }, facts.join(" · ")),
     make("div", { class: "tops" }, table("student", values.top[place]), ...(values.teacher_top ? [table("teacher", values.teacher_top[place])] : []))];
 }

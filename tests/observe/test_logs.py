@@ -1,0 +1,37 @@
+"""One start of a run at a time in its folder."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_srpo.config import ConfigError
+from megatron_srpo.observe import logs
+
+HOLD = """import sys
+from pathlib import Path
+from types import SimpleNamespace
+from megatron_srpo.observe.logs import alone
+with alone(Path(sys.argv[1]), SimpleNamespace(rank=0, gather_bytes=lambda payload: [payload])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+LAYOUT = SimpleNamespace(rank=0, gather_bytes=lambda payload: [payload])
+
+
+def test_a_second_start_is_refused_until_the_first_is_gone(tmp_path, monkeypatch):
+    """Gone by SIGKILL, which leaves the file there."""
+    monkeypatch.setattr(logs, "LOCK_SECONDS", 0.0)
+    first = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match=f"process {first.pid} on .* works in this folder"), logs.alone(tmp_path, LAYOUT):
+            pass
+    finally:
+        first.kill()
+        first.wait()
+    with logs.alone(tmp_path, LAYOUT):
+        assert (tmp_path / "lock").read_text().startswith("process ")

@@ -1,0 +1,34 @@
+"""tools/install.sh with a stand-in for Python: nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# venv leaves an interpreter without pip where ensurepip is missing, as on Debian, and one with it where $WHOLE is there
+FAKE = """#!/usr/bin/env bash
+case "$*" in
+-m\\ venv*)
+    mkdir -p "$3/bin"
+    printf '#!/usr/bin/env bash\\necho "$*" >>"$LOG"; [ -e "$WHOLE" ]\\n' >"$3/bin/python"
+    chmod +x "$3/bin/python"
+    [ -e "$WHOLE" ] ;;
+esac
+"""
+
+
+def test_a_folder_with_a_space_after_a_first_attempt_without_ensurepip(tmp_path):
+    """What python3-venv was missing for is made when it is there, and every package goes into that folder."""
+    python, whole, venv, log = tmp_path / "python", tmp_path / "whole", tmp_path / "my venv", tmp_path / "log"
+    python.write_text(FAKE)
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(python), "WHOLE": str(whole), "LOG": str(log)}
+    command = ["bash", "tools/install.sh", str(venv), "test"]
+    assert subprocess.run(command, cwd=ROOT, env=environment, capture_output=True).returncode == 1
+    (venv / "bin" / "python").write_text("#!/usr/bin/env bash\nexit 1\n")  # without pip
+    whole.touch()
+    assert subprocess.run(command, cwd=ROOT, env=environment, capture_output=True).returncode == 0
+    assert [line.split()[-1] for line in log.read_text().splitlines() if "install" in line] == ["torch==2.13.0", ".[test]"]
+    assert (venv / ".installed-test").exists()
