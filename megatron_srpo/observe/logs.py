@@ -7,6 +7,7 @@ import fcntl
 import logging
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,16 +56,19 @@ def alone(directory: Path, layout: Layout) -> Iterator[None]:
 
 def _lock(file: TextIO) -> str:
     """Lock the file for this process and write its name into it; returns why that cannot be, or nothing."""
-    until = time.monotonic() + LOCK_SECONDS
+    until, is_told = time.monotonic() + LOCK_SECONDS, False
     while True:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            if time.monotonic() < until:
-                time.sleep(0.5)
-                continue
             file.seek(0)
             holder = file.read().strip() or "another process"
+            if time.monotonic() < until:
+                if not is_told:
+                    print(f"{file.name} is held by {holder}: waiting up to {LOCK_SECONDS:.0f} s for it to end", file=sys.stderr)
+                is_told = True
+                time.sleep(0.5)
+                continue
             return f"logging.dir: {file.name} is locked: {holder} works in this folder; end it first (if it is long gone, delete the file)"
         except OSError:
             pass  # no locks here

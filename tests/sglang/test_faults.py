@@ -144,7 +144,7 @@ def test_a_server_killed_while_it_samples(servers):
     assert servers.gap(requests, completions) < 1e-4
     version = servers.publish(seed=8)
     after = [member.server.incarnation for member in servers.engine.publisher.fleet.members]
-    assert after[0] == before[0] and after[1] == before[1] + 1
+    assert after[0] == before[0] and after[1] > before[1], servers.said  # a start may fail, and is tried again
     assert all(target.out is None for target in servers.engine.generation.targets)
     completions = sample(servers.engine, requests, servers.sampling())
     assert servers.gap(requests, completions) < 1e-4

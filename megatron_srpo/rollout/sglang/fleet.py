@@ -270,7 +270,7 @@ class Fleet:
                 member.state, member.why = "given up", f"{problem}; {log} ends with:\n{tail}"
             self.say(f"server {member.number} is given up: {problem} ({log})")
         else:
-            self.say(f"server {member.number} is started anew: {problem}")
+            self.say(f"server {member.number} is started anew: {problem}" + (f" while it started ({log})" if failed_start else ""))
 
     def _is_up(self, member: Member) -> bool:
         try:
