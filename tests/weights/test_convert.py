@@ -233,7 +233,10 @@ def test_an_architecture_that_is_not_supported(hf, tmp_path, capsys):
 
 
 def set_size(entries: dict, key: str, shape) -> None:
+    """Another size, with pieces that lie within it."""
     entries[key].size = torch.Size(shape)
+    for piece in entries[key].chunks:
+        piece.sizes = torch.Size(min(size, whole - start) for size, whole, start in zip(piece.sizes, shape, piece.offsets, strict=True))
 
 
 QKV = "decoder.layers.self_attention.linear_qkv.weight"
