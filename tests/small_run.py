@@ -1,13 +1,18 @@
-"""Small runs of the quick start's model, in this process."""
+"""Small runs of the quick start's model, and trainers, in this process."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from megatron_srpo.config import Config
 from megatron_srpo.config_file import load_config
+from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.runtime.parallel import initialize, shut_down
+from megatron_srpo.runtime.trainer import Trainer
 from megatron_srpo.train import train
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart"
@@ -24,3 +29,24 @@ def small_run(directory: Path, *overrides: str) -> list[dict[str, Any]]:
     """Train; the rows of its metrics.jsonl."""
     train(small_config(directory, *overrides))
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+@contextmanager
+def trainers() -> Iterator[Callable[[Config], Trainer]]:
+    """make(config) → a trainer, in place of the one made before: there is one set of Megatron's groups at a time."""
+    made = []
+
+    def leave():
+        while made:
+            layout, trainer = made.pop()
+            trainer.close()
+            shut_down(layout)
+
+    def make(config: Config) -> Trainer:
+        leave()
+        layout = initialize(config.parallel, seed=1)
+        made.append((layout, Trainer(config, HFFolder(config.model.hf_path), layout)))
+        return made[-1][1]
+
+    yield make
+    leave()

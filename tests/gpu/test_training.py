@@ -16,6 +16,7 @@ import pytest
 import torch
 from reference import Reference
 from rollouts import write_rollouts
+from small_run import trainers
 from tiny import make_model, save_folder
 
 from megatron_srpo.algorithm.routing import route_groups
@@ -29,7 +30,6 @@ from megatron_srpo.rollout.dump import dump, replay
 from megatron_srpo.runtime.packing import Document, micro_batch
 from megatron_srpo.runtime.parallel import initialize, shut_down
 from megatron_srpo.runtime.schedule import run_schedule
-from megatron_srpo.runtime.trainer import Trainer
 from megatron_srpo.weights.transfer import load
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -105,24 +105,8 @@ def world(tmp_path_factory):
 @pytest.fixture
 def make_trainer(world):
     """make_trainer(*overrides) → a trainer of `world`'s model."""
-    file, folder, _ = world
-    made = []
-
-    def leave():
-        while made:
-            layout, trainer = made.pop()
-            trainer.close()
-            shut_down(layout)
-
-    def make(*overrides):
-        leave()  # one set of Megatron's groups at a time
-        config = load_config(file, list(overrides))
-        layout = initialize(config.parallel, seed=1)
-        made.append((layout, Trainer(config, folder, layout)))
-        return made[-1][1]
-
-    yield make
-    leave()
+    with trainers() as make:
+        yield lambda *overrides: make(load_config(world[0], list(overrides)))
 
 
 def train(trainer, world, step):

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from rollouts import write_rollouts
+from small_run import trainers
 from tiny import make_model, save_folder
 
 from megatron_srpo.algorithm.routing import route_groups
@@ -17,8 +18,6 @@ from megatron_srpo.checkpoint.state import snapshot as checkpoint
 from megatron_srpo.config_file import load_config
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.dump import replay
-from megatron_srpo.runtime.parallel import initialize, shut_down
-from megatron_srpo.runtime.trainer import Trainer
 
 
 @pytest.fixture
@@ -36,24 +35,13 @@ def make_trainer(tmp_path):
         "optimizer: {lr: 1.0e-3, lr_warmup_steps: 0}\n"
         "logging: {dir: unused}\n"
     )
-    made = []
 
-    def leave():
-        while made:
-            layout, trainer = made.pop()
-            trainer.close()
-            shut_down(layout)
-
-    def make(*overrides):
-        leave()  # one set of Megatron's groups at a time
-        settings = load_config(config, list(overrides))
-        layout = initialize(settings.parallel, seed=1)
-        groups = route_groups(replay(rollouts, 1, 4, folder), settings.algorithm, folder.encode, 160, seed="1/1")
-        made.append((layout, trainer := Trainer(settings, folder, layout)))
+    def routed(trainer):
+        groups = route_groups(replay(rollouts, 1, 4, folder), trainer.algorithm, folder.encode, 160, seed="1/1")
         return trainer, [sample for group in groups for sample in group]
 
-    yield make
-    leave()
+    with trainers() as make:
+        yield lambda *overrides: routed(make(load_config(config, list(overrides))))
 
 
 def step(trainer, samples):
