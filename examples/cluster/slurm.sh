@@ -30,8 +30,8 @@ if [ "$server_nodes" -gt 0 ]; then
             # the key is read inside the step: it never stands in this command line; --signal's USR1, which reaches all steps, is for
             # the run, whose last step still samples
             srun --overlap --nodes 1 --ntasks 1 --nodelist "$node" --export=ALL --kill-on-bad-exit=0 bash -c \
-                "trap '' USR1; exec '$sglang' -m sglang.launch_server --model-path '$model' --dtype bfloat16 --host 0.0.0.0 --port $port \
-                --tp-size $server_gpus --base-gpu-id $first --api-key \"\$SGLANG_API_KEY\"" &
+                "trap '' USR1; exec $(printf %q "$sglang") -m sglang.launch_server --model-path $(printf %q "$model") --dtype bfloat16 \
+                --host 0.0.0.0 --port $port --tp-size $server_gpus --base-gpu-id $first --api-key \"\$SGLANG_API_KEY\"" &
         done
     done
     overrides+=("rollout.urls=[$(IFS=,; echo "${urls[*]}")]" rollout.servers=0 rollout.colocated=false

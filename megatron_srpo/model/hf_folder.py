@@ -181,7 +181,15 @@ class HFFolder:
             values.setdefault("norm_topk_prob", False)
         else:
             values |= dict.fromkeys(_OF_EXPERTS, 0) | {"norm_topk_prob": False}
-        return self._checked(Architecture, {**values, "qk_norm": family.qk_norm, "qkv_bias": family.qkv_bias})
+        made = self._checked(Architecture, {**values, "qk_norm": family.qk_norm, "qkv_bias": family.qkv_bias})
+        if made.num_attention_heads % made.num_key_value_heads:
+            of = f"num_attention_heads ({made.num_attention_heads})"
+            raise self._refusal(f"num_key_value_heads is {made.num_key_value_heads}, expected a divisor of {of}")
+        if made.head_dim % 2:
+            raise self._refusal(f"head_dim is {made.head_dim}, expected an even number: rotary embeddings turn pairs")
+        if made.num_experts_per_tok > made.num_experts:
+            raise self._refusal(f"num_experts_per_tok is {made.num_experts_per_tok}, but num_experts is {made.num_experts}")
+        return made
 
     def _refusal(self, message: str) -> ConfigError:
         return ConfigError(f"model.hf_path: {self.path / 'config.json'}: {message}")
