@@ -6,7 +6,7 @@ import contextlib
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -116,9 +116,9 @@ def sample(engine, requests: list[Request], sampling: Sampling, enough=lambda do
     """All completions in the requests' order, each handed over exactly once; enough(number done so far) breaks the rest off."""
     done: dict[int, Completion] = {}
 
-    def finished(number: int, completion: Completion) -> bool:
-        assert number not in done
-        done[number] = completion
+    def finished(completions: Mapping[int, Completion]) -> bool:
+        assert not set(completions) & set(done)
+        done.update(completions)
         seen(len(done))
         return enough(len(done))
 

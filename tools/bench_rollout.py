@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from bench_publish import ALONE, START, add_common_options, configuration, tell
@@ -37,8 +38,14 @@ def ours(engine, options: argparse.Namespace, vocab_size: int, seed: int) -> flo
     dice = random.Random(seed)
     requests = [Request(tuple(dice.choices(range(10, vocab_size), k=PROMPT_TOKENS)), str(number)) for number in range(options.requests)]
     answers: dict[int, list[Completion]] = {}
+
+    def finished(completions: Mapping[int, Completion]) -> bool:
+        for number, completion in completions.items():
+            answers.setdefault(number, []).append(completion)
+        return False
+
     start = time.perf_counter()
-    engine.generate(requests, Sampling(1.0, 1.0, options.tokens, ()), lambda n, done: answers.setdefault(n, []).append(done) or False)
+    engine.generate(requests, Sampling(1.0, 1.0, options.tokens, ()), finished)
     seconds = time.perf_counter() - start
     lost, doubled = options.requests - len(answers), sum(len(given) > 1 for given in answers.values())
     short = sum(len(given[0].ids) != options.tokens for given in answers.values())

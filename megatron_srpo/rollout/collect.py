@@ -48,7 +48,7 @@ class Collector:
         sampling: Sampling,
         seed: str,
         is_enough: Callable[[Group], bool] = lambda group: False,
-        keep: Callable[[Sample], None] = lambda sample: None,
+        keep: Callable[[Sequence[Sample]], None] = lambda samples: None,
     ) -> tuple[list[Group], list[Unfinished]]:
         """Groups with their verdicts, and the prompts that were broken off, in the order of `begun`.
 
@@ -57,7 +57,7 @@ class Collector:
         Args:
             begun: prompts, with what has been sampled of them before: that is not sampled again.
             is_enough: called with each group when it is verified; True: the rest is broken off.
-            keep: called with each new sample as soon as it is finished.
+            keep: called with new samples as soon as they are finished, with those that the engine hands over together.
         """
         self.seconds_verifying = 0.0
         samples = {(sample.prompt.id, sample.index): sample for unfinished in begun for sample in unfinished.samples}
@@ -70,26 +70,28 @@ class Collector:
         open_places = Counter(prompt.id for prompt, _ in missing)
         groups: dict[str, Group] = {}
 
-        def finish_group(prompt_id: str) -> bool:
-            group = tuple(samples[prompt_id, index] for index in range(samples_per_prompt))
-            (groups[prompt_id],) = self.verify([group])
-            return is_enough(groups[prompt_id])
+        def finish_groups(prompt_ids: Sequence[str]) -> bool:
+            whole = [tuple(samples[prompt_id, index] for index in range(samples_per_prompt)) for prompt_id in prompt_ids]
+            new = dict(zip(prompt_ids, self.verify(whole), strict=True))
+            groups.update(new)
+            return any([is_enough(group) for group in new.values()])  # asked of each: it counts them
 
-        def finished(number: int, completion: Completion) -> bool:
+        def finished(completions: Mapping[int, Completion]) -> bool:
             beat()
-            prompt, index = missing[number]
-            if completion.ids:
-                samples[prompt.id, index] = sample = self._sample(prompt, index, completion)
-            if completion.finish_reason == "abort":
-                return False
-            keep(sample)
-            open_places[prompt.id] -= 1
-            return open_places[prompt.id] == 0 and finish_group(prompt.id)
+            done, whole = [], []
+            for number, completion in completions.items():
+                prompt, index = missing[number]
+                if completion.ids:
+                    samples[prompt.id, index] = self._sample(prompt, index, completion)
+                if completion.finish_reason != "abort":
+                    done.append(samples[prompt.id, index])
+                    open_places[prompt.id] -= 1
+                    whole += [prompt.id] * (open_places[prompt.id] == 0)
+            if done:
+                keep(done)
+            return finish_groups(whole)
 
-        had_enough = False
-        for unfinished in begun:
-            if not open_places[unfinished.prompt.id]:  # nothing of it is missing
-                had_enough |= finish_group(unfinished.prompt.id)
+        had_enough = finish_groups([one.prompt.id for one in begun if not open_places[one.prompt.id]])  # nothing of them is missing
         requests = [self._request(prompt, index, samples, seed) for prompt, index in missing]
         if not had_enough:
             self.engine.generate(requests, sampling, finished)

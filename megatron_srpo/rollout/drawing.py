@@ -106,7 +106,7 @@ class Drawing:
             self.sampling,
             seed=f"{self.config.train.seed}/{step}",
             is_enough=is_enough,
-            keep=lambda sample: self.ledger.keep(step, sample),
+            keep=lambda samples: self.ledger.keep(step, samples),
         )
         return self._show(groups, left, begun) if self.is_choosy else (groups, left)
 

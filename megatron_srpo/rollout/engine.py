@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
@@ -39,9 +39,10 @@ class Request(NamedTuple):
     start: Completion | None = None
 
 
-# finished(number of the request, its completion) -> whether that is enough. Called in the thread that called `generate`, as each
-# is done, in any order. After "enough" the others are broken off and handed over too ("abort"), with what they have.
-Finished = Callable[[int, Completion], bool]
+# finished({number of a request: its completion}) -> whether that is enough. Called in the thread that called `generate`, with what is
+# done, in any order. What an engine computes together it hands over together: then what is left is computed as it would have been.
+# After "enough" the others are broken off and handed over too ("abort"), with what they have.
+Finished = Callable[[Mapping[int, Completion]], bool]
 
 
 class EngineFailed(RuntimeError):

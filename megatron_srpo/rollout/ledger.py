@@ -1,7 +1,8 @@
 """What was drawn, sampled and trained on, written before it is needed: nothing is sampled twice or skipped after a stop.
 
     RUN/ledger/events.jsonl                    drawn, filtered and trained (step, prompts), resumed (after which step)
-               step_000007.rank_00000.jsonl    this rank's finished samples of a step, written one by one while others still run
+               step_000007.rank_00000.jsonl    this rank's finished samples of a step, written while others still run; a line: what was
+                                               made together
                step_000007.carried.jsonl       what the step before left over for it: groups, broken-off responses
 
 After a stop the run goes on from a checkpoint. Samples of the step after it are used again, partial groups included: they
@@ -18,13 +19,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from megatron_srpo.files import append_line, write_text
 from megatron_srpo.records import Sample, Unfinished
 from megatron_srpo.runtime.parallel import Layout
 
 _NAME = re.compile(r"step_(\d+)\.(rank_\d+|carried)\.jsonl")
+_SAMPLES = TypeAdapter(list[Sample])
 
 
 class Ledger:
@@ -70,25 +72,26 @@ class Ledger:
         file = self.directory / f"step_{step:06d}.carried.jsonl"
         return [Unfinished.model_validate_json(line) for line in file.read_bytes().split(b"\n") if line] if file.exists() else []
 
-    def keep(self, step: int, sample: Sample) -> None:
-        """One finished sample."""
+    def keep(self, step: int, samples: Sequence[Sample]) -> None:
+        """Finished samples that were made together: all of them are used again, or none."""
         if not self.keeps_samples:
             return
         file = self.directory / f"step_{step:06d}.rank_{self.layout.rank:05d}.jsonl"
         if self._file is None or self._file.name != str(file):
             self.close()
             self._file = file.open("a", encoding="utf-8")
-        self._file.write(sample.model_dump_json() + "\n")
+            if self._file.tell():
+                self._file.write("\n")  # a kill may have left half a line
+        self._file.write(f"[{','.join(sample.model_dump_json() for sample in samples)}]\n")
         self._file.flush()
 
     def kept(self, step: int) -> dict[tuple[str, int], Sample]:
-        """Every rank's finished samples of a step, by prompt id and index. A torn last line is left out."""
+        """Every rank's finished samples of a step, by prompt id and index. A torn line is left out."""
         found = {}
         for file in sorted(self.directory.glob(f"step_{step:06d}.rank_*.jsonl")):
             for line in file.read_bytes().split(b"\n"):
                 with suppress(ValidationError):
-                    sample = Sample.model_validate_json(line)
-                    found[sample.prompt.id, sample.index] = sample
+                    found |= {(sample.prompt.id, sample.index): sample for sample in _SAMPLES.validate_json(line)}
         return found
 
     def saved(self, step: int) -> None:

@@ -40,7 +40,7 @@ class TransformersEngine:
         self.version = version
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, finished: Finished) -> None:
-        """See `Engine.generate`. Prompts of like length are batched together; the results do not depend on it.
+        """See `Engine.generate`. Prompts of like length are batched together; the results depend on it by rounding alone.
 
         "Enough" is heard between batches. Raises EngineFailed for a model that gives NaN.
         """
@@ -50,8 +50,7 @@ class TransformersEngine:
             numbers = order[start : start + self.batch_size]
             batch = [requests[number] for number in numbers]
             completions = [_broken_off(request) for request in batch] if is_enough else self._generate_batch(batch, sampling)
-            for number, completion in zip(numbers, completions, strict=True):
-                is_enough |= finished(number, completion)
+            is_enough |= finished(dict(zip(numbers, completions, strict=True)))
 
     def close(self) -> None:
         """Nothing is held outside this process."""

@@ -33,7 +33,7 @@ def config(tmp_path_factory):
     file = root / "config.yaml"
     file.write_text(
         f"model: {{hf_path: {START}, dtype: float32}}\n"
-        "rollout: {prompts_per_step: 2, samples_per_prompt: 4, max_prompt_tokens: 64, max_response_tokens: 48, batch_size: 4}\n"
+        "rollout: {prompts_per_step: 2, samples_per_prompt: 4, max_prompt_tokens: 64, max_response_tokens: 48, batch_size: 3}\n"
         "teacher: {max_prompt_tokens: 200}\n"
         f"train: {{steps: {STEPS}}}\n"
         "optimizer: {lr: 2.0e-4, lr_warmup_steps: 3}\n"
@@ -134,8 +134,10 @@ def test_the_clock_saves_and_leaves(command, tmp_path):
     assert status == 75 and "checkpoint.exit_duration_in_mins is over: saved after step 1 of 4" in said
 
 
-def test_samples_of_an_unfinished_step_are_used_again(command, whole, tmp_path, monkeypatch):
-    """Killed while the second batch of step 3 is handed over: what was finished, of a partial group too, is not sampled again."""
+@pytest.mark.parametrize(("torn", "left"), [(False, 2), (True, 5)])
+def test_samples_of_an_unfinished_step_are_used_again(command, whole, tmp_path, monkeypatch, torn, left):
+    """Killed when two of step 3's three batches are done: what was finished, of a partial group too, is not sampled again. A batch
+    that was not written whole is: fewer rows would be rounded otherwise."""
     run, real = tmp_path / "run", driver.Rollouts.collect
 
     class Killed(BaseException):
@@ -145,22 +147,23 @@ def test_samples_of_an_unfinished_step_are_used_again(command, whole, tmp_path, 
         if step == 3:
             keep, kept = self.ledger.keep, []
 
-            def die_after_six(at, sample):
-                keep(at, sample)
-                kept.append(sample)
-                if len(kept) == 6:
+            def die_after_two(at, samples):
+                keep(at, samples)
+                kept.append(samples)
+                if len(kept) == 2:
                     raise Killed
 
-            monkeypatch.setattr(self.ledger, "keep", die_after_six)
+            monkeypatch.setattr(self.ledger, "keep", die_after_two)
         return real(self, step)
 
     monkeypatch.setattr(driver.Rollouts, "collect", collect)
     with pytest.raises(Killed):
         command(run)
     monkeypatch.undo()
-    torn = run / "ledger" / "step_000003.rank_00000.jsonl"
-    assert len(torn.read_text().splitlines()) == 6
-    torn.write_text(torn.read_text() + '{"prompt": {"id": "add')  # as a kill in the middle of a write leaves it
+    file = run / "ledger" / "step_000003.rank_00000.jsonl"
+    text = file.read_text()
+    assert [len(json.loads(line)) for line in text.splitlines()] == [3, 3]
+    file.write_text(text[:-20] if torn else text + '[{"prompt": {"id": "add')  # as a kill in the middle of a write leaves it
     asked = []
     generate = TransformersEngine.generate
 
@@ -170,7 +173,7 @@ def test_samples_of_an_unfinished_step_are_used_again(command, whole, tmp_path, 
 
     monkeypatch.setattr(TransformersEngine, "generate", counted)
     assert command(run)[0] == 0
-    assert asked[0] == 2  # of step 3's eight
+    assert asked[0] == left  # of step 3's eight
     assert_same(run, whole)
 
 

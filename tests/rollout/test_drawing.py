@@ -35,7 +35,7 @@ class Engine:
             span = (self.version, len(before.ids), len(before.ids) + new)
             ids = [*before.ids, *[7] * new]
             done = Completion(ids, [-1.0] * len(ids), [*before.versions, span], "abort" if enough else "stop")
-            enough |= finished(number, done)
+            enough |= finished({number: done})
 
 
 class Judge:

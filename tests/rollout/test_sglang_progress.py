@@ -69,7 +69,7 @@ def test_a_long_response_is_progress_while_its_server_makes_tokens(is_healthy, m
     with server(is_healthy) as (url, released):
         asking = threading.Thread(
             target=generating(url).generate,
-            args=([Request((0, 1), "x")], Sampling(1.0, 1.0, 4, (2,)), lambda number, completion: done.append(completion.ids)),
+            args=([Request((0, 1), "x")], Sampling(1.0, 1.0, 4, (2,)), lambda new: done.extend(one.ids for one in new.values())),
         )
         asking.start()
         time.sleep(0.5)  # the request is on its way

@@ -203,7 +203,7 @@ def test_a_rank_that_reaches_no_server_says_so_at_the_start():
 def asking(url):
     made = Generation([url], SGLangSection(health_timeout=0.3, retries=2), 3, 0, 1, False, lambda *_: None, lambda seconds: None)
     made.versions, done, requests = ["0"], [], [Request((0, 1), "x")]
-    return made, lambda: made.generate(requests, Sampling(1.0, 1.0, 4, (2,)), lambda number, completion: done.append(completion)), done
+    return made, lambda: made.generate(requests, Sampling(1.0, 1.0, 4, (2,)), lambda new: done.extend(new.values())), done
 
 
 def reply(ids, reason):

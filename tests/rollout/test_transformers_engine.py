@@ -35,9 +35,9 @@ def sample(engine, requests, sampling):
     """All completions, in the requests' order; each is handed over once."""
     completions = {}
 
-    def finished(number, completion):
-        assert number not in completions
-        completions[number] = completion
+    def finished(done):
+        assert not set(done) & set(completions)
+        completions.update(done)
         return False
 
     engine.generate(requests, sampling, finished)

@@ -123,7 +123,7 @@ class _Batch:
             finally:
                 watch.cancel()
         for number in self.waiting:
-            self.finished(number, (self.requests[number].start or _NOTHING)._replace(finish_reason="abort"))
+            self.finished({number: (self.requests[number].start or _NOTHING)._replace(finish_reason="abort")})
 
     def _client(self) -> httpx.AsyncClient:
         """One for each worker: a client looks through all its connections for every request, which with 64 took 8 ms of CPU time."""
@@ -135,7 +135,7 @@ class _Batch:
             while self.waiting and not self.enough:
                 number = self.waiting.popleft()
                 completion = await self._complete(http, self.requests[number])
-                if self.finished(number, completion) and not self.enough:
+                if self.finished({number: completion}) and not self.enough:
                     self.enough = True
                     await self._abort()
 
