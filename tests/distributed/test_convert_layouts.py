@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from launch import torchrun
+from launch import launch
 from safetensors.torch import load_file
 from tiny import FAMILIES, make_model, save_folder
 from torch.distributed.checkpoint import FileSystemReader
@@ -61,7 +61,7 @@ def world(tmp_path_factory):
         }
         for layout, model in LOADED
     ]
-    torchrun(4, "convert_worker.py", jobs, root / "jobs.json")
+    launch(4, "convert_worker.py", jobs, root / "jobs.json")
     return root
 
 
@@ -93,7 +93,7 @@ def test_names_shapes_and_dtypes_are_megatrons(world, layout, model):
     )
     tensors = [name for name, entry in theirs.items() if isinstance(entry, TensorStorageMetadata)]
     assert sorted(tensors) == sorted(name for name, entry in ours.items() if isinstance(entry, TensorStorageMetadata))
-    assert set(theirs) <= set(ours)
+    assert {name for name in theirs if not name.startswith("common_state/")} <= set(ours)  # megatron-core 0.16: common.pt
     for name in tensors:
         vocabulary = name in ("embedding.word_embeddings.weight", "output_layer.weight")
         assert ours[name].size[vocabulary:] == theirs[name].size[vocabulary:], name

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import Run, run_jobs, torchrun
+from launch import Run, launch, run_jobs
 from rollouts import write_rollouts
 from tiny import make_model, save_folder
 
@@ -58,7 +58,7 @@ def runs(tmp_path_factory):
             for step, layout in enumerate(chain[ranks], 1 if ranks == 2 else len(chain[2]) + 1):
                 overrides = [*common[name][1], *layout, f"train.steps={step}", f"logging.dir={root / name}-chain"]
                 jobs.append({"command": "train", "config": str(config), "overrides": overrides})
-        torchrun(ranks, "layouts.py", jobs, root / f"chain-{ranks}.json")
+        launch(ranks, "layouts.py", jobs, root / f"chain-{ranks}.json")
     return {name: (run, Run(Path(f"{run.folder}-chain"))) for name, run in whole.items()}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from launch import torchrun
+from launch import launch
 from tiny import save_folder
 
 TP, PP, EP = (f"parallel.{name}_model_parallel_size=2" for name in ("tensor", "pipeline", "expert"))
@@ -41,7 +41,7 @@ def reports(tmp_path_factory):
         }
         for name, overrides in JOBS.items()
     ]
-    torchrun(2, "teacher_worker.py", jobs, root / "jobs.json")
+    launch(2, "teacher_worker.py", jobs, root / "jobs.json")
     return {name: json.loads((root / name).read_text()) for name in JOBS}
 
 

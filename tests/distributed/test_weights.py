@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from launch import torchrun
+from launch import launch
 from safetensors.torch import load_file
 from tiny import make_model, save_folder
 
@@ -70,7 +70,7 @@ def results(tmp_path_factory):
             for layout, (overrides, models) in layouts.items()
             for model in models
         ]
-        torchrun(ranks, "weights_worker.py", jobs, root / f"jobs-{ranks}.json")
+        launch(ranks, "weights_worker.py", jobs, root / f"jobs-{ranks}.json")
     return expected, {(layout, model): load_file(root / f"{layout}-{model}.safetensors") for layout, model in PAIRS}
 
 
