@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -68,6 +69,7 @@ def _be_rank(environment: dict[str, str], script: Path, file: Path, log: Path) -
         os.dup2(out.fileno(), 2)
     sys.path.insert(0, str(HERE))
     sys.argv = [str(script), str(file)]
+    gc.freeze()  # what has been imported is not garbage: looking through it twice a job took as long as training
     runpy.run_path(str(script), run_name="__main__")
 
 

@@ -1,4 +1,4 @@
-"""What the scripts run by torchrun share: one process group for all jobs of a launch (it costs 20 s of imports, a job two)."""
+"""What the scripts run by torchrun share: one process group for all jobs of a launch (imports cost 10 s, a job one)."""
 
 from __future__ import annotations
 
