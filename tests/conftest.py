@@ -17,3 +17,8 @@ else:
 def pytest_collection_finish():
     """What has been imported by now is not garbage: every run of a trainer looks for some when it ends, 0.3 s each time."""
     gc.freeze()
+
+
+def pytest_unconfigure():
+    """At the end of the process it is."""
+    gc.unfreeze()

@@ -24,10 +24,21 @@ def simulated(rank: int, world_size: int, parallel: ParallelSection | None = Non
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         try:
             layout = initialize(parallel or ParallelSection(), seed=1)
-            yield layout
-            shut_down(layout)
+            try:
+                with _Zeros():
+                    yield layout
+            finally:
+                shut_down(layout)
         finally:
             dist.destroy_process_group()
+
+
+class _Zeros(TorchDispatchMode):
+    """New memory holds zeros: what another rank would have sent stays what it was, and might be NaN."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        return made.zero_() if "empty" in function._schema.name else made
 
 
 class Collectives(TorchDispatchMode):
