@@ -98,7 +98,7 @@ def test_ledger_writes_do_not_grow(start, tmp_path):
                 ids = [group[0].prompt.id for group in groups]
                 ledger.drawn(1, "0", ids)
                 for sample in samples_of(groups[rank::ranks]):
-                    ledger.keep(1, [sample])
+                    ledger.keep(1, 1, [sample])
                 ledger.trained(1, ids)
                 ledger.close()
                 (file,) = folder.iterdir()

@@ -40,7 +40,7 @@ class Drawing:
         self.sampling = Sampling(settings.temperature, settings.top_p, settings.max_response_tokens, collector.folder.stop_ids)
         self.next_prompt = 0
         self._carried: list[Unfinished] = []
-        self._kept: dict[tuple[str, int], Sample] = {}
+        self._kept: dict[tuple[str, int], tuple[int, Sample]] = {}
         self._start = (0, 0)  # the last step drawn, and the first prompt that had not been drawn before
 
     def place(self, step: int) -> int:
@@ -63,8 +63,9 @@ class Drawing:
         while True:
             wanted = target - len(chosen)
             begun += self._new(max(0, math.ceil(wanted * settings.over_sampling) - len(begun)), step, version)
-            groups, begun = self._round(begun, wanted, step, kept)
-            rounds, seconds = rounds + 1, seconds + self.collector.seconds_verifying
+            rounds += 1
+            groups, begun = self._round(rounds, begun, wanted, step, kept)
+            seconds += self.collector.seconds_verifying
             if not self.is_choosy:
                 return Drawn(groups, {}, seconds)
             chosen += [group for group in groups if not settings.dynamic_filtering or self._has_signal(group)]
@@ -88,11 +89,12 @@ class Drawing:
         return [Unfinished(prompt=prompt) for prompt in prompts]
 
     def _round(
-        self, begun: list[Unfinished], wanted: int, step: int, kept: dict[tuple[str, int], Sample]
+        self, number: int, begun: list[Unfinished], wanted: int, step: int, kept: dict[tuple[str, int], tuple[int, Sample]]
     ) -> tuple[list[Group], list[Unfinished]]:
         """Whole groups and what was broken off: all ranks' when choosy, else this rank's share (of which all is whole)."""
         settings = self.config.rollout
-        mine = [self._with_kept(one, kept) for one in begun[self.layout.rank :: self.layout.world_size]]
+        known = {key: sample for key, (made_in, sample) in kept.items() if made_in <= number}  # a later round's: not yet, as it was
+        mine = [self._with_kept(one, known) for one in begun[self.layout.rank :: self.layout.world_size]]
         share, found = math.ceil(wanted * len(mine) / len(begun)), 0
 
         def is_enough(group: Group) -> bool:
@@ -106,7 +108,7 @@ class Drawing:
             self.sampling,
             seed=f"{self.config.train.seed}/{step}",
             is_enough=is_enough,
-            keep=lambda samples: self.ledger.keep(step, samples),
+            keep=lambda samples: self.ledger.keep(step, number, samples),
         )
         return self._show(groups, left, begun) if self.is_choosy else (groups, left)
 

@@ -19,14 +19,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from megatron_srpo.files import append_line, write_text
 from megatron_srpo.records import Sample, Unfinished
 from megatron_srpo.runtime.parallel import Layout
 
 _NAME = re.compile(r"step_(\d+)\.(rank_\d+|carried)\.jsonl")
-_SAMPLES = TypeAdapter(list[Sample])
+
+
+class _Made(BaseModel):
+    """A line of finished samples."""
+
+    round: int
+    samples: tuple[Sample, ...]
 
 
 class Ledger:
@@ -72,8 +78,8 @@ class Ledger:
         file = self.directory / f"step_{step:06d}.carried.jsonl"
         return [Unfinished.model_validate_json(line) for line in file.read_bytes().split(b"\n") if line] if file.exists() else []
 
-    def keep(self, step: int, samples: Sequence[Sample]) -> None:
-        """Finished samples that were made together: all of them are used again, or none."""
+    def keep(self, step: int, number: int, samples: Sequence[Sample]) -> None:
+        """Finished samples that were made together in round `number` of a step: all of them are used again, or none."""
         if not self.keeps_samples:
             return
         file = self.directory / f"step_{step:06d}.rank_{self.layout.rank:05d}.jsonl"
@@ -82,16 +88,17 @@ class Ledger:
             self._file = file.open("a", encoding="utf-8")
             if self._file.tell():
                 self._file.write("\n")  # a kill may have left half a line
-        self._file.write(f"[{','.join(sample.model_dump_json() for sample in samples)}]\n")
+        self._file.write(_Made(round=number, samples=tuple(samples)).model_dump_json() + "\n")
         self._file.flush()
 
-    def kept(self, step: int) -> dict[tuple[str, int], Sample]:
-        """Every rank's finished samples of a step, by prompt id and index. A torn line is left out."""
+    def kept(self, step: int) -> dict[tuple[str, int], tuple[int, Sample]]:
+        """Every rank's finished samples of a step, each with its round, by prompt id and index. A torn line is left out."""
         found = {}
         for file in sorted(self.directory.glob(f"step_{step:06d}.rank_*.jsonl")):
             for line in file.read_bytes().split(b"\n"):
                 with suppress(ValidationError):
-                    found |= {(sample.prompt.id, sample.index): sample for sample in _SAMPLES.validate_json(line)}
+                    made = _Made.model_validate_json(line)
+                    found |= {(sample.prompt.id, sample.index): (made.round, sample) for sample in made.samples}
         return found
 
     def saved(self, step: int) -> None:

@@ -147,8 +147,8 @@ def test_samples_of_an_unfinished_step_are_used_again(command, whole, tmp_path, 
         if step == 3:
             keep, kept = self.ledger.keep, []
 
-            def die_after_two(at, samples):
-                keep(at, samples)
+            def die_after_two(at, number, samples):
+                keep(at, number, samples)
                 kept.append(samples)
                 if len(kept) == 2:
                     raise Killed
@@ -162,8 +162,8 @@ def test_samples_of_an_unfinished_step_are_used_again(command, whole, tmp_path, 
     monkeypatch.undo()
     file = run / "ledger" / "step_000003.rank_00000.jsonl"
     text = file.read_text()
-    assert [len(json.loads(line)) for line in text.splitlines()] == [3, 3]
-    file.write_text(text[:-20] if torn else text + '[{"prompt": {"id": "add')  # as a kill in the middle of a write leaves it
+    assert [len(json.loads(line)["samples"]) for line in text.splitlines()] == [3, 3]
+    file.write_text(text[:-20] if torn else text + '{"round": 1, "samples": [{"prompt"')  # as a kill in the middle of a write does
     asked = []
     generate = TransformersEngine.generate
 

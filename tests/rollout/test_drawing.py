@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -63,7 +66,7 @@ def folder(tmp_path_factory):
 def make(folder, tmp_path):
     """make(script, *overrides) → (drawing, engine): three prompts a step, two samples each."""
 
-    def drawing(script=None, *overrides):
+    def drawing(script=None, *overrides, layout=ALONE):
         config = tmp_path / "config.yaml"
         config.write_text(
             f"model: {{hf_path: {folder.path}}}\nrollout: {{prompts_per_step: 3, samples_per_prompt: 2}}\n"
@@ -71,9 +74,9 @@ def make(folder, tmp_path):
         )
         config = load_config(config, list(overrides))
         engine = Engine()
-        collector = Collector(Judge(script or {}), engine, folder, ALONE, config.rollout)
-        ledger = Ledger(tmp_path / "ledger", ALONE, keeps_samples=True)
-        return Drawing(config, collector, prompt, ledger, ALONE), engine
+        collector = Collector(Judge(script or {}), engine, folder, layout, config.rollout)
+        ledger = Ledger(tmp_path / "ledger", layout, keeps_samples=True)
+        return Drawing(config, collector, prompt, ledger, layout), engine
 
     return drawing
 
@@ -162,6 +165,39 @@ def test_finished_samples_are_not_made_again(make):
     again, engine = make()
     again.go_on(1, 0)
     assert again.draw(1, "0").groups == expected and engine.asked == []
+
+
+def gather(meeting, shown, rank, mine, beside):
+    """Between two threads that stand for two ranks."""
+    shown[rank] = mine
+    meeting.wait()
+    everyone = [*shown]
+    meeting.wait()
+    return everyone
+
+
+def test_a_later_round_of_several_ranks_goes_on_alike(make):
+    """Rank 0 has enough and breaks p4 off, rank 1 finds nothing; p4 is finished in the second round, and says nothing.
+
+    Killed after that round, both go on: were p4 taken for whole in the first round, the second would begin one prompt more.
+    """
+    script, settings = dict.fromkeys((1, 3, 4, 5), (1, 1)), ["rollout.dynamic_filtering=true", "rollout.over_sampling=1.5"]
+    results = []
+    for _ in range(2):
+        meeting, shown, made = threading.Barrier(2, timeout=20), [b"", b""], []
+        for rank in range(2):
+            layout = SimpleNamespace(rank=rank, world_size=2, gather_bytes=partial(gather, meeting, shown, rank))
+            made.append(make(script, *settings, "rollout.prompts_per_step=4", layout=layout))
+            made[-1][0].go_on(1, 0)
+        with ThreadPoolExecutor(2) as ranks:
+            drawn = list(ranks.map(lambda both: both[0].draw(1, "0"), made))
+        left = [(drawing.next_prompt, drawing._carried, engine.asked) for drawing, engine in made]
+        results.append([(one, *rest) for one, rest in zip(drawn, left, strict=True)])
+    first, second = results
+    assert [names(drawn.groups) for drawn, *_ in first] == [["p0", "p6"], ["p2", "p7"]]
+    assert first[0][0].numbers["rounds"] == 2
+    for (drawn, *rest, _), (again, *other, asked) in zip(first, second, strict=True):
+        assert (drawn.groups, drawn.numbers, rest) == (again.groups, again.numbers, other) and not asked  # nothing was left to sample
 
 
 def test_a_prompt_that_has_changed_is_sampled_anew(make, monkeypatch):
