@@ -25,6 +25,7 @@ setup(
         "pyyaml>=6.0",
         "rich>=13.9",
         "httpx>=0.27",
+        "sniffio>=1.3",  # httpx looks for it four times a request, which costs more where it is missing
     ],
     extras_require={
         "test": [
