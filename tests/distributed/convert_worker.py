@@ -1,4 +1,4 @@
-"""Run by torchrun: megatron-core itself loads a converted checkpoint at several layouts, and saves some.
+"""Run on every rank: megatron-core itself loads a converted checkpoint at several layouts, and saves some.
 
     torchrun --nproc-per-node N tests/distributed/convert_worker.py jobs.json
 

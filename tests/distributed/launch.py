@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from soak import free_port
 
@@ -67,6 +68,7 @@ def _be_rank(environment: dict[str, str], script: Path, file: Path, log: Path) -
     with log.open("w") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
+    torch.set_num_threads(1)
     sys.path.insert(0, str(HERE))
     sys.argv = [str(script), str(file)]
     gc.freeze()  # what has been imported is not garbage: looking through it twice a job took as long as training

@@ -1,4 +1,4 @@
-"""Run by torchrun: trains or evaluates one configuration file under several lists of overrides, one after the other, in the same
+"""Run on every rank: trains or evaluates one configuration file under several lists of overrides, one after the other, in the same
 processes.
 
     torchrun --nproc-per-node N tests/distributed/layouts.py jobs.json

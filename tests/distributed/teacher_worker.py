@@ -1,4 +1,4 @@
-"""Run by torchrun: moves the teacher's copy away from a constant student and lets it follow.
+"""Run on every rank: moves the teacher's copy away from a constant student and lets it follow.
 
     torchrun --nproc-per-node N tests/distributed/teacher_worker.py jobs.json
 

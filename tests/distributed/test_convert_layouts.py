@@ -93,7 +93,7 @@ def test_names_shapes_and_dtypes_are_megatrons(world, layout, model):
     )
     tensors = [name for name, entry in theirs.items() if isinstance(entry, TensorStorageMetadata)]
     assert sorted(tensors) == sorted(name for name, entry in ours.items() if isinstance(entry, TensorStorageMetadata))
-    assert {name for name in theirs if not name.startswith("common_state/")} <= set(ours)  # megatron-core 0.16: common.pt
+    assert {name for name in theirs if not name.startswith("common_state/")} <= set(ours)  # 0.16 writes common.pt
     for name in tensors:
         vocabulary = name in ("embedding.word_embeddings.weight", "output_layer.weight")
         assert ours[name].size[vocabulary:] == theirs[name].size[vocabulary:], name

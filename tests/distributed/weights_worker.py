@@ -1,4 +1,4 @@
-"""Run by torchrun: loads HF folders at several layouts, writes the logits of packed documents and the exported tensors.
+"""Run on every rank: loads HF folders at several layouts, writes the logits of packed documents and the exported tensors.
 
     torchrun --nproc-per-node N tests/distributed/weights_worker.py jobs.json
 

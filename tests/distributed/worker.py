@@ -1,4 +1,4 @@
-"""What the scripts run by torchrun share: one process group for all jobs of a launch (imports cost 10 s, a job one)."""
+"""What the scripts run on every rank share: one process group for all jobs of a launch (imports cost 10 s, a job one)."""
 
 from __future__ import annotations
 
