@@ -23,8 +23,8 @@ def main() -> int:
     is_first = os.environ.get("RANK", "0") == "0"
     quieten_libraries()
     try:
-        from megatron_srpo.config import ConfigError
-        from megatron_srpo.files import FileError
+        from megatron_srpo.config.schema import ConfigError
+        from megatron_srpo.distributed.files import FileError
 
         status = run(arguments, is_first)
     except KeyboardInterrupt:  # before the others, which may not be imported yet
@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace, is_first: bool) -> int:
     if arguments.command == "config":
         return explain_config(arguments.check, arguments.overrides, arguments.processes)
 
-    from megatron_srpo.config_file import load_config
+    from megatron_srpo.config.load import load_config
 
     config = load_config(arguments.config, arguments.overrides)
     if arguments.command == "plan":
@@ -141,7 +141,7 @@ def train_model(config, is_first: bool) -> int:
 
 def sample_batches(config, is_first: bool) -> int:
     """The sample command. Returns the exit status."""
-    from megatron_srpo.sample import sample
+    from megatron_srpo.commands.sample import sample
 
     sample(config)
     return 0
@@ -149,7 +149,7 @@ def sample_batches(config, is_first: bool) -> int:
 
 def evaluate_model(config, is_first: bool) -> int:
     """The eval command. Returns the exit status."""
-    from megatron_srpo.evaluate import run_evaluation
+    from megatron_srpo.evaluation.evaluate import run_evaluation
 
     directory = run_evaluation(config)
     if is_first:
@@ -160,8 +160,8 @@ def evaluate_model(config, is_first: bool) -> int:
 
 def compare_results(directories: list[Path]) -> int:
     """The compare command. Returns the exit status."""
-    from megatron_srpo.config import ConfigError
-    from megatron_srpo.observe.scoreboard import compare
+    from megatron_srpo.config.schema import ConfigError
+    from megatron_srpo.evaluation.scoreboard import compare
 
     if len(directories) < 2:
         raise ConfigError("compare: expected two folders or more")
@@ -171,7 +171,7 @@ def compare_results(directories: list[Path]) -> int:
 
 def report_runs(runs: list[Path], output: Path | None) -> int:
     """The report command. Returns the exit status."""
-    from megatron_srpo.files import FileError
+    from megatron_srpo.distributed.files import FileError
     from megatron_srpo.observe.report import write_report
 
     output = output or runs[0] / "report.html"
@@ -195,8 +195,8 @@ def inspect_run(run: Path, step: int, sample: int | None) -> int:
 
 def explain_config(file: Path | None, overrides: list[str], processes: int | None) -> int:
     """The config command. Returns the exit status."""
-    from megatron_srpo.config import ConfigError
-    from megatron_srpo.config_help import check, print_keys
+    from megatron_srpo.config.schema import ConfigError
+    from megatron_srpo.commands.config import check, print_keys
 
     if file is None:
         if overrides:

@@ -14,11 +14,11 @@ from megatron_srpo.checkpoint import resume
 from megatron_srpo.checkpoint.folder import FORMAT, Manifest
 from megatron_srpo.checkpoint.saver import Saver
 from megatron_srpo.checkpoint.state import numbers, snapshot
-from megatron_srpo.config import Config
-from megatron_srpo.config_file import save_config
-from megatron_srpo.evaluate import evaluate
+from megatron_srpo.config.schema import Config
+from megatron_srpo.config.load import save_config
+from megatron_srpo.evaluation.evaluate import evaluate
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.model.qwen3 import model_dtype, uses_transformer_engine
+from megatron_srpo.model.build import model_dtype, uses_transformer_engine
 from megatron_srpo.observe.alarms import REMEMBERED, Alarm, Limits, alarms
 from megatron_srpo.observe.logs import alone, open_run_folder, rank_log
 from megatron_srpo.observe.metrics import MetricsFile, rollout_metrics, update_metrics, version_metrics
@@ -29,16 +29,16 @@ from megatron_srpo.observe.tokens import choose, write_tokens
 from megatron_srpo.observe.trackers import Trackers, start_trackers
 from megatron_srpo.observe.watchdog import Watchdog
 from megatron_srpo.preflight import preflight
-from megatron_srpo.progress import PROGRESS
-from megatron_srpo.records import Group
+from megatron_srpo.distributed.heartbeat import PROGRESS
+from megatron_srpo.data.records import Group
 from megatron_srpo.rollout.collect import exchange
 from megatron_srpo.rollout.dump import dump
 from megatron_srpo.rollout.source import Rollouts
-from megatron_srpo.runtime.parallel import Layout, joined
-from megatron_srpo.runtime.stop import StopRequest
-from megatron_srpo.runtime.token_values import TokenValues
-from megatron_srpo.runtime.trainer import Trainer, UpdateReport
-from megatron_srpo.scores import with_history
+from megatron_srpo.distributed.layout import Layout, joined
+from megatron_srpo.distributed.stop import StopRequest
+from megatron_srpo.training.token_values import TokenValues
+from megatron_srpo.training.trainer import Trainer, UpdateReport
+from megatron_srpo.evaluation.scores import with_history
 from megatron_srpo.weights.transfer import save_hf
 
 

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from megatron_srpo.config_file import load_config
+from megatron_srpo.config.load import load_config
 from megatron_srpo.rollout.sglang.fleet import Launch
 
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.records import Prompt, Sample, Verdict
+from megatron_srpo.data.records import Prompt, Sample, Verdict
 from megatron_srpo.rollout.dump import dump
 
 # c_i of each group's samples: mixed, lone correct, all wrong, all correct

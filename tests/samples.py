@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_srpo.records import Group, Prompt, Route, Sample, Verdict
+from megatron_srpo.data.records import Group, Prompt, Route, Sample, Verdict
 
 
 def make_sample(

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_srpo.config import ParallelSection
-from megatron_srpo.runtime.parallel import Layout, initialize, shut_down
+from megatron_srpo.config.schema import ParallelSection
+from megatron_srpo.distributed.layout import Layout, initialize, shut_down
 
 
 @contextmanager

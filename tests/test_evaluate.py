@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_srpo import evaluate
+from megatron_srpo.evaluation import evaluate
 from megatron_srpo.__main__ import main
 
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from megatron_srpo.scores import interval, paired_difference, pass_at_k, with_history
+from megatron_srpo.evaluation.scores import interval, paired_difference, pass_at_k, with_history
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 7])

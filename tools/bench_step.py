@@ -29,9 +29,9 @@ from pathlib import Path
 import torch
 
 from megatron_srpo.__main__ import quieten_libraries
-from megatron_srpo.config import Config
-from megatron_srpo.config_file import load_config
-from megatron_srpo.records import Group, Prompt, Route, Sample, Verdict
+from megatron_srpo.config.schema import Config
+from megatron_srpo.config.load import load_config
+from megatron_srpo.data.records import Group, Prompt, Route, Sample, Verdict
 
 SHARED = {"model_type": "qwen3", "vocab_size": 151_936, "head_dim": 128, "num_key_value_heads": 8, "rms_norm_eps": 1e-6}
 SHARED |= {"max_position_embeddings": 40_960, "rope_theta": 1e6, "tie_word_embeddings": True}
@@ -124,8 +124,8 @@ def measure(model: dict, algorithm: str, shape: Shape, overrides: list[str], rep
     from megatron_srpo.plan.machine import Workload
     from megatron_srpo.plan.memory import Batch
     from megatron_srpo.plan.step import step_flops
-    from megatron_srpo.runtime.parallel import initialize, shut_down
-    from megatron_srpo.runtime.trainer import Trainer
+    from megatron_srpo.distributed.layout import initialize, shut_down
+    from megatron_srpo.training.trainer import Trainer
 
     with tempfile.TemporaryDirectory() as name:
         config = make_config(Path(name), model, algorithm, shape, overrides)
@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_args()
     quieten_libraries()
-    import megatron_srpo.runtime.trainer  # noqa: F401  (imported once, before the rows' processes are forked)
+    import megatron_srpo.training.trainer  # noqa: F401  (imported once, before the rows' processes are forked)
 
     torch.set_num_threads(options.threads)
     model = SHAPES[options.shape] | ({"num_hidden_layers": options.layers} if options.layers else {})

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_srpo.config import TaskSection
+from megatron_srpo.config.schema import TaskSection
 from megatron_srpo.tasks import VERIFIERS
 from megatron_srpo.tasks.pool import Job, Pool
 from megatron_srpo.tasks.worker import load_attribute

@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_srpo.config import ConfigError
+from megatron_srpo.config.schema import ConfigError
 from megatron_srpo.tasks.mathematics import published_row
 from megatron_srpo.tasks.questions import read_objects, write_questions
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_srpo.config import ConfigError
+from megatron_srpo.config.schema import ConfigError
 from megatron_srpo.tasks.questions import write_questions
 from megatron_srpo.tasks.sciknoweval import Choice, read_domain, split
 

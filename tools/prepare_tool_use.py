@@ -15,7 +15,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from megatron_srpo.config import ConfigError
+from megatron_srpo.config.schema import ConfigError
 from megatron_srpo.tasks.questions import write_questions
 from megatron_srpo.tasks.tool_use import read_toolalpaca
 

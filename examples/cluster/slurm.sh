@@ -13,7 +13,7 @@ mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 training=$((${#nodes[@]} - server_nodes))
 [ "$training" -ge 1 ] || { echo "slurm: SERVER_NODES=$server_nodes leaves none of the ${#nodes[@]} nodes for training" >&2; exit 2; }
 [ "$server_nodes" -gt 0 ] || [ "$training" -eq 1 ] || { echo "slurm: more than one training node needs SERVER_NODES" >&2; exit 2; }
-model=$("$python" -c 'import sys; from megatron_srpo.config_file import load_config
+model=$("$python" -c 'import sys; from megatron_srpo.config.load import load_config
 from pathlib import Path
 print(load_config(Path(sys.argv[1]), sys.argv[2:]).model.hf_path)' "$config" "$@")
 

@@ -2,7 +2,7 @@
 
 import random
 
-from megatron_srpo.records import Prompt, Verdict
+from megatron_srpo.data.records import Prompt, Verdict
 
 SYLLABLES = ("ka", "lo", "mi", "ne", "ru", "sta", "ter", "von")
 

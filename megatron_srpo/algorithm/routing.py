@@ -9,7 +9,7 @@ from typing import Literal
 
 from megatron_srpo.algorithm.reprompt import NOTHING_SHOWN, TeacherPrompt, build_teacher_prompt, clean_demonstration
 from megatron_srpo.algorithm.settings import Algorithm
-from megatron_srpo.records import Group, Route, Sample
+from megatron_srpo.data.records import Group, Route, Sample
 
 
 def group_advantages(rewards: Sequence[float], divide_by_std: bool = False) -> list[float]:

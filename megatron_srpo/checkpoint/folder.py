@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_srpo.files import FileError, sync, write_text
+from megatron_srpo.distributed.files import FileError, sync, write_text
 from megatron_srpo.weights.safetensors_file import bytes_of
 
 FORMAT = 1

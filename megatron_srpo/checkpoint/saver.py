@@ -18,10 +18,10 @@ from torch import Tensor
 
 from megatron_srpo.checkpoint import folder as folders
 from megatron_srpo.checkpoint.folder import Manifest, SavedFile
-from megatron_srpo.config import CheckpointSection, ConfigError
-from megatron_srpo.files import write_text
-from megatron_srpo.progress import beat
-from megatron_srpo.runtime.parallel import Layout
+from megatron_srpo.config.schema import CheckpointSection, ConfigError
+from megatron_srpo.distributed.files import write_text
+from megatron_srpo.distributed.heartbeat import beat
+from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.weights.safetensors_file import Writer
 
 _POLL_SECONDS = 0.05

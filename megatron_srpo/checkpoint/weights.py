@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_srpo.checkpoint import folder as folders
 from megatron_srpo.checkpoint.pieces import SavedTensors
-from megatron_srpo.files import FileError
+from megatron_srpo.distributed.files import FileError
 from megatron_srpo.model.hf_folder import Architecture
 from megatron_srpo.weights.sources import Place, places
 

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 
-from megatron_srpo.config import ConfigError
+from megatron_srpo.config.schema import ConfigError
 
 
 @dataclass(frozen=True)

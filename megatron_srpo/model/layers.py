@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from megatron_srpo.runtime import cpu
-from megatron_srpo.runtime.context import places
+from megatron_srpo.distributed import cpu_shim as cpu
+from megatron_srpo.distributed.context_parallel import places
 
 cpu.install()
 

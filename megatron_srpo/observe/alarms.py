@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from megatron_srpo.config import AlarmName, Config
+from megatron_srpo.config.schema import AlarmName, Config
 
 Row = Mapping[str, Any]  # a training step's line of metrics.jsonl
 

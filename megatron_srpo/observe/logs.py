@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from megatron_srpo.config import ConfigError
-from megatron_srpo.runtime.parallel import Layout
+from megatron_srpo.config.schema import ConfigError
+from megatron_srpo.distributed.layout import Layout
 
 LOCK_SECONDS = 120.0  # NFS keeps the locks of a lost host for 90
 LOG = logging.getLogger("megatron_srpo")

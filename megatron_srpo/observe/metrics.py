@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_srpo.algorithm.quantiles import quantile
-from megatron_srpo.files import write_text
-from megatron_srpo.records import Group, Sample
-from megatron_srpo.runtime.trainer import UpdateReport
+from megatron_srpo.data.histogram import quantile
+from megatron_srpo.distributed.files import write_text
+from megatron_srpo.data.records import Group, Sample
+from megatron_srpo.training.trainer import UpdateReport
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_srpo.config import LoggingSection
-from megatron_srpo.runtime.parallel import Layout
+from megatron_srpo.config.schema import LoggingSection
+from megatron_srpo.distributed.layout import Layout
 
 _ALLOCATIONS = 100_000  # the newest that a memory snapshot remembers
 

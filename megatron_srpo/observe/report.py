@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_srpo.files import write_text
+from megatron_srpo.distributed.files import write_text
 from megatron_srpo.observe.alarms import REMEMBERED, Limits, alarms
 from megatron_srpo.observe.run_folder import RunFolder
 from megatron_srpo.observe.tokens import read_tokens, tokens_file

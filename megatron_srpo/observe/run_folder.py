@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from megatron_srpo.config import Config, ConfigError
+from megatron_srpo.config.schema import Config, ConfigError
 from megatron_srpo.rollout.dump import step_file
 
 _STEP = re.compile(r"step_(\d{6,})\.jsonl")

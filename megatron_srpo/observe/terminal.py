@@ -16,7 +16,7 @@ from rich.text import Text
 
 from megatron_srpo.observe.alarms import Alarm
 from megatron_srpo.observe.logs import LOG
-from megatron_srpo.progress import PROGRESS
+from megatron_srpo.distributed.heartbeat import PROGRESS
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _PHASES = ("rollout", "verify", "teacher", "update", "publish", "checkpoint")

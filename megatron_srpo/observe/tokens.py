@@ -8,11 +8,11 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from megatron_srpo.config import ConfigError
-from megatron_srpo.files import write_text
-from megatron_srpo.records import Group, Sample
+from megatron_srpo.config.schema import ConfigError
+from megatron_srpo.distributed.files import write_text
+from megatron_srpo.data.records import Group, Sample
 from megatron_srpo.rollout.dump import step_file
-from megatron_srpo.runtime.token_values import SampleKey
+from megatron_srpo.training.token_values import SampleKey
 
 
 def choose(groups: Sequence[Group], count: int) -> list[SampleKey]:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_srpo.config import Config, ConfigError
-from megatron_srpo.files import write_text
+from megatron_srpo.config.schema import Config, ConfigError
+from megatron_srpo.distributed.files import write_text
 
 
 class Tracker(Protocol):

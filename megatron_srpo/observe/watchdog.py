@@ -14,9 +14,9 @@ import threading
 import time
 from pathlib import Path
 
-from megatron_srpo.files import write_text
-from megatron_srpo.progress import PROGRESS, collectives_noted
-from megatron_srpo.runtime.parallel import Layout
+from megatron_srpo.distributed.files import write_text
+from megatron_srpo.distributed.heartbeat import PROGRESS, collectives_noted
+from megatron_srpo.distributed.layout import Layout
 
 STALLED = 1  # the exit status
 _GRACE_SECONDS = 10  # a stalled run's first rank waits so long for the other ranks' stacks

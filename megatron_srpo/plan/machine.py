@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_srpo.config import Config
+from megatron_srpo.config.schema import Config
 
 
 class Machine(NamedTuple):

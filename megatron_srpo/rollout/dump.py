@@ -11,9 +11,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from megatron_srpo.config import ConfigError
+from megatron_srpo.config.schema import ConfigError
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.records import Group, Sample
+from megatron_srpo.data.records import Group, Sample
 
 
 def step_file(folder: Path, step: int) -> Path:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.progress import beat
+from megatron_srpo.distributed.heartbeat import beat
 from megatron_srpo.rollout.engine import Completion, EngineFailed, Finished, Request, Sampling
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 from typing import Protocol
 
-from megatron_srpo.config import Config, ConfigError, EvaluationSection, TaskSource
-from megatron_srpo.records import Prompt
+from megatron_srpo.config.schema import Config, ConfigError, EvaluationSection, TaskSource
+from megatron_srpo.data.records import Prompt
 
 # Who judges, by name and rule: "module:function", (answer, text) → Verdict, called in a process that can be killed.
 VERIFIERS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import zlib
 
-from megatron_srpo.records import Prompt, Verdict
+from megatron_srpo.data.records import Prompt, Verdict
 from megatron_srpo.tasks.extract import last_answer_block
 
 DIGITS = 3

@@ -7,7 +7,7 @@ import re
 from functools import lru_cache
 from typing import Any
 
-from megatron_srpo.records import Verdict
+from megatron_srpo.data.records import Verdict
 from megatron_srpo.tasks.extract import last_answer_block, last_boxed
 
 LONGEST_ANSWER = 1_000  # characters; a longer one is no short answer, and costs the parser minutes

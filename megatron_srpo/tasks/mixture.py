@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megatron_srpo.records import Prompt
+from megatron_srpo.data.records import Prompt
 from megatron_srpo.tasks import Task
 
 

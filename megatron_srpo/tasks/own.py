@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 
-from megatron_srpo.config import ConfigError, TaskSource
+from megatron_srpo.config.schema import ConfigError, TaskSource
 from megatron_srpo.tasks.worker import load_attribute
 
 

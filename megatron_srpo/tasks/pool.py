@@ -20,8 +20,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_srpo.config import ConfigError, TaskSection
-from megatron_srpo.records import Verdict
+from megatron_srpo.config.schema import ConfigError, TaskSection
+from megatron_srpo.data.records import Verdict
 
 START_SECONDS = 120  # to import a verifier, on the busiest machine
 LARGEST_CHUNK = 32  # jobs a worker holds at once: enough that it never waits, few enough to share the work evenly

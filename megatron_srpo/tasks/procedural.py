@@ -9,8 +9,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from megatron_srpo.config import ConfigError, TaskSection, TaskSource
-from megatron_srpo.records import Prompt, Verdict
+from megatron_srpo.config.schema import ConfigError, TaskSection, TaskSource
+from megatron_srpo.data.records import Prompt, Verdict
 from megatron_srpo.tasks.extract import last_answer_block
 from megatron_srpo.tasks.pool import Job, Pool
 from megatron_srpo.tasks.procedural_scorers import SCORERS

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_srpo.config import ConfigError
-from megatron_srpo.records import Verdict
+from megatron_srpo.config.schema import ConfigError
+from megatron_srpo.data.records import Verdict
 from megatron_srpo.tasks.questions import read_objects
 
 # Word for word the SDPO paper's, its blank first line included, for questions with two options too.

@@ -10,8 +10,8 @@ from json.decoder import WHITESPACE
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_srpo.config import ConfigError
-from megatron_srpo.records import Verdict
+from megatron_srpo.config.schema import ConfigError
+from megatron_srpo.data.records import Verdict
 
 PROMPT = """\
 Your task is to answer the user's question using available tools. \n\

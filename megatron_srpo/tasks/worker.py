@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from types import CodeType
 
-from megatron_srpo.records import Verdict
+from megatron_srpo.data.records import Verdict
 
 Verifier = Callable[[str, str], Verdict]
 NUMERALS = {"Integer", "Float", "Rational", "sympy", "*"}  # names in the code by which sympy makes a number of a numeral

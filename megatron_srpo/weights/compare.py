@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_srpo.observe.progress import ByteProgress
+from megatron_srpo.distributed.byte_progress import ByteProgress
 from megatron_srpo.weights.sources import Tensors
 
 LOGIT_TOKENS = (2, 48)  # sequences, their length

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_srpo.files import FileError
+from megatron_srpo.distributed.files import FileError
 from megatron_srpo.model.hf_folder import HFFolder
 
 SHARD_BYTES = 4 * 2**30

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_srpo.files import DurableFile
+from megatron_srpo.distributed.files import DurableFile
 
 # safetensors' names
 DTYPES = {

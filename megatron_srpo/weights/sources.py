@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_srpo.files import FileError
+from megatron_srpo.distributed.files import FileError
 from megatron_srpo.model.hf_folder import Architecture, HFFolder
 from megatron_srpo.weights.safetensors_file import DTYPES
 from megatron_srpo.weights.table import EXPERT_ROWS, LAYER_ROWS, MODEL_ROWS, VOCABULARY_TENSORS, Row, fused_name

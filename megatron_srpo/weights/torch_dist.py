@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata, planner
 
-from megatron_srpo.files import DurableFile, FileError
+from megatron_srpo.distributed.files import DurableFile, FileError
 
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
 _ALIGNMENT = 64  # bytes, as torch.save aligns elements within its stream: they can be mapped from the file

@@ -15,11 +15,11 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron_srpo.files import aside
+from megatron_srpo.distributed.files import aside
 from megatron_srpo.model.hf_folder import Architecture, HFFolder
-from megatron_srpo.progress import beat
-from megatron_srpo.runtime import cpu
-from megatron_srpo.runtime.processes import Processes
+from megatron_srpo.distributed.heartbeat import beat
+from megatron_srpo.distributed import cpu_shim as cpu
+from megatron_srpo.distributed.processes import Processes
 from megatron_srpo.weights.hf_output import SHARD_BYTES, plan_shards, write_companions
 from megatron_srpo.weights.safetensors_file import Writer
 from megatron_srpo.weights.table import Row, row_of

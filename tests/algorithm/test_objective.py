@@ -20,7 +20,7 @@ from megatron_srpo.algorithm.objective import (
 )
 from megatron_srpo.algorithm.routing import route_groups
 from megatron_srpo.algorithm.srpo import SRPO
-from megatron_srpo.runtime.packing import PackingRules, pack
+from megatron_srpo.training.packing import PackingRules, pack
 
 WIDE = torch.float64
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_srpo.algorithm import quantiles
+from megatron_srpo.data import histogram as quantiles
 
 SHARES = (0.1, 0.5, 0.9)
 

@@ -13,7 +13,7 @@ from megatron_srpo.algorithm.grpo import GRPO
 from megatron_srpo.algorithm.routing import choose_sibling, group_advantages, has_signal, route_groups
 from megatron_srpo.algorithm.sdpo import SDPO
 from megatron_srpo.algorithm.srpo import SRPO
-from megatron_srpo.records import Verdict
+from megatron_srpo.data.records import Verdict
 
 PLENTY = 10_000
 

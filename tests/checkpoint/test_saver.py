@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 
 from megatron_srpo.checkpoint import saver
-from megatron_srpo.config import CheckpointSection
+from megatron_srpo.config.schema import CheckpointSection
 
 
 def test_a_rank_that_finds_the_disk_full_makes_room_for_its_note(tmp_path, monkeypatch):

@@ -44,7 +44,7 @@ def launch(ranks: int, script: str, jobs: list[dict], file: Path, timeout: float
     """
     file.write_text(json.dumps(jobs))
     fork = multiprocessing.get_context("forkserver")
-    fork.set_forkserver_preload(["megatron_srpo.train", "megatron_srpo.evaluate", "transformers.models.qwen3.modeling_qwen3"])
+    fork.set_forkserver_preload(["megatron_srpo.train", "megatron_srpo.evaluation.evaluate", "transformers.models.qwen3.modeling_qwen3"])
     place = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     logs = [file.with_suffix(f".rank_{rank}.log") for rank in range(ranks)]
     processes = []

@@ -14,10 +14,10 @@ def fall_asleep() -> None:
 
 if __name__ == "__main__":
     quieten_libraries()
-    from megatron_srpo.config_file import load_config
-    from megatron_srpo.progress import PROGRESS
-    from megatron_srpo.runtime.parallel import Layout
-    from megatron_srpo.runtime.trainer import Trainer
+    from megatron_srpo.config.load import load_config
+    from megatron_srpo.distributed.heartbeat import PROGRESS
+    from megatron_srpo.distributed.layout import Layout
+    from megatron_srpo.training.trainer import Trainer
     from megatron_srpo.train import train
 
     score = Trainer.score_teacher

@@ -17,10 +17,10 @@ def run(job: dict) -> None:
     """One layout."""
     import torch
 
-    from megatron_srpo.config_file import load_config
+    from megatron_srpo.config.load import load_config
     from megatron_srpo.model.hf_folder import HFFolder
-    from megatron_srpo.runtime.parallel import initialize, shut_down
-    from megatron_srpo.runtime.trainer import Trainer
+    from megatron_srpo.distributed.layout import initialize, shut_down
+    from megatron_srpo.training.trainer import Trainer
 
     config = load_config(Path(job["config"]), job["overrides"])
     layout = initialize(config.parallel, seed=1)

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.runtime.processes import Processes
+from megatron_srpo.distributed.processes import Processes
 from megatron_srpo.weights.convert import to_hf, to_megatron
 from megatron_srpo.weights.sources import HFTensors, MegatronTensors
 

@@ -18,12 +18,12 @@ def run(job: dict) -> None:
     import torch.distributed as dist
     from safetensors.torch import save_file
 
-    from megatron_srpo.config_file import load_config
+    from megatron_srpo.config.load import load_config
     from megatron_srpo.model.hf_folder import HFFolder
-    from megatron_srpo.model.qwen3 import build_chunks
-    from megatron_srpo.runtime.packing import Document, micro_batch
-    from megatron_srpo.runtime.parallel import initialize, shut_down
-    from megatron_srpo.runtime.schedule import run_schedule
+    from megatron_srpo.model.build import build_chunks
+    from megatron_srpo.training.packing import Document, micro_batch
+    from megatron_srpo.distributed.layout import initialize, shut_down
+    from megatron_srpo.training.schedule import run_schedule
     from megatron_srpo.weights.transfer import export, load
 
     config = load_config(Path(job["config"]), job["overrides"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_srpo.runtime.host_memory import HostMemory
+from megatron_srpo.training.offload import HostMemory
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 SIZE = 2**26  # fp32 numbers: 256 MiB

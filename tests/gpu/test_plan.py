@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_srpo.config_file import load_config
+from megatron_srpo.config.load import load_config
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.plan.machine import MACHINES
 from megatron_srpo.plan.memory import Batch, memory

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, LLAMA3, make_model, make_tokenizer, save_folder
 from transformers import AutoConfig
 
-from megatron_srpo.config import Config, ConfigError, ParallelSection
+from megatron_srpo.config.schema import Config, ConfigError, ParallelSection
 from megatron_srpo.model.hf_folder import HFFolder, RopeScaling
-from megatron_srpo.model.qwen3 import check_layout, padded_vocab_size, transformer_config
-from megatron_srpo.runtime.parallel import data_parallel_size
+from megatron_srpo.model.build import check_layout, padded_vocab_size, transformer_config
+from megatron_srpo.distributed.layout import data_parallel_size
 
 
 @pytest.fixture(scope="module")
@@ -538,7 +538,7 @@ def test_megatron_section(pristine, settings, named):
 
 def test_small_numbers_in_the_megatron_section_are_numbers(pristine, tmp_path):
     """`1e-2` without a dot is text to YAML; every other section takes it as the number it is."""
-    from megatron_srpo.config_file import load_config
+    from megatron_srpo.config.load import load_config
 
     file = tmp_path / "config.yaml"
     file.write_text("model: {hf_path: x}\ntrain: {steps: 1}\nlogging: {dir: x}\nmegatron:\n  init_method_std: 1e-2\n")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from samples import make_sample
 
-from megatron_srpo.config import ConfigError
+from megatron_srpo.config.schema import ConfigError
 from megatron_srpo.observe.tokens import choose, read_tokens, tokens_file, write_tokens
-from megatron_srpo.records import Route
+from megatron_srpo.data.records import Route
 
 
 def group(prompt, kinds):

@@ -16,16 +16,16 @@ import torch
 from simulated import simulated
 from tiny import make_model, save_folder
 
-from megatron_srpo.config import Config, ConfigError, ParallelSection
-from megatron_srpo.config_file import load_config
+from megatron_srpo.config.schema import Config, ConfigError, ParallelSection
+from megatron_srpo.config.load import load_config
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.model.qwen3 import build_chunks, packed_params
+from megatron_srpo.model.build import build_chunks, packed_params
 from megatron_srpo.plan.machine import MACHINES, Workload
 from megatron_srpo.plan.memory import Batch, activation_bytes, layer_bytes, memory, stage_parameters, state_bytes
 from megatron_srpo.plan.step import traffic
-from megatron_srpo.runtime.context import Context
-from megatron_srpo.runtime.packing import Document, micro_batch
-from megatron_srpo.runtime.trainer import Trainer
+from megatron_srpo.distributed.context_parallel import Context
+from megatron_srpo.training.packing import Document, micro_batch
+from megatron_srpo.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 CPU = MACHINES["cpu"]

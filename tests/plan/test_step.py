@@ -10,12 +10,12 @@ from tiny import make_model, save_folder
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_srpo.algorithm.routing import route_groups
-from megatron_srpo.config_file import load_config
+from megatron_srpo.config.load import load_config
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.plan.machine import MACHINES, Workload
 from megatron_srpo.plan.step import exchanged_bytes, forward_flops, step_flops, traffic
 from megatron_srpo.rollout.dump import replay
-from megatron_srpo.runtime.trainer import Trainer
+from megatron_srpo.training.trainer import Trainer
 
 RANKS = 4
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_srpo.runtime.host_memory import HostMemory
+from megatron_srpo.training.offload import HostMemory
 
 
 @pytest.fixture

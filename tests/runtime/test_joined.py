@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 from soak import free_port
 
-from megatron_srpo.config import ParallelSection
+from megatron_srpo.config.schema import ParallelSection
 from megatron_srpo.rollout.source import Rollouts
-from megatron_srpo.runtime import parallel
+from megatron_srpo.distributed import layout as parallel
 
 ROOT = Path(__file__).parents[2]
 

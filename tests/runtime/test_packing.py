@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import make_sample
 
-from megatron_srpo.records import Route
-from megatron_srpo.runtime import cpu
-from megatron_srpo.runtime.context import Context
-from megatron_srpo.runtime.packing import PackingRules, balance, loss_scales, pack
+from megatron_srpo.data.records import Route
+from megatron_srpo.distributed import cpu_shim as cpu
+from megatron_srpo.distributed.context_parallel import Context
+from megatron_srpo.training.packing import PackingRules, balance, loss_scales, pack
 
 cpu.install()
 

@@ -15,7 +15,7 @@ from megatron_srpo.checkpoint.pieces import GENERATOR, SavedTensors
 from megatron_srpo.checkpoint.saver import write_tensors
 from megatron_srpo.checkpoint.state import numbers, restore
 from megatron_srpo.checkpoint.state import snapshot as checkpoint
-from megatron_srpo.config_file import load_config
+from megatron_srpo.config.load import load_config
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.dump import replay
 

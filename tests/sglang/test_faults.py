@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from servers import ALONE, ROOT, START, config_of, free_ports, listening, sample
 
-from megatron_srpo.config import ConfigError
+from megatron_srpo.config.schema import ConfigError
 from megatron_srpo.rollout.engine import EngineFailed
 from megatron_srpo.rollout.engines import create_engine
 from megatron_srpo.weights.transfer import Repeatable
@@ -227,7 +227,7 @@ def test_no_server_outlives_a_killed_trainer(servers, tmp_path):
     """kill -9 to the process that started a server, once the server has workers of its own."""
     config = config_of(tmp_path, "rollout.servers=1", f"rollout.sglang.port={free_ports(1)}")
     code = (
-        "import sys, time; from pathlib import Path; from megatron_srpo.config_file import load_config;"
+        "import sys, time; from pathlib import Path; from megatron_srpo.config.load import load_config;"
         "from megatron_srpo.rollout.sglang.engine import launch_of;"
         "launch = launch_of(load_config(Path(sys.argv[1]), sys.argv[2:])); launch.logs.mkdir(parents=True);"
         "print(launch.start(0).pid, flush=True); time.sleep(600)"

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 
-from megatron_srpo.records import Verdict
+from megatron_srpo.data.records import Verdict
 
 
 def misbehave(answer: str, text: str) -> Verdict:

@@ -12,7 +12,7 @@ import signal
 import pytest
 from paper_cases import NESTED, said
 
-from megatron_srpo.config import TaskSection
+from megatron_srpo.config.schema import TaskSection
 from megatron_srpo.tasks import addition, mathematics, procedural, sciknoweval, tool_use
 from megatron_srpo.tasks.pool import Job, Pool
 from megatron_srpo.tasks.procedural_scorers import SCORERS

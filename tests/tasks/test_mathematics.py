@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_srpo.config import ConfigError, TaskSource
+from megatron_srpo.config.schema import ConfigError, TaskSource
 from megatron_srpo.tasks import create_task
 from megatron_srpo.tasks.extract import last_answer_block, last_boxed
 from megatron_srpo.tasks.mathematics import final_answer, published_row, verify

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_srpo.config import ConfigError, TaskSection
+from megatron_srpo.config.schema import ConfigError, TaskSection
 from megatron_srpo.tasks.pool import Job, Pool
 
 BAD = f"{Path(__file__).parent / 'own_verifiers.py'}:misbehave"
@@ -106,7 +106,7 @@ def test_what_a_verifier_prints_is_no_verdict(pool):
 def test_workers_import_no_torch(pool):
     (verdict,) = pool.verify(jobs("modules"))
     modules = set(verdict.feedback.split())
-    assert "megatron_srpo.records" in modules and not {"torch", "transformers", "numpy", "megatron.core"} & modules
+    assert "megatron_srpo.data.records" in modules and not {"torch", "transformers", "numpy", "megatron.core"} & modules
 
 
 def test_large_texts_in_both_directions(pool):

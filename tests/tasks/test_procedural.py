@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from megatron_srpo.config import ConfigError, TaskSection, TaskSource
-from megatron_srpo.records import Verdict
+from megatron_srpo.config.schema import ConfigError, TaskSection, TaskSource
+from megatron_srpo.data.records import Verdict
 from megatron_srpo.tasks import create_task
 from megatron_srpo.tasks.pool import Job, Pool
 from megatron_srpo.tasks.procedural import _entry, verify

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from megatron_srpo.config import ConfigError, TaskSource
+from megatron_srpo.config.schema import ConfigError, TaskSource
 from megatron_srpo.tasks import create_task
 from megatron_srpo.tasks.questions import read_questions
 

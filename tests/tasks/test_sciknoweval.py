@@ -11,7 +11,7 @@ import pytest
 from paper_cases import CHOICE_CASES
 from real_data import real_data
 
-from megatron_srpo.config import ConfigError
+from megatron_srpo.config.schema import ConfigError
 from megatron_srpo.tasks.questions import read_questions
 from megatron_srpo.tasks.sciknoweval import Choice, read_domain, split, verify, verify_strict
 

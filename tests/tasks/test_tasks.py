@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_srpo.config import Config, ConfigError, TaskSection, TaskSource
+from megatron_srpo.config.schema import Config, ConfigError, TaskSection, TaskSource
 from megatron_srpo.tasks import create_task, evaluation_tasks, question_count, training_tasks
 from megatron_srpo.tasks.mixture import Mixture
 from megatron_srpo.tasks.pool import Job, Pool

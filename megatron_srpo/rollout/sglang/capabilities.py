@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from megatron_srpo.config import ConfigError, RolloutSection
+from megatron_srpo.config.schema import ConfigError, RolloutSection
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.sglang.http import Server, ServerFailed
 from megatron_srpo.rollout.sglang.replies import BadReply, parse

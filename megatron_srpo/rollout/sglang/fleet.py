@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_srpo.config import ConfigError, SGLangSection
-from megatron_srpo.progress import beat
+from megatron_srpo.config.schema import ConfigError, SGLangSection
+from megatron_srpo.distributed.heartbeat import beat
 from megatron_srpo.rollout.sglang import guard
 from megatron_srpo.rollout.sglang.http import Server, ServerFailed
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from megatron_srpo.config import SGLangSection
+from megatron_srpo.config.schema import SGLangSection
 
 IDLE = 2.0  # seconds after which a connection is not used again; servers close theirs after 5
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron_srpo.config import Config
-from megatron_srpo.model.qwen3 import Qwen3
-from megatron_srpo.runtime import cpu
-from megatron_srpo.runtime.host_memory import HostMemory
-from megatron_srpo.runtime.parallel import replica_group
+from megatron_srpo.config.schema import Config
+from megatron_srpo.model.build import Qwen3
+from megatron_srpo.distributed import cpu_shim as cpu
+from megatron_srpo.training.offload import HostMemory
+from megatron_srpo.distributed.layout import replica_group
 
 cpu.install()
 

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from megatron_srpo.algorithm import AnyAlgorithm
-from megatron_srpo.config import Config, ConfigError, TaskSource
+from megatron_srpo.config.schema import Config, ConfigError, TaskSource
 
 
 class _Loader(yaml.SafeLoader):

@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_srpo.config import TeacherSection
-from megatron_srpo.model.qwen3 import Qwen3
-from megatron_srpo.runtime.host_memory import HostMemory
-from megatron_srpo.runtime.optimizer import Optimizer, Shard
-from megatron_srpo.runtime.packing import OptimizerBatch
-from megatron_srpo.runtime.parallel import replica_group
-from megatron_srpo.runtime.schedule import run_schedule
+from megatron_srpo.config.schema import TeacherSection
+from megatron_srpo.model.build import Qwen3
+from megatron_srpo.training.offload import HostMemory
+from megatron_srpo.training.optimizer import Optimizer, Shard
+from megatron_srpo.training.packing import OptimizerBatch
+from megatron_srpo.distributed.layout import replica_group
+from megatron_srpo.training.schedule import run_schedule
 from megatron_srpo.vocab_parallel.fused import score
 from megatron_srpo.vocab_parallel.sources import Mixture, Projection
 

@@ -8,26 +8,26 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megatron_srpo.algorithm import quantiles
+from megatron_srpo.data import histogram as quantiles
 from megatron_srpo.algorithm.objective import (
     TokenTerms,
     entropy_weights,
     raw_entropy_weights,
     routed_objective,
 )
-from megatron_srpo.config import Config
+from megatron_srpo.config.schema import Config
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.model.qwen3 import Qwen3, build_chunks, model_dtype
-from megatron_srpo.records import Sample
-from megatron_srpo.runtime.context import Context
-from megatron_srpo.runtime.distance import teacher_distance
-from megatron_srpo.runtime.host_memory import HostMemory
-from megatron_srpo.runtime.optimizer import Optimizer, gradient_is_ready, wrap_data_parallel
-from megatron_srpo.runtime.packing import OptimizerBatch, PackingRules, pack
-from megatron_srpo.runtime.parallel import Layout
-from megatron_srpo.runtime.schedule import run_schedule
-from megatron_srpo.runtime.teacher import Teacher, TeacherTargets
-from megatron_srpo.runtime.token_values import TokenValues
+from megatron_srpo.model.build import Qwen3, build_chunks, model_dtype
+from megatron_srpo.data.records import Sample
+from megatron_srpo.distributed.context_parallel import Context
+from megatron_srpo.training.distance import teacher_distance
+from megatron_srpo.training.offload import HostMemory
+from megatron_srpo.training.optimizer import Optimizer, gradient_is_ready, wrap_data_parallel
+from megatron_srpo.training.packing import OptimizerBatch, PackingRules, pack
+from megatron_srpo.distributed.layout import Layout
+from megatron_srpo.training.schedule import run_schedule
+from megatron_srpo.training.teacher import Teacher, TeacherTargets
+from megatron_srpo.training.token_values import TokenValues
 from megatron_srpo.vocab_parallel.divergence import Divergence
 from megatron_srpo.vocab_parallel.fused import Statistics, fused_objective, kernel_name, score
 from megatron_srpo.vocab_parallel.sources import Projection, Rows

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_srpo.config import ConfigError, ParallelSection
-from megatron_srpo.runtime import cpu
-from megatron_srpo.runtime.processes import gather_bytes, world_size_from_environment
+from megatron_srpo.config.schema import ConfigError, ParallelSection
+from megatron_srpo.distributed import cpu_shim as cpu
+from megatron_srpo.distributed.processes import gather_bytes, world_size_from_environment
 
 cpu.install()
 

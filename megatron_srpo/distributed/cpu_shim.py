@@ -32,7 +32,7 @@ def install() -> None:
     if torch.cuda.is_available() or any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
     if any(name.startswith("megatron.core") for name in sys.modules):
-        raise RuntimeError("megatron.core was imported before megatron_srpo.runtime.cpu.install()")
+        raise RuntimeError("megatron.core was imported before megatron_srpo.distributed.cpu_shim.install()")
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self
     sys.meta_path.insert(0, _Finder())

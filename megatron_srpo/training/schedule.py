@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from megatron_srpo.model.qwen3 import Qwen3, packed_params
-from megatron_srpo.runtime import cpu
-from megatron_srpo.runtime.packing import MicroBatch
+from megatron_srpo.model.build import Qwen3, packed_params
+from megatron_srpo.distributed import cpu_shim as cpu
+from megatron_srpo.training.packing import MicroBatch
 
 cpu.install()
 

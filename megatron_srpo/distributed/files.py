@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_srpo.runtime.processes import Processes
+from megatron_srpo.distributed.processes import Processes
 
 _WRITE_BACK_BYTES = 32 * 2**20
 

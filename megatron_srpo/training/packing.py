@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from megatron_srpo.algorithm.objective import TokenTerms
-from megatron_srpo.records import Sample
-from megatron_srpo.runtime.context import ALONE, Context, places
+from megatron_srpo.data.records import Sample
+from megatron_srpo.distributed.context_parallel import ALONE, Context, places
 
 
 class Document(NamedTuple):

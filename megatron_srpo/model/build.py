@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_srpo.config import Config, ConfigError
+from megatron_srpo.config.schema import Config, ConfigError
 from megatron_srpo.model.hf_folder import Architecture
 from megatron_srpo.model.layers import PackedAttention, RMSNorm
-from megatron_srpo.runtime import cpu
+from megatron_srpo.distributed import cpu_shim as cpu
 from megatron_srpo.vocab_parallel.shard import VocabShard
 
 cpu.install()

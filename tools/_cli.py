@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_srpo.config import ConfigError
-from megatron_srpo.files import FileError
-from megatron_srpo.runtime.processes import Processes
+from megatron_srpo.config.schema import ConfigError
+from megatron_srpo.distributed.files import FileError
+from megatron_srpo.distributed.processes import Processes
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_srpo.model.hf_folder import Architecture
-from megatron_srpo.runtime.optimizer import Optimizer
-from megatron_srpo.runtime.teacher import Teacher
+from megatron_srpo.training.optimizer import Optimizer
+from megatron_srpo.training.teacher import Teacher
 from megatron_srpo.weights.transfer import Part, parameters_of
 
 

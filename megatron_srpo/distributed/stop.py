@@ -8,7 +8,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from megatron_srpo.runtime.parallel import Layout
+from megatron_srpo.distributed.layout import Layout
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _CLOCK = 1 << 16  # above any signal's number
