@@ -11,8 +11,6 @@ import time
 import warnings
 from pathlib import Path
 
-from megatron_srpo.plan.arguments import add_arguments
-
 INTERRUPTED = 75  # sysexits.h's EX_TEMPFAIL: come again
 
 
@@ -72,7 +70,7 @@ def command_line() -> argparse.ArgumentParser:
     command = commands.add_parser("plan", help="memory, time and traffic of a configuration, and better layouts; reads no weights")
     command.add_argument("config", type=Path)
     command.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="before the options")
-    add_arguments(command)
+    _add_plan_arguments(command)
     command = commands.add_parser("compare", help="compare evaluations with the first one, by a paired bootstrap over questions")
     command.add_argument("results", nargs="+", type=Path, metavar="DIR", help="folders that eval has written, two or more")
     command = commands.add_parser("report", help="write one HTML page with the curves and samples of one or more runs")
@@ -87,6 +85,19 @@ def command_line() -> argparse.ArgumentParser:
     command.add_argument("--processes", type=int, help="that the run will have; default: as few as its layout needs")
     command.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="with --check: replace the file's")
     return parser
+
+
+def _add_plan_arguments(command: argparse.ArgumentParser) -> None:
+    """Add the options of `plan`."""
+    command.add_argument("--gpus", type=int, default=8, help="training processes, one a GPU (default 8)")
+    command.add_argument("--machine", default="h100", help="h100 (default), h200, h20, a100 or cpu")
+    command.add_argument("--gpu-memory", type=float, metavar="GB", help="10⁹ bytes a GPU, instead of the machine's")
+    command.add_argument("--peak-tflops", type=float, help="bf16 matrix products of one GPU, dense, instead of the machine's")
+    command.add_argument("--mfu", type=float, help="share of the peak that training reaches (default: assumed 0.4)")
+    command.add_argument("--prompt-tokens", type=int, help="mean (default: an eighth of rollout.max_prompt_tokens)")
+    command.add_argument("--response-tokens", type=int, help="mean (default: an eighth of rollout.max_response_tokens)")
+    command.add_argument("--distilled-share", type=float, help="of response tokens (default: srpo 0.25, grpo 0, others 1)")
+    command.add_argument("--scale", action="store_true", help="the step on --gpus … 4096 GPUs, and where it stops scaling")
 
 
 def run(arguments: argparse.Namespace, is_first: bool) -> int:
@@ -195,8 +206,8 @@ def inspect_run(run: Path, step: int, sample: int | None) -> int:
 
 def explain_config(file: Path | None, overrides: list[str], processes: int | None) -> int:
     """The config command. Returns the exit status."""
-    from megatron_srpo.config.schema import ConfigError
     from megatron_srpo.commands.config import check, print_keys
+    from megatron_srpo.config.schema import ConfigError
 
     if file is None:
         if overrides:

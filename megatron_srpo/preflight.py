@@ -6,14 +6,14 @@ from collections.abc import Mapping
 
 from megatron_srpo.checkpoint.resume import check_run_folder
 from megatron_srpo.config.schema import Config, ConfigError
-from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.model.build import check_layout, transformer_config, uses_transformer_engine
-from megatron_srpo.observe.trackers import check_trackers
-from megatron_srpo.rollout.collect import encode_prompt
-from megatron_srpo.rollout.dump import step_file
-from megatron_srpo.rollout.engines import check_engine
+from megatron_srpo.data.rollout_file import step_file
 from megatron_srpo.distributed.layout import data_parallel_size
 from megatron_srpo.distributed.processes import rank_from_environment, world_size_from_environment
+from megatron_srpo.model.build import check_layout, transformer_config, uses_transformer_engine
+from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.observe.trackers import check_trackers
+from megatron_srpo.rollout.collect import encode_prompt
+from megatron_srpo.rollout.engines import check_engine
 from megatron_srpo.tasks import Task, evaluation_tasks, question_count, training_tasks
 
 

@@ -9,16 +9,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_srpo.algorithm.routing import route_groups
 from megatron_srpo.checkpoint import resume
 from megatron_srpo.checkpoint.folder import FORMAT, Manifest
 from megatron_srpo.checkpoint.saver import Saver
 from megatron_srpo.checkpoint.state import numbers, snapshot
-from megatron_srpo.config.schema import Config
 from megatron_srpo.config.load import save_config
+from megatron_srpo.config.schema import Config
+from megatron_srpo.data.records import Group
+from megatron_srpo.data.rollout_file import dump
+from megatron_srpo.data.update_report import UpdateReport
+from megatron_srpo.distributed.heartbeat import PROGRESS
+from megatron_srpo.distributed.layout import Layout, joined
+from megatron_srpo.distributed.stop import StopRequest
 from megatron_srpo.evaluation.evaluate import evaluate
-from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.evaluation.scores import with_history
 from megatron_srpo.model.build import model_dtype, uses_transformer_engine
+from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.observe.alarms import REMEMBERED, Alarm, Limits, alarms
 from megatron_srpo.observe.logs import alone, open_run_folder, rank_log
 from megatron_srpo.observe.metrics import MetricsFile, rollout_metrics, update_metrics, version_metrics
@@ -29,16 +35,11 @@ from megatron_srpo.observe.tokens import choose, write_tokens
 from megatron_srpo.observe.trackers import Trackers, start_trackers
 from megatron_srpo.observe.watchdog import Watchdog
 from megatron_srpo.preflight import preflight
-from megatron_srpo.distributed.heartbeat import PROGRESS
-from megatron_srpo.data.records import Group
 from megatron_srpo.rollout.collect import exchange
-from megatron_srpo.rollout.dump import dump
+from megatron_srpo.rollout.route import route
 from megatron_srpo.rollout.source import Rollouts
-from megatron_srpo.distributed.layout import Layout, joined
-from megatron_srpo.distributed.stop import StopRequest
 from megatron_srpo.training.token_values import TokenValues
-from megatron_srpo.training.trainer import Trainer, UpdateReport
-from megatron_srpo.evaluation.scores import with_history
+from megatron_srpo.training.trainer import Trainer
 from megatron_srpo.weights.transfer import save_hf
 
 
@@ -69,18 +70,6 @@ def train(config: Config) -> Path:
         ):
             _Run(config, folder, layout, terminal, stop).whole()
     return config.logging.dir
-
-
-def route(groups: list[Group], step: int, config: Config, folder: HFFolder) -> list[Group]:
-    """Verified groups of `step`, every sample with its route: advantage, branch, the teacher's prompt."""
-    return route_groups(
-        groups,
-        config.algorithm,
-        encode=lambda messages: folder.encode(messages, config.rollout.enable_thinking),
-        max_teacher_prompt_tokens=config.teacher.max_prompt_tokens,
-        seed=f"{config.train.seed}/{step}",
-        feedback=config.teacher.feedback,
-    )
 
 
 class _Run:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.data.records import Prompt, Sample, Verdict
-from megatron_srpo.rollout.dump import dump
+from megatron_srpo.data.rollout_file import dump
+from megatron_srpo.model.hf_folder import HFFolder
 
 # c_i of each group's samples: mixed, lone correct, all wrong, all correct
 MIXED = ([1, 0, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1])

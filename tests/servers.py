@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from megatron_srpo.config.schema import Config
 from megatron_srpo.config.load import load_config
+from megatron_srpo.config.schema import Config
+from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.engine import Completion, Request, Sampling
-from megatron_srpo.distributed.layout import Layout
 
 ROOT = Path(__file__).parents[1]
 START = ROOT / "examples/quickstart/start"

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_srpo.config.schema import Config
 from megatron_srpo.config.load import load_config
-from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.config.schema import Config
 from megatron_srpo.distributed.layout import initialize, shut_down
-from megatron_srpo.training.trainer import Trainer
+from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.train import train
+from megatron_srpo.training.trainer import Trainer
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart"
 

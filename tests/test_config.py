@@ -9,8 +9,8 @@ from megatron_srpo.algorithm.advantage_mix import AdvantageMix
 from megatron_srpo.algorithm.grpo import GRPO
 from megatron_srpo.algorithm.sdpo import SDPO
 from megatron_srpo.algorithm.srpo import SRPO
-from megatron_srpo.config.schema import Config, ConfigError
 from megatron_srpo.config.load import load_config, save_config
+from megatron_srpo.config.schema import Config, ConfigError
 
 GOOD = """\
 model:

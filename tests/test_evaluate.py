@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_srpo.evaluation import evaluate
 from megatron_srpo.__main__ import main
+from megatron_srpo.evaluation import evaluate
 
 ROOT = Path(__file__).parents[1]
 START = ROOT / "examples/quickstart/start"

@@ -12,16 +12,16 @@ from simulated import Collectives, simulated
 from tiny import make_model, save_folder
 
 from megatron_srpo.algorithm.routing import route_groups
-from megatron_srpo.config.schema import ParallelSection
 from megatron_srpo.config.load import load_config
-from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.rollout.collect import exchange
-from megatron_srpo.rollout.dump import replay
-from megatron_srpo.rollout.ledger import Ledger
-from megatron_srpo.training import packing
-from megatron_srpo.training.packing import PackingRules, pack
+from megatron_srpo.config.schema import ParallelSection
 from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.distributed.stop import StopRequest
+from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.rollout.collect import exchange
+from megatron_srpo.rollout.ledger import Ledger
+from megatron_srpo.rollout.replay import replay
+from megatron_srpo.training import packing
+from megatron_srpo.training.packing import PackingRules, pack
 from megatron_srpo.training.trainer import Trainer
 
 PROMPTS = 64  # of a step: one a rank, where there are 64

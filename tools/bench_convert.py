@@ -25,9 +25,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.distributed.byte_progress import ByteProgress
 from megatron_srpo.distributed.processes import Processes
+from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.weights.compare import compare_tensors
 from megatron_srpo.weights.convert import to_hf, to_megatron
 from megatron_srpo.weights.hf_output import SHARD_BYTES, plan_shards, write_companions

@@ -31,11 +31,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_srpo.config.schema import Config
 from megatron_srpo.config.load import load_config
+from megatron_srpo.config.schema import Config
+from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.engines import create_engine
-from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.weights.sources import HFTensors
 from megatron_srpo.weights.transfer import Repeatable, save_hf
 

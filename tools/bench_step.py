@@ -29,8 +29,8 @@ from pathlib import Path
 import torch
 
 from megatron_srpo.__main__ import quieten_libraries
-from megatron_srpo.config.schema import Config
 from megatron_srpo.config.load import load_config
+from megatron_srpo.config.schema import Config
 from megatron_srpo.data.records import Group, Prompt, Route, Sample, Verdict
 
 SHARED = {"model_type": "qwen3", "vocab_size": 151_936, "head_dim": 128, "num_key_value_heads": 8, "rms_norm_eps": 1e-6}
@@ -120,11 +120,11 @@ def peak_bytes(device: torch.device) -> int:
 
 def measure(model: dict, algorithm: str, shape: Shape, overrides: list[str], repeats: int, peak_tflops: float) -> dict:
     """One row, without its ratio."""
+    from megatron_srpo.distributed.layout import initialize, shut_down
     from megatron_srpo.model.hf_folder import HFFolder
     from megatron_srpo.plan.machine import Workload
     from megatron_srpo.plan.memory import Batch
     from megatron_srpo.plan.step import step_flops
-    from megatron_srpo.distributed.layout import initialize, shut_down
     from megatron_srpo.training.trainer import Trainer
 
     with tempfile.TemporaryDirectory() as name:

@@ -11,10 +11,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from _cli import DTYPES, add_dtype, run_tool
+
 from megatron_srpo.config.schema import ModelSection
-from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.distributed.processes import Processes
-from tools._cli import DTYPES, add_dtype, run_tool
+from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.weights.convert import to_megatron
 from megatron_srpo.weights.sources import HFTensors
 

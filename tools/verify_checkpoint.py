@@ -13,13 +13,14 @@ import sys
 from math import prod
 from pathlib import Path
 
+from _cli import run_tool
+
 from megatron_srpo.__main__ import quieten_libraries
 from megatron_srpo.checkpoint.weights import RunTensors, is_of_a_run
-from megatron_srpo.distributed.files import FileError
-from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.distributed.byte_progress import ByteProgress
+from megatron_srpo.distributed.files import FileError
 from megatron_srpo.distributed.processes import Processes
-from tools._cli import run_tool
+from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.weights.compare import Difference, compare_tensors, difference, logits
 from megatron_srpo.weights.sources import Tensors, architecture_folder, open_tensors
 

@@ -25,8 +25,8 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from megatron_srpo.algorithm.reprompt import clean_demonstration, teacher_messages
-from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.data.records import Prompt
+from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.tasks.addition import DIGITS, Addition, verify
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"

@@ -7,7 +7,12 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from megatron_srpo.algorithm.reprompt import NOTHING_SHOWN, TeacherPrompt, build_teacher_prompt, clean_demonstration
+from megatron_srpo.algorithm.reprompt import (
+    NOTHING_SHOWN,
+    TeacherPrompt,
+    build_teacher_prompt,
+    clean_demonstration,
+)
 from megatron_srpo.algorithm.settings import Algorithm
 from megatron_srpo.data.records import Group, Route, Sample
 

@@ -16,8 +16,8 @@ from megatron_srpo.checkpoint.folder import DamagedCheckpoint, Manifest
 from megatron_srpo.checkpoint.pieces import SavedTensors
 from megatron_srpo.checkpoint.state import restore, restore_generators
 from megatron_srpo.config.schema import Config, ConfigError
-from megatron_srpo.model.hf_folder import Architecture
 from megatron_srpo.distributed.layout import Layout
+from megatron_srpo.model.hf_folder import Architecture
 from megatron_srpo.training.trainer import Trainer
 
 _PACKAGES = ("megatron-core", "megatron_srpo", "safetensors", "torch", "transformers")

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_srpo.checkpoint.pieces import GENERATOR, Piece, SavedTensors
-from megatron_srpo.training.optimizer import MOMENTS
 from megatron_srpo.distributed.layout import random_states, restore_random_states
+from megatron_srpo.training.optimizer import MOMENTS
 from megatron_srpo.training.trainer import Trainer
 from megatron_srpo.weights.table import Row
 from megatron_srpo.weights.transfer import Part, parameters_of

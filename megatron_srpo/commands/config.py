@@ -18,8 +18,8 @@ from megatron_srpo.algorithm.grpo import GRPO
 from megatron_srpo.algorithm.sdpo import SDPO
 from megatron_srpo.algorithm.settings import Algorithm
 from megatron_srpo.algorithm.srpo import SRPO
-from megatron_srpo.config.schema import Config, ConfigError
 from megatron_srpo.config.load import load_config
+from megatron_srpo.config.schema import Config, ConfigError
 
 # Where the papers say it: SRPO = arXiv 2604.02288, SDPO = arXiv 2601.20802.
 PAPER = {

@@ -8,8 +8,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from megatron_srpo.config.schema import Config, ConfigError, ResumeSection
 from megatron_srpo.config.load import save_config
+from megatron_srpo.config.schema import Config, ConfigError, ResumeSection
+from megatron_srpo.data.rollout_file import dump
+from megatron_srpo.distributed.heartbeat import PROGRESS
+from megatron_srpo.distributed.layout import Layout, joined
 from megatron_srpo.evaluation.evaluate import stored_weights
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.observe.logs import open_run_folder, rank_log
@@ -17,12 +20,9 @@ from megatron_srpo.observe.metrics import MetricsFile, rollout_metrics
 from megatron_srpo.observe.terminal import Stopwatch, Terminal
 from megatron_srpo.observe.watchdog import Watchdog
 from megatron_srpo.preflight import preflight
-from megatron_srpo.distributed.heartbeat import PROGRESS
 from megatron_srpo.rollout.collect import exchange
-from megatron_srpo.rollout.dump import dump
+from megatron_srpo.rollout.route import route
 from megatron_srpo.rollout.source import Rollouts
-from megatron_srpo.distributed.layout import Layout, joined
-from megatron_srpo.train import route
 
 
 def sample(config: Config) -> Path:

@@ -78,6 +78,7 @@ class Sample(_Record):
         return self
 
 
+SampleKey = tuple[str, int]  # prompt id, index in its group
 Group = tuple[Sample, ...]  # the samples of one prompt, by index
 
 

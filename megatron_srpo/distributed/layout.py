@@ -13,12 +13,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_srpo.config.schema import ConfigError, ParallelSection
-from megatron_srpo.distributed import cpu_shim as cpu
+from megatron_srpo.distributed.megatron import parallel_state, tensor_parallel
 from megatron_srpo.distributed.processes import gather_bytes, world_size_from_environment
-
-cpu.install()
-
-from megatron.core import parallel_state, tensor_parallel  # noqa: E402  (after the stand-ins)
 
 
 @dataclass(frozen=True)

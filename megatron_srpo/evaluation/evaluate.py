@@ -16,18 +16,18 @@ from torch import Tensor
 
 from megatron_srpo.checkpoint.resume import check_writable
 from megatron_srpo.checkpoint.weights import RunTensors, checkpoint_of, is_of_a_run
-from megatron_srpo.config.schema import Config, ConfigError, EvaluationSection, ParallelSection
 from megatron_srpo.config.load import load_config, save_config
-from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.evaluation.scoreboard import Outcome, result_of, write_result
-from megatron_srpo.preflight import check_evaluation
+from megatron_srpo.config.schema import Config, ConfigError, EvaluationSection, ParallelSection
 from megatron_srpo.data.records import Group, Sample
+from megatron_srpo.distributed.layout import Layout, joined
+from megatron_srpo.distributed.processes import rank_from_environment
+from megatron_srpo.evaluation.scoreboard import Outcome, result_of, write_result
+from megatron_srpo.evaluation.scores import interval
+from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.preflight import check_evaluation
 from megatron_srpo.rollout.collect import Collector, exchange
 from megatron_srpo.rollout.engine import Sampling
 from megatron_srpo.rollout.engines import check_engine, create_engine
-from megatron_srpo.distributed.layout import Layout, joined
-from megatron_srpo.distributed.processes import rank_from_environment
-from megatron_srpo.evaluation.scores import interval
 from megatron_srpo.tasks import Task, evaluation_tasks, question_count
 from megatron_srpo.tasks.pool import Pool
 from megatron_srpo.weights.transfer import Repeatable

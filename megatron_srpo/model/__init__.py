@@ -1,0 +1,1 @@
+"""The policy network: reading a Hugging Face folder, building Megatron chunks, local layers."""

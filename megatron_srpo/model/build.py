@@ -12,23 +12,21 @@ import torch
 from torch import Tensor
 
 from megatron_srpo.config.schema import Config, ConfigError
-from megatron_srpo.model.hf_folder import Architecture
-from megatron_srpo.model.layers import PackedAttention, RMSNorm
-from megatron_srpo.distributed import cpu_shim as cpu
-from megatron_srpo.vocab_parallel.shard import VocabShard
-
-cpu.install()
-
-from megatron.core import parallel_state, tensor_parallel  # noqa: E402
-from megatron.core.models.gpt import GPTModel  # noqa: E402
-from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
+from megatron_srpo.distributed.megatron import (
+    GPTModel,
+    ModuleSpec,
+    PackedSeqParams,
+    TransformerBlockSubmodules,
+    TransformerConfig,
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
+    get_num_layers_to_build,
+    parallel_state,
+    tensor_parallel,
 )
-from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
-from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build  # noqa: E402
-from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+from megatron_srpo.model.hf_folder import Architecture
+from megatron_srpo.model.layers import PackedAttention, RMSNorm
+from megatron_srpo.vocab_parallel.shard import VocabShard
 
 
 def model_dtype(config: Config) -> torch.dtype:

@@ -9,17 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from megatron_srpo.distributed import cpu_shim as cpu
 from megatron_srpo.distributed.context_parallel import places
-
-cpu.install()
-
-from megatron.core import parallel_state, tensor_parallel  # noqa: E402
-from megatron.core.transformer.module import MegatronModule  # noqa: E402
-from megatron.core.transformer.moe import moe_utils  # noqa: E402
-
-if not hasattr(moe_utils, "te_general_gemm"):  # megatron-core 0.16's router asks for it without Transformer Engine, too
-    moe_utils.te_general_gemm = None
+from megatron_srpo.distributed.megatron import MegatronModule, parallel_state, tensor_parallel
 
 
 class RMSNorm(torch.nn.Module):

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_srpo.data.histogram import quantile
-from megatron_srpo.distributed.files import write_text
 from megatron_srpo.data.records import Group, Sample
-from megatron_srpo.training.trainer import UpdateReport
+from megatron_srpo.data.update_report import UpdateReport
+from megatron_srpo.distributed.files import write_text
 
 
 def _mean(values: Sequence[float]) -> float:

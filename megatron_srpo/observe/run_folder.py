@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from megatron_srpo.config.schema import Config, ConfigError
-from megatron_srpo.rollout.dump import step_file
+from megatron_srpo.data.rollout_file import step_file
 
 _STEP = re.compile(r"step_(\d{6,})\.jsonl")
 

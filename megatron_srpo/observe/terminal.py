@@ -10,13 +10,20 @@ from typing import Any
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
+from megatron_srpo.distributed.heartbeat import PROGRESS
 from megatron_srpo.observe.alarms import Alarm
 from megatron_srpo.observe.logs import LOG
-from megatron_srpo.distributed.heartbeat import PROGRESS
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _PHASES = ("rollout", "verify", "teacher", "update", "publish", "checkpoint")

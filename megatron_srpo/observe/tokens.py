@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_srpo.config.schema import ConfigError
+from megatron_srpo.data.records import Group, Sample, SampleKey
+from megatron_srpo.data.rollout_file import step_file
 from megatron_srpo.distributed.files import write_text
-from megatron_srpo.data.records import Group, Sample
-from megatron_srpo.rollout.dump import step_file
-from megatron_srpo.training.token_values import SampleKey
 
 
 def choose(groups: Sequence[Group], count: int) -> list[SampleKey]:

@@ -8,12 +8,12 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_srpo.config.schema import Config, ConfigError
+from megatron_srpo.distributed.layout import data_parallel_size
 from megatron_srpo.model.hf_folder import Architecture, HFFolder
 from megatron_srpo.plan.layouts import Plan, Scaled, layouts, plan_for, scale, where_it_stops
 from megatron_srpo.plan.machine import MACHINES, Machine, Workload, planned_dtype
 from megatron_srpo.plan.memory import Batch, total_parameters
 from megatron_srpo.plan.step import active_parameters, cache_bytes, step_flops, traffic
-from megatron_srpo.distributed.layout import data_parallel_size
 
 SHOWN = 5  # layouts
 

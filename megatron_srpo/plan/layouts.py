@@ -7,12 +7,12 @@ import math
 from typing import NamedTuple
 
 from megatron_srpo.config.schema import Config, ConfigError, ParallelSection
-from megatron_srpo.model.hf_folder import Architecture
+from megatron_srpo.distributed.layout import data_parallel_size
 from megatron_srpo.model.build import check_layout
+from megatron_srpo.model.hf_folder import Architecture
 from megatron_srpo.plan.machine import Machine, Workload, planned_dtype
 from megatron_srpo.plan.memory import Batch, memory, total_parameters
 from megatron_srpo.plan.step import Servers, cache_bytes, step_seconds, total
-from megatron_srpo.distributed.layout import data_parallel_size
 
 POWERS = tuple(2**n for n in range(8))
 MINIMUM_CACHE = 0.05  # of the memory, which SGLang must have for keys and values at least; assumed

@@ -8,10 +8,10 @@ import math
 from typing import NamedTuple
 
 from megatron_srpo.config.schema import Config, ConfigError
-from megatron_srpo.model.hf_folder import Architecture
-from megatron_srpo.model.build import padded_vocab_size
-from megatron_srpo.plan.machine import Machine, Workload, planned_dtype
 from megatron_srpo.distributed.layout import data_parallel_size
+from megatron_srpo.model.build import padded_vocab_size
+from megatron_srpo.model.hf_folder import Architecture
+from megatron_srpo.plan.machine import Machine, Workload, planned_dtype
 from megatron_srpo.vocab_parallel.fused import MEMORY
 from megatron_srpo.weights.table import EXPERT_ROWS, LAYER_ROWS, MODEL_ROWS, VOCABULARY_TENSORS
 

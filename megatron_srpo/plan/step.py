@@ -6,10 +6,17 @@ import math
 from typing import NamedTuple
 
 from megatron_srpo.config.schema import Config
+from megatron_srpo.distributed.layout import data_parallel_size
 from megatron_srpo.model.hf_folder import Architecture
 from megatron_srpo.plan.machine import Machine, Workload, planned_dtype
-from megatron_srpo.plan.memory import Parameters, layer_shapes, replicas, stage_parameters, state_bytes, total_parameters
-from megatron_srpo.distributed.layout import data_parallel_size
+from megatron_srpo.plan.memory import (
+    Parameters,
+    layer_shapes,
+    replicas,
+    stage_parameters,
+    state_bytes,
+    total_parameters,
+)
 
 SAMPLE_BYTES = (8, 31)  # of one prompt and one response token in the JSON that ranks exchange: ids, log-probability, text
 SAMPLE_SECONDS = 2e-7  # of reading one such token; measured on one core of a busy x86 machine, 2026-11-24

@@ -1,0 +1,1 @@
+"""Rollouts: engines, collection of a step's groups, ledger, replay. Nothing here computes gradients."""

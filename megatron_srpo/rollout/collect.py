@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from megatron_srpo.config.schema import ConfigError, RolloutSection
-from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.distributed.heartbeat import beat
 from megatron_srpo.data.records import Group, Prompt, Sample, Unfinished, Verdict
-from megatron_srpo.rollout.engine import Completion, Engine, Request, Sampling
+from megatron_srpo.distributed.heartbeat import beat
 from megatron_srpo.distributed.layout import Layout
+from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.rollout.engine import Completion, Engine, Request, Sampling
 from megatron_srpo.tasks.pool import Job, Pool
 
 

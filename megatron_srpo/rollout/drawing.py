@@ -15,10 +15,10 @@ from typing import NamedTuple
 from megatron_srpo.algorithm.routing import has_signal
 from megatron_srpo.config.schema import Config
 from megatron_srpo.data.records import Group, Prompt, Sample, Unfinished
+from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.rollout.collect import Collector, encode_prompt
 from megatron_srpo.rollout.engine import Sampling
 from megatron_srpo.rollout.ledger import Ledger
-from megatron_srpo.distributed.layout import Layout
 
 
 class Drawn(NamedTuple):

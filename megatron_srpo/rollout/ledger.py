@@ -21,8 +21,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from megatron_srpo.distributed.files import append_line, write_text
 from megatron_srpo.data.records import Sample, Unfinished
+from megatron_srpo.distributed.files import append_line, write_text
 from megatron_srpo.distributed.layout import Layout
 
 _NAME = re.compile(r"step_(\d+)\.(rank_\d+|carried)\.jsonl")

@@ -8,14 +8,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from torch import Tensor
 
 from megatron_srpo.config.schema import Config, ConfigError
-from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.data.records import Group
+from megatron_srpo.distributed.layout import Layout
+from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.collect import Collector
 from megatron_srpo.rollout.drawing import Drawing, Drawn
-from megatron_srpo.rollout.dump import replay
 from megatron_srpo.rollout.engines import create_engine
 from megatron_srpo.rollout.ledger import Ledger
-from megatron_srpo.distributed.layout import Layout
+from megatron_srpo.rollout.replay import replay
 from megatron_srpo.tasks import evaluation_tasks, training_tasks
 from megatron_srpo.tasks.mixture import Mixture
 from megatron_srpo.tasks.pool import Pool

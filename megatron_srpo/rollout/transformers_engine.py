@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.distributed.heartbeat import beat
+from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.engine import Completion, EngineFailed, Finished, Request, Sampling
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_srpo.config.schema import ConfigError, TaskSource
-from megatron_srpo.distributed.files import write_text
 from megatron_srpo.data.records import Prompt
+from megatron_srpo.distributed.files import write_text
 
 SPLITS = ("train", "validation", "test")
 LONGEST_LINE = 16 << 20  # bytes; a longer line is no question

@@ -11,24 +11,18 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_srpo.config.schema import Config
-from megatron_srpo.model.build import Qwen3
-from megatron_srpo.distributed import cpu_shim as cpu
-from megatron_srpo.training.offload import HostMemory
 from megatron_srpo.distributed.layout import replica_group
-
-cpu.install()
-
-from megatron.core.distributed import (  # noqa: E402
+from megatron_srpo.distributed.megatron import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
-    finalize_model_grads,
-)
-from megatron.core.optimizer import (  # noqa: E402
     OptimizerConfig,
+    OptimizerParamScheduler,
+    finalize_model_grads,
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
+from megatron_srpo.model.build import Qwen3
+from megatron_srpo.training.offload import HostMemory
 
 
 def wrap_data_parallel(chunks: Sequence[Qwen3], config: Config) -> list[DistributedDataParallel]:

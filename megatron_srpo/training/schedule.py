@@ -7,13 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from megatron_srpo.distributed.megatron import get_forward_backward_func
 from megatron_srpo.model.build import Qwen3, packed_params
-from megatron_srpo.distributed import cpu_shim as cpu
 from megatron_srpo.training.packing import MicroBatch
-
-cpu.install()
-
-from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 
 # on_output(number of the micro-batch, its final hidden states at response positions [R, H], the model) -> partial loss
 OnOutput = Callable[[int, Tensor, Qwen3], Tensor]

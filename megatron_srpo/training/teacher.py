@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_srpo.config.schema import TeacherSection
+from megatron_srpo.distributed.layout import replica_group
 from megatron_srpo.model.build import Qwen3
 from megatron_srpo.training.offload import HostMemory
 from megatron_srpo.training.optimizer import Optimizer, Shard
 from megatron_srpo.training.packing import OptimizerBatch
-from megatron_srpo.distributed.layout import replica_group
 from megatron_srpo.training.schedule import run_schedule
 from megatron_srpo.vocab_parallel.fused import score
 from megatron_srpo.vocab_parallel.sources import Mixture, Projection

@@ -8,15 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_srpo.data.records import SampleKey
+from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.model.build import Qwen3
 from megatron_srpo.training.packing import MicroBatch, OptimizerBatch
-from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.training.teacher import TeacherTargets
 from megatron_srpo.vocab_parallel.fused import Statistics
 from megatron_srpo.vocab_parallel.sources import Projection
 from megatron_srpo.vocab_parallel.top import top_tokens
 
-SampleKey = tuple[str, int]  # prompt id, index in its group
 TOP = 5
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from megatron_srpo.data import histogram as quantiles
 from megatron_srpo.algorithm.objective import (
     TokenTerms,
     entropy_weights,
@@ -16,15 +14,17 @@ from megatron_srpo.algorithm.objective import (
     routed_objective,
 )
 from megatron_srpo.config.schema import Config
-from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.model.build import Qwen3, build_chunks, model_dtype
+from megatron_srpo.data import histogram as quantiles
 from megatron_srpo.data.records import Sample
+from megatron_srpo.data.update_report import UpdateReport
 from megatron_srpo.distributed.context_parallel import Context
+from megatron_srpo.distributed.layout import Layout
+from megatron_srpo.model.build import Qwen3, build_chunks, model_dtype
+from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.training.distance import teacher_distance
 from megatron_srpo.training.offload import HostMemory
 from megatron_srpo.training.optimizer import Optimizer, gradient_is_ready, wrap_data_parallel
 from megatron_srpo.training.packing import OptimizerBatch, PackingRules, pack
-from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.training.schedule import run_schedule
 from megatron_srpo.training.teacher import Teacher, TeacherTargets
 from megatron_srpo.training.token_values import TokenValues
@@ -32,36 +32,6 @@ from megatron_srpo.vocab_parallel.divergence import Divergence
 from megatron_srpo.vocab_parallel.fused import Statistics, fused_objective, kernel_name, score
 from megatron_srpo.vocab_parallel.sources import Projection, Rows
 from megatron_srpo.weights.transfer import Repeatable, export, load
-
-
-@dataclass
-class UpdateReport:
-    """One training step's updates. `sums` are token sums over all ranks (see `_SUMS`), `gap_max` the largest log-prob gap.
-
-    teacher_entropies: of all distilled tokens, counted as in algorithm/quantiles.py.
-    teacher_distances: ‖θ - θ'‖ / ‖θ‖ before and after the teacher followed; None without a teacher that has weights of its own.
-    """
-
-    losses: list[float]
-    grad_norms: list[float]
-    moved: list[bool]
-    lr: float
-    sums: dict[str, float]
-    gap_max: float
-    teacher_entropies: list[float] = field(default_factory=lambda: [0.0] * quantiles.BINS)
-    teacher_distances: tuple[float, float] | None = None
-
-    @property
-    def skipped_updates(self) -> list[tuple[float, float]]:
-        """(loss, gradient norm) of the updates that were not made."""
-        return [(loss, norm) for loss, norm, moved in zip(self.losses, self.grad_norms, self.moved, strict=True) if not moved]
-
-    def skipped_in_a_row(self, before: int) -> int:
-        """Skipped updates since the last one made, when `before` had been skipped before this step."""
-        for moved in self.moved:
-            before = 0 if moved else before + 1
-        return before
-
 
 _SUMS = ("tokens", "entropy", "gap", "clipped", "importance", "distilled", "divergence", "teacher_entropy", "weight", "weight_squared")
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_srpo.distributed.files import FileError, aside
-from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.distributed.byte_progress import ByteProgress
+from megatron_srpo.distributed.files import FileError, aside
 from megatron_srpo.distributed.processes import Processes
+from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.weights import safetensors_file, torch_dist
 from megatron_srpo.weights.hf_output import SHARD_BYTES, plan_shards, size_of, write_companions, write_config
 from megatron_srpo.weights.sources import Place, Tensors, empty_objects, part_shape, places

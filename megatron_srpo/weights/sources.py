@@ -22,7 +22,14 @@ from torch import Tensor
 from megatron_srpo.distributed.files import FileError
 from megatron_srpo.model.hf_folder import Architecture, HFFolder
 from megatron_srpo.weights.safetensors_file import DTYPES
-from megatron_srpo.weights.table import EXPERT_ROWS, LAYER_ROWS, MODEL_ROWS, VOCABULARY_TENSORS, Row, fused_name
+from megatron_srpo.weights.table import (
+    EXPERT_ROWS,
+    LAYER_ROWS,
+    MODEL_ROWS,
+    VOCABULARY_TENSORS,
+    Row,
+    fused_name,
+)
 from megatron_srpo.weights.torch_dist import Folder
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -16,18 +16,13 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_srpo.distributed.files import aside
-from megatron_srpo.model.hf_folder import Architecture, HFFolder
 from megatron_srpo.distributed.heartbeat import beat
-from megatron_srpo.distributed import cpu_shim as cpu
+from megatron_srpo.distributed.megatron import get_transformer_layer_offset, parallel_state
 from megatron_srpo.distributed.processes import Processes
+from megatron_srpo.model.hf_folder import Architecture, HFFolder
 from megatron_srpo.weights.hf_output import SHARD_BYTES, plan_shards, write_companions
 from megatron_srpo.weights.safetensors_file import Writer
 from megatron_srpo.weights.table import Row, row_of
-
-cpu.install()
-
-from megatron.core import parallel_state  # noqa: E402
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset  # noqa: E402
 
 
 def parameters_of(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[Row, str, Parameter]]:

@@ -19,9 +19,9 @@ def run(job: dict) -> None:
     import torch.distributed as dist
 
     from megatron_srpo.config.load import load_config
-    from megatron_srpo.model.hf_folder import HFFolder
-    from megatron_srpo.model.build import build_chunks
     from megatron_srpo.distributed.layout import initialize, shut_down
+    from megatron_srpo.model.build import build_chunks
+    from megatron_srpo.model.hf_folder import HFFolder
     from megatron_srpo.weights.transfer import load
 
     from megatron.core import dist_checkpointing  # isort: skip  (after the CPU stand-ins)

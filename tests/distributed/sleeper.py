@@ -17,8 +17,8 @@ if __name__ == "__main__":
     from megatron_srpo.config.load import load_config
     from megatron_srpo.distributed.heartbeat import PROGRESS
     from megatron_srpo.distributed.layout import Layout
-    from megatron_srpo.training.trainer import Trainer
     from megatron_srpo.train import train
+    from megatron_srpo.training.trainer import Trainer
 
     score = Trainer.score_teacher
 

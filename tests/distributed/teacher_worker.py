@@ -18,8 +18,8 @@ def run(job: dict) -> None:
     import torch
 
     from megatron_srpo.config.load import load_config
-    from megatron_srpo.model.hf_folder import HFFolder
     from megatron_srpo.distributed.layout import initialize, shut_down
+    from megatron_srpo.model.hf_folder import HFFolder
     from megatron_srpo.training.trainer import Trainer
 
     config = load_config(Path(job["config"]), job["overrides"])

@@ -13,8 +13,8 @@ from tiny import FAMILIES, make_model, save_folder
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.distributed.processes import Processes
+from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.weights.convert import to_hf, to_megatron
 from megatron_srpo.weights.sources import HFTensors, MegatronTensors
 

@@ -19,10 +19,10 @@ def run(job: dict) -> None:
     from safetensors.torch import save_file
 
     from megatron_srpo.config.load import load_config
-    from megatron_srpo.model.hf_folder import HFFolder
-    from megatron_srpo.model.build import build_chunks
-    from megatron_srpo.training.packing import Document, micro_batch
     from megatron_srpo.distributed.layout import initialize, shut_down
+    from megatron_srpo.model.build import build_chunks
+    from megatron_srpo.model.hf_folder import HFFolder
+    from megatron_srpo.training.packing import Document, micro_batch
     from megatron_srpo.training.schedule import run_schedule
     from megatron_srpo.weights.transfer import export, load
 

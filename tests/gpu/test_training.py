@@ -24,11 +24,12 @@ from megatron_srpo.checkpoint.pieces import SavedTensors
 from megatron_srpo.checkpoint.saver import write_tensors
 from megatron_srpo.checkpoint.state import numbers, restore, restore_generators, snapshot
 from megatron_srpo.config.load import load_config
-from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.model.build import build_chunks
-from megatron_srpo.rollout.dump import dump, replay
-from megatron_srpo.training.packing import Document, micro_batch
+from megatron_srpo.data.rollout_file import dump
 from megatron_srpo.distributed.layout import initialize, shut_down
+from megatron_srpo.model.build import build_chunks
+from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.rollout.replay import replay
+from megatron_srpo.training.packing import Document, micro_batch
 from megatron_srpo.training.schedule import run_schedule
 from megatron_srpo.weights.transfer import load
 

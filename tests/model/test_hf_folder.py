@@ -11,9 +11,9 @@ from tiny import FAMILIES, LLAMA3, make_model, make_tokenizer, save_folder
 from transformers import AutoConfig
 
 from megatron_srpo.config.schema import Config, ConfigError, ParallelSection
-from megatron_srpo.model.hf_folder import HFFolder, RopeScaling
-from megatron_srpo.model.build import check_layout, padded_vocab_size, transformer_config
 from megatron_srpo.distributed.layout import data_parallel_size
+from megatron_srpo.model.build import check_layout, padded_vocab_size, transformer_config
+from megatron_srpo.model.hf_folder import HFFolder, RopeScaling
 
 
 @pytest.fixture(scope="module")

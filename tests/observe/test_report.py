@@ -14,13 +14,13 @@ import pytest
 from rich.console import Console
 from samples import make_sample
 
-from megatron_srpo.config.schema import ConfigError
 from megatron_srpo.config.load import load_config, save_config
+from megatron_srpo.config.schema import ConfigError
+from megatron_srpo.data.records import Route, Verdict
+from megatron_srpo.data.rollout_file import dump, step_file
 from megatron_srpo.observe.inspect import inspect
 from megatron_srpo.observe.report import report_data, write_report
 from megatron_srpo.observe.tokens import choose, tokens_file, write_tokens
-from megatron_srpo.data.records import Route, Verdict
-from megatron_srpo.rollout.dump import dump, step_file
 
 HERE = Path(__file__).parent
 QUICKSTART = HERE.parents[1] / "examples" / "quickstart" / "config.yaml"

@@ -6,8 +6,8 @@ import pytest
 from samples import make_sample
 
 from megatron_srpo.config.schema import ConfigError
-from megatron_srpo.observe.tokens import choose, read_tokens, tokens_file, write_tokens
 from megatron_srpo.data.records import Route
+from megatron_srpo.observe.tokens import choose, read_tokens, tokens_file, write_tokens
 
 
 def group(prompt, kinds):

@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_srpo.distributed.files import write_text
+from megatron_srpo.distributed.heartbeat import beat
 from megatron_srpo.observe import watchdog
 from megatron_srpo.observe.watchdog import Watchdog
-from megatron_srpo.distributed.heartbeat import beat
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 0.6

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from megatron_srpo.__main__ import main
-from megatron_srpo.config.schema import ConfigError
 from megatron_srpo.config.load import load_config
+from megatron_srpo.config.schema import ConfigError
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.plan.layouts import layouts, plan_for, scale, where_it_stops
 from megatron_srpo.plan.machine import MACHINES, Workload

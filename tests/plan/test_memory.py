@@ -16,14 +16,21 @@ import torch
 from simulated import simulated
 from tiny import make_model, save_folder
 
-from megatron_srpo.config.schema import Config, ConfigError, ParallelSection
 from megatron_srpo.config.load import load_config
-from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.model.build import build_chunks, packed_params
-from megatron_srpo.plan.machine import MACHINES, Workload
-from megatron_srpo.plan.memory import Batch, activation_bytes, layer_bytes, memory, stage_parameters, state_bytes
-from megatron_srpo.plan.step import traffic
+from megatron_srpo.config.schema import Config, ConfigError, ParallelSection
 from megatron_srpo.distributed.context_parallel import Context
+from megatron_srpo.model.build import build_chunks, packed_params
+from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.plan.machine import MACHINES, Workload
+from megatron_srpo.plan.memory import (
+    Batch,
+    activation_bytes,
+    layer_bytes,
+    memory,
+    stage_parameters,
+    state_bytes,
+)
+from megatron_srpo.plan.step import traffic
 from megatron_srpo.training.packing import Document, micro_batch
 from megatron_srpo.training.trainer import Trainer
 
@@ -169,7 +176,9 @@ def test_recompute_keeps_layer_inputs(folders):
 @pytest.mark.parametrize("virtual", [2, 4])
 def test_layers_in_flight_are_megatrons_warm_up_and_one(folders, virtual):
     """Stage by stage, against the schedule that runs."""
-    from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches  # after the package, which makes it importable
+    from megatron.core.pipeline_parallel.schedules import (
+        get_pp_rank_microbatches,  # after the package, which makes it importable
+    )
 
     architecture = dataclasses.replace(HFFolder(folders["untied"]).architecture, num_hidden_layers=16)
     config, batch = configure(folders["untied"], f"{PP}4", f"{VPP}{virtual}"), Batch(1000, 10, 0)

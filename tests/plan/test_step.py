@@ -14,7 +14,7 @@ from megatron_srpo.config.load import load_config
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.plan.machine import MACHINES, Workload
 from megatron_srpo.plan.step import exchanged_bytes, forward_flops, step_flops, traffic
-from megatron_srpo.rollout.dump import replay
+from megatron_srpo.rollout.replay import replay
 from megatron_srpo.training.trainer import Trainer
 
 RANKS = 4

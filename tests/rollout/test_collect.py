@@ -9,8 +9,8 @@ from samples import make_sample
 from tiny import save_folder
 
 from megatron_srpo.config.schema import ConfigError, RolloutSection, TaskSection
-from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.data.records import Prompt
+from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.collect import Collector
 from megatron_srpo.tasks.pool import Pool
 

@@ -8,9 +8,10 @@ from samples import make_group, make_sample
 from tiny import save_folder
 
 from megatron_srpo.config.schema import ConfigError
-from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.data.records import Route
-from megatron_srpo.rollout.dump import dump, replay, step_file
+from megatron_srpo.data.rollout_file import dump, step_file
+from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.rollout.replay import replay
 
 TEXTS = ["two\u2028lines\u2029of\x85 text", 'quotes " and \\ and \\n', "🙂👩‍👩‍👧 ünïcode", "tab\tnew\nline\r\nreturn\r\0", "</s>{}[]", ""]
 

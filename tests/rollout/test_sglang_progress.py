@@ -12,10 +12,10 @@ from types import SimpleNamespace
 import pytest
 from servers import listening
 
-from megatron_srpo.config.schema import ConfigError, SGLangSection
 from megatron_srpo.config.load import load_config
-from megatron_srpo.preflight import preflight
+from megatron_srpo.config.schema import ConfigError, SGLangSection
 from megatron_srpo.distributed.heartbeat import PROGRESS
+from megatron_srpo.preflight import preflight
 from megatron_srpo.rollout.engine import EngineFailed, Request, Sampling
 from megatron_srpo.rollout.sglang import engine, generation
 from megatron_srpo.rollout.sglang.engine import SGLangEngine

@@ -18,8 +18,8 @@ import torch
 import torch.multiprocessing
 from servers import listening
 
-from megatron_srpo.config.schema import SGLangSection
 from megatron_srpo.config.load import load_config
+from megatron_srpo.config.schema import SGLangSection
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.engine import Request, Sampling
 from megatron_srpo.rollout.sglang import generation, publication

@@ -10,7 +10,12 @@ import shutil
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader, save
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+)
 
 from megatron_srpo.distributed.files import FileError
 from megatron_srpo.weights.torch_dist import Folder, Writer, chunks_from_json, chunks_to_json, write_metadata

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from megatron_srpo.config.schema import Config, ConfigError
-from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.model.build import model_dtype
 from megatron_srpo.distributed.heartbeat import beat
+from megatron_srpo.distributed.layout import Layout
+from megatron_srpo.model.build import model_dtype
+from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.engine import EngineFailed, Finished, Request, Sampling
 from megatron_srpo.rollout.sglang.fleet import Launch
 from megatron_srpo.rollout.sglang.generation import Generation
 from megatron_srpo.rollout.sglang.http import Server, ServerFailed
 from megatron_srpo.rollout.sglang.publisher import Publisher
-from megatron_srpo.distributed.layout import Layout
 
 _HEARTBEAT = 1.0  # seconds between the ranks' exchanges while servers start, which may last longer than a collective may
 

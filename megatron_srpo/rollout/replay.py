@@ -1,38 +1,18 @@
-"""Rollouts on disk: one file a step, one JSON line a sample, readable by people and replayable by the trainer."""
+"""Dumped rollouts read back as groups that a run can train on."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import math
-import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from megatron_srpo.config.schema import ConfigError
-from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.data.records import Group, Sample
-
-
-def step_file(folder: Path, step: int) -> Path:
-    """Where step `step` (from 1) is kept in a folder of rollouts, or in that of the run whose folder is given."""
-    inner = folder / "rollouts"
-    return (inner if inner.is_dir() else folder) / f"step_{step:06d}.jsonl"
-
-
-def dump(groups: Sequence[Group], folder: Path, step: int) -> None:
-    """Write the step's samples; the file appears whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = step_file(folder, step)
-    partial = file.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as out:
-        for sample in itertools.chain.from_iterable(groups):
-            out.write(json.dumps({"step": step, **sample.model_dump(mode="json")}, ensure_ascii=False) + "\n")
-        out.flush()
-        os.fsync(out.fileno())
-    partial.replace(file)
+from megatron_srpo.data.rollout_file import step_file
+from megatron_srpo.model.hf_folder import HFFolder
 
 
 def replay(folder: Path, step: int, samples_per_prompt: int, model: HFFolder) -> list[Group]:

@@ -12,8 +12,8 @@ import pytest
 from soak import free_port
 
 from megatron_srpo.config.schema import ParallelSection
-from megatron_srpo.rollout.source import Rollouts
 from megatron_srpo.distributed import layout as parallel
+from megatron_srpo.rollout.source import Rollouts
 
 ROOT = Path(__file__).parents[2]
 

@@ -17,7 +17,7 @@ from megatron_srpo.checkpoint.state import numbers, restore
 from megatron_srpo.checkpoint.state import snapshot as checkpoint
 from megatron_srpo.config.load import load_config
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.rollout.dump import replay
+from megatron_srpo.rollout.replay import replay
 
 
 @pytest.fixture

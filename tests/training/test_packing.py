@@ -7,16 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from megatron.core.models.common.embeddings.rope_utils import _get_thd_freqs_on_this_cp_rank
 from samples import make_sample
 
 from megatron_srpo.data.records import Route
-from megatron_srpo.distributed import cpu_shim as cpu
 from megatron_srpo.distributed.context_parallel import Context
 from megatron_srpo.training.packing import PackingRules, balance, loss_scales, pack
-
-cpu.install()
-
-from megatron.core.models.common.embeddings.rope_utils import _get_thd_freqs_on_this_cp_rank  # noqa: E402
 
 ROUTES = {  # branch -> (z^GRPO, z^SDPO)
     "grpo": (1.0, 0.0),

@@ -1,0 +1,1 @@
+"""The commands of `srpo`, one module each. Only argument handling and printing belong here."""

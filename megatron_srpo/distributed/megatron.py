@@ -1,0 +1,60 @@
+"""Megatron's names, importable on any machine: the CPU shim is installed before the first of them is imported.
+
+Every other module imports megatron-core from here, never directly.
+"""
+
+from __future__ import annotations
+
+from megatron_srpo.distributed import cpu_shim
+
+cpu_shim.install()
+
+# ruff: noqa: E402
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+if not hasattr(moe_utils, "te_general_gemm"):  # megatron-core 0.16's router reads it without Transformer Engine, too
+    moe_utils.te_general_gemm = None
+
+__all__ = [
+    "DistributedDataParallel",
+    "DistributedDataParallelConfig",
+    "GPTModel",
+    "MegatronModule",
+    "ModuleSpec",
+    "OptimizerConfig",
+    "OptimizerParamScheduler",
+    "PackedSeqParams",
+    "TransformerBlockSubmodules",
+    "TransformerConfig",
+    "finalize_model_grads",
+    "get_forward_backward_func",
+    "get_gpt_layer_local_spec",
+    "get_gpt_layer_with_transformer_engine_spec",
+    "get_megatron_optimizer",
+    "get_num_layers_to_build",
+    "get_standard_config_overrides",
+    "get_transformer_layer_offset",
+    "moe_utils",
+    "parallel_state",
+    "tensor_parallel",
+]

@@ -1,0 +1,1 @@
+"""Evaluation of a policy: sampling held-out questions, scores, comparison of results."""

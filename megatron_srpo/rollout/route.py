@@ -1,0 +1,20 @@
+"""Routes for verified groups, with the run's settings."""
+
+from __future__ import annotations
+
+from megatron_srpo.algorithm.routing import route_groups
+from megatron_srpo.config.schema import Config
+from megatron_srpo.data.records import Group
+from megatron_srpo.model.hf_folder import HFFolder
+
+
+def route(groups: list[Group], step: int, config: Config, folder: HFFolder) -> list[Group]:
+    """Verified groups of `step`, every sample with its route: advantage, branch, the teacher's prompt."""
+    return route_groups(
+        groups,
+        config.algorithm,
+        encode=lambda messages: folder.encode(messages, config.rollout.enable_thinking),
+        max_teacher_prompt_tokens=config.teacher.max_prompt_tokens,
+        seed=f"{config.train.seed}/{step}",
+        feedback=config.teacher.feedback,
+    )
