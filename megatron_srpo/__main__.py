@@ -41,7 +41,9 @@ def main() -> int:
             raise
         sys.excepthook(*sys.exc_info())
         status = 1
-    if _is_among_others():  # a rank that failed alone: Python's own end would wait, in NCCL, for ranks that wait for this one
+    if (
+        _is_among_others()
+    ):  # a rank that failed alone: Python's own end would wait, in NCCL, for ranks that wait for this one
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -56,7 +58,9 @@ def _is_among_others() -> bool:
 
 def command_line() -> argparse.ArgumentParser:
     """All commands and their arguments."""
-    parser = argparse.ArgumentParser(prog="python -m megatron_srpo", description="Sample-Routed Policy Optimization on megatron-core")
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_srpo", description="Sample-Routed Policy Optimization on megatron-core"
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     by_configuration = {
         "train": "train by a configuration file",
@@ -66,24 +70,54 @@ def command_line() -> argparse.ArgumentParser:
     for name, text in by_configuration.items():
         command = commands.add_parser(name, help=text)
         command.add_argument("config", type=Path, help="YAML file, see examples/")
-        command.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace the file's")
-    command = commands.add_parser("plan", help="memory, time and traffic of a configuration, and better layouts; reads no weights")
+        command.add_argument(
+            "overrides",
+            nargs="*",
+            default=[],
+            metavar="section.key=value",
+            help="settings that replace the file's",
+        )
+    command = commands.add_parser(
+        "plan", help="memory, time and traffic of a configuration, and better layouts; reads no weights"
+    )
     command.add_argument("config", type=Path)
-    command.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="before the options")
+    command.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="before the options"
+    )
     _add_plan_arguments(command)
-    command = commands.add_parser("compare", help="compare evaluations with the first one, by a paired bootstrap over questions")
-    command.add_argument("results", nargs="+", type=Path, metavar="DIR", help="folders that eval has written, two or more")
-    command = commands.add_parser("report", help="write one HTML page with the curves and samples of one or more runs")
+    command = commands.add_parser(
+        "compare", help="compare evaluations with the first one, by a paired bootstrap over questions"
+    )
+    command.add_argument(
+        "results", nargs="+", type=Path, metavar="DIR", help="folders that eval has written, two or more"
+    )
+    command = commands.add_parser(
+        "report", help="write one HTML page with the curves and samples of one or more runs"
+    )
     command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
-    command.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in the first run's folder")
-    command = commands.add_parser("inspect", help="show a step's samples, or one of them token by token, in the terminal")
+    command.add_argument(
+        "--output", type=Path, metavar="FILE", help="default: report.html in the first run's folder"
+    )
+    command = commands.add_parser(
+        "inspect", help="show a step's samples, or one of them token by token, in the terminal"
+    )
     command.add_argument("run", type=Path, metavar="RUN", help="run folder")
     command.add_argument("--step", type=int, required=True)
     command.add_argument("--sample", type=int, help="number in the step, from 0; default: list them")
     command = commands.add_parser("config", help="print every key of the configuration, or check a file")
-    command.add_argument("--check", type=Path, metavar="FILE", help="find what is wrong with it, without starting anything")
-    command.add_argument("--processes", type=int, help="that the run will have; default: as few as its layout needs")
-    command.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="with --check: replace the file's")
+    command.add_argument(
+        "--check", type=Path, metavar="FILE", help="find what is wrong with it, without starting anything"
+    )
+    command.add_argument(
+        "--processes", type=int, help="that the run will have; default: as few as its layout needs"
+    )
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="section.key=value",
+        help="with --check: replace the file's",
+    )
     return parser
 
 
@@ -91,13 +125,27 @@ def _add_plan_arguments(command: argparse.ArgumentParser) -> None:
     """Add the options of `plan`."""
     command.add_argument("--gpus", type=int, default=8, help="training processes, one a GPU (default 8)")
     command.add_argument("--machine", default="h100", help="h100 (default), h200, h20, a100 or cpu")
-    command.add_argument("--gpu-memory", type=float, metavar="GB", help="10⁹ bytes a GPU, instead of the machine's")
-    command.add_argument("--peak-tflops", type=float, help="bf16 matrix products of one GPU, dense, instead of the machine's")
-    command.add_argument("--mfu", type=float, help="share of the peak that training reaches (default: assumed 0.4)")
-    command.add_argument("--prompt-tokens", type=int, help="mean (default: an eighth of rollout.max_prompt_tokens)")
-    command.add_argument("--response-tokens", type=int, help="mean (default: an eighth of rollout.max_response_tokens)")
-    command.add_argument("--distilled-share", type=float, help="of response tokens (default: srpo 0.25, grpo 0, others 1)")
-    command.add_argument("--scale", action="store_true", help="the step on --gpus … 4096 GPUs, and where it stops scaling")
+    command.add_argument(
+        "--gpu-memory", type=float, metavar="GB", help="10⁹ bytes a GPU, instead of the machine's"
+    )
+    command.add_argument(
+        "--peak-tflops", type=float, help="bf16 matrix products of one GPU, dense, instead of the machine's"
+    )
+    command.add_argument(
+        "--mfu", type=float, help="share of the peak that training reaches (default: assumed 0.4)"
+    )
+    command.add_argument(
+        "--prompt-tokens", type=int, help="mean (default: an eighth of rollout.max_prompt_tokens)"
+    )
+    command.add_argument(
+        "--response-tokens", type=int, help="mean (default: an eighth of rollout.max_response_tokens)"
+    )
+    command.add_argument(
+        "--distilled-share", type=float, help="of response tokens (default: srpo 0.25, grpo 0, others 1)"
+    )
+    command.add_argument(
+        "--scale", action="store_true", help="the step on --gpus … 4096 GPUs, and where it stops scaling"
+    )
 
 
 def run(arguments: argparse.Namespace, is_first: bool) -> int:
@@ -121,14 +169,19 @@ def run(arguments: argparse.Namespace, is_first: bool) -> int:
     from megatron_srpo.rollout.engine import EngineFailed
 
     try:
-        return {"train": train_model, "sample": sample_batches, "eval": evaluate_model}[arguments.command](config, is_first)
+        return {"train": train_model, "sample": sample_batches, "eval": evaluate_model}[arguments.command](
+            config, is_first
+        )
     except EngineFailed as error:  # which can happen to any rank alone
         print(f"stopped: {error}", file=sys.stderr)
         return 1
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        print(f"stopped: logging.dir: {config.logging.dir}: {error.strerror}; make room and give the command again", file=sys.stderr)
+        print(
+            f"stopped: logging.dir: {config.logging.dir}: {error.strerror}; make room and give the command again",
+            file=sys.stderr,
+        )
         return 1
 
 
@@ -220,8 +273,12 @@ def explain_config(file: Path | None, overrides: list[str], processes: int | Non
 
 def quieten_libraries() -> None:
     """Before torch and Megatron are imported: their errors only, and the settings they read from the environment."""
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron needs it for tensor parallelism on Hopper and before
-    os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")  # as SGLang's servers set it: NCCL hangs or fails where two sides of a group differ
+    os.environ.setdefault(
+        "CUDA_DEVICE_MAX_CONNECTIONS", "1"
+    )  # Megatron needs it for tensor parallelism on Hopper and before
+    os.environ.setdefault(
+        "NCCL_CUMEM_ENABLE", "0"
+    )  # as SGLang's servers set it: NCCL hangs or fails where two sides of a group differ
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.basicConfig(level=logging.ERROR, format="%(name)s: %(message)s")

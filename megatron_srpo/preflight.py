@@ -27,7 +27,9 @@ def preflight(config: Config) -> HFFolder:
     uses_transformer_engine(config)
     transformer_config(folder.architecture, config)
     folder.file_of, folder.tokenizer  # noqa: B018  (both check what they read)
-    for task in training_tasks(config).values():  # of a finite task all prompts, each of which is in the first epoch
+    for task in training_tasks(
+        config
+    ).values():  # of a finite task all prompts, each of which is in the first epoch
         _check_prompts(config, folder, task, "train", task.size("train") or config.rollout.prompts_per_step)
     if config.evaluation.every > 0 and config.rollout.replay is None:
         check_evaluation(config, folder, evaluation_tasks(config))
@@ -66,4 +68,6 @@ def _check_prompts(config: Config, folder: HFFolder, task: Task, split: str, cou
         prompt = encode_prompt(task.prompt(split, number), folder, config.rollout)
         if (before := seen.setdefault(prompt.id, number)) != number:
             which = f"{'training' if split == 'train' else split} prompts {before} and {number}"
-            raise ConfigError(f"task {task.name}: its {which} have the same id, {prompt.id!r}; each needs its own")
+            raise ConfigError(
+                f"task {task.name}: its {which} have the same id, {prompt.id!r}; each needs its own"
+            )

@@ -75,8 +75,16 @@ def train(config: Config) -> Path:
 class _Run:
     """Policy, rollouts and all that is written down, from the run's start or newest checkpoint to its end."""
 
-    def __init__(self, config: Config, folder: HFFolder, layout: Layout, terminal: Terminal, stop: StopRequest):
-        self.config, self.folder, self.layout, self.terminal, self.stop = config, folder, layout, terminal, stop
+    def __init__(
+        self, config: Config, folder: HFFolder, layout: Layout, terminal: Terminal, stop: StopRequest
+    ):
+        self.config, self.folder, self.layout, self.terminal, self.stop = (
+            config,
+            folder,
+            layout,
+            terminal,
+            stop,
+        )
         self.directory, self.is_first, self.skipped_in_a_row = config.logging.dir, layout.rank == 0, 0
         self.checkpoint = resume.find(config, layout, lambda text: terminal.say(text, "bold red"))
         if self.is_first:
@@ -91,7 +99,9 @@ class _Run:
         self.profiler = StepProfiler(self.directory / "profile", config.logging, layout)
         self.watch = Stopwatch(terminal)
         self.rows, self.limits = [], Limits.of(config)  # the last training steps' rows
-        self.saver = Saver(self.directory / "checkpoints", config.checkpoint, layout, self.rollouts.ledger.saved)
+        self.saver = Saver(
+            self.directory / "checkpoints", config.checkpoint, layout, self.rollouts.ledger.saved
+        )
         self.evaluates = config.evaluation.every > 0 and self.rollouts.collector is not None
         if config.evaluation.every > 0 and not self.evaluates:
             terminal.say("replaying: there is no engine, so there are no evaluations", "yellow")
@@ -130,13 +140,19 @@ class _Run:
                 groups, report = self._step(step)
             self._tell(step, groups, report)
             reason = self.stop.reason()  # asked here: all ranks have done the same steps
-            evaluation = self._evaluate(step) if self.evaluates and self._evaluates_after(step) and reason is None else None
+            evaluation = (
+                self._evaluate(step)
+                if self.evaluates and self._evaluates_after(step) and reason is None
+                else None
+            )
             interval = config.checkpoint.save_interval
             if interval and (step % interval == 0 or step == config.train.steps or reason is not None):
                 self._save(step, evaluation)
             if problem := self.saver.news():  # the checkpoint before stays, and training goes on
                 self.terminal.say(problem, "bold red")
-            if reason is not None and (step < config.train.steps or self.evaluates and interval):  # the last step's is left to do
+            if reason is not None and (
+                step < config.train.steps or self.evaluates and interval
+            ):  # the last step's is left to do
                 self._leave(step, reason)
 
     def _step(self, step: int) -> tuple[list[Group], UpdateReport]:
@@ -177,13 +193,22 @@ class _Run:
     def _token_values(self, step: int, groups: list[Group]) -> TokenValues | None:
         """For the steps whose tokens are dumped."""
         settings = self.config.logging
-        if not (settings.rollouts and settings.tokens_every and (step == 1 or step % settings.tokens_every == 0)):
+        if not (
+            settings.rollouts and settings.tokens_every and (step == 1 or step % settings.tokens_every == 0)
+        ):
             return None
-        return TokenValues(choose(groups, settings.tokens_samples), self.layout, self.config.rollout.temperature)
+        return TokenValues(
+            choose(groups, settings.tokens_samples), self.layout, self.config.rollout.temperature
+        )
 
     def _tell(self, step: int, groups: list[Group], report: UpdateReport) -> None:
         """The step's row and line. Raises TrainingStopped after too many skipped updates, or when trainer and engine disagree."""
-        row = {"step": step, **update_metrics(report), **rollout_metrics(groups), **version_metrics(groups, step)}
+        row = {
+            "step": step,
+            **update_metrics(report),
+            **rollout_metrics(groups),
+            **version_metrics(groups, step),
+        }
         row |= self.rollouts.drawn.numbers | self.watch.read()
         before = self.rows[-1].get("alarms", []) if self.rows else []
         self.rows = [*self.rows, row][-REMEMBERED:]
@@ -194,7 +219,9 @@ class _Run:
         self._sound(step, raised, before)
         self._guard(step, row["engine_logprob_gap"])
         for loss, norm in report.skipped_updates:
-            self.terminal.say(f"step {step}: an update was skipped: loss {loss}, gradient norm {norm}", "bold red")
+            self.terminal.say(
+                f"step {step}: an update was skipped: loss {loss}, gradient norm {norm}", "bold red"
+            )
         self.skipped_in_a_row = report.skipped_in_a_row(self.skipped_in_a_row)
         if self.skipped_in_a_row >= self.config.train.max_skipped_updates:
             raise TrainingStopped(
@@ -207,16 +234,24 @@ class _Run:
         self.terminal.alarms = raised
         for alarm in raised:
             if alarm.name not in before:
-                self.terminal.say(f"step {step}: alarm {alarm.name}: {alarm.finding}\n    {alarm.advice}", "bold yellow")
+                self.terminal.say(
+                    f"step {step}: alarm {alarm.name}: {alarm.finding}\n    {alarm.advice}", "bold yellow"
+                )
         if fatal := [alarm for alarm in raised if alarm.name in self.config.logging.stop_on]:
             raise TrainingStopped(f"step {step}: alarm {fatal[0].name} (logging.stop_on): {fatal[0].finding}")
 
     def _guard(self, step: int, gap: float) -> None:
         """Trainer and engine must agree on what was sampled; what is replayed, another policy may have made."""
         settings = self.config.rollout
-        if settings.replay is None and settings.logprob_gap_stop is not None and not gap < settings.logprob_gap_stop:
+        if (
+            settings.replay is None
+            and settings.logprob_gap_stop is not None
+            and not gap < settings.logprob_gap_stop
+        ):
             what = f"step {step}: trainer's and engine's log-probabilities are {gap:.3g} nats a token apart"
-            raise TrainingStopped(f"{what} (rollout.logprob_gap_stop); does the engine have the published weights?")
+            raise TrainingStopped(
+                f"{what} (rollout.logprob_gap_stop); does the engine have the published weights?"
+            )
 
     def _evaluates_after(self, step: int) -> bool:
         return step % self.config.evaluation.every == 0 or step == self.config.train.steps
@@ -227,7 +262,11 @@ class _Run:
         start = time.perf_counter()
         limit, seed = config.rollout.max_response_tokens, config.train.seed
         scores = evaluate(self.rollouts.collector, self.rollouts.evaluated, config.evaluation, limit, seed)
-        row = {"step": step, **with_history(scores, self.metrics.evaluations()), "seconds_evaluate": time.perf_counter() - start}
+        row = {
+            "step": step,
+            **with_history(scores, self.metrics.evaluations()),
+            "seconds_evaluate": time.perf_counter() - start,
+        }
         self._write(row)
         self.terminal.evaluation(row)
         return row
@@ -244,10 +283,14 @@ class _Run:
         rows = self.metrics.rewind(step, is_evaluated)
         self.terminal.recall(rows)
         if self.is_first:
-            self.trackers = Trackers(start_trackers(self.config, step), lambda text: self.terminal.say(text, "bold red"))
+            self.trackers = Trackers(
+                start_trackers(self.config, step), lambda text: self.terminal.say(text, "bold red")
+            )
         recent = json.dumps([row for row in rows if "loss" in row][-REMEMBERED:]).encode()
         self.rows = json.loads(self.layout.gather_bytes(recent)[0])  # only the first rank has read them
-        self.rollouts.go_on(step, 0 if self.checkpoint is None else self.checkpoint.manifest.state["next_prompt"])
+        self.rollouts.go_on(
+            step, 0 if self.checkpoint is None else self.checkpoint.manifest.state["next_prompt"]
+        )
         return step, is_evaluated
 
     def _save(self, step: int, evaluation: dict[str, float] | None) -> None:
@@ -262,7 +305,8 @@ class _Run:
                 config=self.config.model_dump(mode="json"),
                 versions=resume.package_versions(),
                 world_size=self.layout.world_size,
-                state=numbers(self.trainer) | {"skipped_in_a_row": self.skipped_in_a_row, "next_prompt": self.rollouts.next_prompt},
+                state=numbers(self.trainer)
+                | {"skipped_in_a_row": self.skipped_in_a_row, "next_prompt": self.rollouts.next_prompt},
                 evaluation=evaluation,
                 files={},
             )
@@ -271,19 +315,32 @@ class _Run:
     def _leave(self, step: int, reason: str) -> None:
         self.terminal.phase("checkpoint")
         if not self.config.checkpoint.save_interval:
-            raise TrainingInterrupted(f"{reason}: left after step {step} without a checkpoint (checkpoint.save_interval: 0)")
+            raise TrainingInterrupted(
+                f"{reason}: left after step {step} without a checkpoint (checkpoint.save_interval: 0)"
+            )
         self.saver.finish()
-        raise TrainingInterrupted(f"{reason}: saved after step {step} of {self.config.train.steps}; the same command goes on")
+        raise TrainingInterrupted(
+            f"{reason}: saved after step {step} of {self.config.train.steps}; the same command goes on"
+        )
 
     def _introduce(self) -> None:
-        layers = "Transformer Engine" if uses_transformer_engine(self.config) else "local layers, torch SDPA attention"
+        layers = (
+            "Transformer Engine"
+            if uses_transformer_engine(self.config)
+            else "local layers, torch SDPA attention"
+        )
         dtype = str(model_dtype(self.config)).removeprefix("torch.")
         self.terminal.say(f"{self.layout.device.type}, {dtype}, {layers}")
-        prompt = max(self.config.rollout.max_prompt_tokens, self.config.teacher.max_prompt_tokens * self.config.algorithm.distils)
+        prompt = max(
+            self.config.rollout.max_prompt_tokens,
+            self.config.teacher.max_prompt_tokens * self.config.algorithm.distils,
+        )
         longest = prompt + self.config.rollout.max_response_tokens
         if longest > (positions := self.folder.architecture.max_position_embeddings):
             keys = "rollout.max_*_tokens, teacher.max_prompt_tokens"
-            self.terminal.say(f"sequences may reach {longest} tokens ({keys}); the model was made for {positions}", "yellow")
+            self.terminal.say(
+                f"sequences may reach {longest} tokens ({keys}); the model was made for {positions}", "yellow"
+            )
 
     def _report(self) -> None:
         """report.html. What it could not read, or a full disk, does not undo a run that is done."""
@@ -296,6 +353,12 @@ class _Run:
         evaluations = self.metrics.evaluations()
         if evaluations:
             key = next(key for key in evaluations[-1] if "/avg@" in key)
-            values = [row[key] for row in evaluations if key in row]  # evaluation.* may have changed where the run went on
-            self.terminal.say(f"{key.removeprefix('eval/')}: {values[0]:.3f} before, {values[-1]:.3f} after", "bold green")
-        self.terminal.say(f"run folder: {self.directory}  (report.html, metrics.jsonl, rollouts/; the trained model is in hf/)")
+            values = [
+                row[key] for row in evaluations if key in row
+            ]  # evaluation.* may have changed where the run went on
+            self.terminal.say(
+                f"{key.removeprefix('eval/')}: {values[0]:.3f} before, {values[-1]:.3f} after", "bold green"
+            )
+        self.terminal.say(
+            f"run folder: {self.directory}  (report.html, metrics.jsonl, rollouts/; the trained model is in hf/)"
+        )

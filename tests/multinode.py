@@ -67,7 +67,20 @@ class Hosts:
         ip("-n", self.switch, "link", "add", "switch", "type", "bridge")
         ip("-n", self.switch, "link", "set", "switch", "up")
         for number, (name, address) in enumerate(zip(self.names, self.addresses, strict=True)):
-            ip("link", "add", "cable", "netns", name, "type", "veth", "peer", "name", f"port{number}", "netns", self.switch)
+            ip(
+                "link",
+                "add",
+                "cable",
+                "netns",
+                name,
+                "type",
+                "veth",
+                "peer",
+                "name",
+                f"port{number}",
+                "netns",
+                self.switch,
+            )
             ip("-n", self.switch, "link", "set", f"port{number}", "master", "switch", "up")
             ip("-n", name, "addr", "add", f"{address}/24", "dev", "cable")
             ip("-n", name, "link", "set", "cable", "up")
@@ -85,31 +98,65 @@ class Hosts:
     def server(self, python: Path, log: Path) -> Iterator[list[str]]:
         """An SGLang server on the third host; gives the overrides that name it. The weights come from the first host."""
         os.environ[KEY] = "open sesame"
-        overrides = [f"rollout.sglang.host={self.addresses[2]}", f"rollout.sglang.api_key_env={KEY}", f"rollout.sglang.python={python}"]
+        overrides = [
+            f"rollout.sglang.host={self.addresses[2]}",
+            f"rollout.sglang.api_key_env={KEY}",
+            f"rollout.sglang.python={python}",
+        ]
         config = load_config(SERVED, overrides)
-        launch = Launch(config.rollout.sglang, config.model.hf_path, "float32", has_gpus=False, saves_memory=False, logs=log.parent)
+        launch = Launch(
+            config.rollout.sglang,
+            config.model.hf_path,
+            "float32",
+            has_gpus=False,
+            saves_memory=False,
+            logs=log.parent,
+        )
         environment = {**os.environ, **config.rollout.sglang.environment, "GLOO_SOCKET_IFNAME": "cable"}
         environment.pop("PYTHONPATH", None)
         with log.open("w") as out:
             words = ["ip", "netns", "exec", self.names[2], *launch.command(0)]
-            job = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+            job = subprocess.Popen(
+                words, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            )
         url = launch.urls(1)[0]
         ask = [sys.executable, "-c", f"import httpx; httpx.get({url!r} + '/health').raise_for_status()"]
-        answers = lambda: not subprocess.run(["ip", "netns", "exec", self.names[2], *ask], capture_output=True).returncode  # noqa: E731
+        answers = lambda: (
+            not subprocess.run(["ip", "netns", "exec", self.names[2], *ask], capture_output=True).returncode
+        )  # noqa: E731
         try:
             wait_for(lambda: job.poll() is not None or answers(), 300, "the server's start")
             assert job.poll() is None, log.read_text()[-3000:]
             reach = [f"rollout.urls=[{url}]", "rollout.servers=0", f"rollout.sglang.api_key_env={KEY}"]
-            reach += ["rollout.sglang.health_timeout=20", "rollout.sglang.return_timeout=20"]  # a host that loses it gives up after both
-            yield [*reach, "rollout.sglang.update=distributed", f"rollout.sglang.trainer_host={self.addresses[0]}"]
+            reach += [
+                "rollout.sglang.health_timeout=20",
+                "rollout.sglang.return_timeout=20",
+            ]  # a host that loses it gives up after both
+            yield [
+                *reach,
+                "rollout.sglang.update=distributed",
+                f"rollout.sglang.trainer_host={self.addresses[0]}",
+            ]
         finally:
             end([job])
 
     def train(self, config: Path, overrides: list[str], logs: list[Path]) -> list[subprocess.Popen]:
         """torchrun on the first two hosts, one rank each, meeting at the first one's address."""
-        meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{self.addresses[0]}:{self.port}", "--rdzv-id", "quickstart"]
+        meeting = [
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            f"{self.addresses[0]}:{self.port}",
+            "--rdzv-id",
+            "quickstart",
+        ]
         command = [sys.executable, "tools/torchrun.py", "--nnodes", "2", "--nproc-per-node", "1", *meeting]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "cable", "PYTHONPATH": str(ROOT)}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "cable",
+            "PYTHONPATH": str(ROOT),
+        }
         processes = []
         for name, address, log in zip(self.names, self.addresses, logs, strict=False):
             # Both namespaces have one host name, by which torchrun would not know whose the endpoint is.
@@ -139,12 +186,20 @@ def end(processes: list[subprocess.Popen]) -> None:
 def rows(run: Path) -> list[dict]:
     """metrics.jsonl so far."""
     file = run / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
+    return (
+        [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
+        if file.exists()
+        else []
+    )
 
 
 def errors(log: Path) -> list[str]:
     """What ended the rank of this host, by its log."""
-    return [line for line in log.read_text().splitlines() if line.startswith("[rank") and "Error: " in line or "no SGLang server" in line]
+    return [
+        line
+        for line in log.read_text().splitlines()
+        if line.startswith("[rank") and "Error: " in line or "no SGLang server" in line
+    ]
 
 
 def wait_for(condition, seconds: float, what: str) -> None:
@@ -156,7 +211,9 @@ def wait_for(condition, seconds: float, what: str) -> None:
         time.sleep(0.2)
 
 
-def run(folder: Path, steps: int, overrides: Sequence[str] = (), sglang: Path | None = None, patience: float = 600) -> list[dict]:
+def run(
+    folder: Path, steps: int, overrides: Sequence[str] = (), sglang: Path | None = None, patience: float = 600
+) -> list[dict]:
     """The whole story in `folder`; metrics.jsonl at its end. Raises AssertionError or TimeoutError where it goes otherwise.
 
     sglang: the interpreter that runs the third host's server; None: the ranks sample.
@@ -165,16 +222,27 @@ def run(folder: Path, steps: int, overrides: Sequence[str] = (), sglang: Path | 
     runs, logs = folder / "run", [folder / "a.log", folder / "b.log"]
     overrides = [f"logging.dir={runs}", f"train.steps={steps}", "checkpoint.save_interval=2", *overrides]
     overrides.append(f"parallel.distributed_timeout_minutes={TIMEOUT / 60}")
-    with Hosts() as hosts, nullcontext([]) if sglang is None else hosts.server(sglang, folder / "server.log") as reach:
+    with (
+        Hosts() as hosts,
+        nullcontext([]) if sglang is None else hosts.server(sglang, folder / "server.log") as reach,
+    ):
         overrides += reach
         processes = hosts.train(config, overrides, logs)
         try:
             checkpoint = lambda: any((runs / "checkpoints").glob("step_*/manifest.json"))  # noqa: E731
-            wait_for(lambda: checkpoint() or any(p.poll() is not None for p in processes), patience, "the first checkpoint")
+            wait_for(
+                lambda: checkpoint() or any(p.poll() is not None for p in processes),
+                patience,
+                "the first checkpoint",
+            )
             assert checkpoint(), logs[0].read_text()[-3000:]
             hosts.cable("down")
             cut, seen = time.monotonic(), max(row["step"] for row in rows(runs))
-            wait_for(lambda: all(map(errors, logs)) and processes[0].poll() is not None, NOTICE, "both ranks' end after the cut")
+            wait_for(
+                lambda: all(map(errors, logs)) and processes[0].poll() is not None,
+                NOTICE,
+                "both ranks' end after the cut",
+            )
             took = time.monotonic() - cut
         finally:
             end(processes)
@@ -183,7 +251,11 @@ def run(folder: Path, steps: int, overrides: Sequence[str] = (), sglang: Path | 
         hosts.cable("up")
         processes = hosts.train(config, overrides, logs)
         try:
-            wait_for(lambda: all(process.poll() is not None for process in processes), patience, "the end of the run")
+            wait_for(
+                lambda: all(process.poll() is not None for process in processes),
+                patience,
+                "the end of the run",
+            )
         finally:
             end(processes)
         assert [process.returncode for process in processes] == [0, 0], logs[0].read_text()[-3000:]
@@ -195,13 +267,17 @@ def main() -> None:
     """The long version, by hand."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--sglang", type=Path, metavar="PYTHON", help="a third host samples: the interpreter of its SGLang")
+    parser.add_argument(
+        "--sglang", type=Path, metavar="PYTHON", help="a third host samples: the interpreter of its SGLang"
+    )
     parser.add_argument("--folder", type=Path, help="kept; default: a temporary one")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         found = run(options.folder or Path(scratch), options.steps, sglang=options.sglang)
     scores = [row["eval/addition/avg@4"] for row in found if "eval/addition/avg@4" in row]
-    print(f"{sum('loss' in row for row in found)} steps; addition/avg@4: {scores[0]:.3f} before, {scores[-1]:.3f} after")
+    print(
+        f"{sum('loss' in row for row in found)} steps; addition/avg@4: {scores[0]:.3f} before, {scores[-1]:.3f} after"
+    )
     assert scores[-1] >= 0.80 or options.steps < 30
 
 

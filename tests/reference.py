@@ -78,7 +78,9 @@ class Reference:
         """The routed loss of one optimizer batch; `old`: log π_old by sample, or None for the present policy."""
         samples = [s for s in samples if s["route"]["policy_weight"] or s["route"]["distillation_weight"]]
         teacher = [
-            self._teacher_logps(s["route"]["teacher_ids"], s["response_ids"]) if s["route"]["distillation_weight"] else None
+            self._teacher_logps(s["route"]["teacher_ids"], s["response_ids"])
+            if s["route"]["distillation_weight"]
+            else None
             for s in samples
         ]
         raw = [torch.exp(self.beta * (q.exp() * q).sum(1)) for q in teacher if q is not None]  # exp(-β H)
@@ -98,8 +100,13 @@ class Reference:
             if logq is not None:
                 weight = torch.exp(self.beta * (logq.exp() * logq).sum(1)) / mean
                 divergence = _divergence(logp, logq, s["response_ids"], *self.divergence)
-                term = term + s["route"]["distillation_weight"] * weight * rho * w.detach().clamp(max=2) * divergence
-            total = total + (term.sum() / sum(lengths) if self.aggregation == "token_mean" else term.mean() / len(samples))
+                term = (
+                    term
+                    + s["route"]["distillation_weight"] * weight * rho * w.detach().clamp(max=2) * divergence
+                )
+            total = total + (
+                term.sum() / sum(lengths) if self.aggregation == "token_mean" else term.mean() / len(samples)
+            )
         return total
 
     @torch.no_grad()
@@ -120,9 +127,9 @@ class Reference:
         if mini_batches > 1:
             with torch.no_grad():
                 old = {
-                    (s["prompt"]["id"], s["index"]): logps(self.model, s["prompt"]["ids"], s["response_ids"]).gather(
-                        1, torch.tensor(s["response_ids"])[:, None]
-                    )[:, 0]
+                    (s["prompt"]["id"], s["index"]): logps(
+                        self.model, s["prompt"]["ids"], s["response_ids"]
+                    ).gather(1, torch.tensor(s["response_ids"])[:, None])[:, 0]
                     for s in samples
                 }
         size, losses, norms = len(samples) // mini_batches, [], []
@@ -139,6 +146,10 @@ class Reference:
             losses.append(float(loss))
             self.optimizer.step()
         with torch.no_grad():
-            for slow, fast in [] if self.trust_region else zip(self.teacher.parameters(), self.model.parameters(), strict=True):
+            for slow, fast in (
+                []
+                if self.trust_region
+                else zip(self.teacher.parameters(), self.model.parameters(), strict=True)
+            ):
                 slow.lerp_(fast, 0.05)
         return sum(losses) / len(losses), sum(norms) / len(norms)

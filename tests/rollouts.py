@@ -16,7 +16,9 @@ MIXED = ([1, 0, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1])
 
 
 @torch.no_grad()
-def write_rollouts(path: Path, folder: HFFolder, model, verdicts=MIXED, steps: int = 3, seed: int = 0, longest: int = 40) -> Path:
+def write_rollouts(
+    path: Path, folder: HFFolder, model, verdicts=MIXED, steps: int = 3, seed: int = 0, longest: int = 40
+) -> Path:
     """`steps` files of len(verdicts) groups; prompts and responses of very different lengths, one-token responses among them.
 
     `model` is the HF model that "sampled" them: its fp32 log-probabilities, moved by up to 0.9 nats so that importance
@@ -30,13 +32,24 @@ def write_rollouts(path: Path, folder: HFFolder, model, verdicts=MIXED, steps: i
         for number, correct in enumerate(verdicts):
             text = "Say " + "ha" * rng.choice((1, 3, 30))
             messages = ({"role": "user", "content": text},)
-            prompt = Prompt(id=f"{step}/{number}", task="made-up", messages=messages, answer="", ids=tuple(folder.encode(list(messages))))
+            prompt = Prompt(
+                id=f"{step}/{number}",
+                task="made-up",
+                messages=messages,
+                answer="",
+                ids=tuple(folder.encode(list(messages))),
+            )
             group = []
             for index, is_correct in enumerate(correct):
                 length = 1 if rng.random() < 0.2 else rng.randrange(2, longest)
                 response = torch.randint(3, vocabulary, (length,), generator=generator)
                 ids = torch.cat([torch.tensor(prompt.ids), response])
-                logprobs = model(ids[None]).logits[0, len(prompt.ids) - 1 : -1].log_softmax(-1).gather(1, response[:, None])[:, 0]
+                logprobs = (
+                    model(ids[None])
+                    .logits[0, len(prompt.ids) - 1 : -1]
+                    .log_softmax(-1)
+                    .gather(1, response[:, None])[:, 0]
+                )
                 logprobs = logprobs + 1.8 * (torch.rand(length, generator=generator) - 0.5)
                 group.append(
                     Sample(
@@ -46,7 +59,9 @@ def write_rollouts(path: Path, folder: HFFolder, model, verdicts=MIXED, steps: i
                         logprobs=tuple(logprobs.tolist()),
                         versions=(("0", 0, length),),
                         finish_reason="length",
-                        text=folder.tokenizer.decode([t for t in response.tolist() if t < 259], skip_special_tokens=True),
+                        text=folder.tokenizer.decode(
+                            [t for t in response.tolist() if t < 259], skip_special_tokens=True
+                        ),
                         verdict=Verdict(reward=float(is_correct), correct=bool(is_correct), format_ok=True),
                     )
                 )

@@ -20,7 +20,13 @@ def make_sample(
 ) -> Sample:
     """One sample; verified when `correct` is given."""
     return Sample(
-        prompt=Prompt(id=prompt_id, task="made-up", messages=({"role": "user", "content": question},), answer="", ids=tuple(prompt_ids)),
+        prompt=Prompt(
+            id=prompt_id,
+            task="made-up",
+            messages=({"role": "user", "content": question},),
+            answer="",
+            ids=tuple(prompt_ids),
+        ),
         index=index,
         response_ids=tuple(response_ids),
         logprobs=tuple(logprobs if logprobs is not None else [-1.0] * len(response_ids)),
@@ -34,7 +40,9 @@ def make_sample(
 
 def make_group(correct: Sequence[bool], prompt_id: str = "p") -> Group:
     """A verified group; sample i wrote "answer <i>"."""
-    return tuple(make_sample(index, bool(c), prompt_id, text=f"answer <{index}>") for index, c in enumerate(correct))
+    return tuple(
+        make_sample(index, bool(c), prompt_id, text=f"answer <{index}>") for index, c in enumerate(correct)
+    )
 
 
 def encode_bytes(messages: Sequence[dict[str, str]]) -> list[int]:

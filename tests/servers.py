@@ -38,7 +38,9 @@ def free_ports(count: int) -> int:
 
 
 @contextlib.contextmanager
-def listening(answer: Callable[[BaseHTTPRequestHandler, bytes], tuple[int, bytes]]) -> Iterator[ThreadingHTTPServer]:
+def listening(
+    answer: Callable[[BaseHTTPRequestHandler, bytes], tuple[int, bytes]],
+) -> Iterator[ThreadingHTTPServer]:
     """An HTTP server on loopback. answer: of a request, with its body, what is sent back: (status, content)."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -66,7 +68,11 @@ def listening(answer: Callable[[BaseHTTPRequestHandler, bytes], tuple[int, bytes
 
 def config_of(run: Path, *overrides: str) -> Config:
     """The quick start's configuration with SGLang servers on this machine's CPU."""
-    given = [f"model.hf_path={START}", f"rollout.sglang.python={os.environ['SGLANG_PYTHON']}", f"logging.dir={run}"]
+    given = [
+        f"model.hf_path={START}",
+        f"rollout.sglang.python={os.environ['SGLANG_PYTHON']}",
+        f"logging.dir={run}",
+    ]
     return load_config(QUICKSTART, [*given, f"rollout.sglang.api_key_env={KEY}", *overrides])
 
 
@@ -86,7 +92,10 @@ class Servers:
         weights = load_file(START / "model.safetensors")
         if seed is not None:
             generator = torch.Generator().manual_seed(seed)
-            weights = {name: tensor * (1 + 0.02 * torch.randn(tensor.shape, generator=generator)) for name, tensor in weights.items()}
+            weights = {
+                name: tensor * (1 + 0.02 * torch.randn(tensor.shape, generator=generator))
+                for name, tensor in weights.items()
+            }
         self.model.load_state_dict(weights, strict=False)  # the tied matrix has two names
         self.version += 1
         self.engine.update_weights(weights.items(), str(self.version))
@@ -95,7 +104,9 @@ class Servers:
     def requests(self, count: int) -> list[Request]:
         """Different questions."""
         texts = [f"Compute {100 + 37 * number % 900} + {100 + 91 * number % 900}." for number in range(count)]
-        return [Request(tuple(self.folder.encode([{"role": "user", "content": text}])), text) for text in texts]
+        return [
+            Request(tuple(self.folder.encode([{"role": "user", "content": text}])), text) for text in texts
+        ]
 
     def sampling(self, temperature: float = 1.0, max_tokens: int = 48, stops: bool = True) -> Sampling:
         """Without `stops` a response runs to its end."""
@@ -106,13 +117,19 @@ class Servers:
         """The largest difference between a completion's log-probabilities and the model's own."""
         largest = 0.0
         for request, completion in zip(requests, completions, strict=True):
-            logits = self.model(torch.tensor([[*request.prompt_ids, *completion.ids]])).logits[0, len(request.prompt_ids) - 1 : -1]
-            expected = (logits / temperature).log_softmax(-1).gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
+            logits = self.model(torch.tensor([[*request.prompt_ids, *completion.ids]])).logits[
+                0, len(request.prompt_ids) - 1 : -1
+            ]
+            expected = (
+                (logits / temperature).log_softmax(-1).gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
+            )
             largest = max(largest, float((expected - torch.tensor(completion.logprobs)).abs().max()))
         return largest
 
 
-def sample(engine, requests: list[Request], sampling: Sampling, enough=lambda done: False, seen=lambda done: None) -> list[Completion]:
+def sample(
+    engine, requests: list[Request], sampling: Sampling, enough=lambda done: False, seen=lambda done: None
+) -> list[Completion]:
     """All completions in the requests' order, each handed over exactly once; enough(number done so far) breaks the rest off."""
     done: dict[int, Completion] = {}
 

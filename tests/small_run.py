@@ -20,8 +20,19 @@ QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart"
 
 def small_config(directory: Path, *overrides: str) -> Config:
     """Five steps of 8 × 4 samples, nothing evaluated or saved; the run folder is `directory`."""
-    small = ["rollout.prompts_per_step=8", "rollout.samples_per_prompt=4", "train.steps=5", "evaluation.every=0"]
-    settings = [*small, "checkpoint.save_interval=0", f"model.hf_path={QUICKSTART / 'start'}", f"logging.dir={directory}", *overrides]
+    small = [
+        "rollout.prompts_per_step=8",
+        "rollout.samples_per_prompt=4",
+        "train.steps=5",
+        "evaluation.every=0",
+    ]
+    settings = [
+        *small,
+        "checkpoint.save_interval=0",
+        f"model.hf_path={QUICKSTART / 'start'}",
+        f"logging.dir={directory}",
+        *overrides,
+    ]
     return load_config(QUICKSTART / "config.yaml", settings)
 
 

@@ -37,7 +37,13 @@ def start(ranks: int, overrides: list[str], log: Path) -> list[int]:
     for rank in range(ranks):
         process = os.fork()
         if process == 0:
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            place = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": ranks,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
             os.environ.update({name: str(value) for name, value in place.items()})
             with log.open("a") as out:
                 os.dup2(out.fileno(), 1)
@@ -90,7 +96,11 @@ def kill_once(processes: list[int], run: Path, dice: random.Random, seconds_a_st
     until = time.monotonic() + dice.uniform(1.5, 4.0) * max(seconds_a_step, 0.5)
     before = steps_done(run)
     while True:
-        ended = [process for process in processes if os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT)]
+        ended = [
+            process
+            for process in processes
+            if os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        ]
         if len(ended) == len(processes):
             return None
         moved = steps_done(run) > before  # else the run would never get further
@@ -111,9 +121,16 @@ def comparable(run: Path) -> dict[str, object]:
 
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     metrics = [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows]
-    weights = {name: tensor.numpy().tobytes() for name, tensor in load_file(run / "hf" / "model.safetensors").items()}
+    weights = {
+        name: tensor.numpy().tobytes() for name, tensor in load_file(run / "hf" / "model.safetensors").items()
+    }
     samples = {file.name: file.read_bytes() for file in sorted((run / "rollouts").iterdir())}
-    return {"metrics": metrics, "weights": weights, "samples": samples, "ledger": history((run / "ledger" / "events.jsonl").open())}
+    return {
+        "metrics": metrics,
+        "weights": weights,
+        "samples": samples,
+        "ledger": history((run / "ledger" / "events.jsonl").open()),
+    }
 
 
 def soak(ranks: int, steps: int, kills: int, seed: int, folder: Path) -> int:
@@ -136,7 +153,9 @@ def soak(ranks: int, steps: int, kills: int, seed: int, folder: Path) -> int:
         statuses = finish(processes, PATIENCE if done else None)
         if done is None:
             if any(statuses):
-                raise RuntimeError(f"the run could not go on: {statuses}\n{(folder / 'cut.log').read_text()[-3000:]}")
+                raise RuntimeError(
+                    f"the run could not go on: {statuses}\n{(folder / 'cut.log').read_text()[-3000:]}"
+                )
             break
         survived += 1
         print(f"kill {survived}: {done}", flush=True)
@@ -144,9 +163,13 @@ def soak(ranks: int, steps: int, kills: int, seed: int, folder: Path) -> int:
     for what in expected:
         assert found[what] == expected[what], f"{what} differ from the uninterrupted run's"
     ledger = found["ledger"]
-    assert list(ledger) == list(range(1, steps + 1)) and all(step["trained"] == step["drawn"] for step in ledger.values())
+    assert list(ledger) == list(range(1, steps + 1)) and all(
+        step["trained"] == step["drawn"] for step in ledger.values()
+    )
     prompts = [prompt for step in ledger.values() for prompt in step["trained"]]
-    assert prompts == [f"addition/train/{number}" for number in range(4 * steps)], "a prompt was trained twice or skipped"
+    assert prompts == [f"addition/train/{number}" for number in range(4 * steps)], (
+        "a prompt was trained twice or skipped"
+    )
     return survived
 
 

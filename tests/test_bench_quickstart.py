@@ -16,7 +16,18 @@ def test_bench(tmp_path):
     (tmp_path / "trl.py").write_text("raise ImportError('no TRL in this test')")
     (tmp_path / "datasets.py").write_text("")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    command = [sys.executable, "tools/bench_quickstart.py", "--steps", "1", "--rounds", "1", "--rows", "ours srpo", "TRL grpo", "--json"]
+    command = [
+        sys.executable,
+        "tools/bench_quickstart.py",
+        "--steps",
+        "1",
+        "--rounds",
+        "1",
+        "--rows",
+        "ours srpo",
+        "TRL grpo",
+        "--json",
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout)

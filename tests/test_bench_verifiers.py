@@ -14,7 +14,17 @@ ROOT = Path(__file__).parents[1]
 def test_report(tmp_path):
     file = tmp_path / "results.jsonl"
     file.write_text("{}\n")
-    command = [sys.executable, "tools/bench_verifiers.py", "--questions", "4", "--workers", "1", "--json", "--output", str(file)]
+    command = [
+        sys.executable,
+        "tools/bench_verifiers.py",
+        "--questions",
+        "4",
+        "--workers",
+        "1",
+        "--json",
+        "--output",
+        str(file),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout)

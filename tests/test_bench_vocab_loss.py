@@ -24,7 +24,20 @@ def bench(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tmp_path}:{ROOT}"}
 
     def run(*arguments: str) -> dict:
-        shape = ["--tokens", "64", "--hidden", "32", "--vocab", "2001", "--device", "cpu", "--threads", "1", "--repeats", "1"]
+        shape = [
+            "--tokens",
+            "64",
+            "--hidden",
+            "32",
+            "--vocab",
+            "2001",
+            "--device",
+            "cpu",
+            "--threads",
+            "1",
+            "--repeats",
+            "1",
+        ]
         command = [sys.executable, "tools/bench_vocab_loss.py", *shape, "--json", *arguments]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -36,12 +49,22 @@ def bench(tmp_path):
 def check(report: dict, ranks: int, present: list[str], absent: list[str]) -> dict[str, dict]:
     """What every report holds; returns its rows by name."""
     assert set(report) == {"device", "date", "shape", "rows", "skipped"}
-    shape = {"tokens": 64, "hidden": 32, "vocab": 2001, "tensor_parallel": ranks, "chunk": None, "dtype": "float32", "threads": 1}
+    shape = {
+        "tokens": 64,
+        "hidden": 32,
+        "vocab": 2001,
+        "tensor_parallel": ranks,
+        "chunk": None,
+        "dtype": "float32",
+        "threads": 1,
+    }
     assert report["shape"] == shape
     rows = {row["name"]: row for row in report["rows"]}
     assert list(rows) == present and list(report["skipped"]) == absent
     for name, row in rows.items():
-        assert set(row) == {"name", "seconds", "ratio", "extra_bytes"} | ({"error"} if name != "gemms" else set())
+        assert set(row) == {"name", "seconds", "ratio", "extra_bytes"} | (
+            {"error"} if name != "gemms" else set()
+        )
         assert row["seconds"] > 0 and row["extra_bytes"] >= 0
     assert all(report["skipped"].values())
     assert rows["gemms"]["ratio"] == 1
@@ -56,7 +79,10 @@ def test_one_rank(bench, tmp_path):
     report = bench("--output", str(file))
     rows = check(report, 1, OURS + AUTOGRAD, PEERS)
     assert all(math.isfinite(rows[name]["error"]) for name in AUTOGRAD)
-    assert report["skipped"]["TRL full"] == "no TRL in this test" and "CUDA" in report["skipped"]["Liger fused JSD"]
+    assert (
+        report["skipped"]["TRL full"] == "no TRL in this test"
+        and "CUDA" in report["skipped"]["Liger fused JSD"]
+    )
     assert [json.loads(line) for line in file.read_text().splitlines()] == [{}, report]
 
 
@@ -68,5 +94,7 @@ def test_two_ranks(bench):
 def test_sweep(bench):
     """`ours` alone, once for each number of tokens."""
     report = bench("--sweep-tokens", "16", "48")
-    assert [row["name"] for row in report["rows"]] == ["ours T=16", "ours T=48"] and report["shape"]["tokens"] == [16, 48]
+    assert [row["name"] for row in report["rows"]] == ["ours T=16", "ours T=48"] and report["shape"][
+        "tokens"
+    ] == [16, 48]
     assert all(row["extra_bytes"] >= 0 for row in report["rows"])

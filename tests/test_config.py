@@ -47,7 +47,9 @@ def message_of(config_of):
 
 
 def test_good_config(config_of):
-    config = config_of(GOOD + "rollout:\n  prompts_per_step: 4\n  samples_per_prompt: 2\nalgorithm:\n  name: sdpo\n")
+    config = config_of(
+        GOOD + "rollout:\n  prompts_per_step: 4\n  samples_per_prompt: 2\nalgorithm:\n  name: sdpo\n"
+    )
     assert str(config.model.hf_path) == "some/folder" and config.train.steps == 3
     assert config.algorithm == SDPO()
     assert (config.rollout.prompts_per_step, config.rollout.samples_per_prompt) == (4, 2)
@@ -60,17 +62,39 @@ def test_paper_is_the_default(config_of):
     assert config.algorithm.name == "srpo"
     assert (config.rollout.prompts_per_step, config.rollout.samples_per_prompt) == (32, 8)
     assert (config.rollout.max_prompt_tokens, config.rollout.max_response_tokens) == (2048, 8192)
-    assert (config.rollout.temperature, config.rollout.top_p, config.rollout.enable_thinking) == (1.0, 1.0, False)
-    assert (config.optimizer.weight_decay, config.optimizer.clip_grad, config.optimizer.lr_warmup_steps) == (0.01, 1.0, 10)
+    assert (config.rollout.temperature, config.rollout.top_p, config.rollout.enable_thinking) == (
+        1.0,
+        1.0,
+        False,
+    )
+    assert (config.optimizer.weight_decay, config.optimizer.clip_grad, config.optimizer.lr_warmup_steps) == (
+        0.01,
+        1.0,
+        10,
+    )
     assert (config.optimizer.adam_beta1, config.optimizer.adam_beta2) == (0.9, 0.999)
-    assert (config.teacher.kind, config.teacher.ema_rate, config.teacher.max_prompt_tokens) == ("ema", 0.05, 10240)
+    assert (config.teacher.kind, config.teacher.ema_rate, config.teacher.max_prompt_tokens) == (
+        "ema",
+        0.05,
+        10240,
+    )
     evaluation = config.evaluation
-    assert (evaluation.samples, evaluation.temperature, evaluation.top_p, evaluation.every) == (16, 0.6, 0.95, 5)
+    assert (evaluation.samples, evaluation.temperature, evaluation.top_p, evaluation.every) == (
+        16,
+        0.6,
+        0.95,
+        5,
+    )
 
 
 @pytest.mark.parametrize(
     "name, lr, mini_batch, beta, distils",
-    [("grpo", 1e-6, 8, 0.0, False), ("sdpo", 1e-5, 32, 0.0, True), ("srpo", 5e-6, 32, 1.0, True), ("advantage_mix", 5e-6, 32, 0.0, True)],
+    [
+        ("grpo", 1e-6, 8, 0.0, False),
+        ("sdpo", 1e-5, 32, 0.0, True),
+        ("srpo", 5e-6, 32, 1.0, True),
+        ("advantage_mix", 5e-6, 32, 0.0, True),
+    ],
 )
 def test_naming_the_algorithm_is_the_algorithm(config_of, name, lr, mini_batch, beta, distils):
     config = config_of(GOOD, f"algorithm.name={name}")
@@ -80,9 +104,22 @@ def test_naming_the_algorithm_is_the_algorithm(config_of, name, lr, mini_batch, 
 
 @pytest.mark.parametrize("algorithm", [SRPO(), GRPO(), SDPO(), AdvantageMix()], ids=lambda a: a.name)
 def test_defaults_common_to_all_algorithms(algorithm):
-    assert (algorithm.clip_low, algorithm.clip_high, algorithm.dual_clip, algorithm.importance_cap) == (0.2, 0.28, 3.0, 2.0)
-    assert (algorithm.divergence, algorithm.divergence_alpha, algorithm.divergence_support) == ("jsd", 0.5, "full")
-    assert (algorithm.divergence_topk, algorithm.advantage_std, algorithm.loss_aggregation) == (100, False, "token_mean")
+    assert (algorithm.clip_low, algorithm.clip_high, algorithm.dual_clip, algorithm.importance_cap) == (
+        0.2,
+        0.28,
+        3.0,
+        2.0,
+    )
+    assert (algorithm.divergence, algorithm.divergence_alpha, algorithm.divergence_support) == (
+        "jsd",
+        0.5,
+        "full",
+    )
+    assert (algorithm.divergence_topk, algorithm.advantage_std, algorithm.loss_aggregation) == (
+        100,
+        False,
+        "token_mean",
+    )
 
 
 def test_own_learning_rate_and_mini_batch_win(config_of):
@@ -112,9 +149,18 @@ def test_config_is_frozen(config_of):
 @pytest.mark.parametrize(
     "text, expected",
     [
-        (GOOD + "rollout:\n  temprature: 1\n", "config.yaml:8: rollout.temprature: unknown key; did you mean temperature?"),
-        (GOOD + "algorithm:\n  name: grpo\n  clip_hihg: 1\n", "config.yaml:9: algorithm.clip_hihg: unknown key; did you mean clip_high?"),
-        (GOOD + "algorithm:\n  clip_hihg: 1\n", "config.yaml:8: algorithm.clip_hihg: unknown key; did you mean clip_high?"),
+        (
+            GOOD + "rollout:\n  temprature: 1\n",
+            "config.yaml:8: rollout.temprature: unknown key; did you mean temperature?",
+        ),
+        (
+            GOOD + "algorithm:\n  name: grpo\n  clip_hihg: 1\n",
+            "config.yaml:9: algorithm.clip_hihg: unknown key; did you mean clip_high?",
+        ),
+        (
+            GOOD + "algorithm:\n  clip_hihg: 1\n",
+            "config.yaml:8: algorithm.clip_hihg: unknown key; did you mean clip_high?",
+        ),
         (GOOD + "rolout:\n  temperature: 1\n", "config.yaml:7: rolout: unknown key; did you mean rollout?"),
         (GOOD + "rolout:\n", "config.yaml:7: rolout: unknown key; did you mean rollout?"),
     ],
@@ -130,7 +176,9 @@ def test_unknown_key_far_from_all_lists_the_known(message_of):
 
 
 def test_another_algorithms_key_is_unknown(message_of):
-    assert "algorithm.mix_lambda: unknown key" in message_of(GOOD + "algorithm:\n  name: srpo\n  mix_lambda: 0.5\n")
+    assert "algorithm.mix_lambda: unknown key" in message_of(
+        GOOD + "algorithm:\n  name: srpo\n  mix_lambda: 0.5\n"
+    )
 
 
 def test_every_wrong_key_is_named(message_of):
@@ -143,7 +191,10 @@ def test_every_wrong_key_is_named(message_of):
     "name, expected",
     [
         ("srop", "config.yaml:8: algorithm.name: unknown algorithm 'srop'; did you mean srpo?"),
-        ("reinforce", "config.yaml:8: algorithm.name: unknown algorithm 'reinforce'; known: srpo, grpo, sdpo, advantage_mix"),
+        (
+            "reinforce",
+            "config.yaml:8: algorithm.name: unknown algorithm 'reinforce'; known: srpo, grpo, sdpo, advantage_mix",
+        ),
     ],
 )
 def test_unknown_algorithm(message_of, name, expected):
@@ -162,7 +213,9 @@ def test_required_sections(message_of, missing):
 
 
 def test_required_key_names_its_section(message_of):
-    assert message_of(GOOD.replace("  steps: 3\n", "  seed: 3\n")) == "config.yaml:3: train.steps: is required"
+    assert (
+        message_of(GOOD.replace("  steps: 3\n", "  seed: 3\n")) == "config.yaml:3: train.steps: is required"
+    )
     assert message_of(GOOD.replace("  steps: 3\n", "")) == "config.yaml:3: train.steps: is required"
 
 
@@ -219,13 +272,22 @@ def test_value_out_of_range(message_of, key, value):
 
 def test_sampled_tokens_cannot_estimate_every_divergence(message_of):
     message = message_of(GOOD, "algorithm.divergence_support=sampled")
-    assert message.startswith("override 'algorithm.divergence_support=sampled': algorithm.divergence_support: sampled tokens")
+    assert message.startswith(
+        "override 'algorithm.divergence_support=sampled': algorithm.divergence_support: sampled tokens"
+    )
     assert message.endswith("not jsd; set algorithm.divergence: reverse")
 
 
 @pytest.mark.parametrize("name", ["srpo", "grpo", "sdpo", "advantage_mix"])
 @pytest.mark.parametrize(
-    "key, value", [("lr", "0"), ("lr", "-1"), ("mini_batch_prompts", "0"), ("mini_batch_prompts", "-8"), ("entropy_beta", "-1")]
+    "key, value",
+    [
+        ("lr", "0"),
+        ("lr", "-1"),
+        ("mini_batch_prompts", "0"),
+        ("mini_batch_prompts", "-8"),
+        ("entropy_beta", "-1"),
+    ],
 )
 def test_every_algorithm_keeps_the_common_bounds(message_of, name, key, value):
     """An algorithm that sets its own default must not lose the limits."""
@@ -234,14 +296,24 @@ def test_every_algorithm_keeps_the_common_bounds(message_of, name, key, value):
 
 
 def test_wrong_value_in_the_file_names_the_line(message_of):
-    assert message_of(GOOD + "rollout:\n  max_response_tokens: 0\n").startswith("config.yaml:8: rollout.max_response_tokens: ")
+    assert message_of(GOOD + "rollout:\n  max_response_tokens: 0\n").startswith(
+        "config.yaml:8: rollout.max_response_tokens: "
+    )
 
 
 @pytest.mark.parametrize(
     "overrides, section, named",
     [
-        (["parallel.sequence_parallel=true"], "parallel.sequence_parallel", ["true needs tensor_model_parallel_size"]),
-        (["parallel.expert_tensor_parallel_size=2"], "parallel", ["expert_tensor_parallel_size", "expert_model_parallel_size > 1"]),
+        (
+            ["parallel.sequence_parallel=true"],
+            "parallel.sequence_parallel",
+            ["true needs tensor_model_parallel_size"],
+        ),
+        (
+            ["parallel.expert_tensor_parallel_size=2"],
+            "parallel",
+            ["expert_tensor_parallel_size", "expert_model_parallel_size > 1"],
+        ),
         (
             ["parallel.virtual_pipeline_model_parallel_size=2"],
             "parallel",
@@ -249,9 +321,17 @@ def test_wrong_value_in_the_file_names_the_line(message_of):
         ),
         (["resume.override=[optimizer.lr,train.step]"], "resume.override", ["'train.step' is no key"]),
         (["evaluation.temperature=0"], "evaluation.temperature", ["greedy", "samples: 1"]),
-        (["rollout.overlap=1", "rollout.over_sampling=2"], "rollout.max_staleness", ["two versions old", "set 2"]),
+        (
+            ["rollout.overlap=1", "rollout.over_sampling=2"],
+            "rollout.max_staleness",
+            ["two versions old", "set 2"],
+        ),
         (["rollout.samples_per_prompt=1"], "rollout.samples_per_prompt", ["srpo", "at least 2"]),
-        (["rollout.samples_per_prompt=1", "algorithm.name=grpo"], "rollout.samples_per_prompt", ["grpo", "at least 2"]),
+        (
+            ["rollout.samples_per_prompt=1", "algorithm.name=grpo"],
+            "rollout.samples_per_prompt",
+            ["grpo", "at least 2"],
+        ),
         (
             ["rollout.prompts_per_step=12", "algorithm.name=grpo"],
             "rollout.prompts_per_step",
@@ -296,23 +376,46 @@ def test_almost_contradictions(config_of, overrides):
 )
 def test_contradictions_name_their_place(message_of, text, override, place):
     """load_config: every wrong key with its file and line, or the override."""
-    assert message_of(text, *([override] if override else [])).startswith(f"{place}: rollout.samples_per_prompt: ")
+    assert message_of(text, *([override] if override else [])).startswith(
+        f"{place}: rollout.samples_per_prompt: "
+    )
 
 
 @pytest.mark.parametrize(
     "text, expected",
     [
         ("task: {nmae: addition}\n", "config.yaml:7: task.nmae: unknown key; did you mean name?"),
-        ("task:\n  mixture: [{nmae: addition}]\n", "config.yaml:8: task.mixture.0.nmae: unknown key; did you mean name?"),
-        ("task:\n  name: x\n  mixture: [addition]\n", "config.yaml:9: task.mixture: beside it stands task.name"),
-        ("task:\n  mixture: [addition, addition]\n", "config.yaml:8: task.mixture: two tasks are called addition"),
+        (
+            "task:\n  mixture: [{nmae: addition}]\n",
+            "config.yaml:8: task.mixture.0.nmae: unknown key; did you mean name?",
+        ),
+        (
+            "task:\n  name: x\n  mixture: [addition]\n",
+            "config.yaml:9: task.mixture: beside it stands task.name",
+        ),
+        (
+            "task:\n  mixture: [addition, addition]\n",
+            "config.yaml:8: task.mixture: two tasks are called addition",
+        ),
         ("task:\n  mixture: []\n", "config.yaml:8: task.mixture: List should have at least 1 item"),
-        ("task:\n  mixture: [{name: addition, weight: 0}]\n", "config.yaml:8: task.mixture.0.weight: Input should be greater than 0"),
-        ("task:\n  weight: 2\n", "config.yaml:8: task.weight: says a task's share of task.mixture, but there is no mixture"),
+        (
+            "task:\n  mixture: [{name: addition, weight: 0}]\n",
+            "config.yaml:8: task.mixture.0.weight: Input should be greater than 0",
+        ),
+        (
+            "task:\n  weight: 2\n",
+            "config.yaml:8: task.weight: says a task's share of task.mixture, but there is no mixture",
+        ),
         ("task:\n  name: a b\n", "config.yaml:8: task.name: String should match"),
         ("task:\n  rule: lax\n", "config.yaml:8: task.rule: Input should be 'paper' or 'strict'"),
-        ("evaluation:\n  tasks: [{weigt: 1}]\n", "config.yaml:8: evaluation.tasks.0.weigt: unknown key; did you mean weight?"),
-        ("evaluation:\n  splits: [train]\n", "config.yaml:8: evaluation.splits.0: Input should be 'test' or 'validation'"),
+        (
+            "evaluation:\n  tasks: [{weigt: 1}]\n",
+            "config.yaml:8: evaluation.tasks.0.weigt: unknown key; did you mean weight?",
+        ),
+        (
+            "evaluation:\n  splits: [train]\n",
+            "config.yaml:8: evaluation.splits.0: Input should be 'test' or 'validation'",
+        ),
     ],
 )
 def test_wrong_tasks(message_of, text, expected):
@@ -320,7 +423,10 @@ def test_wrong_tasks(message_of, text, expected):
 
 
 def test_tasks_are_saved_as_they_are_read(config_of, tmp_path):
-    overrides = ["task.mixture=[{path: a/chemistry, weight: 2}, addition]", "evaluation.tasks=[addition, {path: x.jsonl}]"]
+    overrides = [
+        "task.mixture=[{path: a/chemistry, weight: 2}, addition]",
+        "evaluation.tasks=[addition, {path: x.jsonl}]",
+    ]
     config = config_of(GOOD + "task: {name: addition}\n", *overrides)
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml", []) == config
@@ -328,12 +434,24 @@ def test_tasks_are_saved_as_they_are_read(config_of, tmp_path):
 
 def test_tasks_and_their_overrides(config_of):
     config = config_of(GOOD + "task:\n  mixture:\n  - {path: data/chemistry, weight: 2}\n  - addition\n")
-    assert [(source.name, source.weight) for source in config.task.sources] == [("chemistry", 2), ("addition", 1)]
+    assert [(source.name, source.weight) for source in config.task.sources] == [
+        ("chemistry", 2),
+        ("addition", 1),
+    ]
     config = config_of(GOOD, "task.path=data/physics", "task.rule=strict")
     assert (config.task.name, config.task.rule) == ("physics", "strict")
-    config = config_of(GOOD, "task.name=math", "task.path=x.jsonl", "hf_path=other", "evaluation.tasks=[addition, {path: aime24.jsonl}]")
+    config = config_of(
+        GOOD,
+        "task.name=math",
+        "task.path=x.jsonl",
+        "hf_path=other",
+        "evaluation.tasks=[addition, {path: aime24.jsonl}]",
+    )
     assert config.task.name == "math" and str(config.model.hf_path) == "other"
-    assert [(source.name, source.test_share) for source in config.evaluation_tasks] == [("addition", None), ("aime24", 1.0)]
+    assert [(source.name, source.test_share) for source in config.evaluation_tasks] == [
+        ("addition", None),
+        ("aime24", 1.0),
+    ]
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -356,7 +474,9 @@ def test_not_yaml(message_of, text):
 
 @pytest.mark.parametrize("text", ["model: &m\n  hf_path: *m\n", "train: &t {<<: *t}\n", "? [a, b]\n: 1\n"])
 def test_yaml_that_is_no_tree(message_of, text):
-    assert message_of(text).startswith(("config.yaml: is not valid YAML: ", "config.yaml: is nested without end"))
+    assert message_of(text).startswith(
+        ("config.yaml: is not valid YAML: ", "config.yaml: is nested without end")
+    )
 
 
 def test_not_utf8(tmp_path):
@@ -379,7 +499,10 @@ def test_no_sections(message_of, text):
             GOOD.replace("  steps: 3\n", "  steps: 3\n  seed: 1\n  steps: 4\n"),
             "config.yaml:6: train.steps: given twice, first at config.yaml:4",
         ),
-        (GOOD + "megatron:\n  a: 1\n  a: 1\n", "config.yaml:9: megatron.a: given twice, first at config.yaml:8"),
+        (
+            GOOD + "megatron:\n  a: 1\n  a: 1\n",
+            "config.yaml:9: megatron.a: given twice, first at config.yaml:8",
+        ),
     ],
 )
 def test_repeated_key(message_of, text, expected):
@@ -419,7 +542,9 @@ def test_overrides_replace_the_file_and_are_yaml(config_of):
 
 def test_override_into_an_absent_section(config_of):
     assert config_of(GOOD, "teacher.kind=frozen").teacher.kind == "frozen"
-    assert config_of(GOOD, "megatron.recompute_granularity=full").megatron == {"recompute_granularity": "full"}
+    assert config_of(GOOD, "megatron.recompute_granularity=full").megatron == {
+        "recompute_granularity": "full"
+    }
 
 
 @pytest.mark.parametrize(
@@ -431,7 +556,10 @@ def test_override_into_an_absent_section(config_of):
         ("train.steps.more=4", "override 'train.steps.more=4': steps is not a section"),
         ("train.steps=[1", "override 'train.steps=[1': the value is not YAML"),
         ("steps=4", "override 'steps=4': steps: unknown key"),
-        ("algorithm.name=sprpo", "override 'algorithm.name=sprpo': algorithm.name: unknown algorithm 'sprpo'; did you mean srpo?"),
+        (
+            "algorithm.name=sprpo",
+            "override 'algorithm.name=sprpo': algorithm.name: unknown algorithm 'sprpo'; did you mean srpo?",
+        ),
         ("=4", "override '=4': "),
     ],
 )
@@ -442,8 +570,14 @@ def test_bad_overrides(message_of, override, expected):
 @pytest.mark.parametrize(
     "override, expected",
     [
-        ("logging.profile_steps=[3]", "override 'logging.profile_steps=[3]': logging.profile_steps.1: is required"),
-        ("logging.profile_steps=[3, 1]", "override 'logging.profile_steps=[3, 1]': logging.profile_steps: [3, 1]: expected"),
+        (
+            "logging.profile_steps=[3]",
+            "override 'logging.profile_steps=[3]': logging.profile_steps.1: is required",
+        ),
+        (
+            "logging.profile_steps=[3, 1]",
+            "override 'logging.profile_steps=[3, 1]': logging.profile_steps: [3, 1]: expected",
+        ),
         ("logging={dur: x}", "override 'logging={dur: x}': logging.dur: unknown key"),
     ],
 )
@@ -464,8 +598,17 @@ def test_unknown_section_by_override_names_the_override(message_of):
     [
         [],
         ["algorithm.name=grpo", "optimizer.lr=1e-6"],
-        ["algorithm.name=advantage_mix", "algorithm.mix_lambda=0.3", "algorithm.dual_clip=null", "rollout.replay=some/where"],
-        ["algorithm.name=sdpo", "megatron={recompute_granularity: full, recompute_num_layers: 1}", "logging.dir=läufe/日本"],
+        [
+            "algorithm.name=advantage_mix",
+            "algorithm.mix_lambda=0.3",
+            "algorithm.dual_clip=null",
+            "rollout.replay=some/where",
+        ],
+        [
+            "algorithm.name=sdpo",
+            "megatron={recompute_granularity: full, recompute_num_layers: 1}",
+            "logging.dir=läufe/日本",
+        ],
     ],
 )
 def test_saved_config_loads_again(config_of, tmp_path, overrides):

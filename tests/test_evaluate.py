@@ -14,7 +14,13 @@ from megatron_srpo.evaluation import evaluate
 
 ROOT = Path(__file__).parents[1]
 START = ROOT / "examples/quickstart/start"
-SETTINGS = [f"hf_path={START}", "evaluation.prompts=10", "evaluation.samples=4", "rollout.max_response_tokens=40", "train.seed=3"]
+SETTINGS = [
+    f"hf_path={START}",
+    "evaluation.prompts=10",
+    "evaluation.samples=4",
+    "rollout.max_response_tokens=40",
+    "train.seed=3",
+]
 
 
 @pytest.fixture
@@ -42,7 +48,11 @@ def evaluation(command):
 def words(tmp_path):
     """A second task: a JSONL file the model has no chance with."""
     file = tmp_path / "words.jsonl"
-    file.write_text("".join(json.dumps({"id": f"w{n}", "question": f"Word {n}?", "answer": "none"}) + "\n" for n in range(4)))
+    file.write_text(
+        "".join(
+            json.dumps({"id": f"w{n}", "question": f"Word {n}?", "answer": "none"}) + "\n" for n in range(4)
+        )
+    )
     return f"{{path: {file}, verifier: exact}}"
 
 
@@ -55,16 +65,24 @@ def test_results_are_those_of_the_samples(evaluation, words, tmp_path):
     table = (tmp_path / "run/result.md").read_text()
     assert table.strip() in out and "| mean |" in table
     for name, count in (("addition", 10), ("words", 4)):
-        task, samples = result["tasks"][name], [json.loads(line) for line in (tmp_path / f"run/samples/{name}.jsonl").open()]
+        task, samples = (
+            result["tasks"][name],
+            [json.loads(line) for line in (tmp_path / f"run/samples/{name}.jsonl").open()],
+        )
         greedy = [json.loads(line) for line in (tmp_path / f"run/samples/{name}.greedy.jsonl").open()]
         assert (len(samples), len(greedy), task["question_count"]) == (4 * count, count, count)
-        right = [[sample["verdict"]["correct"] for sample in samples[start : start + 4]] for start in range(0, 4 * count, 4)]
+        right = [
+            [sample["verdict"]["correct"] for sample in samples[start : start + 4]]
+            for start in range(0, 4 * count, 4)
+        ]
         assert task["avg@4"] == pytest.approx(sum(map(sum, right)) / (4 * count))
         assert task["pass@4"] == pytest.approx(sum(map(any, right)) / count)
         pairs = [sum(a or b for i, a in enumerate(row) for b in row[i + 1 :]) / 6 for row in right]
         assert task["pass@2"] == pytest.approx(sum(pairs) / count)
         assert task["greedy"] == sum(sample["verdict"]["correct"] for sample in greedy) / count
-        assert task["response_tokens_mean"] == pytest.approx(sum(len(sample["response_ids"]) for sample in samples) / len(samples))
+        assert task["response_tokens_mean"] == pytest.approx(
+            sum(len(sample["response_ids"]) for sample in samples) / len(samples)
+        )
         low, high = task["avg@4/interval"]
         assert low <= task["avg@4"] <= high
     assert result["tasks"]["words"]["avg@4"] == 0 < result["tasks"]["addition"]["avg@4"]
@@ -91,12 +109,20 @@ def test_a_command_cut_off_goes_on(evaluation, tmp_path, monkeypatch):
     assert evaluation(tmp_path / "cut", *small)[0] == 130
     assert not (tmp_path / "cut/result.json").exists()
     assert evaluation(tmp_path / "cut", *small, "rollout.batch_size=5")[0] == 0
-    assert sum(appended[2:]) == 3  # three of six were answered, the fourth's last line was cut: what is answered is not asked again
-    texts = [[json.loads(line) for line in (tmp_path / name / "samples/addition.jsonl").open()] for name in ("whole", "cut")]
+    assert (
+        sum(appended[2:]) == 3
+    )  # three of six were answered, the fourth's last line was cut: what is answered is not asked again
+    texts = [
+        [json.loads(line) for line in (tmp_path / name / "samples/addition.jsonl").open()]
+        for name in ("whole", "cut")
+    ]
     assert [(row["prompt"]["id"], row["index"], row["response_ids"]) for row in texts[0]] == [
         (row["prompt"]["id"], row["index"], row["response_ids"]) for row in texts[1]
     ]
-    results = [json.loads((tmp_path / name / "result.json").read_text())["tasks"]["addition"] for name in ("whole", "cut")]
+    results = [
+        json.loads((tmp_path / name / "result.json").read_text())["tasks"]["addition"]
+        for name in ("whole", "cut")
+    ]
     assert results[0]["questions"] == results[1]["questions"]
 
 
@@ -104,10 +130,14 @@ def test_another_evaluation_in_the_same_folder_is_refused(evaluation, command, t
     folder = tmp_path / "run"
     assert evaluation(folder, "evaluation.greedy=false", "evaluation.prompts=2")[0] == 0
     before = (folder / "result.json").read_text()
-    status, _, error = evaluation(folder, "evaluation.greedy=false", "evaluation.prompts=2", "evaluation.top_p=0.5")
+    status, _, error = evaluation(
+        folder, "evaluation.greedy=false", "evaluation.prompts=2", "evaluation.top_p=0.5"
+    )
     assert status == 2 and "holds an evaluation with other settings (evaluation)" in error
     for name in ("train", "sample"):
-        status, _, error = command(name, ROOT / "examples/quickstart/config.yaml", f"hf_path={START}", f"logging.dir={folder}")
+        status, _, error = command(
+            name, ROOT / "examples/quickstart/config.yaml", f"hf_path={START}", f"logging.dir={folder}"
+        )
         assert status == 2 and "holds an evaluation; name another folder" in error
     assert (folder / "result.json").read_text() == before
     (tmp_path / "metrics.jsonl").write_text("")
@@ -117,22 +147,51 @@ def test_another_evaluation_in_the_same_folder_is_refused(evaluation, command, t
 
 def test_answers_of_two_checkpoints_are_not_mixed(command, evaluation, tmp_path):
     """The run went on between two times of the same command: the newest checkpoint is another."""
-    run, short = tmp_path / "run", ["evaluation.greedy=false", "evaluation.prompts=2", f"checkpoint={tmp_path / 'run'}"]
+    run, short = (
+        tmp_path / "run",
+        ["evaluation.greedy=false", "evaluation.prompts=2", f"checkpoint={tmp_path / 'run'}"],
+    )
     config = ROOT / "examples/quickstart/config.yaml"
-    sizes = ["rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "evaluation.every=0", f"logging.dir={run}"]
-    assert command("train", config, *SETTINGS, *sizes, "train.steps=1", "checkpoint.save_interval=1", "checkpoint.keep_last=9")[0] == 0
+    sizes = [
+        "rollout.prompts_per_step=2",
+        "rollout.samples_per_prompt=2",
+        "evaluation.every=0",
+        f"logging.dir={run}",
+    ]
+    assert (
+        command(
+            "train",
+            config,
+            *SETTINGS,
+            *sizes,
+            "train.steps=1",
+            "checkpoint.save_interval=1",
+            "checkpoint.keep_last=9",
+        )[0]
+        == 0
+    )
     assert evaluation(tmp_path / "a", *short)[0] == 0
     assert json.loads((tmp_path / "a/result.json").read_text())["model"].endswith("checkpoints/step_000001")
     assert evaluation(tmp_path / "a", *short)[0] == 0
     shutil.copytree(run / "checkpoints/step_000001", run / "checkpoints/step_000002")
     status, _, error = evaluation(tmp_path / "a", *short)
-    assert status == 2 and "holds an evaluation with other settings (evaluation)" in error and "step_000001" in error
+    assert (
+        status == 2
+        and "holds an evaluation with other settings (evaluation)" in error
+        and "step_000001" in error
+    )
     assert evaluation(tmp_path / "a", *short, f"checkpoint={run / 'checkpoints/step_000001'}")[0] == 0
 
 
 def test_answers_to_other_questions_are_not_taken_over(evaluation, words, tmp_path):
     """The file of questions changed between two times of the same command."""
-    arguments = [tmp_path / "run", f"evaluation.tasks=[{words}]", "evaluation.prompts=3", "evaluation.samples=1", "evaluation.greedy=false"]
+    arguments = [
+        tmp_path / "run",
+        f"evaluation.tasks=[{words}]",
+        "evaluation.prompts=3",
+        "evaluation.samples=1",
+        "evaluation.greedy=false",
+    ]
     assert evaluation(*arguments)[0] == 0
     assert evaluation(*arguments)[0] == 0
     file = tmp_path / "words.jsonl"
@@ -143,10 +202,23 @@ def test_answers_to_other_questions_are_not_taken_over(evaluation, words, tmp_pa
 
 def test_a_run_may_go_on_with_another_evaluation(command, tmp_path):
     """As resume.override lets it by default: the last scores have other names than the first."""
-    sizes = ["rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "evaluation.every=1", "evaluation.prompts=2"]
-    start = ["train", ROOT / "examples/quickstart/config.yaml", *SETTINGS, *sizes, f"logging.dir={tmp_path / 'run'}"]
+    sizes = [
+        "rollout.prompts_per_step=2",
+        "rollout.samples_per_prompt=2",
+        "evaluation.every=1",
+        "evaluation.prompts=2",
+    ]
+    start = [
+        "train",
+        ROOT / "examples/quickstart/config.yaml",
+        *SETTINGS,
+        *sizes,
+        f"logging.dir={tmp_path / 'run'}",
+    ]
     assert command(*start, "train.steps=1", "checkpoint.save_interval=1", "evaluation.samples=2")[0] == 0
-    status, out, error = command(*start, "train.steps=2", "checkpoint.save_interval=1", "evaluation.samples=3")
+    status, out, error = command(
+        *start, "train.steps=2", "checkpoint.save_interval=1", "evaluation.samples=3"
+    )
     assert status == 0, error
     assert "addition/avg@3: " in out and (tmp_path / "run/report.html").exists()
 
@@ -156,15 +228,21 @@ def test_tasks_do_not_share_a_file_of_answers(evaluation, tmp_path, name, split)
     """The second would have found its questions answered, by the first's answers."""
     own = ROOT / "examples/own_task/backwards.py"
     tasks = f"evaluation.tasks=[{{path: {own}, name: own}}, {{path: {own}, name: {name}}}]"
-    status, _, error = evaluation(tmp_path / "run", tasks, f"evaluation.splits={split}", "evaluation.prompts=1")
+    status, _, error = evaluation(
+        tmp_path / "run", tasks, f"evaluation.splits={split}", "evaluation.prompts=1"
+    )
     assert status == 2 and "would both keep their answers in" in error and name in error
     assert not (tmp_path / "run").exists()
 
 
 def test_servers_that_are_not_there_are_told_in_a_line(evaluation, tmp_path):
     """Nothing is asked; once they are there, the same command goes on in the same folder."""
-    status, _, error = evaluation(tmp_path / "run", "rollout.engine=sglang", "rollout.urls=[http://127.0.0.1:9]")
-    assert status == 2 and error.startswith("configuration error: rollout.engine: http://127.0.0.1:9/server_info: ConnectError")
+    status, _, error = evaluation(
+        tmp_path / "run", "rollout.engine=sglang", "rollout.urls=[http://127.0.0.1:9]"
+    )
+    assert status == 2 and error.startswith(
+        "configuration error: rollout.engine: http://127.0.0.1:9/server_info: ConnectError"
+    )
     assert not (tmp_path / "run/samples").exists()
     assert evaluation(tmp_path / "run", "evaluation.greedy=true", "evaluation.prompts=10")[0] == 0
 
@@ -175,14 +253,18 @@ def test_comparison(command, evaluation, tmp_path):
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     result = json.loads((tmp_path / "b/result.json").read_text())
     questions = result["tasks"]["addition"]["questions"]
-    result["tasks"]["addition"]["questions"] = {key: dict.fromkeys(values, 0.0) for key, values in questions.items()}
+    result["tasks"]["addition"]["questions"] = {
+        key: dict.fromkeys(values, 0.0) for key, values in questions.items()
+    }
     (tmp_path / "b/result.json").write_text(json.dumps(result))
     status, out, _ = command("compare", tmp_path / "a", tmp_path / "a", tmp_path / "b")
     assert status == 0
     same, worse = [line.split(" | ") for line in out.splitlines() if line.startswith("| addition | avg@4")]
     assert same[4:] == ["+0.0", "[+0.0, +0.0]", "1.000 |"]
     base = 100 * sum(questions["avg@4"].values()) / 10
-    assert (worse[2], worse[3], worse[4]) == (f"{base:.1f}", "0.0", f"{-base:+.1f}") and worse[6] == "< 0.001 |"
+    assert (worse[2], worse[3], worse[4]) == (f"{base:.1f}", "0.0", f"{-base:+.1f}") and worse[
+        6
+    ] == "< 0.001 |"
     del result["tasks"]["addition"]["questions"]["avg@4"]["addition/test/3"]
     (tmp_path / "b/result.json").write_text(json.dumps(result))
     status, _, error = command("compare", tmp_path / "a", tmp_path / "b")
@@ -195,11 +277,26 @@ def test_training_evaluates_what_the_command_evaluates(command, evaluation, tmp_
     """metrics.jsonl before the first step = the command on the same weights: same questions, same random numbers. Test and validation,
     a mixture of two tasks; best and mean of the last; per-task metrics of the rollouts."""
     own = ROOT / "examples/own_task/backwards.py"
-    shared = [f"task={{mixture: [addition, {{path: {own}, weight: 3}}]}}", "evaluation.splits=[test, validation]", "evaluation.prompts=4"]
-    sizes = ["train.steps=2", "rollout.prompts_per_step=4", "rollout.samples_per_prompt=2", "evaluation.every=1"]
+    shared = [
+        f"task={{mixture: [addition, {{path: {own}, weight: 3}}]}}",
+        "evaluation.splits=[test, validation]",
+        "evaluation.prompts=4",
+    ]
+    sizes = [
+        "train.steps=2",
+        "rollout.prompts_per_step=4",
+        "rollout.samples_per_prompt=2",
+        "evaluation.every=1",
+    ]
     run = tmp_path / "run"
     status, _, error = command(
-        "train", ROOT / "examples/quickstart/config.yaml", *SETTINGS, *shared, *sizes, f"logging.dir={run}", "teacher.feedback=always"
+        "train",
+        ROOT / "examples/quickstart/config.yaml",
+        *SETTINGS,
+        *shared,
+        *sizes,
+        f"logging.dir={run}",
+        "teacher.feedback=always",
     )
     assert status == 0, error
     assert evaluation(tmp_path / "eval", *shared, "evaluation.greedy=false")[0] == 0
@@ -210,9 +307,13 @@ def test_training_evaluates_what_the_command_evaluates(command, evaluation, tmp_
     for label, task in result["tasks"].items():
         for key in ("avg@4", "pass@4"):
             assert evaluations[0][f"eval/{label}/{key}"] == pytest.approx(task[key])
-    status, _, error = evaluation(tmp_path / "trained", *shared, "evaluation.greedy=false", f"checkpoint={run}")
+    status, _, error = evaluation(
+        tmp_path / "trained", *shared, "evaluation.greedy=false", f"checkpoint={run}"
+    )
     assert status == 0, error
-    for label, task in json.loads((tmp_path / "trained/result.json").read_text())["tasks"].items():  # the run's last weights
+    for label, task in json.loads((tmp_path / "trained/result.json").read_text())[
+        "tasks"
+    ].items():  # the run's last weights
         assert evaluations[-1][f"eval/{label}/avg@4"] == pytest.approx(task["avg@4"])
     scores = [row["eval/addition/avg@4"] for row in evaluations]
     assert evaluations[-1]["eval/addition/avg_best"] == max(scores)
@@ -220,9 +321,15 @@ def test_training_evaluates_what_the_command_evaluates(command, evaluation, tmp_
     means = [evaluations[0][f"eval/{name}/avg@4"] for name in ("addition", "backwards")]
     assert evaluations[0]["eval/mean/avg@4"] == pytest.approx(sum(means) / 2)
     assert steps[0]["prompt_share/backwards"] == 0.75 and steps[0]["prompt_share/addition"] == 0.25
-    assert steps[0]["pass_rate"] == pytest.approx(0.75 * steps[0]["pass_rate/backwards"] + 0.25 * steps[0]["pass_rate/addition"])
+    assert steps[0]["pass_rate"] == pytest.approx(
+        0.75 * steps[0]["pass_rate/backwards"] + 0.25 * steps[0]["pass_rate/addition"]
+    )
     assert steps[0]["verifier_failed_share"] == 0
     samples = [json.loads(line) for line in (run / "rollouts/step_000001.jsonl").open()]
-    taught = [sample for sample in samples if sample["prompt"]["task"] == "backwards" and not sample["verdict"]["correct"]]
+    taught = [
+        sample
+        for sample in samples
+        if sample["prompt"]["task"] == "backwards" and not sample["verdict"]["correct"]
+    ]
     assert taught and all(sample["verdict"]["feedback"].startswith("A word of ") for sample in taught)
     assert all(sample["route"]["branch"] == "sdpo" for sample in taught)  # feedback alone makes a teacher

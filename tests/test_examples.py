@@ -22,17 +22,43 @@ from megatron_srpo.plan.memory import total_parameters
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
-SHARED = {"vocab_size": 151_936, "head_dim": 128, "max_position_embeddings": 40_960, "rope_theta": 1e6, "num_attention_heads": 32}
+SHARED = {
+    "vocab_size": 151_936,
+    "head_dim": 128,
+    "max_position_embeddings": 40_960,
+    "rope_theta": 1e6,
+    "num_attention_heads": 32,
+}
 DENSE = SHARED | {"model_type": "qwen3", "num_hidden_layers": 36, "num_key_value_heads": 8}
-EXPERTS = SHARED | {"model_type": "qwen3_moe", "num_hidden_layers": 48, "num_key_value_heads": 4, "num_experts": 128}
+EXPERTS = SHARED | {
+    "model_type": "qwen3_moe",
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "num_experts": 128,
+}
 # example → (training GPUs, parameters as published, config.json)
 MODELS = {
-    "qwen3_4b": (8, 4_022_468_096, DENSE | dict(hidden_size=2560, intermediate_size=9728, tie_word_embeddings=True)),
-    "qwen3_8b": (8, 8_190_735_360, DENSE | dict(hidden_size=4096, intermediate_size=12_288, tie_word_embeddings=False)),
+    "qwen3_4b": (
+        8,
+        4_022_468_096,
+        DENSE | dict(hidden_size=2560, intermediate_size=9728, tie_word_embeddings=True),
+    ),
+    "qwen3_8b": (
+        8,
+        8_190_735_360,
+        DENSE | dict(hidden_size=4096, intermediate_size=12_288, tie_word_embeddings=False),
+    ),
     "qwen3_30b_a3b": (
         32,
         30_532_122_624,
-        EXPERTS | dict(hidden_size=2048, intermediate_size=6144, num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True),
+        EXPERTS
+        | dict(
+            hidden_size=2048,
+            intermediate_size=6144,
+            num_experts_per_tok=8,
+            moe_intermediate_size=768,
+            norm_topk_prob=True,
+        ),
     ),
 }
 SERVER_KEYS = ("engine", "urls", "servers", "colocated", "sglang")
@@ -51,7 +77,9 @@ def load(name: str, tmp_path: Path, *overrides: str) -> Config:
     model, file = tmp_path / "model", EXAMPLES / name / "config.yaml"
     model.mkdir(exist_ok=True)
     (model / "config.json").write_text(json.dumps(MODELS[name][2]))
-    if not HAS_SERVERS:  # nothing is sampled then: the planner leaves the engine out, and the rest is checked all the same
+    if (
+        not HAS_SERVERS
+    ):  # nothing is sampled then: the planner leaves the engine out, and the rest is checked all the same
         tree = yaml.safe_load(file.read_text())
         for key in SERVER_KEYS:
             tree["rollout"].pop(key, None)
@@ -61,7 +89,10 @@ def load(name: str, tmp_path: Path, *overrides: str) -> Config:
     return load_config(file, [f"hf_path={model}", *overrides])
 
 
-@pytest.mark.skipif(not HAS_SERVERS, reason="rollout.engine: sglang is not in this tree: its keys in the examples are not checked")
+@pytest.mark.skipif(
+    not HAS_SERVERS,
+    reason="rollout.engine: sglang is not in this tree: its keys in the examples are not checked",
+)
 @pytest.mark.parametrize("name", list(MODELS))
 def test_server_keys(name, tmp_path):
     assert load(name, tmp_path).rollout.engine == "sglang"
@@ -81,14 +112,21 @@ def test_example_fits(name, variant, tmp_path):
     assert config.mini_batch_prompts == mini_batch and (lr is None or config.lr == lr)
     assert (config.rollout.prompts_per_step, config.rollout.samples_per_prompt) == (32, 8)
     evaluation = config.evaluation
-    assert (evaluation.every, evaluation.samples, evaluation.temperature, evaluation.top_p) == (5, 16, 0.6, 0.95)
+    assert (evaluation.every, evaluation.samples, evaluation.temperature, evaluation.top_p) == (
+        5,
+        16,
+        0.6,
+        0.95,
+    )
 
 
 @pytest.mark.parametrize("name", list(MODELS))
 def test_readme_has_the_planners_memory(name, tmp_path):
     """Of the fullest GPU, to a GB, but for what a sleeping server keeps."""
     config, gpus = load(name, tmp_path), MODELS[name][0]
-    plan = plan_for(HFFolder(config.model.hf_path).architecture, config, MACHINES["h100"], gpus, Workload.expected(config))
+    plan = plan_for(
+        HFFolder(config.model.hf_path).architecture, config, MACHINES["h100"], gpus, Workload.expected(config)
+    )
     said = float(re.search(r"while training \| (\d+) GB", (EXAMPLES / name / "README.md").read_text())[1])
     asleep = 2e9 if not HAS_SERVERS and name != "qwen3_30b_a3b" else 0
     assert said == pytest.approx((plan.bytes + asleep) / 1e9, abs=1)
@@ -138,10 +176,23 @@ def test_slurm_job(tmp_path, left):
     config = tmp_path / "config.yaml"
     config.write_text("model: {hf_path: models/it's}\ntrain: {steps: 1}\nlogging: {dir: unused}\n")
     log = tmp_path / "log"
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(log), "LEFT": str(left), "PYTHON": sys.executable}
-    environment |= {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "64", "SLURM_JOB_NODELIST": "x", "SERVER_NODES": "1", "SERVER_GPUS": "4"}
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "LOG": str(log),
+        "LEFT": str(left),
+        "PYTHON": sys.executable,
+    }
+    environment |= {
+        "SLURM_JOB_ID": "7",
+        "SLURM_CPUS_PER_TASK": "64",
+        "SLURM_JOB_NODELIST": "x",
+        "SERVER_NODES": "1",
+        "SERVER_GPUS": "4",
+    }
     environment |= {"SGLANG_PYTHON": str(tmp_path / "sglang"), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(["bash", "examples/cluster/slurm.sh", config, "train.seed=3"], cwd=ROOT, env=environment, timeout=120)
+    done = subprocess.run(
+        ["bash", "examples/cluster/slurm.sh", config, "train.seed=3"], cwd=ROOT, env=environment, timeout=120
+    )
     lines = log.read_text().splitlines()
     assert done.returncode == left and ("requeue 7" in lines) == (left == 75)
     servers = [line for line in lines if "launch_server" in line]
@@ -155,7 +206,17 @@ def test_slurm_job(tmp_path, left):
 def test_torchrun_hands_on_the_status():
     """75, where torchrun itself says 1; SIGUSR1 does not end it."""
     program = "import os, signal, sys; os.kill(os.getppid(), signal.SIGUSR1); sys.exit(75)"
-    command = [sys.executable, "tools/torchrun.py", "--standalone", "--nproc-per-node", "1", "--no-python", sys.executable, "-c", program]
+    command = [
+        sys.executable,
+        "tools/torchrun.py",
+        "--standalone",
+        "--nproc-per-node",
+        "1",
+        "--no-python",
+        sys.executable,
+        "-c",
+        program,
+    ]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120).returncode == 75
 
 
@@ -166,5 +227,7 @@ signal.signal(signal.SIGTERM, lambda *_: (time.sleep(2), sys.exit(75)))
 os.kill(os.getppid(), signal.SIGTERM)
 time.sleep(60)"""
     command = [sys.executable, "tools/torchrun.py", "--standalone", "--nproc-per-node", "1", "--no-python"]
-    done = subprocess.run([*command, sys.executable, "-c", program], cwd=ROOT, capture_output=True, timeout=120)
+    done = subprocess.run(
+        [*command, sys.executable, "-c", program], cwd=ROOT, capture_output=True, timeout=120
+    )
     assert done.returncode == 75

@@ -30,5 +30,8 @@ def test_a_folder_with_a_space_after_a_first_attempt_without_ensurepip(tmp_path)
     (venv / "bin" / "python").write_text("#!/usr/bin/env bash\nexit 1\n")  # without pip
     whole.touch()
     assert subprocess.run(command, cwd=ROOT, env=environment, capture_output=True).returncode == 0
-    assert [line.split()[-1] for line in log.read_text().splitlines() if "install" in line] == ["torch==2.13.0", ".[test]"]
+    assert [line.split()[-1] for line in log.read_text().splitlines() if "install" in line] == [
+        "torch==2.13.0",
+        ".[test]",
+    ]
     assert (venv / ".installed-test").exists()

@@ -41,7 +41,13 @@ def start(tmp_path_factory):
         "train: {steps: 3, micro_batch_tokens: 400}\nlogging: {dir: unused}\n"
     )
     config = load_config(file, [])
-    return folder, config, route_groups(replay(root / "rollouts", 1, 2, folder), config.algorithm, folder.encode, 160, seed="1/1")
+    return (
+        folder,
+        config,
+        route_groups(
+            replay(root / "rollouts", 1, 2, folder), config.algorithm, folder.encode, 160, seed="1/1"
+        ),
+    )
 
 
 def samples_of(groups):
@@ -74,14 +80,20 @@ def test_exchange(start, ranks):
 def test_packing_builds_only_what_its_rank_trains(start, monkeypatch):
     """No collective, and tensors for this rank's documents alone."""
     built, build = [], packing.micro_batch
-    monkeypatch.setattr(packing, "micro_batch", lambda documents, *rest: built.append(len(documents)) or build(documents, *rest))
+    monkeypatch.setattr(
+        packing,
+        "micro_batch",
+        lambda documents, *rest: built.append(len(documents)) or build(documents, *rest),
+    )
     for ranks in (4, 64):
         built.clear()
         with simulated(1, ranks), Collectives() as collectives:
             batch = pack(samples_of(start[2]), 1, ranks, PackingRules(400), "token_mean")
         own = [*batch.micro_batches, *batch.teacher_micro_batches]
         assert built == [len(row.documents) for row in own] and not collectives.seen
-        assert 0 < sum(built) <= 2 * 2 * PROMPTS * 2 // ranks  # students and teachers; the balance is of tokens, so up to twice the mean
+        assert (
+            0 < sum(built) <= 2 * 2 * PROMPTS * 2 // ranks
+        )  # students and teachers; the balance is of tokens, so up to twice the mean
 
 
 def test_ledger_writes_do_not_grow(start, tmp_path):
@@ -92,7 +104,10 @@ def test_ledger_writes_do_not_grow(start, tmp_path):
             folder = tmp_path / f"{ranks}-{rank}"
             with simulated(rank, ranks) as layout, pytest.MonkeyPatch.context() as patch:
                 lines = []
-                patch.setattr("megatron_srpo.rollout.ledger.append_line", lambda file, line, lines=lines: lines.append(line))
+                patch.setattr(
+                    "megatron_srpo.rollout.ledger.append_line",
+                    lambda file, line, lines=lines: lines.append(line),
+                )
                 folder.mkdir()
                 ledger = Ledger(folder, layout, keeps_samples=True)
                 ids = [group[0].prompt.id for group in groups]

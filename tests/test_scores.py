@@ -21,7 +21,9 @@ def test_pass_at_k_by_enumeration(n):
 
 
 def test_pass_at_k_ends():
-    assert pass_at_k(16, 0, 16) == 0 and pass_at_k(16, 1, 16) == 1 and pass_at_k(16, 4, 1) == pytest.approx(0.25)
+    assert (
+        pass_at_k(16, 0, 16) == 0 and pass_at_k(16, 1, 16) == 1 and pass_at_k(16, 4, 1) == pytest.approx(0.25)
+    )
     for wrong in ((4, 5, 1), (4, -1, 1), (4, 1, 0), (4, 1, 5)):
         with pytest.raises(ValueError):
             pass_at_k(*wrong)

@@ -88,7 +88,10 @@ def test_prompts_that_share_an_id_are_refused(command, tmp_path):
         twice = f"{{split}}/{{index // 2 if split == '{split}' else index}}\","
         (tmp_path / "twice.py").write_text(own.replace('{split}/{index}",', twice))
         status, error = command(f"task.path={tmp_path / 'twice.py'}", "task.name=twice", "evaluation.every=1")
-        assert status == 2 and f"task twice: its {called} prompts 0 and 1 have the same id, 'twice/{split}/0'" in error
+        assert (
+            status == 2
+            and f"task twice: its {called} prompts 0 and 1 have the same id, 'twice/{split}/0'" in error
+        )
 
 
 def test_a_folder_that_holds_a_run_is_not_written_to(command, tmp_path):
@@ -98,7 +101,9 @@ def test_a_folder_that_holds_a_run_is_not_written_to(command, tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == "precious"
 
 
-@pytest.mark.parametrize(("folder", "said"), [("file/sub", "file is not a folder"), ("locked/run", "locked cannot be written to")])
+@pytest.mark.parametrize(
+    ("folder", "said"), [("file/sub", "file is not a folder"), ("locked/run", "locked cannot be written to")]
+)
 def test_a_run_folder_that_cannot_be_made(command, tmp_path, monkeypatch, folder, said):
     (tmp_path / "file").write_text("")
     (tmp_path / "locked").mkdir(mode=0o500)
@@ -117,7 +122,11 @@ def test_a_full_disk_ends_the_run_with_a_line(start, command, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
-    assert status == 1 and error == f"stopped: logging.dir: {tmp_path / 'run'}: File too large; make room and give the command again\n"
+    assert (
+        status == 1
+        and error
+        == f"stopped: logging.dir: {tmp_path / 'run'}: File too large; make room and give the command again\n"
+    )
 
 
 def test_an_interrupted_command_says_so_in_a_line(command, monkeypatch):
@@ -129,7 +138,9 @@ def test_an_interrupted_command_says_so_in_a_line(command, monkeypatch):
 
 
 def test_too_few_replayed_steps(start, command, tmp_path):
-    status, error = command(f"rollout.replay={start[0] / 'rollouts'}", "train.steps=3", f"logging.dir={tmp_path / 'run'}")
+    status, error = command(
+        f"rollout.replay={start[0] / 'rollouts'}", "train.steps=3", f"logging.dir={tmp_path / 'run'}"
+    )
     assert status == 2 and "step_000003.jsonl is missing, but train.steps is 3" in error
 
 
@@ -137,7 +148,10 @@ def test_a_run_that_diverges_stops_with_a_reason_and_a_readable_folder(start, co
     """lr 1e30 makes the second step non-finite: skipped, counted, and the run ends after max_skipped_updates in a row."""
     run = tmp_path / "run"
     status, error = command(
-        f"rollout.replay={start[0] / 'rollouts'}", "optimizer.lr=1e30", "train.max_skipped_updates=1", f"logging.dir={run}"
+        f"rollout.replay={start[0] / 'rollouts'}",
+        "optimizer.lr=1e30",
+        "train.max_skipped_updates=1",
+        f"logging.dir={run}",
     )
     assert status == 1 and "1 updates in a row had a non-finite loss" in error
     first, second = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())

@@ -29,26 +29,38 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     tokenizer.chat_template = CHAT
     return tokenizer
 
 
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 # family → (transformers' model, its configuration beyond what all share); each differs from the others where it can
 FAMILIES = {
     "qwen3": (Qwen3ForCausalLM, dict(head_dim=16)),
     "qwen3_moe": (
         Qwen3MoeForCausalLM,
-        dict(head_dim=16, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=48, norm_topk_prob=True),
+        dict(
+            head_dim=16, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=48, norm_topk_prob=True
+        ),
     ),
     "qwen2": (Qwen2ForCausalLM, {}),
     "llama": (LlamaForCausalLM, dict(rope_parameters={**LLAMA3, "rope_theta": 1e4})),
 }
 
 
-def make_model(family: str = "qwen3", tied: bool = True, vocab_size: int = 270, layers: int = 4, seed: int = 0, **more) -> PreTrainedModel:
+def make_model(
+    family: str = "qwen3", tied: bool = True, vocab_size: int = 270, layers: int = 4, seed: int = 0, **more
+) -> PreTrainedModel:
     """hidden 64, 8 query heads on 4 key-value heads (so TP up to 4), fp32; norms off 1, biases that matter, routers far from ties."""
     kind, options = FAMILIES[family]
     shared = dict(

@@ -18,7 +18,12 @@ DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:
     """--dtype, whose value is a key of DTYPES."""
-    parser.add_argument("--dtype", choices=list(DTYPES), default="auto", help="of the weights written; auto: each tensor's own")
+    parser.add_argument(
+        "--dtype",
+        choices=list(DTYPES),
+        default="auto",
+        help="of the weights written; auto: each tensor's own",
+    )
 
 
 def run_tool(work: Callable[[Processes], int]) -> int:
@@ -27,7 +32,9 @@ def run_tool(work: Callable[[Processes], int]) -> int:
     try:
         status = work(processes)
     except (ConfigError, FileError) as error:
-        if processes.rank > 0:  # torchrun ends all ranks when one leaves: where all find the same, let the first speak alone
+        if (
+            processes.rank > 0
+        ):  # torchrun ends all ranks when one leaves: where all find the same, let the first speak alone
             time.sleep(5)
         print(f"error: {str(error).removeprefix('model.hf_path: ')}", file=sys.stderr, flush=True)
         return 2

@@ -46,7 +46,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="append the JSON object to FILE, as one line")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="append the JSON object to FILE, as one line"
+    )
     options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -55,7 +57,12 @@ def main() -> None:
     for row in rows:
         row["ratio"] = row["seconds"] / rows[0]["seconds"]
     device = f"{platform.machine()} CPU, 1 thread"
-    report = {"device": device, "date": datetime.date.today().isoformat(), "shape": {"steps": options.steps}, "rows": rows}
+    report = {
+        "device": device,
+        "date": datetime.date.today().isoformat(),
+        "shape": {"steps": options.steps},
+        "rows": rows,
+    }
     if options.output:
         with options.output.open("a") as file:
             file.write(json.dumps(report) + "\n")
@@ -63,7 +70,9 @@ def main() -> None:
         print(json.dumps(report))
         return
     for row in rows:
-        print(f"{row['name']:>20}  {row['seconds']:.3f} s a step  {row['ratio']:5.2f}  {row['extra_bytes'] / 2**20:.1f} MiB")
+        print(
+            f"{row['name']:>20}  {row['seconds']:.3f} s a step  {row['ratio']:5.2f}  {row['extra_bytes'] / 2**20:.1f} MiB"
+        )
 
 
 if __name__ == "__main__":

@@ -34,12 +34,42 @@ from megatron_srpo.weights.hf_output import SHARD_BYTES, plan_shards, write_comp
 from megatron_srpo.weights.safetensors_file import Writer
 from megatron_srpo.weights.sources import HFTensors, MegatronTensors
 
-SHARED = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": 151_936, "head_dim": 128, "num_key_value_heads": 8}
-SHARED |= {"max_position_embeddings": 40_960, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "hidden_act": "silu", "attention_bias": False}
+SHARED = {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 151_936,
+    "head_dim": 128,
+    "num_key_value_heads": 8,
+}
+SHARED |= {
+    "max_position_embeddings": 40_960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "hidden_act": "silu",
+    "attention_bias": False,
+}
 SHAPES = {
-    "tiny": dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=8, tie_word_embeddings=True),
-    "0.6b": dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16, tie_word_embeddings=True),
-    "8b": dict(hidden_size=4096, intermediate_size=12_288, num_hidden_layers=36, num_attention_heads=32, tie_word_embeddings=False),
+    "tiny": dict(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        tie_word_embeddings=True,
+    ),
+    "0.6b": dict(
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        tie_word_embeddings=True,
+    ),
+    "8b": dict(
+        hidden_size=4096,
+        intermediate_size=12_288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        tie_word_embeddings=False,
+    ),
 }
 ONE = Processes(rank=0, world_size=1)
 
@@ -47,10 +77,14 @@ ONE = Processes(rank=0, world_size=1)
 def make_model(shape: str, folder: Path) -> None:
     """A folder of the shape with random bf16 weights, streamed."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(SHARED | SHAPES[shape] | ({"vocab_size": 1000} if shape == "tiny" else {})))
+    (folder / "config.json").write_text(
+        json.dumps(SHARED | SHAPES[shape] | ({"vocab_size": 1000} if shape == "tiny" else {}))
+    )
     generator = torch.Generator().manual_seed(0)
     reference = HFFolder(folder)
-    tensors = {name: (torch.bfloat16, shape) for name, shape in reference.architecture.tensor_shapes().items()}
+    tensors = {
+        name: (torch.bfloat16, shape) for name, shape in reference.architecture.tensor_shapes().items()
+    }
     shards = plan_shards(tensors, SHARD_BYTES)
     for file, names in shards.items():
         writer = Writer(folder / file, {name: tensors[name] for name in names})
@@ -156,12 +190,22 @@ def table(shape: str, folder: Path, repeats: int) -> list[dict]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=list(SHAPES), default="0.6b")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), metavar="DIR", help="where the files are made")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path(tempfile.gettempdir()),
+        metavar="DIR",
+        help="where the files are made",
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="append the JSON object to FILE, as one line")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="append the JSON object to FILE, as one line"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="bench_convert-") as folder:
         rows = table(options.shape, Path(folder), options.repeats)
@@ -178,7 +222,9 @@ def main() -> None:
     print(f"{device}, {report['date']}, {options.shape}: {size / 1e9:.2f} GB")
     for row in rows:
         rate = size / row["seconds"] / 1e6
-        print(f"{row['name']:>16}  {row['seconds']:8.2f} s  {rate:6.0f} MB/s  {row['ratio']:5.2f}  +{row['extra_bytes'] / 2**20:6.0f} MiB")
+        print(
+            f"{row['name']:>16}  {row['seconds']:8.2f} s  {rate:6.0f} MB/s  {row['ratio']:5.2f}  +{row['extra_bytes'] / 2**20:6.0f} MiB"
+        )
 
 
 if __name__ == "__main__":

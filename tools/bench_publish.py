@@ -47,12 +47,22 @@ SHAPES = {
     "quickstart": {},
     "0.6b": {
         **QWEN3,
-        **{"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
+        **{
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+        },
         "tie_word_embeddings": True,
     },
     "8b": {
         **QWEN3,
-        **{"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32},
+        **{
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+        },
         "tie_word_embeddings": False,
     },
 }
@@ -65,11 +75,18 @@ def make_model(shape: str, dtype: torch.dtype, root: Path) -> HFFolder:
     for file in START.iterdir():
         shutil.copy(file, folder)
     config = json.loads((START / "config.json").read_text())
-    config = {key: value for key, value in config.items() if key != "layer_types"} if SHAPES[shape] else config
+    config = (
+        {key: value for key, value in config.items() if key != "layer_types"} if SHAPES[shape] else config
+    )
     (folder / "config.json").write_text(json.dumps({**config, **SHAPES[shape]}))
     reference = HFFolder(folder)
     shapes = reference.architecture.tensor_shapes().items()
-    save_hf(((name, torch.full(size, 0.01, dtype=dtype)) for name, size in shapes), reference, root / "model", write=True)
+    save_hf(
+        ((name, torch.full(size, 0.01, dtype=dtype)) for name, size in shapes),
+        reference,
+        root / "model",
+        write=True,
+    )
     return HFFolder(root / "model")
 
 
@@ -80,7 +97,11 @@ def stream_of(tensors: HFTensors) -> Repeatable:
 
 def memory() -> int:
     """Bytes of this process: its own, also those swapped out, and the shared ones that it maps."""
-    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(("Rss", "VmSwap")))
+    fields = dict(
+        line.split(":")
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(("Rss", "VmSwap"))
+    )
     return sum(int(fields[key].split()[0]) * 1024 for key in ("RssAnon", "RssShmem", "VmSwap"))
 
 
@@ -104,21 +125,44 @@ def peak_memory() -> Iterator[list[int]]:
 
 def configuration(options: argparse.Namespace, model: Path, run: Path, *more: str) -> Config:
     """The quick start on servers, with that model and what more is given as key=value."""
-    file, overrides = ROOT / "examples/quickstart/sglang.yaml", [f"model.hf_path={model}", f"logging.dir={run}", *more]
-    overrides += [f"rollout.servers={options.servers}", f"rollout.sglang.python={options.python}", f"rollout.sglang.port={options.port}"]
+    file, overrides = (
+        ROOT / "examples/quickstart/sglang.yaml",
+        [f"model.hf_path={model}", f"logging.dir={run}", *more],
+    )
+    overrides += [
+        f"rollout.servers={options.servers}",
+        f"rollout.sglang.python={options.python}",
+        f"rollout.sglang.port={options.port}",
+    ]
     config = load_config(file, overrides)
-    arguments = [*config.rollout.sglang.arguments, "--mem-fraction-static=0.8", "--max-total-tokens=2048"]  # room for a large model
-    return config if model == START else load_config(file, [*overrides, f"rollout.sglang.arguments={json.dumps(arguments)}"])
+    arguments = [
+        *config.rollout.sglang.arguments,
+        "--mem-fraction-static=0.8",
+        "--max-total-tokens=2048",
+    ]  # room for a large model
+    return (
+        config
+        if model == START
+        else load_config(file, [*overrides, f"rollout.sglang.arguments={json.dumps(arguments)}"])
+    )
 
 
 def measure(options: argparse.Namespace, way: str, root: Path, model: HFFolder) -> dict:
     """One way's row."""
-    more = [f"model.dtype={options.dtype}", f"rollout.sglang.update={way}", f"rollout.sglang.bucket_mib={options.bucket_mib}"]
-    engine = create_engine(configuration(options, model.path, root / way, *more), model, ALONE, lambda text: None)
+    more = [
+        f"model.dtype={options.dtype}",
+        f"rollout.sglang.update={way}",
+        f"rollout.sglang.bucket_mib={options.bucket_mib}",
+    ]
+    engine = create_engine(
+        configuration(options, model.path, root / way, *more), model, ALONE, lambda text: None
+    )
     stream = stream_of(HFTensors(model))
     try:
         engine.update_weights(stream, "0")  # the first one makes the group and compares checksums
-        return row_of(f"ours, {way}", options.repeats, lambda number: engine.update_weights(stream, str(1 + number)))
+        return row_of(
+            f"ours, {way}", options.repeats, lambda number: engine.update_weights(stream, str(1 + number))
+        )
     finally:
         engine.close()
 
@@ -151,17 +195,26 @@ def row_of(name: str, repeats: int, call: Callable[[int], None]) -> dict:
 def add_common_options(parser: argparse.ArgumentParser, servers: int) -> None:
     """What benchmarks of servers have in common."""
     parser.add_argument("--servers", type=int, default=servers)
-    parser.add_argument("--python", default=str(ROOT / ".venv-sglang/bin/python"), help="interpreter of SGLang's environment")
+    parser.add_argument(
+        "--python", default=str(ROOT / ".venv-sglang/bin/python"), help="interpreter of SGLang's environment"
+    )
     parser.add_argument("--port", type=int, default=30100)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="append the JSON object to FILE, as one line")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="append the JSON object to FILE, as one line"
+    )
 
 
 def tell(options: argparse.Namespace, shape: dict, rows: list[dict], line: Callable[[dict], str]) -> None:
     """Write and print what was measured; ratios are to the first row. line: a row for people."""
     for row in rows:
         row["ratio"] = row["seconds"] / rows[0]["seconds"]
-    report = {"device": f"{platform.machine()} CPU", "date": datetime.date.today().isoformat(), "shape": shape, "rows": rows}
+    report = {
+        "device": f"{platform.machine()} CPU",
+        "date": datetime.date.today().isoformat(),
+        "shape": shape,
+        "rows": rows,
+    }
     if options.output:
         with options.output.open("a") as file:
             file.write(json.dumps(report) + "\n")
@@ -186,7 +239,13 @@ def main() -> None:
     dist.destroy_process_group()
     sizes = [prod(shape) * dtype.itemsize for shape in model.architecture.tensor_shapes().values()]
     piece = max(min(options.bucket_mib * 2**20, sum(sizes)), *sizes)
-    shape = {"model": options.shape, "dtype": options.dtype, "servers": options.servers, "bytes": sum(sizes), "piece_bytes": piece}
+    shape = {
+        "model": options.shape,
+        "dtype": options.dtype,
+        "servers": options.servers,
+        "bytes": sum(sizes),
+        "piece_bytes": piece,
+    }
     tell(options, shape, rows, lambda row: _line(row, sum(sizes), piece))
 
 

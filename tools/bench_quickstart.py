@@ -30,11 +30,26 @@ WARM_UP = 2  # steps that are not counted
 def ours(algorithm: str, steps: int) -> list[float]:
     """Seconds of each step, by metrics.jsonl."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = [f"algorithm.name={algorithm}", f"train.steps={steps}", "evaluation.every=0", f"logging.dir={folder}/run"]
+        settings = [
+            f"algorithm.name={algorithm}",
+            f"train.steps={steps}",
+            "evaluation.every=0",
+            f"logging.dir={folder}/run",
+        ]
         settings += ["checkpoint.save_interval=0", "algorithm.mini_batch_prompts=null"]
-        command = [sys.executable, "-m", "megatron_srpo", "train", "examples/quickstart/config.yaml", *settings]
+        command = [
+            sys.executable,
+            "-m",
+            "megatron_srpo",
+            "train",
+            "examples/quickstart/config.yaml",
+            *settings,
+        ]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        return [json.loads(line)["seconds"] for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line)["seconds"]
+            for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
+        ]
 
 
 def theirs(algorithm: str, steps: int) -> list[float]:
@@ -82,10 +97,13 @@ def theirs(algorithm: str, steps: int) -> list[float]:
             model=AutoModelForCausalLM.from_pretrained(start),
             processing_class=AutoTokenizer.from_pretrained(start),
             reward_funcs=lambda completions, answer, **_: [
-                verify(gold, completion[0]["content"]).reward for gold, completion in zip(answer, completions, strict=True)
+                verify(gold, completion[0]["content"]).reward
+                for gold, completion in zip(answer, completions, strict=True)
             ],
             args=settings,
-            train_dataset=datasets.Dataset(datasets.table.InMemoryTable.from_pylist(rows), fingerprint="none"),
+            train_dataset=datasets.Dataset(
+                datasets.table.InMemoryTable.from_pylist(rows), fingerprint="none"
+            ),
             callbacks=[Clock()],
         )
         trainer.train()
@@ -99,7 +117,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="append the JSON object to FILE, as one line")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="append the JSON object to FILE, as one line"
+    )
     parser.add_argument("--row", choices=list(ROWS), help=argparse.SUPPRESS)  # in its own process
     options = parser.parse_args()
     if options.row:
@@ -121,12 +141,19 @@ def main() -> None:
                 raise SystemExit(done.stderr[-3000:])
             else:
                 seconds.setdefault(name, []).extend(json.loads(done.stdout.splitlines()[-1]))
-    rows = [{"name": name, "seconds": min(found), "median": statistics.median(found)} for name, found in seconds.items()]
+    rows = [
+        {"name": name, "seconds": min(found), "median": statistics.median(found)}
+        for name, found in seconds.items()
+    ]
     for row in rows:
         peer = f"TRL {'grpo' if row['name'].endswith('grpo') else 'sdpo'}"
         row["ratio"] = row["seconds"] / min(seconds[peer]) if peer in seconds else None
     shape = {"steps": options.steps, "rounds": options.rounds, "load_average": os.getloadavg()[0]}
-    report = {"device": f"{platform.machine()} CPU, 1 thread", "date": datetime.date.today().isoformat(), "shape": shape}
+    report = {
+        "device": f"{platform.machine()} CPU, 1 thread",
+        "date": datetime.date.today().isoformat(),
+        "shape": shape,
+    }
     report |= {"rows": rows, "skipped": skipped}
     if options.output:
         with options.output.open("a") as file:

@@ -36,7 +36,10 @@ PROMPT_TOKENS = 24
 def ours(engine, options: argparse.Namespace, vocab_size: int, seed: int) -> float:
     """Seconds for all requests. Raises SystemExit when one is lost, answered twice, or too short."""
     dice = random.Random(seed)
-    requests = [Request(tuple(dice.choices(range(10, vocab_size), k=PROMPT_TOKENS)), str(number)) for number in range(options.requests)]
+    requests = [
+        Request(tuple(dice.choices(range(10, vocab_size), k=PROMPT_TOKENS)), str(number))
+        for number in range(options.requests)
+    ]
     answers: dict[int, list[Completion]] = {}
 
     def finished(completions: Mapping[int, Completion]) -> bool:
@@ -58,16 +61,66 @@ def theirs(urls: list[str], options: argparse.Namespace, seed: int) -> float:
     """Seconds of SGLang's client, once a server at the same time; its own clock, the slower of them."""
     clients = []
     for number, url in enumerate(urls):
-        command = [options.python, "-m", "sglang.bench_serving", "--backend", "sglang", "--base-url", url, "--dataset-name", "random-ids"]
-        command += ["--num-prompts", str(options.requests // len(urls)), "--max-concurrency", str(options.concurrency // len(urls))]
-        command += ["--random-input-len", str(PROMPT_TOKENS), "--random-output-len", str(options.tokens), "--random-range-ratio", "1.0"]
-        command += ["--tokenizer", str(START), "--model", str(START), "--seed", str(seed * 10 + number), "--disable-stream"]
-        command += ["--warmup-requests", "0", "--disable-tqdm", "--return-logprob", "--output-file", os.devnull]
-        drawn = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "ignore_eos": True, "skip_special_tokens": False}  # else it is greedy
-        command += ["--extra-request-body", json.dumps({"sampling_params": {**drawn, "max_new_tokens": options.tokens}})]
+        command = [
+            options.python,
+            "-m",
+            "sglang.bench_serving",
+            "--backend",
+            "sglang",
+            "--base-url",
+            url,
+            "--dataset-name",
+            "random-ids",
+        ]
+        command += [
+            "--num-prompts",
+            str(options.requests // len(urls)),
+            "--max-concurrency",
+            str(options.concurrency // len(urls)),
+        ]
+        command += [
+            "--random-input-len",
+            str(PROMPT_TOKENS),
+            "--random-output-len",
+            str(options.tokens),
+            "--random-range-ratio",
+            "1.0",
+        ]
+        command += [
+            "--tokenizer",
+            str(START),
+            "--model",
+            str(START),
+            "--seed",
+            str(seed * 10 + number),
+            "--disable-stream",
+        ]
+        command += [
+            "--warmup-requests",
+            "0",
+            "--disable-tqdm",
+            "--return-logprob",
+            "--output-file",
+            os.devnull,
+        ]
+        drawn = {
+            "temperature": 1.0,
+            "top_p": 1.0,
+            "top_k": -1,
+            "ignore_eos": True,
+            "skip_special_tokens": False,
+        }  # else it is greedy
+        command += [
+            "--extra-request-body",
+            json.dumps({"sampling_params": {**drawn, "max_new_tokens": options.tokens}}),
+        ]
         environment = {**os.environ, "SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1"}
         environment.pop("PYTHONPATH", None)
-        clients.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        clients.append(
+            subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        )
     seconds = []
     for client in clients:
         said = client.communicate()[0]
@@ -100,7 +153,10 @@ def main() -> None:
                 others.append(theirs(urls, options, number))
         finally:
             engine.close()
-    rows = [{"name": "SGLang's client", "seconds": statistics.median(others)}, {"name": "ours", "seconds": statistics.median(mine)}]
+    rows = [
+        {"name": "SGLang's client", "seconds": statistics.median(others)},
+        {"name": "ours", "seconds": statistics.median(mine)},
+    ]
     rows[1] |= {"lost": 0, "doubled": 0}
     for row in rows:
         row["requests_a_second"] = options.requests / row["seconds"]

@@ -33,10 +33,23 @@ from megatron_srpo.config.load import load_config
 from megatron_srpo.config.schema import Config
 from megatron_srpo.data.records import Group, Prompt, Route, Sample, Verdict
 
-SHARED = {"model_type": "qwen3", "vocab_size": 151_936, "head_dim": 128, "num_key_value_heads": 8, "rms_norm_eps": 1e-6}
+SHARED = {
+    "model_type": "qwen3",
+    "vocab_size": 151_936,
+    "head_dim": 128,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-6,
+}
 SHARED |= {"max_position_embeddings": 40_960, "rope_theta": 1e6, "tie_word_embeddings": True}
 SHAPES = {
-    "tiny": dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32)
+    "tiny": dict(
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+    )
     | {"vocab_size": 512},
     "0.6b": dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16),
     "1.7b": dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16),
@@ -118,7 +131,9 @@ def peak_bytes(device: torch.device) -> int:
     return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
-def measure(model: dict, algorithm: str, shape: Shape, overrides: list[str], repeats: int, peak_tflops: float) -> dict:
+def measure(
+    model: dict, algorithm: str, shape: Shape, overrides: list[str], repeats: int, peak_tflops: float
+) -> dict:
     """One row, without its ratio."""
     from megatron_srpo.distributed.layout import initialize, shut_down
     from megatron_srpo.model.hf_folder import HFFolder
@@ -130,7 +145,11 @@ def measure(model: dict, algorithm: str, shape: Shape, overrides: list[str], rep
     with tempfile.TemporaryDirectory() as name:
         config = make_config(Path(name), model, algorithm, shape, overrides)
         folder = HFFolder(config.model.hf_path)
-        samples = [sample for group in make_groups(shape, algorithm, folder.architecture.vocab_size) for sample in group]
+        samples = [
+            sample
+            for group in make_groups(shape, algorithm, folder.architecture.vocab_size)
+            for sample in group
+        ]
         layout = initialize(config.parallel, seed=1)
         synchronise = torch.cuda.synchronize if layout.device.type == "cuda" else lambda: None
         gc.collect()
@@ -164,7 +183,12 @@ def measure(model: dict, algorithm: str, shape: Shape, overrides: list[str], rep
         fullest = max(batches[0].micro_batches, key=lambda row: len(row.ids))
         batch = Batch(len(fullest.ids), len(fullest.targets), distilled)
         shut_down(layout)
-    row = {"name": algorithm, **best, "tokens_per_second": tokens / best["seconds"], "extra_bytes": extra_bytes}
+    row = {
+        "name": algorithm,
+        **best,
+        "tokens_per_second": tokens / best["seconds"],
+        "extra_bytes": extra_bytes,
+    }
     row |= {"mfu": flops / best["seconds"] / (1e12 * peak_tflops) if peak_tflops else None, "batch": batch}
     return row
 
@@ -181,18 +205,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=list(SHAPES), default="0.6b")
     parser.add_argument("--layers", type=int, help="instead of the shape's own")
-    parser.add_argument("--width", type=int, help="hidden size instead of the shape's own, and a third of the feed-forward's")
+    parser.add_argument(
+        "--width", type=int, help="hidden size instead of the shape's own, and a third of the feed-forward's"
+    )
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS))
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--response-tokens", type=int, default=256)
-    parser.add_argument("--routed-share", type=float, default=0.25, help="of SRPO's samples, those that are distilled")
+    parser.add_argument(
+        "--routed-share", type=float, default=0.25, help="of SRPO's samples, those that are distilled"
+    )
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--peak-tflops", type=float, default=989.0 if torch.cuda.is_available() else 0.0, help="for mfu; 0: none")
+    parser.add_argument(
+        "--peak-tflops",
+        type=float,
+        default=989.0 if torch.cuda.is_available() else 0.0,
+        help="for mfu; 0: none",
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="append the JSON object to FILE, as one line")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="append the JSON object to FILE, as one line"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_args()
     quieten_libraries()
@@ -202,14 +237,22 @@ def main() -> None:
     model = SHAPES[options.shape] | ({"num_hidden_layers": options.layers} if options.layers else {})
     if options.width:
         model |= {"hidden_size": options.width, "intermediate_size": 3 * options.width}
-    shape = Shape(options.prompts, options.samples, options.prompt_tokens, options.response_tokens, options.routed_share)
+    shape = Shape(
+        options.prompts, options.samples, options.prompt_tokens, options.response_tokens, options.routed_share
+    )
     rows = [
-        in_own_process(measure, model, algorithm, shape, options.overrides, options.repeats, options.peak_tflops)
+        in_own_process(
+            measure, model, algorithm, shape, options.overrides, options.repeats, options.peak_tflops
+        )
         for algorithm in options.algorithms
     ]
     for row in rows:
         row["ratio"] = row["seconds"] / rows[0]["seconds"]
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, {options.threads} threads"
+    name = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{platform.machine()} CPU, {options.threads} threads"
+    )
     told = {"model": {"name": options.shape, **SHARED, **model}, **dataclasses.asdict(shape)}
     told |= {"overrides": options.overrides, "peak_tflops": options.peak_tflops}
     report = {"device": name, "date": datetime.date.today().isoformat(), "shape": told, "rows": rows}
@@ -223,10 +266,16 @@ def table(report: dict) -> str:
     """For people."""
     lines = [f"{report['device']}, {report['date']}, {report['shape']}"]
     for row in report["rows"]:
-        phases = "  ".join(f"{key.removeprefix('seconds_')} {value:.3f}" for key, value in row.items() if key.startswith("seconds_"))
+        phases = "  ".join(
+            f"{key.removeprefix('seconds_')} {value:.3f}"
+            for key, value in row.items()
+            if key.startswith("seconds_")
+        )
         mfu = f"  mfu {row['mfu']:.1%}" if row.get("mfu") else ""
         memory = f"  +{row['extra_bytes'] / 2**20:.0f} MiB" if "extra_bytes" in row else ""
-        lines.append(f"{row['name']:>12}  {row['seconds']:8.3f} s  {row['ratio']:5.2f}  {phases}{mfu}{memory}")
+        lines.append(
+            f"{row['name']:>12}  {row['seconds']:8.3f} s  {row['ratio']:5.2f}  {phases}{mfu}{memory}"
+        )
     return "\n".join(lines)
 
 

@@ -37,10 +37,21 @@ def choice_answer(rng: random.Random, right: bool) -> tuple[str, str]:
 
 def call_answer(rng: random.Random, right: bool) -> tuple[str, str]:
     """(answer, response) of a tool-use question with two calls, one of them nested."""
-    inputs = [json.dumps({"query": str(rng.random()), "page": 1}), json.dumps({"id": rng.randrange(99), "data": {"tags": ["a", "b"]}})]
-    gold = json.dumps([{"Action": name, "Action_Input": text} for name, text in zip(("search", "update"), inputs, strict=True)])
+    inputs = [
+        json.dumps({"query": str(rng.random()), "page": 1}),
+        json.dumps({"id": rng.randrange(99), "data": {"tags": ["a", "b"]}}),
+    ]
+    gold = json.dumps(
+        [
+            {"Action": name, "Action_Input": text}
+            for name, text in zip(("search", "update"), inputs, strict=True)
+        ]
+    )
     shown = inputs if right else inputs[::-1][:1] + ["{}"]
-    calls = "".join(f"Action: {name}\nAction Input: {text}\n" for name, text in zip(("search", "update"), shown, strict=True))
+    calls = "".join(
+        f"Action: {name}\nAction Input: {text}\n"
+        for name, text in zip(("search", "update"), shown, strict=True)
+    )
     return gold, f"Thought: {THOUGHT}\n{calls}"
 
 
@@ -49,7 +60,10 @@ def math_answer(rng: random.Random, right: bool) -> tuple[str, str]:
     top, bottom = rng.randrange(1, 10**6), rng.randrange(2, 10**6)
     if rng.random() < 0.5:
         return str(top), f"{THOUGHT} \\boxed{{{top if right else top + 1}}}"
-    return f"\\frac{{{top}}}{{{bottom}}}", f"{THOUGHT} \\boxed{{\\frac{{{top if right else top + 1}}}{{{bottom}}}}}"
+    return (
+        f"\\frac{{{top}}}{{{bottom}}}",
+        f"{THOUGHT} \\boxed{{\\frac{{{top if right else top + 1}}}{{{bottom}}}}}",
+    )
 
 
 ANSWERS: dict[str, Callable[[random.Random, bool], tuple[str, str]]] = {
@@ -113,7 +127,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="worker processes")
     parser.add_argument("--questions", type=int, default=500, help="questions of eight responses each")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="append the JSON object to FILE, as one line")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="append the JSON object to FILE, as one line"
+    )
     options = parser.parse_args()
     rows, skipped = [], {}
     for kind in ANSWERS:
@@ -123,9 +139,20 @@ def main() -> None:
             skipped[kind] = str(error)
             continue
         rows.append(measure(kind, make_jobs(kind, options.questions), options.workers))
-    shape = {"workers": options.workers, "questions": options.questions, "group": GROUP, "characters": len(THOUGHT)}
+    shape = {
+        "workers": options.workers,
+        "questions": options.questions,
+        "group": GROUP,
+        "characters": len(THOUGHT),
+    }
     device = f"{platform.machine()} CPU"
-    report = {"device": device, "date": datetime.date.today().isoformat(), "shape": shape, "rows": rows, "skipped": skipped}
+    report = {
+        "device": device,
+        "date": datetime.date.today().isoformat(),
+        "shape": shape,
+        "rows": rows,
+        "skipped": skipped,
+    }
     if options.output:
         with options.output.open("a", encoding="utf-8") as out:
             out.write(json.dumps(report) + "\n")
@@ -135,7 +162,9 @@ def main() -> None:
     print(f"{device}, {report['date']}, {shape}")
     for row in rows:
         memory = f"{row['extra_bytes'] / 2**20:.0f} MiB"
-        print(f"{row['name']:16s} {row['verdicts_per_second']:9.0f} verdicts a second  {row['ratio']:.2f} of the loop's time  {memory}")
+        print(
+            f"{row['name']:16s} {row['verdicts_per_second']:9.0f} verdicts a second  {row['ratio']:.2f} of the loop's time  {memory}"
+        )
     for kind, reason in skipped.items():
         print(f"{kind:16s} skipped: {reason}")
 

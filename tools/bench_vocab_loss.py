@@ -77,7 +77,9 @@ def bare_gemms(x: Inputs, chunk: int | None) -> Callable[[], Result]:
     return call
 
 
-def ours(x: Inputs, chunk: int | None, divergence: Divergence = Divergence(), weight_grad: Tensor | None = None) -> Tensor:  # noqa: B008
+def ours(
+    x: Inputs, chunk: int | None, divergence: Divergence = Divergence(), weight_grad: Tensor | None = None
+) -> Tensor:  # noqa: B008
     """megatron_srpo.vocab_parallel.fused; without a chunk, in tiles of its own choice."""
 
     def objective(rows, of_tile) -> Tensor:
@@ -102,7 +104,9 @@ def into_main_grad(x: Inputs, chunk: int | None) -> Callable[[], Result]:
     return call
 
 
-def autograd(x: Inputs, chunk: int | None, divergence: Callable[[Tensor, Tensor], Tensor], log_prob: float = LOG_PROB) -> Tensor:
+def autograd(
+    x: Inputs, chunk: int | None, divergence: Callable[[Tensor, Tensor], Tensor], log_prob: float = LOG_PROB
+) -> Tensor:
     """torch autograd over whole [T, V] logits, in the inputs' dtype."""
     logits = x.hidden @ x.weight.t()
     with torch.no_grad():
@@ -142,7 +146,9 @@ def _top_k_jsd(logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return _jsd(buckets(logits), buckets(teacher_logits))
 
 
-def differentiated(loss: Callable[..., Tensor], **options) -> Callable[[Inputs, int | None], Callable[[], Result]]:
+def differentiated(
+    loss: Callable[..., Tensor], **options
+) -> Callable[[Inputs, int | None], Callable[[], Result]]:
     """(inputs, chunk) -> the call that makes the loss and its gradients, and keeps nothing for the next one."""
 
     def call(x: Inputs, chunk: int | None) -> Result:
@@ -164,10 +170,17 @@ class Method(NamedTuple):
     cuda_only: bool = False
 
 
-FULL, TOP = functools.partial(autograd, divergence=_full_jsd), functools.partial(autograd, divergence=_top_k_jsd)
+FULL, TOP = (
+    functools.partial(autograd, divergence=_full_jsd),
+    functools.partial(autograd, divergence=_top_k_jsd),
+)
 JSD_ALONE = functools.partial(autograd, divergence=_full_jsd, log_prob=0.0)
 TOP_OURS = Divergence(support="student_topk", top_k=TOP_K)
-TOP_TRL = {"function": "compute_topk_self_distillation_loss", "distillation_topk": TOP_K, "distillation_add_tail": True}
+TOP_TRL = {
+    "function": "compute_topk_self_distillation_loss",
+    "distillation_topk": TOP_K,
+    "distillation_add_tail": True,
+}
 METHODS = {  # "top-100 + tail" is the papers' approximation, another loss: the student's likeliest ids and a bucket for the rest
     "gemms": Method(bare_gemms, None, sharded=True),
     "ours": Method(differentiated(ours), FULL, sharded=True),
@@ -201,9 +214,16 @@ def make_inputs(tokens: int, options: argparse.Namespace, device: torch.device) 
     generator = torch.Generator(device).manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator, device=device)  # noqa: E731
     student, weight = draw(tokens, hidden), draw(vocab, hidden) * (3 / math.sqrt(hidden))
-    teacher, teacher_weight = student + 0.3 * draw(tokens, hidden), weight + draw(vocab, hidden) * (0.3 / math.sqrt(hidden))
+    teacher, teacher_weight = (
+        student + 0.3 * draw(tokens, hidden),
+        weight + draw(vocab, hidden) * (0.3 / math.sqrt(hidden)),
+    )
     targets = torch.randint(0, vocab, (tokens,), generator=generator, device=device)
-    return Inputs(*(tensor.to(dtype) for tensor in (student, weight, teacher, teacher_weight)), targets, VocabShard(0, vocab, vocab))
+    return Inputs(
+        *(tensor.to(dtype) for tensor in (student, weight, teacher, teacher_weight)),
+        targets,
+        VocabShard(0, vocab, vocab),
+    )
 
 
 def own_part(full: Inputs) -> Inputs:
@@ -212,7 +232,9 @@ def own_part(full: Inputs) -> Inputs:
         return full
     padded_width = -(-full.shard.vocab_size // dist.get_world_size())
     shard = VocabShard.of_rank(dist.get_rank(), padded_width, full.shard.vocab_size, dist.group.WORLD)
-    own = lambda w: torch.nn.functional.pad(w[shard.start : shard.start + shard.width], (0, 0, 0, padded_width - shard.width))  # noqa: E731
+    own = lambda w: torch.nn.functional.pad(
+        w[shard.start : shard.start + shard.width], (0, 0, 0, padded_width - shard.width)
+    )  # noqa: E731
     return full._replace(weight=own(full.weight), teacher_weight=own(full.teacher_weight), shard=shard)
 
 
@@ -222,7 +244,10 @@ def exact(full: Inputs, loss: Callable[..., Tensor]) -> Result:
     total, hidden_grads = 0.0, []
     for start in range(0, len(full.hidden), EXACT_TOKENS):
         rows = slice(start, start + EXACT_TOKENS)
-        hidden, teacher_hidden = full.hidden[rows].double().requires_grad_(), full.teacher_hidden[rows].double()
+        hidden, teacher_hidden = (
+            full.hidden[rows].double().requires_grad_(),
+            full.teacher_hidden[rows].double(),
+        )
         part = Inputs(hidden, weight, teacher_hidden, teacher_weight, full.targets[rows], full.shard)
         part_loss = loss(part, None) * (len(hidden) / len(full.hidden))
         part_loss.backward()
@@ -237,7 +262,9 @@ def error_of(result: Result, wanted: Result, shard: VocabShard) -> float:
     all_reduce(hidden_grad, shard.group)
     own_rows = slice(shard.start, shard.start + shard.width)
     pairs = ((loss, wanted[0]), (hidden_grad, wanted[1]), (weight_grad[: shard.width], wanted[2][own_rows]))
-    return torch.stack([(found - expected).norm() / expected.norm() for found, expected in pairs]).max().item()
+    return (
+        torch.stack([(found - expected).norm() / expected.norm() for found, expected in pairs]).max().item()
+    )
 
 
 def memory(device: torch.device, most: bool = False) -> int:
@@ -254,7 +281,9 @@ def memory(device: torch.device, most: bool = False) -> int:
         libc.mallopt(trim_threshold, 64 * 2**20)
     else:
         gc.collect()
-        libc.mallopt(mmap_threshold, 2**20)  # tensors go back to the system when freed, not into the holes of a heap
+        libc.mallopt(
+            mmap_threshold, 2**20
+        )  # tensors go back to the system when freed, not into the holes of a heap
         libc.malloc_trim(0)  # else what earlier rows freed would be used again without being counted
         Path("/proc/self/clear_refs").write_text("5")  # the peak is what is in use
     return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
@@ -279,7 +308,11 @@ def measure(name: str, x: Inputs, chunk: int | None, repeats: int, wanted: Resul
     before = memory(device)
     method = prepare(x, chunk)
     result, first = timed()
-    extra_bytes = memory(device, most=True) - before - sum(tensor.numel() * tensor.element_size() for tensor in result[1:])
+    extra_bytes = (
+        memory(device, most=True)
+        - before
+        - sum(tensor.numel() * tensor.element_size() for tensor in result[1:])
+    )
     error = 0.0 if wanted is None else error_of(result, wanted, x.shard)
     del result
     seconds = [timed()[1] for _ in range(repeats)] or [first]
@@ -311,16 +344,32 @@ def table(options: argparse.Namespace, device: torch.device) -> tuple[list[dict]
 
 def sweep(options: argparse.Namespace, device: torch.device) -> list[dict]:
     """`ours` at several numbers of tokens, once each."""
-    one = lambda tokens: measure("ours", own_part(make_inputs(tokens, options, device)), options.chunk, repeats=0)  # noqa: E731
+    one = lambda tokens: measure(
+        "ours", own_part(make_inputs(tokens, options, device)), options.chunk, repeats=0
+    )  # noqa: E731
     return [one(tokens) | {"name": f"ours T={tokens}"} for tokens in options.sweep_tokens]
 
 
-def show(options: argparse.Namespace, device: torch.device, rows: list[dict], skipped: dict[str, str]) -> None:
+def show(
+    options: argparse.Namespace, device: torch.device, rows: list[dict], skipped: dict[str, str]
+) -> None:
     """Print, and append to --output."""
     names = ("tokens", "hidden", "vocab", "tensor_parallel", "chunk", "dtype", "threads")
-    shape = {name: getattr(options, name) for name in names} | ({"tokens": options.sweep_tokens} if options.sweep_tokens else {})
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU, {options.threads} threads"
-    report = {"device": name, "date": datetime.date.today().isoformat(), "shape": shape, "rows": rows, "skipped": skipped}
+    shape = {name: getattr(options, name) for name in names} | (
+        {"tokens": options.sweep_tokens} if options.sweep_tokens else {}
+    )
+    name = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"{platform.machine()} CPU, {options.threads} threads"
+    )
+    report = {
+        "device": name,
+        "date": datetime.date.today().isoformat(),
+        "shape": shape,
+        "rows": rows,
+        "skipped": skipped,
+    }
     if options.output:
         with options.output.open("a") as file:
             file.write(json.dumps(report) + "\n")
@@ -331,7 +380,9 @@ def show(options: argparse.Namespace, device: torch.device, rows: list[dict], sk
     for row in rows:
         ratio = f"{row['ratio']:5.2f}" if "ratio" in row else ""
         error = f"  error {row['error']:.1e}" if "error" in row else ""
-        print(f"{row['name']:>20}  {row['seconds']:8.3f} s  {ratio}  +{row['extra_bytes'] / 2**20:7.0f} MiB{error}")
+        print(
+            f"{row['name']:>20}  {row['seconds']:8.3f} s  {ratio}  +{row['extra_bytes'] / 2**20:7.0f} MiB{error}"
+        )
     for name, reason in skipped.items():
         print(f"{name:>20}  skipped: {reason}")
 
@@ -344,7 +395,9 @@ def run(rank: int, options: argparse.Namespace, meeting: str | None = None) -> N
         torch.cuda.set_device(device)
     if meeting is not None:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, init_method=f"file://{meeting}", rank=rank, world_size=options.tensor_parallel)
+        dist.init_process_group(
+            backend, init_method=f"file://{meeting}", rank=rank, world_size=options.tensor_parallel
+        )
     rows, skipped = (sweep(options, device), {}) if options.sweep_tokens else table(options, device)
     if rank == 0:
         show(options, device, rows, skipped)
@@ -358,21 +411,39 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--vocab", type=int, default=151_936)
-    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="N processes, each with its vocabulary shard")
-    parser.add_argument("--chunk", type=int, help=f"tokens a tile (the library's own choice; for the bare products {GEMM_TOKENS})")
+    parser.add_argument(
+        "--tensor-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="N processes, each with its vocabulary shard",
+    )
+    parser.add_argument(
+        "--chunk",
+        type=int,
+        help=f"tokens a tile (the library's own choice; for the bare products {GEMM_TOKENS})",
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each process")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--sweep-tokens", type=int, nargs="+", metavar="T", help="instead of the rows: `ours` once at each T")
+    parser.add_argument(
+        "--sweep-tokens", type=int, nargs="+", metavar="T", help="instead of the rows: `ours` once at each T"
+    )
     parser.add_argument("--no-error", action="store_true", help="skip the float64 reference")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="append the JSON object to FILE, as one line")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="append the JSON object to FILE, as one line"
+    )
     options = parser.parse_args()
     if options.tensor_parallel > 1:
         with tempfile.TemporaryDirectory() as folder:
-            torch.multiprocessing.spawn(run, args=(options, f"{folder}/meeting"), nprocs=options.tensor_parallel)
+            torch.multiprocessing.spawn(
+                run, args=(options, f"{folder}/meeting"), nprocs=options.tensor_parallel
+            )
     else:
         run(0, options)
 

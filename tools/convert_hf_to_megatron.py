@@ -22,8 +22,12 @@ from megatron_srpo.weights.sources import HFTensors
 
 def main() -> int:
     """Convert. Returns the exit status: 2 for an error."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hf-path", type=Path, required=True, metavar="DIR", help="config.json and safetensors")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--hf-path", type=Path, required=True, metavar="DIR", help="config.json and safetensors"
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new or empty folder")
     add_dtype(parser)
     field = ModelSection.model_fields["make_vocab_size_divisible_by"]
@@ -40,7 +44,14 @@ def main() -> int:
 
     def work(processes: Processes) -> int:
         folder = HFFolder(options.hf_path)
-        to_megatron(HFTensors(folder), folder, options.output, processes, DTYPES[options.dtype], options.make_vocab_size_divisible_by)
+        to_megatron(
+            HFTensors(folder),
+            folder,
+            options.output,
+            processes,
+            DTYPES[options.dtype],
+            options.make_vocab_size_divisible_by,
+        )
         return 0
 
     return run_tool(work)

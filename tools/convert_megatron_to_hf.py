@@ -28,11 +28,18 @@ from megatron_srpo.weights.sources import MegatronTensors, checkpoint_folder
 
 def main() -> int:
     """Convert. Returns the exit status: 2 for an error."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
     parser.add_argument("--hf-reference", type=Path, required=True, metavar="DIR")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new or empty folder")
-    parser.add_argument("--weights", choices=["policy", "teacher"], default="policy", help="of a training run (default: policy)")
+    parser.add_argument(
+        "--weights",
+        choices=["policy", "teacher"],
+        default="policy",
+        help="of a training run (default: policy)",
+    )
     add_dtype(parser)
     options = parser.parse_args()
 
@@ -41,9 +48,13 @@ def main() -> int:
         if is_of_a_run(options.checkpoint):
             source = RunTensors(options.checkpoint, options.weights)
             if source.architecture != reference.architecture:
-                raise FileError(f"{options.hf_reference}: its config.json is not that of the model in {source.folder}")
+                raise FileError(
+                    f"{options.hf_reference}: its config.json is not that of the model in {source.folder}"
+                )
         elif options.weights == "teacher":
-            raise FileError(f"--weights teacher: {options.checkpoint} is no training run's folder, which alone has a teacher")
+            raise FileError(
+                f"--weights teacher: {options.checkpoint} is no training run's folder, which alone has a teacher"
+            )
         else:
             source = MegatronTensors(checkpoint_folder(options.checkpoint), reference.architecture)
         to_hf(source, reference, options.output, processes, DTYPES[options.dtype])

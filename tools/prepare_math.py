@@ -35,7 +35,9 @@ def prepare(raw: Path, output: Path) -> str:
 
 def main() -> int:
     """Returns the exit status: 2 when the data cannot be used."""
-    parser = argparse.ArgumentParser(description="A mathematics benchmark as published → questions with short answers.")
+    parser = argparse.ArgumentParser(
+        description="A mathematics benchmark as published → questions with short answers."
+    )
     parser.add_argument("--raw", type=Path, required=True, help="JSONL file")
     parser.add_argument("--output", type=Path, required=True, help="JSONL file to write")
     options = parser.parse_args()

@@ -37,15 +37,22 @@ def prepare(raw: Path, output: Path) -> list[str]:
         name, *expected = DOMAINS[domain]
         train, test = split(read_domain(raw / domain))
         for part, choices in (("train", train), ("test", test)):
-            rows = [{"id": choice.id, "messages": choice.messages, "answer": choice.answer} for choice in choices]
+            rows = [
+                {"id": choice.id, "messages": choice.messages, "answer": choice.answer} for choice in choices
+            ]
             write_questions(rows, output / name / f"{part}.jsonl")
         line = f"{name}: {len(train)} training and {len(test)} test questions"
         if [len(train), len(test)] != expected:
             line += f" (the papers have {expected[0]} and {expected[1]}: this is another version of the data)"
         report.append(line)
         if leaked := leaks(train, test):
-            texts, ids = len({choice.question for choice in leaked}), ", ".join(choice.id for choice in leaked)
-            report.append(f"  {len(leaked)} test questions ({texts} different texts) stand in the training set, too: ids {ids}")
+            texts, ids = (
+                len({choice.question for choice in leaked}),
+                ", ".join(choice.id for choice in leaked),
+            )
+            report.append(
+                f"  {len(leaked)} test questions ({texts} different texts) stand in the training set, too: ids {ids}"
+            )
     return report
 
 
@@ -57,9 +64,15 @@ def leaks(train: Sequence[Choice], test: Sequence[Choice]) -> list[Choice]:
 
 def main() -> int:
     """Returns the exit status: 2 when the data cannot be used."""
-    parser = argparse.ArgumentParser(description="SciKnowEval as published → training and test questions of each science.")
-    parser.add_argument("--raw", type=Path, required=True, help="folder with Chemistry/, Physics/, Biology/, Material/")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write chemistry/, physics/, … into")
+    parser = argparse.ArgumentParser(
+        description="SciKnowEval as published → training and test questions of each science."
+    )
+    parser.add_argument(
+        "--raw", type=Path, required=True, help="folder with Chemistry/, Physics/, Biology/, Material/"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder to write chemistry/, physics/, … into"
+    )
     options = parser.parse_args()
     try:
         print("\n".join(prepare(options.raw, options.output)))

@@ -27,7 +27,13 @@ def prepare(file: Path, output: Path) -> str:
         if question is None:
             left_out[reason] += 1
         else:
-            rows.append({"id": question.id, "messages": [{"role": "user", "content": question.prompt}], "answer": question.calls})
+            rows.append(
+                {
+                    "id": question.id,
+                    "messages": [{"role": "user", "content": question.prompt}],
+                    "answer": question.calls,
+                }
+            )
     if not rows:
         raise ConfigError(f"{file}: holds no usable question ({dict(left_out)})")
     write_questions(rows, output)
@@ -40,7 +46,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="ToolAlpaca as published → training and test questions.")
     parser.add_argument("--train", type=Path, help="train_data.json")
     parser.add_argument("--test", type=Path, help="eval_simulated.json or eval_real.json")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write train.jsonl and test.jsonl into")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder to write train.jsonl and test.jsonl into"
+    )
     options = parser.parse_args()
     if options.train is None and options.test is None:
         parser.error("--train or --test: name at least one file")

@@ -20,7 +20,9 @@ from torch.distributed.run import main
 
 def hand_to_ranks(number: int, frame) -> None:
     """Signal the ranks and go on waiting for them; where there are none yet, leave."""
-    ranks = [int(word) for file in Path("/proc/self/task").glob("*/children") for word in file.read_text().split()]
+    ranks = [
+        int(word) for file in Path("/proc/self/task").glob("*/children") for word in file.read_text().split()
+    ]
     for rank in ranks:
         os.kill(rank, number)
     if not ranks:
@@ -29,7 +31,9 @@ def hand_to_ranks(number: int, frame) -> None:
 
 def run() -> int:
     """Returns the exit status."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it would end torchrun; the ranks set a handler of their own
+    signal.signal(
+        signal.SIGUSR1, signal.SIG_IGN
+    )  # it would end torchrun; the ranks set a handler of their own
     signal.signal(signal.SIGTERM, hand_to_ranks)
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGINT,SIGHUP,SIGQUIT"  # torchrun's own handlers
     try:

@@ -37,7 +37,10 @@ def tensors_are_equal(first: Tensors, second: Tensors, tolerance: float) -> bool
             equal = False
             print(found, flush=True)
     if equal:
-        print(f"{len(first.names())} tensors are " + (f"equal within {tolerance}; {tolerated} not exactly" if tolerated else "equal"))
+        print(
+            f"{len(first.names())} tensors are "
+            + (f"equal within {tolerance}; {tolerated} not exactly" if tolerated else "equal")
+        )
     return equal
 
 
@@ -50,13 +53,32 @@ def logits_are_equal(first: Tensors, second: Tensors, folder: Path, tolerance: f
 
 def main() -> int:
     """Compare. Returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("first", type=Path, metavar="A")
     parser.add_argument("second", type=Path, metavar="B")
-    parser.add_argument("--hf-reference", type=Path, metavar="DIR", help="whose config.json describes both, where neither has one")
-    parser.add_argument("--weights", choices=["policy", "teacher"], default="policy", help="of a training run (default: policy)")
-    parser.add_argument("--tolerance", type=float, default=0.0, help="largest absolute difference of weights and logits that is none")
-    parser.add_argument("--no-logits", action="store_true", help="for models that do not fit in memory in fp32")
+    parser.add_argument(
+        "--hf-reference",
+        type=Path,
+        metavar="DIR",
+        help="whose config.json describes both, where neither has one",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=["policy", "teacher"],
+        default="policy",
+        help="of a training run (default: policy)",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.0,
+        help="largest absolute difference of weights and logits that is none",
+    )
+    parser.add_argument(
+        "--no-logits", action="store_true", help="for models that do not fit in memory in fp32"
+    )
     options = parser.parse_args()
     quieten_libraries()
 
@@ -64,7 +86,9 @@ def main() -> int:
         given = options.hf_reference and HFFolder(options.hf_reference)
         reference = given or architecture_folder(options.first) or architecture_folder(options.second)
         if reference is None:
-            raise FileError(f"{options.first} and {options.second} have no config.json; name a Hugging Face folder with --hf-reference")
+            raise FileError(
+                f"{options.first} and {options.second} have no config.json; name a Hugging Face folder with --hf-reference"
+            )
         first, second = (
             RunTensors(path, options.weights) if is_of_a_run(path) else open_tensors(path, reference)
             for path in (options.first, options.second)

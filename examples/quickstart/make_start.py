@@ -86,12 +86,21 @@ def make_tokenizer(task: Addition) -> PreTrainedTokenizerFast:
             corpus += [solution, teacher_messages(prompt.messages, solution)[-1]["content"]]
     bpe = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(PRE_TOKEN), behavior="isolated")
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     bpe.decoder = decoders.ByteLevel()
     special, alphabet = [PAD, START, END], pre_tokenizers.ByteLevel.alphabet()
-    options = {"vocab_size": VOCABULARY, "special_tokens": special, "initial_alphabet": alphabet, "show_progress": False}
+    options = {
+        "vocab_size": VOCABULARY,
+        "special_tokens": special,
+        "initial_alphabet": alphabet,
+        "show_progress": False,
+    }
     bpe.train_from_iterator(corpus, trainers.BpeTrainer(**options))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=PAD, padding_side="left")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=END, pad_token=PAD, padding_side="left"
+    )
     tokenizer.chat_template = CHATML
     return tokenizer
 
@@ -118,7 +127,9 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
 
 def encode(tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict[str, str]]) -> list[int]:
     """Token ids of chat messages with the assistant's header, without a folder to read them from yet."""
-    return tokenizer(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)).input_ids
+    return tokenizer(
+        tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    ).input_ids
 
 
 def batches(task: Addition, tokenizer: PreTrainedTokenizerFast, count: int) -> Iterator[list[Row]]:
@@ -137,7 +148,9 @@ def batches(task: Addition, tokenizer: PreTrainedTokenizerFast, count: int) -> I
             else:  # a guess: so many hundreds, and something
                 answer = answer_directly((a + b) // 100 * 100 + rng.randrange(100))
             messages = teacher_messages(prompt.messages, answer) if shown else prompt.messages
-            rows.append(Row(encode(tokenizer, messages), tokenizer(answer).input_ids + [tokenizer.eos_token_id]))
+            rows.append(
+                Row(encode(tokenizer, messages), tokenizer(answer).input_ids + [tokenizer.eos_token_id])
+            )
         yield rows
 
 
@@ -174,16 +187,24 @@ def warm_up(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, task: A
         optimizer.step()
         optimizer.zero_grad()
         if step % 50 == 0 or step == steps:
-            print(f"step {step:4d}/{steps}  loss {total:.4f}  {time.perf_counter() - began:5.0f} s", flush=True)
+            print(
+                f"step {step:4d}/{steps}  loss {total:.4f}  {time.perf_counter() - began:5.0f} s", flush=True
+            )
 
 
 @torch.inference_mode()
-def sample(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[list[int]]) -> list[list[int]]:
+def sample(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[list[int]]
+) -> list[list[int]]:
     """One response to each prompt at temperature 1, its end-of-turn token included."""
     responses = []
     for start in range(0, len(prompts), SAMPLING_BATCH):
-        batch = tokenizer.pad({"input_ids": list(prompts[start : start + SAMPLING_BATCH])}, return_tensors="pt")
-        ids = model.generate(**batch, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=MAX_RESPONSE)
+        batch = tokenizer.pad(
+            {"input_ids": list(prompts[start : start + SAMPLING_BATCH])}, return_tensors="pt"
+        )
+        ids = model.generate(
+            **batch, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=MAX_RESPONSE
+        )
         for row in ids[:, batch["input_ids"].shape[1] :].tolist():
             end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
             responses.append(row[:end])
@@ -203,15 +224,23 @@ def measure(path: Path, task: Addition) -> None:
     prompts = [task.prompt("test", index) for index in range(TEST_PROMPTS) for _ in range(GROUP)]
     asked = [folder.encode(list(prompt.messages)) for prompt in prompts]
 
-    def attempt(chosen: Sequence[int], ids: Sequence[list[int]]) -> tuple[list[list[int]], list[str], list[bool]]:
+    def attempt(
+        chosen: Sequence[int], ids: Sequence[list[int]]
+    ) -> tuple[list[list[int]], list[str], list[bool]]:
         responses = sample(model, tokenizer, ids)
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        return responses, texts, [verify(prompts[n].answer, text).correct for n, text in zip(chosen, texts, strict=True)]
+        return (
+            responses,
+            texts,
+            [verify(prompts[n].answer, text).correct for n, text in zip(chosen, texts, strict=True)],
+        )
 
     responses, texts, right = attempt(range(len(prompts)), asked)
     in_steps = [right[n] for n, text in enumerate(texts) if text.startswith("Steps")]
     direct = [right[n] for n, text in enumerate(texts) if not text.startswith("Steps")]
-    print(f"pass rate {mean(right):.3f} of {len(right)} samples at temperature 1, {TEST_PROMPTS} test prompts")
+    print(
+        f"pass rate {mean(right):.3f} of {len(right)} samples at temperature 1, {TEST_PROMPTS} test prompts"
+    )
     print(f"  in steps {mean(in_steps):.3f} of {len(in_steps)}, direct {mean(direct):.3f} of {len(direct)}")
 
     rng = random.Random(task.seed)
@@ -224,18 +253,25 @@ def measure(path: Path, task: Addition) -> None:
                 demonstration = clean_demonstration(texts[rng.choice(siblings)])
                 taught.append(folder.encode(teacher_messages(prompts[n].messages, demonstration)))
     mixed = len({n // GROUP for n in failed})
-    print(f"  {mixed} of {TEST_PROMPTS} groups of {GROUP} are mixed; {len(failed)} failed samples have a right sibling")
+    print(
+        f"  {mixed} of {TEST_PROMPTS} groups of {GROUP} are mixed; {len(failed)} failed samples have a right sibling"
+    )
     if failed:
         alone, shown = mean(attempt(failed, [asked[n] for n in failed])[2]), mean(attempt(failed, taught)[2])
         print(f"  those sampled again: {alone:.3f} right alone, {shown:.3f} with the sibling's solution")
     lengths = {"prompt": asked, "teacher's prompt": taught, "response": responses}
-    print("  longest in tokens: " + ", ".join(f"{name} {max(map(len, ids), default=0)}" for name, ids in lengths.items()))
+    print(
+        "  longest in tokens: "
+        + ", ".join(f"{name} {max(map(len, ids), default=0)}" for name, ids in lengths.items())
+    )
 
 
 def main() -> None:
     """Make the folder, then measure it."""
     parser = argparse.ArgumentParser(description="Make the quick start's starting checkpoint.")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("start"), help="a new or empty folder")
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).with_name("start"), help="a new or empty folder"
+    )
     parser.add_argument("--seed", type=int, default=1, help="decides the weights, the sums and the samples")
     parser.add_argument("--steps", type=int, default=STEPS, help="supervised steps")
     options = parser.parse_args()
@@ -253,7 +289,9 @@ def main() -> None:
     warm_up(model, tokenizer, task, options.steps)
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
-    settings = options.output / "tokenizer_config.json"  # a class name that transformers 4 and the engines built on it know
+    settings = (
+        options.output / "tokenizer_config.json"
+    )  # a class name that transformers 4 and the engines built on it know
     settings.write_text(settings.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
     print(f"wrote {options.output}", flush=True)
     measure(options.output, task)

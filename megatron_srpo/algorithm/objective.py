@@ -49,7 +49,9 @@ def policy_term(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, algorit
     return loss
 
 
-def routed_objective(logprob: Tensor, divergence: Tensor | None, terms: TokenTerms, algorithm: Algorithm) -> Tensor:
+def routed_objective(
+    logprob: Tensor, divergence: Tensor | None, terms: TokenTerms, algorithm: Algorithm
+) -> Tensor:
     """Σ_t policy_weight · ρ · ℓ^GRPO + distillation_weight · ρ · min(sg[w], cap) · ℓ^SDPO, a scalar; without a cap ρ and sg[w] are 1.
 
     Args:

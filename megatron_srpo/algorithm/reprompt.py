@@ -42,7 +42,9 @@ def clean_demonstration(text: str) -> str:
     return text.strip()
 
 
-def teacher_messages(messages: Sequence[Message], demonstration: str, feedback: str | None = None) -> list[Message]:
+def teacher_messages(
+    messages: Sequence[Message], demonstration: str, feedback: str | None = None
+) -> list[Message]:
     """System messages unchanged, then one user message: question, solution, optional feedback, final sentence.
 
     An empty demonstration leaves the solution out: the feedback alone teaches.
@@ -52,7 +54,9 @@ def teacher_messages(messages: Sequence[Message], demonstration: str, feedback: 
     *system, user = messages
     if user["role"] != "user" or any(message["role"] != "system" for message in system):
         roles = [message["role"] for message in messages]
-        raise ValueError(f"a prompt must be system messages and one final user message to be shown to the teacher, not {roles}")
+        raise ValueError(
+            f"a prompt must be system messages and one final user message to be shown to the teacher, not {roles}"
+        )
     content = f"{user['content']}\n"
     if demonstration.strip():
         content += f"Correct solution:\n\n{demonstration}\n\n"
@@ -93,4 +97,8 @@ def build_teacher_prompt(
         else:
             high = middle - 1
     shows_solution = bool(demonstration[:characters].strip())
-    return TeacherPrompt(best, shows_solution, True) if best is not None and (shows_solution or feedback) else NOTHING_SHOWN
+    return (
+        TeacherPrompt(best, shows_solution, True)
+        if best is not None and (shows_solution or feedback)
+        else NOTHING_SHOWN
+    )

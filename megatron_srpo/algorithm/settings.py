@@ -17,20 +17,33 @@ class Algorithm(BaseModel):
 
     name: str
     lr: float = Field(gt=0, description="the paper's learning rate, used when optimizer.lr is not given")
-    mini_batch_prompts: int | None = Field(None, gt=0, description="prompts per optimizer step; null: the whole batch at once")
+    mini_batch_prompts: int | None = Field(
+        None, gt=0, description="prompts per optimizer step; null: the whole batch at once"
+    )
 
-    advantage_std: bool = Field(False, description="divide the advantage by the group's standard deviation (ddof 1, eps 1e-6)")
-    clip_low: float = Field(0.2, ge=0, lt=1, description="the ratio is clipped to [1 - clip_low, 1 + clip_high]")
+    advantage_std: bool = Field(
+        False, description="divide the advantage by the group's standard deviation (ddof 1, eps 1e-6)"
+    )
+    clip_low: float = Field(
+        0.2, ge=0, lt=1, description="the ratio is clipped to [1 - clip_low, 1 + clip_high]"
+    )
     clip_high: float = Field(0.28, ge=0)
-    dual_clip: float | None = Field(3.0, gt=1, description="c: the loss of a negative advantage is at most -c·A; null: no bound")
+    dual_clip: float | None = Field(
+        3.0, gt=1, description="c: the loss of a negative advantage is at most -c·A; null: no bound"
+    )
     importance_cap: float | None = Field(
-        2.0, gt=0, description="cap of π_old/π_roll (TIS) and of π_θ/π_old in the distillation; null: no importance correction"
+        2.0,
+        gt=0,
+        description="cap of π_old/π_roll (TIS) and of π_θ/π_old in the distillation; null: no importance correction",
     )
     loss_aggregation: Literal["token_mean", "seq_mean"] = Field(
-        "token_mean", description="one denominator for all tokens; seq_mean averages per-sequence means, as the SDPO code"
+        "token_mean",
+        description="one denominator for all tokens; seq_mean averages per-sequence means, as the SDPO code",
     )
 
-    divergence: Literal["jsd", "forward", "reverse"] = Field("jsd", description="student p, teacher q: jsd(α), KL(q‖p), KL(p‖q)")
+    divergence: Literal["jsd", "forward", "reverse"] = Field(
+        "jsd", description="student p, teacher q: jsd(α), KL(q‖p), KL(p‖q)"
+    )
     divergence_alpha: float = Field(0.5, gt=0, lt=1, description="α of jsd: m = (1-α)p + αq")
     divergence_support: Literal["full", "student_topk", "teacher_topk", "sampled"] = Field(
         "full",
@@ -39,7 +52,9 @@ class Algorithm(BaseModel):
     )
     divergence_topk: int = Field(100, gt=0, description="K of student_topk and teacher_topk")
     entropy_beta: float = Field(0.0, ge=0, description="β of w = exp(-β H) / mean; 0: no weighting")
-    entropy_weight_cap: float | None = Field(None, gt=0, description="optional upper bound of w, applied after normalisation")
+    entropy_weight_cap: float | None = Field(
+        None, gt=0, description="optional upper bound of w, applied after normalisation"
+    )
 
     @model_validator(mode="after")
     def _one_sample_estimates_the_reverse_kl(self):

@@ -40,7 +40,9 @@ class Piece(NamedTuple):
     @property
     def key(self) -> str:
         """Its name in the file."""
-        return f"{self.kind}|{self.name}|{self.part}/{self.parts}|{'x'.join(map(str, self.shape))}|{self.start}"
+        return (
+            f"{self.kind}|{self.name}|{self.part}/{self.parts}|{'x'.join(map(str, self.shape))}|{self.start}"
+        )
 
     @classmethod
     def parse(cls, key: str) -> Piece:
@@ -84,7 +86,11 @@ class SavedTensors:
     def generators(self, rank: int) -> dict[str, Tensor]:
         """The random states that rank `rank` saved, by name."""
         file = self._files[rank]
-        return {key.removeprefix(GENERATOR): file.get_tensor(key) for key in file.keys() if key.startswith(GENERATOR)}  # noqa: SIM118
+        return {
+            key.removeprefix(GENERATOR): file.get_tensor(key)
+            for key in file.keys()
+            if key.startswith(GENERATOR)
+        }  # noqa: SIM118
 
     def read(self, own: Piece, end: int, row: Row) -> Tensor:
         """Flat elements own.start … end - 1 of a rank's part of a parameter, in the dtype they were saved in."""
@@ -121,5 +127,7 @@ class SavedTensors:
                 covered += last - first
         if found is None and start < end or covered != end - start:
             one = pieces[0][0]
-            raise DamagedCheckpoint(f"{one.kind} {one.name}: {covered} of elements {start} … {end - 1} of part {part} are there")
+            raise DamagedCheckpoint(
+                f"{one.kind} {one.name}: {covered} of elements {start} … {end - 1} of part {part} are there"
+            )
         return torch.empty(0) if found is None else found

@@ -50,8 +50,14 @@ def check_run_folder(config: Config, architecture: Architecture) -> None:
     directory = config.logging.dir
     check_writable(directory)
     if (directory / "samples").exists():
-        raise ConfigError(f"logging.dir: {directory.resolve()} holds an evaluation; name another folder for the run")
-    held = [name for name in ("metrics.jsonl", "rollouts", "checkpoints", "hf", "hf.partial") if (directory / name).exists()]
+        raise ConfigError(
+            f"logging.dir: {directory.resolve()} holds an evaluation; name another folder for the run"
+        )
+    held = [
+        name
+        for name in ("metrics.jsonl", "rollouts", "checkpoints", "hf", "hf.partial")
+        if (directory / name).exists()
+    ]
     if not held:
         return
     what = f"logging.dir: {directory.resolve()} already holds a run ({', '.join(held)})"
@@ -59,7 +65,9 @@ def check_run_folder(config: Config, architecture: Architecture) -> None:
         raise ConfigError(f"{what}; name another folder, or set resume: auto to go on with it")
     has_checkpoint = bool(folders.steps(directory / "checkpoints"))
     if _was_only_sampled(directory):
-        raise ConfigError(f"{what} of the sample command; name another folder (and train on its samples by rollout.replay)")
+        raise ConfigError(
+            f"{what} of the sample command; name another folder (and train on its samples by rollout.replay)"
+        )
     if not has_checkpoint and ("hf" in held or not config.checkpoint.save_interval):
         raise ConfigError(f"{what} without a checkpoint to go on from; name another folder")
     before, source = _configuration_of(directory, what)
@@ -67,7 +75,9 @@ def check_run_folder(config: Config, architecture: Architecture) -> None:
     if refused := [key for key in changes if not _may_change(key, ("resume", *config.resume.override))]:
         lines = [f"{key}: was {changes[key][0]!r}, is now {changes[key][1]!r}" for key in refused]
         raise ConfigError(
-            f"{what} with another configuration ({source}):\n  " + "\n  ".join(lines) + "\nname another folder; or, if the run may go on"
+            f"{what} with another configuration ({source}):\n  "
+            + "\n  ".join(lines)
+            + "\nname another folder; or, if the run may go on"
             " with these changes, add their keys to resume.override"
         )
     for step in folders.steps(directory / "checkpoints")[:1]:
@@ -107,7 +117,9 @@ def _check_model(folder: Path, architecture: Architecture) -> None:
         return  # said, and passed over, when it is looked at
     changes = differences(saved, dataclasses.asdict(architecture))
     if changes:
-        lines = [f"{key}: the checkpoint has {old!r}, model.hf_path {new!r}" for key, (old, new) in changes.items()]
+        lines = [
+            f"{key}: the checkpoint has {old!r}, model.hf_path {new!r}" for key, (old, new) in changes.items()
+        ]
         raise ConfigError(f"logging.dir: {folder} is a checkpoint of another model:\n  " + "\n  ".join(lines))
 
 
@@ -118,7 +130,9 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> d
         one, other = old.get(key), new.get(key)
         if isinstance(one, dict) and isinstance(other, dict):
             found |= differences(one, other, f"{prefix}{key}.")
-        elif (list(one) if isinstance(one, tuple) else one) != (list(other) if isinstance(other, tuple) else other):
+        elif (list(one) if isinstance(one, tuple) else one) != (
+            list(other) if isinstance(other, tuple) else other
+        ):
             found[f"{prefix}{key}"] = one, other
     return found
 
@@ -146,7 +160,9 @@ def find(config: Config, layout: Layout, say: Callable[[str], None]) -> Checkpoi
         return None
     found = folders.newest_whole(directory, check, say)
     if found is None:
-        raise ConfigError(f"logging.dir: no checkpoint in {directory.resolve()} is whole; remove that folder to start the run anew")
+        raise ConfigError(
+            f"logging.dir: no checkpoint in {directory.resolve()} is whole; remove that folder to start the run anew"
+        )
     return Checkpoint(*found)
 
 

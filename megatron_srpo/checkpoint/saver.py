@@ -37,14 +37,18 @@ class Saver:
     on_commit(step): called on the first rank, in the writing thread, when the checkpoint of `step` is whole.
     """
 
-    def __init__(self, directory: Path, settings: CheckpointSection, layout: Layout, on_commit: Callable[[int], None]):
+    def __init__(
+        self, directory: Path, settings: CheckpointSection, layout: Layout, on_commit: Callable[[int], None]
+    ):
         self.directory, self.settings, self.layout, self.on_commit = directory, settings, layout, on_commit
         if layout.rank == 0:
             folders.tidy(directory)
         # A name that no other run's ranks use: what they leave behind is never taken for ours.
         self.session = layout.gather_bytes(f"{time.time_ns():x}".encode())[0].decode()
         if not directory.parent.is_dir():
-            raise ConfigError(f"logging.dir: {directory.parent} was made by the first rank, but rank {layout.rank} does not see it")
+            raise ConfigError(
+                f"logging.dir: {directory.parent} was made by the first rank, but rank {layout.rank} does not see it"
+            )
         self._thread: threading.Thread | None = None
         self._problem: str | None = None  # of the last checkpoint
         self._untold: str | None = None
@@ -56,7 +60,9 @@ class Saver:
         """
         self._join()
         partial = self.directory / f".step_{manifest.step:06d}.{self.session}"
-        self._thread = threading.Thread(target=self._write, args=(partial, tensors, manifest), name="checkpoint", daemon=True)
+        self._thread = threading.Thread(
+            target=self._write, args=(partial, tensors, manifest), name="checkpoint", daemon=True
+        )
         self._thread.start()
         if not self.settings.async_save:
             self._join()
@@ -84,13 +90,17 @@ class Saver:
             try:
                 note: dict[str, Any] = write_tensors(partial / name, tensors).model_dump()
             except Exception as error:  # a full disk, a quota: the first rank will say it
-                (partial / name).unlink(missing_ok=True)  # or there would be no room for the note that the first rank waits for
+                (partial / name).unlink(
+                    missing_ok=True
+                )  # or there would be no room for the note that the first rank waits for
                 note = {"error": f"rank {self.layout.rank}: {error}"}
             write_text(partial / f"{name}.note", json.dumps(note))
             if self.layout.rank == 0:
                 self._finish(partial, manifest)
         except Exception as error:  # the first rank's own, or a rank that cannot even leave a note
-            self._problem = self._untold = f"the checkpoint of step {manifest.step} could not be written: {error}"
+            self._problem = self._untold = (
+                f"the checkpoint of step {manifest.step} could not be written: {error}"
+            )
 
     def _finish(self, partial: Path, manifest: Manifest) -> None:
         """On the first rank: wait for all ranks' notes, then give the checkpoint its name and remove old ones."""

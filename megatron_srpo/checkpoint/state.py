@@ -38,7 +38,10 @@ def snapshot(trainer: Trainer) -> dict[str, Tensor]:
 
 def numbers(trainer: Trainer) -> dict[str, int]:
     """What the trainer knows besides tensors, the same on every rank."""
-    return {"schedule_steps": trainer.optimizer.schedule.num_steps, "optimizer_updates": trainer.optimizer.updates}
+    return {
+        "schedule_steps": trainer.optimizer.schedule.num_steps,
+        "optimizer_updates": trainer.optimizer.updates,
+    }
 
 
 @torch.no_grad()
@@ -49,16 +52,22 @@ def restore(trainer: Trainer, saved: SavedTensors, state: dict[str, int]) -> Non
     optimizer.schedule.num_steps, optimizer.updates = state["schedule_steps"], state["optimizer_updates"]
 
     def read(kind: str, start: int, end: int, row: Row, parameter: Parameter, part: Part) -> Tensor:
-        return saved.read(Piece(kind, part.name, part.number, part.parts, tuple(parameter.shape), start), end, row)
+        return saved.read(
+            Piece(kind, part.name, part.number, part.parts, tuple(parameter.shape), start), end, row
+        )
 
     for where in _parameters(trainer):
         parameter = where[1]
         policy = read("policy", 0, parameter.numel(), *where)
         parameter.view(-1).copy_(policy)
         start, end = optimizer.held_range(parameter)
-        optimizer.restore(parameter, policy[start:end], {name: read(name, start, end, *where) for name in MOMENTS})
+        optimizer.restore(
+            parameter, policy[start:end], {name: read(name, start, end, *where) for name in MOMENTS}
+        )
     if teacher is not None and teacher.has_weights:
-        everything = ((read("teacher", 0, w[1].numel(), *w), optimizer.shard_of(w[1])) for w in _parameters(trainer))
+        everything = (
+            (read("teacher", 0, w[1].numel(), *w), optimizer.shard_of(w[1])) for w in _parameters(trainer)
+        )
         teacher.restore(everything)
 
 

@@ -23,7 +23,11 @@ def is_of_a_run(path: Path) -> bool:
 def checkpoint_of(path: Path) -> Path:
     """The newest checkpoint of the run at `path`, or the checkpoint at `path` itself."""
     checkpoints = path / "checkpoints"
-    return path if (path / "manifest.json").exists() else folders.folder_of(checkpoints, folders.steps(checkpoints)[0])
+    return (
+        path
+        if (path / "manifest.json").exists()
+        else folders.folder_of(checkpoints, folders.steps(checkpoints)[0])
+    )
 
 
 class RunTensors:
@@ -40,7 +44,9 @@ class RunTensors:
         self._dtype = getattr(torch, manifest.dtype)
         self._saved = SavedTensors([self.folder / name for name in sorted(manifest.files)], self.architecture)
         if kind not in self._saved.kinds():
-            raise FileError(f"{self.folder}: holds no {kind}: this run has none besides the policy (grpo, or teacher.kind: live)")
+            raise FileError(
+                f"{self.folder}: holds no {kind}: this run has none besides the policy (grpo, or teacher.kind: live)"
+            )
         self._shapes = self.architecture.tensor_shapes()
         self._places = {name: place for place in places(self.architecture) for name in place.names}
         self._last: tuple[Place, dict[str, Tensor]] | None = None

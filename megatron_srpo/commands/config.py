@@ -87,14 +87,28 @@ def _algorithm_keys() -> Iterator[Key]:
     """A key with the same default in all algorithms once; else with each one's own."""
     algorithms = {"srpo": SRPO, "grpo": GRPO, "sdpo": SDPO, "advantage_mix": AdvantageMix}
     for name in dict.fromkeys(name for model in algorithms.values() for name in model.model_fields):
-        fields = {label: model.model_fields[name] for label, model in algorithms.items() if name in model.model_fields}
+        fields = {
+            label: model.model_fields[name]
+            for label, model in algorithms.items()
+            if name in model.model_fields
+        }
         defaults = {label: _default(field) for label, field in fields.items()}
         first = next(iter(fields.values()))
         if name == "name":
-            yield Key("algorithm.name", " | ".join(algorithms), "srpo", "the method; sets its paper's defaults", PAPER["algorithm.name"])
+            yield Key(
+                "algorithm.name",
+                " | ".join(algorithms),
+                "srpo",
+                "the method; sets its paper's defaults",
+                PAPER["algorithm.name"],
+            )
             continue
         same = len(set(defaults.values())) == 1 and len(fields) == len(algorithms)
-        default = next(iter(defaults.values())) if same else ", ".join(f"{label}: {value}" for label, value in defaults.items())
+        default = (
+            next(iter(defaults.values()))
+            if same
+            else ", ".join(f"{label}: {value}" for label, value in defaults.items())
+        )
         # A field declared anew in a subclass has the base's meaning.
         description = first.description or Algorithm.model_fields[name].description
         yield _key(f"algorithm.{name}", Algorithm.model_fields.get(name, first), default, description)
@@ -164,7 +178,11 @@ def check(path: Path, overrides: list[str], processes: int | None) -> str:
         raise ConfigError(f"--processes: {processes}; expected 1 or more")
     config = load_config(path, overrides)
     parallel = config.parallel
-    experts = parallel.expert_tensor_size * parallel.expert_model_parallel_size * parallel.pipeline_model_parallel_size
+    experts = (
+        parallel.expert_tensor_size
+        * parallel.expert_model_parallel_size
+        * parallel.pipeline_model_parallel_size
+    )
     processes = processes or math.lcm(parallel.replica_size, experts)
     os.environ["WORLD_SIZE"] = str(processes)
     folder = preflight(config)

@@ -33,7 +33,9 @@ def sample(config: Config) -> Path:
     if config.rollout.replay is not None:
         raise ConfigError("rollout.replay: the sample command samples; leave it out (train replays)")
     if config.rollout.overlap:
-        raise ConfigError("rollout.overlap: 1 overlaps sampling with training; the sample command does not train: set 0")
+        raise ConfigError(
+            "rollout.overlap: 1 overlaps sampling with training; the sample command does not train: set 0"
+        )
     folder = preflight(config.model_copy(update={"resume": ResumeSection(mode="never")}))
     directory, limit = config.logging.dir, config.logging.watchdog_minutes
     with joined(config.parallel, config.train.seed) as layout:
@@ -53,7 +55,9 @@ def _sample_steps(config: Config, folder: HFFolder, layout: Layout, terminal: Te
         save_config(config, directory / "config.yaml")
     # the weights stay: nothing gets stale; and nothing is gone on with: no sample is kept beside the dumps
     stays = {"rollout": config.rollout.model_copy(update={"max_staleness": config.train.steps})}
-    config = config.model_copy(update={**stays, "checkpoint": config.checkpoint.model_copy(update={"save_interval": 0})})
+    config = config.model_copy(
+        update={**stays, "checkpoint": config.checkpoint.model_copy(update={"save_interval": 0})}
+    )
     rollouts, watch = Rollouts(config, folder, layout, terminal.say), Stopwatch(terminal)
     metrics = MetricsFile(directory / "metrics.jsonl" if is_first else Path(os.devnull))
     try:
@@ -77,4 +81,6 @@ def _sample_steps(config: Config, folder: HFFolder, layout: Layout, terminal: Te
     finally:
         rollouts.close()
         metrics.close()
-    terminal.say(f"run folder: {directory}  (metrics.jsonl, rollouts/); train on it with rollout.replay={directory}")
+    terminal.say(
+        f"run folder: {directory}  (metrics.jsonl, rollouts/); train on it with rollout.replay={directory}"
+    )

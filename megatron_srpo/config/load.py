@@ -18,10 +18,15 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 1e-6 as text; everybody means the number."""
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
-SHORT = {"hf_path": "model.hf_path", "checkpoint": "evaluation.checkpoint"}  # what overrides may call by its last name
+SHORT = {
+    "hf_path": "model.hf_path",
+    "checkpoint": "evaluation.checkpoint",
+}  # what overrides may call by its last name
 
 
 def load_config(path: Path, overrides: list[str]) -> Config:
@@ -86,10 +91,14 @@ def _read_yaml(path: Path) -> tuple[dict, dict[str, str]]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except RecursionError:
-        raise ConfigError(f"{path}: is nested without end: an alias (*name) stands inside what it names") from None
+        raise ConfigError(
+            f"{path}: is nested without end: an alias (*name) stands inside what it names"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: is not valid YAML: {error}") from None
-    return {key: {} if value is None and key in Config.model_fields else value for key, value in tree.items()}, places
+    return {
+        key: {} if value is None and key in Config.model_fields else value for key, value in tree.items()
+    }, places
 
 
 def _explain(problem: dict, path: Path, places: dict[str, str]) -> str:
@@ -100,20 +109,30 @@ def _explain(problem: dict, path: Path, places: dict[str, str]) -> str:
     key = ".".join(location)
     message = problem["msg"].removeprefix("Value error, ")
     name, _, rest = message.partition(": ")
-    for named in (name, f"{key}.{name}"):  # a check over several keys names the one to change, in its section or whole
+    for named in (
+        name,
+        f"{key}.{name}",
+    ):  # a check over several keys names the one to change, in its section or whole
         if named in places:
             key, message = named, rest
     place = next((places[nearest] for nearest in _and_above(key) if nearest in places), str(path))
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(location[-1], known := _known_names(location[:-1], problem), n=1)
-        message = "unknown key; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}")
+        message = "unknown key; " + (
+            f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
+        )
     elif problem["type"] == "missing":
         message = "is required"
     elif problem["type"] == "union_tag_invalid":
-        key, known = "algorithm.name", [get_args(model.model_fields["name"].annotation)[0] for model in _algorithms()]
+        key, known = (
+            "algorithm.name",
+            [get_args(model.model_fields["name"].annotation)[0] for model in _algorithms()],
+        )
         given = str(problem["ctx"]["tag"])
         near = difflib.get_close_matches(given, known, n=1)
-        message = f"unknown algorithm {given!r}; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}")
+        message = f"unknown algorithm {given!r}; " + (
+            f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+        )
         place = places.get(key, place)
     elif problem["type"] != "value_error":
         message = f"{message}, not {problem['input']!r}"
@@ -135,7 +154,9 @@ def _known_names(section: list[str], problem: dict) -> list[str]:
     if section[0] == "algorithm":
         by_name = {get_args(model.model_fields["name"].annotation)[0]: model for model in _algorithms()}
         return list(by_name[str(problem["loc"][1])].model_fields)
-    if section[0] in ("task", "evaluation") and len(section) > 1:  # an entry of task.mixture or evaluation.tasks
+    if (
+        section[0] in ("task", "evaluation") and len(section) > 1
+    ):  # an entry of task.mixture or evaluation.tasks
         return list(TaskSource.model_fields)
     model = Config
     for name in section:

@@ -21,40 +21,64 @@ class _Section(BaseModel):
 
 
 class ModelSection(_Section):
-    hf_path: Path = Field(description="Hugging Face folder (config.json, safetensors, tokenizer); the architecture is read from it")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on CUDA, float32 on CPU")
-    transformer_impl: Literal["auto", "local", "transformer_engine"] = Field(
-        "auto", description="auto: Transformer Engine where it is installed and CUDA is there, else local layers"
+    hf_path: Path = Field(
+        description="Hugging Face folder (config.json, safetensors, tokenizer); the architecture is read from it"
     )
-    make_vocab_size_divisible_by: int = Field(16, gt=0, description="pad the vocabulary to a multiple of this times TP")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 on CUDA, float32 on CPU"
+    )
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = Field(
+        "auto",
+        description="auto: Transformer Engine where it is installed and CUDA is there, else local layers",
+    )
+    make_vocab_size_divisible_by: int = Field(
+        16, gt=0, description="pad the vocabulary to a multiple of this times TP"
+    )
 
 
 class ParallelSection(_Section):
     tensor_model_parallel_size: int = Field(1, gt=0)
     pipeline_model_parallel_size: int = Field(1, gt=0)
-    virtual_pipeline_model_parallel_size: int | None = Field(None, gt=1, description="model chunks per pipeline rank (interleaved 1F1B)")
-    context_parallel_size: int = Field(
-        1, gt=0, description="ranks that share every sequence, for long ones: each holds a part of its tokens and activations"
+    virtual_pipeline_model_parallel_size: int | None = Field(
+        None, gt=1, description="model chunks per pipeline rank (interleaved 1F1B)"
     )
-    expert_model_parallel_size: int = Field(1, gt=0, description="ranks that share a layer's experts; they have other tokens")
+    context_parallel_size: int = Field(
+        1,
+        gt=0,
+        description="ranks that share every sequence, for long ones: each holds a part of its tokens and activations",
+    )
+    expert_model_parallel_size: int = Field(
+        1, gt=0, description="ranks that share a layer's experts; they have other tokens"
+    )
     expert_tensor_parallel_size: int | None = Field(
         None, gt=0, description="ranks that share each expert's matrices; null: tensor_model_parallel_size"
     )
     sequence_parallel: bool = False
-    use_distributed_optimizer: bool = Field(True, description="shard the optimizer's state over the data-parallel ranks")
-    overlap_grad_reduce: bool | None = Field(None, description="reduce gradients during the backward pass; null: on CUDA")
+    use_distributed_optimizer: bool = Field(
+        True, description="shard the optimizer's state over the data-parallel ranks"
+    )
+    overlap_grad_reduce: bool | None = Field(
+        None, description="reduce gradients during the backward pass; null: on CUDA"
+    )
     overlap_param_gather: bool | None = Field(
-        None, description="gather updated weights during the next mini-batch's forward pass; null: on CUDA with the distributed optimizer"
+        None,
+        description="gather updated weights during the next mini-batch's forward pass; null: on CUDA with the distributed optimizer",
     )
     ddp_bucket_size: int | None = Field(
-        None, gt=0, description="parameters whose gradients are reduced together while overlapping; null: Megatron's 40 million or more"
+        None,
+        gt=0,
+        description="parameters whose gradients are reduced together while overlapping; null: Megatron's 40 million or more",
     )
-    distributed_timeout_minutes: float = Field(10, gt=0, description="a collective that waits longer ends the run")
+    distributed_timeout_minutes: float = Field(
+        10, gt=0, description="a collective that waits longer ends the run"
+    )
 
     @property
     def replica_size(self) -> int:
         """Ranks that train the same samples."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        return (
+            self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        )
 
     @property
     def expert_tensor_size(self) -> int:
@@ -68,11 +92,20 @@ class ParallelSection(_Section):
         if self.virtual_pipeline_model_parallel_size and self.pipeline_model_parallel_size == 1:
             raise ValueError("virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size > 1")
         if self.overlap_param_gather and not self.use_distributed_optimizer:
-            raise ValueError("overlap_param_gather: true needs use_distributed_optimizer: without it no weights are gathered")
+            raise ValueError(
+                "overlap_param_gather: true needs use_distributed_optimizer: without it no weights are gathered"
+            )
         if self.overlap_param_gather and self.overlap_grad_reduce is False:
-            raise ValueError("overlap_param_gather: true needs overlap_grad_reduce: Megatron overlaps both or the reduction alone")
-        if self.expert_model_parallel_size == 1 and self.expert_tensor_parallel_size not in (None, self.tensor_model_parallel_size):
-            raise ValueError("expert_tensor_parallel_size other than tensor_model_parallel_size needs expert_model_parallel_size > 1")
+            raise ValueError(
+                "overlap_param_gather: true needs overlap_grad_reduce: Megatron overlaps both or the reduction alone"
+            )
+        if self.expert_model_parallel_size == 1 and self.expert_tensor_parallel_size not in (
+            None,
+            self.tensor_model_parallel_size,
+        ):
+            raise ValueError(
+                "expert_tensor_parallel_size other than tensor_model_parallel_size needs expert_model_parallel_size > 1"
+            )
         return self
 
 
@@ -85,21 +118,31 @@ class TaskSource(_Section):
         description="addition, reasoning_gym/DATASET, or what the task in `path` is called in metrics (default: as that file or folder)",
     )
     path: Path | None = Field(
-        None, description="folder with train.jsonl, test.jsonl (validation.jsonl); one .jsonl file; or a .py file with your own task class"
+        None,
+        description="folder with train.jsonl, test.jsonl (validation.jsonl); one .jsonl file; or a .py file with your own task class",
     )
     verifier: Literal["exact", "multiple_choice", "tool_calls", "math"] | None = Field(
-        None, description="who judges answers to the questions in `path`; null: by the task's name (README, Tasks)"
+        None,
+        description="who judges answers to the questions in `path`; null: by the task's name (README, Tasks)",
     )
-    rule: Literal["paper", "strict"] = Field("paper", description="multiple_choice and tool_calls: as in the papers, or ours")
-    options: dict[str, Any] = Field(default_factory=dict, description="passed to the reasoning_gym dataset or to your own class")
-    weight: float = Field(1.0, gt=0, description="share of the training prompts in a mixture, relative to the other tasks'")
+    rule: Literal["paper", "strict"] = Field(
+        "paper", description="multiple_choice and tool_calls: as in the papers, or ours"
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="passed to the reasoning_gym dataset or to your own class"
+    )
+    weight: float = Field(
+        1.0, gt=0, description="share of the training prompts in a mixture, relative to the other tasks'"
+    )
     test_share: float | None = Field(
         None,
         ge=0,
         le=1,
         description="of one .jsonl file, the questions that are the test; null: a tenth, or all in evaluation.tasks if none is trained on",
     )
-    validation_share: float = Field(0.0, ge=0, lt=1, description="of the training questions, those held out where no validation.jsonl is")
+    validation_share: float = Field(
+        0.0, ge=0, lt=1, description="of the training questions, those held out where no validation.jsonl is"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -112,9 +155,13 @@ class TaskSource(_Section):
 
 
 class TaskSection(TaskSource):
-    mixture: list[TaskSource] | None = Field(None, min_length=1, description="several tasks, instead of name and path")
+    mixture: list[TaskSource] | None = Field(
+        None, min_length=1, description="several tasks, instead of name and path"
+    )
     verifier_workers: int = Field(2, gt=0, description="verifier processes of each rank")
-    verifier_seconds: float = Field(10.0, gt=0, description="a verdict that takes longer is given up and its process killed")
+    verifier_seconds: float = Field(
+        10.0, gt=0, description="a verdict that takes longer is given up and its process killed"
+    )
     verifier_memory_mib: int = Field(2048, ge=256, description="memory of a verifier process")
     verifier_failed: Literal["exclude", "zero"] = Field(
         "exclude", description="a sample nobody could judge is left out of its group, or counts as wrong"
@@ -123,14 +170,21 @@ class TaskSection(TaskSource):
     @property
     def sources(self) -> tuple[TaskSource, ...]:
         """The tasks trained on."""
-        return tuple(self.mixture or [TaskSource(**{name: getattr(self, name) for name in TaskSource.model_fields})])
+        return tuple(
+            self.mixture or [TaskSource(**{name: getattr(self, name) for name in TaskSource.model_fields})]
+        )
 
     @model_validator(mode="before")
     @classmethod
     def _mixture_alone(cls, given: Any) -> Any:
         if isinstance(given, dict) and given.get("mixture"):
-            default = {name: field.get_default(call_default_factory=True) for name, field in TaskSource.model_fields.items()}
-            if beside := sorted(key for key, value in given.items() if key in default and value != default[key]):
+            default = {
+                name: field.get_default(call_default_factory=True)
+                for name, field in TaskSource.model_fields.items()
+            }
+            if beside := sorted(
+                key for key, value in given.items() if key in default and value != default[key]
+            ):
                 raise ValueError(
                     f"task.mixture: beside it stands task.{beside[0]}, which belongs to one of its tasks (or task.mixture: null)"
                 )
@@ -140,7 +194,9 @@ class TaskSection(TaskSource):
     def _own_names(self):
         names = [source.name for source in self.sources]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"task.mixture: two tasks are called {repeated[0]}; give each a name of its own (and a verifier)")
+            raise ValueError(
+                f"task.mixture: two tasks are called {repeated[0]}; give each a name of its own (and a verifier)"
+            )
         if self.mixture is None and self.weight != 1:
             raise ValueError("task.weight: says a task's share of task.mixture, but there is no mixture")
         return self
@@ -149,40 +205,62 @@ class TaskSection(TaskSource):
 class SGLangSection(_Section):
     """How SGLang servers are started, asked and updated. What counts requests is for all ranks together."""
 
-    python: str = Field(".venv-sglang/bin/python", description="interpreter of the environment that has SGLang, for our own servers")
-    arguments: tuple[str, ...] = Field((), description="added to our servers' command line: [--attention-backend, fa3]")
-    environment: dict[str, str] = Field(default_factory=dict, description="environment variables of our servers, beside the trainer's")
+    python: str = Field(
+        ".venv-sglang/bin/python",
+        description="interpreter of the environment that has SGLang, for our own servers",
+    )
+    arguments: tuple[str, ...] = Field(
+        (), description="added to our servers' command line: [--attention-backend, fa3]"
+    )
+    environment: dict[str, str] = Field(
+        default_factory=dict, description="environment variables of our servers, beside the trainer's"
+    )
     host: str = Field("127.0.0.1", description="address our servers listen on")
     port: int = Field(30000, gt=1023, lt=65536, description="of our first server; the others' follow")
     tensor_parallel_size: int = Field(1, gt=0, description="GPUs of each of our servers")
     base_gpu_id: int = Field(0, ge=0, description="first GPU of our first server; the others' follow")
-    api_key_env: str | None = Field(None, description="name of the environment variable that holds the servers' API key")
+    api_key_env: str | None = Field(
+        None, description="name of the environment variable that holds the servers' API key"
+    )
     concurrency: int = Field(512, gt=0, description="requests running at once")
     retries: int = Field(4, ge=0, description="how often a request that failed is asked for again")
     request_timeout: float = Field(1800, gt=0, description="seconds until a request counts as failed")
     health_timeout: float = Field(30, gt=0, description="seconds a server has to say that it is alive")
     start_timeout: float = Field(900, gt=0, description="seconds a server has to start")
     return_timeout: float = Field(
-        180, ge=0, description="seconds that a publication waits for servers being restarted, and sampling for any server at all"
+        180,
+        ge=0,
+        description="seconds that a publication waits for servers being restarted, and sampling for any server at all",
     )
-    max_restarts: int = Field(3, ge=0, description="failed starts in a row after which one of our servers is given up")
+    max_restarts: int = Field(
+        3, ge=0, description="failed starts in a row after which one of our servers is given up"
+    )
     update: Literal["disk", "distributed", "tensor"] = Field(
         "disk",
         description="how weights get to the servers. disk: through files in the run folder, which they must see; distributed: broadcast"
         " (NCCL, gloo on CPUs); tensor: memory shared with servers on the same GPUs, or on this machine's CPUs",
     )
-    bucket_mib: int = Field(512, gt=0, description="size of the pieces that weights are sent in; a larger tensor is a piece of its own")
+    bucket_mib: int = Field(
+        512,
+        gt=0,
+        description="size of the pieces that weights are sent in; a larger tensor is a piece of its own",
+    )
     update_timeout: float = Field(
-        300, gt=0, description="seconds a server has for each call of a publication; less than logging.watchdog_minutes"
+        300,
+        gt=0,
+        description="seconds a server has for each call of a publication; less than logging.watchdog_minutes",
     )
     trainer_host: str | None = Field(
-        None, description="update: distributed: the first rank's address for servers; null: loopback for those here, else its host name"
+        None,
+        description="update: distributed: the first rank's address for servers; null: loopback for those here, else its host name",
     )
 
     @model_validator(mode="after")
     def _not_open_to_the_network(self):
         if not is_loopback(self.host) and self.api_key_env is None:
-            raise ValueError(f"rollout.sglang.host: {self.host} can be reached from other machines; set rollout.sglang.api_key_env")
+            raise ValueError(
+                f"rollout.sglang.host: {self.host} can be reached from other machines; set rollout.sglang.api_key_env"
+            )
         return self
 
 
@@ -193,11 +271,21 @@ def is_loopback(host: str) -> bool:
 
 class RolloutSection(_Section):
     engine: Literal["transformers", "sglang"] = Field(
-        "transformers", description="transformers: its model in this process; sglang: servers, spoken to over HTTP"
+        "transformers",
+        description="transformers: its model in this process; sglang: servers, spoken to over HTTP",
     )
-    urls: tuple[str, ...] = Field((), description="engine: sglang: servers that others run, [http://host:port, …]")
-    servers: int = Field(0, ge=0, description="engine: sglang: servers to start beside the first rank, and to stop with the run")
-    colocated: bool = Field(False, description="engine: sglang: the servers' GPUs are the trainer's; they give memory back while it trains")
+    urls: tuple[str, ...] = Field(
+        (), description="engine: sglang: servers that others run, [http://host:port, …]"
+    )
+    servers: int = Field(
+        0,
+        ge=0,
+        description="engine: sglang: servers to start beside the first rank, and to stop with the run",
+    )
+    colocated: bool = Field(
+        False,
+        description="engine: sglang: the servers' GPUs are the trainer's; they give memory back while it trains",
+    )
     sglang: SGLangSection = SGLangSection()
     prompts_per_step: int = Field(32, gt=0)
     samples_per_prompt: int = Field(8, gt=0, description="G, the group size")
@@ -207,18 +295,34 @@ class RolloutSection(_Section):
     max_response_tokens: int = Field(8192, gt=0)
     enable_thinking: bool = Field(False, description="passed to the chat template")
     batch_size: int = Field(256, gt=0, description="sequences the embedded engine samples at once")
-    over_sampling: float = Field(1.0, ge=1, description="prompts begun for each one trained on; the slowest are broken off and carried on")
-    dynamic_filtering: bool = Field(
-        False, description="leave out groups that teach nothing (rewards alike, no teacher); draw others instead"
+    over_sampling: float = Field(
+        1.0,
+        ge=1,
+        description="prompts begun for each one trained on; the slowest are broken off and carried on",
     )
-    filter_rounds: int = Field(4, gt=0, description="rounds of drawing after which the batch is filled with groups without signal")
-    max_staleness: int = Field(1, ge=0, description="samples carried on are at most so many weight versions older than the policy")
-    overlap: Literal[0, 1] = Field(0, description="1: the next batch is sampled while one trains, by weights one version older")
+    dynamic_filtering: bool = Field(
+        False,
+        description="leave out groups that teach nothing (rewards alike, no teacher); draw others instead",
+    )
+    filter_rounds: int = Field(
+        4, gt=0, description="rounds of drawing after which the batch is filled with groups without signal"
+    )
+    max_staleness: int = Field(
+        1, ge=0, description="samples carried on are at most so many weight versions older than the policy"
+    )
+    overlap: Literal[0, 1] = Field(
+        0, description="1: the next batch is sampled while one trains, by weights one version older"
+    )
     logprob_gap_warning: float = Field(
-        0.05, gt=0, description="mean |log π_trainer - log π_engine|, nats a token, that raises an alarm; overlap adds the policy's move"
+        0.05,
+        gt=0,
+        description="mean |log π_trainer - log π_engine|, nats a token, that raises an alarm; overlap adds the policy's move",
     )
     logprob_gap_stop: float | None = Field(0.5, gt=0, description="… and from which it stops; null: never")
-    replay: Path | None = Field(None, description="train on the rollouts dumped by this run (its folder or rollouts/), without an engine")
+    replay: Path | None = Field(
+        None,
+        description="train on the rollouts dumped by this run (its folder or rollouts/), without an engine",
+    )
 
     @model_validator(mode="after")
     def _servers_if_and_only_if_asked_for(self):
@@ -228,20 +332,32 @@ class RolloutSection(_Section):
                     raise ValueError(f"rollout.{key}: needs rollout.engine: sglang, not {self.engine}")
             return self
         if bool(self.urls) == bool(self.servers):
-            raise ValueError("rollout.engine: sglang needs either urls (servers that others run) or servers (how many to start)")
+            raise ValueError(
+                "rollout.engine: sglang needs either urls (servers that others run) or servers (how many to start)"
+            )
         for url in self.urls:
             if not re.fullmatch(r"https?://[^/?#]+/?", url):
                 raise ValueError(f"rollout.urls: {url!r}: expected http://host:port")
         if len({url.rstrip("/") for url in self.urls}) < len(self.urls):
             raise ValueError("rollout.urls: a server is named twice")
-        if self.sglang.update == "tensor" and any(not is_loopback(re.split(r"//|[:/]", url)[2]) for url in self.urls):
-            raise ValueError("rollout.sglang.update: tensor shares memory with servers on this machine, and rollout.urls names others")
+        if self.sglang.update == "tensor" and any(
+            not is_loopback(re.split(r"//|[:/]", url)[2]) for url in self.urls
+        ):
+            raise ValueError(
+                "rollout.sglang.update: tensor shares memory with servers on this machine, and rollout.urls names others"
+            )
         if self.colocated and self.overlap:
-            raise ValueError("rollout.overlap: 1 samples while training, for which rollout.colocated takes the servers' memory")
+            raise ValueError(
+                "rollout.overlap: 1 samples while training, for which rollout.colocated takes the servers' memory"
+            )
         if self.colocated and self.sglang.update == "distributed":
-            raise ValueError("rollout.sglang.update: distributed broadcasts between GPUs, and rollout.colocated shares them; set tensor")
+            raise ValueError(
+                "rollout.sglang.update: distributed broadcasts between GPUs, and rollout.colocated shares them; set tensor"
+            )
         if self.sglang.port + self.servers > 65536:
-            raise ValueError(f"rollout.sglang.port: {self.servers} servers from {self.sglang.port} on pass 65535")
+            raise ValueError(
+                f"rollout.sglang.port: {self.servers} servers from {self.sglang.port} on pass 65535"
+            )
         return self
 
 
@@ -252,7 +368,9 @@ class TeacherSection(_Section):
         " trust_region: softmax of (1-a) z_initial + a z_policy",
     )
     ema_rate: float = Field(0.05, gt=0, le=1)
-    interpolation: float = Field(0.05, gt=0, lt=1, description="a of trust_region: the policy's share of the logits")
+    interpolation: float = Field(
+        0.05, gt=0, lt=1, description="a of trust_region: the policy's share of the logits"
+    )
     max_prompt_tokens: int = Field(10240, gt=0, description="the demonstration is shortened to fit")
     feedback: Literal["off", "without_solution", "always"] = Field(
         "off",
@@ -270,7 +388,8 @@ class OptimizerSection(_Section):
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_eps: float = Field(1e-8, gt=0)
     optimizer_cpu_offload: bool = Field(
-        False, description="fp32 weights, Adam's moments and the fp32 EMA wait in host memory and visit the GPU for updates only"
+        False,
+        description="fp32 weights, Adam's moments and the fp32 EMA wait in host memory and visit the GPU for updates only",
     )
 
 
@@ -284,50 +403,73 @@ class TrainSection(_Section):
         " a longer sequence gets a micro-batch of its own",
     )
     logits_memory_mib: int | None = Field(
-        None, gt=0, description="memory for tiles of logits; null: 320 on CPU, 2048 on CUDA. Speed only: results do not depend on it"
+        None,
+        gt=0,
+        description="memory for tiles of logits; null: 320 on CPU, 2048 on CUDA. Speed only: results do not depend on it",
     )
     max_skipped_updates: int = Field(3, gt=0, description="stop after this many non-finite updates in a row")
 
 
 class EvaluationSection(_Section):
-    every: int = Field(5, ge=0, description="steps between evaluations, also before the first and after the last; 0: never")
+    every: int = Field(
+        5, ge=0, description="steps between evaluations, also before the first and after the last; 0: never"
+    )
     tasks: list[TaskSource] | None = Field(
-        None, description="what is evaluated: tasks as in task.mixture, or names of training tasks; null: the training tasks"
+        None,
+        description="what is evaluated: tasks as in task.mixture, or names of training tasks; null: the training tasks",
     )
     splits: list[Literal["test", "validation"]] = Field(
         ["test"], min_length=1, description="validation: held out of the training questions"
     )
-    prompts: int | None = Field(64, gt=0, description="questions of each task and split, the first of them; null: all")
+    prompts: int | None = Field(
+        64, gt=0, description="questions of each task and split, the first of them; null: all"
+    )
     samples: int = Field(16, gt=0, description="samples a prompt: K of avg@K and pass@K")
     temperature: float = Field(0.6, ge=0, description="0: greedy")
     top_p: float = Field(0.95, gt=0, le=1)
     checkpoint: Path | None = Field(
-        None, description="the eval command takes the weights from this run (its newest checkpoint, or one of them), not from model.hf_path"
+        None,
+        description="the eval command takes the weights from this run (its newest checkpoint, or one of them), not from model.hf_path",
     )
     greedy: bool = Field(True, description="the eval command also takes one greedy answer to each question")
 
     @model_validator(mode="after")
     def _greedy_once(self):
         if self.temperature == 0 and self.samples != 1:
-            raise ValueError("temperature: 0 is greedy, where more than one sample a prompt says nothing: set samples: 1")
+            raise ValueError(
+                "temperature: 0 is greedy, where more than one sample a prompt says nothing: set samples: 1"
+            )
         return self
 
 
 class CheckpointSection(_Section):
-    save_interval: int = Field(10, ge=0, description="steps between checkpoints, also after the last step; 0: never")
+    save_interval: int = Field(
+        10, ge=0, description="steps between checkpoints, also after the last step; 0: never"
+    )
     async_save: bool = Field(True, description="write them while training goes on")
     keep_last: int = Field(2, gt=0, description="the newest checkpoints that stay")
-    keep_best: int = Field(1, ge=0, description="besides, those with the best evaluation (the first task's avg@K) stay")
-    exit_duration_in_mins: float | None = Field(None, gt=0, description="save and leave when the run has lasted this long")
+    keep_best: int = Field(
+        1, ge=0, description="besides, those with the best evaluation (the first task's avg@K) stay"
+    )
+    exit_duration_in_mins: float | None = Field(
+        None, gt=0, description="save and leave when the run has lasted this long"
+    )
 
 
 class ResumeSection(_Section):
     mode: Literal["auto", "never"] = Field(
-        "auto", description="auto: a run folder that holds this run already is gone on with; never: it is refused"
+        "auto",
+        description="auto: a run folder that holds this run already is gone on with; never: it is refused",
     )
     override: tuple[str, ...] = Field(
         (
-            *("parallel", "optimizer.lr", "train.steps", "train.micro_batch_tokens", "train.logits_memory_mib"),
+            *(
+                "parallel",
+                "optimizer.lr",
+                "train.steps",
+                "train.micro_batch_tokens",
+                "train.logits_memory_mib",
+            ),
             *("rollout.batch_size", "rollout.urls", "rollout.servers", "rollout.colocated", "rollout.sglang"),
             *("evaluation", "checkpoint", "logging"),
         ),
@@ -347,15 +489,27 @@ class LoggingSection(_Section):
     dir: Path = Field(description="the run folder")
     rollouts: bool = Field(True, description="dump every sample, one file a step (replayable)")
     tensorboard: bool = Field(False, description="event files in RUN/tensorboard")
-    wandb_project: str | None = Field(None, description="Weights & Biases project to log to; null: not at all")
+    wandb_project: str | None = Field(
+        None, description="Weights & Biases project to log to; null: not at all"
+    )
     wandb_exp_name: str | None = Field(None, description="the run's name there; null: that of the run folder")
-    wandb_mode: Literal["online", "offline"] = Field("online", description="offline: kept in RUN/wandb, for `wandb sync`")
-    profile_steps: tuple[int, int] | None = Field(None, description="first and last step under torch's profiler, into RUN/profile")
+    wandb_mode: Literal["online", "offline"] = Field(
+        "online", description="offline: kept in RUN/wandb, for `wandb sync`"
+    )
+    profile_steps: tuple[int, int] | None = Field(
+        None, description="first and last step under torch's profiler, into RUN/profile"
+    )
     profile_ranks: tuple[int, ...] = Field((0,), description="ranks that are profiled")
-    tokens_every: int = Field(10, ge=0, description="steps between dumps of single tokens' values, also of the first step; 0: never")
+    tokens_every: int = Field(
+        10, ge=0, description="steps between dumps of single tokens' values, also of the first step; 0: never"
+    )
     tokens_samples: int = Field(8, gt=0, description="samples whose tokens are dumped then")
-    dead_group_share: float = Field(0.9, gt=0, le=1, description="share of groups without a difference in reward that raises dead_groups")
-    stop_on: tuple[AlarmName, ...] = Field((), description="alarms that stop the run (README, Alarms); all of them are told")
+    dead_group_share: float = Field(
+        0.9, gt=0, le=1, description="share of groups without a difference in reward that raises dead_groups"
+    )
+    stop_on: tuple[AlarmName, ...] = Field(
+        (), description="alarms that stop the run (README, Alarms); all of them are told"
+    )
     watchdog_minutes: float | None = Field(
         8.0,
         gt=0,
@@ -366,7 +520,9 @@ class LoggingSection(_Section):
     @model_validator(mode="after")
     def _window(self):
         if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
-            raise ValueError(f"profile_steps: {list(self.profile_steps)}: expected [first, last], steps from 1")
+            raise ValueError(
+                f"profile_steps: {list(self.profile_steps)}: expected [first, last], steps from 1"
+            )
         return self
 
 
@@ -385,7 +541,9 @@ class Config(_Section):
     checkpoint: CheckpointSection = CheckpointSection()
     resume: ResumeSection = Field(ResumeSection(), description="short form: resume: auto | never")
     logging: LoggingSection
-    megatron: dict[str, Any] = Field(default_factory=dict, description="passed to megatron-core's TransformerConfig, by field name")
+    megatron: dict[str, Any] = Field(
+        default_factory=dict, description="passed to megatron-core's TransformerConfig, by field name"
+    )
 
     @property
     def lr(self) -> float:
@@ -395,7 +553,9 @@ class Config(_Section):
     @property
     def mini_batch_prompts(self) -> int:
         """Prompts per optimizer step: the algorithm's, or the whole batch where that is not larger."""
-        return min(self.algorithm.mini_batch_prompts or self.rollout.prompts_per_step, self.rollout.prompts_per_step)
+        return min(
+            self.algorithm.mini_batch_prompts or self.rollout.prompts_per_step, self.rollout.prompts_per_step
+        )
 
     @property
     def evaluation_tasks(self) -> tuple[TaskSource, ...]:
@@ -410,7 +570,11 @@ class Config(_Section):
             if source == TaskSource(name=source.name):
                 source = trained.get(source.name, source)
             elif source.path is not None and (twin := by_path.get(source.path.resolve())):
-                shares = {key: getattr(twin, key) for key in ("test_share", "validation_share") if not getattr(source, key)}
+                shares = {
+                    key: getattr(twin, key)
+                    for key in ("test_share", "validation_share")
+                    if not getattr(source, key)
+                }
                 source = source.model_copy(update=shares)
             elif source.test_share is None and source.path is not None and source.path.suffix == ".jsonl":
                 source = source.model_copy(update={"test_share": 1.0})  # nothing is trained on it
@@ -428,8 +592,14 @@ class Config(_Section):
             if not _is_key(self, key):
                 raise ValueError(f"resume.override: {key!r} is no key and no section of the configuration")
         if rollout.overlap > rollout.max_staleness:
-            raise ValueError(f"rollout.max_staleness: {rollout.max_staleness}, but rollout.overlap: 1 makes every sample one version old")
-        if rollout.overlap and rollout.max_staleness < 2 and (rollout.over_sampling > 1 or rollout.dynamic_filtering):
+            raise ValueError(
+                f"rollout.max_staleness: {rollout.max_staleness}, but rollout.overlap: 1 makes every sample one version old"
+            )
+        if (
+            rollout.overlap
+            and rollout.max_staleness < 2
+            and (rollout.over_sampling > 1 or rollout.dynamic_filtering)
+        ):
             raise ValueError(
                 f"rollout.max_staleness: {rollout.max_staleness}, but what over_sampling and dynamic_filtering carry into the next step is"
                 " two versions old with rollout.overlap: 1, and would all be thrown away: set 2"

@@ -18,11 +18,15 @@ class _Record(BaseModel):
 class Prompt(_Record):
     """One question as the policy sees it."""
 
-    id: str = Field(description="task/split/…, unique in a run: a question's next epoch is another prompt; the same for the same seed")
+    id: str = Field(
+        description="task/split/…, unique in a run: a question's next epoch is another prompt; the same for the same seed"
+    )
     task: str = Field(description="the task's name; says which verifier judges the response")
     messages: tuple[dict[str, str], ...] = Field(description="chat messages: role, content")
     answer: str = Field(description="ground truth, read by the verifier alone")
-    feedback: str | None = Field(default=None, description="what the environment says of a failed attempt, from the data")
+    feedback: str | None = Field(
+        default=None, description="what the environment says of a failed attempt, from the data"
+    )
     ids: tuple[int, ...] = Field(default=(), description="token ids, generation header included")
 
 
@@ -32,16 +36,23 @@ class Verdict(_Record):
     reward: float = Field(allow_inf_nan=False)
     correct: bool = Field(description="c_i of METHOD.md: reward >= 0.5")
     format_ok: bool
-    feedback: str | None = Field(default=None, description="what the environment says of this attempt; never the ground truth")
-    verifier_failed: str | None = Field(
-        default=None, description="why nobody could judge it: timeout, died, memory, or error: and what the verifier raised"
+    feedback: str | None = Field(
+        default=None, description="what the environment says of this attempt; never the ground truth"
     )
-    excluded: bool = Field(default=False, description="takes no part in its group: neither learns nor counts nor is shown")
+    verifier_failed: str | None = Field(
+        default=None,
+        description="why nobody could judge it: timeout, died, memory, or error: and what the verifier raised",
+    )
+    excluded: bool = Field(
+        default=False, description="takes no part in its group: neither learns nor counts nor is shown"
+    )
 
     @model_validator(mode="after")
     def _correct_by_its_reward(self):
         if self.correct != (self.reward >= 0.5):
-            raise ValueError(f"correct: {self.correct}, but reward is {self.reward}; a response is correct from 0.5 on")
+            raise ValueError(
+                f"correct: {self.correct}, but reward is {self.reward}; a response is correct from 0.5 on"
+            )
         return self
 
 
@@ -52,7 +63,9 @@ class Route(_Record):
     policy_weight: float
     distillation_weight: float
     advantage: float
-    sibling: int | None = Field(default=None, description="index in the group of the sibling shown to the teacher")
+    sibling: int | None = Field(
+        default=None, description="index in the group of the sibling shown to the teacher"
+    )
     teacher_ids: tuple[int, ...] | None = Field(default=None, description="the teacher's longer prompt")
     no_teacher: Literal["no_correct_sibling", "nothing_to_show"] | None = None
     demonstration_cut: bool = Field(default=False, description="the sibling's text was shortened to fit")
@@ -65,9 +78,13 @@ class Sample(_Record):
     index: int = Field(description="place in its group, 0 .. samples_per_prompt - 1")
     response_ids: tuple[int, ...] = Field(min_length=1)
     logprobs: tuple[float, ...]
-    versions: tuple[tuple[str, int, int], ...] = Field(description="half-open spans (weight version, start, end)")
+    versions: tuple[tuple[str, int, int], ...] = Field(
+        description="half-open spans (weight version, start, end)"
+    )
     finish_reason: Literal["stop", "length", "abort"]
-    text: str = Field(default="", description="the response decoded, for verifiers and people; never tokenised again")
+    text: str = Field(
+        default="", description="the response decoded, for verifiers and people; never tokenised again"
+    )
     verdict: Verdict | None = None
     route: Route | None = None
 

@@ -27,7 +27,11 @@ class UpdateReport:
     @property
     def skipped_updates(self) -> list[tuple[float, float]]:
         """(loss, gradient norm) of the updates that were not made."""
-        return [(loss, norm) for loss, norm, moved in zip(self.losses, self.grad_norms, self.moved, strict=True) if not moved]
+        return [
+            (loss, norm)
+            for loss, norm, moved in zip(self.losses, self.grad_norms, self.moved, strict=True)
+            if not moved
+        ]
 
     def skipped_in_a_row(self, before: int) -> int:
         """Skipped updates since the last one made, when `before` had been skipped before this step."""

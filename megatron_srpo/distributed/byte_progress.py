@@ -26,8 +26,16 @@ class ByteProgress:
         self.title, self.total, self.done = title, total, 0
         self.started = self.told = time.perf_counter()
         self.tenths = 0
-        columns = (TextColumn("{task.description}"), BarColumn(None), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=self.console, disable=not (enabled and self.console.is_terminal))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(None),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        self.bar = Progress(
+            *columns, console=self.console, disable=not (enabled and self.console.is_terminal)
+        )
         self.task = self.bar.add_task(title, total=total)
 
     def __enter__(self) -> ByteProgress:
@@ -46,7 +54,9 @@ class ByteProgress:
             self.tenths, self.told = tenths, now
             rate = self.done / (now - self.started)
             done, total, second = (decimal(int(size)) for size in (self.done, self.total, rate))
-            self.say(f"{self.title}: {done} of {total}, {second}/s, {(self.total - self.done) / rate:.0f} s left")
+            self.say(
+                f"{self.title}: {done} of {total}, {second}/s, {(self.total - self.done) / rate:.0f} s left"
+            )
 
     def say(self, message: str) -> None:
         """One line that stays."""

@@ -46,7 +46,10 @@ def places(bounds: Tensor, size: int) -> Tensor:
     bounds: [documents + 1] integers, where the padded documents begin and the last one ends.
     """
     total, lengths = int(bounds[-1]), bounds.diff()
-    start, chunk = (values.repeat_interleave(lengths, output_size=total).long() for values in (bounds[:-1], lengths // (2 * size)))
+    start, chunk = (
+        values.repeat_interleave(lengths, output_size=total).long()
+        for values in (bounds[:-1], lengths // (2 * size))
+    )
     within = torch.arange(total, device=bounds.device) - start
     number = within // chunk
     rank = number.minimum(2 * size - 1 - number)

@@ -19,7 +19,20 @@ from torch import Tensor
 
 _CPU = torch.device("cpu")
 _FACTORIES = (
-    *("tensor", "as_tensor", "empty", "zeros", "ones", "full", "arange", "linspace", "rand", "randn", "randint", "eye"),
+    *(
+        "tensor",
+        "as_tensor",
+        "empty",
+        "zeros",
+        "ones",
+        "full",
+        "arange",
+        "linspace",
+        "rand",
+        "randn",
+        "randint",
+        "eye",
+    ),
     *("empty_strided", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"),
 )
 
@@ -72,7 +85,12 @@ class _NoStream:
 
 
 def _to_cpu(device):
-    is_cuda = isinstance(device, str) and device.startswith("cuda") or isinstance(device, torch.device) and device.type == "cuda"
+    is_cuda = (
+        isinstance(device, str)
+        and device.startswith("cuda")
+        or isinstance(device, torch.device)
+        and device.type == "cuda"
+    )
     return _CPU if is_cuda else device
 
 
@@ -105,12 +123,16 @@ def _torch_view() -> _View:
         current_stream=_NoStream,
         default_stream=_NoStream,
         set_stream=nothing,
-        nvtx=types.SimpleNamespace(range_push=nothing, range_pop=nothing, range=lambda *args: contextlib.nullcontext()),
+        nvtx=types.SimpleNamespace(
+            range_push=nothing, range_pop=nothing, range=lambda *args: contextlib.nullcontext()
+        ),
         memory_allocated=lambda *args: 0,
         max_memory_allocated=lambda *args: 0,
     )
     factories = {name: _on_cpu(getattr(torch, name)) for name in _FACTORIES}
-    return _View(torch, cuda=cuda, device=lambda *args, **kwargs: _to_cpu(torch.device(*args, **kwargs)), **factories)
+    return _View(
+        torch, cuda=cuda, device=lambda *args, **kwargs: _to_cpu(torch.device(*args, **kwargs)), **factories
+    )
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -161,7 +183,10 @@ class _Finder(importlib.abc.MetaPathFinder):
         elif name == "optimizer.distrib_optimizer":
             optimizer = module.DistributedOptimizer
             optimizer.__init__ = _with_cuda_type_names(optimizer.__init__)
-            module.HAVE_APEX_OR_TE, module.USING_APEX_OPTIMIZER = True, True  # our Adam has Apex's state layout
+            module.HAVE_APEX_OR_TE, module.USING_APEX_OPTIMIZER = (
+                True,
+                True,
+            )  # our Adam has Apex's state layout
             module.Adam = FusedAdam
         elif name == "optimizer":
             module.Adam, module.USING_PYTORCH_OPTIMIZER = FusedAdam, False
@@ -181,7 +206,11 @@ def _reduce_scatter(output: Tensor, tensors: list[Tensor], group) -> None:
     size = len(tensors)
     parts = output.new_empty(size, *output.shape)
     dist.all_to_all_single(
-        parts.flatten(0, 1), torch.cat(tensors), [len(output)] * size, [len(tensor) for tensor in tensors], group=group
+        parts.flatten(0, 1),
+        torch.cat(tensors),
+        [len(output)] * size,
+        [len(tensor) for tensor in tensors],
+        group=group,
     )
     torch.sum(parts, dim=0, out=output)
 
@@ -219,10 +248,14 @@ class FusedAdam(torch.optim.Optimizer):
     per parameter: such checkpoints can be saved but not loaded.)
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, adam_w_mode=True, **_):
+    def __init__(
+        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, adam_w_mode=True, **_
+    ):
         if not adam_w_mode:
             raise ValueError("the CPU's FusedAdam is AdamW only: decoupled_weight_decay must be true")
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=True))
+        super().__init__(
+            params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=True)
+        )
 
     @torch.no_grad()
     def step(self, closure=None):

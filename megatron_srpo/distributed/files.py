@@ -55,7 +55,9 @@ class DurableFile:
     def _write_back(self, next_offset: int) -> None:
         """Start it, without waiting: on Linux, advice that pages will not be read again does that."""
         if hasattr(os, "posix_fadvise") and self._end - self._start >= _WRITE_BACK_BYTES:
-            os.posix_fadvise(self._file.fileno(), self._start, self._end - self._start, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(
+                self._file.fileno(), self._start, self._end - self._start, os.POSIX_FADV_DONTNEED
+            )
         self._start = self._end = next_offset
 
     def _failure(self, error: OSError) -> FileError:
@@ -98,7 +100,9 @@ def _make(partial: Path, output: Path | None) -> None:
     try:
         partial.mkdir(parents=True)
     except FileExistsError:
-        raise FileError(f"{partial}: is there already, left by an attempt that did not finish or still runs; delete it") from None
+        raise FileError(
+            f"{partial}: is there already, left by an attempt that did not finish or still runs; delete it"
+        ) from None
     except OSError as error:
         raise FileError(f"{partial}: cannot be made: {error.strerror}") from None
 

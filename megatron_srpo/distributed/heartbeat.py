@@ -50,7 +50,14 @@ beat = PROGRESS.beat
 
 # What torch and Megatron call by these names at run time; a name taken at import time is not seen, and that does no harm.
 _COLLECTIVES = (
-    *("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_single", "reduce_scatter_tensor", "reduce_scatter_single"),
+    *(
+        "all_reduce",
+        "all_gather",
+        "all_gather_into_tensor",
+        "all_gather_single",
+        "reduce_scatter_tensor",
+        "reduce_scatter_single",
+    ),
     *("broadcast", "all_to_all_single", "barrier", "batch_isend_irecv", "send", "recv"),
 )
 
@@ -72,8 +79,14 @@ def _noted(name: str, function: Callable) -> Callable:
     @wraps(function)
     def collective(*arguments, **options):
         tensor = next((value for value in arguments if isinstance(value, torch.Tensor)), None)
-        shape, dtype = (None, None) if tensor is None else (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-        group = next((value for value in (*arguments, *options.values()) if isinstance(value, dist.ProcessGroup)), None)
+        shape, dtype = (
+            (None, None)
+            if tensor is None
+            else (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        )
+        group = next(
+            (value for value in (*arguments, *options.values()) if isinstance(value, dist.ProcessGroup)), None
+        )
         PROGRESS.collective = (name, shape, dtype, dist.get_world_size(group), time.monotonic())
         PROGRESS.is_in_collective = True
         PROGRESS.beat()

@@ -70,7 +70,11 @@ class Layout:
         """Every rank's bytes, in rank order, on every rank. Plain bytes, no pickle. `beside`: from a thread beside the training."""
         if self.world_size == 1:
             return [mine]
-        return gather_bytes(mine, torch.device("cpu"), self.beside_group) if beside else gather_bytes(mine, self.device)
+        return (
+            gather_bytes(mine, torch.device("cpu"), self.beside_group)
+            if beside
+            else gather_bytes(mine, self.device)
+        )
 
 
 def replica_group(parameter: torch.nn.Parameter) -> dist.ProcessGroup:
@@ -90,7 +94,11 @@ def data_parallel_size(parallel: ParallelSection, world_size: int) -> int:
             f"parallel: tensor_model_parallel_size × pipeline_model_parallel_size{context} = {replica} does not divide the"
             f" {world_size} processes that were started (torchrun --nproc-per-node × --nnodes)"
         )
-    experts = parallel.expert_tensor_size * parallel.expert_model_parallel_size * parallel.pipeline_model_parallel_size
+    experts = (
+        parallel.expert_tensor_size
+        * parallel.expert_model_parallel_size
+        * parallel.pipeline_model_parallel_size
+    )
     if world_size % experts:
         raise ConfigError(
             f"parallel: expert_tensor_parallel_size × expert_model_parallel_size × pipeline_model_parallel_size = {experts} does not"
@@ -157,7 +165,11 @@ def random_states() -> dict[str, torch.Tensor]:
 
 def restore_random_states(states: dict[str, torch.Tensor]) -> None:
     """The inverse of `random_states`."""
-    named = {name.removeprefix("megatron|"): state for name, state in states.items() if name.startswith("megatron|")}
+    named = {
+        name.removeprefix("megatron|"): state
+        for name, state in states.items()
+        if name.startswith("megatron|")
+    }
     tensor_parallel.random.get_cuda_rng_tracker().set_states(named)
     torch.set_rng_state(states["cpu"])
     if torch.cuda.is_available() and "cuda" in states:
@@ -165,7 +177,9 @@ def restore_random_states(states: dict[str, torch.Tensor]) -> None:
 
 
 @contextmanager
-def joined(parallel: ParallelSection, seed: int, alike: tuple[type[BaseException], ...] = ()) -> Iterator[Layout]:
+def joined(
+    parallel: ParallelSection, seed: int, alike: tuple[type[BaseException], ...] = ()
+) -> Iterator[Layout]:
     """`initialize`, and `shut_down` when all ranks get there: without an error, or with one of `alike`, which all raise together.
 
     A rank that fails alone leaves its groups as they are: NCCL would wait for ranks that wait for it, and nobody would hear why.

@@ -32,7 +32,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-if not hasattr(moe_utils, "te_general_gemm"):  # megatron-core 0.16's router reads it without Transformer Engine, too
+if not hasattr(
+    moe_utils, "te_general_gemm"
+):  # megatron-core 0.16's router reads it without Transformer Engine, too
     moe_utils.te_general_gemm = None
 
 __all__ = [

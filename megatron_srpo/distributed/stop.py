@@ -45,4 +45,8 @@ class StopRequest:
             dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         if (number := int(asked)) == 0:
             return None
-        return "checkpoint.exit_duration_in_mins is over" if number == _CLOCK else f"{signal.Signals(number).name} was received"
+        return (
+            "checkpoint.exit_duration_in_mins is over"
+            if number == _CLOCK
+            else f"{signal.Signals(number).name} was received"
+        )

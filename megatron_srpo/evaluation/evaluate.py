@@ -35,7 +35,9 @@ from megatron_srpo.weights.transfer import Repeatable
 CHUNK_SEQUENCES = 1024  # at most so many responses are lost when a command is cut off
 
 
-def evaluate(collector: Collector, tasks: Mapping[str, Task], settings: EvaluationSection, max_tokens: int, seed: int) -> dict[str, float]:
+def evaluate(
+    collector: Collector, tasks: Mapping[str, Task], settings: EvaluationSection, max_tokens: int, seed: int
+) -> dict[str, float]:
     """The evaluation's part of metrics.jsonl: every rank samples its share, every rank gets the result.
 
     The same prompts and the same random numbers at every call: two evaluations differ by the weights alone.
@@ -54,7 +56,9 @@ def evaluate(collector: Collector, tasks: Mapping[str, Task], settings: Evaluati
     return scores
 
 
-def ask(collector: Collector, task: Task, split: str, numbers: range, samples: int, sampling: Sampling, seed: str) -> list[Group]:
+def ask(
+    collector: Collector, task: Task, split: str, numbers: range, samples: int, sampling: Sampling, seed: str
+) -> list[Group]:
     """The verified groups of the questions `numbers` of `split`, all of them on every rank, in order."""
     prompts = collector.prompts(partial(task.prompt, split), numbers)
     return exchange(collector.sample(prompts, samples, sampling, seed), collector.layout)
@@ -71,11 +75,17 @@ def summarise(label: str, groups: Sequence[Group]) -> dict[str, float]:
         f"eval/{label}/avg_low": low,
         f"eval/{label}/avg_high": high,
         f"eval/{label}/avg@{k}": sum(sample.verdict.correct for sample in samples) / len(samples),
-        f"eval/{label}/pass@{k}": sum(any(sample.verdict.correct for sample in group) for group in groups) / len(groups),
-        f"eval/{label}/response_tokens_mean": sum(len(sample.response_ids) for sample in samples) / len(samples),
+        f"eval/{label}/pass@{k}": sum(any(sample.verdict.correct for sample in group) for group in groups)
+        / len(groups),
+        f"eval/{label}/response_tokens_mean": sum(len(sample.response_ids) for sample in samples)
+        / len(samples),
         f"eval/{label}/format_rate": sum(sample.verdict.format_ok for sample in samples) / len(samples),
-        f"eval/{label}/truncated_share": sum(sample.finish_reason == "length" for sample in samples) / len(samples),
-        f"eval/{label}/verifier_failed_share": sum(sample.verdict.verifier_failed is not None for sample in samples) / len(samples),
+        f"eval/{label}/truncated_share": sum(sample.finish_reason == "length" for sample in samples)
+        / len(samples),
+        f"eval/{label}/verifier_failed_share": sum(
+            sample.verdict.verifier_failed is not None for sample in samples
+        )
+        / len(samples),
     }
 
 
@@ -102,7 +112,9 @@ def run_evaluation(config: Config) -> Path:
     folder.file_of, folder.tokenizer  # noqa: B018  (both check what they read)
     if (path := config.evaluation.checkpoint) is not None:
         if not is_of_a_run(path):
-            raise ConfigError(f"evaluation.checkpoint: {path} is neither a run folder with checkpoints nor one of its checkpoints")
+            raise ConfigError(
+                f"evaluation.checkpoint: {path} is neither a run folder with checkpoints nor one of its checkpoints"
+            )
         config = _with_checkpoint(config, checkpoint_of(path))
     tasks = evaluation_tasks(config)
     check_evaluation(config, folder, tasks)
@@ -111,7 +123,9 @@ def run_evaluation(config: Config) -> Path:
         check_engine(config)
         _open_folder(config)
         _check_answered(config, tasks)
-    alone = ParallelSection(distributed_timeout_minutes=config.parallel.distributed_timeout_minutes)  # every process holds an engine
+    alone = ParallelSection(
+        distributed_timeout_minutes=config.parallel.distributed_timeout_minutes
+    )  # every process holds an engine
     with joined(alone, config.train.seed) as layout:
         if path is not None:  # the first rank's: a run that goes on may have saved another meanwhile
             first = layout.gather_bytes(str(config.evaluation.checkpoint).encode())[0].decode()
@@ -120,7 +134,9 @@ def run_evaluation(config: Config) -> Path:
         with closing(engine):
             engine.update_weights(Repeatable(lambda: stored_weights(config, folder)), "0")
             verifiers = Pool({name: task.verifier for name, task in tasks.items()}, config.task)
-            outcomes = _ask_everything(config, Collector(verifiers, engine, folder, layout, config.rollout), tasks)
+            outcomes = _ask_everything(
+                config, Collector(verifiers, engine, folder, layout, config.rollout), tasks
+            )
             if layout.rank == 0:
                 model = str(config.evaluation.checkpoint or config.model.hf_path)
                 write_result(config.logging.dir, result_of(outcomes, model, layout.device.type))
@@ -128,14 +144,19 @@ def run_evaluation(config: Config) -> Path:
 
 
 def _with_checkpoint(config: Config, checkpoint: Path) -> Config:
-    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"checkpoint": checkpoint})})
+    return config.model_copy(
+        update={"evaluation": config.evaluation.model_copy(update={"checkpoint": checkpoint})}
+    )
 
 
 def _ask_everything(config: Config, collector: Collector, tasks: Mapping[str, Task]) -> list[Outcome]:
     """Sampled and greedy answers to every split of every task. On the first rank, the outcomes; elsewhere nothing."""
     settings, outcomes = config.evaluation, []
     limit, stops = config.rollout.max_response_tokens, collector.folder.stop_ids
-    sampling, greedy = Sampling(settings.temperature, settings.top_p, limit, stops), Sampling(0.0, 1.0, limit, stops)
+    sampling, greedy = (
+        Sampling(settings.temperature, settings.top_p, limit, stops),
+        Sampling(0.0, 1.0, limit, stops),
+    )
     for task, split in _parts(tasks, settings):
         label = _label(task, split)
         file, greedy_file = _files(config, task, split)
@@ -145,7 +166,9 @@ def _ask_everything(config: Config, collector: Collector, tasks: Mapping[str, Ta
         if wants_greedy := settings.greedy and settings.temperature > 0:
             _complete(single, collector, task, split, config, greedy)
         if collector.layout.rank == 0:
-            outcomes.append(Outcome(label, sampled.read(), sampled.seconds(), single.read() if wants_greedy else None))
+            outcomes.append(
+                Outcome(label, sampled.read(), sampled.seconds(), single.read() if wants_greedy else None)
+            )
     return outcomes
 
 
@@ -168,14 +191,18 @@ def _check_files(config: Config, tasks: Mapping[str, Task]) -> None:
             owners[file] = _label(task, split)
 
 
-def _complete(answers: Answers, collector: Collector, task: Task, split: str, config: Config, sampling: Sampling) -> None:
+def _complete(
+    answers: Answers, collector: Collector, task: Task, split: str, config: Config, sampling: Sampling
+) -> None:
     """Ask the questions that have no answers yet, in chunks that keep every rank's engine busy."""
     count, ranks = question_count(task, split, config.evaluation), collector.layout.world_size
     chunk = max(1, CHUNK_SEQUENCES // answers.samples // ranks) * ranks
     for start in range(answers.done(), count, chunk):
         began = time.perf_counter()
         numbers = range(start, min(start + chunk, count))
-        groups = ask(collector, task, split, numbers, answers.samples, sampling, f"{config.train.seed}/evaluation")
+        groups = ask(
+            collector, task, split, numbers, answers.samples, sampling, f"{config.train.seed}/evaluation"
+        )
         answers.append(groups, time.perf_counter() - began)
 
 
@@ -228,7 +255,9 @@ def stored_weights(config: Config, folder: HFFolder) -> Iterator[tuple[str, Tens
     if (path := config.evaluation.checkpoint) is not None:
         policy = RunTensors(path, "policy")
         if policy.architecture != folder.architecture:
-            raise ConfigError(f"evaluation.checkpoint: {policy.folder} holds another model than model.hf_path ({folder.path})")
+            raise ConfigError(
+                f"evaluation.checkpoint: {policy.folder} holds another model than model.hf_path ({folder.path})"
+            )
         yield from ((name, policy.tensor(name).to(policy.dtype(name))) for name in policy.names())
         return
     for file in sorted(set(folder.file_of.values())):
@@ -242,7 +271,9 @@ def _open_folder(config: Config) -> None:
     directory, file = config.logging.dir, config.logging.dir / "config.yaml"
     check_writable(directory)
     if (directory / "metrics.jsonl").exists():
-        raise ConfigError(f"logging.dir: {directory.resolve()} holds a training run; name another folder for the evaluation")
+        raise ConfigError(
+            f"logging.dir: {directory.resolve()} holds a training run; name another folder for the evaluation"
+        )
     if file.exists():
         before, now = _what_counts(load_config(file, [])), _what_counts(config)
         if changed := sorted(key for key in before if before[key] != now[key]):
@@ -265,13 +296,17 @@ def _check_answered(config: Config, tasks: Mapping[str, Task]) -> None:
                 then = Sample.model_validate_json(line).prompt
                 now = task.prompt(split, number) if number < count else None
                 if now is None or (then.id, then.messages, then.answer) != (now.id, now.messages, now.answer):
-                    raise ConfigError(f"logging.dir: {file} holds answers to other questions (first: {then.id}); name another folder")
+                    raise ConfigError(
+                        f"logging.dir: {file} holds answers to other questions (first: {then.id}); name another folder"
+                    )
 
 
 def _what_counts(config: Config) -> dict:
     """The settings answers depend on; processes, batch sizes and everything about training do not matter."""
     tree = json.loads(config.model_dump_json())
-    rollout = {key: tree["rollout"][key] for key in ("max_prompt_tokens", "max_response_tokens", "enable_thinking")}
+    rollout = {
+        key: tree["rollout"][key] for key in ("max_prompt_tokens", "max_response_tokens", "enable_thinking")
+    }
     evaluation = {key: value for key, value in tree["evaluation"].items() if key not in ("every", "tasks")}
     tasks = [json.loads(source.model_dump_json()) for source in config.evaluation_tasks]
     counts = {"model": tree["model"], "rollout": rollout, "evaluation": evaluation, "evaluation.tasks": tasks}

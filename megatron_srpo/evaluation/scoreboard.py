@@ -31,7 +31,9 @@ def result_of(outcomes: Sequence[Outcome], model: str, device: str) -> dict[str,
         values = [list(task["questions"][key].values()) for task in tasks.values()]
         mean, low, high = interval(values)
         overall |= {key: mean, f"{key}/interval": [low, high]}
-    tokens = sum(len(sample.response_ids) for outcome in outcomes for group in outcome.samples for sample in group)
+    tokens = sum(
+        len(sample.response_ids) for outcome in outcomes for group in outcome.samples for sample in group
+    )
     seconds = sum(outcome.seconds for outcome in outcomes)
     return {
         "model": model,
@@ -51,12 +53,16 @@ def _shared(tasks: Iterable[dict[str, Any]]) -> list[str]:
 def _task_result(outcome: Outcome) -> dict[str, Any]:
     samples = [sample for group in outcome.samples for sample in group]
     k = len(outcome.samples[0])
-    correct = {group[0].prompt.id: sum(sample.verdict.correct for sample in group) for group in outcome.samples}
+    correct = {
+        group[0].prompt.id: sum(sample.verdict.correct for sample in group) for group in outcome.samples
+    }
     ks = sorted({2**power for power in range(k.bit_length()) if 2**power <= k} | {k})
     questions = {f"avg@{k}": {name: c / k for name, c in correct.items()}}
     questions |= {f"pass@{j}": {name: pass_at_k(k, c, j) for name, c in correct.items()} for j in ks if j > 1}
     if outcome.greedy is not None:
-        questions["greedy"] = {group[0].prompt.id: float(group[0].verdict.correct) for group in outcome.greedy}
+        questions["greedy"] = {
+            group[0].prompt.id: float(group[0].verdict.correct) for group in outcome.greedy
+        }
     scores: dict[str, Any] = {}
     for key, values in questions.items():
         mean, low, high = interval([list(values.values())])
@@ -69,7 +75,8 @@ def _task_result(outcome: Outcome) -> dict[str, Any]:
         "response_tokens_mean": tokens / len(samples),
         "format_rate": sum(sample.verdict.format_ok for sample in samples) / len(samples),
         "truncated_share": sum(sample.finish_reason == "length" for sample in samples) / len(samples),
-        "verifier_failed_share": sum(sample.verdict.verifier_failed is not None for sample in samples) / len(samples),
+        "verifier_failed_share": sum(sample.verdict.verifier_failed is not None for sample in samples)
+        / len(samples),
         "seconds": outcome.seconds,
         "tokens_per_second": tokens / outcome.seconds,
         "questions": questions,
@@ -88,15 +95,26 @@ def markdown(result: dict[str, Any]) -> str:
     scores = _shared(result["tasks"].values())
     shares = ("format_rate", "truncated_share", "verifier_failed_share")
     header = ["task", "questions", *scores, "tokens", "format", "truncated", "no verdict"]
-    lines = [f"`{result['model']}` on {result['device']}, {result['date']}", "", _row(header), _row(["---"] * len(header))]
+    lines = [
+        f"`{result['model']}` on {result['device']}, {result['date']}",
+        "",
+        _row(header),
+        _row(["---"] * len(header)),
+    ]
     for name, row in rows:
         cells = [name, str(row.get("question_count", ""))]
-        cells += [f"{100 * row[key]:.1f} [{100 * row[f'{key}/interval'][0]:.1f}, {100 * row[f'{key}/interval'][1]:.1f}]" for key in scores]
+        cells += [
+            f"{100 * row[key]:.1f} [{100 * row[f'{key}/interval'][0]:.1f}, {100 * row[f'{key}/interval'][1]:.1f}]"
+            for key in scores
+        ]
         cells += [f"{row['response_tokens_mean']:.0f}" if "samples" in row else ""]
         cells += [f"{100 * row[key]:.1f} %" if key in row else "" for key in shares]
         lines.append(_row(cells))
     overall = result["overall"]
-    lines += ["", f"{overall['tokens']} tokens in {overall['seconds']:.1f} s: {overall['tokens_per_second']:.0f} tokens a second"]
+    lines += [
+        "",
+        f"{overall['tokens']} tokens in {overall['seconds']:.1f} s: {overall['tokens_per_second']:.0f} tokens a second",
+    ]
     return "\n".join(lines)
 
 
@@ -124,21 +142,30 @@ def compare(directories: Sequence[Path]) -> str:
     lines = []
     for directory, other in zip(directories[1:], others, strict=True):
         if set(base["tasks"]) != set(other["tasks"]):
-            raise ConfigError(f"{directory}: has the tasks {sorted(other['tasks'])}, {directories[0]} has {sorted(base['tasks'])}")
+            raise ConfigError(
+                f"{directory}: has the tasks {sorted(other['tasks'])}, {directories[0]} has {sorted(base['tasks'])}"
+            )
         lines += [f"base `{directories[0]}` ({base['model']}), other `{directory}` ({other['model']})", ""]
         lines += [_row(header), _row(["---"] * len(header))]
         shared = _shared([*base["tasks"].values(), *other["tasks"].values()])
         if not shared:
-            raise ConfigError(f"{directory}: no score in common with {directories[0]}; was evaluation.samples another?")
+            raise ConfigError(
+                f"{directory}: no score in common with {directories[0]}; was evaluation.samples another?"
+            )
         for key in shared:
             pairs = {name: _paired(name, key, base, other, directory) for name in base["tasks"]}
             rows = [(name, [pair]) for name, pair in pairs.items()]
             for name, pair in rows + ([("mean", list(pairs.values()))] if len(rows) > 1 else []):
                 difference = paired_difference([first for first, _ in pair], [second for _, second in pair])
-                means = [100 * sum(sum(side) / len(side) for side in sides) / len(pair) for sides in zip(*pair, strict=True)]
+                means = [
+                    100 * sum(sum(side) / len(side) for side in sides) / len(pair)
+                    for sides in zip(*pair, strict=True)
+                ]
                 cells = [name, key, f"{means[0]:.1f}", f"{means[1]:.1f}", f"{100 * difference.mean:+.1f}"]
                 p = f"{difference.p:.3f}" if difference.p >= 0.001 else "< 0.001"
-                lines.append(_row([*cells, f"[{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]", p]))
+                lines.append(
+                    _row([*cells, f"[{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]", p])
+                )
         lines.append("")
     return "\n".join(lines).rstrip()
 
@@ -147,7 +174,9 @@ def _paired(name: str, key: str, base: dict, other: dict, directory: Path) -> tu
     first, second = base["tasks"][name]["questions"][key], other["tasks"][name]["questions"][key]
     if set(first) != set(second):
         missing = sorted(set(first) ^ set(second))
-        raise ConfigError(f"{directory}: task {name} was asked other questions ({len(missing)} differ, first {missing[0]})")
+        raise ConfigError(
+            f"{directory}: task {name} was asked other questions ({len(missing)} differ, first {missing[0]})"
+        )
     return list(first.values()), [second[question] for question in first]
 
 

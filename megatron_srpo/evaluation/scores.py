@@ -49,7 +49,9 @@ def interval(tasks: Sequence[Sequence[float]], seed: int = 0) -> Interval:
     return Interval(float(np.mean([np.mean(values) for values in tasks])), float(low), float(high))
 
 
-def paired_difference(base: Sequence[Sequence[float]], other: Sequence[Sequence[float]], seed: int = 0) -> Difference:
+def paired_difference(
+    base: Sequence[Sequence[float]], other: Sequence[Sequence[float]], seed: int = 0
+) -> Difference:
     """other - base on the same questions: the questions are resampled, each with both of its scores.
 
     Args:
@@ -57,7 +59,10 @@ def paired_difference(base: Sequence[Sequence[float]], other: Sequence[Sequence[
     """
     if [len(values) for values in base] != [len(values) for values in other]:
         raise ValueError("a paired comparison needs the same questions on both sides")
-    gaps = [np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64) for a, b in zip(base, other, strict=True)]
+    gaps = [
+        np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64)
+        for a, b in zip(base, other, strict=True)
+    ]
     means = _bootstrap_means(gaps, seed)
     low, high = np.percentile(means, [2.5, 97.5])
     p = min(1.0, 2 * min(float(np.mean(means <= 0)), float(np.mean(means >= 0))))
@@ -74,7 +79,9 @@ def _bootstrap_means(tasks: Sequence[np.ndarray], seed: int) -> np.ndarray:
     return total / len(tasks)
 
 
-def with_history(scores: Mapping[str, float], earlier: Sequence[Mapping[str, float]], last: int = 5) -> dict[str, float]:
+def with_history(
+    scores: Mapping[str, float], earlier: Sequence[Mapping[str, float]], last: int = 5
+) -> dict[str, float]:
     """`scores` of one evaluation, and for every avg@K the best so far and the mean of the last `last`, this one among them.
 
     Keys `…/avg_best` and `…/avg_last_5`. The papers report the best value seen on the test set, which flatters.

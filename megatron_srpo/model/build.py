@@ -40,7 +40,9 @@ def uses_transformer_engine(config: Config) -> bool:
     """Whether layers come from Transformer Engine. Raises ConfigError when it was asked for and is not there."""
     available = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
     if config.model.transformer_impl == "transformer_engine" and not available:
-        raise ConfigError("model.transformer_impl: transformer_engine needs CUDA and its package installed; use auto or local")
+        raise ConfigError(
+            "model.transformer_impl: transformer_engine needs CUDA and its package installed; use auto or local"
+        )
     return available and config.model.transformer_impl != "local"
 
 
@@ -83,7 +85,10 @@ def check_layout(architecture: Architecture, config: Config) -> None:
 # Balance within a micro-batch is no sum over tokens; besides, Megatron scales these losses by the tokens that it divides by later.
 _SPLIT_DEPENDENT = "is not supported: it would depend on how the batch is split"
 _REFUSED = {
-    **dict.fromkeys(("moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_z_loss_coeff"), f"(router losses) {_SPLIT_DEPENDENT}"),
+    **dict.fromkeys(
+        ("moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_z_loss_coeff"),
+        f"(router losses) {_SPLIT_DEPENDENT}",
+    ),
     **dict.fromkeys(("hidden_dropout", "attention_dropout"), f"(dropout) {_SPLIT_DEPENDENT}"),
     # Both would need process groups that `runtime.parallel` does not make.
     **dict.fromkeys(
@@ -205,7 +210,10 @@ class Qwen3(GPTModel):
     @property
     def vocab_shard(self) -> VocabShard:
         """Which ids this rank's rows of `output_weight` stand for."""
-        rank, group = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_group()
+        rank, group = (
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_tensor_model_parallel_group(),
+        )
         return VocabShard.of_rank(rank, self.output_weight.shape[0], self.unpadded_vocab_size, group)
 
     def final_hidden(self, output: Tensor) -> Tensor:
@@ -216,7 +224,9 @@ class Qwen3(GPTModel):
         parallelism: T is the whole row, the ranks' parts one after another, of which each rank's loss sees other rows.
         """
         if self.config.sequence_parallel:
-            output = tensor_parallel.gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=True)
+            output = tensor_parallel.gather_from_sequence_parallel_region(
+                output, tensor_parallel_output_grad=True
+            )
         else:
             output = tensor_parallel.copy_to_tensor_model_parallel_region(output)
         group = parallel_state.get_context_parallel_group()
@@ -242,7 +252,9 @@ def build_chunks(architecture: Architecture, config: Config, device: torch.devic
             vp_stage=stage,
         )
         chunk.unpadded_vocab_size = architecture.vocab_size
-        if (scaling := architecture.rope_scaling) is not None:  # GPTModel takes the factor, but not the other three
+        if (
+            scaling := architecture.rope_scaling
+        ) is not None:  # GPTModel takes the factor, but not the other three
             rotary = chunk.rotary_pos_emb
             rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **dataclasses.asdict(scaling))
         chunks.append(chunk.to(device))
@@ -255,12 +267,16 @@ def _transformer_engine_spec(core: TransformerConfig) -> ModuleSpec:
 
 
 def _local_spec(core: TransformerConfig, stage: int | None) -> TransformerBlockSubmodules:
-    layer = get_gpt_layer_local_spec(num_experts=core.num_moe_experts, qk_layernorm=core.qk_layernorm, normalization="RMSNorm")
+    layer = get_gpt_layer_local_spec(
+        num_experts=core.num_moe_experts, qk_layernorm=core.qk_layernorm, normalization="RMSNorm"
+    )
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
     if core.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    if core.num_moe_experts:  # Transformer Engine fuses this norm into dense layers only: its name in checkpoints
+    if (
+        core.num_moe_experts
+    ):  # Transformer Engine fuses this norm into dense layers only: its name in checkpoints
         layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
     attention.core_attention = PackedAttention
     layers = get_num_layers_to_build(core, vp_stage=stage)

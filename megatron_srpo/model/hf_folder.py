@@ -59,7 +59,10 @@ class Architecture:
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor the folder must hold."""
-        shapes = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size), "model.norm.weight": (self.hidden_size,)}
+        shapes = {
+            "model.embed_tokens.weight": (self.vocab_size, self.hidden_size),
+            "model.norm.weight": (self.hidden_size,),
+        }
         if not self.tie_word_embeddings:
             shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
         layer = self._attention_shapes() | self._mlp_shapes()
@@ -81,13 +84,21 @@ class Architecture:
         if self.qk_norm:
             shapes |= {"self_attn.q_norm.weight": (head,), "self_attn.k_norm.weight": (head,)}
         if self.qkv_bias:
-            shapes |= {"self_attn.q_proj.bias": (queries,), "self_attn.k_proj.bias": (keys,), "self_attn.v_proj.bias": (keys,)}
+            shapes |= {
+                "self_attn.q_proj.bias": (queries,),
+                "self_attn.k_proj.bias": (keys,),
+                "self_attn.v_proj.bias": (keys,),
+            }
         return shapes
 
     def _mlp_shapes(self) -> dict[str, tuple[int, ...]]:
         def mlp(prefix: str, width: int) -> dict[str, tuple[int, ...]]:
             into, out = (width, self.hidden_size), (self.hidden_size, width)
-            return {f"{prefix}.gate_proj.weight": into, f"{prefix}.up_proj.weight": into, f"{prefix}.down_proj.weight": out}
+            return {
+                f"{prefix}.gate_proj.weight": into,
+                f"{prefix}.up_proj.weight": into,
+                f"{prefix}.down_proj.weight": out,
+            }
 
         if not self.num_experts:
             return mlp("mlp", self.intermediate_size)
@@ -111,7 +122,9 @@ class _Family:
 _OF_EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")  # 0 in dense models
 _FULL_ATTENTION = {"hidden_act": "silu", "use_sliding_window": False}
 _FAMILIES = {
-    "qwen3": _Family(qk_norm=True, qkv_bias=False, only={**_FULL_ATTENTION, "attention_bias": False}, head_dim=128),
+    "qwen3": _Family(
+        qk_norm=True, qkv_bias=False, only={**_FULL_ATTENTION, "attention_bias": False}, head_dim=128
+    ),
     "qwen3_moe": _Family(
         qk_norm=True,
         qkv_bias=False,
@@ -119,7 +132,9 @@ _FAMILIES = {
         experts=True,
     ),
     "qwen2": _Family(qk_norm=False, qkv_bias=True, only=_FULL_ATTENTION),
-    "llama": _Family(qk_norm=False, qkv_bias=False, only={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}),
+    "llama": _Family(
+        qk_norm=False, qkv_bias=False, only={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    ),
 }
 
 
@@ -129,7 +144,9 @@ class HFFolder:
     def __init__(self, path: Path):
         self.path = Path(path)
         if not self.path.is_dir():
-            raise ConfigError(f"model.hf_path: {self.path.resolve()} is not a folder; expected a Hugging Face model folder")
+            raise ConfigError(
+                f"model.hf_path: {self.path.resolve()} is not a folder; expected a Hugging Face model folder"
+            )
 
     def _json(self, name: str) -> dict:
         file = self.path / name
@@ -139,7 +156,9 @@ class HFFolder:
                 raise ValueError("expected a JSON object")
             return content
         except FileNotFoundError:
-            raise ConfigError(f"model.hf_path: {file} is missing; is this a Hugging Face model folder?") from None
+            raise ConfigError(
+                f"model.hf_path: {file} is missing; is this a Hugging Face model folder?"
+            ) from None
         except (OSError, ValueError) as error:
             raise ConfigError(f"model.hf_path: {file} cannot be read: {error}") from None
 
@@ -158,7 +177,9 @@ class HFFolder:
         for key, only in family.only.items():
             if (given := config.get(key)) is not None and given != only:
                 raise self._refusal(f"{key} is {given!r}; only {only!r} is supported")
-        if not isinstance(layers := config.get("layer_types") or [], list) or set(map(str, layers)) - {"full_attention"}:
+        if not isinstance(layers := config.get("layer_types") or [], list) or set(map(str, layers)) - {
+            "full_attention"
+        }:
             raise self._refusal("layer_types: only 'full_attention' is supported")
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if not isinstance(rope, dict):
@@ -174,7 +195,9 @@ class HFFolder:
             values.setdefault("num_key_value_heads", config.get("num_attention_heads"))
         if family.head_dim is not None:
             values.setdefault("head_dim", family.head_dim)
-        elif isinstance(hidden := values.get("hidden_size"), int) and isinstance(heads := values.get("num_attention_heads"), int):
+        elif isinstance(hidden := values.get("hidden_size"), int) and isinstance(
+            heads := values.get("num_attention_heads"), int
+        ):
             values.setdefault("head_dim", hidden // max(heads, 1))
         if family.experts:
             values.setdefault("num_experts", config.get("num_local_experts"))  # as transformers 5 writes it
@@ -184,11 +207,17 @@ class HFFolder:
         made = self._checked(Architecture, {**values, "qk_norm": family.qk_norm, "qkv_bias": family.qkv_bias})
         if made.num_attention_heads % made.num_key_value_heads:
             of = f"num_attention_heads ({made.num_attention_heads})"
-            raise self._refusal(f"num_key_value_heads is {made.num_key_value_heads}, expected a divisor of {of}")
+            raise self._refusal(
+                f"num_key_value_heads is {made.num_key_value_heads}, expected a divisor of {of}"
+            )
         if made.head_dim % 2:
-            raise self._refusal(f"head_dim is {made.head_dim}, expected an even number: rotary embeddings turn pairs")
+            raise self._refusal(
+                f"head_dim is {made.head_dim}, expected an even number: rotary embeddings turn pairs"
+            )
         if made.num_experts_per_tok > made.num_experts:
-            raise self._refusal(f"num_experts_per_tok is {made.num_experts_per_tok}, but num_experts is {made.num_experts}")
+            raise self._refusal(
+                f"num_experts_per_tok is {made.num_experts_per_tok}, but num_experts is {made.num_experts}"
+            )
         return made
 
     def _refusal(self, message: str) -> ConfigError:
@@ -204,14 +233,22 @@ class HFFolder:
         """A `kind` made of `values`, all of them there and of the declared type."""
         types = {"int": int, "float": (int, float), "bool": bool}
         fields = kind.__dataclass_fields__
-        if missing := [name for name, field in fields.items() if field.type in types and values.get(name) is None]:
+        if missing := [
+            name for name, field in fields.items() if field.type in types and values.get(name) is None
+        ]:
             raise self._refusal(f"missing {', '.join(missing)}")
         for name, field in fields.items():
             if field.type not in types:  # RopeScaling, checked on its own
                 continue
-            if not isinstance(values[name], types[field.type]) or (isinstance(values[name], bool) and field.type != "bool"):
+            if not isinstance(values[name], types[field.type]) or (
+                isinstance(values[name], bool) and field.type != "bool"
+            ):
                 raise self._refusal(f"{name} is {values[name]!r}, expected {field.type}")
-            if field.type != "bool" and not 0 < values[name] < math.inf and (values[name] != 0 or name not in _OF_EXPERTS):
+            if (
+                field.type != "bool"
+                and not 0 < values[name] < math.inf
+                and (values[name] != 0 or name not in _OF_EXPERTS)
+            ):
                 raise self._refusal(f"{name} is {values[name]!r}, expected a number above 0")
         return kind(**{name: values[name] for name in fields})
 
@@ -221,8 +258,12 @@ class HFFolder:
         index = self.path / "model.safetensors.index.json"
         if index.exists():
             weight_map = self._json(index.name).get("weight_map", {})
-            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-                raise ConfigError(f"model.hf_path: {index}: weight_map is not an object of tensors' names and their files'")
+            if not isinstance(weight_map, dict) or not all(
+                isinstance(file, str) for file in weight_map.values()
+            ):
+                raise ConfigError(
+                    f"model.hf_path: {index}: weight_map is not an object of tensors' names and their files'"
+                )
             files = sorted(set(weight_map.values()))
         else:
             files = ["model.safetensors"]
@@ -230,22 +271,33 @@ class HFFolder:
         for name in files:
             file = self.path / name
             if not file.is_file():
-                raise ConfigError(f"model.hf_path: {file} is missing" + (f" ({index.name} lists it)" if index.exists() else ""))
+                raise ConfigError(
+                    f"model.hf_path: {file} is missing"
+                    + (f" ({index.name} lists it)" if index.exists() else "")
+                )
             try:
                 with safe_open(file, framework="pt") as tensors:
-                    found |= {key: (file, tuple(tensors.get_slice(key).get_shape())) for key in tensors.keys()}  # noqa: SIM118
+                    found |= {
+                        key: (file, tuple(tensors.get_slice(key).get_shape())) for key in tensors.keys()
+                    }  # noqa: SIM118
             except (SafetensorError, OSError) as error:
-                raise ConfigError(f"model.hf_path: {file} is damaged or no safetensors file: {error}") from None
+                raise ConfigError(
+                    f"model.hf_path: {file} is damaged or no safetensors file: {error}"
+                ) from None
         expected = self.architecture.tensor_shapes()
         for key, shape in expected.items():
             if key not in found:
                 raise ConfigError(f"model.hf_path: {self.path}: tensor {key} is missing")
             if found[key][1] != shape:
                 file, wrong = found[key]
-                raise ConfigError(f"model.hf_path: {file}: {key} has shape {list(wrong)}, config.json implies {list(shape)}")
+                raise ConfigError(
+                    f"model.hf_path: {file}: {key} has shape {list(wrong)}, config.json implies {list(shape)}"
+                )
         allowed = {"lm_head.weight"} if self.architecture.tie_word_embeddings else set()
         if unexpected := sorted(set(found) - set(expected) - allowed):
-            raise ConfigError(f"model.hf_path: {found[unexpected[0]][0]}: unexpected tensor {unexpected[0]} ({len(unexpected)} in all)")
+            raise ConfigError(
+                f"model.hf_path: {found[unexpected[0]][0]}: unexpected tensor {unexpected[0]} ({len(unexpected)} in all)"
+            )
         return {key: found[key][0] for key in expected}
 
     @cached_property
@@ -261,7 +313,9 @@ class HFFolder:
             raise ConfigError(f"model.hf_path: {self.path}: no tokenizer can be loaded: {error}") from None
         if len(tokenizer) > self.architecture.vocab_size:
             rows = self.architecture.vocab_size
-            raise ConfigError(f"model.hf_path: {self.path}: the tokenizer has {len(tokenizer)} tokens but the embedding only {rows}")
+            raise ConfigError(
+                f"model.hf_path: {self.path}: the tokenizer has {len(tokenizer)} tokens but the embedding only {rows}"
+            )
         if tokenizer.chat_template is None:
             raise ConfigError(f"model.hf_path: {self.path}: the tokenizer has no chat template")
         if tokenizer.eos_token_id is None:
@@ -280,7 +334,11 @@ class HFFolder:
     def encode(self, messages: list[dict[str, str]], enable_thinking: bool = False) -> list[int]:
         """Token ids of chat messages with the assistant's generation header. Raises ConfigError when the template refuses them."""
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking)
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking
+            )
         except TemplateError as error:
-            raise ConfigError(f"model.hf_path: {self.path}: the chat template cannot be applied: {error}") from None
+            raise ConfigError(
+                f"model.hf_path: {self.path}: the chat template cannot be applied: {error}"
+            ) from None
         return self.tokenizer(text, add_special_tokens=False).input_ids

@@ -19,7 +19,9 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, config, hidden_size: int, eps: float = 1e-6, **_):
         super().__init__()
         self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=torch.get_default_device()))
+        self.weight = torch.nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.get_default_device())
+        )
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
@@ -30,13 +32,17 @@ class RMSNorm(torch.nn.Module):
 class PackedAttention(MegatronModule):
     """Causal attention inside each document of a packed (`thd`) micro-batch, by torch's SDPA; grouped-query aware."""
 
-    def __init__(self, config, layer_number: int, attn_mask_type, attention_type: str, softmax_scale=None, **_):
+    def __init__(
+        self, config, layer_number: int, attn_mask_type, attention_type: str, softmax_scale=None, **_
+    ):
         super().__init__(config=config)
         self.scale = softmax_scale
         if config.attention_dropout:
             raise ValueError("attention_dropout is not supported by the local attention")
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, packed_seq_params, **_) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, packed_seq_params, **_
+    ) -> Tensor:
         """query [t, heads, d], key and value [t, kv_heads, d] → [t, heads · d]. Documents end at packed_seq_params.cu_seqlens_q."""
         if self.config.context_parallel_size > 1:
             return self._shared(query, key, value, packed_seq_params.cu_seqlens_q)
@@ -58,7 +64,9 @@ class PackedAttention(MegatronModule):
         shift = torch.arange(count) * longest - (sizes.cumsum(0) - sizes)  # of each document's rows
         place = (torch.arange(len(query)) + shift.repeat_interleave(sizes)).to(query.device)
         batch = (
-            tensor.new_zeros(count * longest, *tensor.shape[1:]).index_copy(0, place, tensor).unflatten(0, (count, longest))
+            tensor.new_zeros(count * longest, *tensor.shape[1:])
+            .index_copy(0, place, tensor)
+            .unflatten(0, (count, longest))
             for tensor in (query, key, value)
         )
         return self._attend(*batch).flatten(0, 1).index_select(0, place).flatten(1)
@@ -70,7 +78,9 @@ class PackedAttention(MegatronModule):
         """
         group = parallel_state.get_context_parallel_group()
         rank, size = group.rank(), group.size()
-        both = tensor_parallel.gather_from_sequence_parallel_region(torch.stack([key, value], dim=1), group=group)
+        both = tensor_parallel.gather_from_sequence_parallel_region(
+            torch.stack([key, value], dim=1), group=group
+        )
         key, value = both[places(cu_seqlens, size)].unbind(1)
         outputs, done = [], 0
         for start, end in itertools.pairwise(cu_seqlens.tolist()):
@@ -87,7 +97,13 @@ class PackedAttention(MegatronModule):
         causal = {"is_causal": True}
         if (length := query.shape[2]) < (keys := key.shape[2]):
             on_gpu = query.is_cuda  # whose flash kernel needs no mask in memory
-            mask = causal_lower_right(length, keys) if on_gpu else torch.ones(length, keys, dtype=torch.bool).tril(keys - length)
+            mask = (
+                causal_lower_right(length, keys)
+                if on_gpu
+                else torch.ones(length, keys, dtype=torch.bool).tril(keys - length)
+            )
             causal = {"attn_mask": mask}
         grouped = query.shape[1] != key.shape[1]
-        return F.scaled_dot_product_attention(query, key, value, **causal, scale=self.scale, enable_gqa=grouped).transpose(1, 2)
+        return F.scaled_dot_product_attention(
+            query, key, value, **causal, scale=self.scale, enable_gqa=grouped
+        ).transpose(1, 2)

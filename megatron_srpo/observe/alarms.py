@@ -12,9 +12,16 @@ Row = Mapping[str, Any]  # a training step's line of metrics.jsonl
 
 LASTS = 3  # steps in a row that show a fault before most alarms are raised: one bad batch is none
 REMEMBERED = 25  # rows that any alarm looks at
-_FALLS = {"response_tokens_mean": 0.4, "policy_entropy": 0.6, "format_rate": 0.2}  # shares of what it was that count as a fall
+_FALLS = {
+    "response_tokens_mean": 0.4,
+    "policy_entropy": 0.6,
+    "format_rate": 0.2,
+}  # shares of what it was that count as a fall
 _RISE = 0.05  # of the pass rate, that makes shorter and surer responses a success
-_WEIGHT_STD, _CERTAIN = 0.02, 0.05  # entropy weights nearly uniform; nats a token below which a teacher is certain everywhere
+_WEIGHT_STD, _CERTAIN = (
+    0.02,
+    0.05,
+)  # entropy weights nearly uniform; nats a token below which a teacher is certain everywhere
 
 
 class Alarm(NamedTuple):
@@ -74,13 +81,19 @@ def _dead_groups(rows: Sequence[Row], limits: Limits) -> str | None:
     if len(now) < LASTS or any(row["zero_advantage_share"] < limits.dead_group_share for row in now):
         return None
     rate = _mean(now, "pass_rate")
-    which = "all of them right" if rate == 1 else "none right" if rate == 0 else f"{rate:.0%} of samples right"
+    which = (
+        "all of them right" if rate == 1 else "none right" if rate == 0 else f"{rate:.0%} of samples right"
+    )
     return f"{_mean(now, 'zero_advantage_share'):.0%} of groups had no difference in reward in {LASTS} steps ({which})"
 
 
 def _teacher_still(rows: Sequence[Row], limits: Limits) -> str | None:
     now = [row for row in rows if row["updates"] > row["updates_skipped"]][-LASTS:]
-    if limits.ema_rate is None or len(now) < LASTS or any(_number(row, "teacher_distance") == 0 for row in now):
+    if (
+        limits.ema_rate is None
+        or len(now) < LASTS
+        or any(_number(row, "teacher_distance") == 0 for row in now)
+    ):
         return None
     followed = max(_number(row, "teacher_followed") for row in now)
     if followed >= limits.ema_rate / 2:
@@ -92,7 +105,10 @@ def _uniform_weights(rows: Sequence[Row], limits: Limits) -> str | None:
     now = [row for row in rows[-REMEMBERED:] if row["sdpo_token_share"] > 0][-LASTS:]
     if not limits.weighs_entropy or len(now) < LASTS or not rows[-1]["sdpo_token_share"]:
         return None
-    if any(_number(row, "teacher_entropy") < _CERTAIN or _number(row, "entropy_weight_std") >= _WEIGHT_STD for row in now):
+    if any(
+        _number(row, "teacher_entropy") < _CERTAIN or _number(row, "entropy_weight_std") >= _WEIGHT_STD
+        for row in now
+    ):
         return None
     return f"entropy weights lie within {_mean(now, 'entropy_weight_std'):.2g} of 1, at {_mean(now, 'teacher_entropy'):.2f} nats a token"
 

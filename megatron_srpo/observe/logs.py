@@ -30,7 +30,9 @@ def open_run_folder(directory: Path, layout: Layout) -> str:
         (directory / "logs").mkdir(parents=True, exist_ok=True)
     session = layout.gather_bytes(f"{time.time_ns():x}".encode())[0].decode()
     if not (directory / "logs").is_dir():
-        raise ConfigError(f"logging.dir: {directory} was made by the first rank, but rank {layout.rank} does not see it")
+        raise ConfigError(
+            f"logging.dir: {directory} was made by the first rank, but rank {layout.rank} does not see it"
+        )
     return session
 
 
@@ -65,7 +67,10 @@ def _lock(file: TextIO) -> str:
             holder = file.read().strip() or "another process"
             if time.monotonic() < until:
                 if not is_told:
-                    print(f"{file.name} is held by {holder}: waiting up to {LOCK_SECONDS:.0f} s for it to end", file=sys.stderr)
+                    print(
+                        f"{file.name} is held by {holder}: waiting up to {LOCK_SECONDS:.0f} s for it to end",
+                        file=sys.stderr,
+                    )
                 is_told = True
                 time.sleep(0.5)
                 continue
@@ -81,7 +86,9 @@ def _lock(file: TextIO) -> str:
 @contextmanager
 def rank_log(directory: Path, layout: Layout) -> Iterator[None]:
     """While entered, what the package logs goes to logs/rank_NNNNN.log, and so does the stack of a crash (SIGSEGV and kin)."""
-    file = (directory / "logs" / f"rank_{layout.rank:05d}.log").open("a", encoding="utf-8", errors="backslashreplace")
+    file = (directory / "logs" / f"rank_{layout.rank:05d}.log").open(
+        "a", encoding="utf-8", errors="backslashreplace"
+    )
     handler = logging.StreamHandler(file)
     handler.setFormatter(logging.Formatter("%(asctime)s.%(msecs)03d %(message)s", "%Y-%m-%d %H:%M:%S"))
     level, propagate = LOG.level, LOG.propagate
@@ -91,7 +98,14 @@ def rank_log(directory: Path, layout: Layout) -> Iterator[None]:
     if catches_crashes := not faulthandler.is_enabled():
         faulthandler.enable(file)
     try:
-        LOG.info("rank %d of %d on %s, process %d, %s", layout.rank, layout.world_size, socket.gethostname(), os.getpid(), layout.device)
+        LOG.info(
+            "rank %d of %d on %s, process %d, %s",
+            layout.rank,
+            layout.world_size,
+            socket.gethostname(),
+            os.getpid(),
+            layout.device,
+        )
         yield
     except BaseException as error:
         LOG.error("leaving: %s", error, exc_info=not isinstance(error, KeyboardInterrupt))

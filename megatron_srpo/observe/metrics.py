@@ -40,13 +40,17 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "response_tokens_mean": _mean(lengths),
         "truncated_share": _mean([float(sample.finish_reason == "length") for sample in samples]),
         "format_rate": _mean([float(sample.verdict.format_ok) for sample in judged]),
-        "verifier_failed_share": _mean([float(sample.verdict.verifier_failed is not None) for sample in samples]),
+        "verifier_failed_share": _mean(
+            [float(sample.verdict.verifier_failed is not None) for sample in samples]
+        ),
         "sdpo_sample_share": len(distilled) / max(len(judged), 1),
         "sdpo_token_share": _tokens(distilled) / max(_tokens(judged), 1),
         "teacherless_failed_share": _mean([float(sample.route.no_teacher is not None) for sample in failed]),
         "teacher_prompts_cut": sum(sample.route.demonstration_cut for sample in samples),
         "teacher_prompts_empty": sum(sample.route.no_teacher == "nothing_to_show" for sample in samples),
-        "zero_advantage_share": _mean([float(all(sample.route.advantage == 0 for sample in group)) for group in judged_groups]),
+        "zero_advantage_share": _mean(
+            [float(all(sample.route.advantage == 0 for sample in group)) for group in judged_groups]
+        ),
         **_by_task(samples),
     }
 
@@ -70,10 +74,18 @@ def _by_task(samples: Sequence[Sample]) -> dict[str, float]:
 
 def version_metrics(groups: Sequence[Group], step: int) -> dict[str, Any]:
     """The newest weights that sampled the step's groups, and how many versions the oldest token of a sample is behind the policy."""
-    versions = [[int(version) for version, _, _ in sample.versions if version.isdigit()] for group in groups for sample in group]
+    versions = [
+        [int(version) for version, _, _ in sample.versions if version.isdigit()]
+        for group in groups
+        for sample in group
+    ]
     behind = [step - 1 - min(of_sample) for of_sample in versions if of_sample]
     newest = str(max(map(max, filter(None, versions)), default=groups[0][0].versions[-1][0]))
-    return {"weight_version": newest, "staleness_mean": _mean(behind), "staleness_max": max(behind, default=0)}
+    return {
+        "weight_version": newest,
+        "staleness_mean": _mean(behind),
+        "staleness_max": max(behind, default=0),
+    }
 
 
 def update_metrics(report: UpdateReport) -> dict[str, float]:
@@ -90,7 +102,10 @@ def update_metrics(report: UpdateReport) -> dict[str, float]:
         "updates_skipped": len(report.skipped_updates),
         "policy_entropy": per_token("entropy"),
         "teacher_entropy": per_distilled("teacher_entropy"),
-        **{f"teacher_entropy_p{share}": quantile(report.teacher_entropies, share / 100) for share in (10, 50, 90)},
+        **{
+            f"teacher_entropy_p{share}": quantile(report.teacher_entropies, share / 100)
+            for share in (10, 50, 90)
+        },
         "distillation_divergence": per_distilled("divergence"),
         "entropy_weight_mean": per_distilled("weight"),
         "entropy_weight_std": math.sqrt(max(variance, 0.0)) if math.isfinite(variance) else variance,
@@ -120,13 +135,20 @@ class MetricsFile:
 
     def write(self, row: dict[str, Any]) -> None:
         """One line."""
-        clean = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+        clean = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in row.items()
+        }
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
 
     def rewind(self, step: int, with_evaluation: bool) -> list[dict[str, Any]]:
         """Drop what was written of steps after `step`, or of its evaluation, and a line that a kill tore; returns what stays."""
-        rows = [row for row in self._rows() if row["step"] < step or row["step"] == step and ("loss" in row or with_evaluation)]
+        rows = [
+            row
+            for row in self._rows()
+            if row["step"] < step or row["step"] == step and ("loss" in row or with_evaluation)
+        ]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         if self.path.is_file() and self.path.read_text(encoding="utf-8") != text:
             self._file.close()

@@ -40,7 +40,9 @@ class StepProfiler:
         cuda = self.layout.device.type == "cuda"
         if cuda:
             torch.cuda.memory._record_memory_history(max_entries=_ALLOCATIONS)
-        self._profile = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])], record_shapes=True)
+        self._profile = profile(
+            activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])], record_shapes=True
+        )
         self._profile.start()
 
     def _end(self) -> None:
@@ -49,7 +51,9 @@ class StepProfiler:
         prefix = str(self.directory / f"rank_{self.layout.rank:05d}")
         self._profile.export_chrome_trace(f"{prefix}.trace.json.gz")
         by = "self_cuda_time_total" if self.layout.device.type == "cuda" else "self_cpu_time_total"
-        Path(f"{prefix}.table.txt").write_text(self._profile.key_averages().table(sort_by=by, row_limit=50), encoding="utf-8")
+        Path(f"{prefix}.table.txt").write_text(
+            self._profile.key_averages().table(sort_by=by, row_limit=50), encoding="utf-8"
+        )
         if self.layout.device.type == "cuda":
             torch.cuda.memory._dump_snapshot(f"{prefix}.memory.pickle")
             torch.cuda.memory._record_memory_history(enabled=None)

@@ -27,11 +27,18 @@ _PAGE = Path(__file__).with_name("page")
 
 def write_report(paths: Sequence[Path], output: Path, samples: int = SAMPLES) -> None:
     """Write the page of these run folders to `output`. Raises ConfigError when one is no run's folder."""
-    page = {name: (_PAGE / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "charts.js", "samples.js")}
+    page = {
+        name: (_PAGE / name).read_text(encoding="utf-8")
+        for name in ("page.html", "page.css", "charts.js", "samples.js")
+    }
     # "<" could end the script element; everything else outside ASCII, and halves of surrogate pairs, json escapes itself.
     data = json.dumps(report_data(paths, samples), separators=(",", ":")).replace("<", "\\u003c")
     html = page["page.html"]
-    for mark, text in (("CSS", page["page.css"]), ("JS", page["charts.js"] + page["samples.js"]), ("DATA", data)):
+    for mark, text in (
+        ("CSS", page["page.css"]),
+        ("JS", page["charts.js"] + page["samples.js"]),
+        ("DATA", data),
+    ):
         html = html.replace(f"/*{mark}*/", text, 1)
     write_text(output, html)
 
@@ -40,7 +47,13 @@ def report_data(paths: Sequence[Path], samples: int) -> dict[str, Any]:
     """What the page shows."""
     runs = [RunFolder.read(path) for path in paths]
     names = _names(paths)
-    data: dict[str, Any] = {"made": f"{datetime.datetime.now():%Y-%m-%d %H:%M}", "runs": [], "prompts": [], "samples": [], "notes": []}
+    data: dict[str, Any] = {
+        "made": f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
+        "runs": [],
+        "prompts": [],
+        "samples": [],
+        "notes": [],
+    }
     for number, (run, name) in enumerate(zip(runs, names, strict=True)):
         data["runs"].append(_run_data(run, name))
         _add_samples(data, run, number, name, samples // len(runs))
@@ -61,7 +74,12 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 def _run_data(run: RunFolder, name: str) -> dict[str, Any]:
     config = run.config
-    keys = dict.fromkeys(key for row in ({"step": 0}, *run.steps) for key, value in row.items() if isinstance(value, int | float))
+    keys = dict.fromkeys(
+        key
+        for row in ({"step": 0}, *run.steps)
+        for key, value in row.items()
+        if isinstance(value, int | float)
+    )
     evaluate = {row["step"]: row.get("seconds_evaluate") or 0.0 for row in run.evaluations}
     seconds = np.cumsum([(row.get("seconds") or 0.0) + evaluate.get(row["step"], 0.0) for row in run.steps])
     return {
@@ -82,7 +100,11 @@ def _evaluations(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     curves = []
     for key in dict.fromkeys(key for row in rows for key in row if "/avg@" in key or "/pass@" in key):
         found = [row for row in rows if row.get(key) is not None]
-        curve = {"label": key.removeprefix("eval/"), "steps": [row["step"] for row in found], "values": [_short(row[key]) for row in found]}
+        curve = {
+            "label": key.removeprefix("eval/"),
+            "steps": [row["step"] for row in found],
+            "values": [_short(row[key]) for row in found],
+        }
         label = key.rpartition("/")[0]
         if "/avg@" in key and all(f"{label}/avg_low" in row for row in found):
             curve |= {end: [_short(row[f"{label}/avg_{end}"]) for row in found] for end in ("low", "high")}
@@ -94,11 +116,19 @@ def _weight_quantiles(run: RunFolder) -> dict[str, Any]:
     """Quantiles of the dumped tokens' entropy weights, by step."""
     steps, quantiles = [], []
     for step in run.sampled_steps:
-        weights = [weight for row in read_tokens(run.path, step).values() for weight in row.get("weight", ()) if weight is not None]
+        weights = [
+            weight
+            for row in read_tokens(run.path, step).values()
+            for weight in row.get("weight", ())
+            if weight is not None
+        ]
         if weights:
             steps.append(step)
             quantiles.append(np.quantile(weights, _QUANTILES).tolist())
-    return {"steps": steps, "q": [[_short(value) for value in column] for column in zip(*quantiles, strict=True)]}
+    return {
+        "steps": steps,
+        "q": [[_short(value) for value in column] for column in zip(*quantiles, strict=True)],
+    }
 
 
 def alarm_history(run: RunFolder) -> list[dict[str, str]]:
@@ -106,11 +136,18 @@ def alarm_history(run: RunFolder) -> list[dict[str, str]]:
     limits, stretches, held = Limits.of(run.config), [], {}
     steps = [row for row in run.steps if "loss" in row]  # what was only sampled has no alarms
     for place, row in enumerate(steps):
-        raised = {alarm.name: alarm for alarm in alarms(steps[max(0, place + 1 - REMEMBERED) : place + 1], limits)}
+        raised = {
+            alarm.name: alarm for alarm in alarms(steps[max(0, place + 1 - REMEMBERED) : place + 1], limits)
+        }
         held = {name: stretch for name, stretch in held.items() if name in raised}
         for name, alarm in raised.items():
             if name not in held:
-                held[name] = {"name": name, "first": row["step"], "finding": alarm.finding, "advice": alarm.advice}
+                held[name] = {
+                    "name": name,
+                    "first": row["step"],
+                    "finding": alarm.finding,
+                    "advice": alarm.advice,
+                }
                 stretches.append(held[name])
             held[name]["last"] = row["step"]
     for stretch in stretches:
@@ -137,11 +174,15 @@ def _add_samples(data: dict[str, Any], run: RunFolder, number: int, name: str, l
             try:
                 sample = _sample(row, place, values, data["prompts"], prompts)
             except (KeyError, TypeError) as error:
-                run.problems.append(f"{name}: step {step}, sample {place}: is no sample as runs dump them and left out: {error!r}")
+                run.problems.append(
+                    f"{name}: step {step}, sample {place}: is no sample as runs dump them and left out: {error!r}"
+                )
                 continue
             data["samples"].append({"run": number, "step": step, **sample})
     if len(chosen) < len(steps):
-        data["notes"].append(f"{name}: the samples of {len(chosen)} of {len(steps)} steps are in this page; all are in its rollouts/.")
+        data["notes"].append(
+            f"{name}: the samples of {len(chosen)} of {len(steps)} steps are in this page; all are in its rollouts/."
+        )
 
 
 def _spread(steps: list[int]) -> list[int]:
@@ -155,7 +196,9 @@ def _spread(steps: list[int]) -> list[int]:
     return [steps[place] for place in dict.fromkeys(places)]
 
 
-def _sample(row: dict, place: int, values: dict, prompts: list[dict], numbers: dict[str, int]) -> dict[str, Any]:
+def _sample(
+    row: dict, place: int, values: dict, prompts: list[dict], numbers: dict[str, int]
+) -> dict[str, Any]:
     prompt, verdict, route = row["prompt"], row["verdict"], row["route"]
     if prompt["id"] not in numbers:
         numbers[prompt["id"]] = len(prompts)
@@ -179,7 +222,9 @@ def _sample(row: dict, place: int, values: dict, prompts: list[dict], numbers: d
         "noTeacher": route["no_teacher"],
     }
     if (found := values.get((prompt["id"], row["index"]))) is not None:
-        sample["values"] = {key: value for key, value in found.items() if key not in ("step", "prompt_id", "index")}
+        sample["values"] = {
+            key: value for key, value in found.items() if key not in ("step", "prompt_id", "index")
+        }
     return sample
 
 

@@ -36,7 +36,9 @@ class RunFolder:
         try:
             config = Config.model_validate(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
         except (OSError, yaml.YAMLError, UnicodeDecodeError, ValidationError) as error:
-            raise ConfigError(f"{path / 'config.yaml'}: cannot be read as a run's configuration: {error}") from None
+            raise ConfigError(
+                f"{path / 'config.yaml'}: cannot be read as a run's configuration: {error}"
+            ) from None
         run = cls(path, config, [], [])
         for row in run._lines(file):
             if isinstance(row.get("step"), int):

@@ -31,7 +31,9 @@ _PHASES = ("rollout", "verify", "teacher", "update", "publish", "checkpoint")
 
 def sparkline(values: list[float], width: int = 40) -> str:
     """The last `width` values of [0, 1] as block characters."""
-    return "".join(_BLOCKS[min(len(_BLOCKS) - 1, int(max(value, 0.0) * len(_BLOCKS)))] for value in values[-width:])
+    return "".join(
+        _BLOCKS[min(len(_BLOCKS) - 1, int(max(value, 0.0) * len(_BLOCKS)))] for value in values[-width:]
+    )
 
 
 class Terminal:
@@ -45,10 +47,17 @@ class Terminal:
         self.phase_name = "start"
         self.alarms: list[Alarm] = []  # that hold now
         self.progress = Progress(
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(None), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(None),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
         )
         self.task = self.progress.add_task("train", total=steps)
-        self.live = Live(console=self.console, get_renderable=self._render, refresh_per_second=4, transient=True)
+        self.live = Live(
+            console=self.console, get_renderable=self._render, refresh_per_second=4, transient=True
+        )
         self.is_live = enabled and self.console.is_terminal
 
     def __enter__(self) -> Terminal:
@@ -91,7 +100,9 @@ class Terminal:
 
     def evaluation(self, row: dict[str, Any]) -> None:
         """A finished evaluation (its metrics.jsonl row)."""
-        scores = "  ".join(f"{key.removeprefix('eval/')} {value:.3f}" for key, value in row.items() if "@" in key)
+        scores = "  ".join(
+            f"{key.removeprefix('eval/')} {value:.3f}" for key, value in row.items() if "@" in key
+        )
         self.say(f"evaluation after step {row['step']}: {scores}", "cyan")
 
     def _render(self) -> Panel:
@@ -101,7 +112,9 @@ class Terminal:
             table = Table.grid(padding=(0, 3))
             for _ in range(4):
                 table.add_column()
-            table.add_row(f"pass rate {row['pass_rate']:.3f}", Text(sparkline(self.pass_rates), style="green"))
+            table.add_row(
+                f"pass rate {row['pass_rate']:.3f}", Text(sparkline(self.pass_rates), style="green")
+            )
             table.add_row(
                 f"routed to SDPO {row['sdpo_sample_share']:.0%}",
                 f"zero-advantage groups {row['zero_advantage_share']:.0%}",
@@ -121,8 +134,15 @@ class Terminal:
                 f"format {row['format_rate']:.0%}",
             )
             lines.append(table)
-            lines.extend(Text(f"! {alarm.name}: {alarm.finding}", style="bold yellow") for alarm in self.alarms)
-            lines.append(Text("  ".join(f"{name} {row.get(f'seconds_{name}', 0.0):.2f} s" for name in _PHASES), style="dim"))
+            lines.extend(
+                Text(f"! {alarm.name}: {alarm.finding}", style="bold yellow") for alarm in self.alarms
+            )
+            lines.append(
+                Text(
+                    "  ".join(f"{name} {row.get(f'seconds_{name}', 0.0):.2f} s" for name in _PHASES),
+                    style="dim",
+                )
+            )
         lines.append(Text(f"now: {self.phase_name}", style="dim"))
         return Panel(Group(*lines), title=self.title, border_style="dim")
 

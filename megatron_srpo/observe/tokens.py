@@ -19,7 +19,9 @@ def choose(groups: Sequence[Group], count: int) -> list[SampleKey]:
     kinds: tuple[list[Sample], ...] = ([], [], [])
     for group in groups:
         for sample in group:
-            kinds[0 if sample.route.distillation_weight > 0 else 2 if sample.verdict.correct else 1].append(sample)
+            kinds[0 if sample.route.distillation_weight > 0 else 2 if sample.verdict.correct else 1].append(
+                sample
+            )
     turns = (_prompt_after_prompt(kind) for kind in kinds)
     chosen = [sample for turn in zip_longest(*turns) for sample in turn if sample is not None]
     return [(sample.prompt.id, sample.index) for sample in chosen[:count]]
@@ -38,7 +40,11 @@ def tokens_file(folder: Path, step: int) -> Path:
 
 
 def write_tokens(
-    rows: Sequence[Mapping[str, Any]], groups: Sequence[Group], decode: Callable[[Sequence[int]], str], folder: Path, step: int
+    rows: Sequence[Mapping[str, Any]],
+    groups: Sequence[Group],
+    decode: Callable[[Sequence[int]], str],
+    folder: Path,
+    step: int,
 ) -> None:
     """Write the rows of `TokenValues.gather`, ids replaced by the text `decode` makes of each; whole or not at all."""
     ids_of = {(sample.prompt.id, sample.index): sample.response_ids for group in groups for sample in group}
@@ -53,7 +59,9 @@ def write_tokens(
     for row in rows:
         tokens = {"tokens": [text(token) for token in ids_of[row["prompt_id"], row["index"]]]}
         kinds = [key for key in ("top", "teacher_top") if key in row]
-        tops = {key: [[[text(token), logprob] for token, logprob in place] for place in row[key]] for key in kinds}
+        tops = {
+            key: [[[text(token), logprob] for token, logprob in place] for place in row[key]] for key in kinds
+        }
         lines.append(json.dumps({"step": step, **row, **tokens, **tops}, ensure_ascii=False) + "\n")
     write_text(tokens_file(folder, step), "".join(lines))
 
@@ -70,5 +78,7 @@ def read_tokens(folder: Path, step: int) -> dict[SampleKey, dict[str, Any]]:
                 row = json.loads(line, parse_constant=lambda name: None)
                 rows[row["prompt_id"], row["index"]] = row
             except (ValueError, KeyError, TypeError) as error:
-                raise ConfigError(f"{file}:{number}: is damaged ({error}); remove the file, which nothing else needs") from None
+                raise ConfigError(
+                    f"{file}:{number}: is damaged ({error}); remove the file, which nothing else needs"
+                ) from None
     return rows

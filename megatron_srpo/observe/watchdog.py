@@ -75,7 +75,10 @@ class Watchdog:
                 if states != seen:
                     seen, moved_at = states, time.monotonic()
                 elif time.monotonic() - moved_at >= self.limit:
-                    write_text(self._verdict, f"no rank made progress for {self.limit / 60:g} minutes (logging.watchdog_minutes)\n")
+                    write_text(
+                        self._verdict,
+                        f"no rank made progress for {self.limit / 60:g} minutes (logging.watchdog_minutes)\n",
+                    )
                     self._leave()
 
     def _read(self, rank: int) -> str:
@@ -85,7 +88,9 @@ class Watchdog:
             return ""  # not yet written
 
     def _describe(self) -> str:
-        return f"rank {self.layout.rank} on {socket.gethostname()}, process {os.getpid()}: {PROGRESS.describe()}"
+        return (
+            f"rank {self.layout.rank} on {socket.gethostname()}, process {os.getpid()}: {PROGRESS.describe()}"
+        )
 
     def _leave(self) -> None:
         """State and stacks to the disk; then end this process, whatever its main thread waits for."""
@@ -95,10 +100,20 @@ class Watchdog:
         end = time.monotonic() + _GRACE_SECONDS + self._interval
         if self.layout.rank == 0:
             ranks = range(self.layout.world_size)
-            while time.monotonic() < end and not all(self._read(r).startswith(f"{self.session} stalled") for r in ranks):
+            while time.monotonic() < end and not all(
+                self._read(r).startswith(f"{self.session} stalled") for r in ranks
+            ):
                 time.sleep(0.05)
-            states = [self._read(rank).partition("\n")[2].strip() or f"rank {rank}: said nothing" for rank in ranks]
-            text = "\n".join([self._verdict.read_text(encoding="utf-8").strip(), *states, f"stacks: {self.folder}/rank_*.stacks.txt"])
+            states = [
+                self._read(rank).partition("\n")[2].strip() or f"rank {rank}: said nothing" for rank in ranks
+            ]
+            text = "\n".join(
+                [
+                    self._verdict.read_text(encoding="utf-8").strip(),
+                    *states,
+                    f"stacks: {self.folder}/rank_*.stacks.txt",
+                ]
+            )
             print(f"stopped: {text}", file=sys.stderr, flush=True)
             write_text(self._verdict, text + "\n")
         else:  # let the first rank speak: torchrun ends all when one leaves

@@ -31,7 +31,9 @@ def plan(config: Config, options: argparse.Namespace) -> int:
     console.print(f"[bold red]does not fit: {problem}" if problem else "[bold green]fits")
     if own.cache_room is not None and problem is None:
         tokens = own.cache_room / cache_bytes(architecture, planned_dtype(config, machine).itemsize)
-        console.print(f"while it samples, the engine has {own.cache_room / 1e9:.1f} GB of a GPU for keys and values: {tokens:,.0f} tokens")
+        console.print(
+            f"while it samples, the engine has {own.cache_room / 1e9:.1f} GB of a GPU for keys and values: {tokens:,.0f} tokens"
+        )
     console.print(*_best(architecture, config, machine, options.gpus, workload))
     if options.scale:
         counts = [options.gpus * 2**n for n in range(13) if options.gpus * 2**n <= 4096]
@@ -54,20 +56,31 @@ def _machine(options: argparse.Namespace) -> Machine:
             raise ConfigError(f"{option}: {value:g}; expected more than 0")
     if options.mfu is not None and options.mfu > 1:
         raise ConfigError(f"--mfu: {options.mfu:g}; expected a share, at most 1")
-    return machine._replace(**{name: value * unit for name, (_, value, unit) in given.items() if value is not None})
+    return machine._replace(
+        **{name: value * unit for name, (_, value, unit) in given.items() if value is not None}
+    )
 
 
 def _workload(config: Config, options: argparse.Namespace) -> Workload:
     given = {name: getattr(options, name) for name in Workload._fields if getattr(options, name) is not None}
-    if not 0 <= given.get("distilled_share", 0) <= 1 or min(given.get("prompt_tokens", 1), given.get("response_tokens", 1)) < 1:
-        raise ConfigError("plan: expected --distilled-share from 0 to 1, --prompt-tokens and --response-tokens of 1 or more")
+    if (
+        not 0 <= given.get("distilled_share", 0) <= 1
+        or min(given.get("prompt_tokens", 1), given.get("response_tokens", 1)) < 1
+    ):
+        raise ConfigError(
+            "plan: expected --distilled-share from 0 to 1, --prompt-tokens and --response-tokens of 1 or more"
+        )
     return Workload.expected(config)._replace(**given)
 
 
-def _title(architecture: Architecture, config: Config, machine: Machine, gpus: int, workload: Workload) -> str:
+def _title(
+    architecture: Architecture, config: Config, machine: Machine, gpus: int, workload: Workload
+) -> str:
     whole, active = total_parameters(architecture), active_parameters(architecture)
     batch = Batch.worst(config, gpus, workload)
-    each = f"{whole:,} parameters" + (f", {active:,} of them active in a token's layers" if architecture.num_experts else "")
+    each = f"{whole:,} parameters" + (
+        f", {active:,} of them active in a token's layers" if architecture.num_experts else ""
+    )
     return (
         f"{config.model.hf_path.name}: {each}; {str(planned_dtype(config, machine)).removeprefix('torch.')}\n"
         f"{gpus} × {machine.name} ({machine.memory / 1e9:.0f} GB, {machine.peak / 1e12:.0f} TFLOPS, MFU {machine.mfu:.2f} assumed):"
@@ -81,8 +94,16 @@ def _title(architecture: Architecture, config: Config, machine: Machine, gpus: i
 def _describe(config: Config, gpus: int) -> str:
     """A layout in a few words."""
     p = config.parallel
-    names = {"TP": p.tensor_model_parallel_size, "PP": p.pipeline_model_parallel_size, "VPP": p.virtual_pipeline_model_parallel_size or 1}
-    names |= {"CP": p.context_parallel_size, "EP": p.expert_model_parallel_size, "DP": data_parallel_size(p, gpus)}
+    names = {
+        "TP": p.tensor_model_parallel_size,
+        "PP": p.pipeline_model_parallel_size,
+        "VPP": p.virtual_pipeline_model_parallel_size or 1,
+    }
+    names |= {
+        "CP": p.context_parallel_size,
+        "EP": p.expert_model_parallel_size,
+        "DP": data_parallel_size(p, gpus),
+    }
     text = " ".join(f"{name}{size}" for name, size in names.items() if size > 1) or "one replica"
     granularity = config.megatron.get("recompute_granularity")
     return text + (f", {granularity} recompute" if granularity else "")
@@ -103,16 +124,26 @@ def _step_table(plan: Plan, architecture: Architecture, machine: Machine, worklo
     table = Table("a step, estimated", "seconds", "GB sent a GPU")
     for name, seconds in plan.seconds.items():
         transfer = sent.get(name.removeprefix("traffic: "))
-        table.add_row(name, f"{seconds:.2f}", f"{transfer.bytes / 1e9:.2f}" if transfer and name.startswith("traffic") else "")
+        table.add_row(
+            name,
+            f"{seconds:.2f}",
+            f"{transfer.bytes / 1e9:.2f}" if transfer and name.startswith("traffic") else "",
+        )
     samples = plan.config.rollout.prompts_per_step * plan.config.rollout.samples_per_prompt
     flops = sum(step_flops(architecture, plan.config, workload).values())
     table.add_section()
-    table.add_row("together", f"{plan.step:.2f}", f"{sum(transfer.bytes for transfer in sent.values()) / 1e9:.2f}")
-    table.add_row("tokens a second", f"{samples * workload.document / plan.step:,.0f}", f"{flops / 1e15:.1f} PFLOP")
+    table.add_row(
+        "together", f"{plan.step:.2f}", f"{sum(transfer.bytes for transfer in sent.values()) / 1e9:.2f}"
+    )
+    table.add_row(
+        "tokens a second", f"{samples * workload.document / plan.step:,.0f}", f"{flops / 1e15:.1f} PFLOP"
+    )
     return table
 
 
-def _best(architecture: Architecture, config: Config, machine: Machine, gpus: int, workload: Workload) -> list:
+def _best(
+    architecture: Architecture, config: Config, machine: Machine, gpus: int, workload: Workload
+) -> list:
     fitting, impossible, too_large = layouts(architecture, config, machine, gpus, workload)
     said = f"left out: {impossible} layouts that do not divide the model or the GPUs, {too_large} that do not fit"
     if not fitting:
@@ -124,7 +155,15 @@ def _best(architecture: Architecture, config: Config, machine: Machine, gpus: in
 
 
 def _scale_table(rows: list[Scaled], workload: Workload) -> Table:
-    table = Table("GPUs", "same batch: layout", "seconds", "tokens/s a GPU", "batch × GPUs: layout", "seconds", "tokens/s a GPU")
+    table = Table(
+        "GPUs",
+        "same batch: layout",
+        "seconds",
+        "tokens/s a GPU",
+        "batch × GPUs: layout",
+        "seconds",
+        "tokens/s a GPU",
+    )
     for row in rows:
         cells = [f"{row.gpus}"]
         for one in (row.strong, row.weak):
@@ -132,6 +171,10 @@ def _scale_table(rows: list[Scaled], workload: Workload) -> Table:
                 cells += ["nothing fits", "", ""]
                 continue
             samples = one.config.rollout.prompts_per_step * one.config.rollout.samples_per_prompt
-            cells += [_describe(one.config, row.gpus), f"{one.step:.2f}", f"{samples * workload.document / one.step / row.gpus:,.0f}"]
+            cells += [
+                _describe(one.config, row.gpus),
+                f"{one.step:.2f}",
+                f"{samples * workload.document / one.step / row.gpus:,.0f}",
+            ]
         table.add_row(*cells)
     return table

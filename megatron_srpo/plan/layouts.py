@@ -58,7 +58,9 @@ class Plan(NamedTuple):
         return None
 
 
-def plan_for(architecture: Architecture, config: Config, machine: Machine, gpus: int, workload: Workload) -> Plan:
+def plan_for(
+    architecture: Architecture, config: Config, machine: Machine, gpus: int, workload: Workload
+) -> Plan:
     """The plan of this very configuration. Raises ConfigError for a layout that is impossible, with the reason."""
     check_layout(architecture, config)
     data_parallel_size(config.parallel, gpus)
@@ -81,13 +83,19 @@ def _cache(
     rollout, servers, size = config.rollout, Servers.of(config, gpus), planned_dtype(config, machine).itemsize
     if rollout.replay is not None or not servers.colocated:
         return None, 0.0
-    stay = ("weights", "reserve") + (("gradients", "optimizer", "teacher", "EMA") if rollout.engine == "transformers" else ())
+    stay = ("weights", "reserve") + (
+        ("gradients", "optimizer", "teacher", "EMA") if rollout.engine == "transformers" else ()
+    )
     kept = sum(parts.get(name, 0.0) for name in stay)
     room = machine.memory - kept - total_parameters(architecture) * size / servers.gpus_each
     if rollout.engine != "transformers":
         return room, MINIMUM_CACHE * machine.memory
-    sequences = min(rollout.batch_size, math.ceil(rollout.prompts_per_step / gpus) * rollout.samples_per_prompt)
-    return room, sequences * (rollout.max_prompt_tokens + rollout.max_response_tokens) * cache_bytes(architecture, size)
+    sequences = min(
+        rollout.batch_size, math.ceil(rollout.prompts_per_step / gpus) * rollout.samples_per_prompt
+    )
+    return room, sequences * (rollout.max_prompt_tokens + rollout.max_response_tokens) * cache_bytes(
+        architecture, size
+    )
 
 
 def layouts(
@@ -103,15 +111,29 @@ def layouts(
     tensors = [size for size in POWERS if size <= min(machine.gpus_per_node, gpus)]
     pipelines = [size for size in POWERS if size <= min(16, gpus)]
     experts = [size for size in POWERS if size <= gpus] if architecture.num_experts else [1]
-    for tensor, context, pipeline, expert, recompute in itertools.product(tensors, tensors, pipelines, experts, (False, True)):
+    for tensor, context, pipeline, expert, recompute in itertools.product(
+        tensors, tensors, pipelines, experts, (False, True)
+    ):
         if tensor * context > machine.gpus_per_node:
             continue
-        changed = {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline, "expert_model_parallel_size": expert}
-        changed |= {"context_parallel_size": context, "virtual_pipeline_model_parallel_size": None, "sequence_parallel": tensor > 1}
+        changed = {
+            "tensor_model_parallel_size": tensor,
+            "pipeline_model_parallel_size": pipeline,
+            "expert_model_parallel_size": expert,
+        }
+        changed |= {
+            "context_parallel_size": context,
+            "virtual_pipeline_model_parallel_size": None,
+            "sequence_parallel": tensor > 1,
+        }
         changed |= {"expert_tensor_parallel_size": 1 if expert > 1 else None}
         parallel = ParallelSection(**{**config.parallel.model_dump(), **changed})
         others = {key: value for key, value in config.megatron.items() if not key.startswith("recompute_")}
-        recomputing = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1} if recompute else {}
+        recomputing = (
+            {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+            if recompute
+            else {}
+        )
         candidate = config.model_copy(update={"parallel": parallel, "megatron": others | recomputing})
         try:
             plan = plan_for(architecture, candidate, machine, gpus, workload)
@@ -133,7 +155,9 @@ class Scaled(NamedTuple):
     weak: Plan | None
 
 
-def scale(architecture: Architecture, config: Config, machine: Machine, workload: Workload, counts: list[int]) -> list[Scaled]:
+def scale(
+    architecture: Architecture, config: Config, machine: Machine, workload: Workload, counts: list[int]
+) -> list[Scaled]:
     """The step model over `counts` of GPUs. Servers that others run, or that are started aside, are as many times more."""
     rows = []
     for gpus in counts:
@@ -166,7 +190,9 @@ def where_it_stops(rows: list[Scaled]) -> list[str]:
     said = []
     for before, after in itertools.pairwise([row for row in rows if row.strong is not None]):
         if (gain := before.strong.step / after.strong.step) < 1.4:
-            said.append(f"same batch: {after.gpus} GPUs are {gain:.2f} times as fast as {before.gpus}; {_most_of(after.strong)}")
+            said.append(
+                f"same batch: {after.gpus} GPUs are {gain:.2f} times as fast as {before.gpus}; {_most_of(after.strong)}"
+            )
             break
     growing = [row.weak for row in rows if row.weak is not None]
     for plan in growing:

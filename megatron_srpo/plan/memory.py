@@ -51,7 +51,9 @@ def layer_parameters(architecture: Architecture, config: Config) -> Parameters:
         if name.startswith("mlp.experts."):
             experts += math.prod(shape) // parallel.expert_tensor_size
         else:
-            dense += math.prod(shape) // (1 if _ROWS[name].dim is None else parallel.tensor_model_parallel_size)
+            dense += math.prod(shape) // (
+                1 if _ROWS[name].dim is None else parallel.tensor_model_parallel_size
+            )
     return Parameters(dense, experts // parallel.expert_model_parallel_size)
 
 
@@ -65,8 +67,15 @@ def stage_parameters(architecture: Architecture, config: Config, stage: int) -> 
     if key := next((key for key in config.megatron if "pipeline" in key), None):
         raise ConfigError(f"megatron.{key}: the planner knows evenly divided layers only")
     layers = architecture.num_hidden_layers // parallel.pipeline_model_parallel_size
-    layer, is_last = layer_parameters(architecture, config), stage == parallel.pipeline_model_parallel_size - 1
-    matrix = padded_vocab_size(architecture, config) // parallel.tensor_model_parallel_size * architecture.hidden_size
+    layer, is_last = (
+        layer_parameters(architecture, config),
+        stage == parallel.pipeline_model_parallel_size - 1,
+    )
+    matrix = (
+        padded_vocab_size(architecture, config)
+        // parallel.tensor_model_parallel_size
+        * architecture.hidden_size
+    )
     names = [VOCABULARY_TENSORS[0]] * (stage == 0)
     if is_last and not (architecture.tie_word_embeddings and stage == 0):
         names.append(VOCABULARY_TENSORS[1])
@@ -77,7 +86,11 @@ def stage_parameters(architecture: Architecture, config: Config, stage: int) -> 
 def replicas(config: Config, gpus: int) -> tuple[int, int]:
     """Ranks that hold the same dense parameters, and the same experts. Raises ConfigError when they do not divide."""
     parallel = config.parallel
-    experts = parallel.expert_tensor_size * parallel.expert_model_parallel_size * parallel.pipeline_model_parallel_size
+    experts = (
+        parallel.expert_tensor_size
+        * parallel.expert_model_parallel_size
+        * parallel.pipeline_model_parallel_size
+    )
     return data_parallel_size(parallel, gpus) * parallel.context_parallel_size, gpus // experts
 
 
@@ -92,7 +105,11 @@ class Batch(NamedTuple):
     @classmethod
     def worst(cls, config: Config, gpus: int, workload: Workload) -> Batch:
         """The fullest micro-batch: the budget, or the longest sequence where that is longer. Responses may be nearly all of it."""
-        rollout, size, context = config.rollout, data_parallel_size(config.parallel, gpus), config.parallel.context_parallel_size
+        rollout, size, context = (
+            config.rollout,
+            data_parallel_size(config.parallel, gpus),
+            config.parallel.context_parallel_size,
+        )
         longest = math.ceil((rollout.max_prompt_tokens + rollout.max_response_tokens) / context)
         samples = rollout.prompts_per_step * rollout.samples_per_prompt
         distilled = math.ceil(samples / size) * workload.response_tokens * workload.distilled_share / context
@@ -100,36 +117,51 @@ class Batch(NamedTuple):
         return cls(tokens, tokens, math.ceil(distilled))
 
 
-def memory(architecture: Architecture, config: Config, machine: Machine, gpus: int, batch: Batch) -> dict[str, float]:
+def memory(
+    architecture: Architecture, config: Config, machine: Machine, gpus: int, batch: Batch
+) -> dict[str, float]:
     """Bytes by part on the fullest rank, while it trains. See `state_bytes`, `activation_bytes`, `loss_bytes`.
 
     Besides: the hidden states the teacher leaves for the loss, [distilled, H] a model; and the batch's ids, positions, targets and
     weights on the device (8 + 8 + 8 + 5·4 bytes a token). `reserve` is the machine's.
     """
     stages = range(config.parallel.pipeline_model_parallel_size)
-    return max((_of_stage(architecture, config, machine, gpus, batch, stage) for stage in stages), key=lambda parts: sum(parts.values()))
+    return max(
+        (_of_stage(architecture, config, machine, gpus, batch, stage) for stage in stages),
+        key=lambda parts: sum(parts.values()),
+    )
 
 
-def _of_stage(architecture: Architecture, config: Config, machine: Machine, gpus: int, batch: Batch, stage: int) -> dict[str, float]:
+def _of_stage(
+    architecture: Architecture, config: Config, machine: Machine, gpus: int, batch: Batch, stage: int
+) -> dict[str, float]:
     size, parallel = planned_dtype(config, machine).itemsize, config.parallel
     is_last = stage == parallel.pipeline_model_parallel_size - 1
     tiles, rows = loss_bytes(architecture, config, machine, batch) if is_last else (0.0, 0.0)
     kept, transient = activation_bytes(architecture, config, machine, batch, stage)
     parts = state_bytes(architecture, config, machine, gpus, stage)
-    visitors = parts.pop("optimizer") + parts.pop("EMA", 0.0) if config.optimizer.optimizer_cpu_offload else 0.0
-    parts["activations"] = kept + rows + max(0.0, transient - tiles)  # tiles are gone when the backward pass begins
+    visitors = (
+        parts.pop("optimizer") + parts.pop("EMA", 0.0) if config.optimizer.optimizer_cpu_offload else 0.0
+    )
+    parts["activations"] = (
+        kept + rows + max(0.0, transient - tiles)
+    )  # tiles are gone when the backward pass begins
     parts["loss tiles"] = tiles
     if config.algorithm.distils and is_last:
         models = 2 if config.teacher.kind == "trust_region" else 1
         parts["teacher's hidden states"] = models * batch.distilled * (architecture.hidden_size * size + 4)
     parts["packed batch"] = batch.tokens * 44
     if visitors:  # activations and tiles are gone when they come
-        parts["optimizer on its visits, beyond activations"] = max(0.0, visitors - parts["activations"] - tiles)
+        parts["optimizer on its visits, beyond activations"] = max(
+            0.0, visitors - parts["activations"] - tiles
+        )
     parts["reserve"] = machine.reserve
     return parts
 
 
-def state_bytes(architecture: Architecture, config: Config, machine: Machine, gpus: int, stage: int) -> dict[str, float]:
+def state_bytes(
+    architecture: Architecture, config: Config, machine: Machine, gpus: int, stage: int
+) -> dict[str, float]:
     """Bytes that stay for the whole run on a rank of `stage`.
 
     With P elements of b bytes on the rank, D replicas of each: weights b·P; gradients 4·P (`grad_reduce_in_fp32`); Adam's two
@@ -151,7 +183,9 @@ def state_bytes(architecture: Architecture, config: Config, machine: Machine, gp
     return parts
 
 
-def activation_bytes(architecture: Architecture, config: Config, machine: Machine, batch: Batch, stage: int) -> tuple[float, float]:
+def activation_bytes(
+    architecture: Architecture, config: Config, machine: Machine, batch: Batch, stage: int
+) -> tuple[float, float]:
     """(kept between forward and backward, the most that a backward pass adds to it) on a rank of `stage`.
 
     A stage of 1F1B keeps as many micro-batches as stages follow it, itself included; interleaved, stage s of p keeps
@@ -160,7 +194,10 @@ def activation_bytes(architecture: Architecture, config: Config, machine: Machin
     it only saves.
     """
     parallel, size = config.parallel, planned_dtype(config, machine).itemsize
-    layers, stages = architecture.num_hidden_layers // parallel.pipeline_model_parallel_size, parallel.pipeline_model_parallel_size
+    layers, stages = (
+        architecture.num_hidden_layers // parallel.pipeline_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+    )
     in_flight = float(stages - stage)
     if virtual := parallel.virtual_pipeline_model_parallel_size:
         in_flight = ((virtual - 1) * stages + 2 * (stages - stage - 1) + 1) / virtual
@@ -179,7 +216,9 @@ def _sequence_shards(config: Config) -> int:
     return config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1
 
 
-def layer_bytes(architecture: Architecture, config: Config, machine: Machine, batch: Batch) -> tuple[float, float]:
+def layer_bytes(
+    architecture: Architecture, config: Config, machine: Machine, batch: Batch
+) -> tuple[float, float]:
     """(what autograd keeps of one layer for a micro-batch, what its backward pass adds) on one rank.
 
     Numbers a token, A = query heads · d, K = key heads · d, F the feed-forward width, all over TP; H over TP with sequence parallelism
@@ -198,7 +237,11 @@ def layer_bytes(architecture: Architecture, config: Config, machine: Machine, ba
     Local, with C context-parallel ranks: keys and values of all of them, 2K·C, instead of the rotated keys, and their places, 8·C bytes;
     as many gradients backward. Transformer Engine passes keys and values on instead.
     """
-    a, size, tensor = architecture, planned_dtype(config, machine).itemsize, config.parallel.tensor_model_parallel_size
+    a, size, tensor = (
+        architecture,
+        planned_dtype(config, machine).itemsize,
+        config.parallel.tensor_model_parallel_size,
+    )
     is_local, is_wide = config.model.transformer_impl == "local" or not machine.is_gpu, size > 2
     heads, key_heads, head = a.num_attention_heads / tensor, a.num_key_value_heads / tensor, a.head_dim
     queries, keys, hidden = heads * head, key_heads * head, a.hidden_size / _sequence_shards(config)
@@ -212,7 +255,11 @@ def layer_bytes(architecture: Architecture, config: Config, machine: Machine, ba
     feed = 3 if machine.is_gpu else 5
     if a.num_experts:
         width, chosen = a.moe_intermediate_size / config.parallel.expert_tensor_size, a.num_experts_per_tok
-        kept += chosen * (a.hidden_size + (feed + (not machine.is_gpu)) * width) * size + 5 * a.num_experts + 24 * chosen
+        kept += (
+            chosen * (a.hidden_size + (feed + (not machine.is_gpu)) * width) * size
+            + 5 * a.num_experts
+            + 24 * chosen
+        )
         transient = (chosen * (4 * width + a.hidden_size) + 2 * hidden) * size
     else:
         kept += feed * a.intermediate_size / tensor * size
@@ -223,7 +270,9 @@ def layer_bytes(architecture: Architecture, config: Config, machine: Machine, ba
     return batch.tokens * kept, batch.tokens * transient
 
 
-def loss_bytes(architecture: Architecture, config: Config, machine: Machine, batch: Batch) -> tuple[float, float]:
+def loss_bytes(
+    architecture: Architecture, config: Config, machine: Machine, batch: Batch
+) -> tuple[float, float]:
     """(tiles of logits, what else the last stage keeps for the loss).
 
     Tiles: at most `train.logits_memory_mib` (`vocab_parallel.fused.MEMORY`), and no more than the response tokens need: two fp32 tiles
@@ -235,6 +284,10 @@ def loss_bytes(architecture: Architecture, config: Config, machine: Machine, bat
     width = padded_vocab_size(architecture, config) // config.parallel.tensor_model_parallel_size
     sized = 8 + (size if machine.is_gpu else 0)  # what a tile's size is chosen by
     used = (8 if config.algorithm.distils else 4) + (size if machine.is_gpu else 0)
-    tile_tokens = min(max(16, (limit or MEMORY["cuda" if machine.is_gpu else "cpu"]) // (sized * width)), batch.responses)
-    rows = (3 + config.parallel.context_parallel_size) * batch.tokens + (3 if config.algorithm.distils else 2) * batch.responses
+    tile_tokens = min(
+        max(16, (limit or MEMORY["cuda" if machine.is_gpu else "cpu"]) // (sized * width)), batch.responses
+    )
+    rows = (3 + config.parallel.context_parallel_size) * batch.tokens + (
+        3 if config.algorithm.distils else 2
+    ) * batch.responses
     return tile_tokens * used * width, rows * architecture.hidden_size * size

@@ -18,7 +18,10 @@ from megatron_srpo.plan.memory import (
     total_parameters,
 )
 
-SAMPLE_BYTES = (8, 31)  # of one prompt and one response token in the JSON that ranks exchange: ids, log-probability, text
+SAMPLE_BYTES = (
+    8,
+    31,
+)  # of one prompt and one response token in the JSON that ranks exchange: ids, log-probability, text
 SAMPLE_SECONDS = 2e-7  # of reading one such token; measured on one core of a busy x86 machine, 2026-11-24
 LATENCY = 1e-5  # seconds a collective takes however small it is, for each doubling of its ranks; assumed
 LONGEST = 4  # the longest response of a step, in mean ones, never beyond rollout.max_response_tokens; assumed
@@ -40,7 +43,13 @@ def forward_flops(architecture: Architecture, tokens: float, document: float) ->
     Two a parameter and token; attention, 4·A for each pair of query and key (scores and values, A = heads · d), of which causality
     leaves half of document² (Chowdhery et al., arXiv 2204.02311, appendix B).
     """
-    attention = 2 * architecture.num_attention_heads * architecture.head_dim * document * architecture.num_hidden_layers
+    attention = (
+        2
+        * architecture.num_attention_heads
+        * architecture.head_dim
+        * document
+        * architecture.num_hidden_layers
+    )
     return tokens * (2 * active_parameters(architecture) + attention)
 
 
@@ -60,7 +69,9 @@ def step_flops(architecture: Architecture, config: Config, workload: Workload) -
         flops["scoring"] = forward + responses * head
     if config.algorithm.distils and share:
         document = workload.teacher_document(config)
-        flops["teacher"] = forward_flops(architecture, share * samples * document, document) + share * responses * head
+        flops["teacher"] = (
+            forward_flops(architecture, share * samples * document, document) + share * responses * head
+        )
     return flops
 
 
@@ -78,7 +89,9 @@ class Transfer(NamedTuple):
         return self.bytes / self.bandwidth + self.calls * LATENCY * math.log2(max(2, self.ranks))
 
 
-def traffic(architecture: Architecture, config: Config, machine: Machine, gpus: int, workload: Workload) -> dict[str, Transfer]:
+def traffic(
+    architecture: Architecture, config: Config, machine: Machine, gpus: int, workload: Workload
+) -> dict[str, Transfer]:
     """By purpose, of a rank of the fullest stage. A ring over n ranks sends (n - 1)/n of what is gathered or scattered, twice that to
     reduce (Patarasuk & Yuan 2009). t: tokens through the rank, forward, shared with its tensor-parallel ranks; b: bytes a number.
 
@@ -97,9 +110,17 @@ def traffic(architecture: Architecture, config: Config, machine: Machine, gpus: 
     ranks = data_parallel_size(parallel, gpus) * context  # with other tokens
     shards = tensor if parallel.sequence_parallel else 1
     trained = samples * workload.document / ranks
-    taught = samples * workload.distilled_share * workload.teacher_document(config) / ranks if config.algorithm.distils else 0
+    taught = (
+        samples * workload.distilled_share * workload.teacher_document(config) / ranks
+        if config.algorithm.distils
+        else 0
+    )
     forward_only = taught + (trained if config.mini_batch_prompts < rollout.prompts_per_step else 0)
-    passes = 2 * trained + forward_only + (trained if config.megatron.get("recompute_granularity") == "full" else 0)
+    passes = (
+        2 * trained
+        + forward_only
+        + (trained if config.megatron.get("recompute_granularity") == "full" else 0)
+    )
     layers, width = a.num_hidden_layers / stages, a.hidden_size * size
     micro_batches = micro_batch_count(config, gpus, workload)
     found: dict[str, Transfer] = {}
@@ -119,19 +140,28 @@ def traffic(architecture: Architecture, config: Config, machine: Machine, gpus: 
         found["context"] = Transfer(sent, 2 * (layers + 1) * micro_batches, context, bandwidth)
     if stages > 1:
         chunks = parallel.virtual_pipeline_model_parallel_size or 1
-        found["pipeline"] = Transfer(passes * chunks * width / shards, 2 * chunks * micro_batches, 2, machine.network_bandwidth)
-    own = max((stage_parameters(a, config, stage) for stage in range(stages)), key=lambda parameters: parameters.total)
+        found["pipeline"] = Transfer(
+            passes * chunks * width / shards, 2 * chunks * micro_batches, 2, machine.network_bandwidth
+        )
+    own = max(
+        (stage_parameters(a, config, stage) for stage in range(stages)),
+        key=lambda parameters: parameters.total,
+    )
     found |= _replication(a, config, machine, gpus, own, size)
     if moved := _host_bytes(architecture, config, machine, gpus):
         found["host"] = Transfer(moved, 2, 1, machine.host_bandwidth)
     found["samples"] = Transfer(exchanged_bytes(config, workload), 2, gpus, machine.network_bandwidth)
     if tensor * stages * experts > 1:
         tensors = a.num_hidden_layers * len(layer_shapes(a))
-        found["export"] = Transfer(total_parameters(a) * size, tensors, tensor * stages, machine.network_bandwidth)
+        found["export"] = Transfer(
+            total_parameters(a) * size, tensors, tensor * stages, machine.network_bandwidth
+        )
     return found
 
 
-def _replication(a: Architecture, config: Config, machine: Machine, gpus: int, own: Parameters, size: int) -> dict[str, Transfer]:
+def _replication(
+    a: Architecture, config: Config, machine: Machine, gpus: int, own: Parameters, size: int
+) -> dict[str, Transfer]:
     """What keeps a parameter's replicas alike."""
     parallel, copies = config.parallel, replicas(config, gpus)
     shares = [(count, ranks) for count, ranks in zip(own, copies, strict=True) if count and ranks > 1]
@@ -139,7 +169,9 @@ def _replication(a: Architecture, config: Config, machine: Machine, gpus: int, o
         return {}
     updates = config.rollout.prompts_per_step // config.mini_batch_prompts
     moved = sum(count * (ranks - 1) / ranks for count, ranks in shares)
-    bandwidth = machine.bandwidth(parallel.tensor_model_parallel_size * copies[0], abreast=parallel.tensor_model_parallel_size)
+    bandwidth = machine.bandwidth(
+        parallel.tensor_model_parallel_size * copies[0], abreast=parallel.tensor_model_parallel_size
+    )
     buckets = math.ceil(own.total / max(40e6, 1e6 * copies[0]))  # Megatron's default bucket size
     each = (4 + size) if parallel.use_distributed_optimizer else 8
     found = {"gradients": Transfer(updates * each * moved, 2 * updates * buckets, copies[0], bandwidth)}
@@ -153,10 +185,15 @@ def _replication(a: Architecture, config: Config, machine: Machine, gpus: int, o
 def _host_bytes(architecture: Architecture, config: Config, machine: Machine, gpus: int) -> float:
     """What goes to the host and comes back in a step, both counted: one follows the other."""
     stages = range(config.parallel.pipeline_model_parallel_size)
-    states = max((state_bytes(architecture, config, machine, gpus, stage) for stage in stages), key=lambda parts: sum(parts.values()))
+    states = max(
+        (state_bytes(architecture, config, machine, gpus, stage) for stage in stages),
+        key=lambda parts: sum(parts.values()),
+    )
     updates = config.rollout.prompts_per_step // config.mini_batch_prompts
     stays = updates if config.optimizer.optimizer_cpu_offload else int(config.rollout.colocated)
-    moved = stays * (states["optimizer"] + states.get("EMA", 0.0)) + config.rollout.colocated * states.get("teacher", 0.0)
+    moved = stays * (states["optimizer"] + states.get("EMA", 0.0)) + config.rollout.colocated * states.get(
+        "teacher", 0.0
+    )
     return 2 * moved
 
 
@@ -170,11 +207,15 @@ def micro_batch_count(config: Config, gpus: int, workload: Workload) -> int:
     """Of a rank, in one step: whole samples, the same number on every rank."""
     data, mini = data_parallel_size(config.parallel, gpus), config.mini_batch_prompts
     each = math.ceil(mini * config.rollout.samples_per_prompt / data)
-    per_row = max(1, config.train.micro_batch_tokens * config.parallel.context_parallel_size // workload.document)
+    per_row = max(
+        1, config.train.micro_batch_tokens * config.parallel.context_parallel_size // workload.document
+    )
     return math.ceil(each / per_row) * (config.rollout.prompts_per_step // mini)
 
 
-def step_seconds(architecture: Architecture, config: Config, machine: Machine, gpus: int, workload: Workload) -> dict[str, float]:
+def step_seconds(
+    architecture: Architecture, config: Config, machine: Machine, gpus: int, workload: Workload
+) -> dict[str, float]:
     """Seconds of a step by part; see `total`.
 
     sampling: `sampling_seconds`. update, scoring, teacher: FLOP over ranks, peak and MFU; a full recompute repeats the update's forward
@@ -186,16 +227,27 @@ def step_seconds(architecture: Architecture, config: Config, machine: Machine, g
     compute = {phase: flops / rate for phase, flops in step_flops(architecture, config, workload).items()}
     if config.megatron.get("recompute_granularity") == "full":
         samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
-        compute["recompute"] = forward_flops(architecture, samples * workload.document, workload.document) / rate
-    data, n = data_parallel_size(config.parallel, gpus), config.mini_batch_prompts * config.rollout.samples_per_prompt
+        compute["recompute"] = (
+            forward_flops(architecture, samples * workload.document, workload.document) / rate
+        )
+    data, n = (
+        data_parallel_size(config.parallel, gpus),
+        config.mini_batch_prompts * config.rollout.samples_per_prompt,
+    )
     busy = sum(compute.values())
     parts |= compute
     parts["idle"] = busy * (math.ceil(n / data) * data / n - 1)
-    stages, virtual = config.parallel.pipeline_model_parallel_size, config.parallel.virtual_pipeline_model_parallel_size or 1
+    stages, virtual = (
+        config.parallel.pipeline_model_parallel_size,
+        config.parallel.virtual_pipeline_model_parallel_size or 1,
+    )
     updates = config.rollout.prompts_per_step // config.mini_batch_prompts
     row_count = micro_batch_count(config, gpus, workload) / updates
     parts["bubble"] = (busy + parts["idle"]) * (stages - 1) / (virtual * max(row_count, 1))
-    parts |= {f"traffic: {name}": transfer.seconds for name, transfer in traffic(architecture, config, machine, gpus, workload).items()}
+    parts |= {
+        f"traffic: {name}": transfer.seconds
+        for name, transfer in traffic(architecture, config, machine, gpus, workload).items()
+    }
     tokens = config.rollout.prompts_per_step * config.rollout.samples_per_prompt * workload.document
     parts["reading samples"] = tokens * SAMPLE_SECONDS if gpus > 1 else 0.0
     return {name: seconds for name, seconds in parts.items() if seconds}
@@ -220,15 +272,21 @@ class Servers(NamedTuple):
         rollout = config.rollout
         if rollout.engine == "transformers":
             return cls(gpus, 1, True)
-        return cls(len(rollout.urls) or rollout.servers, rollout.sglang.tensor_parallel_size, rollout.colocated)
+        return cls(
+            len(rollout.urls) or rollout.servers, rollout.sglang.tensor_parallel_size, rollout.colocated
+        )
 
 
 def cache_bytes(architecture: Architecture, size: int) -> int:
     """Of one token's keys and values in all layers."""
-    return 2 * architecture.num_hidden_layers * architecture.num_key_value_heads * architecture.head_dim * size
+    return (
+        2 * architecture.num_hidden_layers * architecture.num_key_value_heads * architecture.head_dim * size
+    )
 
 
-def sampling_seconds(architecture: Architecture, config: Config, machine: Machine, gpus: int, workload: Workload) -> float:
+def sampling_seconds(
+    architecture: Architecture, config: Config, machine: Machine, gpus: int, workload: Workload
+) -> float:
     """Decoding, bound by memory: each token of the longest response reads all weights, each token its sequence's keys and values
     (cf. Pope et al., arXiv 2211.05102, §2); and by computation, two FLOP a parameter and token, prompts included. 0 when replaying.
     """
@@ -236,11 +294,20 @@ def sampling_seconds(architecture: Architecture, config: Config, machine: Machin
         return 0.0
     rollout, size, servers = config.rollout, planned_dtype(config, machine).itemsize, Servers.of(config, gpus)
     sequences = math.ceil(rollout.prompts_per_step / servers.count) * rollout.samples_per_prompt
-    longest, mean = min(rollout.max_response_tokens, LONGEST * workload.response_tokens), workload.response_tokens
+    longest, mean = (
+        min(rollout.max_response_tokens, LONGEST * workload.response_tokens),
+        workload.response_tokens,
+    )
     cached = sequences * mean * (workload.prompt_tokens + mean / 2) * cache_bytes(architecture, size)
     read = longest * total_parameters(architecture) * size + cached
     seconds = read / (servers.gpus_each * machine.memory_bandwidth * DECODING)
-    seconds += 2 * active_parameters(architecture) * sequences * workload.document / (servers.gpus_each * machine.peak * machine.mfu)
+    seconds += (
+        2
+        * active_parameters(architecture)
+        * sequences
+        * workload.document
+        / (servers.gpus_each * machine.peak * machine.mfu)
+    )
     if rollout.engine == "transformers":
         rounds = math.ceil(sequences / rollout.batch_size)
         seconds = max(seconds, rounds * longest * architecture.num_hidden_layers * EMBEDDED_SECONDS)

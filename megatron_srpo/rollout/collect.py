@@ -28,8 +28,16 @@ def encode_prompt(prompt: Prompt, folder: HFFolder, settings: RolloutSection) ->
 class Collector:
     """Samples prompts with this rank's engine and has the responses judged."""
 
-    def __init__(self, verifiers: Pool, engine: Engine, folder: HFFolder, layout: Layout, settings: RolloutSection):
-        self.verifiers, self.engine, self.folder, self.layout, self.settings = verifiers, engine, folder, layout, settings
+    def __init__(
+        self, verifiers: Pool, engine: Engine, folder: HFFolder, layout: Layout, settings: RolloutSection
+    ):
+        self.verifiers, self.engine, self.folder, self.layout, self.settings = (
+            verifiers,
+            engine,
+            folder,
+            layout,
+            settings,
+        )
         self.seconds_verifying = 0.0
 
     def prompts(self, prompt: Callable[[int], Prompt], numbers: range) -> list[Prompt]:
@@ -37,9 +45,13 @@ class Collector:
         mine = numbers[self.layout.rank :: self.layout.world_size]
         return [encode_prompt(prompt(number), self.folder, self.settings) for number in mine]
 
-    def sample(self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: Sampling, seed: str) -> list[Group]:
+    def sample(
+        self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: Sampling, seed: str
+    ) -> list[Group]:
         """Verified groups of `samples_per_prompt` responses. A sample's randomness is (seed, prompt id, index) alone."""
-        return self.collect([Unfinished(prompt=prompt) for prompt in prompts], samples_per_prompt, sampling, seed)[0]
+        return self.collect(
+            [Unfinished(prompt=prompt) for prompt in prompts], samples_per_prompt, sampling, seed
+        )[0]
 
     def collect(
         self,
@@ -60,18 +72,24 @@ class Collector:
             keep: called with new samples as soon as they are finished, with those that the engine hands over together.
         """
         self.seconds_verifying = 0.0
-        samples = {(sample.prompt.id, sample.index): sample for unfinished in begun for sample in unfinished.samples}
+        samples = {
+            (sample.prompt.id, sample.index): sample for unfinished in begun for sample in unfinished.samples
+        }
         missing = [
             (unfinished.prompt, index)
             for unfinished in begun
             for index in range(samples_per_prompt)
-            if (sample := samples.get((unfinished.prompt.id, index))) is None or sample.finish_reason == "abort"
+            if (sample := samples.get((unfinished.prompt.id, index))) is None
+            or sample.finish_reason == "abort"
         ]
         open_places = Counter(prompt.id for prompt, _ in missing)
         groups: dict[str, Group] = {}
 
         def finish_groups(prompt_ids: Sequence[str]) -> bool:
-            whole = [tuple(samples[prompt_id, index] for index in range(samples_per_prompt)) for prompt_id in prompt_ids]
+            whole = [
+                tuple(samples[prompt_id, index] for index in range(samples_per_prompt))
+                for prompt_id in prompt_ids
+            ]
             new = dict(zip(prompt_ids, self.verify(whole), strict=True))
             groups.update(new)
             return any([is_enough(group) for group in new.values()])  # asked of each: it counts them
@@ -91,21 +109,32 @@ class Collector:
                 keep(done)
             return finish_groups(whole)
 
-        had_enough = finish_groups([one.prompt.id for one in begun if not open_places[one.prompt.id]])  # nothing of them is missing
+        had_enough = finish_groups(
+            [one.prompt.id for one in begun if not open_places[one.prompt.id]]
+        )  # nothing of them is missing
         requests = [self._request(prompt, index, samples, seed) for prompt, index in missing]
         if not had_enough:
             self.engine.generate(requests, sampling, finished)
         indices = range(samples_per_prompt)
         left = [
-            Unfinished(prompt=one.prompt, samples=tuple(sample for i in indices if (sample := samples.get((one.prompt.id, i)))))
+            Unfinished(
+                prompt=one.prompt,
+                samples=tuple(sample for i in indices if (sample := samples.get((one.prompt.id, i)))),
+            )
             for one in begun
             if one.prompt.id not in groups
         ]
         return [groups[one.prompt.id] for one in begun if one.prompt.id in groups], left
 
-    def _request(self, prompt: Prompt, index: int, samples: Mapping[tuple[str, int], Sample], seed: str) -> Request:
+    def _request(
+        self, prompt: Prompt, index: int, samples: Mapping[tuple[str, int], Sample], seed: str
+    ) -> Request:
         before = samples.get((prompt.id, index))
-        start = None if before is None else Completion([*before.response_ids], [*before.logprobs], [*before.versions], "abort")
+        start = (
+            None
+            if before is None
+            else Completion([*before.response_ids], [*before.logprobs], [*before.versions], "abort")
+        )
         return Request(prompt.ids, f"{seed}/{prompt.id}/{index}", start)
 
     def _sample(self, prompt: Prompt, index: int, completion: Completion) -> Sample:
@@ -145,6 +174,8 @@ def exchange(groups: Sequence[Group], layout: Layout) -> list[Group]:
     for payload in layout.gather_bytes(f"{size}\n{lines}".encode()):
         header, *rows = payload.decode().split("\n")
         samples = [Sample.model_validate_json(row) for row in rows if row]
-        by_rank.append([tuple(samples[i : i + int(header)]) for i in range(0, len(samples), int(header) or 1)])
+        by_rank.append(
+            [tuple(samples[i : i + int(header)]) for i in range(0, len(samples), int(header) or 1)]
+        )
     longest = max(map(len, by_rank))
     return [share[place] for place in range(longest) for share in by_rank if place < len(share)]

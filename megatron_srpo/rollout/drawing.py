@@ -32,12 +32,27 @@ class Drawn(NamedTuple):
 class Drawing:
     """The place in the training prompts, and what is carried from step to step."""
 
-    def __init__(self, config: Config, collector: Collector, prompt: Callable[[int], Prompt], ledger: Ledger, layout: Layout):
+    def __init__(
+        self,
+        config: Config,
+        collector: Collector,
+        prompt: Callable[[int], Prompt],
+        ledger: Ledger,
+        layout: Layout,
+    ):
         """`prompt(number)`: training prompt 0, 1, … of the run, without token ids."""
-        self.config, self.collector, self.prompt, self.ledger, self.layout = config, collector, prompt, ledger, layout
+        self.config, self.collector, self.prompt, self.ledger, self.layout = (
+            config,
+            collector,
+            prompt,
+            ledger,
+            layout,
+        )
         settings = config.rollout
         self.is_choosy = settings.over_sampling > 1 or settings.dynamic_filtering
-        self.sampling = Sampling(settings.temperature, settings.top_p, settings.max_response_tokens, collector.folder.stop_ids)
+        self.sampling = Sampling(
+            settings.temperature, settings.top_p, settings.max_response_tokens, collector.folder.stop_ids
+        )
         self.next_prompt = 0
         self._carried: list[Unfinished] = []
         self._kept: dict[tuple[str, int], tuple[int, Sample]] = {}
@@ -49,7 +64,11 @@ class Drawing:
 
     def go_on(self, step: int, next_prompt: int) -> None:
         """As it was before `step` was drawn."""
-        self.next_prompt, self._carried, self._kept = next_prompt, self.ledger.carried(step), self.ledger.kept(step)
+        self.next_prompt, self._carried, self._kept = (
+            next_prompt,
+            self.ledger.carried(step),
+            self.ledger.kept(step),
+        )
 
     def draw(self, step: int, version: str) -> Drawn:
         """The batch of `step`, sampled by the engine's weights `version`. All ranks together when choosy."""
@@ -75,7 +94,9 @@ class Drawing:
                 chosen, dull = chosen + fill, dull[len(fill) :]
             if len(chosen) >= target:
                 break
-        self._carried = [Unfinished(prompt=group[0].prompt, samples=group) for group in chosen[target:]] + begun
+        self._carried = [
+            Unfinished(prompt=group[0].prompt, samples=group) for group in chosen[target:]
+        ] + begun
         self.ledger.filtered(step, [group[0].prompt.id for group in dull])
         self.ledger.carry(step + 1, self._carried)
         numbers = {"groups_filtered": len(dull), "groups_carried": len(self._carried), "rounds": rounds}
@@ -89,11 +110,18 @@ class Drawing:
         return [Unfinished(prompt=prompt) for prompt in prompts]
 
     def _round(
-        self, number: int, begun: list[Unfinished], wanted: int, step: int, kept: dict[tuple[str, int], tuple[int, Sample]]
+        self,
+        number: int,
+        begun: list[Unfinished],
+        wanted: int,
+        step: int,
+        kept: dict[tuple[str, int], tuple[int, Sample]],
     ) -> tuple[list[Group], list[Unfinished]]:
         """Whole groups and what was broken off: all ranks' when choosy, else this rank's share (of which all is whole)."""
         settings = self.config.rollout
-        known = {key: sample for key, (made_in, sample) in kept.items() if made_in <= number}  # a later round's: not yet, as it was
+        known = {
+            key: sample for key, (made_in, sample) in kept.items() if made_in <= number
+        }  # a later round's: not yet, as it was
         mine = [self._with_kept(one, known) for one in begun[self.layout.rank :: self.layout.world_size]]
         share, found = math.ceil(wanted * len(mine) / len(begun)), 0
 
@@ -114,7 +142,11 @@ class Drawing:
 
     def _with_kept(self, one: Unfinished, kept: dict[tuple[str, int], Sample]) -> Unfinished:
         """With token ids, and with the samples that a stopped run had finished."""
-        prompt = one.prompt if one.prompt.ids else encode_prompt(one.prompt, self.collector.folder, self.config.rollout)
+        prompt = (
+            one.prompt
+            if one.prompt.ids
+            else encode_prompt(one.prompt, self.collector.folder, self.config.rollout)
+        )
         samples = {sample.index: sample for sample in one.samples}
         for index in range(self.config.rollout.samples_per_prompt):
             if (sample := kept.get((prompt.id, index))) and sample.prompt == prompt:
@@ -135,7 +167,10 @@ class Drawing:
                     everyone[one.prompt.id] = one
         in_order = [everyone[one.prompt.id] for one in begun]
         size = self.config.rollout.samples_per_prompt
-        is_whole = [len(one.samples) == size and all(sample.verdict is not None for sample in one.samples) for one in in_order]
+        is_whole = [
+            len(one.samples) == size and all(sample.verdict is not None for sample in one.samples)
+            for one in in_order
+        ]
         whole = [one.samples for one, whole in zip(in_order, is_whole, strict=True) if whole]
         return whole, [one for one, whole in zip(in_order, is_whole, strict=True) if not whole]
 

@@ -76,7 +76,11 @@ class Ledger:
     def carried(self, step: int) -> list[Unfinished]:
         """What was left over for `step`."""
         file = self.directory / f"step_{step:06d}.carried.jsonl"
-        return [Unfinished.model_validate_json(line) for line in file.read_bytes().split(b"\n") if line] if file.exists() else []
+        return (
+            [Unfinished.model_validate_json(line) for line in file.read_bytes().split(b"\n") if line]
+            if file.exists()
+            else []
+        )
 
     def keep(self, step: int, number: int, samples: Sequence[Sample]) -> None:
         """Finished samples that were made together in round `number` of a step: all of them are used again, or none."""
@@ -98,7 +102,9 @@ class Ledger:
             for line in file.read_bytes().split(b"\n"):
                 with suppress(ValidationError):
                     made = _Made.model_validate_json(line)
-                    found |= {(sample.prompt.id, sample.index): (made.round, sample) for sample in made.samples}
+                    found |= {
+                        (sample.prompt.id, sample.index): (made.round, sample) for sample in made.samples
+                    }
         return found
 
     def saved(self, step: int) -> None:

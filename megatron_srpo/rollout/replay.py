@@ -39,12 +39,16 @@ def replay(folder: Path, step: int, samples_per_prompt: int, model: HFFolder) ->
         except ValidationError as error:
             problem = error.errors()[0]
             where = ".".join(str(part) for part in problem["loc"])
-            raise ConfigError(f"{file}:{number}: {where}: {problem['msg'].removeprefix('Value error, ')}") from None
+            raise ConfigError(
+                f"{file}:{number}: {where}: {problem['msg'].removeprefix('Value error, ')}"
+            ) from None
         except ValueError as error:
             raise ConfigError(f"{file}:{number}: {error}") from None
         ids = (*sample.prompt.ids, *sample.response_ids)
         if not sample.prompt.ids or min(ids) < 0 or max(ids) >= model.architecture.vocab_size:
-            raise ConfigError(f"{file}:{number}: prompt.ids are missing or an id is outside the model's vocabulary")
+            raise ConfigError(
+                f"{file}:{number}: prompt.ids are missing or an id is outside the model's vocabulary"
+            )
         samples.append(sample.model_copy(update={"route": None}))
     groups = [tuple(group) for _, group in itertools.groupby(samples, key=lambda sample: sample.prompt.id)]
     for group in groups:

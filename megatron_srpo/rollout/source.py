@@ -31,7 +31,9 @@ class Rollouts:
         settings = config.rollout
         self.config, self.folder, self.layout = config, folder, layout
         self.version, self.collector, self.drawn = "0", None, Drawn([], {}, 0.0)
-        self.ledger = Ledger(config.logging.dir / "ledger", layout, keeps_samples=config.checkpoint.save_interval > 0)
+        self.ledger = Ledger(
+            config.logging.dir / "ledger", layout, keeps_samples=config.checkpoint.save_interval > 0
+        )
         self._thread = ThreadPoolExecutor(1, "rollouts")
         self._ahead: Future[Drawn] | None = None
         if settings.replay is None:
@@ -39,7 +41,9 @@ class Rollouts:
             trained = training_tasks(config)
             self.evaluated = evaluation_tasks(config) if config.evaluation.every > 0 else {}
             mixture = Mixture(trained, {source.name: source.weight for source in config.task.sources})
-            verifiers = Pool({name: task.verifier for name, task in {**trained, **self.evaluated}.items()}, config.task)
+            verifiers = Pool(
+                {name: task.verifier for name, task in {**trained, **self.evaluated}.items()}, config.task
+            )
             self.collector = Collector(verifiers, engine, folder, layout, settings)
             self.drawing = Drawing(config, self.collector, mixture.prompt, self.ledger, layout)
 
@@ -48,7 +52,11 @@ class Rollouts:
         if self.collector is None:
             return self._replay(step)
         ahead, self._ahead = self._ahead, None
-        self.drawn = self.drawing.draw(step, self.version) if ahead is None else ahead.result()._replace(seconds_verifying=0.0)
+        self.drawn = (
+            self.drawing.draw(step, self.version)
+            if ahead is None
+            else ahead.result()._replace(seconds_verifying=0.0)
+        )
         if self.config.rollout.overlap and step < self.config.train.steps:
             self._ahead = self._thread.submit(self.drawing.draw, step + 1, self.version)
         return self.drawn.groups

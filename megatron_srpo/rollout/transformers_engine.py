@@ -23,7 +23,11 @@ class TransformersEngine:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         config = AutoConfig.from_pretrained(folder.path, local_files_only=True)
-        self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").to(device).eval()
+        self.model = (
+            AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+            .to(device)
+            .eval()
+        )
         self.device, self.batch_size, self.version = device, batch_size, None
 
     @torch.no_grad()
@@ -33,7 +37,9 @@ class TransformersEngine:
         for name, tensor in tensors:
             parameter = own.pop(name, None)
             if parameter is None or parameter.shape != tensor.shape:
-                raise ValueError(f"weight update: {name} {list(tensor.shape)} does not fit the engine's model")
+                raise ValueError(
+                    f"weight update: {name} {list(tensor.shape)} does not fit the engine's model"
+                )
             parameter.copy_(tensor)
         if own:
             raise ValueError(f"weight update: {len(own)} tensors did not arrive, first {next(iter(own))}")
@@ -49,7 +55,11 @@ class TransformersEngine:
         for start in range(0, len(order), self.batch_size):
             numbers = order[start : start + self.batch_size]
             batch = [requests[number] for number in numbers]
-            completions = [_broken_off(request) for request in batch] if is_enough else self._generate_batch(batch, sampling)
+            completions = (
+                [_broken_off(request) for request in batch]
+                if is_enough
+                else self._generate_batch(batch, sampling)
+            )
             is_enough |= finished(dict(zip(numbers, completions, strict=True)))
 
     def close(self) -> None:
@@ -58,10 +68,15 @@ class TransformersEngine:
     @torch.inference_mode()
     def _generate_batch(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         begun = [0 if request.start is None else len(request.start.ids) for request in requests]
-        ids, mask = self._left_padded([(*request.prompt_ids, *(request.start.ids if request.start else ())) for request in requests])
+        ids, mask = self._left_padded(
+            [(*request.prompt_ids, *(request.start.ids if request.start else ())) for request in requests]
+        )
         uniforms = np.stack([_uniforms(request.seed, sampling.max_tokens) for request in requests])
         uniforms = torch.from_numpy(uniforms).to(self.device)
-        stops, begun_at = torch.tensor(sampling.stop_ids, device=self.device), torch.tensor(begun, device=self.device)
+        stops, begun_at = (
+            torch.tensor(sampling.stop_ids, device=self.device),
+            torch.tensor(begun, device=self.device),
+        )
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         cache, live = None, torch.arange(len(requests), device=self.device)
         tokens = torch.zeros(len(requests), sampling.max_tokens, dtype=torch.long, device=self.device)
@@ -69,10 +84,17 @@ class TransformersEngine:
         for step in range(sampling.max_tokens - min(begun)):
             beat()
             output = self.model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
             )
             cache = output.past_key_values
-            place = (begun_at[live] + step).clamp(max=sampling.max_tokens - 1)  # a row at its limit is carried on with others
+            place = (begun_at[live] + step).clamp(
+                max=sampling.max_tokens - 1
+            )  # a row at its limit is carried on with others
             chosen, chosen_logprobs = _sample(output.logits[:, -1].float(), uniforms[live, place], sampling)
             tokens[live, step], logprobs[live, step] = chosen, chosen_logprobs
             going = ~torch.isin(chosen, stops) & (begun_at[live] + step + 1 < sampling.max_tokens)
@@ -85,10 +107,17 @@ class TransformersEngine:
                 cache.batch_select_indices(keep)
                 live, ids, mask, positions = live[keep], ids[keep], mask[keep], positions[keep]
         if logprobs.isnan().any():
-            raise EngineFailed(f"the model of weight version {self.version} gives no numbers (NaN): are its weights damaged?")
-        return [self._completion(*row, sampling) for row in zip(requests, tokens.tolist(), logprobs.tolist(), strict=True)]
+            raise EngineFailed(
+                f"the model of weight version {self.version} gives no numbers (NaN): are its weights damaged?"
+            )
+        return [
+            self._completion(*row, sampling)
+            for row in zip(requests, tokens.tolist(), logprobs.tolist(), strict=True)
+        ]
 
-    def _completion(self, request: Request, tokens: list[int], logprobs: list[float], sampling: Sampling) -> Completion:
+    def _completion(
+        self, request: Request, tokens: list[int], logprobs: list[float], sampling: Sampling
+    ) -> Completion:
         """A finished row may have been carried on with others: what stands after its first stop token is not its own."""
         start = request.start or Completion([], [], [], "abort")
         tokens = tokens[: sampling.max_tokens - len(start.ids)]
@@ -113,7 +142,11 @@ def _length(request: Request) -> int:
 
 
 def _broken_off(request: Request) -> Completion:
-    return Completion([], [], [], "abort") if request.start is None else request.start._replace(finish_reason="abort")
+    return (
+        Completion([], [], [], "abort")
+        if request.start is None
+        else request.start._replace(finish_reason="abort")
+    )
 
 
 def _tensors_as_on_disk(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:

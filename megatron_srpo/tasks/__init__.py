@@ -11,8 +11,14 @@ from megatron_srpo.data.records import Prompt
 # Who judges, by name and rule: "module:function", (answer, text) → Verdict, called in a process that can be killed.
 VERIFIERS = {
     "exact": {"paper": "megatron_srpo.tasks.addition:verify"},
-    "multiple_choice": {"paper": "megatron_srpo.tasks.sciknoweval:verify", "strict": "megatron_srpo.tasks.sciknoweval:verify_strict"},
-    "tool_calls": {"paper": "megatron_srpo.tasks.tool_use:verify", "strict": "megatron_srpo.tasks.tool_use:verify_strict"},
+    "multiple_choice": {
+        "paper": "megatron_srpo.tasks.sciknoweval:verify",
+        "strict": "megatron_srpo.tasks.sciknoweval:verify_strict",
+    },
+    "tool_calls": {
+        "paper": "megatron_srpo.tasks.tool_use:verify",
+        "strict": "megatron_srpo.tasks.tool_use:verify_strict",
+    },
     "math": {"paper": "megatron_srpo.tasks.mathematics:verify"},
 }
 # Names that say who judges.
@@ -58,8 +64,12 @@ def create_task(source: TaskSource, seed: int) -> Task:
         if source.rule not in VERIFIERS[kind]:
             raise ConfigError(f"task.rule: {kind} has no {source.rule} rule, only paper")
         if kind == "math" and importlib.util.find_spec("math_verify") is None:
-            raise ConfigError(f"task.verifier: {source.name} needs math-verify; pip install 'megatron_srpo[tasks]'")
-        return QuestionFile(source, seed, VERIFIERS[kind][source.rule], mathematics.phrase if kind == "math" else str)
+            raise ConfigError(
+                f"task.verifier: {source.name} needs math-verify; pip install 'megatron_srpo[tasks]'"
+            )
+        return QuestionFile(
+            source, seed, VERIFIERS[kind][source.rule], mathematics.phrase if kind == "math" else str
+        )
     if source.name == "addition":
         from megatron_srpo.tasks.addition import Addition
 
@@ -69,7 +79,9 @@ def create_task(source: TaskSource, seed: int) -> Task:
 
         return Procedural(source, seed)
     if source.name in VERIFIER_OF:
-        raise ConfigError(f"task.path: {source.name} needs its questions: a folder with train.jsonl and test.jsonl, or a .jsonl file")
+        raise ConfigError(
+            f"task.path: {source.name} needs its questions: a folder with train.jsonl and test.jsonl, or a .jsonl file"
+        )
     raise ConfigError(
         f"task.name: unknown task {source.name!r}; known: addition, reasoning_gym/DATASET, and with task.path: {', '.join(VERIFIER_OF)};"
         " a name of your own needs task.path and task.verifier, or a .py file as task.path"
@@ -81,7 +93,9 @@ def training_tasks(config: Config) -> dict[str, Task]:
     tasks = {source.name: create_task(source, config.train.seed) for source in config.task.sources}
     for name, task in tasks.items():
         if task.size("train") == 0:
-            raise ConfigError(f"task.path: task {name} has no questions to train on (train.jsonl, or a smaller task.test_share)")
+            raise ConfigError(
+                f"task.path: task {name} has no questions to train on (train.jsonl, or a smaller task.test_share)"
+            )
     return tasks
 
 
@@ -90,7 +104,9 @@ def evaluation_tasks(config: Config) -> dict[str, Task]:
     settings, tasks = config.evaluation, {}
     for source in config.evaluation_tasks:
         if source.name in tasks:
-            raise ConfigError(f"evaluation.tasks: two tasks are called {source.name}; give each a name of its own (and a verifier)")
+            raise ConfigError(
+                f"evaluation.tasks: two tasks are called {source.name}; give each a name of its own (and a verifier)"
+            )
         task = tasks[source.name] = create_task(source, config.train.seed)
         for split in settings.splits:
             if task.size(split) == 0:
@@ -99,7 +115,9 @@ def evaluation_tasks(config: Config) -> dict[str, Task]:
                     " or evaluation.every: 0)"
                 )
             if task.size(split) is None and settings.prompts is None:
-                raise ConfigError(f"evaluation.prompts: null means all, but task {source.name} is endless; give a number")
+                raise ConfigError(
+                    f"evaluation.prompts: null means all, but task {source.name} is endless; give a number"
+                )
     return tasks
 
 
@@ -121,4 +139,7 @@ def _refuse_strangers(source: TaskSource) -> None:
     default = TaskSource()
     for key, is_read in belongs.items():
         if not is_read and getattr(source, key) != getattr(default, key):
-            raise ConfigError(f"task.{key}: task {source.name} does not read it" + ("" if is_file else "; is task.path missing?"))
+            raise ConfigError(
+                f"task.{key}: task {source.name} does not read it"
+                + ("" if is_file else "; is task.path missing?")
+            )

@@ -31,7 +31,10 @@ def published_row(row: dict[str, Any]) -> tuple[str, str]:
     GSM8K's answer stands after "####", Minerva's in the last \\boxed{} of its solution, OlympiadBench's in a list of one.
     Raises ValueError naming the field.
     """
-    question = next((row[field] for field in QUESTION_FIELDS if isinstance(row.get(field), str) and row[field].strip()), None)
+    question = next(
+        (row[field] for field in QUESTION_FIELDS if isinstance(row.get(field), str) and row[field].strip()),
+        None,
+    )
     if question is None:
         raise ValueError(f"question: is missing; expected one of {', '.join(QUESTION_FIELDS)}")
     field = next((field for field in ANSWER_FIELDS if row.get(field) not in (None, "", [])), None)
@@ -69,10 +72,20 @@ def verify(answer: str, text: str) -> Verdict:
     """
     given = final_answer(text)
     if not given or len(given) > LONGEST_ANSWER:
-        return Verdict(reward=0.0, correct=False, format_ok=False, feedback="Your response holds no final answer within \\boxed{}.")
+        return Verdict(
+            reward=0.0,
+            correct=False,
+            format_ok=False,
+            feedback="Your response holds no final answer within \\boxed{}.",
+        )
     answer, given = _bare(answer), _bare(given)
     correct = given == answer or _equal(answer, given)
-    return Verdict(reward=float(correct), correct=correct, format_ok=True, feedback=None if correct else "Your final answer is wrong.")
+    return Verdict(
+        reward=float(correct),
+        correct=correct,
+        format_ok=True,
+        feedback=None if correct else "Your final answer is wrong.",
+    )
 
 
 def _bare(answer: str) -> str:
@@ -84,7 +97,9 @@ def _bare(answer: str) -> str:
 
 
 def _equal(answer: str, given: str) -> bool:
-    if _INTEGER.fullmatch(answer) and _INTEGER.fullmatch(given):  # most answers; the parser takes milliseconds
+    if _INTEGER.fullmatch(answer) and _INTEGER.fullmatch(
+        given
+    ):  # most answers; the parser takes milliseconds
         return int(answer) == int(given)
     from math_verify import verify as equal
 

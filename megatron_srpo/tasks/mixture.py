@@ -17,7 +17,9 @@ class Mixture:
         self.tasks = tasks
         total = sum(weights.values())
         self.shares = {name: weight / total for name, weight in weights.items()}
-        self._turns: list[tuple[str, int]] = []  # (task, how many of its prompts came before), grows as it is asked for
+        self._turns: list[
+            tuple[str, int]
+        ] = []  # (task, how many of its prompts came before), grows as it is asked for
         self._counts = dict.fromkeys(weights, 0)
 
     def prompt(self, number: int) -> Prompt:

@@ -27,13 +27,19 @@ def create_own_task(source: TaskSource, seed: int):
         if found.__module__ == module.__name__ and hasattr(found, "prompt") and hasattr(found, "verify")
     ]
     if len(classes) != 1:
-        raise ConfigError(f"task.path: {file}: expected one class with size, prompt and verify, found {len(classes)}")
+        raise ConfigError(
+            f"task.path: {file}: expected one class with size, prompt and verify, found {len(classes)}"
+        )
     own = classes[0]
     if not isinstance(inspect.getattr_static(own, "verify"), staticmethod):
-        raise ConfigError(f"task.path: {file}: {own.__name__}.verify must be a @staticmethod (answer, text) -> Verdict")
+        raise ConfigError(
+            f"task.path: {file}: {own.__name__}.verify must be a @staticmethod (answer, text) -> Verdict"
+        )
     try:
         task = own(source.name, seed, **source.options)
     except Exception as error:
-        raise ConfigError(f"task.path: {file}: {own.__name__} cannot be made with {source.options}: {error}") from error
+        raise ConfigError(
+            f"task.path: {file}: {own.__name__} cannot be made with {source.options}: {error}"
+        ) from error
     task.name, task.verifier = source.name, f"{file}:{own.__qualname__}.verify"
     return task

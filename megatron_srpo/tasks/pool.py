@@ -24,7 +24,9 @@ from megatron_srpo.config.schema import ConfigError, TaskSection
 from megatron_srpo.data.records import Verdict
 
 START_SECONDS = 120  # to import a verifier, on the busiest machine
-LARGEST_CHUNK = 32  # jobs a worker holds at once: enough that it never waits, few enough to share the work evenly
+LARGEST_CHUNK = (
+    32  # jobs a worker holds at once: enough that it never waits, few enough to share the work evenly
+)
 CHUNK_BYTES = 1 << 20
 _PACKAGE = Path(__file__).parents[2]
 
@@ -44,7 +46,9 @@ class Pool:
         """`verifiers`: task name → reference (see `Task`). Raises ConfigError when a verifier cannot be loaded."""
         self.verifiers, self.settings = dict(verifiers), settings
         self.workers = [_Worker(self.verifiers, settings) for _ in range(settings.verifier_workers)]
-        self.close = weakref.finalize(self, _end, self.workers)  # at the latest when nobody holds the pool, or at exit
+        self.close = weakref.finalize(
+            self, _end, self.workers
+        )  # at the latest when nobody holds the pool, or at exit
         for worker in self.workers:
             worker.wait_until_ready()
 
@@ -101,7 +105,9 @@ class Pool:
                     selector.register(worker.process.stdout, selectors.EVENT_READ, worker.read)
                     if worker.unsent:
                         selector.register(worker.process.stdin, selectors.EVENT_WRITE, worker.write)
-            deadline = min((worker.deadline for worker in self.workers if worker.held), default=time.monotonic())
+            deadline = min(
+                (worker.deadline for worker in self.workers if worker.held), default=time.monotonic()
+            )
             for key, _ in selector.select(max(deadline - time.monotonic(), 0)):
                 key.data()
 
@@ -109,7 +115,9 @@ class Pool:
         if "failed" not in row:
             return Verdict.model_validate(row)
         excluded = self.settings.verifier_failed == "exclude"
-        return Verdict(reward=0.0, correct=False, format_ok=False, verifier_failed=row["failed"], excluded=excluded)
+        return Verdict(
+            reward=0.0, correct=False, format_ok=False, verifier_failed=row["failed"], excluded=excluded
+        )
 
 
 def _end(workers: Sequence[_Worker]) -> None:

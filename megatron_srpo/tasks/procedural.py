@@ -19,7 +19,16 @@ CHECKED = 10  # entries tried before a run
 PREFIX = "reasoning_gym/"
 SIZE = 1_000  # entries of one dataset, some are made at once; the next thousand comes from another seed
 # what scorers raise for an answer without form, or of a depth that parsers do not take
-NO_FORM = (ValueError, TypeError, LookupError, SyntaxError, ArithmeticError, AttributeError, AssertionError, RecursionError)
+NO_FORM = (
+    ValueError,
+    TypeError,
+    LookupError,
+    SyntaxError,
+    ArithmeticError,
+    AttributeError,
+    AssertionError,
+    RecursionError,
+)
 
 
 class Procedural:
@@ -33,16 +42,24 @@ class Procedural:
         try:
             from reasoning_gym.factory import DATASETS
         except ImportError as error:
-            raise ConfigError(f"task.name: {source.name} needs reasoning-gym ({error}); pip install 'megatron_srpo[tasks]'") from None
+            raise ConfigError(
+                f"task.name: {source.name} needs reasoning-gym ({error}); pip install 'megatron_srpo[tasks]'"
+            ) from None
         self.name, self.seed, self.options = source.name, seed, source.options
         self.dataset = source.name.removeprefix(PREFIX)
         if self.dataset not in DATASETS:
-            raise ConfigError(f"task.name: reasoning-gym has no dataset {self.dataset!r}; known: {', '.join(sorted(DATASETS))}")
-        self._create = lru_cache(maxsize=4)(lambda number: _dataset(self.dataset, self.options, seed=number, size=SIZE))
+            raise ConfigError(
+                f"task.name: reasoning-gym has no dataset {self.dataset!r}; known: {', '.join(sorted(DATASETS))}"
+            )
+        self._create = lru_cache(maxsize=4)(
+            lambda number: _dataset(self.dataset, self.options, seed=number, size=SIZE)
+        )
         try:
             prompts = [self.prompt("train", index) for index in range(CHECKED)]
         except Exception as error:  # the library raises whatever a wrong option makes it trip over
-            raise ConfigError(f"task.options: {self.dataset} cannot be made with {self.options}: {error}") from None
+            raise ConfigError(
+                f"task.options: {self.dataset} cannot be made with {self.options}: {error}"
+            ) from None
         self._check(prompts)
 
     def _check(self, prompts: list[Prompt]) -> None:
@@ -52,7 +69,11 @@ class Procedural:
         """
         own = [(prompt, _entry(prompt.answer)["answer"]) for prompt in prompts]
         # some have no answer of their own, and what sympy left as an integral is none
-        own = [(prompt, answer) for prompt, answer in own if answer is not None and "Integral(" not in str(answer)]
+        own = [
+            (prompt, answer)
+            for prompt, answer in own
+            if answer is not None and "Integral(" not in str(answer)
+        ]
         right = [Job(self.name, prompt.answer, f"<answer>{answer}</answer>") for prompt, answer in own]
         nonsense = [Job(self.name, prompt.answer, "<answer>[no such answer]</answer>") for prompt in prompts]
         pool = Pool({self.name: self.verifier}, TaskSection(verifier_workers=1))
@@ -63,7 +84,9 @@ class Procedural:
                 f"task.name: {self.name} cannot be verified: reasoning-gym does not accept its own answers, or would evaluate them as code"
             )
         if any(verdict.correct or verdict.verifier_failed for verdict in verdicts[len(right) :]):
-            raise ConfigError(f"task.name: {self.name} cannot be verified: reasoning-gym takes nonsense for right, or cannot judge it")
+            raise ConfigError(
+                f"task.name: {self.name} cannot be verified: reasoning-gym takes nonsense for right, or cannot judge it"
+            )
 
     def size(self, split: str) -> None:
         """Endless."""
@@ -77,7 +100,9 @@ class Procedural:
             id=f"{self.name}/{split}/{index}",
             task=self.name,
             messages=({"role": "user", "content": text},),
-            answer=json.dumps({"dataset": self.dataset, "options": self.options, "entry": repr(_plain(entry))}),
+            answer=json.dumps(
+                {"dataset": self.dataset, "options": self.options, "entry": repr(_plain(entry))}
+            ),
         )
 
 
@@ -85,14 +110,23 @@ def verify(answer: str, text: str) -> Verdict:
     """Right when the dataset gives the extracted answer its full score: partial scores are wrong, and so is what it cannot read."""
     given = last_answer_block(text)
     if given is None:
-        return Verdict(reward=0.0, correct=False, format_ok=False, feedback="Your response holds no <answer> block.")
+        return Verdict(
+            reward=0.0, correct=False, format_ok=False, feedback="Your response holds no <answer> block."
+        )
     truth: dict[str, Any] = json.loads(answer)
     score, entry = _scorer(truth["dataset"], json.dumps(truth["options"])), _entry(answer)
     try:
-        correct = score(given, entry) == 1.0  # spell_backward's partial scores are sums that can come out above 1
+        correct = (
+            score(given, entry) == 1.0
+        )  # spell_backward's partial scores are sums that can come out above 1
     except NO_FORM:
         correct = False
-    return Verdict(reward=float(correct), correct=correct, format_ok=True, feedback=None if correct else "Your answer is wrong.")
+    return Verdict(
+        reward=float(correct),
+        correct=correct,
+        format_ok=True,
+        feedback=None if correct else "Your answer is wrong.",
+    )
 
 
 @lru_cache(maxsize=64)
@@ -100,7 +134,9 @@ def _scorer(dataset: str, options: str) -> Callable[[str, dict[str, Any]], float
     """The score of (answer, entry), ours or that of the dataset with these options (as JSON)."""
     if dataset == "composite":
         parts = {part["name"]: json.dumps(part["config"]) for part in json.loads(options)["datasets"]}
-        return lambda given, entry: _scorer(name := entry["metadata"]["source_dataset"], parts[name])(given, entry)
+        return lambda given, entry: _scorer(name := entry["metadata"]["source_dataset"], parts[name])(
+            given, entry
+        )
     return SCORERS.get(dataset) or _dataset(dataset, json.loads(options), seed=0).score_answer
 
 

@@ -12,9 +12,33 @@ from collections.abc import Callable
 from typing import Any
 
 Entry = dict[str, Any]
-_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.Pow: operator.pow}
+_OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Pow: operator.pow,
+}
 _FUNCTIONS = {
-    *("Abs", "exp", "log", "ln", "sqrt", "sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", "acot", "asec", "acsc"),
+    *(
+        "Abs",
+        "exp",
+        "log",
+        "ln",
+        "sqrt",
+        "sin",
+        "cos",
+        "tan",
+        "cot",
+        "sec",
+        "csc",
+        "asin",
+        "acos",
+        "atan",
+        "acot",
+        "asec",
+        "acsc",
+    ),
     *("sinh", "cosh", "tanh", "coth", "asinh", "acosh", "atanh", "erf", "erfi", "Ei", "Si", "Ci", "li"),
 }
 _CONSTANTS = {"pi": "pi", "E": "E"}
@@ -60,7 +84,10 @@ def is_antiderivative(answer: str, entry: Entry) -> bool:
     import sympy
 
     variable = sympy.Symbol(entry["metadata"]["variable"])
-    return sympy.simplify(sympy.diff(expression(answer), variable) - expression(entry["metadata"]["integrand"])) == 0
+    return (
+        sympy.simplify(sympy.diff(expression(answer), variable) - expression(entry["metadata"]["integrand"]))
+        == 0
+    )
 
 
 def is_same_polynomial(answer: str, entry: Entry) -> bool:
@@ -83,7 +110,9 @@ def is_same_list(answer: str, entry: Entry) -> bool:
     given, right = (json.loads(text.replace("'", '"')) for text in (answer, entry["answer"]))
     if not isinstance(given, list):
         raise ValueError("no list")
-    return [float(str(number)) for number in given] == [float(number) for number in right]  # str: true is no 1
+    return [float(str(number)) for number in given] == [
+        float(number) for number in right
+    ]  # str: true is no 1
 
 
 SCORERS: dict[str, Callable[[str, Entry], bool]] = {

@@ -43,7 +43,9 @@ def read_questions(path: Path, phrase: Callable[[str], str] = str) -> list[Quest
         where = f"task.path: {path}:{number}"
         question = _question(row, number, where, phrase)
         if question.id in line_of:
-            raise ConfigError(f"{where}: id: {question.id!r} stands in line {line_of[question.id]} already; ids must be unique")
+            raise ConfigError(
+                f"{where}: id: {question.id!r} stands in line {line_of[question.id]} already; ids must be unique"
+            )
         line_of[question.id] = number
         questions.append(question)
     return questions
@@ -62,21 +64,33 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             number += 1
             where = f"task.path: {path}:{number}"
             if len(line) > LONGEST_LINE:
-                raise ConfigError(f"{where}: is longer than {LONGEST_LINE >> 20} MiB; expected one question a line (JSONL)")
+                raise ConfigError(
+                    f"{where}: is longer than {LONGEST_LINE >> 20} MiB; expected one question a line (JSONL)"
+                )
             if not line.strip():
                 continue
             try:
                 row = json.loads(line.decode("utf-8").rstrip())
-                if rb"\ud" in line.lower():  # half a surrogate pair no tokenizer takes, nor do the run's files
+                if (
+                    rb"\ud" in line.lower()
+                ):  # half a surrogate pair no tokenizer takes, nor do the run's files
                     json.dumps(row, ensure_ascii=False).encode()
             except UnicodeEncodeError as error:
-                raise ConfigError(f"{where}: holds half a surrogate pair ({error.object[error.start]!r})") from None
+                raise ConfigError(
+                    f"{where}: holds half a surrogate pair ({error.object[error.start]!r})"
+                ) from None
             except UnicodeDecodeError as error:
-                raise ConfigError(f"{where}: byte {error.start + 1} is not UTF-8; expected a UTF-8 file") from None
+                raise ConfigError(
+                    f"{where}: byte {error.start + 1} is not UTF-8; expected a UTF-8 file"
+                ) from None
             except (ValueError, RecursionError) as error:
-                raise ConfigError(f"{where}: is not JSON ({error}); expected one JSON object a line") from None
+                raise ConfigError(
+                    f"{where}: is not JSON ({error}); expected one JSON object a line"
+                ) from None
             if not isinstance(row, dict):
-                raise ConfigError(f"{where}: is a JSON {type(row).__name__}; expected an object with question and answer")
+                raise ConfigError(
+                    f"{where}: is a JSON {type(row).__name__}; expected an object with question and answer"
+                )
             seen = True
             yield number, row
     if not seen:
@@ -111,17 +125,25 @@ def _messages(row: dict[str, Any], where: str, phrase: Callable[[str], str]) -> 
     if "messages" in row:
         messages = row["messages"]
         if not isinstance(messages, list) or not all(
-            isinstance(message, dict) and set(message) == {"role", "content"} and all(isinstance(value, str) for value in message.values())
+            isinstance(message, dict)
+            and set(message) == {"role", "content"}
+            and all(isinstance(value, str) for value in message.values())
             for message in messages
         ):
-            raise ConfigError(f'{where}: messages: expected a list of {{"role": …, "content": …}}, both strings')
+            raise ConfigError(
+                f'{where}: messages: expected a list of {{"role": …, "content": …}}, both strings'
+            )
         if [message["role"] for message in messages] != ["system"] * (len(messages) - 1) + ["user"]:
-            raise ConfigError(f"{where}: messages: expected system messages, if any, and one user message at the end")
+            raise ConfigError(
+                f"{where}: messages: expected system messages, if any, and one user message at the end"
+            )
         return tuple(messages)
     field = "question" if "question" in row else "prompt"
     text = row.get(field)
     if not isinstance(text, str) or not text.strip():
-        raise ConfigError(f"{where}: question: is missing or empty; expected messages, or question (or prompt) as a string")
+        raise ConfigError(
+            f"{where}: question: is missing or empty; expected messages, or question (or prompt) as a string"
+        )
     system = row.get("system") if field == "prompt" else None
     if system is not None and not isinstance(system, str):
         raise ConfigError(f"{where}: system: is {system!r}; expected a string or null")
@@ -168,7 +190,10 @@ def read_splits(source: TaskSource, phrase: Callable[[str], str]) -> dict[str, l
     """train, validation and test of a folder or of one file. Raises ConfigError."""
     path = source.path
     if path.is_dir():
-        splits = {name: read_questions(file, phrase) if (file := path / f"{name}.jsonl").is_file() else [] for name in SPLITS}
+        splits = {
+            name: read_questions(file, phrase) if (file := path / f"{name}.jsonl").is_file() else []
+            for name in SPLITS
+        }
         if not splits["train"] and not splits["test"]:
             raise ConfigError(f"task.path: {path.resolve()} has neither train.jsonl nor test.jsonl")
     elif path.suffix == ".jsonl":

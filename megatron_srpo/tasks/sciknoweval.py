@@ -61,7 +61,9 @@ def read_domain(folder: Path) -> list[Choice]:
             where = f"task.path: {file}:{number}"
             details = row.get("details")
             if not isinstance(details, dict) or "level" not in details:
-                raise ConfigError(f"{where}: details.level: is missing; expected a row of SciKnowEval as published")
+                raise ConfigError(
+                    f"{where}: details.level: is missing; expected a row of SciKnowEval as published"
+                )
             if row.get("type") in MULTIPLE_CHOICE and details["level"] == "L3":
                 choices.append(_choice(row, str(len(choices)), where))
     if not choices:
@@ -76,14 +78,20 @@ def _choice(row: dict[str, Any], identifier: str, where: str) -> Choice:
     labels = choices.get("label") if isinstance(choices, dict) else None
     texts = choices.get("text") if isinstance(choices, dict) else None
     count = 4 if row["type"] == "mcq-4-choices" else 2
-    if labels != list(LETTERS[:count]) or not isinstance(texts, list) or len(texts) < count:  # one published row has a text too many
-        raise ConfigError(f"{where}: choices: expected the labels {', '.join(LETTERS[:count])} and a text for each, not {choices}")
+    if (
+        labels != list(LETTERS[:count]) or not isinstance(texts, list) or len(texts) < count
+    ):  # one published row has a text too many
+        raise ConfigError(
+            f"{where}: choices: expected the labels {', '.join(LETTERS[:count])} and a text for each, not {choices}"
+        )
     if answer not in labels:
         raise ConfigError(f"{where}: answerKey: is {answer!r}; expected one of {', '.join(labels)}")
     return Choice(identifier, question, tuple(str(text) for text in texts[:count]), answer)
 
 
-def split(choices: Sequence[Choice], test_share: float = 0.1, seed: int = 42) -> tuple[list[Choice], list[Choice]]:
+def split(
+    choices: Sequence[Choice], test_share: float = 0.1, seed: int = 42
+) -> tuple[list[Choice], list[Choice]]:
     """(train, test) exactly as datasets.Dataset.train_test_split(test_size, seed) of Hugging Face orders and divides them."""
     import numpy as np  # not for the verifier's processes
 
@@ -112,5 +120,9 @@ def verify_strict(answer: str, text: str) -> Verdict:
 def _verdict(correct: bool, format_ok: bool) -> Verdict:
     feedback = None
     if not correct:
-        feedback = "Your answer is wrong." if format_ok else "Your response has no <answer> block with one letter and nothing else."
+        feedback = (
+            "Your answer is wrong."
+            if format_ok
+            else "Your response has no <answer> block with one letter and nothing else."
+        )
     return Verdict(reward=float(correct), correct=correct, format_ok=format_ok, feedback=feedback)

@@ -78,7 +78,9 @@ def _questions_of(api: Any, place: int, where: str) -> Iterator[tuple[ToolQuesti
         questions, answers = api.get("Instructions"), api["Golden_Answers"]
         if not isinstance(questions, list) or not isinstance(answers, list) or len(questions) != len(answers):
             raise ConfigError(f"{where}: expected one answer for each instruction")
-        needs = ["a call needs an earlier call's result" if "$" in json.dumps(calls) else "" for calls in answers]
+        needs = [
+            "a call needs an earlier call's result" if "$" in json.dumps(calls) else "" for calls in answers
+        ]
         rows = list(zip(questions, answers, needs, strict=True))
     elif isinstance(api.get("Instances"), list):
         rows = [_instance(instance, api, f"{where}: Instances") for instance in api["Instances"]]
@@ -86,7 +88,12 @@ def _questions_of(api: Any, place: int, where: str) -> Iterator[tuple[ToolQuesti
         raise ConfigError(f"{where}: has neither Golden_Answers nor Instances")
     for number, (question, calls, problem) in enumerate(rows):
         reason = problem or _why_left_out(question, calls)
-        prompt = PROMPT.format(name=api["Name"], description=api["Description"], documentation=api["NLDocumentation"], question=question)
+        prompt = PROMPT.format(
+            name=api["Name"],
+            description=api["Description"],
+            documentation=api["NLDocumentation"],
+            question=question,
+        )
         yield (None if reason else ToolQuestion(f"{place}-{number}", prompt, calls)), reason
 
 
@@ -99,7 +106,9 @@ def _instance(instance: Any, api: dict[str, Any], where: str) -> tuple[str, list
         steps = [(step[0][0], step[0][1], str(step[1])) for step in instance["intermediate_steps"]]
         calls = [{"Action": name, "Action_Input": _object_in(text)} for name, text, _ in steps]
     except (AttributeError, IndexError, KeyError, TypeError):
-        raise ConfigError(f"{where}: intermediate_steps: expected [[tool, input, log], observation] each") from None
+        raise ConfigError(
+            f"{where}: intermediate_steps: expected [[tool, input, log], observation] each"
+        ) from None
     names, tools = {name for name, _, _ in steps}, api.get("Function_Projection")
     if "getDetails" in names:
         return question, calls, "a call asks the user back"
@@ -198,7 +207,9 @@ _STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constan
 def gold_calls(answer: str) -> list[tuple[str, dict[str, Any]]]:
     """(name, input) of every call of a published answer. Raises ValueError when it is not one."""
     calls = json.loads(answer)
-    if not isinstance(calls, list) or not all(isinstance(call, dict) and isinstance(call.get("Action"), str) for call in calls):
+    if not isinstance(calls, list) or not all(
+        isinstance(call, dict) and isinstance(call.get("Action"), str) for call in calls
+    ):
         raise ValueError('expected [{"Action": …, "Action_Input": …}, …]')
     found = []
     for call in calls:
@@ -237,7 +248,9 @@ def verify_strict(answer: str, text: str) -> Verdict:
     calls = parse_calls(text, strict=True)
     wanted, optional = Counter(), Counter()
     for name, value in gold_calls(answer):
-        (optional if name.startswith(OPTIONAL) else wanted)[_canonical(name.removeprefix(OPTIONAL), value)] += 1
+        (optional if name.startswith(OPTIONAL) else wanted)[
+            _canonical(name.removeprefix(OPTIONAL), value)
+        ] += 1
     if calls.malformed is not None:
         return _verdict(False, calls.malformed)
     try:
@@ -268,5 +281,9 @@ def _canonical(name: str, value: Any) -> tuple[str, str]:
 def _verdict(correct: bool, malformed: str | None) -> Verdict:
     feedback = None
     if not correct:
-        feedback = f"Your response could not be read: {malformed}." if malformed else "Your calls or their inputs are wrong."
+        feedback = (
+            f"Your response could not be read: {malformed}."
+            if malformed
+            else "Your calls or their inputs are wrong."
+        )
     return Verdict(reward=float(correct), correct=correct, format_ok=malformed is None, feedback=feedback)

@@ -20,8 +20,16 @@ from types import CodeType
 from megatron_srpo.data.records import Verdict
 
 Verifier = Callable[[str, str], Verdict]
-NUMERALS = {"Integer", "Float", "Rational", "sympy", "*"}  # names in the code by which sympy makes a number of a numeral
-PLACE_FOR_OWN_CODE = "megatron_srpo_own_tasks"  # the module name of a user's file, so that its dataclasses can be looked up
+NUMERALS = {
+    "Integer",
+    "Float",
+    "Rational",
+    "sympy",
+    "*",
+}  # names in the code by which sympy makes a number of a numeral
+PLACE_FOR_OWN_CODE = (
+    "megatron_srpo_own_tasks"  # the module name of a user's file, so that its dataclasses can be looked up
+)
 
 
 def load_attribute(reference: str) -> object:
@@ -47,7 +55,9 @@ def judge(verifier: Verifier, answer: str, text: str) -> dict:
         verdict = verifier(answer, text)
         if not isinstance(verdict, Verdict):
             raise TypeError(f"the verifier returned {type(verdict).__name__}, not a Verdict")
-        return json.loads(verdict.model_dump_json())  # which refuses halves of surrogate pairs, as the run's files would
+        return json.loads(
+            verdict.model_dump_json()
+        )  # which refuses halves of surrogate pairs, as the run's files would
     except MemoryError:
         return {"failed": "memory"}
     except Exception as error:  # a verifier's bug must not end the run, and is counted

@@ -16,14 +16,20 @@ from megatron_srpo.weights.transfer import Part, parameters_of
 
 
 @torch.no_grad()
-def teacher_distance(chunks: Sequence[torch.nn.Module], teacher: Teacher, optimizer: Optimizer, architecture: Architecture) -> float:
+def teacher_distance(
+    chunks: Sequence[torch.nn.Module], teacher: Teacher, optimizer: Optimizer, architecture: Architecture
+) -> float:
     """‖θ - θ'‖ / ‖θ‖ over all weights, the same on every rank. One all-reduce of two numbers; all ranks together."""
     found: list[Tensor] = []
     for position, (row, prefix, parameter) in enumerate(parameters_of(chunks)):
         shard = optimizer.shard_of(parameter)
         if Part.of(row, prefix, architecture).is_only_copy and shard.end > shard.start:
             gap = shard.values - teacher.share(position, shard)
-            found.append(torch.stack([torch.linalg.vector_norm(values, dtype=torch.float64) for values in (gap, shard.values)]))
+            found.append(
+                torch.stack(
+                    [torch.linalg.vector_norm(values, dtype=torch.float64) for values in (gap, shard.values)]
+                )
+            )
     device = next(chunks[0].parameters()).device
     sums = torch.stack(found).square().sum(0) if found else torch.zeros(2, dtype=torch.float64, device=device)
     dist.all_reduce(sums)

@@ -33,7 +33,9 @@ class HostMemory:
                 is_cuda = storage.device.type == "cuda"
                 stay = self._stays.get(storage._cdata)
                 if stay is None or stay.size != size or (stay.copy is not None) != keep:
-                    stay = _Stay(size, torch.empty(size, dtype=torch.uint8, pin_memory=is_cuda) if keep else None)
+                    stay = _Stay(
+                        size, torch.empty(size, dtype=torch.uint8, pin_memory=is_cuda) if keep else None
+                    )
                 if keep:
                     stay.copy.copy_(_bytes(storage, size), non_blocking=True)
                 self._stays[storage._cdata] = stay
@@ -62,7 +64,9 @@ class HostMemory:
 
 def _storages(tensors: Iterable[Tensor]) -> Iterator[UntypedStorage]:
     """Each once."""
-    return iter({storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in tensors)}.values())
+    return iter(
+        {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in tensors)}.values()
+    )
 
 
 def _bytes(storage: UntypedStorage, size: int) -> Tensor:

@@ -29,7 +29,9 @@ def wrap_data_parallel(chunks: Sequence[Qwen3], config: Config) -> list[Distribu
     """The chunks with gradient buffers; gradients are summed, not averaged, over data-parallel ranks, in fp32."""
     parallel, on_gpu = config.parallel, torch.cuda.is_available()
     overlaps_reduce = on_gpu if parallel.overlap_grad_reduce is None else parallel.overlap_grad_reduce
-    overlaps_gather = on_gpu and overlaps_reduce if parallel.overlap_param_gather is None else parallel.overlap_param_gather
+    overlaps_gather = (
+        on_gpu and overlaps_reduce if parallel.overlap_param_gather is None else parallel.overlap_param_gather
+    )
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
@@ -38,7 +40,10 @@ def wrap_data_parallel(chunks: Sequence[Qwen3], config: Config) -> list[Distribu
         bucket_size=parallel.ddp_bucket_size,
         average_in_collective=False,
     )
-    return [DistributedDataParallel(chunk.config, settings, chunk, disable_bucketing=number > 0) for number, chunk in enumerate(chunks)]
+    return [
+        DistributedDataParallel(chunk.config, settings, chunk, disable_bucketing=number > 0)
+        for number, chunk in enumerate(chunks)
+    ]
 
 
 def gradient_is_ready(chunk: DistributedDataParallel, parameter: Parameter) -> None:
@@ -85,7 +90,9 @@ class Optimizer:
         )
         self.chunks, self.host = list(chunks), host
         self.updates = 0  # made so far, as Adam's bias correction counts them
-        self.inner = get_megatron_optimizer(self.config, self.chunks, config_overrides=get_standard_config_overrides(self.config))
+        self.inner = get_megatron_optimizer(
+            self.config, self.chunks, config_overrides=get_standard_config_overrides(self.config)
+        )
         # The scheduler also applies the weight-decay multipliers (none for norms), so it must exist before the first step.
         self.schedule = OptimizerParamScheduler(
             self.inner,
@@ -142,12 +149,18 @@ class Optimizer:
 
     def state(self) -> Iterator[Tensor]:
         """What only updates need: fp32 masters, where they are not the model's own parameters, and Adam's moments."""
-        own = {parameter.untyped_storage()._cdata for chunk in self.chunks for parameter in chunk.parameters()}
+        own = {
+            parameter.untyped_storage()._cdata for chunk in self.chunks for parameter in chunk.parameters()
+        }
         for inner in getattr(self.inner, "chained_optimizers", [self.inner]):
             for master in (master for group in inner.optimizer.param_groups for master in group["params"]):
                 if master.untyped_storage()._cdata not in own:
                     yield master
-                yield from (moment for name, moment in inner.optimizer.state.get(master, {}).items() if name in MOMENTS)
+                yield from (
+                    moment
+                    for name, moment in inner.optimizer.state.get(master, {}).items()
+                    if name in MOMENTS
+                )
 
     def gradients(self) -> Iterator[Tensor]:
         """The buffers that gradients are summed in."""
@@ -188,7 +201,9 @@ class Optimizer:
             state = adam.state[master]
             for name in MOMENTS:
                 state[name] = moments[name].to(master.device, torch.float32, copy=True).view(master.shape)
-            if isinstance(adam, torch.optim.Adam):  # torch's own counts updates for each parameter, Apex's kin for each group
+            if isinstance(
+                adam, torch.optim.Adam
+            ):  # torch's own counts updates for each parameter, Apex's kin for each group
                 state["step"] = torch.tensor(float(self.updates), dtype=torch.float32)
             else:
                 for group in adam.param_groups:
@@ -200,7 +215,12 @@ class Optimizer:
             if parameter in getattr(inner, "model_param_gbuf_map", ()):
                 owned = inner._get_model_param_range_map(parameter)["param"]
                 group, place = inner.model_param_group_index_map[parameter]
-                return owned.start, owned.end, inner.optimizer.param_groups[group]["params"][place], inner.optimizer
+                return (
+                    owned.start,
+                    owned.end,
+                    inner.optimizer.param_groups[group]["params"][place],
+                    inner.optimizer,
+                )
             if not self.config.use_distributed_optimizer:
                 master = getattr(parameter, "main_param", None)
                 master = parameter if master is None else master

@@ -81,15 +81,21 @@ class OptimizerBatch:
         engine = list(itertools.chain.from_iterable(own))
         return TokenTerms(
             advantage=per_token([route.advantage for route in routes]),
-            policy_weight=per_token([route.policy_weight * scale for route, scale in zip(routes, scales, strict=True)]),
-            distillation_weight=per_token([route.distillation_weight * scale for route, scale in zip(routes, scales, strict=True)]),
+            policy_weight=per_token(
+                [route.policy_weight * scale for route, scale in zip(routes, scales, strict=True)]
+            ),
+            distillation_weight=per_token(
+                [route.distillation_weight * scale for route, scale in zip(routes, scales, strict=True)]
+            ),
             engine_logprob=torch.tensor(engine, dtype=torch.float32, device=device),
             old_logprob=None,
         )
 
     def distilled_count(self, micro_batch: MicroBatch) -> int:
         """Documents of `micro_batch` that are distilled; they come first."""
-        return sum(self.samples[document.key].route.distillation_weight > 0 for document in micro_batch.documents)
+        return sum(
+            self.samples[document.key].route.distillation_weight > 0 for document in micro_batch.documents
+        )
 
 
 class PackingRules(NamedTuple):
@@ -112,12 +118,17 @@ def loss_scales(samples: Sequence[Sample], aggregation: str) -> tuple[float, ...
     routed = [sample.route.branch != "none" for sample in samples]
     lengths = [len(sample.response_ids) for sample in samples]
     if aggregation == "seq_mean":
-        return tuple(1.0 / (sum(routed) * length) if is_routed else 0.0 for is_routed, length in zip(routed, lengths, strict=True))
+        return tuple(
+            1.0 / (sum(routed) * length) if is_routed else 0.0
+            for is_routed, length in zip(routed, lengths, strict=True)
+        )
     tokens = sum(length for is_routed, length in zip(routed, lengths, strict=True) if is_routed)
     return tuple(1.0 / tokens if is_routed else 0.0 for is_routed in routed)
 
 
-def pack(samples: Sequence[Sample], data_rank: int, data_size: int, rules: PackingRules, aggregation: str) -> OptimizerBatch:
+def pack(
+    samples: Sequence[Sample], data_rank: int, data_size: int, rules: PackingRules, aggregation: str
+) -> OptimizerBatch:
     """The optimizer batch of data-parallel rank `data_rank` of `data_size`."""
     students = [Document(key, sample.prompt.ids, sample.response_ids) for key, sample in enumerate(samples)]
     teachers = {
@@ -126,11 +137,18 @@ def pack(samples: Sequence[Sample], data_rank: int, data_size: int, rules: Packi
         if sample.route.distillation_weight > 0
     }
     # Forward and backward of the student cost three forwards; the teacher adds one.
-    costs = [3 * student.length + (teachers[key].length if key in teachers else 0) for key, student in enumerate(students)]
+    costs = [
+        3 * student.length + (teachers[key].length if key in teachers else 0)
+        for key, student in enumerate(students)
+    ]
     keys_of_rank = balance(costs, data_size)
     student_rows = _fill_all([[students[key] for key in keys] for keys in keys_of_rank], rules)
-    teacher_rows = _fill_all([[teachers[key] for key in keys if key in teachers] for keys in keys_of_rank], rules)
-    distilled_first = [sorted(row, key=lambda document: document.key not in teachers) for row in student_rows[data_rank]]
+    teacher_rows = _fill_all(
+        [[teachers[key] for key in keys if key in teachers] for keys in keys_of_rank], rules
+    )
+    distilled_first = [
+        sorted(row, key=lambda document: document.key not in teachers) for row in student_rows[data_rank]
+    ]
     return OptimizerBatch(
         samples=tuple(samples),
         micro_batches=_rows_to_micro_batches(distilled_first, rules),
@@ -181,7 +199,10 @@ def _rows_to_micro_batches(rows: list[list[Document]], rules: PackingRules) -> l
     lengths = [max(sum(context.padded(document.length) for document in row), 1) for row in rows]
     if rules.uniform:
         lengths = [max(lengths)] * len(rows)
-    return [micro_batch(row, -(-length // multiple) * multiple, context) for row, length in zip(rows, lengths, strict=True)]
+    return [
+        micro_batch(row, -(-length // multiple) * multiple, context)
+        for row, length in zip(rows, lengths, strict=True)
+    ]
 
 
 def micro_batch(documents: list[Document], total: int, context: Context = ALONE) -> MicroBatch:
@@ -194,11 +215,15 @@ def micro_batch(documents: list[Document], total: int, context: Context = ALONE)
     shares = tuple(context.share(len(document.response_ids)) for document in documents)
     for document, share in zip(documents, shares, strict=True):
         sequence = (*document.prompt_ids, *document.response_ids)[: document.length]
-        first = len(ids) + len(document.prompt_ids) - 1  # the last prompt token predicts the first response token
+        first = (
+            len(ids) + len(document.prompt_ids) - 1
+        )  # the last prompt token predicts the first response token
         predicts.extend(range(first + share.start, first + share.stop))
         targets.extend(document.response_ids[share])
         ids.extend(sequence)
-        ids.extend([0] * (context.padded(document.length) - document.length))  # at the end, where causality hides it
+        ids.extend(
+            [0] * (context.padded(document.length) - document.length)
+        )  # at the end, where causality hides it
         bounds.append(len(ids))
     if len(ids) < total:  # padding is one more document, with nothing to predict
         bounds.append(total)

@@ -15,7 +15,12 @@ from megatron_srpo.training.packing import MicroBatch
 OnOutput = Callable[[int, Tensor, Qwen3], Tensor]
 
 
-def run_schedule(chunks: Sequence[torch.nn.Module], micro_batches: Sequence[MicroBatch], on_output: OnOutput, backward: bool) -> None:
+def run_schedule(
+    chunks: Sequence[torch.nn.Module],
+    micro_batches: Sequence[MicroBatch],
+    on_output: OnOutput,
+    backward: bool,
+) -> None:
     """Send the micro-batches through the pipeline; `on_output` is called for each on the last stage.
 
     The partial losses must already be divided by the batch's denominator: nothing is scaled on the way, and the
@@ -52,7 +57,9 @@ def run_schedule(chunks: Sequence[torch.nn.Module], micro_batches: Sequence[Micr
             data_iterator=iterators if pipelined else iterators[0],
             model=list(chunks) if pipelined else chunks[0],
             num_microbatches=len(micro_batches),
-            seq_length=int(micro_batches[0].cu_seqlens[-1]),  # pipelines get rows of one length (PackingRules.uniform)
+            seq_length=int(
+                micro_batches[0].cu_seqlens[-1]
+            ),  # pipelines get rows of one length (PackingRules.uniform)
             micro_batch_size=1,
             forward_only=not backward,
         )

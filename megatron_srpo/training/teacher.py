@@ -84,7 +84,9 @@ class Teacher:
         for parameter, (values, shard) in zip(self.parameters, weights, strict=True):
             parameter.view(-1).copy_(values)
             if self.settings.kind == "ema":
-                self.shares.append(values[shard.start : shard.end].to(parameter.device, torch.float32, copy=True))
+                self.shares.append(
+                    values[shard.start : shard.end].to(parameter.device, torch.float32, copy=True)
+                )
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -100,7 +102,9 @@ class Teacher:
             self._forward(self.policy_chunks, batch, targets, is_last=True)
         return targets
 
-    def _forward(self, chunks: Sequence[torch.nn.Module], batch: OptimizerBatch, targets: TeacherTargets, is_last: bool) -> None:
+    def _forward(
+        self, chunks: Sequence[torch.nn.Module], batch: OptimizerBatch, targets: TeacherTargets, is_last: bool
+    ) -> None:
         """Add one model's hidden states and output matrix to `targets`, and after the last model the entropies."""
         position = len(targets.weights)
 
@@ -131,7 +135,10 @@ class Teacher:
         own = self.parameters
         shards = [optimizer.shard_of(parameter) for parameter in policy_parameters]
         if not self.shares:  # the copy still holds the initial weights exactly
-            self.shares = [p.view(-1)[s.start : s.end].to(torch.float32, copy=True) for p, s in zip(own, shards, strict=True)]
+            self.shares = [
+                p.view(-1)[s.start : s.end].to(torch.float32, copy=True)
+                for p, s in zip(own, shards, strict=True)
+            ]
         for parameter, share, shard in zip(own, self.shares, shards, strict=True):
             share.lerp_(shard.values.float(), self.settings.ema_rate)
             flat = parameter.view(-1)

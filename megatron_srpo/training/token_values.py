@@ -56,9 +56,18 @@ class TokenValues:
             row |= {"logprob": _short(values.logprob[rows]), "entropy": _short(values.entropy[rows])}
             if number < distilled:
                 entropy, weight = (vector[rows] for vector in of_teacher)
-                top = top_tokens(targets.logits([document.key]), ids, model.vocab_shard, TOP, self.temperature)
-                row |= {"divergence": _short(values.divergence[rows]), "teacher_entropy": _short(entropy), "weight": _short(weight)}
-                row |= {"teacher_logprob": _short(top.target_logprob), "teacher_top": _pairs(top.ids, top.logprobs)}
+                top = top_tokens(
+                    targets.logits([document.key]), ids, model.vocab_shard, TOP, self.temperature
+                )
+                row |= {
+                    "divergence": _short(values.divergence[rows]),
+                    "teacher_entropy": _short(entropy),
+                    "weight": _short(weight),
+                }
+                row |= {
+                    "teacher_logprob": _short(top.target_logprob),
+                    "teacher_top": _pairs(top.ids, top.logprobs),
+                }
             self.rows.append(row)
 
     def gather(self) -> list[dict[str, Any]]:
@@ -66,11 +75,17 @@ class TokenValues:
         speaks = self.layout.is_last_stage and self.layout.tensor_parallel_rank == 0
         mine = "\n".join(json.dumps(row) for row in self.rows) if speaks else ""
         whole: dict[SampleKey, dict[str, Any]] = {}
-        for line in (line for payload in self.layout.gather_bytes(mine.encode()) for line in payload.decode().splitlines()):
+        for line in (
+            line
+            for payload in self.layout.gather_bytes(mine.encode())
+            for line in payload.decode().splitlines()
+        ):
             row = json.loads(line)
             before = whole.setdefault((row["prompt_id"], row["index"]), row)
             if before is not row:  # ranks come in the order of their shares (`runtime.context`)
-                before.update({name: before[name] + values for name, values in row.items() if isinstance(values, list)})
+                before.update(
+                    {name: before[name] + values for name, values in row.items() if isinstance(values, list)}
+                )
         return list(whole.values())
 
 
@@ -80,4 +95,7 @@ def _short(values: Tensor) -> list[float]:
 
 
 def _pairs(ids: Tensor, logprobs: Tensor) -> list[list[list[float]]]:
-    return [[list(pair) for pair in zip(i, _short(p), strict=True)] for i, p in zip(ids.tolist(), logprobs.cpu(), strict=True)]
+    return [
+        [list(pair) for pair in zip(i, _short(p), strict=True)]
+        for i, p in zip(ids.tolist(), logprobs.cpu(), strict=True)
+    ]

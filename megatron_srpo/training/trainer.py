@@ -33,7 +33,18 @@ from megatron_srpo.vocab_parallel.fused import Statistics, fused_objective, kern
 from megatron_srpo.vocab_parallel.sources import Projection, Rows
 from megatron_srpo.weights.transfer import Repeatable, export, load
 
-_SUMS = ("tokens", "entropy", "gap", "clipped", "importance", "distilled", "divergence", "teacher_entropy", "weight", "weight_squared")
+_SUMS = (
+    "tokens",
+    "entropy",
+    "gap",
+    "clipped",
+    "importance",
+    "distilled",
+    "divergence",
+    "teacher_entropy",
+    "weight",
+    "weight_squared",
+)
 
 
 class Trainer:
@@ -53,18 +64,25 @@ class Trainer:
         self.logits_memory = config.train.logits_memory_mib and config.train.logits_memory_mib * 2**20
         if self.algorithm.distils:
             temperature = config.rollout.temperature
-            self.teacher = Teacher(config.teacher, temperature, self.logits_memory, self.host, self.chunks, self._copy_of_policy)
+            self.teacher = Teacher(
+                config.teacher, temperature, self.logits_memory, self.host, self.chunks, self._copy_of_policy
+            )
         parallel = config.parallel
         self.rules = PackingRules(
             token_budget=config.train.micro_batch_tokens * parallel.context_parallel_size,
             length_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
             uniform=parallel.pipeline_model_parallel_size > 1,
-            count_multiple=parallel.pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size else 1,
+            count_multiple=parallel.pipeline_model_parallel_size
+            if parallel.virtual_pipeline_model_parallel_size
+            else 1,
             context=Context(layout.context_parallel_rank, layout.context_parallel_size),
         )
         algorithm = self.algorithm
         self.divergence = Divergence(
-            algorithm.divergence, algorithm.divergence_alpha, algorithm.divergence_support, algorithm.divergence_topk
+            algorithm.divergence,
+            algorithm.divergence_alpha,
+            algorithm.divergence_support,
+            algorithm.divergence_topk,
         )
 
     def close(self) -> None:
@@ -83,7 +101,9 @@ class Trainer:
         if not self.algorithm.distils:
             return f"log-probabilities: {kernel}"
         support, top_k = self.divergence.support, self.divergence.top_k
-        what = {"full": "full vocabulary", "sampled": "sampled token"}.get(support, f"{support} {top_k} and tail")
+        what = {"full": "full vocabulary", "sampled": "sampled token"}.get(
+            support, f"{support} {top_k} and tail"
+        )
         return f"{self.divergence.kind} on the {what}: {kernel}"
 
     @property
@@ -138,7 +158,13 @@ class Trainer:
         size = self.config.mini_batch_prompts * self.config.rollout.samples_per_prompt
         layout, aggregation = self.layout, self.algorithm.loss_aggregation
         return [
-            pack(samples[start : start + size], layout.data_parallel_rank, layout.data_parallel_size, self.rules, aggregation)
+            pack(
+                samples[start : start + size],
+                layout.data_parallel_rank,
+                layout.data_parallel_size,
+                self.rules,
+                aggregation,
+            )
             for start in range(0, len(samples), size)
         ]
 
@@ -147,7 +173,10 @@ class Trainer:
         return [TeacherTargets() if self.teacher is None else self.teacher.score(batch) for batch in batches]
 
     def update(
-        self, batches: Sequence[OptimizerBatch], targets: Sequence[TeacherTargets], tokens: TokenValues | None = None
+        self,
+        batches: Sequence[OptimizerBatch],
+        targets: Sequence[TeacherTargets],
+        tokens: TokenValues | None = None,
     ) -> UpdateReport:
         """One optimizer step per batch, then the teacher follows once (not if every update was skipped).
 
@@ -163,7 +192,9 @@ class Trainer:
             report.grad_norms.append(norm)
             report.moved.append(moved)
             report.sums = {name: report.sums[name] + value for name, value in zip(_SUMS, sums, strict=False)}
-            report.teacher_entropies = [*map(sum, zip(report.teacher_entropies, sums[len(_SUMS) :], strict=True))]
+            report.teacher_entropies = [
+                *map(sum, zip(report.teacher_entropies, sums[len(_SUMS) :], strict=True))
+            ]
             report.gap_max = max(report.gap_max, gap)
         self.optimizer.gather_weights()
         before = self._teacher_distance()
@@ -186,14 +217,20 @@ class Trainer:
             targets = batch.micro_batches[number].targets.to(hidden.device)
             temperature = self.config.rollout.temperature
             policy = Projection(hidden, model.output_weight)
-            logprobs[number] = score(policy, targets, model.vocab_shard, temperature=temperature, memory=self.logits_memory).logprob
+            logprobs[number] = score(
+                policy, targets, model.vocab_shard, temperature=temperature, memory=self.logits_memory
+            ).logprob
             return hidden.new_zeros(())
 
         run_schedule(self.chunks, batch.micro_batches, keep, backward=False)
         return logprobs
 
     def _update_once(
-        self, batch: OptimizerBatch, targets: TeacherTargets, old_logprobs: dict[int, Tensor] | None, tokens: TokenValues | None
+        self,
+        batch: OptimizerBatch,
+        targets: TeacherTargets,
+        old_logprobs: dict[int, Tensor] | None,
+        tokens: TokenValues | None,
     ):
         """(loss, gradient norm, whether weights moved, token sums and counts, largest log-prob gap), the same on every rank."""
         mean_weight = self._mean_entropy_weight(batch, targets)
@@ -203,12 +240,18 @@ class Trainer:
 
         def routed_loss(number: int, hidden: Tensor, model: Qwen3) -> Tensor:
             micro_batch = batch.micro_batches[number]
-            distilled = [document.key for document in micro_batch.documents[: batch.distilled_count(micro_batch)]]
-            terms = batch.terms(micro_batch, device)._replace(old_logprob=old_logprobs and old_logprobs[number])
+            distilled = [
+                document.key for document in micro_batch.documents[: batch.distilled_count(micro_batch)]
+            ]
+            terms = batch.terms(micro_batch, device)._replace(
+                old_logprob=old_logprobs and old_logprobs[number]
+            )
             weights, teacher_entropy, teacher = hidden.new_empty(0).float(), hidden.new_empty(0).float(), None
             if distilled:
                 # Student and teacher must have scored the same response tokens, though their prompts differ in length.
-                assert [len(targets.entropy[key]) for key in distilled] == micro_batch.response_lengths[: len(distilled)]
+                assert [len(targets.entropy[key]) for key in distilled] == micro_batch.response_lengths[
+                    : len(distilled)
+                ]
                 teacher_entropy = torch.cat([targets.entropy[key] for key in distilled])
                 teacher = targets.logits(distilled)
                 raw = raw_entropy_weights(teacher_entropy, self.algorithm.entropy_beta)
@@ -232,8 +275,12 @@ class Trainer:
                 memory=self.logits_memory,
             )
             if tokens is not None:
-                tokens.note(batch, micro_batch, statistics, (teacher_entropy, weights), hidden, model, targets)
-            sums, gap = _token_sums(statistics, terms, weights, teacher_entropy, self.algorithm.importance_cap)
+                tokens.note(
+                    batch, micro_batch, statistics, (teacher_entropy, weights), hidden, model, targets
+                )
+            sums, gap = _token_sums(
+                statistics, terms, weights, teacher_entropy, self.algorithm.importance_cap
+            )
             total.add_(torch.cat([loss.detach().double().view(1), sums]))
             torch.maximum(gap_max, gap, out=gap_max)
             return loss
@@ -258,7 +305,11 @@ class Trainer:
 
 
 def _token_sums(
-    statistics: Statistics, terms: TokenTerms, weights: Tensor, teacher_entropy: Tensor, importance_cap: float | None
+    statistics: Statistics,
+    terms: TokenTerms,
+    weights: Tensor,
+    teacher_entropy: Tensor,
+    importance_cap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """The micro-batch's `_SUMS` in order and its teacher entropies' counts, and its largest |log π_old - log π_roll|."""
     old = statistics.logprob if terms.old_logprob is None else terms.old_logprob

@@ -102,9 +102,9 @@ class CpuPasses:
                     x.mul_(of_pf[rows]).addcmul_(p, of_p[rows])
             else:
                 if of_plogp is not None:
-                    torch.sub(x, shift[rows], out=plogp).mul_(torch.exp(x, out=self.scratch[1, : len(x)])).mul_(
-                        scale[rows] * of_plogp[rows]
-                    )
+                    torch.sub(x, shift[rows], out=plogp).mul_(
+                        torch.exp(x, out=self.scratch[1, : len(x)])
+                    ).mul_(scale[rows] * of_plogp[rows])
                 x.exp_().mul_(scale[rows] * of_p[rows])
             if of_plogp is not None:
                 x.add_(plogp)

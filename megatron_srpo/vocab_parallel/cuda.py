@@ -27,7 +27,9 @@ class TritonPasses:
     name = "Triton"
     gradient_is_separate = True
 
-    def __init__(self, tile_tokens: int, width: int, dtype: torch.dtype, kind: Divergence, device: torch.device):
+    def __init__(
+        self, tile_tokens: int, width: int, dtype: torch.dtype, kind: Divergence, device: torch.device
+    ):
         self.kind = kind
         self.gradient_buffer = torch.empty(tile_tokens, width, dtype=dtype, device=device)
 
@@ -36,7 +38,9 @@ class TritonPasses:
         self.tiles, self.distilled = tiles, False
         for number, tile in enumerate(tiles):
             rows = sums[:, number]
-            _row_sums[(len(tile),)](tile, rows, rows.stride(0), tile.shape[1], tile.stride(0), WEIGHTED=number == 0, **_LAUNCH)
+            _row_sums[(len(tile),)](
+                tile, rows, rows.stride(0), tile.shape[1], tile.stride(0), WEIGHTED=number == 0, **_LAUNCH
+            )
 
     def divergence_sums(self, tiles: list[Tensor], maximum: Tensor, total: Tensor) -> Tensor:
         """See `Passes`."""
@@ -106,7 +110,11 @@ def _row_sums(logits, sums, sums_stride, width, stride, WEIGHTED: tl.constexpr, 
     """One row's running maximum m, Σ exp(z - m) and Σ exp(z - m)(z - m), rescaled whenever m grows."""
     row = tl.program_id(0).to(tl.int64)
     row_start = logits + row * stride
-    maximum, total, weighted = tl.full((), FLOOR, tl.float32), tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
+    maximum, total, weighted = (
+        tl.full((), FLOOR, tl.float32),
+        tl.full((), 0.0, tl.float32),
+        tl.full((), 0.0, tl.float32),
+    )
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         z = _load(row_start, columns, width)
@@ -143,7 +151,17 @@ def _log_ratios(x, y, p, q, shift, ALPHA: tl.constexpr, KIND: tl.constexpr):
 
 @triton.jit
 def _divergence_sums(
-    student, teacher, maximum, total, sums, count, width, stride, ALPHA: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr
+    student,
+    teacher,
+    maximum,
+    total,
+    sums,
+    count,
+    width,
+    stride,
+    ALPHA: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     max_p, max_q = tl.load(maximum + row), tl.load(maximum + count + row)
@@ -198,5 +216,9 @@ def _gradient(
         result += of_student * tl.load(of_pf + row)
     if ENTROPY:
         result += p * (x - tl.log(total_p)) * tl.load(of_plogp + row)
-    result += tl.where(columns == tl.load(column + row), tl.load(of_target + row), 0.0)  # before it is rounded to bf16
-    tl.store(gradient + row * gradient_stride + columns, result.to(gradient.dtype.element_ty), mask=columns < width)
+    result += tl.where(
+        columns == tl.load(column + row), tl.load(of_target + row), 0.0
+    )  # before it is rounded to bf16
+    tl.store(
+        gradient + row * gradient_stride + columns, result.to(gradient.dtype.element_ty), mask=columns < width
+    )

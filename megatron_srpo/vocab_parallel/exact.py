@@ -76,13 +76,19 @@ class ExactKernel:
         local = tiles[0].new_zeros(4, len(tiles), len(tiles[0]))
         self._target_logits(tiles, targets, local[3])
         self.passes.row_sums(tiles, local[:3])
-        maxima, totals, weighted, targeted = gather(local, self.shard, meanwhile).unbind(1)  # [ranks, tiles, n] each
+        maxima, totals, weighted, targeted = gather(local, self.shard, meanwhile).unbind(
+            1
+        )  # [ranks, tiles, n] each
         maximum, total, weighted = combine(maxima, totals, weighted)
         log_total = total.log()
         self.maximum, self.total = maximum, total
         self.entropy = log_total[0] - weighted[0] / total[0]
         logprob = targeted.sum(0) - maximum - log_total if targets is not None else torch.zeros_like(maximum)
-        return logprob[0], self.entropy, self._divergence(tiles, logprob, meanwhile) if len(tiles) == 2 else None
+        return (
+            logprob[0],
+            self.entropy,
+            self._divergence(tiles, logprob, meanwhile) if len(tiles) == 2 else None,
+        )
 
     def _target_logits(self, tiles: list[Tensor], targets: Tensor | None, logits: Tensor) -> None:
         """Fill logits [tiles, n] with the targets' where this shard has them (else they stay 0), and remember their columns."""
@@ -109,7 +115,9 @@ class ExactKernel:
         self.mean = torch.zeros_like(of_student)  # Σ p - Σ q, without its rounding
         return of_teacher
 
-    def logits_grad(self, logprob_grad: Tensor | None, entropy_grad: Tensor | None, divergence_grad: Tensor | None) -> Tensor:
+    def logits_grad(
+        self, logprob_grad: Tensor | None, entropy_grad: Tensor | None, divergence_grad: Tensor | None
+    ) -> Tensor:
         """[n, width] gradient with respect to the last tile's logits, from those of its statistics, [n] or None for zeros.
 
         It lives in the passes' buffers until the next gradient, and only until the next statistics where it is not separate.

@@ -28,7 +28,10 @@ from megatron_srpo.vocab_parallel.shard import VocabShard, agree, wide
 from megatron_srpo.vocab_parallel.sources import Rows, Student, Teacher
 from megatron_srpo.vocab_parallel.tail import TailKernel
 
-MEMORY = {"cpu": 320 * 2**20, "cuda": 2 * 2**30}  # bytes of the tiles of logits, where the caller does not say
+MEMORY = {
+    "cpu": 320 * 2**20,
+    "cuda": 2 * 2**30,
+}  # bytes of the tiles of logits, where the caller does not say
 IGNORED = -100  # torch's own ignore_index
 
 
@@ -82,8 +85,14 @@ class Problem(NamedTuple):
         if teacher is not None:
             if problem := teacher.problem("teacher", self.shard):
                 return problem
-            if self.distilled > self.tokens or teacher.tensor.device != own.device or wide(teacher.tensor.dtype) != wide(own.dtype):
-                given = f"teacher of {self.distilled} tokens ({teacher.tensor.dtype}, {teacher.tensor.device})"
+            if (
+                self.distilled > self.tokens
+                or teacher.tensor.device != own.device
+                or wide(teacher.tensor.dtype) != wide(own.dtype)
+            ):
+                given = (
+                    f"teacher of {self.distilled} tokens ({teacher.tensor.dtype}, {teacher.tensor.device})"
+                )
                 return f"{given}: expected at most {self.tokens}, in a dtype like {own.dtype}, on {own.device}, as the student's"
         if targets is None:
             needs = teacher is not None and self.divergence.support == "sampled"
@@ -99,7 +108,13 @@ class Problem(NamedTuple):
 
 
 def fused_objective(
-    student: Student, targets: Tensor, objective: Objective, shard: VocabShard, *, weight_grad: Tensor | None = None, **options
+    student: Student,
+    targets: Tensor,
+    objective: Objective,
+    shard: VocabShard,
+    *,
+    weight_grad: Tensor | None = None,
+    **options,
 ) -> tuple[Tensor, Statistics]:
     """Σ over tiles of `objective`, with the gradients to the student's tensors computed in the same pass.
 
@@ -146,22 +161,35 @@ class Sweep:
         self.problem, self.dtype, self.kept = problem, wide(own.dtype), None
         if wrong is None and targets is not None and (targets == IGNORED).any():
             self.kept = (targets != IGNORED).nonzero()[:, 0]
-        self.distilled = problem.distilled if self.kept is None else int((self.kept < problem.distilled).sum())
+        self.distilled = (
+            problem.distilled if self.kept is None else int((self.kept < problem.distilled).sum())
+        )
         self.tokens = problem.tokens if self.kept is None else len(self.kept)
         same = {"tokens": problem.tokens, "tokens of the teacher": problem.distilled}
         same |= {"tokens not ignored": self.tokens, "distilled tokens not ignored": self.distilled}
-        same |= {"bits a number": 8 * self.dtype.itemsize, "memory or tile_tokens": problem.tile_tokens or problem.memory or 0}
+        same |= {
+            "bits a number": 8 * self.dtype.itemsize,
+            "memory or tile_tokens": problem.tile_tokens or problem.memory or 0,
+        }
         widest = agree(wrong, shard, same, own.device)
-        tile_tokens = problem.tile_tokens or _tile_tokens(problem.memory or MEMORY.get(own.device.type, MEMORY["cpu"]), widest, own)
+        tile_tokens = problem.tile_tokens or _tile_tokens(
+            problem.memory or MEMORY.get(own.device.type, MEMORY["cpu"]), widest, own
+        )
         self.tile_tokens = max(1, min(tile_tokens, self.tokens))
         buffers = 2 if self.distilled else 1
-        self.buffers = [torch.empty(self.tile_tokens, shard.width, dtype=self.dtype, device=own.device) for _ in range(buffers)]
+        self.buffers = [
+            torch.empty(self.tile_tokens, shard.width, dtype=self.dtype, device=own.device)
+            for _ in range(buffers)
+        ]
         self.kernel = _kernel(self.tile_tokens, shard, problem.divergence, own)
         self.pending: list[Callable[[], None]] = []
 
     def tiles(self, distilled_only: bool = False) -> Iterator[tuple[Rows, bool]]:
         """The tokens of each tile and whether they are distilled: no tile straddles the border."""
-        parts = ((0, self.distilled, True), (self.distilled, self.distilled if distilled_only else self.tokens, False))
+        parts = (
+            (0, self.distilled, True),
+            (self.distilled, self.distilled if distilled_only else self.tokens, False),
+        )
         for first, last, is_distilled in parts:
             if last > first:
                 count = -(-(last - first) // self.tile_tokens)
@@ -224,7 +252,11 @@ def _weight_grad_problem(student: Student, weight_grad: Tensor | None) -> str | 
     weight = getattr(student, "weight", None)
     if weight is None:
         return "weight_grad: given, but the student's logits come without a weight"
-    if weight_grad.shape != weight.shape or weight_grad.dtype != wide(weight.dtype) or weight_grad.device != weight.device:
+    if (
+        weight_grad.shape != weight.shape
+        or weight_grad.dtype != wide(weight.dtype)
+        or weight_grad.device != weight.device
+    ):
         given = f"weight_grad {list(weight_grad.shape)} ({weight_grad.dtype}, {weight_grad.device})"
         return f"{given}: expected {list(weight.shape)} ({wide(weight.dtype)}, {weight.device})"
     return None
@@ -234,10 +266,14 @@ def _tile_tokens(memory: int, width: int, own: Tensor) -> int:
     """Tokens a tile such that two fp32 tiles, and on CUDA a gradient, fit into `memory` bytes; at least 16."""
     number_bytes = 2 * wide(own.dtype).itemsize + (own.dtype.itemsize if own.is_cuda else 0)
     tokens = max(16, memory // (number_bytes * max(width, 1)))
-    return tokens - tokens % 128 if own.is_cuda and tokens >= 128 else tokens  # whole tiles of the matrix products
+    return (
+        tokens - tokens % 128 if own.is_cuda and tokens >= 128 else tokens
+    )  # whole tiles of the matrix products
 
 
-def _kernel(tile_tokens: int, shard: VocabShard, divergence: Divergence, own: Tensor) -> ExactKernel | ReferenceKernel:
+def _kernel(
+    tile_tokens: int, shard: VocabShard, divergence: Divergence, own: Tensor
+) -> ExactKernel | ReferenceKernel:
     """The fastest kernel for these inputs."""
     name = kernel_name(own.device, own.dtype)
     if name == ReferenceKernel.name:
@@ -286,7 +322,9 @@ class _FusedObjective(torch.autograd.Function):
     def backward(ctx, loss_grad: Tensor, *_):
         gradients, ctx.gradients = ctx.gradients, None  # ours alone, so scaled in place: no second [V, H]
         if gradients is None:
-            raise RuntimeError("fused_objective: its gradients were made with it and have been handed out; call it again")
+            raise RuntimeError(
+                "fused_objective: its gradients were made with it and have been handed out; call it again"
+            )
         if ctx.must_be_one:
             torch._assert_async(loss_grad == 1)  # dWeight is in weight_grad already
         elif loss_grad.is_cuda or loss_grad != 1:
@@ -296,11 +334,19 @@ class _FusedObjective(torch.autograd.Function):
         return None, None, None, *gradients
 
 
-def _differentiate(objective: Objective, rows: Rows, statistics: Statistics) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+def _differentiate(
+    objective: Objective, rows: Rows, statistics: Statistics
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """The objective of one tile, and its gradients with respect to the statistics; None for what it does not use."""
     with torch.enable_grad():
-        leaves = Statistics(*(None if values is None else values.detach().requires_grad_() for values in statistics))
+        leaves = Statistics(
+            *(None if values is None else values.detach().requires_grad_() for values in statistics)
+        )
         loss = objective(rows, leaves)
         inputs = [leaf for leaf in leaves if leaf is not None]
-        gradients = torch.autograd.grad(loss, inputs, allow_unused=True) if loss.requires_grad else (None,) * len(inputs)
+        gradients = (
+            torch.autograd.grad(loss, inputs, allow_unused=True)
+            if loss.requires_grad
+            else (None,) * len(inputs)
+        )
     return loss.detach(), (*gradients, None)[:3]

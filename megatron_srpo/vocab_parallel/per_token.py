@@ -33,7 +33,9 @@ def log_prob(source: Student, targets: Tensor, shard: VocabShard, **options) -> 
     return _statistics(0, source, shard, targets=targets, **options)
 
 
-def entropy(source: Student | Teacher, shard: VocabShard, *, targets: Tensor | None = None, **options) -> Tensor:
+def entropy(
+    source: Student | Teacher, shard: VocabShard, *, targets: Tensor | None = None, **options
+) -> Tensor:
     """H = -Σ_v p_v log p_v, [T] nats, over the full vocabulary.
 
     Gradient -p_v (log p_v + H); of a teacher (also a `Mixture`), a constant. Collectives a tile: one all-gather of [4, n].
@@ -41,14 +43,24 @@ def entropy(source: Student | Teacher, shard: VocabShard, *, targets: Tensor | N
     return _statistics(1, source, shard, targets=targets, **options)
 
 
-def forward_kl(source: Student, teacher: Teacher, shard: VocabShard, *, support: Support = "full", top_k: int = 100, **options) -> Tensor:
+def forward_kl(
+    source: Student,
+    teacher: Teacher,
+    shard: VocabShard,
+    *,
+    support: Support = "full",
+    top_k: int = 100,
+    **options,
+) -> Tensor:
     """KL(q‖p) = Σ_v q_v (log q_v - log p_v), [T], p the student and q the teacher.
 
     teacher: D ≤ T tokens' logits, of the first D; the result is [D]. support: all but "sampled".
     Gradient p_v - q_v (full support). Collectives a tile: all-gathers of
     [4, 2, n] and [2, n].
     """
-    return _statistics(2, source, shard, teacher, Divergence("forward", support=support, top_k=top_k), **options)
+    return _statistics(
+        2, source, shard, teacher, Divergence("forward", support=support, top_k=top_k), **options
+    )
 
 
 def reverse_kl(
@@ -68,11 +80,26 @@ def reverse_kl(
     Gradient p_v (log p_v - log q_v - KL) (full support). Collectives a tile: all-gathers of [4, 2, n] and, unless sampled,
     [2, n].
     """
-    return _statistics(2, source, shard, teacher, Divergence("reverse", support=support, top_k=top_k), targets=targets, **options)
+    return _statistics(
+        2,
+        source,
+        shard,
+        teacher,
+        Divergence("reverse", support=support, top_k=top_k),
+        targets=targets,
+        **options,
+    )
 
 
 def jsd(
-    source: Student, teacher: Teacher, shard: VocabShard, *, alpha: float = 0.5, support: Support = "full", top_k: int = 100, **options
+    source: Student,
+    teacher: Teacher,
+    shard: VocabShard,
+    *,
+    alpha: float = 0.5,
+    support: Support = "full",
+    top_k: int = 100,
+    **options,
 ) -> Tensor:
     """(1-α) KL(p‖m) + α KL(q‖m) with m = (1-α)p + αq, [T], p the student and q the teacher; at most ln 2 for α = ½.
 
@@ -83,9 +110,13 @@ def jsd(
     return _statistics(2, source, shard, teacher, Divergence("jsd", alpha, support, top_k), **options)
 
 
-def _statistics(which: int, source, shard: VocabShard, teacher=None, divergence: Divergence = Divergence(), **options) -> Tensor:  # noqa: B008
+def _statistics(
+    which: int, source, shard: VocabShard, teacher=None, divergence: Divergence = Divergence(), **options
+) -> Tensor:  # noqa: B008
     needs = (("targets",), (), ("teacher",))[which]
-    problem = Problem(source, options.pop("targets", None), shard, teacher, divergence, needs=needs, **options)
+    problem = Problem(
+        source, options.pop("targets", None), shard, teacher, divergence, needs=needs, **options
+    )
     if isinstance(source, Mixture):
         with torch.no_grad():
             return Sweep(problem).all_statistics(distilled_only=which == 2)[which]

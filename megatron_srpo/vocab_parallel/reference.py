@@ -39,7 +39,9 @@ class ReferenceKernel:
                 divergence, self.divergence_grad = on_tile(*logps, self.kind, self.shard)
         return logprobs[0], self.entropy, divergence
 
-    def logits_grad(self, logprob_grad: Tensor | None, entropy_grad: Tensor | None, divergence_grad: Tensor | None) -> Tensor:
+    def logits_grad(
+        self, logprob_grad: Tensor | None, entropy_grad: Tensor | None, divergence_grad: Tensor | None
+    ) -> Tensor:
         """[n, width] gradient with respect to the last tile's logits, from those of its statistics, [n] or None for zeros."""
         gradient = torch.zeros_like(self.logp) if logprob_grad is None else self._logprob_grad(logprob_grad)
         if entropy_grad is not None:
@@ -58,7 +60,9 @@ class ReferenceKernel:
         return gradient
 
 
-def _log_softmax(logits: list[Tensor], targets: Tensor | None, shard: VocabShard) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+def _log_softmax(
+    logits: list[Tensor], targets: Tensor | None, shard: VocabShard
+) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """log softmax over all shards of each tensor, the first one's entropy, and each one's log-probability of the targets.
 
     Two all-reduces in all: the row maxima, then sums of exponentials, the entropy's numerator and target logits.

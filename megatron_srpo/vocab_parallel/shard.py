@@ -22,7 +22,9 @@ class VocabShard(NamedTuple):
     group: dist.ProcessGroup | None = None
 
     @classmethod
-    def of_rank(cls, rank: int, padded_width: int, vocab_size: int, group: dist.ProcessGroup | None) -> VocabShard:
+    def of_rank(
+        cls, rank: int, padded_width: int, vocab_size: int, group: dist.ProcessGroup | None
+    ) -> VocabShard:
         """The shard of tensor-parallel rank `rank` when every rank holds `padded_width` rows of the output matrix."""
         start = min(rank * padded_width, vocab_size)
         return cls(start, min(padded_width, vocab_size - start), vocab_size, group)
@@ -78,7 +80,9 @@ def agree(problem: str | None, shard: VocabShard, same: dict[str, int], device: 
     wrong, starts, widths, sizes, *numbers = gather(own, shard).t().tolist()
     if any(wrong):
         ranks = ", ".join(str(rank) for rank, value in enumerate(wrong) if value)
-        raise ValueError(problem or f"tensor-parallel rank {ranks} was given what does not fit; its own error says what")
+        raise ValueError(
+            problem or f"tensor-parallel rank {ranks} was given what does not fit; its own error says what"
+        )
     ends = [start + width for start, width in zip(starts, widths, strict=True)]
     if starts[0] != 0 or starts[1:] != ends[:-1] or any(size != ends[-1] for size in sizes):
         raise ValueError(
@@ -87,7 +91,9 @@ def agree(problem: str | None, shard: VocabShard, same: dict[str, int], device: 
         )
     for name, of_ranks in zip(same, numbers, strict=True):
         if len(set(of_ranks)) > 1:
-            raise ValueError(f"{name}: the tensor-parallel ranks were given {of_ranks}; expected the same on all")
+            raise ValueError(
+                f"{name}: the tensor-parallel ranks were given {of_ranks}; expected the same on all"
+            )
     return max(widths)
 
 

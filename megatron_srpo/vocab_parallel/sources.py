@@ -17,7 +17,9 @@ from megatron_srpo.vocab_parallel.shard import VocabShard, wide
 
 Rows = slice | Tensor  # a range of tokens, or their indices
 
-_COLUMN_BLOCK = 8192  # columns of a bf16 matrix upcast at a time where the hardware's products cannot do it (CPU)
+_COLUMN_BLOCK = (
+    8192  # columns of a bf16 matrix upcast at a time where the hardware's products cannot do it (CPU)
+)
 _ROW_BLOCK = 2048  # rows of a product made and added at a time where `addmm` cannot do it: few enough for a GPU's cache
 
 
@@ -35,7 +37,9 @@ class Logits(NamedTuple):
         """What does not fit, naming the argument, what it is and what was expected."""
         name, shape = name or "logits", list(self.logits.shape)
         if len(shape) != 2 or not self.logits.is_floating_point():
-            return f"{name} {shape} ({self.logits.dtype}): expected [tokens, vocabulary columns], floating-point"
+            return (
+                f"{name} {shape} ({self.logits.dtype}): expected [tokens, vocabulary columns], floating-point"
+            )
         return _shard_problem(shard, shape[1], f"{name} of {shape[1]} columns")
 
     def write(self, rows: Rows, tile: Tensor, scale: float, add: bool = False) -> None:
@@ -94,7 +98,9 @@ class Projection(NamedTuple):
             hidden = hidden.to(tile.dtype)
             for columns in _column_blocks(tile.shape[1]):
                 block = tile[:, columns]
-                torch.addmm(block, hidden, weight[columns].to(tile.dtype).t(), beta=beta, alpha=scale, out=block)
+                torch.addmm(
+                    block, hidden, weight[columns].to(tile.dtype).t(), beta=beta, alpha=scale, out=block
+                )
 
     def gradients(self, needed: tuple[bool, ...], weight_grad: Tensor | None = None) -> ProjectionGradient:
         """Collects this source's gradients; `needed`: of its tensors, in order. `weight_grad`: see `fused_objective`."""
@@ -117,7 +123,9 @@ class Mixture(NamedTuple):
         """What does not fit, naming the argument, what it is and what was expected."""
         if not 0 <= self.share <= 1:
             return f"{name}.share {self.share}: expected 0 … 1"
-        if problem := self.reference.problem(f"{name}.reference", shard) or self.policy.problem(f"{name}.policy", shard):
+        if problem := self.reference.problem(f"{name}.reference", shard) or self.policy.problem(
+            f"{name}.policy", shard
+        ):
             return problem
         one, other = (source.tensor for source in self[:2])
         if len(one) != len(other) or one.dtype != other.dtype or one.device != other.device:
@@ -163,7 +171,9 @@ class ProjectionGradient:
         self.hidden_grad = torch.zeros_like(source.hidden) if needed[0] else None
         self.own_weight_grad = needed[1] and weight_grad is None
         if self.own_weight_grad:
-            weight_grad = torch.zeros(source.weight.shape, dtype=wide(source.weight.dtype), device=source.weight.device)
+            weight_grad = torch.zeros(
+                source.weight.shape, dtype=wide(source.weight.dtype), device=source.weight.device
+            )
         self.weight_grad = weight_grad
 
     def products(self, rows: Rows, gradient: Tensor) -> list[Callable[[], None]]:
@@ -196,7 +206,9 @@ class ProjectionGradient:
 
     def results(self) -> tuple[Tensor | None, Tensor | None]:
         """The gradients of the source's tensors, in order; None where the caller's `weight_grad` has it already."""
-        return self.hidden_grad, self.weight_grad.to(self.source.weight.dtype) if self.own_weight_grad else None
+        return self.hidden_grad, self.weight_grad.to(
+            self.source.weight.dtype
+        ) if self.own_weight_grad else None
 
 
 def _add_product(into: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:

@@ -57,17 +57,23 @@ class TailKernel(ExactKernel):
 
     def _take_head(self, tiles: list[Tensor]) -> Tensor:
         """Logits [2, n, K] of the head; in the tiles, its columns become -inf."""
-        self.ids = top_ids(tiles[0 if self.kind.support == "student_topk" else 1], self.kind.top_k, self.shard)
+        self.ids = top_ids(
+            tiles[0 if self.kind.support == "student_topk" else 1], self.kind.top_k, self.shard
+        )
         self.mine, self.columns = own_columns(self.ids, self.shard)
         head = tiles[0].new_zeros(2, *self.ids.shape)
         if self.shard.width:
             out = torch.where(self.mine, FLOOR, torch.inf).to(tiles[0].dtype)
             for tile, values in zip(tiles, head, strict=True):
                 values.copy_(torch.where(self.mine, tile.gather(1, self.columns).clamp(min=FLOOR), 0.0))
-                tile.scatter_reduce_(1, self.columns, out, "amin")  # columns that are not ours point at 0, and leave it alone
+                tile.scatter_reduce_(
+                    1, self.columns, out, "amin"
+                )  # columns that are not ours point at 0, and leave it alone
         return all_reduce(head, self.shard.group).double()
 
-    def logits_grad(self, logprob_grad: Tensor | None, entropy_grad: Tensor | None, divergence_grad: Tensor | None) -> Tensor:
+    def logits_grad(
+        self, logprob_grad: Tensor | None, entropy_grad: Tensor | None, divergence_grad: Tensor | None
+    ) -> Tensor:
         """See `ExactKernel.logits_grad`."""
         if not self.has_head:
             return super().logits_grad(logprob_grad, entropy_grad, divergence_grad)
@@ -77,7 +83,9 @@ class TailKernel(ExactKernel):
         of_plogp = None
         if entropy_grad is not None:
             of_bucket -= entropy_grad[:, None] * p * (self.logp + self.entropy[:, None])
-            of_plogp = (-entropy_grad * p[:, -1]).to(dtype)  # within the tail: log p = log (p / P_tail) + log P_tail
+            of_plogp = (-entropy_grad * p[:, -1]).to(
+                dtype
+            )  # within the tail: log p = log (p / P_tail) + log P_tail
         if divergence_grad is not None:
             mean = 0.0 if self.kind.kind == "forward" else self.pf.sum(1, keepdim=True)
             of_bucket += divergence_grad[:, None] * (self.pf - p * mean)

@@ -23,7 +23,9 @@ class TopTokens(NamedTuple):
 
 
 @torch.no_grad()
-def top_tokens(source: Teacher, targets: Tensor, shard: VocabShard, k: int, temperature: float = 1.0) -> TopTokens:
+def top_tokens(
+    source: Teacher, targets: Tensor, shard: VocabShard, k: int, temperature: float = 1.0
+) -> TopTokens:
     """The k likeliest ids (all, where the vocabulary has fewer) and their exact log-probabilities, the same on every rank.
 
     Args:
@@ -52,5 +54,7 @@ def top_tokens(source: Teacher, targets: Tensor, shard: VocabShard, k: int, temp
 def _at(ids: Tensor, logprobs: Tensor, shard: VocabShard) -> Tensor:
     """The log-probabilities of ids [n, k], whoever holds them."""
     mine, column = own_columns(ids, shard)
-    values = torch.where(mine, logprobs.gather(1, column), 0.0) if shard.width else logprobs.new_zeros(ids.shape)
+    values = (
+        torch.where(mine, logprobs.gather(1, column), 0.0) if shard.width else logprobs.new_zeros(ids.shape)
+    )
     return all_reduce(values, shard.group)

@@ -64,7 +64,9 @@ def to_megatron(
                 if part.names[0] in VOCABULARY_TENSORS:
                     merged = _padded(merged, vocabulary_multiple)
                     shape = tuple(merged.shape)
-                yield partial(writer.write, part.key, merged, (*part.stacks, *shape), (*part.index, *(0 for _ in shape)))
+                yield partial(
+                    writer.write, part.key, merged, (*part.stacks, *shape), (*part.index, *(0 for _ in shape))
+                )
                 progress.advance(sizes[number])
 
         _write_behind(part_after_part())
@@ -75,7 +77,9 @@ def to_megatron(
             write_config(folder, reference, tensors)
 
 
-def to_hf(source: Tensors, reference: HFFolder, output: Path, processes: Processes, dtype: torch.dtype | None = None) -> None:
+def to_hf(
+    source: Tensors, reference: HFFolder, output: Path, processes: Processes, dtype: torch.dtype | None = None
+) -> None:
     """Write `source` as a Hugging Face folder, with config, generation config and tokenizer of `reference`.
 
     Args:
@@ -98,7 +102,9 @@ def to_hf(source: Tensors, reference: HFFolder, output: Path, processes: Process
         def tensor_after_tensor() -> Iterator[Callable[[], object]]:
             for number in mine:
                 names = shards[files[number]]
-                writer = safetensors_file.Writer(folder / files[number], {name: tensors[name] for name in names})
+                writer = safetensors_file.Writer(
+                    folder / files[number], {name: tensors[name] for name in names}
+                )
                 for name in names:
                     yield partial(writer.write, name, _read(source, name, tensors[name][0], progress))
                     progress.advance(size_of(tensors[name]))

@@ -37,10 +37,15 @@ def plan_shards(tensors: Announced, limit: int) -> dict[str, list[str]]:
         held += size
     if len(shards) == 1:
         return {"model.safetensors": shards[0]}
-    return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": names for number, names in enumerate(shards, 1)}
+    return {
+        f"model-{number:05d}-of-{len(shards):05d}.safetensors": names
+        for number, names in enumerate(shards, 1)
+    }
 
 
-def write_companions(folder: Path, reference: HFFolder, tensors: Announced, shards: Mapping[str, list[str]]) -> None:
+def write_companions(
+    folder: Path, reference: HFFolder, tensors: Announced, shards: Mapping[str, list[str]]
+) -> None:
     """Everything but the shards: the index where there are several, config, generation config and tokenizer of `reference`."""
     try:
         if len(shards) > 1:
@@ -49,7 +54,11 @@ def write_companions(folder: Path, reference: HFFolder, tensors: Announced, shar
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
         for file in reference.path.iterdir():
-            if file.is_file() and file.suffix in (".json", ".txt", ".jinja", ".model") and not _is_of_weights(file.name):
+            if (
+                file.is_file()
+                and file.suffix in (".json", ".txt", ".jinja", ".model")
+                and not _is_of_weights(file.name)
+            ):
                 (folder / file.name).write_bytes(file.read_bytes())
         write_config(folder, reference, tensors)
     except OSError as error:
@@ -69,4 +78,6 @@ def write_config(folder: Path, reference: HFFolder, tensors: Announced) -> None:
     dtype = bytes_by_dtype.most_common(1)[0][0]
     config = json.loads((reference.path / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
-    (folder / "config.json").write_text(json.dumps({**config, "dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n")
+    (folder / "config.json").write_text(
+        json.dumps({**config, "dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n"
+    )

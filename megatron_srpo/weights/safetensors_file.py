@@ -68,7 +68,9 @@ class Writer:
         Raises ValueError for a name, dtype or shape other than announced, FileError when the disk is full.
         """
         if name not in self._tensors or name in self._written:
-            raise ValueError(f"{self.path}: {name}: {'written twice' if name in self._written else 'was not announced'}")
+            raise ValueError(
+                f"{self.path}: {name}: {'written twice' if name in self._written else 'was not announced'}"
+            )
         if (announced := self._tensors[name]) != (given := (tensor.dtype, tuple(tensor.shape))):
             raise ValueError(f"{self.path}: {name}: is {given}, announced as {announced}")
         self._file.write_at(bytes_of(tensor.cpu().contiguous()), self._data_start + self._offsets[name])
@@ -83,4 +85,8 @@ class Writer:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The elements of a contiguous CPU tensor as they lie in memory, without a copy."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+    return (
+        memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+        if tensor.numel()
+        else memoryview(b"")
+    )

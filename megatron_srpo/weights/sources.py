@@ -61,7 +61,9 @@ class HFTensors:
         for name, file in sorted(folder.file_of.items(), key=lambda item: item[1]):
             kind = self._open(file).get_slice(name).get_dtype()
             if DTYPES.get(kind) not in _FLOATS:
-                raise FileError(f"{file}: {name} has dtype {kind}; expected one of F32, BF16 and F16 (quantised models cannot be read)")
+                raise FileError(
+                    f"{file}: {name} has dtype {kind}; expected one of F32, BF16 and F16 (quantised models cannot be read)"
+                )
             self._dtypes[name] = DTYPES[kind]
 
     def _open(self, file: Path) -> Any:
@@ -107,9 +109,15 @@ class Place:
 
 def places(architecture: Architecture) -> Iterator[Place]:
     """Where each tensor of the architecture lies in a Megatron checkpoint, from the model's first layer to its last."""
-    held, layers, experts = architecture.tensor_shapes(), architecture.num_hidden_layers, architecture.num_experts
+    held, layers, experts = (
+        architecture.tensor_shapes(),
+        architecture.num_hidden_layers,
+        architecture.num_experts,
+    )
 
-    def in_model(rows: tuple[Row, ...], stem: str, prefix: str, index: tuple[int, ...], stacks: tuple[int, ...]) -> Iterator[Place]:
+    def in_model(
+        rows: tuple[Row, ...], stem: str, prefix: str, index: tuple[int, ...], stacks: tuple[int, ...]
+    ) -> Iterator[Place]:
         for row in rows:
             names = tuple(prefix + name for name in row.hf)
             if names[0] in held:
@@ -134,9 +142,16 @@ def part_shape(place: Place, shapes: dict[str, tuple[int, ...]]) -> tuple[int, .
 def empty_objects(architecture: Architecture) -> list[str]:
     """Keys of the `_extra_state` objects that megatron-core's layers ask for, local and Transformer Engine's; bf16 models store none."""
     layers, experts = architecture.num_hidden_layers, architecture.num_experts
-    modules = [f"self_attention.{name}" for name in ("core_attention", "linear_qkv", "linear_proj", "q_layernorm", "k_layernorm")]
+    modules = [
+        f"self_attention.{name}"
+        for name in ("core_attention", "linear_qkv", "linear_proj", "q_layernorm", "k_layernorm")
+    ]
     modules += ["pre_mlp_layernorm"] if experts else ["mlp.linear_fc1", "mlp.linear_fc2"]
-    keys = [f"decoder.layers.{module}._extra_state/shard_{n}_{layers}" for module in modules for n in range(layers)]
+    keys = [
+        f"decoder.layers.{module}._extra_state/shard_{n}_{layers}"
+        for module in modules
+        for n in range(layers)
+    ]
     for name in ("linear_fc1", "linear_fc2"):
         stem = f"decoder.layers.mlp.experts.experts.{name}._extra_state"
         keys += [f"{stem}/shard_{n}.{e}_{layers}.{experts}" for n in range(layers) for e in range(experts)]
@@ -159,7 +174,11 @@ class MegatronTensors:
 
     def _as_stored(self, place: Place) -> Place:
         """Megatron can keep each layer under keys of its own (`non_homogeneous_layers`), as where experts are not in all of them."""
-        single = place.key.replace("decoder.layers.", f"decoder.layers.{place.index[0]}.", 1) if place.index else place.key
+        single = (
+            place.key.replace("decoder.layers.", f"decoder.layers.{place.index[0]}.", 1)
+            if place.index
+            else place.key
+        )
         if place.key in self.folder.chunks or single not in self.folder.chunks:
             return place
         return replace(place, key=single, index=place.index[1:], stacks=place.stacks[1:])
@@ -170,11 +189,17 @@ class MegatronTensors:
             if place.key not in held:
                 raise FileError(f"{self.folder.path}: tensor {place.key} is missing")
             wanted, given = (*place.stacks, *part_shape(place, self._shapes)), self.folder.shape(place.key)
-            padded = place.names[0] in VOCABULARY_TENSORS and given[1:] == wanted[1:] and given[0] >= wanted[0]
+            padded = (
+                place.names[0] in VOCABULARY_TENSORS and given[1:] == wanted[1:] and given[0] >= wanted[0]
+            )
             if given != wanted and not padded:
-                raise FileError(f"{self.folder.path}: {place.key} has shape {list(given)}, config.json implies {list(wanted)}")
+                raise FileError(
+                    f"{self.folder.path}: {place.key} has shape {list(given)}, config.json implies {list(wanted)}"
+                )
             if self.folder.dtype(place.key) not in _FLOATS:
-                raise FileError(f"{self.folder.path}: {place.key} has dtype {self.folder.dtype(place.key)}; expected a floating-point one")
+                raise FileError(
+                    f"{self.folder.path}: {place.key} has dtype {self.folder.dtype(place.key)}; expected a floating-point one"
+                )
         parts = ("embedding.", "decoder.", "output_layer.")
         if unexpected := sorted(key for key in held if key.startswith(parts) and key not in expected):
             raise FileError(
@@ -229,7 +254,9 @@ def open_tensors(path: Path, reference: HFFolder | None = None) -> Tensors:
     if reference is None:
         reference = architecture_folder(path)
     if reference is None:
-        raise FileError(f"{folder}: has no config.json to tell its architecture; name a Hugging Face folder with --hf-reference")
+        raise FileError(
+            f"{folder}: has no config.json to tell its architecture; name a Hugging Face folder with --hf-reference"
+        )
     return MegatronTensors(folder, reference.architecture)
 
 

@@ -37,7 +37,9 @@ class Row:
     split: Split = lambda tensor, architecture: [tensor]
     expert: bool = False
 
-    def cut(self, tensors: Sequence, part: int, parts: int, shape: Sequence[int], architecture: Architecture) -> Tensor:
+    def cut(
+        self, tensors: Sequence, part: int, parts: int, shape: Sequence[int], architecture: Architecture
+    ) -> Tensor:
         """The parameter, of `shape`, of tensor-parallel part `part` of `parts`.
 
         tensors: the row's whole HF tensors, or safetensors' slices of them, of which only this part is read.
@@ -78,7 +80,10 @@ def _split_qkv(tensor: Tensor, a: Architecture) -> list[Tensor]:
 
 def _gate_up(prefix: str, expert: bool) -> Row:
     names = (f"{prefix}gate_proj.weight", f"{prefix}up_proj.weight")
-    merge, split = lambda pieces, architecture: torch.cat(list(pieces)), lambda tensor, architecture: list(tensor.chunk(2))
+    merge, split = (
+        lambda pieces, architecture: torch.cat(list(pieces)),
+        lambda tensor, architecture: list(tensor.chunk(2)),
+    )
     return Row(f"{prefix}linear_fc1.weight", names, 0, merge, split, expert)
 
 

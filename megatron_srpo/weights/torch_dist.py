@@ -30,7 +30,12 @@ from torch.distributed.checkpoint import filesystem, metadata, planner
 
 from megatron_srpo.distributed.files import DurableFile, FileError
 
-_FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+_FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
 _ALIGNMENT = 64  # bytes, as torch.save aligns elements within its stream: they can be mapped from the file
 _DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 
@@ -95,11 +100,17 @@ class Writer:
         try:
             torch.save(tensor.view(shape), self._stream)
         except RuntimeError as error:
-            if isinstance(error.__context__, FileError):  # torch ends its zip file all the same, and trips over the missing bytes
+            if isinstance(
+                error.__context__, FileError
+            ):  # torch ends its zip file all the same, and trips over the missing bytes
                 raise error.__context__ from None
             raise
         length = self._stream.end - offset
-        self._chunks.append(Chunk(key, str(tensor.dtype), tuple(tensor_shape), tuple(start), shape, self._name, offset, length))
+        self._chunks.append(
+            Chunk(
+                key, str(tensor.dtype), tuple(tensor_shape), tuple(start), shape, self._name, offset, length
+            )
+        )
 
     def write_nothing(self) -> Chunk:
         """Append an empty object, megatron-core's `_extra_state` of layers that have none; many keys may stand for it."""
@@ -123,7 +134,9 @@ def write_metadata(folder: Path, chunks: Sequence[Chunk], empty: Chunk, empty_ke
     for chunk in chunks:
         if chunk.key not in tensors:
             properties = metadata.TensorProperties(dtype=_DTYPES[chunk.dtype])
-            tensors[chunk.key] = metadata.TensorStorageMetadata(properties, torch.Size(chunk.tensor_shape), [])
+            tensors[chunk.key] = metadata.TensorStorageMetadata(
+                properties, torch.Size(chunk.tensor_shape), []
+            )
         pieces = tensors[chunk.key].chunks
         pieces.append(metadata.ChunkStorageMetadata(torch.Size(chunk.start), torch.Size(chunk.shape)))
         index = metadata.MetadataIndex(chunk.key, chunk.start, len(pieces) - 1)
@@ -131,7 +144,9 @@ def write_metadata(folder: Path, chunks: Sequence[Chunk], empty: Chunk, empty_ke
     for key in empty_keys:
         tensors[key] = metadata.BytesStorageMetadata()
         places[metadata.MetadataIndex(key)] = filesystem._StorageInfo(empty.file, empty.offset, empty.length)
-    whole = metadata.Metadata(tensors, storage_data=places, storage_meta=metadata.StorageMeta(), version="1.0.0")
+    whole = metadata.Metadata(
+        tensors, storage_data=places, storage_meta=metadata.StorageMeta(), version="1.0.0"
+    )
     try:
         (folder / ".metadata").write_bytes(pickle.dumps(whole))
         torch.save({}, folder / "common.pt")
@@ -147,7 +162,10 @@ def chunks_to_json(chunks: Sequence[Chunk]) -> bytes:
 
 def chunks_from_json(text: bytes) -> list[Chunk]:
     """The inverse of `chunks_to_json`."""
-    return [Chunk(**{key: tuple(v) if isinstance(v, list) else v for key, v in chunk.items()}) for chunk in json.loads(text)]
+    return [
+        Chunk(**{key: tuple(v) if isinstance(v, list) else v for key, v in chunk.items()})
+        for chunk in json.loads(text)
+    ]
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -163,16 +181,34 @@ class _Ignored:
 _PLAIN = {
     (kind.__module__, kind.__name__): kind
     for kind in (
-        *(metadata.Metadata, metadata.TensorStorageMetadata, metadata.BytesStorageMetadata, metadata.ChunkStorageMetadata),
-        *(metadata.TensorProperties, metadata.MetadataIndex, metadata.StorageMeta, metadata._MEM_FORMAT_ENCODING),
+        *(
+            metadata.Metadata,
+            metadata.TensorStorageMetadata,
+            metadata.BytesStorageMetadata,
+            metadata.ChunkStorageMetadata,
+        ),
+        *(
+            metadata.TensorProperties,
+            metadata.MetadataIndex,
+            metadata.StorageMeta,
+            metadata._MEM_FORMAT_ENCODING,
+        ),
         *(filesystem._StorageInfo, planner.WriteItemType, torch.Size),
     )
 }
 # Megatron keeps the plans of its ranks beside; torch pickles the folder's path as it was and the layout by name.
-_PLAIN |= {(planner.__name__, name): _Ignored for name in ("SavePlan", "WriteItem", "TensorWriteData", "BytesIOWriteData")}
-_PLAIN |= {("megatron.core.dist_checkpointing.strategies.torch", name): _Ignored for name in ("MCoreMetadata", "MCoreSavePlan")}
+_PLAIN |= {
+    (planner.__name__, name): _Ignored
+    for name in ("SavePlan", "WriteItem", "TensorWriteData", "BytesIOWriteData")
+}
+_PLAIN |= {
+    ("megatron.core.dist_checkpointing.strategies.torch", name): _Ignored
+    for name in ("MCoreMetadata", "MCoreSavePlan")
+}
 _PLAIN |= {("pathlib", name): _Ignored for name in ("PosixPath", "PurePosixPath", "Path")}
-_PLAIN |= {("pathlib._local", name): _Ignored for name in ("PosixPath", "PurePosixPath", "Path")}  # Python 3.13
+_PLAIN |= {
+    ("pathlib._local", name): _Ignored for name in ("PosixPath", "PurePosixPath", "Path")
+}  # Python 3.13
 _PLAIN |= {("torch.serialization", "_get_layout"): _Ignored}
 
 
@@ -184,7 +220,9 @@ class _Unpickler(pickle.Unpickler):
             return _PLAIN[module, name]
         if module == "torch" and f"torch.{name}" in _DTYPES:
             return _DTYPES[f"torch.{name}"]
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which has no place in a checkpoint's metadata")
+        raise pickle.UnpicklingError(
+            f"it asks for {module}.{name}, which has no place in a checkpoint's metadata"
+        )
 
 
 class _Slice(io.RawIOBase):
@@ -203,7 +241,9 @@ class _Slice(io.RawIOBase):
         return self.position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self.position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.length}[whence]
+        self.position = (
+            offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.length}[whence]
+        )
         return self.position
 
     def readinto(self, buffer) -> int:
@@ -231,9 +271,13 @@ class Folder:
                 if isinstance(tensor, metadata.TensorStorageMetadata):
                     if not tensor.chunks:
                         raise ValueError(f"{key} has no chunks")
-                    found[key] = [self._chunk(whole.storage_data, key, tensor, piece) for piece in tensor.chunks]
+                    found[key] = [
+                        self._chunk(whole.storage_data, key, tensor, piece) for piece in tensor.chunks
+                    ]
         except (AttributeError, TypeError, KeyError, ValueError) as error:
-            raise FileError(f"{self.path / '.metadata'}: is not the metadata of a checkpoint: {error!r}") from None
+            raise FileError(
+                f"{self.path / '.metadata'}: is not the metadata of a checkpoint: {error!r}"
+            ) from None
         for chunk in (chunk for chunks in found.values() for chunk in chunks):
             ends[chunk.file] = max(ends.get(chunk.file, (0, "")), (chunk.offset + chunk.length, chunk.key))
         for name, (end, key) in ends.items():
@@ -249,7 +293,9 @@ class Folder:
         try:
             backend = json.loads(file.read_text()).get("sharded_backend")
         except (OSError, ValueError, AttributeError) as error:
-            raise FileError(f"{file}: cannot be read ({error}); is {self.path} a megatron-core checkpoint?") from None
+            raise FileError(
+                f"{file}: cannot be read ({error}); is {self.path} a megatron-core checkpoint?"
+            ) from None
         if backend != "torch_dist":
             raise FileError(f"{file}: sharded_backend is {backend!r}; only 'torch_dist' can be read")
         file = self.path / ".metadata"
@@ -264,7 +310,13 @@ class Folder:
             raise FileError(f"{file}: is not the metadata of a checkpoint but a {type(whole).__name__}")
         return whole
 
-    def _chunk(self, places: dict, key: str, tensor: metadata.TensorStorageMetadata, piece: metadata.ChunkStorageMetadata) -> Chunk:
+    def _chunk(
+        self,
+        places: dict,
+        key: str,
+        tensor: metadata.TensorStorageMetadata,
+        piece: metadata.ChunkStorageMetadata,
+    ) -> Chunk:
         place = places[metadata.MetadataIndex(key, piece.offsets)]
         if getattr(place, "transform_descriptors", None):
             raise ValueError(f"{key} is stored with {place.transform_descriptors}, which cannot be read")
@@ -275,7 +327,12 @@ class Folder:
         )
         bounds = zip(chunk.start, chunk.shape, chunk.tensor_shape, strict=True)
         lies_inside = all(0 <= start <= start + size <= whole for start, size, whole in bounds)
-        if not lies_inside or dtype not in _DTYPES or not isinstance(chunk.file, str) or min(chunk.offset, chunk.length) < 0:
+        if (
+            not lies_inside
+            or dtype not in _DTYPES
+            or not isinstance(chunk.file, str)
+            or min(chunk.offset, chunk.length) < 0
+        ):
             raise ValueError(f"{key} has an impossible chunk, {chunk}")
         return chunk
 
@@ -292,17 +349,27 @@ class Folder:
         depth, shape = len(index), self.shape(key)[len(index) :]
         whole, filled = None, 0
         for chunk in self.chunks[key]:
-            if any(not start <= i < start + n for i, start, n in zip(index, chunk.start, chunk.shape, strict=False)):
+            if any(
+                not start <= i < start + n
+                for i, start, n in zip(index, chunk.start, chunk.shape, strict=False)
+            ):
                 continue
             piece = self._load(chunk)[tuple(i - start for i, start in zip(index, chunk.start, strict=False))]
             if piece.shape == shape:
                 return piece
             if whole is None:
                 whole = torch.empty(shape, dtype=piece.dtype)
-            whole[tuple(slice(start, start + n) for start, n in zip(chunk.start[depth:], piece.shape, strict=True))] = piece
+            whole[
+                tuple(
+                    slice(start, start + n) for start, n in zip(chunk.start[depth:], piece.shape, strict=True)
+                )
+            ] = piece
             filled += piece.numel()
         if filled != prod(shape):
-            raise FileError(f"{self.path}: {key}: its chunks hold {filled} of {prod(shape)} elements" + (f" at {index}" if index else ""))
+            raise FileError(
+                f"{self.path}: {key}: its chunks hold {filled} of {prod(shape)} elements"
+                + (f" at {index}" if index else "")
+            )
         return whole
 
     def _load(self, chunk: Chunk) -> Tensor:
@@ -310,7 +377,10 @@ class Folder:
         file = self.path / chunk.file
         if chunk.file not in self._files:
             size = file.stat().st_size
-            self._files[chunk.file] = file.open("rb", buffering=0), torch.from_file(str(file), size=size, dtype=torch.uint8)
+            self._files[chunk.file] = (
+                file.open("rb", buffering=0),
+                torch.from_file(str(file), size=size, dtype=torch.uint8),
+            )
         opened, content = self._files[chunk.file]
         stream = _Slice(opened, chunk.offset, chunk.length)
         try:
@@ -318,8 +388,16 @@ class Folder:
             start = chunk.offset + _start_of_data(stream)
         except Exception as error:  # zip and pickle readers raise whatever damaged bytes make of them
             raise FileError(f"{file}: {chunk.key} at byte {chunk.offset} is damaged: {error}") from None
-        if not isinstance(tensor, Tensor) or str(tensor.dtype) != chunk.dtype or tensor.numel() != prod(chunk.shape):
-            given = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+        if (
+            not isinstance(tensor, Tensor)
+            or str(tensor.dtype) != chunk.dtype
+            or tensor.numel() != prod(chunk.shape)
+        ):
+            given = (
+                f"{tensor.dtype} {list(tensor.shape)}"
+                if isinstance(tensor, Tensor)
+                else type(tensor).__name__
+            )
             said = f"{chunk.dtype} {list(chunk.shape)}"
             raise FileError(f"{file}: {chunk.key} at byte {chunk.offset} is {given}, .metadata says {said}")
         if not tensor.is_contiguous() or tensor.storage_offset():
@@ -333,10 +411,14 @@ class Folder:
 def _start_of_data(stream: _Slice) -> int:
     """Where in a `torch.save` stream the elements of its one tensor start. Raises ValueError or BadZipFile."""
     stream.seek(0)
-    [record] = [record for record in zipfile.ZipFile(stream).infolist() if record.filename.endswith("/data/0")]
+    [record] = [
+        record for record in zipfile.ZipFile(stream).infolist() if record.filename.endswith("/data/0")
+    ]
     stream.seek(record.header_offset)
     header = stream.read(30)
     if record.compress_type != zipfile.ZIP_STORED or len(header) < 30:
         raise ValueError("its elements are compressed")
     stream.seek(0)
-    return record.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))  # after the lengths: the name, the extra field
+    return (
+        record.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
+    )  # after the lengths: the name, the extra field

@@ -32,7 +32,9 @@ def parameters_of(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[Row, str,
             chunk = chunk.module
         config = chunk.config
         layer_offset = get_transformer_layer_offset(config, chunk.vp_stage)
-        experts = (config.num_moe_experts or 0) // config.expert_model_parallel_size  # of each layer, on this rank
+        experts = (
+            config.num_moe_experts or 0
+        ) // config.expert_model_parallel_size  # of each layer, on this rank
         expert_offset = experts * parallel_state.get_expert_model_parallel_rank()
         for name, parameter in chunk.named_parameters():
             row, prefix = row_of(name, layer_offset, expert_offset)
@@ -63,14 +65,19 @@ class Part(NamedTuple):
 
 def stored_name(key: str, architecture: Architecture) -> str:
     """The HF tensor that holds `key`: a tied matrix is stored once."""
-    return "model.embed_tokens.weight" if key == "lm_head.weight" and architecture.tie_word_embeddings else key
+    return (
+        "model.embed_tokens.weight" if key == "lm_head.weight" and architecture.tie_word_embeddings else key
+    )
 
 
 def load(chunks: Sequence[torch.nn.Module], folder: HFFolder) -> None:
     """Fill the chunks from `folder`; only this rank's slices of the files are read."""
     architecture = folder.architecture
     with ExitStack() as stack, torch.no_grad():
-        opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in set(folder.file_of.values())}
+        opened = {
+            file: stack.enter_context(safe_open(file, framework="pt"))
+            for file in set(folder.file_of.values())
+        }
         for row, prefix, parameter in parameters_of(chunks):
             beat()
             part = Part.of(row, prefix, architecture)
@@ -104,7 +111,9 @@ def export(chunks: Sequence[torch.nn.Module], architecture: Architecture) -> Ite
     # Of each row: a rank of this stage that holds it, or -1; and the rank of the stage that does, among those this one talks to.
     me, firsts = dist.get_rank(), [first for first, _ in _tensors_by_row(architecture)]
     expert_owner = _highest({first: me if first in own else -1 for first in firsts}, expert_group)
-    stage_owner = _highest({first: me if expert_owner[first] >= 0 else -1 for first in firsts}, pipeline_group)
+    stage_owner = _highest(
+        {first: me if expert_owner[first] >= 0 else -1 for first in firsts}, pipeline_group
+    )
     shapes = architecture.tensor_shapes()
     device, dtype = next(chunks[0].parameters()).device, next(chunks[0].parameters()).dtype
     for first, names in _tensors_by_row(architecture):
@@ -136,7 +145,11 @@ def _tensors_by_row(architecture: Architecture) -> Iterator[tuple[str, list[str]
 
 def _highest(numbers: dict[str, int], group) -> dict[str, int]:
     """The largest of the group's numbers under each key; one small all-reduce."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
     values = torch.tensor(list(numbers.values()), device=device)
     dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
     return dict(zip(numbers, values.tolist(), strict=True))
@@ -175,7 +188,10 @@ def save_hf(stream: Iterable[tuple[str, Tensor]], folder: HFFolder, output: Path
     tensors = {name: (first[1].dtype, shape) for name, shape in folder.architecture.tensor_shapes().items()}
     shards = plan_shards(tensors, SHARD_BYTES)
     with aside(output, Processes(rank=0, world_size=1), replace=True) as partial:
-        writers = {file: Writer(partial / file, {name: tensors[name] for name in names}) for file, names in shards.items()}
+        writers = {
+            file: Writer(partial / file, {name: tensors[name] for name in names})
+            for file, names in shards.items()
+        }
         writer_of = {name: writers[file] for file, names in shards.items() for name in names}
         for name, tensor in chain([first], stream):
             writer_of[name].write(name, tensor)

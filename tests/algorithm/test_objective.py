@@ -116,13 +116,21 @@ def test_routed_objective_token_by_token(rows, has_old, cap):
     logprobs, divergences, engines, olds, advantages, weights = zip(*rows, strict=True)
     logprob, divergence = tensor(*logprobs, grad=True), tensor(*divergences, grad=True)
     policy, distillation = zip(*weights, strict=True)
-    terms = TokenTerms(tensor(*advantages), tensor(*policy), tensor(*distillation), tensor(*engines), tensor(*olds) if has_old else None)
+    terms = TokenTerms(
+        tensor(*advantages),
+        tensor(*policy),
+        tensor(*distillation),
+        tensor(*engines),
+        tensor(*olds) if has_old else None,
+    )
     loss = routed_objective(logprob, divergence, terms, SRPO(importance_cap=cap))
     loss.backward()
     expected = np.array(
         [
             routed_token(p, d, e, o if has_old else None, a, *w, cap=cap)
-            for p, d, e, o, a, w in zip(logprobs, divergences, engines, olds, advantages, weights, strict=True)
+            for p, d, e, o, a, w in zip(
+                logprobs, divergences, engines, olds, advantages, weights, strict=True
+            )
         ]
     )
     assert loss.item() == pytest.approx(expected[:, 0].sum(), rel=1e-9, abs=1e-9)
@@ -170,16 +178,25 @@ def test_advantage_zero_gives_exactly_zero_gradient():
 
 def test_rows_select_tokens_of_every_field():
     terms = TokenTerms(*(torch.arange(5) + 10 * field for field in range(4)), None)
-    assert [field if field is None else field.tolist() for field in terms.rows(slice(1, 3))] == [[1, 2], [11, 12], [21, 22], [31, 32], None]
+    assert [field if field is None else field.tolist() for field in terms.rows(slice(1, 3))] == [
+        [1, 2],
+        [11, 12],
+        [21, 22],
+        [31, 32],
+        None,
+    ]
 
 
 def test_tiles_add_up_to_the_whole():
     generator = torch.Generator().manual_seed(1)
-    logprob, divergence, engine, advantage = (torch.rand(9, generator=generator, dtype=WIDE) - 1 for _ in range(4))
+    logprob, divergence, engine, advantage = (
+        torch.rand(9, generator=generator, dtype=WIDE) - 1 for _ in range(4)
+    )
     terms = TokenTerms(advantage, torch.ones(9), torch.ones(9), engine, None)
     whole = routed_objective(logprob, divergence, terms, SRPO())
     parts = [
-        routed_objective(logprob[rows], divergence[rows], terms.rows(rows), SRPO()) for rows in (slice(0, 4), slice(4, 5), slice(5, 9))
+        routed_objective(logprob[rows], divergence[rows], terms.rows(rows), SRPO())
+        for rows in (slice(0, 4), slice(4, 5), slice(5, 9))
     ]
     assert whole.item() == pytest.approx(sum(parts).item(), rel=1e-12)
 
@@ -194,7 +211,10 @@ def test_batch_without_distillation_is_plain_grpo():
         routed = route_groups(groups, algorithm, encode_bytes, 5, "s")
         batch = pack([sample for group in routed for sample in group], 0, 1, PackingRules(1000), "token_mean")
         (micro_batch,) = batch.micro_batches
-        assert batch.distilled_tokens == batch.distilled_count(micro_batch) == 0 and batch.teacher_micro_batches == []
+        assert (
+            batch.distilled_tokens == batch.distilled_count(micro_batch) == 0
+            and batch.teacher_micro_batches == []
+        )
         own = logprob.clone().requires_grad_()
         loss = routed_objective(own, None, batch.terms(micro_batch, torch.device("cpu")), algorithm)
         loss.backward()
@@ -204,7 +224,9 @@ def test_batch_without_distillation_is_plain_grpo():
     assert torch.equal(gradient, other[1]) and gradient.abs().max() > 0
     advantages = [sample.route.advantage for group in routed for sample in group]
     per_token = np.repeat([advantages[key] for key in keys], 2)
-    expected = -np.minimum(np.exp(logprob.numpy() + 1.0), 2) * per_token / 18  # the engine's log-probs are all -1
+    expected = (
+        -np.minimum(np.exp(logprob.numpy() + 1.0), 2) * per_token / 18
+    )  # the engine's log-probs are all -1
     np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-8)
     assert loss == pytest.approx(expected.sum(), rel=1e-4)
 
@@ -227,7 +249,9 @@ def test_beta_zero_gives_weight_one():
 def test_an_unsure_teacher_and_a_large_beta_give_finite_weights():
     """Teachers' entropies are fp32, in which exp(-20 · 6) is 0."""
     raw = raw_entropy_weights(torch.tensor([6.0, 6.0, 6.5]), 20.0)
-    np.testing.assert_allclose(entropy_weights(raw, raw.mean()), np.array([1, 1, math.exp(-10)]) * 3 / (2 + math.exp(-10)))
+    np.testing.assert_allclose(
+        entropy_weights(raw, raw.mean()), np.array([1, 1, math.exp(-10)]) * 3 / (2 + math.exp(-10))
+    )
 
 
 def test_entropy_weights_keep_the_mean_they_are_given():
@@ -236,7 +260,9 @@ def test_entropy_weights_keep_the_mean_they_are_given():
 
 
 def test_entropy_weight_cap():
-    np.testing.assert_allclose(entropy_weights(tensor(0.1, 0.5, 0.9), torch.tensor(0.5, dtype=WIDE), cap=1.5), [0.2, 1.0, 1.5])
+    np.testing.assert_allclose(
+        entropy_weights(tensor(0.1, 0.5, 0.9), torch.tensor(0.5, dtype=WIDE), cap=1.5), [0.2, 1.0, 1.5]
+    )
 
 
 def test_uncertain_tokens_weigh_less():

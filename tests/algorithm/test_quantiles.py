@@ -15,13 +15,19 @@ def test_quantiles_of_parts_that_are_added(scale):
     counted = sum(quantiles.counts(part) for part in values.split(3_000)).tolist()
     assert sum(counted) == len(values)
     for share in SHARES:
-        assert quantiles.quantile(counted, share) == pytest.approx(np.quantile(values.numpy(), share), rel=0.03, abs=1e-4)
+        assert quantiles.quantile(counted, share) == pytest.approx(
+            np.quantile(values.numpy(), share), rel=0.03, abs=1e-4
+        )
 
 
 def test_zeros_and_nothing():
-    assert [quantiles.quantile(quantiles.counts(torch.zeros(5)).tolist(), share) for share in SHARES] == [0.0] * 3
+    assert [quantiles.quantile(quantiles.counts(torch.zeros(5)).tolist(), share) for share in SHARES] == [
+        0.0
+    ] * 3
     assert quantiles.quantile(quantiles.counts(torch.empty(0)).tolist(), 0.5) == 0.0
 
 
 def test_what_is_far_out_is_counted():
-    assert quantiles.quantile(quantiles.counts(torch.tensor([1e9, 1e-9, 5.0])).tolist(), 0.5) == pytest.approx(5.0, rel=0.03)
+    assert quantiles.quantile(
+        quantiles.counts(torch.tensor([1e9, 1e-9, 5.0])).tolist(), 0.5
+    ) == pytest.approx(5.0, rel=0.03)

@@ -26,7 +26,9 @@ def encoder(tokenizer):
     """Messages to ids with the assistant's header, thinking off."""
 
     def encode(messages):
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
         return tokenizer(text, add_special_tokens=False).input_ids
 
     return encode
@@ -147,7 +149,11 @@ def brute_force(messages, demonstration, encode, limit, feedback=None):
     return None
 
 
-@given(st.text(min_size=1, max_size=40).filter(lambda text: text.strip()), st.integers(0, 260), st.sampled_from([None, "no: 5"]))
+@given(
+    st.text(min_size=1, max_size=40).filter(lambda text: text.strip()),
+    st.integers(0, 260),
+    st.sampled_from([None, "no: 5"]),
+)
 @settings(deadline=None, max_examples=60)
 def test_truncation_is_the_longest_prefix_that_fits(demonstration, limit, feedback):
     messages = [system("S"), user("Q")]
@@ -167,7 +173,14 @@ def test_header_and_final_sentence_are_never_cut():
         text = tokenizer.decode(prompt.ids)
         assert len(prompt.ids) == limit and prompt.demonstration_cut
         head, tail = text.split("\n\n" + demonstration[: limit - least + 1])
-        assert head == "<|im_start|>system\n" + "S" * 30 + "<|im_end|>\n<|im_start|>user\n" + "Q" * 50 + "\nCorrect solution:"
+        assert (
+            head
+            == "<|im_start|>system\n"
+            + "S" * 30
+            + "<|im_end|>\n<|im_start|>user\n"
+            + "Q" * 50
+            + "\nCorrect solution:"
+        )
         assert tail == "\n\nCorrectly solve the original question.<|im_end|>\n<|im_start|>assistant\n"
     assert build_teacher_prompt(messages, demonstration, BYTES, least - 1) == (None, False, False)
 
@@ -186,7 +199,9 @@ def test_truncation_with_qwen3_keeps_to_the_limit(qwen3):
     prompt = build_teacher_prompt(messages, demonstration, encode, 500)
     assert prompt.demonstration_cut and 490 <= len(prompt.ids) <= 500
     text = qwen3.decode(prompt.ids)
-    assert text.endswith("\n\nCorrectly solve the original question.<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert text.endswith(
+        "\n\nCorrectly solve the original question.<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    )
     shown = text.split("Correct solution:\n\n")[1].split("\n\nCorrectly solve")[0]
     assert demonstration.startswith(shown) and len(shown) > 500
     one_more = encode(teacher_messages(messages, demonstration[: len(shown) + 1]))

@@ -131,7 +131,10 @@ def test_routing_is_decided_by_the_seed_alone():
     groups = [make_group((1, 0, 1, 0, 1, 1, 0, 0), prompt_id=f"p{number}") for number in range(10)]
 
     def siblings(groups, seed):
-        return [[sample.route.sibling for sample in group] for group in route_groups(groups, SRPO(), encode_bytes, PLENTY, seed)]
+        return [
+            [sample.route.sibling for sample in group]
+            for group in route_groups(groups, SRPO(), encode_bytes, PLENTY, seed)
+        ]
 
     together = siblings(groups, "1/1")
     assert together == siblings(groups, "1/1")
@@ -170,7 +173,9 @@ def test_srpo_builds_teacher_prompts_for_distilled_samples_alone():
         seen.append(messages)
         return encode_bytes(messages)
 
-    route_groups([make_group((1, 0, 1)), make_group((1, 1)), make_group((0, 0, 0))], SRPO(), count, PLENTY, "s")
+    route_groups(
+        [make_group((1, 0, 1)), make_group((1, 1)), make_group((0, 0, 0))], SRPO(), count, PLENTY, "s"
+    )
     assert len(seen) == 1
 
 
@@ -181,7 +186,13 @@ def test_cut_demonstration_is_marked():
 
 
 @pytest.mark.parametrize(
-    "name, expected", [("srpo", ("grpo", 1, 0)), ("sdpo", ("none", 0, 0)), ("advantage_mix", ("grpo", 0.9, 0)), ("grpo", ("grpo", 1, 0))]
+    "name, expected",
+    [
+        ("srpo", ("grpo", 1, 0)),
+        ("sdpo", ("none", 0, 0)),
+        ("advantage_mix", ("grpo", 0.9, 0)),
+        ("grpo", ("grpo", 1, 0)),
+    ],
 )
 def test_no_teacher_when_its_prompt_nothing_to_show(name, expected):
     route = routes(ALGORITHMS[name], (1, 0), limit=20)[1]
@@ -211,23 +222,34 @@ def test_teacherless_samples_are_counted():
 def without_verdict(group, *indices):
     """The group with these samples excluded: reward 0, as the pool gives it."""
     failed = Verdict(reward=0.0, correct=False, format_ok=False, verifier_failed="timeout", excluded=True)
-    return tuple(sample.model_copy(update={"verdict": failed}) if sample.index in indices else sample for sample in group)
+    return tuple(
+        sample.model_copy(update={"verdict": failed}) if sample.index in indices else sample
+        for sample in group
+    )
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 @pytest.mark.parametrize("divide", [False, True])
 @pytest.mark.parametrize(
-    "correct, excluded", [((1, 0, 0, 1, 0), (1,)), ((1, 0, 0, 1, 0), (0, 4)), ((1, 0, 0, 0), (1, 2, 3)), ((1, 0), (0, 1))]
+    "correct, excluded",
+    [((1, 0, 0, 1, 0), (1,)), ((1, 0, 0, 1, 0), (0, 4)), ((1, 0, 0, 0), (1, 2, 3)), ((1, 0), (0, 1))],
 )
 def test_excluded_samples_take_no_part(name, divide, correct, excluded):
     """The others learn what they would learn in a group that never had them; the excluded learn nothing and are never shown."""
     algorithm = ALGORITHMS[name].model_copy(update={"advantage_std": divide})
-    (group,) = route_groups([without_verdict(make_group(correct), *excluded)], algorithm, encode_bytes, PLENTY, "s")
+    (group,) = route_groups(
+        [without_verdict(make_group(correct), *excluded)], algorithm, encode_bytes, PLENTY, "s"
+    )
     judged = [index for index in range(len(correct)) if index not in excluded]
     rewards = np.array([correct[index] for index in judged], dtype=float)
     for index in excluded:
         route = group[index].route
-        assert (route.branch, route.policy_weight, route.distillation_weight, route.advantage) == ("none", 0, 0, 0)
+        assert (route.branch, route.policy_weight, route.distillation_weight, route.advantage) == (
+            "none",
+            0,
+            0,
+            0,
+        )
         assert route.teacher_ids is None and route.no_teacher is None
     for index in judged:
         route, expected = group[index].route, correct[index] - rewards.mean()
@@ -244,7 +266,9 @@ def test_a_sample_scored_zero_instead_counts():
     """verifier_failed: zero gives an ordinary failed sample."""
     zero = Verdict(reward=0.0, correct=False, format_ok=False, verifier_failed="timeout", excluded=False)
     right, wrong = make_group((1, 0))
-    (group,) = route_groups([(right, wrong.model_copy(update={"verdict": zero}))], SRPO(), encode_bytes, PLENTY, "s")
+    (group,) = route_groups(
+        [(right, wrong.model_copy(update={"verdict": zero}))], SRPO(), encode_bytes, PLENTY, "s"
+    )
     assert [sample.route.advantage for sample in group] == [0.5, -0.5] and group[1].route.branch == "sdpo"
 
 
@@ -268,13 +292,17 @@ def test_metrics_leave_excluded_samples_out():
 def told(group, feedback="it broke"):
     """The group with feedback on every sample, the right ones too."""
     return tuple(
-        sample.model_copy(update={"verdict": sample.verdict.model_copy(update={"feedback": feedback})}) for sample in group
+        sample.model_copy(update={"verdict": sample.verdict.model_copy(update={"feedback": feedback})})
+        for sample in group
     )
 
 
 def teacher_texts(algorithm, correct, mode, limit=PLENTY):
     (group,) = route_groups([told(make_group(correct))], algorithm, encode_bytes, limit, "s", mode)
-    return [None if sample.route.teacher_ids is None else bytes(sample.route.teacher_ids).decode() for sample in group]
+    return [
+        None if sample.route.teacher_ids is None else bytes(sample.route.teacher_ids).decode()
+        for sample in group
+    ]
 
 
 ALONE = (
@@ -307,7 +335,9 @@ def test_feedback_routes_like_a_teacher():
     for sample in group:
         assert (sample.route.branch, sample.route.sibling, sample.route.no_teacher) == ("sdpo", None, None)
     (silent,) = route_groups([make_group((0, 0))], SRPO(), encode_bytes, PLENTY, "s", "always")
-    assert all(sample.route.branch == "grpo" and sample.route.no_teacher == "no_correct_sibling" for sample in silent)
+    assert all(
+        sample.route.branch == "grpo" and sample.route.no_teacher == "no_correct_sibling" for sample in silent
+    )
 
 
 def test_right_samples_are_told_nothing():
@@ -329,15 +359,22 @@ def test_a_solution_that_is_all_thought_leaves_the_feedback():
 
 
 @pytest.mark.parametrize("mode", ["off", "without_solution", "always"])
-@pytest.mark.parametrize("algorithm", [SRPO(), GRPO(), SDPO(), AdvantageMix()], ids=lambda algorithm: algorithm.name)
+@pytest.mark.parametrize(
+    "algorithm", [SRPO(), GRPO(), SDPO(), AdvantageMix()], ids=lambda algorithm: algorithm.name
+)
 def test_signal_is_what_the_routes_make_of_a_group(algorithm, mode):
     """A group has a signal if and only if one of its routes moves the weights."""
     for correct in ((1, 1), (0, 0), (1, 0), (1, 0, 0)):
         for is_told in (False, True):
             for excluded in ((), (0,), (1,), (0, 1)):
-                group = without_verdict(told(make_group(correct)) if is_told else make_group(correct), *excluded)
+                group = without_verdict(
+                    told(make_group(correct)) if is_told else make_group(correct), *excluded
+                )
                 (routed,) = route_groups([group], algorithm, encode_bytes, PLENTY, "s", mode)
-                moves = [sample.route.distillation_weight or sample.route.policy_weight * sample.route.advantage for sample in routed]
+                moves = [
+                    sample.route.distillation_weight or sample.route.policy_weight * sample.route.advantage
+                    for sample in routed
+                ]
                 assert has_signal(group, algorithm, mode) == any(moves), (correct, is_told, excluded)
 
 

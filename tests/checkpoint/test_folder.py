@@ -16,8 +16,15 @@ def make(directory, step, score=None, value=0.0):
     """A checkpoint of two ranks' files; returns its folder."""
     partial = directory / f".step_{step:06d}.test"
     partial.mkdir(parents=True)
-    files = {f"rank_{r:05d}.safetensors": write_tensors(partial / f"rank_{r:05d}.safetensors", tensors(value)) for r in range(2)}
-    evaluation = None if score is None else {"step": step, "eval/addition/avg@4": score, "eval/addition/pass@4": 1 - score}
+    files = {
+        f"rank_{r:05d}.safetensors": write_tensors(partial / f"rank_{r:05d}.safetensors", tensors(value))
+        for r in range(2)
+    }
+    evaluation = (
+        None
+        if score is None
+        else {"step": step, "eval/addition/avg@4": score, "eval/addition/pass@4": 1 - score}
+    )
     manifest = Manifest(
         format=folders.FORMAT,
         step=step,
@@ -55,7 +62,10 @@ def test_one_of_the_same_step_is_replaced(tmp_path):
     make(tmp_path, 10, value=1.0)
     folder = make(tmp_path, 10, value=2.0)
     folders.check_files(folder, folders.read_manifest(folder))
-    assert folders.steps(tmp_path) == [10] and [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")] == []
+    assert (
+        folders.steps(tmp_path) == [10]
+        and [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")] == []
+    )
 
 
 @pytest.mark.parametrize("where", ["header", "first number", "last number"])
@@ -64,18 +74,24 @@ def test_every_flipped_bit_is_found(tmp_path, where):
     file = folder / "rank_00001.safetensors"
     content = bytearray(file.read_bytes())
     start = 8 + int.from_bytes(content[:8], "little")
-    content[{"header": content.index(b"policy"), "first number": start, "last number": len(content) - 1}[where]] ^= 1
+    content[
+        {"header": content.index(b"policy"), "first number": start, "last number": len(content) - 1}[where]
+    ] ^= 1
     file.write_bytes(content)
     with pytest.raises(DamagedCheckpoint, match="rank_00001.safetensors"):
         folders.check_files(folder, folders.read_manifest(folder))
-    folders.check_files(folder, folders.read_manifest(folder), slice(0, None, 2))  # the other rank's share is whole
+    folders.check_files(
+        folder, folders.read_manifest(folder), slice(0, None, 2)
+    )  # the other rank's share is whole
 
 
 def test_truncated_and_missing_files_are_named(tmp_path):
     folder = make(tmp_path, 10)
     manifest, file = folders.read_manifest(folder), folder / "rank_00000.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(DamagedCheckpoint, match=r"rank_00000.safetensors: has \d+ bytes, the manifest says \d+"):
+    with pytest.raises(
+        DamagedCheckpoint, match=r"rank_00000.safetensors: has \d+ bytes, the manifest says \d+"
+    ):
         folders.check_files(folder, manifest)
     file.unlink()
     with pytest.raises(DamagedCheckpoint, match="rank_00000.safetensors: cannot be read"):
@@ -104,7 +120,12 @@ def test_the_newest_whole_one_is_used_and_the_damaged_are_said(tmp_path):
     check = lambda folder, manifest: "rank_00000.safetensors: torn" if manifest.step == 20 else None  # noqa: E731
     folder, manifest = folders.newest_whole(tmp_path, check, said.append)
     assert folder.name == "step_000010" and manifest.step == 10
-    assert len(said) == 2 and "step 30 is passed over" in said[0] and "manifest.json" in said[0] and "torn" in said[1]
+    assert (
+        len(said) == 2
+        and "step 30 is passed over" in said[0]
+        and "manifest.json" in said[0]
+        and "torn" in said[1]
+    )
     assert folders.newest_whole(tmp_path, lambda *_: "no", said.append) is None
 
 
@@ -114,7 +135,9 @@ def test_the_newest_and_the_best_stay(tmp_path):
         make(tmp_path, step, score)
     (tmp_path / "step_000002" / "manifest.json").write_text("")
     assert folders.retain(tmp_path, keep_last=2, keep_best=1) == [6, 5, 3]
-    assert folders.steps(tmp_path) == [6, 5, 3] and not [entry for entry in tmp_path.iterdir() if entry.name.startswith(".")]
+    assert folders.steps(tmp_path) == [6, 5, 3] and not [
+        entry for entry in tmp_path.iterdir() if entry.name.startswith(".")
+    ]
     assert folders.retain(tmp_path, keep_last=1, keep_best=0) == [6]
 
 

@@ -13,7 +13,12 @@ from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.weights.table import row_of
 
 QKV = "decoder.layers.1.self_attention.linear_qkv.weight"
-NAMES = ["embedding.word_embeddings.weight", "decoder.final_layernorm.weight", QKV, "decoder.layers.2.mlp.linear_fc1.weight"]
+NAMES = [
+    "embedding.word_embeddings.weight",
+    "decoder.final_layernorm.weight",
+    QKV,
+    "decoder.layers.2.mlp.linear_fc1.weight",
+]
 NAMES += ["decoder.layers.0.self_attention.linear_proj.weight", "decoder.layers.3.mlp.linear_fc2.weight"]
 
 
@@ -48,7 +53,14 @@ def write(folder, model, parts, cuts, name):
         flat = parameter.reshape(-1)
         bounds = [0, *(int(cut * len(flat)) for cut in cuts), len(flat)]
         for number, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
-            piece = Piece("policy", first, 0 if row.dim is None else part, 1 if row.dim is None else parts, tuple(parameter.shape), start)
+            piece = Piece(
+                "policy",
+                first,
+                0 if row.dim is None else part,
+                1 if row.dim is None else parts,
+                tuple(parameter.shape),
+                start,
+            )
             files.append(folder / f"{part}-{number}.safetensors")
             write_tensors(files[-1], {piece.key: flat[start:end].clone()})
     return files
@@ -64,7 +76,11 @@ def test_any_layout_reads_any_other(tmp_path, model, name, before, after):
         for part in range(after):
             row, first, parameter = local(name, part, after, model)
             place = (0, 1) if row.dim is None else (part, after)
-            for start, end in ((0, parameter.numel()), (parameter.numel() // 3, parameter.numel() - 1), (5, 5)):
+            for start, end in (
+                (0, parameter.numel()),
+                (parameter.numel() // 3, parameter.numel() - 1),
+                (5, 5),
+            ):
                 own = Piece("policy", first, *place, tuple(parameter.shape), start)
                 assert torch.equal(saved.read(own, end, row), parameter.reshape(-1)[start:end])
 
@@ -85,10 +101,17 @@ def test_a_missing_range_and_a_missing_parameter_are_named(tmp_path, model):
     own = Piece("policy", first, 0, 2, tuple(parameter.shape), 0)
     with SavedTensors(files[1:], model[0]) as saved:
         half = parameter.numel() // 2
-        assert torch.equal(saved.read(own._replace(start=half), parameter.numel(), row), parameter.reshape(-1)[half:])
-        with pytest.raises(DamagedCheckpoint, match="policy model.layers.1.self_attn.q_proj.weight: .* of part 0 are there"):
+        assert torch.equal(
+            saved.read(own._replace(start=half), parameter.numel(), row), parameter.reshape(-1)[half:]
+        )
+        with pytest.raises(
+            DamagedCheckpoint, match="policy model.layers.1.self_attn.q_proj.weight: .* of part 0 are there"
+        ):
             saved.read(own, parameter.numel(), row)
-        with pytest.raises(DamagedCheckpoint, match="exp_avg model.layers.1.self_attn.q_proj.weight: is not in the checkpoint"):
+        with pytest.raises(
+            DamagedCheckpoint,
+            match="exp_avg model.layers.1.self_attn.q_proj.weight: is not in the checkpoint",
+        ):
             saved.read(own._replace(kind="exp_avg"), parameter.numel(), row)
 
 

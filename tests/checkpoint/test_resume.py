@@ -23,7 +23,9 @@ from megatron_srpo.rollout.ledger import history
 from megatron_srpo.rollout.transformers_engine import TransformersEngine
 
 STEPS = 4
-START = Path(__file__).parents[2] / "examples" / "quickstart" / "start"  # right on half of its samples: gradients are not zero
+START = (
+    Path(__file__).parents[2] / "examples" / "quickstart" / "start"
+)  # right on half of its samples: gradients are not zero
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,9 @@ def command(config, monkeypatch, capsys):
     """command(run, *overrides) → (exit status, what it said)."""
 
     def run(folder, *overrides):
-        monkeypatch.setattr(sys, "argv", ["megatron_srpo", "train", str(config), f"logging.dir={folder}", *overrides])
+        monkeypatch.setattr(
+            sys, "argv", ["megatron_srpo", "train", str(config), f"logging.dir={folder}", *overrides]
+        )
         status = main()
         said = capsys.readouterr()
         return status, said.out + said.err
@@ -71,7 +75,10 @@ def whole(config, tmp_path_factory):
 def rows(run):
     """metrics.jsonl without what depends on the clock."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if not key.startswith("seconds")} for line in lines]
+    return [
+        {key: value for key, value in json.loads(line).items() if not key.startswith("seconds")}
+        for line in lines
+    ]
 
 
 def assert_same(run, whole):
@@ -82,7 +89,9 @@ def assert_same(run, whole):
         one, other = (load_file(folder.joinpath(*parts)) for folder in (run, whole))
         assert set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
     for step in range(1, STEPS + 1):
-        assert (run / "rollouts" / f"step_{step:06d}.jsonl").read_bytes() == (whole / "rollouts" / f"step_{step:06d}.jsonl").read_bytes()
+        assert (run / "rollouts" / f"step_{step:06d}.jsonl").read_bytes() == (
+            whole / "rollouts" / f"step_{step:06d}.jsonl"
+        ).read_bytes()
     ledgers = [history((folder / "ledger" / "events.jsonl").open()) for folder in (run, whole)]
     assert ledgers[0] == ledgers[1] and list(ledgers[0]) == list(range(1, STEPS + 1))
 
@@ -99,13 +108,21 @@ def interrupt_in_step(monkeypatch, step, number=signal.SIGTERM):
     monkeypatch.setattr(driver, "dump", dump)
 
 
-@pytest.mark.parametrize(("step", "number"), [(1, signal.SIGTERM), (2, signal.SIGUSR1), (3, signal.SIGINT), (4, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("step", "number"), [(1, signal.SIGTERM), (2, signal.SIGUSR1), (3, signal.SIGINT), (4, signal.SIGTERM)]
+)
 def test_a_signal_saves_and_the_same_command_goes_on(command, whole, tmp_path, monkeypatch, step, number):
     """After any step: also one whose evaluation was due, which is made up for."""
     interrupt_in_step(monkeypatch, step, number)
     status, said = command(tmp_path / "run")
-    assert status == 75 and f"{signal.Signals(number).name} was received: saved after step {step} of {STEPS}" in said
-    assert len([row for row in rows(tmp_path / "run") if "loss" in row]) == step and not (tmp_path / "run" / "hf").exists()
+    assert (
+        status == 75
+        and f"{signal.Signals(number).name} was received: saved after step {step} of {STEPS}" in said
+    )
+    assert (
+        len([row for row in rows(tmp_path / "run") if "loss" in row]) == step
+        and not (tmp_path / "run" / "hf").exists()
+    )
     monkeypatch.undo()
     status, said = command(tmp_path / "run")
     assert status == 0 and f"going on after step {step}" in said
@@ -114,7 +131,10 @@ def test_a_signal_saves_and_the_same_command_goes_on(command, whole, tmp_path, m
 
 @pytest.mark.parametrize(
     "overrides",
-    [["rollout.overlap=1"], ["rollout.over_sampling=2", "rollout.dynamic_filtering=true", "rollout.batch_size=6"]],
+    [
+        ["rollout.overlap=1"],
+        ["rollout.over_sampling=2", "rollout.dynamic_filtering=true", "rollout.batch_size=6"],
+    ],
     ids=["one step off", "over-sampling"],
 )
 def test_a_batch_that_was_under_way_goes_on(command, tmp_path, monkeypatch, overrides):
@@ -163,7 +183,9 @@ def test_samples_of_an_unfinished_step_are_used_again(command, whole, tmp_path, 
     file = run / "ledger" / "step_000003.rank_00000.jsonl"
     text = file.read_text()
     assert [len(json.loads(line)["samples"]) for line in text.splitlines()] == [3, 3]
-    file.write_text(text[:-20] if torn else text + '{"round": 1, "samples": [{"prompt"')  # as a kill in the middle of a write does
+    file.write_text(
+        text[:-20] if torn else text + '{"round": 1, "samples": [{"prompt"'
+    )  # as a kill in the middle of a write does
     asked = []
     generate = TransformersEngine.generate
 
@@ -194,7 +216,11 @@ def test_a_damaged_newest_checkpoint_is_passed_over_loudly(command, whole, tmp_p
     file = run / "checkpoints" / f"step_{STEPS:06d}" / "rank_00000.safetensors"
     file.write_bytes(file.read_bytes()[:-100] + b"\1" * 100)
     status, said = command(run)
-    assert status == 0 and f"the checkpoint of step {STEPS} is passed over" in said and "its content has changed" in said
+    assert (
+        status == 0
+        and f"the checkpoint of step {STEPS} is passed over" in said
+        and "its content has changed" in said
+    )
     assert "going on after step 2" in said
     assert_same(run, whole)
 
@@ -206,7 +232,9 @@ def test_without_a_whole_checkpoint_nothing_is_begun_anew_in_silence(command, wh
         (run / "checkpoints" / f"step_{step:06d}" / "manifest.json").write_text("")
     before = rows(run)
     status, said = command(run)
-    assert status == 2 and "is whole; remove that folder to start the run anew" in said and rows(run) == before
+    assert (
+        status == 2 and "is whole; remove that folder to start the run anew" in said and rows(run) == before
+    )
 
 
 @pytest.mark.parametrize(
@@ -229,7 +257,9 @@ def test_what_may_differ_is_the_users_to_say(command, whole, tmp_path):
     shutil.copytree(whole, run)
     allowed = "resume.override=[train, rollout.temperature, logging]"
     assert command(run, f"train.steps={STEPS + 1}", "rollout.temperature=0.7", allowed)[0] == 0
-    status, said = command(run, f"train.steps={STEPS + 2}", "rollout.temperature=0.7", "resume.override=[logging]")
+    status, said = command(
+        run, f"train.steps={STEPS + 2}", "rollout.temperature=0.7", "resume.override=[logging]"
+    )
     assert status == 2 and f"train.steps: was {STEPS + 1}, is now {STEPS + 2}" in said
 
 
@@ -253,7 +283,16 @@ def test_policy_and_teacher_become_hugging_face_folders(command, tmp_path, monke
 
     def convert(checkpoint, weights):
         output = tmp_path / f"{checkpoint.name}-{weights}"
-        arguments = ("--checkpoint", checkpoint, "--weights", weights, "--hf-reference", START, "--output", output)
+        arguments = (
+            "--checkpoint",
+            checkpoint,
+            "--weights",
+            weights,
+            "--hf-reference",
+            START,
+            "--output",
+            output,
+        )
         assert tool("convert_megatron_to_hf", *arguments) == 0
         return load_file(output / "model.safetensors")
 
@@ -275,7 +314,9 @@ def test_never_means_never(command, whole):
 def test_a_run_without_checkpoints_cannot_go_on(command, tmp_path):
     run = tmp_path / "run"
     assert command(run, "checkpoint.save_interval=0", "train.steps=1", "evaluation.every=0")[0] == 0
-    assert not (run / "checkpoints").exists() and [file.name for file in (run / "ledger").iterdir()] == ["events.jsonl"]
+    assert not (run / "checkpoints").exists() and [file.name for file in (run / "ledger").iterdir()] == [
+        "events.jsonl"
+    ]
     status, said = command(run, "checkpoint.save_interval=0", "train.steps=2", "evaluation.every=0")
     assert status == 2 and "without a checkpoint to go on from" in said
 
@@ -287,7 +328,9 @@ def test_a_full_disk_is_said_and_nothing_half_written_looks_whole(command, tmp_p
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, before[1]))
     try:
-        status, said = command(run, f"checkpoint.async_save={is_async}", "evaluation.every=0", "checkpoint.save_interval=1")
+        status, said = command(
+            run, f"checkpoint.async_save={is_async}", "evaluation.every=0", "checkpoint.save_interval=1"
+        )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)

@@ -11,7 +11,12 @@ SOAK = Path(__file__).parents[1] / "soak.py"
 
 
 def test_a_run_survives_being_killed_again_and_again():
-    done = subprocess.run([sys.executable, str(SOAK), "--kills", "5", "--steps", "10"], capture_output=True, text=True, timeout=400)
+    done = subprocess.run(
+        [sys.executable, str(SOAK), "--kills", "5", "--steps", "10"],
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     survived = re.match(r"(\d) kills survived: ", done.stdout.splitlines()[-1])
     assert survived and int(survived[1]) >= 3, done.stdout

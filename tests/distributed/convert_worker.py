@@ -33,7 +33,9 @@ def run(job: dict) -> None:
     layout = initialize(config.parallel, seed=1)
     chunks = build_chunks(folder.architecture, config, layout.device)
     load(chunks, folder)
-    expected = [{name: parameter.detach().clone() for name, parameter in chunk.named_parameters()} for chunk in chunks]
+    expected = [
+        {name: parameter.detach().clone() for name, parameter in chunk.named_parameters()} for chunk in chunks
+    ]
     if job["save"]:
         if layout.rank == 0:
             Path(job["save"]).mkdir()
@@ -54,7 +56,9 @@ def run(job: dict) -> None:
             compared += 1
             if not torch.equal(parameter, expected[n][name]):
                 wrong.append(f"rank {layout.rank}: {n}.{name}")
-    reports = layout.gather_bytes(json.dumps({"wrong": wrong, "compared": compared, "beside": list(loaded)}).encode())
+    reports = layout.gather_bytes(
+        json.dumps({"wrong": wrong, "compared": compared, "beside": list(loaded)}).encode()
+    )
     if layout.rank == 0:
         Path(job["output"]).write_text("[" + ",".join(report.decode() for report in reports) + "]")
     dist.barrier()

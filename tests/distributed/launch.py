@@ -29,7 +29,11 @@ class Run:
     @property
     def rows(self) -> list[dict]:
         """The training steps of metrics.jsonl."""
-        return [row for line in (self.folder / "metrics.jsonl").read_text().splitlines() if "loss" in (row := json.loads(line))]
+        return [
+            row
+            for line in (self.folder / "metrics.jsonl").read_text().splitlines()
+            if "loss" in (row := json.loads(line))
+        ]
 
     @property
     def weights(self) -> dict:
@@ -44,23 +48,36 @@ def launch(ranks: int, script: str, jobs: list[dict], file: Path, timeout: float
     """
     file.write_text(json.dumps(jobs))
     fork = multiprocessing.get_context("forkserver")
-    fork.set_forkserver_preload(["megatron_srpo.train", "megatron_srpo.evaluation.evaluate", "transformers.models.qwen3.modeling_qwen3"])
+    fork.set_forkserver_preload(
+        [
+            "megatron_srpo.train",
+            "megatron_srpo.evaluation.evaluate",
+            "transformers.models.qwen3.modeling_qwen3",
+        ]
+    )
     place = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     logs = [file.with_suffix(f".rank_{rank}.log") for rank in range(ranks)]
     processes = []
     for rank, log in enumerate(logs):
-        environment = {**os.environ, **{name: str(value) for name, value in {**place, "RANK": rank, "LOCAL_RANK": rank}.items()}}
+        environment = {
+            **os.environ,
+            **{name: str(value) for name, value in {**place, "RANK": rank, "LOCAL_RANK": rank}.items()},
+        }
         processes.append(fork.Process(target=_be_rank, args=(environment, HERE / script, file, log)))
         processes[-1].start()
     running, until = {process.sentinel: process for process in processes}, time.monotonic() + timeout
-    while running and all(process.exitcode in (None, 0) for process in processes) and time.monotonic() < until:
+    while (
+        running and all(process.exitcode in (None, 0) for process in processes) and time.monotonic() < until
+    ):
         for sentinel in wait(running, timeout=1):
             running.pop(sentinel).join()
     for process in running.values():  # one has failed, or time is over
         process.kill()
         process.join()
     statuses = [process.exitcode for process in processes]
-    assert not any(statuses), "\n".join([f"exit statuses {statuses}", *(log.read_text()[-3000:] for log in logs)])
+    assert not any(statuses), "\n".join(
+        [f"exit statuses {statuses}", *(log.read_text()[-3000:] for log in logs)]
+    )
 
 
 def _be_rank(environment: dict[str, str], script: Path, file: Path, log: Path) -> None:
@@ -75,7 +92,9 @@ def _be_rank(environment: dict[str, str], script: Path, file: Path, log: Path) -
     runpy.run_path(str(script), run_name="__main__")
 
 
-def run_jobs(ranks: int, config: Path, jobs: dict[str, list[str]], folder: Path, evaluated: tuple[str, ...] = ()) -> dict[str, Run]:
+def run_jobs(
+    ranks: int, config: Path, jobs: dict[str, list[str]], folder: Path, evaluated: tuple[str, ...] = ()
+) -> dict[str, Run]:
     """Train `config` once a job, {name: overrides}, in one launch of `ranks` processes; run folders are folder/name.
 
     The jobs named in `evaluated` evaluate instead.

@@ -17,7 +17,9 @@ def run(job: dict) -> None:
     from megatron_srpo.evaluation.evaluate import run_evaluation
     from megatron_srpo.train import train
 
-    {"train": train, "eval": run_evaluation}[job["command"]](load_config(Path(job["config"]), job["overrides"]))
+    {"train": train, "eval": run_evaluation}[job["command"]](
+        load_config(Path(job["config"]), job["overrides"])
+    )
 
 
 if __name__ == "__main__":

@@ -45,7 +45,12 @@ def run(job: dict) -> None:
         named = [item for chunk in trainer.teacher.chunks for item in chunk.named_parameters()]
         experts = config.parallel.expert_model_parallel_size  # data-parallel ranks that hold other experts
         total = sum(parameter.numel() * (experts if ".experts." in name else 1) for name, parameter in named)
-        report = {"ratios": ratios, "elements": int(kept), "parameters": total, "fp32": teacher_is_fp32(trainer)}
+        report = {
+            "ratios": ratios,
+            "elements": int(kept),
+            "parameters": total,
+            "fp32": teacher_is_fp32(trainer),
+        }
         Path(job["output"]).write_text(json.dumps(report))
     shut_down(layout)
 

@@ -26,7 +26,9 @@ TP2, PP2, VPP2, EP2, SP = (
     "parallel.sequence_parallel=true",
 )
 ONE = Processes(rank=0, world_size=1)
-MODELS = {name: dict(family=name, tied=False) for name in FAMILIES} | {"qwen3-tied": dict(family="qwen3", tied=True)}
+MODELS = {name: dict(family=name, tied=False) for name in FAMILIES} | {
+    "qwen3-tied": dict(family="qwen3", tied=True)
+}
 # layout → (overrides, the models it loads, those it saves as well); the rest of the four processes are data parallel
 LAYOUTS = {
     "tp1": ([], ["qwen3", "qwen3-tied", "qwen2"], []),
@@ -46,9 +48,13 @@ SAVED = [(layout, model) for layout, (_, _, models) in LAYOUTS.items() for model
 def world(tmp_path_factory):
     """hf-MODEL, converted-MODEL, and of one launch LAYOUT-MODEL.json and saved-LAYOUT-MODEL."""
     root = tmp_path_factory.mktemp("convert")
-    (root / "config.yaml").write_text("model: {hf_path: set, dtype: float32}\ntrain: {steps: 1}\nlogging: {dir: unused}\n")
+    (root / "config.yaml").write_text(
+        "model: {hf_path: set, dtype: float32}\ntrain: {steps: 1}\nlogging: {dir: unused}\n"
+    )
     for model, options in MODELS.items():
-        folder = HFFolder(save_folder(root / f"hf-{model}", make_model(vocab_size=261, **options)))  # padded to 272, 288 at TP 2
+        folder = HFFolder(
+            save_folder(root / f"hf-{model}", make_model(vocab_size=261, **options))
+        )  # padded to 272, 288 at TP 2
         to_megatron(HFTensors(folder), folder, root / f"converted-{model}", ONE)
     jobs = [
         {
@@ -89,11 +95,16 @@ def test_we_read_what_megatron_saves(world, tmp_path, layout, model):
 def test_names_shapes_and_dtypes_are_megatrons(world, layout, model):
     """As torch reads the metadata of either. Only the vocabulary's padding may differ; ours has more empty objects, never fewer."""
     theirs, ours = (
-        FileSystemReader(world / name).read_metadata().state_dict_metadata for name in (f"saved-{layout}-{model}", f"converted-{model}")
+        FileSystemReader(world / name).read_metadata().state_dict_metadata
+        for name in (f"saved-{layout}-{model}", f"converted-{model}")
     )
     tensors = [name for name, entry in theirs.items() if isinstance(entry, TensorStorageMetadata)]
-    assert sorted(tensors) == sorted(name for name, entry in ours.items() if isinstance(entry, TensorStorageMetadata))
-    assert {name for name in theirs if not name.startswith("common_state/")} <= set(ours)  # 0.16 writes common.pt
+    assert sorted(tensors) == sorted(
+        name for name, entry in ours.items() if isinstance(entry, TensorStorageMetadata)
+    )
+    assert {name for name in theirs if not name.startswith("common_state/")} <= set(
+        ours
+    )  # 0.16 writes common.pt
     for name in tensors:
         vocabulary = name in ("embedding.word_embeddings.weight", "output_layer.weight")
         assert ours[name].size[vocabulary:] == theirs[name].size[vocabulary:], name

@@ -30,12 +30,20 @@ TP, PP, VPP, CP, EP, ETP, SP, NO_DO = (
     "parallel.sequence_parallel=true",
     "parallel.use_distributed_optimizer=false",
 )
-OVERLAP_REDUCE = ["parallel.overlap_grad_reduce=true", "parallel.ddp_bucket_size=2000"]  # several buckets in these small models
+OVERLAP_REDUCE = [
+    "parallel.overlap_grad_reduce=true",
+    "parallel.ddp_bucket_size=2000",
+]  # several buckets in these small models
 OVERLAP = [*OVERLAP_REDUCE, "parallel.overlap_param_gather=true"]
 ONE_STEP = "train.steps=1"
 RELATIVE, WEIGHTS = 1e-5, 1e-4
 MANY_WRONG = ([0, 0, 0, 1],) * 4  # twelve of sixteen samples distilled
-LAST_ONLY = ([0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 1, 0])  # one distilled sample: most ranks have none
+LAST_ONLY = (
+    [0, 0, 0, 0],
+    [1, 1, 1, 1],
+    [0, 0, 0, 0],
+    [1, 1, 1, 0],
+)  # one distilled sample: most ranks have none
 ALL_WRONG = ([0, 0, 0, 0],) * 4
 ALL_RIGHT = ([1, 1, 1, 1],) * 4
 
@@ -70,10 +78,16 @@ CASES = {
 LAYOUTS = {
     1: {
         "one": ([], list(CASES)),
-        "alone": (["train.micro_batch_tokens=1"], ["srpo"]),  # every sequence is longer: each in a micro-batch of its own
+        "alone": (
+            ["train.micro_batch_tokens=1"],
+            ["srpo"],
+        ),  # every sequence is longer: each in a micro-batch of its own
         "small": (["train.micro_batch_tokens=240"], ["srpo"]),
         "middle": (["train.micro_batch_tokens=400"], ["srpo"]),
-        "full-recompute": (["megatron={recompute_granularity: full, recompute_method: uniform, recompute_num_layers: 1}"], ["srpo", "moe"]),
+        "full-recompute": (
+            ["megatron={recompute_granularity: full, recompute_method: uniform, recompute_num_layers: 1}"],
+            ["srpo", "moe"],
+        ),
         "selective-recompute": (["megatron={recompute_granularity: selective}"], ["srpo"]),
     },
     2: {
@@ -90,7 +104,11 @@ LAYOUTS = {
         "ep2-replicated": ([EP + "2", NO_DO], ["moe"]),
         "cp2": ([CP + "2"], ["srpo", "grpo", "one_routed", "trust_region", "moe"]),
         "cp2-replicated-recompute": (
-            [CP + "2", NO_DO, "megatron={recompute_granularity: full, recompute_method: uniform, recompute_num_layers: 1}"],
+            [
+                CP + "2",
+                NO_DO,
+                "megatron={recompute_granularity: full, recompute_method: uniform, recompute_num_layers: 1}",
+            ],
             ["srpo"],
         ),
         "cp2-ep2": ([CP + "2", EP + "2"], ["moe"]),
@@ -120,7 +138,12 @@ LAYOUTS = {
         "cp2-tp2-sp-ep2": ([CP + "2", TP + "2", SP, EP + "2"], ["moe"]),
     },
 }
-PAIRS = [(ranks, layout, case) for ranks, layouts in LAYOUTS.items() for layout, (_, cases) in layouts.items() for case in cases]
+PAIRS = [
+    (ranks, layout, case)
+    for ranks, layouts in LAYOUTS.items()
+    for layout, (_, cases) in layouts.items()
+    for case in cases
+]
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +192,12 @@ def runs(world):
         for layout, (overrides, cases) in layouts.items():
             for case in cases:
                 folder, rollouts = sources[CASES[case][0]]
-                jobs[f"{layout}_{case}"] = [f"model.hf_path={folder.path}", f"rollout.replay={rollouts}", *CASES[case][1], *overrides]
+                jobs[f"{layout}_{case}"] = [
+                    f"model.hf_path={folder.path}",
+                    f"rollout.replay={rollouts}",
+                    *CASES[case][1],
+                    *overrides,
+                ]
         done |= run_jobs(ranks, config, jobs, root)
     return done
 
@@ -177,7 +205,10 @@ def runs(world):
 def teacher_distance(reference):
     """‖θ - θ'‖ / ‖θ‖ of the reference's policy and teacher."""
     pairs = list(zip(reference.model.parameters(), reference.teacher.parameters(), strict=True))
-    gap, norm = (sum(part.detach().square().sum() for part in parts) for parts in ((p - q for p, q in pairs), (p for p, _ in pairs)))
+    gap, norm = (
+        sum(part.detach().square().sum() for part in parts)
+        for parts in ((p - q for p, q in pairs), (p for p, _ in pairs))
+    )
     return float((gap / norm).sqrt())
 
 
@@ -191,9 +222,16 @@ def references(world, runs):
         mini_batches = options.pop("mini_batches", 1)
         reference = Reference(sources[source][0].path, lr=1e-3, warmup=2, **options)
         run = runs[f"one_{case}"]
-        steps = [reference.run(file, mini_batches) for file in sorted((run.folder / "rollouts").glob("step_??????.jsonl"))]
+        steps = [
+            reference.run(file, mini_batches)
+            for file in sorted((run.folder / "rollouts").glob("step_??????.jsonl"))
+        ]
         reference.model.save_pretrained(root / f"{case}-reference")
-        results[case] = steps, load_file(root / f"{case}-reference" / "model.safetensors"), teacher_distance(reference)
+        results[case] = (
+            steps,
+            load_file(root / f"{case}-reference" / "model.safetensors"),
+            teacher_distance(reference),
+        )
     return results
 
 
@@ -208,7 +246,9 @@ def test_loss_gradient_and_weights_do_not_depend_on_the_split(runs, references, 
         assert row["grad_norm"] == pytest.approx(norm, rel=RELATIVE, abs=1e-9)
         if case != "grpo":
             follows = 0.0 if case == "trust_region" else 0.05  # of its way in a step
-            assert row["teacher_followed"] == pytest.approx(follows, rel=5e-3)  # weight decay alone moves the least, and fp32 rounds that
+            assert row["teacher_followed"] == pytest.approx(
+                follows, rel=5e-3
+            )  # weight decay alone moves the least, and fp32 rounds that
     if case != "grpo":
         assert rows[-1]["teacher_distance"] == pytest.approx(distance, rel=5e-3)
     weights = runs[f"{layout}_{case}"].weights
@@ -225,12 +265,19 @@ def test_the_cases_exercise_what_they_claim(runs):
     assert all(0 < row["sdpo_token_share"] < 1 for row in rows)
     assert runs["one_many_routed"].rows[0]["sdpo_sample_share"] == 0.75
     assert runs["one_one_routed"].rows[0]["sdpo_sample_share"] == 1 / 16
-    samples = [json.loads(line) for line in (runs["one_srpo"].folder / "rollouts" / "step_000001.jsonl").read_text().splitlines()]
-    assert any(len(sample["response_ids"]) == 1 for sample in samples)  # so that context-parallel ranks have none of some
+    samples = [
+        json.loads(line)
+        for line in (runs["one_srpo"].folder / "rollouts" / "step_000001.jsonl").read_text().splitlines()
+    ]
+    assert any(
+        len(sample["response_ids"]) == 1 for sample in samples
+    )  # so that context-parallel ranks have none of some
     assert any((len(sample["prompt"]["ids"]) + len(sample["response_ids"]) - 1) % 4 for sample in samples)
 
 
-@pytest.mark.parametrize("run", ["one_none_right", "pp2-dp2_none_right", "dp4_none_right", "one_none_wrong", "dp2_none_wrong"])
+@pytest.mark.parametrize(
+    "run", ["one_none_right", "pp2-dp2_none_right", "dp4_none_right", "one_none_wrong", "dp2_none_wrong"]
+)
 def test_groups_of_one_kind_have_zero_gradient(runs, run):
     """METHOD §7 (h): exactly zero, finite metrics, and the same metric keys as any other step."""
     row = runs[run].rows[0]
@@ -246,18 +293,25 @@ def test_replay_routes_alike_on_every_layout(runs):
         assert (runs[run].folder / "rollouts" / "step_000001.jsonl").read_text() == first
 
 
-@pytest.mark.parametrize("run", [f"{layout}_srpo" for layout in ("one", "tp2", "pp2", "dp2", "cp2", "tp2-pp2", "cp4", "cp2-tp2")])
+@pytest.mark.parametrize(
+    "run", [f"{layout}_srpo" for layout in ("one", "tp2", "pp2", "dp2", "cp2", "tp2-pp2", "cp4", "cp2-tp2")]
+)
 def test_token_values_are_the_references_on_every_layout(world, runs, run):
     """What rollouts/step_000001.tokens.jsonl says of tokens, against float64 logits of the whole vocabulary."""
     folder, _ = world[2]["mixed"]
     model = Reference(folder.path, lr=1e-3, warmup=2, beta=1.0)
-    samples = [json.loads(line) for line in (runs[run].folder / "rollouts" / "step_000001.jsonl").read_text().splitlines()]
+    samples = [
+        json.loads(line)
+        for line in (runs[run].folder / "rollouts" / "step_000001.jsonl").read_text().splitlines()
+    ]
     found = read_tokens(runs[run].folder, 1)
     assert len(found) == 8 and set(found) <= {(sample["prompt"]["id"], sample["index"]) for sample in samples}
     taught = {}
     for sample in samples:
         if sample["route"]["distillation_weight"]:
-            taught[sample["prompt"]["id"], sample["index"]] = logps(model.teacher, sample["route"]["teacher_ids"], sample["response_ids"])
+            taught[sample["prompt"]["id"], sample["index"]] = logps(
+                model.teacher, sample["route"]["teacher_ids"], sample["response_ids"]
+            )
     raw = {key: (logq.exp() * logq).sum(1).exp() for key, logq in taught.items()}
     mean = torch.cat(list(raw.values())).mean()
     compared = 0
@@ -265,22 +319,39 @@ def test_token_values_are_the_references_on_every_layout(world, runs, run):
         key = sample["prompt"]["id"], sample["index"]
         if (row := found.get(key)) is None:
             continue
-        logp, chosen = logps(model.model, sample["prompt"]["ids"], sample["response_ids"]), torch.tensor(sample["response_ids"])[:, None]
+        logp, chosen = (
+            logps(model.model, sample["prompt"]["ids"], sample["response_ids"]),
+            torch.tensor(sample["response_ids"])[:, None],
+        )
         expected = {"logprob": logp.gather(1, chosen)[:, 0], "entropy": -(logp.exp() * logp).sum(1)}
         tops = {"top": logp}
         if (logq := taught.get(key)) is not None:
             logm = torch.logaddexp(logp, logq) - math.log(2)
-            expected["divergence"] = ((logp.exp() * (logp - logm)).sum(1) + (logq.exp() * (logq - logm)).sum(1)) / 2
-            expected |= {"teacher_logprob": logq.gather(1, chosen)[:, 0], "teacher_entropy": -(logq.exp() * logq).sum(1)}
+            expected["divergence"] = (
+                (logp.exp() * (logp - logm)).sum(1) + (logq.exp() * (logq - logm)).sum(1)
+            ) / 2
+            expected |= {
+                "teacher_logprob": logq.gather(1, chosen)[:, 0],
+                "teacher_entropy": -(logq.exp() * logq).sum(1),
+            }
             expected["weight"] = raw[key] / mean
             tops["teacher_top"] = logq
         assert set(row) == {"step", "prompt_id", "index", "tokens", *expected, *tops}
         for name, values in expected.items():
-            torch.testing.assert_close(torch.tensor(row[name], dtype=torch.float64), values, rtol=1e-4, atol=2e-5)
+            torch.testing.assert_close(
+                torch.tensor(row[name], dtype=torch.float64), values, rtol=1e-4, atol=2e-5
+            )
         for name, values in tops.items():
             best, ids = values.topk(5, dim=1)
-            torch.testing.assert_close(torch.tensor([[p for _, p in place] for place in row[name]]).double(), best, rtol=1e-4, atol=2e-5)
-            assert [place[0][0] for place in row[name]] == [folder.tokenizer.decode([token]) for token in ids[:, 0].tolist()]
+            torch.testing.assert_close(
+                torch.tensor([[p for _, p in place] for place in row[name]]).double(),
+                best,
+                rtol=1e-4,
+                atol=2e-5,
+            )
+            assert [place[0][0] for place in row[name]] == [
+                folder.tokenizer.decode([token]) for token in ids[:, 0].tolist()
+            ]
         assert row["tokens"] == [folder.tokenizer.decode([token]) for token in sample["response_ids"]]
         compared += logq is not None
     assert 0 < compared < 8

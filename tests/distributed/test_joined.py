@@ -22,7 +22,9 @@ class Alike(Exception):
     """What all ranks raise together."""
 
 
-@pytest.mark.parametrize("ranks, error, leaves", [(2, None, True), (2, Alike, True), (2, OSError, False), (1, OSError, True)])
+@pytest.mark.parametrize(
+    "ranks, error, leaves", [(2, None, True), (2, Alike, True), (2, OSError, False), (1, OSError, True)]
+)
 def test_a_rank_that_fails_alone_does_not_wait_for_those_that_wait_for_it(monkeypatch, ranks, error, leaves):
     left = []
     monkeypatch.setattr(parallel, "initialize", lambda *_: SimpleNamespace(world_size=ranks))
@@ -49,9 +51,17 @@ def test_its_error_is_printed_and_its_process_ends():
     )
     port, ranks = free_port(), []
     for rank in range(2):
-        place = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": ROOT}
+        place = {
+            "RANK": rank,
+            "WORLD_SIZE": 2,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "PYTHONPATH": ROOT,
+        }
         environment = {name: str(value) for name, value in place.items()}
-        ranks.append(subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True))
+        ranks.append(
+            subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
+        )
     try:
         _, said = ranks[1].communicate(timeout=50)
         assert ranks[1].returncode == 1 and "OSError: the disk is gone" in said

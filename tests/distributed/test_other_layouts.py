@@ -13,8 +13,14 @@ from tiny import make_model, save_folder
 from megatron_srpo.checkpoint.weights import RunTensors
 from megatron_srpo.model.hf_folder import HFFolder
 
-TP, PP, VPP, EP = (f"parallel.{name}_model_parallel_size=" for name in ("tensor", "pipeline", "virtual_pipeline", "expert"))
-CP, SP, NO_DO = "parallel.context_parallel_size=2", "parallel.sequence_parallel=true", "parallel.use_distributed_optimizer=false"
+TP, PP, VPP, EP = (
+    f"parallel.{name}_model_parallel_size=" for name in ("tensor", "pipeline", "virtual_pipeline", "expert")
+)
+CP, SP, NO_DO = (
+    "parallel.context_parallel_size=2",
+    "parallel.sequence_parallel=true",
+    "parallel.use_distributed_optimizer=false",
+)
 # model → the layout of each step in turn, on two ranks and then on four
 CHAINS = {
     "tied": {2: [[TP + "2"], [NO_DO], [PP + "2", VPP + "2"]], 4: [[TP + "4", SP], [TP + "2", PP + "2"], []]},
@@ -46,17 +52,29 @@ def runs(tmp_path_factory):
     common = {}
     for name, chain in CHAINS.items():
         steps = sum(map(len, chain.values()))
-        options = {"family": FAMILY[name]} if name in FAMILY else {"tied": name != "untied", "vocab_size": 261}
+        options = (
+            {"family": FAMILY[name]} if name in FAMILY else {"tied": name != "untied", "vocab_size": 261}
+        )
         model = make_model(**options)
         folder = HFFolder(save_folder(root / f"{name}-hf", model))
         rollouts = write_rollouts(root / f"{name}-rollouts", folder, model, steps=steps)
-        common[name] = steps, [f"model.hf_path={folder.path}", f"rollout.replay={rollouts}", *OVERRIDES.get(name, [])]
-    whole = run_jobs(1, config, {name: [*given, f"train.steps={steps}"] for name, (steps, given) in common.items()}, root)
+        common[name] = (
+            steps,
+            [f"model.hf_path={folder.path}", f"rollout.replay={rollouts}", *OVERRIDES.get(name, [])],
+        )
+    whole = run_jobs(
+        1, config, {name: [*given, f"train.steps={steps}"] for name, (steps, given) in common.items()}, root
+    )
     for ranks in (2, 4):
         jobs = []
         for name, chain in CHAINS.items():
             for step, layout in enumerate(chain[ranks], 1 if ranks == 2 else len(chain[2]) + 1):
-                overrides = [*common[name][1], *layout, f"train.steps={step}", f"logging.dir={root / name}-chain"]
+                overrides = [
+                    *common[name][1],
+                    *layout,
+                    f"train.steps={step}",
+                    f"logging.dir={root / name}-chain",
+                ]
                 jobs.append({"command": "train", "config": str(config), "overrides": overrides})
         launch(ranks, "layouts.py", jobs, root / f"chain-{ranks}.json")
     return {name: (run, Run(Path(f"{run.folder}-chain"))) for name, run in whole.items()}

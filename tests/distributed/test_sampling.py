@@ -9,17 +9,31 @@ import pytest
 from launch import run_jobs
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["train.steps=3", "rollout.prompts_per_step=6", "evaluation.every=3", "evaluation.prompts=5", "evaluation.samples=2"]
+SMALL = [
+    "train.steps=3",
+    "rollout.prompts_per_step=6",
+    "evaluation.every=3",
+    "evaluation.prompts=5",
+    "evaluation.samples=2",
+]
 LAYOUTS = {
     1: {"one": [], "evaluation of one": []},
     2: {
         "tp2": ["parallel.tensor_model_parallel_size=2"],
         "dp2": [],
-        "choosy": ["rollout.dynamic_filtering=true", "rollout.over_sampling=1.5", "rollout.batch_size=8", "train.steps=2"],
+        "choosy": [
+            "rollout.dynamic_filtering=true",
+            "rollout.over_sampling=1.5",
+            "rollout.batch_size=8",
+            "train.steps=2",
+        ],
         "evaluation": [],
         "ahead": ["rollout.overlap=1", "evaluation.every=2"],
     },
-    3: {"pp3": ["parallel.pipeline_model_parallel_size=3"], "dp3": ["parallel.use_distributed_optimizer=false"]},
+    3: {
+        "pp3": ["parallel.pipeline_model_parallel_size=3"],
+        "dp3": ["parallel.use_distributed_optimizer=false"],
+    },
 }
 
 
@@ -31,13 +45,23 @@ def runs(tmp_path_factory):
     done = {}
     for ranks, layouts in LAYOUTS.items():
         jobs = {name: [*overrides, *layout] for name, layout in layouts.items()}
-        done |= run_jobs(ranks, ROOT / "examples/quickstart/config.yaml", jobs, root, evaluated=("evaluation", "evaluation of one"))
+        done |= run_jobs(
+            ranks,
+            ROOT / "examples/quickstart/config.yaml",
+            jobs,
+            root,
+            evaluated=("evaluation", "evaluation of one"),
+        )
     return done
 
 
 def lines(run, step):
     """The dumped samples of one step."""
-    return [json.loads(line) for line in (run.folder / "rollouts" / f"step_{step:06d}.jsonl").read_text().split("\n") if line]
+    return [
+        json.loads(line)
+        for line in (run.folder / "rollouts" / f"step_{step:06d}.jsonl").read_text().split("\n")
+        if line
+    ]
 
 
 @pytest.mark.parametrize("layout", ["tp2", "dp2", "pp3", "dp3"])
@@ -46,7 +70,9 @@ def test_prompts_samples_and_routes_are_those_of_one_process(runs, layout):
     weights are the same bits; nearly all after two updates, whose last bits depend on the order of sums."""
     for step, share in ((1, 1.0), (3, 0.9)):
         one, other = lines(runs["one"], step), lines(runs[layout], step)
-        assert [(s["prompt"]["id"], s["index"]) for s in one] == [(s["prompt"]["id"], s["index"]) for s in other]
+        assert [(s["prompt"]["id"], s["index"]) for s in one] == [
+            (s["prompt"]["id"], s["index"]) for s in other
+        ]
         same = [a["response_ids"] == b["response_ids"] for a, b in zip(one, other, strict=True)]
         assert sum(same) >= share * len(same)
 
@@ -73,19 +99,27 @@ def test_ranks_fill_a_batch_together(runs):
 def test_one_step_off(runs):
     """From the second step on a batch is one version older than the policy, and evaluations still see the newest weights."""
     rows = runs["ahead"].rows
-    assert [row["weight_version"] for row in rows] == ["0", "0", "1"] and [row["staleness_max"] for row in rows] == [0, 1, 1]
-    assert rows[0]["engine_logprob_gap_max"] < 1e-4 < rows[1]["engine_logprob_gap_max"]  # the policy has moved since
+    assert [row["weight_version"] for row in rows] == ["0", "0", "1"] and [
+        row["staleness_max"] for row in rows
+    ] == [0, 1, 1]
+    assert (
+        rows[0]["engine_logprob_gap_max"] < 1e-4 < rows[1]["engine_logprob_gap_max"]
+    )  # the policy has moved since
     assert [sample["versions"][0][0] for sample in lines(runs["ahead"], 3)] == ["1"] * 48
 
 
 def test_the_eval_command_gives_the_same_on_two_processes(runs):
     """The same samples in the same order, though each process asked every second question."""
     one, two = (
-        [json.loads(line) for line in (runs[name].folder / "samples/addition.jsonl").open()] for name in ("evaluation of one", "evaluation")
+        [json.loads(line) for line in (runs[name].folder / "samples/addition.jsonl").open()]
+        for name in ("evaluation of one", "evaluation")
     )
     assert len(one) == 10
     assert [(s["prompt"]["id"], s["index"], s["response_ids"]) for s in one] == [
         (s["prompt"]["id"], s["index"], s["response_ids"]) for s in two
     ]
-    results = [json.loads((runs[name].folder / "result.json").read_text()) for name in ("evaluation of one", "evaluation")]
+    results = [
+        json.loads((runs[name].folder / "result.json").read_text())
+        for name in ("evaluation of one", "evaluation")
+    ]
     assert results[0]["tasks"]["addition"]["questions"] == results[1]["tasks"]["addition"]["questions"]

@@ -40,7 +40,12 @@ LAYOUTS = {
         "tp2-sp-ep4-etp1": ([TP + "2", SP, EP + "4", ETP + "1"], ["qwen3_moe"]),
     },
 }
-PAIRS = [(layout, model) for layouts in LAYOUTS.values() for layout, (_, models) in layouts.items() for model in models]
+PAIRS = [
+    (layout, model)
+    for layouts in LAYOUTS.values()
+    for layout, (_, models) in layouts.items()
+    for model in models
+]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +76,9 @@ def results(tmp_path_factory):
             for model in models
         ]
         launch(ranks, "weights_worker.py", jobs, root / f"jobs-{ranks}.json")
-    return expected, {(layout, model): load_file(root / f"{layout}-{model}.safetensors") for layout, model in PAIRS}
+    return expected, {
+        (layout, model): load_file(root / f"{layout}-{model}.safetensors") for layout, model in PAIRS
+    }
 
 
 @pytest.mark.parametrize(("layout", "model"), PAIRS)
@@ -85,7 +92,11 @@ def test_logits_equal_transformers(results, layout, model):
 def test_import_then_export_is_bit_exact(results, layout, model):
     """Every tensor of the HF file comes back, the same bits, and no other."""
     expected, got = results
-    exported = {name.removeprefix("export."): tensor for name, tensor in got[layout, model].items() if name != "logits"}
+    exported = {
+        name.removeprefix("export."): tensor
+        for name, tensor in got[layout, model].items()
+        if name != "logits"
+    }
     assert set(exported) == set(expected[model][1])
     for name, tensor in expected[model][1].items():
         assert torch.equal(exported[name], tensor), name

@@ -43,8 +43,12 @@ def run(job: dict) -> None:
         results["logits"] = torch.cat(shards, dim=1)[:, : folder.architecture.vocab_size].contiguous()
         return hidden.new_zeros(())
 
-    run_schedule(chunks, [micro_batch(documents, total)] * (layout.pipeline_parallel_size), keep, backward=False)
-    exported = {f"export.{name}": tensor.detach().clone() for name, tensor in export(chunks, folder.architecture)}
+    run_schedule(
+        chunks, [micro_batch(documents, total)] * (layout.pipeline_parallel_size), keep, backward=False
+    )
+    exported = {
+        f"export.{name}": tensor.detach().clone() for name, tensor in export(chunks, folder.architecture)
+    }
     digest = hashlib.sha256()
     for name, tensor in exported.items():  # in the order of the stream
         digest.update(name.encode() + tensor.numpy().tobytes())

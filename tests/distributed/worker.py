@@ -21,7 +21,9 @@ def each_job(run: Callable[[dict], None]) -> None:
     for job in json.loads(Path(sys.argv[1]).read_text()):
         run(job)
         dist.barrier()
-        for group in list(dist.distributed_c10d._world.pg_map):  # Megatron forgets its groups, but their threads stay: thirty a job
+        for group in list(
+            dist.distributed_c10d._world.pg_map
+        ):  # Megatron forgets its groups, but their threads stay: thirty a job
             if group is not dist.group.WORLD and dist.get_rank(group) >= 0:
                 dist.destroy_process_group(group)
         del group

@@ -42,7 +42,9 @@ def trained(file, name, ranks, *overrides):
     folder = file.parent / name
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command += ["-m", "megatron_srpo", "train", str(file), *overrides, f"logging.dir={folder}"]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [(row["loss"], row["grad_norm"]) for row in rows if "loss" in row]
@@ -70,13 +72,18 @@ def test_attention_of_a_chunk_needs_no_mask():
     torch.nn.Module.__init__(attention)
     attention.scale = None
     torch.manual_seed(1)
-    query, key, value = (torch.randn(1, length, heads, 64, device="cuda") for length, heads in ((2048, 8), (4096, 2), (4096, 2)))
+    query, key, value = (
+        torch.randn(1, length, heads, 64, device="cuda")
+        for length, heads in ((2048, 8), (4096, 2), (4096, 2))
+    )
     found = [tensor.bfloat16().requires_grad_() for tensor in (query, key, value)]
     exact = [tensor.detach().float().requires_grad_() for tensor in found]
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     output = attention._attend(*found)
-    assert torch.cuda.max_memory_allocated() - before < 2048 * 4096 / 2  # bytes: half of what a mask would take, let alone scores
+    assert (
+        torch.cuda.max_memory_allocated() - before < 2048 * 4096 / 2
+    )  # bytes: half of what a mask would take, let alone scores
     q, k, v = exact[0], *(tensor.repeat_interleave(4, dim=2) for tensor in exact[1:])
     seen = torch.ones(2048, 4096, dtype=torch.bool, device="cuda").tril(2048)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / 8

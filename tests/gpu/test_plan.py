@@ -20,7 +20,11 @@ from megatron_srpo.plan.memory import Batch, memory
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 ROOT = Path(__file__).parents[2]
-RECOMPUTE = ["megatron.recompute_granularity=full", "megatron.recompute_method=uniform", "megatron.recompute_num_layers=1"]
+RECOMPUTE = [
+    "megatron.recompute_granularity=full",
+    "megatron.recompute_method=uniform",
+    "megatron.recompute_num_layers=1",
+]
 
 
 @pytest.mark.parametrize("recompute", [[], RECOMPUTE], ids=["kept", "recomputed"])
@@ -30,9 +34,38 @@ def test_peak_memory_of_a_step(layers, recompute, tmp_path):
     if layers == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
         pytest.skip("Transformer Engine is not installed")
     overrides = [f"model.transformer_impl={layers}", "train.micro_batch_tokens=8192", *recompute]
-    lengths = ["--prompts", "8", "--samples", "8", "--prompt-tokens", "128", "--response-tokens", "896", "--repeats", "1"]
-    command = [sys.executable, "tools/bench_step.py", *overrides, "--shape", "0.6b", "--algorithms", "grpo", "srpo", *lengths, "--json"]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600)
+    lengths = [
+        "--prompts",
+        "8",
+        "--samples",
+        "8",
+        "--prompt-tokens",
+        "128",
+        "--response-tokens",
+        "896",
+        "--repeats",
+        "1",
+    ]
+    command = [
+        sys.executable,
+        "tools/bench_step.py",
+        *overrides,
+        "--shape",
+        "0.6b",
+        "--algorithms",
+        "grpo",
+        "srpo",
+        *lengths,
+        "--json",
+    ]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout)
     (tmp_path / "config.json").write_text(json.dumps(report["shape"]["model"]))
@@ -41,4 +74,6 @@ def test_peak_memory_of_a_step(layers, recompute, tmp_path):
     for row in report["rows"]:
         config = load_config(file, [f"algorithm.name={row['name']}", "rollout.replay=elsewhere", *overrides])
         parts = memory(HFFolder(tmp_path).architecture, config, MACHINES["h100"], 1, Batch(*row["batch"]))
-        assert sum(parts.values()) - parts["reserve"] == pytest.approx(row["extra_bytes"], rel=0.1), row["name"]
+        assert sum(parts.values()) - parts["reserve"] == pytest.approx(row["extra_bytes"], rel=0.1), row[
+            "name"
+        ]

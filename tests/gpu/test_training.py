@@ -35,8 +35,14 @@ from megatron_srpo.weights.transfer import load
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 ROOT = Path(__file__).parents[2]
-WITHOUT = pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is None, reason="Transformer Engine is not installed")
-LAYERS = ["local", pytest.param("transformer_engine", marks=WITHOUT), pytest.param("rope_fusion", marks=WITHOUT)]
+WITHOUT = pytest.mark.skipif(
+    importlib.util.find_spec("transformer_engine") is None, reason="Transformer Engine is not installed"
+)
+LAYERS = [
+    "local",
+    pytest.param("transformer_engine", marks=WITHOUT),
+    pytest.param("rope_fusion", marks=WITHOUT),
+]
 
 
 def overrides_of(layers):
@@ -78,7 +84,9 @@ def test_logits_are_those_of_transformers(layers, family, tmp_path):
     try:
         chunks = build_chunks(folder.architecture, config, layout.device)
         load(chunks, folder)
-        run_schedule(chunks, [micro_batch(row, sum(d.length for d in row) + 3) for row in rows], keep, backward=False)
+        run_schedule(
+            chunks, [micro_batch(row, sum(d.length for d in row) + 3) for row in rows], keep, backward=False
+        )
     finally:
         shut_down(layout)
     for logits, row in zip(found, rows, strict=True):
@@ -98,7 +106,9 @@ def world(tmp_path_factory):
     file = configured(root, folder.path)
     algorithm = load_config(file, []).algorithm
     for step in (1, 2):
-        groups = route_groups(replay(rollouts, step, 4, folder), algorithm, folder.encode, 400, seed=f"1/{step}")
+        groups = route_groups(
+            replay(rollouts, step, 4, folder), algorithm, folder.encode, 400, seed=f"1/{step}"
+        )
         dump(groups, root / "routed", step)
     return file, folder, root / "routed"
 
@@ -113,7 +123,9 @@ def make_trainer(world):
 def train(trainer, world, step):
     """One step; its report."""
     _, folder, routed = world
-    groups = route_groups(replay(routed, step, 4, folder), trainer.algorithm, folder.encode, 400, seed=f"1/{step}")
+    groups = route_groups(
+        replay(routed, step, 4, folder), trainer.algorithm, folder.encode, 400, seed=f"1/{step}"
+    )
     batches = trainer.pack([sample for group in groups for sample in group])
     return trainer.update(batches, trainer.score_teacher(batches))
 
@@ -127,8 +139,13 @@ def test_two_steps_are_those_of_float64(layers, world, make_trainer):
     for step in (1, 2):
         report = train(trainer, world, step)
         loss, norm = exact.run(world[2] / f"step_{step:06d}.jsonl")
-        assert report.losses[0] == pytest.approx(loss, rel=0.05) and report.grad_norms[0] == pytest.approx(norm, rel=0.05)
-    assert all(parameter.dtype == torch.bfloat16 and parameter.main_grad.dtype == torch.float32 for parameter in trainer.parameters)
+        assert report.losses[0] == pytest.approx(loss, rel=0.05) and report.grad_norms[0] == pytest.approx(
+            norm, rel=0.05
+        )
+    assert all(
+        parameter.dtype == torch.bfloat16 and parameter.main_grad.dtype == torch.float32
+        for parameter in trainer.parameters
+    )
     assert all(tensor.dtype == torch.float32 for tensor in trainer.optimizer.state())
 
 
@@ -142,7 +159,12 @@ def test_state_is_the_same_to_the_bit_parked_and_from_a_checkpoint(optimizer, wo
     trainer.take_room()
     train(trainer, world, 1)
     saved, state = snapshot(trainer), numbers(trainer)
-    held = [*trainer.optimizer.state(), *trainer.optimizer.gradients(), *trainer.teacher.shares, *trainer.teacher.parameters]
+    held = [
+        *trainer.optimizer.state(),
+        *trainer.optimizer.gradients(),
+        *trainer.teacher.shares,
+        *trainer.teacher.parameters,
+    ]
     size, before = sum(tensor.untyped_storage().nbytes() for tensor in held), torch.cuda.memory_allocated()
     trainer.make_room()
     assert 0 < size <= before - torch.cuda.memory_allocated()
@@ -159,17 +181,39 @@ def test_state_is_the_same_to_the_bit_parked_and_from_a_checkpoint(optimizer, wo
     found = snapshot(trainer)
     assert saved.keys() == found.keys() and all(torch.equal(saved[key], found[key]) for key in saved)
     report = train(trainer, world, 2)
-    assert report.losses[0] == pytest.approx(wanted.losses[0], rel=1e-3)  # attention's gradients are summed in any order
+    assert report.losses[0] == pytest.approx(
+        wanted.losses[0], rel=1e-3
+    )  # attention's gradients are summed in any order
     assert report.grad_norms[0] == pytest.approx(wanted.grad_norms[0], rel=1e-2)
 
 
 def test_a_run_with_the_embedded_engine_and_its_resumption(tmp_path):
     """Two steps of the quick start in bf16, the first one profiled; then the same command goes on to the third."""
-    settings = ["model.dtype=bfloat16", "evaluation.every=0", "checkpoint.save_interval=1", "logging.profile_steps=[1,1]"]
+    settings = [
+        "model.dtype=bfloat16",
+        "evaluation.every=0",
+        "checkpoint.save_interval=1",
+        "logging.profile_steps=[1,1]",
+    ]
     settings += [f"logging.dir={tmp_path / 'run'}", "logging.tokens_every=1"]
     for steps in (2, 3):
-        command = [sys.executable, "-m", "megatron_srpo", "train", "examples/quickstart/config.yaml", *settings, f"train.steps={steps}"]
-        done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600)
+        command = [
+            sys.executable,
+            "-m",
+            "megatron_srpo",
+            "train",
+            "examples/quickstart/config.yaml",
+            *settings,
+            f"train.steps={steps}",
+        ]
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
         assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]

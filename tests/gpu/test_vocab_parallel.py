@@ -15,7 +15,11 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 T, D, H, V, PADDED = 300, 170, 256, 20_011, 20_096
 KINDS = [Divergence("jsd", 0.5), Divergence("jsd", 0.2), Divergence("forward"), Divergence("reverse")]
-KINDS += [Divergence("reverse", support="sampled"), Divergence(support="student_topk"), Divergence(support="teacher_topk")]
+KINDS += [
+    Divergence("reverse", support="sampled"),
+    Divergence(support="student_topk"),
+    Divergence(support="teacher_topk"),
+]
 
 
 def inputs(dtype):
@@ -40,7 +44,13 @@ def run(kind, hidden, weight, teacher_hidden, teacher_weight, targets, share=0.0
         return loss if tile.divergence is None else loss + 3.0 * tile.divergence.sum()
 
     loss, statistics = fused_objective(
-        Projection(hidden, weight), targets, objective, VocabShard(0, V, V), teacher=teacher, divergence=kind, **options
+        Projection(hidden, weight),
+        targets,
+        objective,
+        VocabShard(0, V, V),
+        teacher=teacher,
+        divergence=kind,
+        **options,
     )
     loss.backward()
     return (loss.detach(), hidden.grad, weight.grad), statistics
@@ -52,7 +62,9 @@ def error(found, expected):
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("dtype, of_values, of_gradients", [(torch.float32, 2e-6, 5e-6), (torch.bfloat16, 2e-6, 1e-2)])
+@pytest.mark.parametrize(
+    "dtype, of_values, of_gradients", [(torch.float32, 2e-6, 5e-6), (torch.bfloat16, 2e-6, 1e-2)]
+)
 def test_against_float64(kind, dtype, of_values, of_gradients):
     """bf16 products keep fp32 results: the statistics are as exact as in fp32, the gradients to bf16's rounding."""
     given = inputs(dtype)
@@ -74,7 +86,10 @@ def test_mixed_teacher_and_temperature():
     options = {"share": 0.25, "temperature": 0.7}
     found, statistics = run(KINDS[0], *given, tile_tokens=128, **options)
     wanted, exact_statistics = run(KINDS[0], *(x.double() for x in given[:4]), given[4], **options)
-    assert all(error(ours, exact) < 5e-6 for ours, exact in zip((found[0], *statistics), (wanted[0], *exact_statistics), strict=True))
+    assert all(
+        error(ours, exact) < 5e-6
+        for ours, exact in zip((found[0], *statistics), (wanted[0], *exact_statistics), strict=True)
+    )
     assert all(error(ours, exact) < 1e-2 for ours, exact in zip(found[1:], wanted[1:], strict=True))
 
 

@@ -71,13 +71,23 @@ def config_with(folder="x", **sections) -> Config:
 def test_good_folder(pristine, kind, tie):
     folder = HFFolder(pristine / kind)
     architecture = folder.architecture
-    assert (architecture.vocab_size, architecture.hidden_size, architecture.intermediate_size) == (270, 64, 96)
-    assert (architecture.num_hidden_layers, architecture.num_attention_heads, architecture.num_key_value_heads) == (4, 8, 4)
+    assert (architecture.vocab_size, architecture.hidden_size, architecture.intermediate_size) == (
+        270,
+        64,
+        96,
+    )
+    assert (
+        architecture.num_hidden_layers,
+        architecture.num_attention_heads,
+        architecture.num_key_value_heads,
+    ) == (4, 8, 4)
     assert (architecture.head_dim, architecture.rms_norm_eps, architecture.rope_theta) == (16, 1e-6, 1e6)
     assert (architecture.max_position_embeddings, architecture.tie_word_embeddings) == (1024, tie)
     assert folder.stop_ids == (2,)
     parameters = dict(make_model(tied=tie).named_parameters())
-    assert architecture.tensor_shapes() == {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    assert architecture.tensor_shapes() == {
+        name: tuple(parameter.shape) for name, parameter in parameters.items()
+    }
     assert set(folder.file_of) == set(parameters)
     for name, file in folder.file_of.items():
         assert torch.equal(load_file(file)[name], parameters[name])
@@ -88,7 +98,10 @@ def test_the_untied_folder_is_sharded(pristine):
 
 
 def test_tied_folder_may_hold_a_copy_of_the_embedding(tied):
-    edit_tensors(tied / "model.safetensors", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    edit_tensors(
+        tied / "model.safetensors",
+        lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}),
+    )
     assert "lm_head.weight" not in HFFolder(tied).file_of
 
 
@@ -99,7 +112,9 @@ def test_encode_is_the_template_with_header(pristine):
 
 
 def test_encode_passes_enable_thinking(tied):
-    (tied / "chat_template.jinja").write_text("{{ messages[0].content }}{% if enable_thinking %}T{% else %}N{% endif %}")
+    (tied / "chat_template.jinja").write_text(
+        "{{ messages[0].content }}{% if enable_thinking %}T{% else %}N{% endif %}"
+    )
     folder = HFFolder(tied)
     decode = folder.tokenizer.decode
     assert decode(folder.encode([{"role": "user", "content": "a"}])) == "aN"
@@ -149,15 +164,29 @@ def test_tensors_are_those_that_transformers_saves(folder_of, family):
 def sizes(vocabulary, hidden, ffn, layers, heads, groups):
     """As config.json names them."""
     widths = dict(vocab_size=vocabulary, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers)
-    return {**widths, "num_attention_heads": heads, "num_key_value_heads": groups, "max_position_embeddings": 40960}
+    return {
+        **widths,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "max_position_embeddings": 40960,
+    }
 
 
 EXPERTS = dict(model_type="qwen3_moe", head_dim=128, num_experts=128, num_experts_per_tok=8)
 PUBLISHED = {
-    "Llama-3.1-8B": (8_030_261_248, dict(model_type="llama", rope_scaling=LLAMA3) | sizes(128256, 4096, 14336, 32, 32, 8)),
+    "Llama-3.1-8B": (
+        8_030_261_248,
+        dict(model_type="llama", rope_scaling=LLAMA3) | sizes(128256, 4096, 14336, 32, 32, 8),
+    ),
     "Qwen2.5-7B": (7_615_616_512, dict(model_type="qwen2") | sizes(152064, 3584, 18944, 28, 28, 4)),
-    "Qwen3-30B-A3B": (30_532_122_624, dict(EXPERTS, moe_intermediate_size=768) | sizes(151936, 2048, 6144, 48, 32, 4)),
-    "Qwen3-235B-A22B": (235_093_634_560, dict(EXPERTS, moe_intermediate_size=1536) | sizes(151936, 4096, 12288, 94, 64, 4)),
+    "Qwen3-30B-A3B": (
+        30_532_122_624,
+        dict(EXPERTS, moe_intermediate_size=768) | sizes(151936, 2048, 6144, 48, 32, 4),
+    ),
+    "Qwen3-235B-A22B": (
+        235_093_634_560,
+        dict(EXPERTS, moe_intermediate_size=1536) | sizes(151936, 4096, 12288, 94, 64, 4),
+    ),
 }
 
 
@@ -170,12 +199,22 @@ def test_published_models_have_their_number_of_parameters(tmp_path, model):
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_absent_keys_have_transformers_defaults(folder_of, family):
-    optional = ["rms_norm_eps", "tie_word_embeddings", "rope_parameters", "head_dim", "norm_topk_prob", "hidden_act", "attention_bias"]
+    optional = [
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "rope_parameters",
+        "head_dim",
+        "norm_topk_prob",
+        "hidden_act",
+        "attention_bias",
+    ]
     path = folder_of(family, **dict.fromkeys(optional + ["num_key_value_heads"] * (family == "llama")))
     ours, theirs = HFFolder(path).architecture, AutoConfig.from_pretrained(path)
     assert (ours.rms_norm_eps, ours.tie_word_embeddings) == (theirs.rms_norm_eps, theirs.tie_word_embeddings)
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"] and ours.rope_scaling is None
-    assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
+    assert ours.head_dim == (
+        getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    )
     assert ours.num_key_value_heads == theirs.num_key_value_heads
     assert ours.norm_topk_prob == getattr(theirs, "norm_topk_prob", False)
 
@@ -184,7 +223,12 @@ def test_experts(folder_of):
     """transformers 5 writes num_local_experts; the folders on the hub say num_experts."""
     for changes in ({}, {"num_local_experts": None, "num_experts": 8}):
         a = HFFolder(folder_of("qwen3_moe", **changes)).architecture
-        assert (a.num_experts, a.num_experts_per_tok, a.moe_intermediate_size, a.norm_topk_prob) == (8, 3, 48, True)
+        assert (a.num_experts, a.num_experts_per_tok, a.moe_intermediate_size, a.norm_topk_prob) == (
+            8,
+            3,
+            48,
+            True,
+        )
     assert HFFolder(folder_of("qwen2")).architecture.num_experts == 0
 
 
@@ -211,12 +255,20 @@ def test_llama3_rope(folder_of, key):
         ("qwen2", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu'"),
         ("llama", {"attention_bias": True}, "attention_bias"),
         ("llama", {"mlp_bias": True}, "mlp_bias"),
-        ("llama", {"num_key_value_heads": 3}, "num_key_value_heads is 3, expected a divisor of num_attention_heads (8)"),
+        (
+            "llama",
+            {"num_key_value_heads": 3},
+            "num_key_value_heads is 3, expected a divisor of num_attention_heads (8)",
+        ),
         ("llama", {"head_dim": 15}, "head_dim is 15"),
         ("llama", {"rope_parameters": {**LLAMA3, "factor": None}}, "missing factor"),
         ("llama", {"rope_parameters": {**LLAMA3, "high_freq_factor": "four"}}, "high_freq_factor is 'four'"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
-        ("llama", {"rope_parameters": {**LLAMA3, "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+        (
+            "llama",
+            {"rope_parameters": {**LLAMA3, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor is 0.5",
+        ),
     ],
 )
 def test_what_our_layers_do_not_compute(folder_of, family, changes, named):
@@ -329,13 +381,19 @@ def test_wrong_shape(tied):
     name = "model.layers.1.mlp.up_proj.weight"
     edit_tensors(tied / "model.safetensors", lambda tensors: tensors.update({name: torch.zeros(95, 64)}))
     message = refusal(lambda: HFFolder(tied).file_of)
-    assert name in message and "[95, 64]" in message and "[96, 64]" in message and "model.safetensors" in message
+    assert (
+        name in message and "[95, 64]" in message and "[96, 64]" in message and "model.safetensors" in message
+    )
 
 
 def test_config_that_disagrees_with_the_weights(tied):
     edit_json(tied / "config.json", num_key_value_heads=2)
     message = refusal(lambda: HFFolder(tied).file_of)
-    assert "model.layers.0.self_attn.k_proj.weight" in message and "[64, 64]" in message and "[32, 64]" in message
+    assert (
+        "model.layers.0.self_attn.k_proj.weight" in message
+        and "[64, 64]" in message
+        and "[32, 64]" in message
+    )
 
 
 def test_unexpected_tensor(tied):
@@ -359,7 +417,9 @@ def test_truncated_safetensors(tied, keep):
 
 
 def test_safetensors_that_is_something_else(tied):
-    (tied / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n" * 10)
+    (tied / "model.safetensors").write_bytes(
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n" * 10
+    )
     assert "damaged" in refusal(lambda: HFFolder(tied).file_of)
 
 
@@ -377,7 +437,9 @@ def test_no_tokenizer(tied, kind):
     assert str(tied) in refusal(lambda: HFFolder(tied).tokenizer)
 
 
-@pytest.mark.parametrize("file, content", [("tokenizer.json", "{}"), ("tokenizer.json", "[]"), ("tokenizer_config.json", "[]")])
+@pytest.mark.parametrize(
+    "file, content", [("tokenizer.json", "{}"), ("tokenizer.json", "[]"), ("tokenizer_config.json", "[]")]
+)
 def test_tokenizer_files_that_hold_something_else(tied, file, content):
     (tied / file).write_text(content)
     assert str(tied) in refusal(lambda: HFFolder(tied).tokenizer)
@@ -408,7 +470,9 @@ def test_no_chat_template(tied):
 @pytest.mark.parametrize("template", ["{% if %}", "{{ raise_exception('no system messages') }}"])
 def test_chat_template_that_cannot_be_applied(tied, template):
     (tied / "chat_template.jinja").write_text(template)
-    assert "the chat template cannot be applied" in refusal(lambda: HFFolder(tied).encode([{"role": "user", "content": "x"}]))
+    assert "the chat template cannot be applied" in refusal(
+        lambda: HFFolder(tied).encode([{"role": "user", "content": "x"}])
+    )
 
 
 def test_no_end_of_sequence_token(tied):
@@ -452,7 +516,11 @@ def test_layouts_that_do_not_divide(pristine, sizes, named):
 @pytest.mark.parametrize(
     "family, sizes, named",
     [
-        ("qwen3_moe", dict(expert_model_parallel_size=3), ["expert_model_parallel_size: 3", "num_experts", "8"]),
+        (
+            "qwen3_moe",
+            dict(expert_model_parallel_size=3),
+            ["expert_model_parallel_size: 3", "num_experts", "8"],
+        ),
         (
             "qwen3_moe",
             dict(expert_model_parallel_size=2, expert_tensor_parallel_size=5),
@@ -469,39 +537,68 @@ def test_experts_that_do_not_divide(folder_of, family, sizes, named):
 
 
 def test_experts_that_divide(folder_of):
-    architecture = HFFolder(folder_of("qwen3_moe", intermediate_size=97)).architecture  # no layer has this width
-    sizes = parallel(tensor=4, sequence_parallel=True, expert_model_parallel_size=8, expert_tensor_parallel_size=3)
+    architecture = HFFolder(
+        folder_of("qwen3_moe", intermediate_size=97)
+    ).architecture  # no layer has this width
+    sizes = parallel(
+        tensor=4, sequence_parallel=True, expert_model_parallel_size=8, expert_tensor_parallel_size=3
+    )
     check_layout(architecture, config_with(parallel=sizes))
 
 
 @pytest.mark.parametrize("world, data", [(8, 4), (16, 8)])
 def test_experts_are_shared_out_over_data_parallel_ranks(world, data):
-    sizes = ParallelSection(tensor_model_parallel_size=2, sequence_parallel=True, expert_model_parallel_size=4)
+    sizes = ParallelSection(
+        tensor_model_parallel_size=2, sequence_parallel=True, expert_model_parallel_size=4
+    )
     assert data_parallel_size(sizes, world) == data
     message = refusal(lambda: data_parallel_size(sizes, 12))
-    assert "expert_tensor_parallel_size × expert_model_parallel_size" in message and "= 8" in message and "12 processes" in message
+    assert (
+        "expert_tensor_parallel_size × expert_model_parallel_size" in message
+        and "= 8" in message
+        and "12 processes" in message
+    )
 
 
-@pytest.mark.parametrize("tensor, divisor, expected", [(1, 1, 270), (1, 16, 272), (2, 16, 288), (4, 16, 320), (2, 128, 512), (2, 135, 270)])
+@pytest.mark.parametrize(
+    "tensor, divisor, expected",
+    [(1, 1, 270), (1, 16, 272), (2, 16, 288), (4, 16, 320), (2, 128, 512), (2, 135, 270)],
+)
 def test_padded_vocabulary(pristine, tensor, divisor, expected):
     config = config_with(parallel=parallel(tensor))
-    config = config.model_copy(update={"model": config.model.model_copy(update={"make_vocab_size_divisible_by": divisor})})
+    config = config.model_copy(
+        update={"model": config.model.model_copy(update={"make_vocab_size_divisible_by": divisor})}
+    )
     assert padded_vocab_size(HFFolder(pristine / "tied").architecture, config) == expected
 
 
 def test_transformer_config_is_the_architecture(pristine):
-    core = transformer_config(HFFolder(pristine / "tied").architecture, config_with(megatron={"recompute_granularity": "selective"}))
+    core = transformer_config(
+        HFFolder(pristine / "tied").architecture, config_with(megatron={"recompute_granularity": "selective"})
+    )
     assert (core.num_layers, core.hidden_size, core.ffn_hidden_size, core.kv_channels) == (4, 64, 96, 16)
     assert (core.num_attention_heads, core.num_query_groups, core.layernorm_epsilon) == (8, 4, 1e-6)
-    assert (core.add_bias_linear, core.add_qkv_bias, core.qk_layernorm, core.gated_linear_unit) == (False, False, True, True)
+    assert (core.add_bias_linear, core.add_qkv_bias, core.qk_layernorm, core.gated_linear_unit) == (
+        False,
+        False,
+        True,
+        True,
+    )
     assert (core.hidden_dropout, core.attention_dropout, core.calculate_per_token_loss) == (0, 0, True)
     assert core.recompute_granularity == "selective"
 
 
-@pytest.mark.parametrize("family, has_bias, has_norm", [("qwen2", True, False), ("llama", False, False), ("qwen3_moe", False, True)])
+@pytest.mark.parametrize(
+    "family, has_bias, has_norm",
+    [("qwen2", True, False), ("llama", False, False), ("qwen3_moe", False, True)],
+)
 def test_transformer_config_of_families(folder_of, family, has_bias, has_norm):
     core = transformer_config(HFFolder(folder_of(family)).architecture, config_with())
-    assert (core.add_qkv_bias, core.qk_layernorm, core.kv_channels) == (has_bias, has_norm, 16 if family == "qwen3_moe" else 8)
+    assert (core.add_qkv_bias, core.qk_layernorm, core.kv_channels) == (
+        has_bias,
+        has_norm,
+        16 if family == "qwen3_moe" else 8,
+    )
 
 
 @pytest.mark.parametrize("renormalised", [True, False])
@@ -511,7 +608,11 @@ def test_transformer_config_of_experts(folder_of, renormalised):
     assert (core.num_moe_experts, core.moe_router_topk, core.moe_ffn_hidden_size) == (8, 3, 48)
     assert (core.moe_router_pre_softmax, core.moe_router_load_balancing_type) == (not renormalised, "none")
     assert core.moe_expert_capacity_factor is None and core.expert_model_parallel_size == 2
-    for key, value in (("moe_aux_loss_coeff", 0.01), ("moe_z_loss_coeff", 1e-3), ("moe_router_load_balancing_type", "aux_loss")):
+    for key, value in (
+        ("moe_aux_loss_coeff", 0.01),
+        ("moe_z_loss_coeff", 1e-3),
+        ("moe_router_load_balancing_type", "aux_loss"),
+    ):
         message = refusal(lambda: transformer_config(architecture, config_with(megatron={key: value})))  # noqa: B023
         assert f"megatron.{key}" in message and "router losses" in message
 
@@ -519,7 +620,10 @@ def test_transformer_config_of_experts(folder_of, renormalised):
 @pytest.mark.parametrize(
     "settings, named",
     [
-        ({"recompute_granularty": "full"}, ["megatron.recompute_granularty", "did you mean recompute_granularity?"]),
+        (
+            {"recompute_granularty": "full"},
+            ["megatron.recompute_granularty", "did you mean recompute_granularity?"],
+        ),
         ({"zzzzzz": 1}, ["megatron.zzzzzz", "no such field"]),
         ({"num_layers": 2}, ["megatron.num_layers", "cannot be set here"]),
         ({"attention_dropout": 0.1}, ["megatron.attention_dropout", "depend on how the batch is split"]),
@@ -541,6 +645,8 @@ def test_small_numbers_in_the_megatron_section_are_numbers(pristine, tmp_path):
     from megatron_srpo.config.load import load_config
 
     file = tmp_path / "config.yaml"
-    file.write_text("model: {hf_path: x}\ntrain: {steps: 1}\nlogging: {dir: x}\nmegatron:\n  init_method_std: 1e-2\n")
+    file.write_text(
+        "model: {hf_path: x}\ntrain: {steps: 1}\nlogging: {dir: x}\nmegatron:\n  init_method_std: 1e-2\n"
+    )
     core = transformer_config(HFFolder(pristine / "tied").architecture, load_config(file, []))
     assert core.init_method_std == 0.01

@@ -67,7 +67,10 @@ def test_a_fault_is_told_in_its_third_step_and_no_more_when_it_is_over(name, fau
         (dict(response_tokens_mean=20.0, policy_entropy=0.1), ["collapse"]),
         (dict(format_rate=0.5, policy_entropy=0.1), ["collapse"]),
         (dict(format_rate=0.5, policy_entropy=0.1, pass_rate=0.1), ["collapse"]),
-        (dict(response_tokens_mean=20.0, policy_entropy=0.1, pass_rate=0.8), []),  # shorter, surer and better: learning
+        (
+            dict(response_tokens_mean=20.0, policy_entropy=0.1, pass_rate=0.8),
+            [],
+        ),  # shorter, surer and better: learning
         (dict(policy_entropy=0.1), []),
         (dict(response_tokens_mean=70.0, policy_entropy=0.4), []),
     ],
@@ -97,16 +100,29 @@ def test_an_entropy_that_is_not_finite_has_not_fallen():
 
 
 def test_a_gap_is_told_at_once_a_number_that_is_not_finite_too():
-    assert names(rows(1, engine_logprob_gap=0.06)) == names(rows(1, engine_logprob_gap=None)) == ["logprob_gap"]
+    assert (
+        names(rows(1, engine_logprob_gap=0.06)) == names(rows(1, engine_logprob_gap=None)) == ["logprob_gap"]
+    )
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
 def test_numbers_that_are_not_finite_do_not_stop_the_others(value):
     """As a run has them (nan, inf), or metrics.jsonl (null)."""
-    shares = ("pass_rate", "format_rate", "zero_advantage_share", "sdpo_token_share", "updates", "updates_skipped", "response_tokens_mean")
+    shares = (
+        "pass_rate",
+        "format_rate",
+        "zero_advantage_share",
+        "sdpo_token_share",
+        "updates",
+        "updates_skipped",
+        "response_tokens_mean",
+    )
     broken = dict.fromkeys(set(HEALTHY) - set(shares), value)
     assert names(rows(9) + rows(4, **broken)) == ["logprob_gap"]
-    assert names(rows(9) + rows(4, **broken | {"zero_advantage_share": 1.0})) == ["dead_groups", "logprob_gap"]
+    assert names(rows(9) + rows(4, **broken | {"zero_advantage_share": 1.0})) == [
+        "dead_groups",
+        "logprob_gap",
+    ]
 
 
 def test_what_is_meant_to_be_so_is_no_alarm():
@@ -115,7 +131,9 @@ def test_what_is_meant_to_be_so_is_no_alarm():
     assert names(rows(9, teacher_followed=0.0, engine_logprob_gap=0.7, entropy_weight_std=0.0), quiet) == []
     assert names(rows(9, teacher_distance=0.0, teacher_followed=0.0)) == []  # the policy does not move either
     assert names(rows(9, teacher_followed=0.0, updates_skipped=1)) == []  # no update, nothing to follow
-    assert names(rows(9, entropy_weight_std=0.0, teacher_entropy=0.01)) == []  # a certain teacher is right to weigh alike
+    assert (
+        names(rows(9, entropy_weight_std=0.0, teacher_entropy=0.01)) == []
+    )  # a certain teacher is right to weigh alike
 
 
 def test_limits_are_the_configurations():
@@ -137,7 +155,13 @@ def perturb(monkeypatch):
     complete = TransformersEngine._completion
 
     def lying(self, request, tokens, logprobs, sampling):
-        return complete(self, request, tokens, [value - 0.2 * (place % 2) for place, value in enumerate(logprobs)], sampling)
+        return complete(
+            self,
+            request,
+            tokens,
+            [value - 0.2 * (place % 2) for place, value in enumerate(logprobs)],
+            sampling,
+        )
 
     monkeypatch.setattr(TransformersEngine, "_completion", lying)
 
@@ -153,7 +177,10 @@ def freeze(monkeypatch):
     monkeypatch.setattr(Teacher, "follow", lambda self, optimizer, parameters: None)
 
 
-@pytest.mark.parametrize(("plant", "name"), [(None, None), (perturb, "logprob_gap"), (praise, "dead_groups"), (freeze, "teacher_still")])
+@pytest.mark.parametrize(
+    ("plant", "name"),
+    [(None, None), (perturb, "logprob_gap"), (praise, "dead_groups"), (freeze, "teacher_still")],
+)
 def test_planted_faults_raise_their_alarm_within_five_steps(plant, name, monkeypatch, tmp_path, capsys):
     """The right one and no other; it is told once, with advice; without a fault there is none."""
     if plant:
@@ -162,7 +189,9 @@ def test_planted_faults_raise_their_alarm_within_five_steps(plant, name, monkeyp
     assert {alarm for of_step in raised for alarm in of_step} == ({name} if name else set())
     assert capsys.readouterr().out.count(f"alarm {name}:") == (1 if name else 0)
     said = (tmp_path / "run" / "logs" / "rank_00000.log").read_text()
-    assert "rank 0 of 1 on" in said and "step 5: update" in said and (name is None or f"alarm {name}:" in said)
+    assert (
+        "rank 0 of 1 on" in said and "step 5: update" in said and (name is None or f"alarm {name}:" in said)
+    )
 
 
 def test_stop_on_ends_the_run_and_keeps_what_was_learnt(monkeypatch, tmp_path):

@@ -36,12 +36,27 @@ def shown(run, step, number):
 def test_inspect_shows_a_sample_token_by_token(run):
     rows = [json.loads(line) for line in step_file(run, 1).read_text().splitlines()]
     values = read_tokens(run, 1)
-    number = next(n for n, row in enumerate(rows) if row["route"]["sibling"] is not None and (row["prompt"]["id"], row["index"]) in values)
+    number = next(
+        n
+        for n, row in enumerate(rows)
+        if row["route"]["sibling"] is not None and (row["prompt"]["id"], row["index"]) in values
+    )
     row, text = rows[number], shown(run, 1, number)
-    assert row["prompt"]["messages"][0]["content"] in text and f"ground truth: {row['prompt']['answer']}" in text
-    assert "route sdpo" in text and "the sibling its teacher was shown" in text and "Correctly solve the original question." in text
+    assert (
+        row["prompt"]["messages"][0]["content"] in text and f"ground truth: {row['prompt']['answer']}" in text
+    )
+    assert (
+        "route sdpo" in text
+        and "the sibling its teacher was shown" in text
+        and "Correctly solve the original question." in text
+    )
     found = values[row["prompt"]["id"], row["index"]]
-    assert text.count("    student  ") == text.count("    teacher  ") == len(found["tokens"]) == len(row["response_ids"])
+    assert (
+        text.count("    student  ")
+        == text.count("    teacher  ")
+        == len(found["tokens"])
+        == len(row["response_ids"])
+    )
     assert f"divergence {found['divergence'][0]:.3g}" in text
 
 
@@ -51,7 +66,9 @@ def test_inspect_lists_a_step(run):
     assert sum("tokens" in line for line in lines[1:]) == 8
 
 
-@pytest.mark.parametrize(("step", "number", "said"), [(9, 0, "steps with samples: 1 … 1"), (1, 32, "samples 0 to 31")])
+@pytest.mark.parametrize(
+    ("step", "number", "said"), [(9, 0, "steps with samples: 1 … 1"), (1, 32, "samples 0 to 31")]
+)
 def test_inspect_refuses(run, step, number, said):
     with pytest.raises(ConfigError, match=said):
         shown(run, step, number)
@@ -69,7 +86,9 @@ def test_what_was_sampled_can_be_trained_on(run, tmp_path):
     assert step_file(tmp_path / "sampled", 2).is_file() and not (tmp_path / "sampled" / "hf").exists()
     (first,) = small_run(tmp_path / "replayed", "train.steps=1", f"rollout.replay={tmp_path / 'sampled'}")
     trained = json.loads((run / "metrics.jsonl").read_text())
-    assert [first[key] for key in ("loss", "grad_norm", "pass_rate")] == [trained[key] for key in ("loss", "grad_norm", "pass_rate")]
+    assert [first[key] for key in ("loss", "grad_norm", "pass_rate")] == [
+        trained[key] for key in ("loss", "grad_norm", "pass_rate")
+    ]
     with pytest.raises(ConfigError, match="already holds a run"):
         sample(small_config(tmp_path / "sampled"))
     with pytest.raises(ConfigError, match="of the sample command; name another folder"):
@@ -78,7 +97,11 @@ def test_what_was_sampled_can_be_trained_on(run, tmp_path):
 
 def test_config_explains_every_key():
     found = {key.name: key for key in keys()}
-    sections = {name: field.annotation for name, field in Config.model_fields.items() if hasattr(field.annotation, "model_fields")}
+    sections = {
+        name: field.annotation
+        for name, field in Config.model_fields.items()
+        if hasattr(field.annotation, "model_fields")
+    }
     sections["rollout.sglang"] = SGLangSection
     every = {f"{section}.{name}" for section, model in sections.items() for name in model.model_fields}
     assert every - {"rollout.sglang"} <= set(found) and "rollout.sglang" not in found
@@ -86,7 +109,10 @@ def test_config_explains_every_key():
     assert set(PAPER) <= set(found)
     assert found["algorithm.lr"].default == "srpo: 5e-06, grpo: 1e-06, sdpo: 1e-05, advantage_mix: 5e-06"
     assert found["rollout.top_p"][1:3] == ("number", "1.0") and found["train.steps"].default == "required"
-    assert found["teacher.kind"].type == "ema | frozen | live | trust_region" and found["teacher.ema_rate"].paper == "SRPO §4.1"
+    assert (
+        found["teacher.kind"].type == "ema | frozen | live | trust_region"
+        and found["teacher.ema_rate"].paper == "SRPO §4.1"
+    )
     logging = [key for key in found.values() if key.name.startswith("logging.")]
     assert all(key.help for key in logging)
 
@@ -95,8 +121,14 @@ def test_check_finds_what_a_run_would(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     overrides = [f"model.hf_path={QUICKSTART / 'start'}", f"logging.dir={tmp_path / 'new'}"]
     said = check(QUICKSTART / "config.yaml", [*overrides, "parallel.tensor_model_parallel_size=2"], None)
-    assert "can be run: srpo on start, 30 steps of 16 × 8 samples, 2 processes" in said and not (tmp_path / "new").exists()
-    for wrong, message in (("teacher.kind=frosen", "teacher.kind"), ("rollout.max_prompt_tokens=5", "raise it")):
+    assert (
+        "can be run: srpo on start, 30 steps of 16 × 8 samples, 2 processes" in said
+        and not (tmp_path / "new").exists()
+    )
+    for wrong, message in (
+        ("teacher.kind=frosen", "teacher.kind"),
+        ("rollout.max_prompt_tokens=5", "raise it"),
+    ):
         with pytest.raises(ConfigError, match=message):
             check(QUICKSTART / "config.yaml", [*overrides, wrong], None)
     with pytest.raises(ConfigError, match="--processes: 0; expected 1 or more"):
@@ -108,10 +140,18 @@ def test_check_finds_what_a_run_would(tmp_path, monkeypatch):
 def test_the_readme_explains_every_metric(run):
     """The first column of its table, `a_b`, `_c` standing for a_b and a_b_c or a_c."""
     explained = set()
-    for line in (QUICKSTART.parents[1] / "README.md").read_text().split("### Every metric")[1].split("\n## ")[0].splitlines():
+    for line in (
+        (QUICKSTART.parents[1] / "README.md")
+        .read_text()
+        .split("### Every metric")[1]
+        .split("\n## ")[0]
+        .splitlines()
+    ):
         names = re.findall(r"`([^`]+)`", line.split("|")[1]) if line.startswith("| `") else []
         for name in names:
-            explained |= {names[0] + name, names[0].rpartition("_")[0] + name} if name.startswith("_") else {name}
+            explained |= (
+                {names[0] + name, names[0].rpartition("_")[0] + name} if name.startswith("_") else {name}
+            )
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     keys_of_rows = {key for key in rows[0] if not key.startswith("seconds_")} - {"step", "alarms"}
     assert keys_of_rows - explained == set() and "seconds_<phase>" in explained

@@ -25,10 +25,15 @@ LAYOUT = SimpleNamespace(rank=0, gather_bytes=lambda payload: [payload])
 def test_a_second_start_is_refused_until_the_first_is_gone(tmp_path, monkeypatch):
     """Gone by SIGKILL, which leaves the file there."""
     monkeypatch.setattr(logs, "LOCK_SECONDS", 0.0)
-    first = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    first = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     try:
         assert first.stdout.readline() == "held\n"
-        with pytest.raises(ConfigError, match=f"process {first.pid} on .* works in this folder"), logs.alone(tmp_path, LAYOUT):
+        with (
+            pytest.raises(ConfigError, match=f"process {first.pid} on .* works in this folder"),
+            logs.alone(tmp_path, LAYOUT),
+        ):
             pass
     finally:
         first.kill()

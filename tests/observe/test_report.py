@@ -34,7 +34,13 @@ STEPS, PROMPTS, GROUP = 20, 32, 4  # of each of two runs: 5,120 samples
 
 def row(step):
     """A training step's line of metrics.jsonl."""
-    shares = {"pass_rate": 0.4 + 0.02 * step, "format_rate": 1.0, "truncated_share": 0.0, "sdpo_sample_share": 0.5, "sdpo_token_share": 0.4}
+    shares = {
+        "pass_rate": 0.4 + 0.02 * step,
+        "format_rate": 1.0,
+        "truncated_share": 0.0,
+        "sdpo_sample_share": 0.5,
+        "sdpo_token_share": 0.4,
+    }
     numbers = {
         "policy_entropy": 0.5,
         "teacher_entropy": 0.3,
@@ -65,7 +71,12 @@ def row(step):
 def sample(step, prompt, index):
     """One of every kind in a group: right, distilled, failed without a teacher, and nobody's verdict; the last step's first is hostile."""
     text = HOSTILE if (step, prompt, index) == (STEPS, 0, 0) else f"answer {step} {prompt} {index}"
-    verdict = Verdict(reward=float(index == 0), correct=index == 0, format_ok=True, verifier_failed="timeout" if index == 3 else None)
+    verdict = Verdict(
+        reward=float(index == 0),
+        correct=index == 0,
+        format_ok=True,
+        verifier_failed="timeout" if index == 3 else None,
+    )
     is_distilled = index == 1
     route = Route(
         branch="sdpo" if is_distilled else "grpo",
@@ -74,8 +85,17 @@ def sample(step, prompt, index):
         advantage=0.75 if index == 0 else -0.25,
         sibling=0 if is_distilled else None,
     )
-    made = make_sample(index, prompt_id=f"{step}/{prompt}", response_ids=(3, 4, 5), text=text, question=f"Question {prompt}?", route=route)
-    return made.model_copy(update={"verdict": verdict, "finish_reason": "length" if (prompt, index) == (7, 2) else "stop"})
+    made = make_sample(
+        index,
+        prompt_id=f"{step}/{prompt}",
+        response_ids=(3, 4, 5),
+        text=text,
+        question=f"Question {prompt}?",
+        route=route,
+    )
+    return made.model_copy(
+        update={"verdict": verdict, "finish_reason": "length" if (prompt, index) == (7, 2) else "stop"}
+    )
 
 
 def values(key, divergence):
@@ -88,7 +108,14 @@ def values(key, divergence):
         "weight": [0.5, 1.0, 1.8],
         "teacher_logprob": [-0.2, -3.0, -0.1],
     }
-    return {"prompt_id": key[0], "index": key[1], "top": top, **numbers, **(taught if key[1] == 1 else {}), "teacher_top": top}
+    return {
+        "prompt_id": key[0],
+        "index": key[1],
+        "top": top,
+        **numbers,
+        **(taught if key[1] == 1 else {}),
+        "teacher_top": top,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -99,21 +126,41 @@ def folders(tmp_path_factory):
         path = tmp_path_factory.mktemp("runs") / name
         path.mkdir()
         save_config(
-            load_config(QUICKSTART, [f"logging.dir={path}", "algorithm.name=" + ("srpo" if name == "first" else "sdpo")]),
+            load_config(
+                QUICKSTART,
+                [f"logging.dir={path}", "algorithm.name=" + ("srpo" if name == "first" else "sdpo")],
+            ),
             path / "config.yaml",
         )
         rows = [row(step) for step in range(1, STEPS + 1)]
-        score = {"eval/addition/avg@4": 0.5, "eval/addition/avg_low": 0.4, "eval/addition/avg_high": 0.6, "eval/addition/pass@4": 0.9}
+        score = {
+            "eval/addition/avg@4": 0.5,
+            "eval/addition/avg_low": 0.4,
+            "eval/addition/avg_high": 0.6,
+            "eval/addition/pass@4": 0.9,
+        }
         rows += [{"step": step, **score} for step in (0, 10, 20)]
         (path / "metrics.jsonl").write_text(
-            "".join(json.dumps(line) + "\n" for line in rows) + ('{"step": 21, "pas' if name == "second" else "")
+            "".join(json.dumps(line) + "\n" for line in rows)
+            + ('{"step": 21, "pas' if name == "second" else "")
         )
         for step in range(1, STEPS + 1):
-            groups = [tuple(sample(step, prompt, index) for index in range(GROUP)) for prompt in range(PROMPTS)]
+            groups = [
+                tuple(sample(step, prompt, index) for index in range(GROUP)) for prompt in range(PROMPTS)
+            ]
             dump(groups, path / "rollouts", step)
             if step % 10 == 1:
-                rows = [values(key, [0.0, 0.3, 0.6 if number == 3 else 0.1]) for number, key in enumerate(choose(groups, 9))]
-                write_tokens(rows, groups, lambda ids: ["<b>", "ha", "\n", "x", "</script>", "z"][ids[0]], path / "rollouts", step)
+                rows = [
+                    values(key, [0.0, 0.3, 0.6 if number == 3 else 0.1])
+                    for number, key in enumerate(choose(groups, 9))
+                ]
+                write_tokens(
+                    rows,
+                    groups,
+                    lambda ids: ["<b>", "ha", "\n", "x", "</script>", "z"][ids[0]],
+                    path / "rollouts",
+                    step,
+                )
         paths.append(path)
     with step_file(paths[1], STEPS).open("a") as out:
         out.write('{"step": 20, "prom')
@@ -129,7 +176,9 @@ def browse(page: str, folder: Path, width: int, probe: str) -> dict:
     )
     file = folder / f"probed-{width}.html"
     file.write_text(
-        page.replace('<meta charset="utf-8">', f'<meta charset="utf-8">{watch}', 1).replace("</body>", f"<script>{probe}</script></body>")
+        page.replace('<meta charset="utf-8">', f'<meta charset="utf-8">{watch}', 1).replace(
+            "</body>", f"<script>{probe}</script></body>"
+        )
     )
     quiet = [
         "--disable-gpu",
@@ -139,8 +188,21 @@ def browse(page: str, folder: Path, width: int, probe: str) -> dict:
         "--disable-component-update",
         "--disable-sync",
     ]
-    options = ["--headless", "--no-sandbox", *quiet, f"--user-data-dir={folder / f'profile-{width}'}", f"--window-size={width},900"]
-    command = [CHROMIUM, *options, "--enable-logging=stderr", "--virtual-time-budget=5000", "--dump-dom", file.as_uri()]
+    options = [
+        "--headless",
+        "--no-sandbox",
+        *quiet,
+        f"--user-data-dir={folder / f'profile-{width}'}",
+        f"--window-size={width},900",
+    ]
+    command = [
+        CHROMIUM,
+        *options,
+        "--enable-logging=stderr",
+        "--virtual-time-budget=5000",
+        "--dump-dom",
+        file.as_uri(),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     match = re.search(r'<pre id="probe">([^<]*)</pre>', done.stdout)
     assert match, done.stderr[-2000:]
@@ -160,19 +222,35 @@ def test_in_chromium(folders, tmp_path, width):
     found = browse(page, tmp_path, width, (HERE / "probe.js").read_text())
     assert found["problems"] == [] and found["requests"] == []
     assert found["count"] == "5,000 of 5,000" or found["count"].endswith("of 4,864")  # whole steps only
-    assert {"addition/avg@4", "Pass rate", "Entropy weights", "Log-prob gap", "Time by phase"} <= set(found["charts"])
-    assert found["paths"] == found["after"] >= 2 * len(found["charts"]) - 4 and found["bands"] == 6 and not found["broken"]
+    assert {"addition/avg@4", "Pass rate", "Entropy weights", "Log-prob gap", "Time by phase"} <= set(
+        found["charts"]
+    )
+    assert (
+        found["paths"] == found["after"] >= 2 * len(found["charts"]) - 4
+        and found["bands"] == 6
+        and not found["broken"]
+    )
     assert found["wide"] == 0 and found["tipInside"]  # nothing runs out of the page
     assert len(found["alarms"]) == 2 and "dead_groups · first, steps 18 to 20" in found["alarms"][0]
 
     steps = int(found["count"].split(" of ")[1].replace(",", "")) // (PROMPTS * GROUP)
     shown = {name: int(count.split(" of ")[0].replace(",", "")) for name, count in found["filters"].items()}
-    assert shown["wrong, to GRPO"] == steps * PROMPTS * 2 and shown["verifier failed"] == steps * PROMPTS and shown["truncated"] == steps
-    assert found["divergences"] == sorted(found["divergences"], reverse=True) and found["divergences"][0] == pytest.approx(0.3)
+    assert (
+        shown["wrong, to GRPO"] == steps * PROMPTS * 2
+        and shown["verifier failed"] == steps * PROMPTS
+        and shown["truncated"] == steps
+    )
+    assert found["divergences"] == sorted(found["divergences"], reverse=True) and found["divergences"][
+        0
+    ] == pytest.approx(0.3)
     colors = found["colors"]
     assert all(len(of_tokens) == 3 for of_tokens in colors.values())
     assert colors["divergence"][0] == "" and "--heat" in colors["divergence"][2]
-    assert ["--less" in colors["entropy weight"][0], colors["entropy weight"][1], "--more" in colors["entropy weight"][2]] == [
+    assert [
+        "--less" in colors["entropy weight"][0],
+        colors["entropy weight"][1],
+        "--more" in colors["entropy weight"][2],
+    ] == [
         True,
         "",
         True,
@@ -196,12 +274,12 @@ def test_the_probe_would_notice(tmp_path):
     """An error, a console message and a request are all found in a page that has them."""
     page = '<html><head><meta charset="utf-8"></head><body><img src="http://localhost:1/x">'
     page += '<script>console.error("told"); missing();</script></body>'
-    probe = (
-        "addEventListener('load', () => setTimeout(() => { document.body.append(Object.assign(document.createElement('pre'), { id: 'probe',"
-    )
+    probe = "addEventListener('load', () => setTimeout(() => { document.body.append(Object.assign(document.createElement('pre'), { id: 'probe',"
     probe += " textContent: btoa(JSON.stringify({ problems, requests: performance.getEntriesByType('resource').length })) })); }, 200));"
     found = browse(page, tmp_path, 1280, probe)
-    assert any("told" in problem for problem in found["problems"]) and any("missing" in problem for problem in found["problems"])
+    assert any("told" in problem for problem in found["problems"]) and any(
+        "missing" in problem for problem in found["problems"]
+    )
     assert found["requests"] == 1
 
 
@@ -212,17 +290,29 @@ def test_runs_with_little_to_show(folders, tmp_path):
     started.mkdir()
     shutil.copy(bad / "config.yaml", started)
     (started / "metrics.jsonl").write_text('{"step": 0, "eval/addition/avg@4": 0.5}\n')
-    (bad / "metrics.jsonl").write_text(json.dumps(row(1) | {"grad_norm": None}) + "\n" + json.dumps(row(2)) + "\n")
+    (bad / "metrics.jsonl").write_text(
+        json.dumps(row(1) | {"grad_norm": None}) + "\n" + json.dumps(row(2)) + "\n"
+    )
     tokens = tokens_file(bad, 1)
-    tokens.write_text(tokens.read_text().replace("-3.0", "NaN").replace("0.3", "NaN").replace("1.8", "-Infinity"))
+    tokens.write_text(
+        tokens.read_text().replace("-3.0", "NaN").replace("0.3", "NaN").replace("1.8", "-Infinity")
+    )
     assert "NaN" in tokens.read_text()
     write_report([started, bad], tmp_path / "report.html")
-    probe = "const titles = [...document.querySelectorAll('.chart h3')].map((one) => one.firstChild.textContent);"
+    probe = (
+        "const titles = [...document.querySelectorAll('.chart h3')].map((one) => one.firstChild.textContent);"
+    )
     probe += "document.body.append(Object.assign(document.createElement('pre'), { id: 'probe',"
     probe += " textContent: btoa(unescape(encodeURIComponent(JSON.stringify({ problems, titles })))) }));"
     found = browse((tmp_path / "report.html").read_text(), tmp_path, 1280, probe)
-    assert found["problems"] == [] and {"addition/avg@4", "Gradient norm", "Entropy weights"} <= set(found["titles"])
-    number = next(one["number"] for one in report_data([bad], 5000)["samples"] if one["step"] == 1 and one.get("values", {}).get("weight"))
+    assert found["problems"] == [] and {"addition/avg@4", "Gradient norm", "Entropy weights"} <= set(
+        found["titles"]
+    )
+    number = next(
+        one["number"]
+        for one in report_data([bad], 5000)["samples"]
+        if one["step"] == 1 and one.get("values", {}).get("weight")
+    )
     console = Console(file=io.StringIO(), width=200)
     inspect(bad, 1, number, console)
     assert "divergence –" in console.file.getvalue()
@@ -241,14 +331,20 @@ def test_a_row_that_is_no_sample_is_left_out(folders, tmp_path):
     step_file(run, 2).write_text("\n".join([lines[0].replace('"reward"', '"score"'), *lines[1:]]))
     data = report_data([run], 10_000)
     assert len(data["samples"]) == STEPS * PROMPTS * GROUP - 1
-    assert data["notes"] == ["run: step 2, sample 0: is no sample as runs dump them and left out: KeyError('reward')"]
+    assert data["notes"] == [
+        "run: step 2, sample 0: is no sample as runs dump them and left out: KeyError('reward')"
+    ]
 
 
 def test_fewer_samples_are_whole_steps_and_the_page_says_so(folders):
     data = report_data([folders[0]], 700)
     steps = sorted({one["step"] for one in data["samples"]})
-    assert len(steps) == 5 and {1, 11, 20} <= set(steps)  # those with token values, and others spread over the run
-    assert data["notes"] == ["first: the samples of 5 of 20 steps are in this page; all are in its rollouts/."]
+    assert len(steps) == 5 and {1, 11, 20} <= set(
+        steps
+    )  # those with token values, and others spread over the run
+    assert data["notes"] == [
+        "first: the samples of 5 of 20 steps are in this page; all are in its rollouts/."
+    ]
 
 
 def test_what_is_no_run_is_refused(tmp_path):

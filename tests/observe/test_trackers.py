@@ -44,18 +44,32 @@ def numbers(row):
 
 def test_the_same_numbers_everywhere(wandb, tmp_path):
     run = tmp_path / "run"
-    tensorboard = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard (the test extra)")
-    overrides = ["logging.tensorboard=true", "logging.wandb_project=p", "logging.wandb_mode=offline", "logging.profile_steps=[2,2]"]
+    tensorboard = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard (the test extra)"
+    )
+    overrides = [
+        "logging.tensorboard=true",
+        "logging.wandb_project=p",
+        "logging.wandb_mode=offline",
+        "logging.profile_steps=[2,2]",
+    ]
     smaller = ["rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "rollout.max_response_tokens=8"]
     rows = small_run(run, *smaller, "train.steps=3", "evaluation.every=2", "evaluation.prompts=4", *overrides)
     assert [row["step"] for row in rows] == [0, 1, 2, 2, 3, 3]  # evaluations beside steps
     assert wandb.logged == [*({"step": row["step"], **numbers(row)} for row in rows), "finished"]
     assert wandb.axes == [("*", "step")]
     (init,) = wandb.inits
-    assert (init["project"], init["name"], init["mode"], init["id"]) == ("p", "run", "offline", (run / "wandb_id").read_text())
+    assert (init["project"], init["name"], init["mode"], init["id"]) == (
+        "p",
+        "run",
+        "offline",
+        (run / "wandb_id").read_text(),
+    )
     events = tensorboard.EventAccumulator(str(run / "tensorboard"))
     events.Reload()
-    found = {(event.step, name): event.value for name in events.Tags()["scalars"] for event in events.Scalars(name)}
+    found = {
+        (event.step, name): event.value for name in events.Tags()["scalars"] for event in events.Scalars(name)
+    }
     expected = {(row["step"], name): value for row in rows for name, value in numbers(row).items()}
     assert found.keys() == expected.keys()
     assert all(found[key] == pytest.approx(value, rel=1e-6) for key, value in expected.items())
@@ -87,13 +101,18 @@ def test_weights_and_biases_keeps_the_steps_of_a_run_that_goes_back(tmp_path):
     pytest.importorskip("wandb", reason="needs wandb (the wandb extra)")
     config, logged = small_config(tmp_path, "logging.wandb_project=p", "logging.wandb_mode=offline"), []
     config.logging.dir.mkdir(parents=True, exist_ok=True)
-    for steps in ([0, 1, 2, 2, 3, 4, 5, 4], [4, 5, 5, 6]):  # evaluations beside steps; the first goes back by itself, too
+    for steps in (
+        [0, 1, 2, 2, 3, 4, 5, 4],
+        [4, 5, 5, 6],
+    ):  # evaluations beside steps; the first goes back by itself, too
         tracker = trackers.WandB(config)
         for step in steps:
             logged.append((step, 100.0 * len(logged)))
             tracker.write({"step": step, "loss": logged[-1][1], "alarms": ["not a number"]})
         tracker.close()
-    files = sorted((config.logging.dir / "wandb").glob("offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns)
+    files = sorted(
+        (config.logging.dir / "wandb").glob("offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns
+    )
     assert len({file.name for file in files}) == 1  # one run, by its id
     found = [entry for file in files for entry in history_of(file)]
     assert [(row["step"], row["loss"]) for row, _ in found] == logged
@@ -118,13 +137,22 @@ def history_of(file):
         if record.WhichOneof("record_type") == "metric":
             axes.append((record.metric.name or record.metric.glob_name, record.metric.step_metric))
         if record.WhichOneof("record_type") == "history":
-            yield {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}, list(axes)
+            yield (
+                {
+                    item.key or ".".join(item.nested_key): json.loads(item.value_json)
+                    for item in record.history.item
+                },
+                list(axes),
+            )
 
 
 def test_what_is_not_installed_is_said_before_anything_starts(monkeypatch, tmp_path):
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     check_trackers(small_config(tmp_path))
-    for override, package in (("logging.tensorboard=true", "tensorboard"), ("logging.wandb_project=p", "wandb")):
+    for override, package in (
+        ("logging.tensorboard=true", "tensorboard"),
+        ("logging.wandb_project=p", "wandb"),
+    ):
         with pytest.raises(ConfigError, match=f"needs the package {package}"):
             check_trackers(small_config(tmp_path, override))
     with pytest.raises(ConfigError, match="profile_steps"):

@@ -16,11 +16,33 @@ from megatron_srpo.plan.machine import MACHINES, Workload
 from megatron_srpo.plan.memory import total_parameters
 from megatron_srpo.plan.step import active_parameters
 
-QWEN3 = {"vocab_size": 151_936, "head_dim": 128, "max_position_embeddings": 40_960, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
-QWEN3_8B = QWEN3 | {"model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 36}
+QWEN3 = {
+    "vocab_size": 151_936,
+    "head_dim": 128,
+    "max_position_embeddings": 40_960,
+    "rope_theta": 1e6,
+    "rms_norm_eps": 1e-6,
+}
+QWEN3_8B = QWEN3 | {
+    "model_type": "qwen3",
+    "hidden_size": 4096,
+    "intermediate_size": 12_288,
+    "num_hidden_layers": 36,
+}
 QWEN3_8B |= {"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False}
-QWEN3_30B = QWEN3 | {"model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48, "num_experts": 128}
-QWEN3_30B |= {"num_attention_heads": 32, "num_key_value_heads": 4, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
+QWEN3_30B = QWEN3 | {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 48,
+    "num_experts": 128,
+}
+QWEN3_30B |= {
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+}
 QWEN3_30B |= {"norm_topk_prob": True, "tie_word_embeddings": False}
 PAPER = Workload(256, 1024, 0.25)
 H100 = MACHINES["h100"]
@@ -50,7 +72,9 @@ def test_published_models(configure):
 
 def test_training_time_of_the_paper(configure):
     """8B on 8 H20s: the planned step without its sampling is 30 to 100 % of the 83 s that SRPO's whole step took (METHOD.md §4)."""
-    architecture, config = configure(QWEN3_8B, REPLAY, "parallel.tensor_model_parallel_size=4", "parallel.sequence_parallel=true")
+    architecture, config = configure(
+        QWEN3_8B, REPLAY, "parallel.tensor_model_parallel_size=4", "parallel.sequence_parallel=true"
+    )
     plan = plan_for(architecture, config, MACHINES["h20"], 8, PAPER)
     assert 0.3 * 83.4 <= plan.step <= 83.4
     assert plan.seconds["teacher"] < 0.2 * plan.seconds["update"]
@@ -85,7 +109,9 @@ def test_scale(configure):
 
 
 def test_impossible_layouts_are_refused_with_the_reason(configure):
-    architecture, config = configure(QWEN3_8B, REPLAY, "parallel.tensor_model_parallel_size=16", "parallel.sequence_parallel=true")
+    architecture, config = configure(
+        QWEN3_8B, REPLAY, "parallel.tensor_model_parallel_size=16", "parallel.sequence_parallel=true"
+    )
     with pytest.raises(ConfigError, match="16 does not divide the model's num_key_value_heads"):
         plan_for(architecture, config, H100, 16, PAPER)
 
@@ -107,7 +133,9 @@ def test_command(command):
     """Fits: 0; does not: 1, with what takes the room."""
     layout = ["parallel.tensor_model_parallel_size=8", "parallel.sequence_parallel=true", REPLAY]
     status, out, _ = command(*layout, "--scale")
-    assert status == 0 and "fits" in out and "8,190,735,360 parameters" in out and "TP8" in out and "4096" in out
+    assert (
+        status == 0 and "fits" in out and "8,190,735,360 parameters" in out and "TP8" in out and "4096" in out
+    )
     status, out, _ = command(*layout, "--gpu-memory", "20")
     assert status == 1 and "does not fit: needs" in out and "of 20 GB" in out
 

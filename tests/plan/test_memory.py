@@ -54,13 +54,18 @@ MODELS = {
 def folders(tmp_path_factory):
     """Model → its folder, of four layers and 261 rows, so that the vocabulary is padded."""
     root = tmp_path_factory.mktemp("models")
-    return {name: save_folder(root / name, make_model(vocab_size=261, **options)) for name, options in MODELS.items()}
+    return {
+        name: save_folder(root / name, make_model(vocab_size=261, **options))
+        for name, options in MODELS.items()
+    }
 
 
 def configure(folder: Path, *overrides: str) -> Config:
     """A configuration for `folder`."""
     file = folder.parent / f"{folder.name}.yaml"
-    file.write_text(f"model: {{hf_path: {folder}, dtype: float32}}\ntrain: {{steps: 3}}\nlogging: {{dir: unused}}\n")
+    file.write_text(
+        f"model: {{hf_path: {folder}, dtype: float32}}\ntrain: {{steps: 3}}\nlogging: {{dir: unused}}\n"
+    )
     return load_config(file, list(overrides))
 
 
@@ -83,11 +88,17 @@ def test_parameters_of_every_rank(folders, model, ranks, layout):
     architecture, stages = HFFolder(folders[model]).architecture, config.parallel.pipeline_model_parallel_size
     for rank in range(ranks):
         with simulated(rank, ranks, config.parallel) as layout_of_rank:
-            built = [p for chunk in build_chunks(architecture, config, layout_of_rank.device) for p in chunk.parameters()]
+            built = [
+                p
+                for chunk in build_chunks(architecture, config, layout_of_rank.device)
+                for p in chunk.parameters()
+            ]
         experts = sum(p.numel() for p in built if not getattr(p, "allreduce", True))
         expected = stage_parameters(architecture, config, rank * stages // ranks)
         assert sum(p.numel() for p in built) == expected.total
-        if config.parallel.expert_model_parallel_size > 1:  # Megatron's mark; else experts are replicated as all else is
+        if (
+            config.parallel.expert_model_parallel_size > 1
+        ):  # Megatron's mark; else experts are replicated as all else is
             assert experts == expected.experts
 
 
@@ -102,7 +113,10 @@ def test_uneven_stages_are_refused(folders):
 @pytest.mark.parametrize("distributed", ["true", "false"])
 def test_states_of_a_rank_of_four(folders, dtype, distributed, context):
     """Weights, gradient buffers, Adam's states with fp32 masters, the teacher's copy and share; buffers end in padding."""
-    layout = [f"parallel.use_distributed_optimizer={distributed}", f"parallel.context_parallel_size={context}"]
+    layout = [
+        f"parallel.use_distributed_optimizer={distributed}",
+        f"parallel.context_parallel_size={context}",
+    ]
     config = configure(folders["untied"], f"model.dtype={dtype}", *layout)
     folder = HFFolder(folders["untied"])
     with simulated(1, 4, config.parallel) as layout:
@@ -121,7 +135,9 @@ def test_states_of_a_rank_of_four(folders, dtype, distributed, context):
             "teacher": sum(p.nbytes for p in trainer.teacher.parameters),
             "EMA": sum(share.nbytes for share in trainer.teacher.shares),
         }
-        states = [s for one in trainer.optimizer.inner.chained_optimizers for s in one.optimizer.state.values()]
+        states = [
+            s for one in trainer.optimizer.inner.chained_optimizers for s in one.optimizer.state.values()
+        ]
         assert sum(s["exp_avg"].nbytes + s["exp_avg_sq"].nbytes for s in states) == own * 8
         assert size == {"float32": 4, "bfloat16": 2}[dtype]
     expected = state_bytes(folder.architecture, config, CPU, 4, stage=0)
@@ -138,7 +154,11 @@ def test_activations_of_a_layer(folders, model, context):
     lengths, kept = [48, 4, 4, 12], []  # so unlike that attention does not pad them
     for layers in (2, 3):
         with simulated(0, context, config.parallel) as layout:
-            architecture = HFFolder(save_folder(folders[model].parent / f"{model}-{layers}", make_model(layers=layers, **MODELS[model])))
+            architecture = HFFolder(
+                save_folder(
+                    folders[model].parent / f"{model}-{layers}", make_model(layers=layers, **MODELS[model])
+                )
+            )
             (chunk,) = build_chunks(architecture.architecture, config, layout.device)
             documents = [Document(n, (5,), (6,) * length) for n, length in enumerate(lengths)]
             row = micro_batch(documents, sum(lengths), Context(0, context))
@@ -157,7 +177,9 @@ def test_activations_of_a_layer(folders, model, context):
             del output
     batch = Batch(tokens=sum(lengths) // context, responses=0, distilled=0)
     planned, _ = layer_bytes(HFFolder(folders[model]).architecture, config, CPU, batch)
-    if context > 1:  # the last of four chunks sees all four: a CPU's kernel keeps that mask, in fp32, and a GPU's has none
+    if (
+        context > 1
+    ):  # the last of four chunks sees all four: a CPU's kernel keeps that mask, in fp32, and a GPU's has none
         planned += 4 * sum(length // 4 * length for length in lengths)
     assert planned == pytest.approx(kept[1] - kept[0], rel=0.02 if model == "qwen3_moe" else 0)
 
@@ -165,7 +187,9 @@ def test_activations_of_a_layer(folders, model, context):
 def test_recompute_keeps_layer_inputs(folders):
     """A layer's input instead of the layer, and one layer whole."""
     architecture, batch = HFFolder(folders["tied"]).architecture, Batch(1000, 10, 0)
-    recompute = [f"megatron.recompute_{key}" for key in ("granularity=full", "method=uniform", "num_layers=1")]
+    recompute = [
+        f"megatron.recompute_{key}" for key in ("granularity=full", "method=uniform", "num_layers=1")
+    ]
     config = configure(folders["tied"])
     whole = memory(architecture, config, CPU, 1, batch)["activations"]
     less = memory(architecture, configure(folders["tied"], *recompute), CPU, 1, batch)["activations"]
@@ -193,7 +217,18 @@ def test_layers_in_flight_are_megatrons_warm_up_and_one(folders, virtual):
 
 def measured(*arguments: str) -> dict[str, dict]:
     """Rows of tools/bench_step.py by algorithm."""
-    command = [sys.executable, "tools/bench_step.py", "--shape", "tiny", "--repeats", "1", "--threads", "1", "--json", *arguments]
+    command = [
+        sys.executable,
+        "tools/bench_step.py",
+        "--shape",
+        "tiny",
+        "--repeats",
+        "1",
+        "--threads",
+        "1",
+        "--json",
+        *arguments,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -204,8 +239,20 @@ def measured(*arguments: str) -> dict[str, dict]:
 
 def planned(width: int, algorithm: str, row: dict, tmp_path: Path) -> float:
     """Bytes by the planner for a row of `measured`, whose engine is no part of it."""
-    shape = dict(hidden_size=width, intermediate_size=3 * width, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
-    shape |= {"model_type": "qwen3", "vocab_size": 512, "head_dim": 32, "max_position_embeddings": 64, "tie_word_embeddings": True}
+    shape = dict(
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    shape |= {
+        "model_type": "qwen3",
+        "vocab_size": 512,
+        "head_dim": 32,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+    }
     (tmp_path / "config.json").write_text(json.dumps(shape))
     config = configure(tmp_path, f"algorithm.name={algorithm}")
     parts = memory(HFFolder(tmp_path).architecture, config, CPU, 1, Batch(*row["batch"]))
@@ -218,12 +265,23 @@ def test_peak_memory_of_whole_steps(tmp_path):
     From the narrow to the wide model most of what is added is states; from GRPO to SRPO it is the teacher.
     """
     lengths = ["--prompts", "4", "--samples", "2", "--prompt-tokens", "32", "--response-tokens", "64"]
-    found = {width: measured(*lengths, "--algorithms", "grpo", "srpo", "--width", str(width)) for width in (128, 512)}
-    expected = {(width, name): planned(width, name, row, tmp_path) for width, rows in found.items() for name, row in rows.items()}
+    found = {
+        width: measured(*lengths, "--algorithms", "grpo", "srpo", "--width", str(width))
+        for width in (128, 512)
+    }
+    expected = {
+        (width, name): planned(width, name, row, tmp_path)
+        for width, rows in found.items()
+        for name, row in rows.items()
+    }
     peak = {(width, name): row["extra_bytes"] for width, rows in found.items() for name, row in rows.items()}
     for name in ("grpo", "srpo"):
-        assert expected[512, name] - expected[128, name] == pytest.approx(peak[512, name] - peak[128, name], rel=0.1)
-    assert expected[512, "srpo"] - expected[512, "grpo"] == pytest.approx(peak[512, "srpo"] - peak[512, "grpo"], rel=0.1)
+        assert expected[512, name] - expected[128, name] == pytest.approx(
+            peak[512, name] - peak[128, name], rel=0.1
+        )
+    assert expected[512, "srpo"] - expected[512, "grpo"] == pytest.approx(
+        peak[512, "srpo"] - peak[512, "grpo"], rel=0.1
+    )
     for row in found[512].values():
         assert row["seconds"] > 0 and row["tokens_per_second"] > 0 and row["mfu"] is None
         assert set(row) >= {"ratio", "seconds_pack", "seconds_teacher", "seconds_update"}
@@ -246,7 +304,14 @@ def test_offloaded_states_count_where_activations_are_gone(folders):
 
 def test_worst_batch(folders):
     """The budget, or the longest sequence where that is longer; a rank's share of the distilled tokens."""
-    config = configure(folders["tied"], "rollout.max_response_tokens=100", "rollout.max_prompt_tokens=28", "train.micro_batch_tokens=64")
+    config = configure(
+        folders["tied"],
+        "rollout.max_response_tokens=100",
+        "rollout.max_prompt_tokens=28",
+        "train.micro_batch_tokens=64",
+    )
     assert Batch.worst(config, 4, Workload(10, 50, 0.5)) == Batch(128, 128, 64 * 50 * 0.5)
     shared = config.model_copy(update={"parallel": ParallelSection(context_parallel_size=2)})
-    assert Batch.worst(shared, 4, Workload(10, 50, 0.5)) == Batch(64, 64, 64 * 50 * 0.5)  # half of twice as many samples
+    assert Batch.worst(shared, 4, Workload(10, 50, 0.5)) == Batch(
+        64, 64, 64 * 50 * 0.5
+    )  # half of twice as many samples

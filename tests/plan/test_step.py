@@ -47,7 +47,13 @@ def test_forward_flops(tmp_path, family):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, length, dtype=torch.long))
     counts = counter.get_flop_counts()["Global"]
-    attention = 4 * architecture.num_attention_heads * architecture.head_dim * length**2 * architecture.num_hidden_layers
+    attention = (
+        4
+        * architecture.num_attention_heads
+        * architecture.head_dim
+        * length**2
+        * architecture.num_hidden_layers
+    )
     head = 2 * length * architecture.hidden_size * architecture.vocab_size
     expected = sum(counts.values()) - head - attention / 2
     rotary = 4 * 8 * length  # transformers' angles are a product of matrices
@@ -61,22 +67,34 @@ def test_step_flops(start):
     head = 2 * a.hidden_size * a.vocab_size * 16 * 30
     forward = forward_flops(a, 16 * 50, 50)
     flops = step_flops(a, load_config(file, []), work)
-    assert flops == {"update": 3 * forward + 3.5 * head, "teacher": forward_flops(a, 8 * 120, 120) + 0.5 * head}
+    assert flops == {
+        "update": 3 * forward + 3.5 * head,
+        "teacher": forward_flops(a, 8 * 120, 120) + 0.5 * head,
+    }
     grpo = load_config(file, ["algorithm.name=grpo", "algorithm.mini_batch_prompts=2"])
-    assert step_flops(a, grpo, work._replace(distilled_share=0.0)) == {"update": 3 * forward + 3 * head, "scoring": forward + head}
+    assert step_flops(a, grpo, work._replace(distilled_share=0.0)) == {
+        "update": 3 * forward + 3 * head,
+        "scoring": forward + head,
+    }
 
 
 def collectives_of_an_update(start, config, ranks):
     """(bytes that a simulated rank sends in its collectives, how many they are, samples); the teacher has scored before."""
     folder, rollouts, _ = start
     with simulated(1, ranks, config.parallel) as layout:
-        groups = route_groups(replay(rollouts, 1, 4, folder), config.algorithm, folder.encode, 160, seed="1/1")
+        groups = route_groups(
+            replay(rollouts, 1, 4, folder), config.algorithm, folder.encode, 160, seed="1/1"
+        )
         trainer = Trainer(config, folder, layout)
         batches = trainer.pack([sample for group in groups for sample in group])
         targets = trainer.score_teacher(batches)
         with Collectives() as collectives:
             assert trainer.update(batches, targets).moved == [True]
-    ring = {"reduce_scatter": ranks - 1, "allgather": (ranks - 1) / ranks, "allreduce": 2 * (ranks - 1) / ranks}  # of the bytes it gets
+    ring = {
+        "reduce_scatter": ranks - 1,
+        "allgather": (ranks - 1) / ranks,
+        "allreduce": 2 * (ranks - 1) / ranks,
+    }  # of the bytes it gets
     sent = [size * share for name, size in collectives.seen for kind, share in ring.items() if kind in name]
     assert len(sent) == len(collectives.seen)
     return sum(sent), [sample for group in groups for sample in group]
@@ -95,10 +113,15 @@ def test_context_parallel_traffic_is_what_a_step_sends(start):
     """Keys, values, their gradients and the last hidden states as well; the padding of documents is left out."""
     config = load_config(start[2], ["parallel.context_parallel_size=2"])
     sent, samples = collectives_of_an_update(start, config, 2)
-    prompt, response = (sum(map(len, ids)) // len(samples) for ids in ([s.prompt.ids for s in samples], [s.response_ids for s in samples]))
+    prompt, response = (
+        sum(map(len, ids)) // len(samples)
+        for ids in ([s.prompt.ids for s in samples], [s.response_ids for s in samples])
+    )
     planned = traffic(start[0].architecture, config, MACHINES["cpu"], 2, Workload(prompt, response, 0.0))
     assert planned["context"].bytes > planned["gradients"].bytes / 4
-    assert sum(planned[name].bytes for name in ("gradients", "teacher", "context")) == pytest.approx(sent, rel=0.03)
+    assert sum(planned[name].bytes for name in ("gradients", "teacher", "context")) == pytest.approx(
+        sent, rel=0.03
+    )
 
 
 def test_exchanged_bytes(start):
@@ -117,7 +140,9 @@ def test_exchanged_bytes(start):
             )
             for sample in samples
         ]
-        return sum(len(sample.response_ids) for sample in made), sum(len(sample.model_dump_json()) for sample in made)
+        return sum(len(sample.response_ids) for sample in made), sum(
+            len(sample.model_dump_json()) for sample in made
+        )
 
     (few, small), (many, large) = length(1), length(50)
     config = load_config(start[2], [])

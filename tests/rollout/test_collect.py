@@ -21,7 +21,9 @@ def folder(tmp_path_factory):
 
 
 def prompt(number):
-    return Prompt(id=f"t/{number}", task="t", messages=({"role": "user", "content": "x" * number},), answer=str(number))
+    return Prompt(
+        id=f"t/{number}", task="t", messages=({"role": "user", "content": "x" * number},), answer=str(number)
+    )
 
 
 def test_ranks_share_the_prompts(folder):
@@ -31,7 +33,9 @@ def test_ranks_share_the_prompts(folder):
         collector = Collector(None, None, folder, layout, RolloutSection())
         shares.append([one.id for one in collector.prompts(prompt, range(10, 18))])
     assert shares == [["t/10", "t/13", "t/16"], ["t/11", "t/14", "t/17"], ["t/12", "t/15"]]
-    collector = Collector(None, None, folder, SimpleNamespace(rank=0, world_size=1), RolloutSection(max_prompt_tokens=40))
+    collector = Collector(
+        None, None, folder, SimpleNamespace(rank=0, world_size=1), RolloutSection(max_prompt_tokens=40)
+    )
     with pytest.raises(ConfigError, match="prompt t/30 has"):
         collector.prompts(prompt, range(30, 31))
 
@@ -42,7 +46,9 @@ def test_feedback_of_the_data_is_for_failed_samples():
 
     def judged(text, feedback):
         sample = make_sample(text=text)
-        sample = sample.model_copy(update={"prompt": sample.prompt.model_copy(update={"answer": "B", "feedback": feedback})})
+        sample = sample.model_copy(
+            update={"prompt": sample.prompt.model_copy(update={"answer": "B", "feedback": feedback})}
+        )
         ((result,),) = collector.verify([(sample,)])
         return result.verdict
 

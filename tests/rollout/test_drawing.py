@@ -82,7 +82,9 @@ def make(folder, tmp_path):
 
 
 def prompt(number):
-    return Prompt(id=f"p{number}", task="t", messages=({"role": "user", "content": str(number)},), answer=str(number))
+    return Prompt(
+        id=f"p{number}", task="t", messages=({"role": "user", "content": str(number)},), answer=str(number)
+    )
 
 
 def names(groups):
@@ -95,7 +97,10 @@ def events(tmp_path):
 
 def test_without_choice_every_prompt_is_trained_in_order(make, tmp_path):
     drawing, engine = make()
-    assert [names(drawing.draw(step, "0").groups) for step in (1, 2)] == [["p0", "p1", "p2"], ["p3", "p4", "p5"]]
+    assert [names(drawing.draw(step, "0").groups) for step in (1, 2)] == [
+        ["p0", "p1", "p2"],
+        ["p3", "p4", "p5"],
+    ]
     assert len(engine.asked) == 12 and drawing.place(2) == 3 and drawing.place(3) == 6
     assert events(tmp_path)[2]["drawn"] == ["p3", "p4", "p5"]
 
@@ -103,16 +108,30 @@ def test_without_choice_every_prompt_is_trained_in_order(make, tmp_path):
 def test_groups_without_signal_are_left_out_and_others_drawn(make, tmp_path):
     drawing, _ = make({1: (1, 1), 3: (0, 0)}, "rollout.dynamic_filtering=true")
     drawn = drawing.draw(1, "0")
-    assert names(drawn.groups) == ["p0", "p2", "p4"]  # a second round for one, a third because p3 says nothing either
+    assert names(drawn.groups) == [
+        "p0",
+        "p2",
+        "p4",
+    ]  # a second round for one, a third because p3 says nothing either
     assert drawn.numbers == {"groups_filtered": 2, "groups_carried": 0, "rounds": 3}
-    assert events(tmp_path)[1] == {"drawn": ["p0", "p1", "p2", "p3", "p4"], "filtered": ["p1", "p3"], "trained": []}
+    assert events(tmp_path)[1] == {
+        "drawn": ["p0", "p1", "p2", "p3", "p4"],
+        "filtered": ["p1", "p3"],
+        "trained": [],
+    }
     assert names(drawing.draw(2, "0").groups) == ["p5", "p6", "p7"]
 
 
 def test_after_enough_rounds_the_batch_is_filled(make):
-    drawing, _ = make(dict.fromkeys(range(1, 99), (1, 1)), "rollout.dynamic_filtering=true", "rollout.filter_rounds=2")
+    drawing, _ = make(
+        dict.fromkeys(range(1, 99), (1, 1)), "rollout.dynamic_filtering=true", "rollout.filter_rounds=2"
+    )
     drawn = drawing.draw(1, "0")
-    assert names(drawn.groups) == ["p0", "p1", "p2"] and drawn.numbers["groups_filtered"] == 2 and drawn.numbers["rounds"] == 2
+    assert (
+        names(drawn.groups) == ["p0", "p1", "p2"]
+        and drawn.numbers["groups_filtered"] == 2
+        and drawn.numbers["rounds"] == 2
+    )
 
 
 def test_over_sampling_breaks_off_the_slowest_and_goes_on_with_them(make, tmp_path):
@@ -121,9 +140,19 @@ def test_over_sampling_breaks_off_the_slowest_and_goes_on_with_them(make, tmp_pa
     assert names(drawing.draw(1, "0").groups) == ["p0", "p1", "p2"]
     engine.version, engine.asked = "1", []
     drawn = drawing.draw(2, "1")
-    assert names(drawn.groups) == ["p3", "p4", "p5"] and engine.asked[:2] == [("1/2/p3/0", 1), ("1/2/p3/1", 1)]
-    assert drawn.groups[0][0].versions == (("0", 0, 1), ("1", 1, 2)) and len(drawn.groups[0][0].response_ids) == 2
-    assert events(tmp_path)[2]["drawn"] == ["p6", "p7", "p8"]  # three were carried on, so three more are begun
+    assert names(drawn.groups) == ["p3", "p4", "p5"] and engine.asked[:2] == [
+        ("1/2/p3/0", 1),
+        ("1/2/p3/1", 1),
+    ]
+    assert (
+        drawn.groups[0][0].versions == (("0", 0, 1), ("1", 1, 2))
+        and len(drawn.groups[0][0].response_ids) == 2
+    )
+    assert events(tmp_path)[2]["drawn"] == [
+        "p6",
+        "p7",
+        "p8",
+    ]  # three were carried on, so three more are begun
     trained = names(drawing.draw(3, "2").groups)
     assert trained == ["p6", "p7", "p8"]
 
@@ -139,12 +168,16 @@ def test_what_is_too_stale_is_made_anew(make):
 
 def test_whole_groups_beyond_the_batch_are_carried(make):
     """A batch that fills up with a round's last groups leaves the others for the next step: they are not sampled again."""
-    drawing, engine = make({0: (1, 1), 1: (1, 1)}, "rollout.dynamic_filtering=true", "rollout.over_sampling=1.6")
+    drawing, engine = make(
+        {0: (1, 1), 1: (1, 1)}, "rollout.dynamic_filtering=true", "rollout.over_sampling=1.6"
+    )
     drawn = drawing.draw(1, "0")  # five begun: p0, p1 say nothing, p2 … p4 fill the batch
     assert names(drawn.groups) == ["p2", "p3", "p4"] and drawn.numbers["groups_carried"] == 0
     drawing, engine = make({0: (1, 1)}, "rollout.dynamic_filtering=true", "rollout.over_sampling=1.6")
     drawn = drawing.draw(1, "0")
-    assert names(drawn.groups) == ["p1", "p2", "p3"] and drawn.numbers["groups_carried"] == 1  # p4, broken off
+    assert (
+        names(drawn.groups) == ["p1", "p2", "p3"] and drawn.numbers["groups_carried"] == 1
+    )  # p4, broken off
 
 
 def test_a_step_that_was_carried_into_goes_on_alike(make, tmp_path):
@@ -154,7 +187,9 @@ def test_a_step_that_was_carried_into_goes_on_alike(make, tmp_path):
     place = drawing.place(2)
     expected = drawing.draw(2, "1").groups
     again, other = make(None, "rollout.over_sampling=2")
-    (tmp_path / "ledger" / "step_000002.rank_00000.jsonl").unlink()  # what was finished of it: here the test is of the carried
+    (
+        tmp_path / "ledger" / "step_000002.rank_00000.jsonl"
+    ).unlink()  # what was finished of it: here the test is of the carried
     again.go_on(2, place)
     assert again.draw(2, "1").groups == expected
 
@@ -181,12 +216,17 @@ def test_a_later_round_of_several_ranks_goes_on_alike(make):
 
     Killed after that round, both go on: were p4 taken for whole in the first round, the second would begin one prompt more.
     """
-    script, settings = dict.fromkeys((1, 3, 4, 5), (1, 1)), ["rollout.dynamic_filtering=true", "rollout.over_sampling=1.5"]
+    script, settings = (
+        dict.fromkeys((1, 3, 4, 5), (1, 1)),
+        ["rollout.dynamic_filtering=true", "rollout.over_sampling=1.5"],
+    )
     results = []
     for _ in range(2):
         meeting, shown, made = threading.Barrier(2, timeout=20), [b"", b""], []
         for rank in range(2):
-            layout = SimpleNamespace(rank=rank, world_size=2, gather_bytes=partial(gather, meeting, shown, rank))
+            layout = SimpleNamespace(
+                rank=rank, world_size=2, gather_bytes=partial(gather, meeting, shown, rank)
+            )
             made.append(make(script, *settings, "rollout.prompts_per_step=4", layout=layout))
             made[-1][0].go_on(1, 0)
         with ThreadPoolExecutor(2) as ranks:
@@ -197,7 +237,11 @@ def test_a_later_round_of_several_ranks_goes_on_alike(make):
     assert [names(drawn.groups) for drawn, *_ in first] == [["p0", "p6"], ["p2", "p7"]]
     assert first[0][0].numbers["rounds"] == 2
     for (drawn, *rest, _), (again, *other, asked) in zip(first, second, strict=True):
-        assert (drawn.groups, drawn.numbers, rest) == (again.groups, again.numbers, other) and not asked  # nothing was left to sample
+        assert (drawn.groups, drawn.numbers, rest) == (
+            again.groups,
+            again.numbers,
+            other,
+        ) and not asked  # nothing was left to sample
 
 
 def test_a_prompt_that_has_changed_is_sampled_anew(make, monkeypatch):

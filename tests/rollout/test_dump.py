@@ -13,7 +13,14 @@ from megatron_srpo.data.rollout_file import dump, step_file
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.replay import replay
 
-TEXTS = ["two\u2028lines\u2029of\x85 text", 'quotes " and \\ and \\n', "🙂👩‍👩‍👧 ünïcode", "tab\tnew\nline\r\nreturn\r\0", "</s>{}[]", ""]
+TEXTS = [
+    "two\u2028lines\u2029of\x85 text",
+    'quotes " and \\ and \\n',
+    "🙂👩‍👩‍👧 ünïcode",
+    "tab\tnew\nline\r\nreturn\r\0",
+    "</s>{}[]",
+    "",
+]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +87,14 @@ def test_dump_is_readable_by_people(tmp_path):
 
 
 def test_routes_are_dumped_for_people_and_dropped_by_replay(tmp_path, model):
-    route = Route(branch="sdpo", policy_weight=0, distillation_weight=1, advantage=-0.5, sibling=1, teacher_ids=(1, 2, 3))
+    route = Route(
+        branch="sdpo",
+        policy_weight=0,
+        distillation_weight=1,
+        advantage=-0.5,
+        sibling=1,
+        teacher_ids=(1, 2, 3),
+    )
     group = tuple(sample.model_copy(update={"route": route}) for sample in make_group((1, 0)))
     dump([group], tmp_path, 1)
     assert json.loads(step_file(tmp_path, 1).read_text().split("\n")[0])["route"]["teacher_ids"] == [1, 2, 3]
@@ -100,7 +114,9 @@ def test_missing_step(tmp_path, model):
     assert "step_000001.jsonl is missing" in refusal(tmp_path / "nowhere", model)
 
 
-@pytest.mark.parametrize("line", ["", "{", "not json", '{"prompt": }', "[]", "5", "null", '"text"', "{}", '{"step": 1}'])
+@pytest.mark.parametrize(
+    "line", ["", "{", "not json", '{"prompt": }', "[]", "5", "null", '"text"', "{}", '{"step": 1}']
+)
 def test_damaged_line(tmp_path, model, line):
     file = write(tmp_path)
     lines = file.read_text().split("\n")
@@ -164,7 +180,9 @@ def test_line_with_wrong_fields(tmp_path, model, change, named):
 def test_ids_outside_the_vocabulary(tmp_path, model, change):
     file = write(tmp_path)
     edit(file, 4, change)
-    assert refusal(tmp_path, model).startswith(f"{file}:4: prompt.ids are missing or an id is outside the model's vocabulary")
+    assert refusal(tmp_path, model).startswith(
+        f"{file}:4: prompt.ids are missing or an id is outside the model's vocabulary"
+    )
 
 
 def test_largest_id_is_inside(tmp_path, model):

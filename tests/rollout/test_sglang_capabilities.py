@@ -13,9 +13,20 @@ from megatron_srpo.rollout.engines import check_engine
 from megatron_srpo.rollout.sglang.capabilities import Capabilities, check
 
 ROOT = Path(__file__).parents[2]
-MODEL = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "weight_version": "default", "is_generation": True}
+MODEL = {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "weight_version": "default",
+    "is_generation": True,
+}
 SERVER = {
-    **{"version": "0.5.23", "context_length": None, "max_total_num_tokens": 16384, "tp_size": 2, "dp_size": 1},
+    **{
+        "version": "0.5.23",
+        "context_length": None,
+        "max_total_num_tokens": 16384,
+        "tp_size": 2,
+        "dp_size": 1,
+    },
     **{"enable_deterministic_inference": False, "enable_memory_saver": False},
 }
 FOLDER = HFFolder(ROOT / "examples/quickstart/start")
@@ -27,7 +38,9 @@ def config(*overrides):
 
 
 def look(server=(), model=(), overrides=()):
-    return check("http://a:1", {**SERVER, **dict(server)}, {**MODEL, **dict(model)}, config(*overrides).rollout, FOLDER)
+    return check(
+        "http://a:1", {**SERVER, **dict(server)}, {**MODEL, **dict(model)}, config(*overrides).rollout, FOLDER
+    )
 
 
 def test_what_a_server_can_do():
@@ -47,9 +60,24 @@ def test_what_a_server_can_do():
         ({"context_length": 100}, {}, (), "up to 128 tokens; http://a:1 takes 100"),
         ({"max_total_num_tokens": 127}, {}, (), "up to 128 tokens; http://a:1 takes 127"),
         ({}, {}, ["rollout.max_response_tokens=500"], "up to 564 tokens; http://a:1 takes 512"),
-        ({}, {}, ["rollout.colocated=true"], "rollout.colocated: http://a:1 was started without --enable-memory-saver"),
-        ({"dp_size": 2}, {}, ["rollout.sglang.update=tensor"], "--dp-size 2, which takes updates from disk only"),
-        ({"pp_size": 2}, {}, ["rollout.sglang.update=distributed"], "--pp-size 2, which takes updates from disk only"),
+        (
+            {},
+            {},
+            ["rollout.colocated=true"],
+            "rollout.colocated: http://a:1 was started without --enable-memory-saver",
+        ),
+        (
+            {"dp_size": 2},
+            {},
+            ["rollout.sglang.update=tensor"],
+            "--dp-size 2, which takes updates from disk only",
+        ),
+        (
+            {"pp_size": 2},
+            {},
+            ["rollout.sglang.update=distributed"],
+            "--pp-size 2, which takes updates from disk only",
+        ),
     ],
 )
 def test_what_a_run_cannot_use_is_told(server, model, overrides, message):
@@ -65,12 +93,24 @@ def test_what_a_run_cannot_use_is_told(server, model, overrides, message):
         (["rollout.urls=[http://a:1]"], "needs either urls"),
         (["rollout.engine=transformers"], "rollout.servers: needs rollout.engine: sglang, not transformers"),
         (["rollout.servers=0", "rollout.urls=[a:1]"], "rollout.urls: 'a:1': expected http://host:port"),
-        (["rollout.servers=0", "rollout.urls=[http://a:1, http://a:1/]"], "rollout.urls: a server is named twice"),
-        (["rollout.servers=0", "rollout.urls=[http://a:1]", "rollout.sglang.update=tensor"], "rollout.sglang.update: tensor shares memory"),
-        (["rollout.sglang.host=0.0.0.0"], "0.0.0.0 can be reached from other machines; set rollout.sglang.api_key_env"),
+        (
+            ["rollout.servers=0", "rollout.urls=[http://a:1, http://a:1/]"],
+            "rollout.urls: a server is named twice",
+        ),
+        (
+            ["rollout.servers=0", "rollout.urls=[http://a:1]", "rollout.sglang.update=tensor"],
+            "rollout.sglang.update: tensor shares memory",
+        ),
+        (
+            ["rollout.sglang.host=0.0.0.0"],
+            "0.0.0.0 can be reached from other machines; set rollout.sglang.api_key_env",
+        ),
         (["rollout.sglang.port=65535"], "2 servers from 65535 on pass 65535"),
         (["rollout.colocated=true", "rollout.overlap=1"], "rollout.overlap: 1 samples while training"),
-        (["rollout.colocated=true", "rollout.sglang.update=distributed"], "rollout.sglang.update: distributed broadcasts between GPUs"),
+        (
+            ["rollout.colocated=true", "rollout.sglang.update=distributed"],
+            "rollout.sglang.update: distributed broadcasts between GPUs",
+        ),
         (["rollout.sglang.updat=disk"], "rollout.sglang.updat: unknown key; did you mean update?"),
     ],
 )
@@ -83,8 +123,14 @@ def test_settings_that_contradict_are_refused_by_name(overrides, message):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["rollout.sglang.api_key_env=NOBODY_SETS_THIS"], "api_key_env: the environment variable NOBODY_SETS_THIS is not set"),
-        (["rollout.sglang.python=/nowhere/python"], "rollout.sglang.python: /nowhere/python is no interpreter"),
+        (
+            ["rollout.sglang.api_key_env=NOBODY_SETS_THIS"],
+            "api_key_env: the environment variable NOBODY_SETS_THIS is not set",
+        ),
+        (
+            ["rollout.sglang.python=/nowhere/python"],
+            "rollout.sglang.python: /nowhere/python is no interpreter",
+        ),
     ],
 )
 def test_what_this_machine_lacks_is_told_before_anything_starts(overrides, message):

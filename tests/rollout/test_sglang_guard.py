@@ -11,5 +11,13 @@ from megatron_srpo.rollout.sglang import guard
 
 def test_slurms_warning_ends_neither_guard_nor_server():
     """SIGUSR1 is the run's, whose last step still samples; the guard hands on the command's status."""
-    command = [sys.executable, "-S", guard.__file__, str(os.getpid()), "sh", "-c", "kill -USR1 $PPID; kill -USR1 $$; exit 7"]
+    command = [
+        sys.executable,
+        "-S",
+        guard.__file__,
+        str(os.getpid()),
+        "sh",
+        "-c",
+        "kill -USR1 $PPID; kill -USR1 $$; exit 7",
+    ]
     assert subprocess.run(command, timeout=60).returncode == 7

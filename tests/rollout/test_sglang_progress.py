@@ -27,7 +27,11 @@ from megatron_srpo.rollout.sglang.publication import Update
 ROOT = Path(__file__).parents[2]
 REPLY = {
     "output_ids": [2],
-    "meta_info": {"finish_reason": {"type": "stop"}, "weight_version": "0", "output_token_logprobs": [[-0.5, 2, None]]},
+    "meta_info": {
+        "finish_reason": {"type": "stop"},
+        "weight_version": "0",
+        "output_token_logprobs": [[-0.5, 2, None]],
+    },
 }
 
 
@@ -69,7 +73,11 @@ def test_a_long_response_is_progress_while_its_server_makes_tokens(is_healthy, m
     with server(is_healthy) as (url, released):
         asking = threading.Thread(
             target=generating(url).generate,
-            args=([Request((0, 1), "x")], Sampling(1.0, 1.0, 4, (2,)), lambda new: done.extend(one.ids for one in new.values())),
+            args=(
+                [Request((0, 1), "x")],
+                Sampling(1.0, 1.0, 4, (2,)),
+                lambda new: done.extend(one.ids for one in new.values()),
+            ),
         )
         asking.start()
         time.sleep(0.5)  # the request is on its way
@@ -118,14 +126,22 @@ def test_waits_for_servers_that_start_are_progress(monkeypatch):
     monkeypatch.setattr(engine, "_HEARTBEAT", 0.01)
     looks = iter([True, True, True, False])
     publisher = SimpleNamespace(
-        settings=None, say=lambda text: None, inspect=lambda: None, is_seeded=True, fleet=SimpleNamespace(is_starting=lambda: next(looks))
+        settings=None,
+        say=lambda text: None,
+        inspect=lambda: None,
+        is_seeded=True,
+        fleet=SimpleNamespace(is_starting=lambda: next(looks)),
     )
-    alone = SimpleNamespace(publisher=publisher, settings=SimpleNamespace(servers=0), _from_first=lambda value: value)
+    alone = SimpleNamespace(
+        publisher=publisher, settings=SimpleNamespace(servers=0), _from_first=lambda value: value
+    )
     before = PROGRESS.beats
     assert SGLangEngine._meet_servers(alone) and PROGRESS.beats - before == 3
 
 
 def test_a_watchdog_less_patient_than_publications_is_refused():
     given = [f"model.hf_path={ROOT / 'examples/quickstart/start'}", "rollout.sglang.update_timeout=900"]
-    with pytest.raises(ConfigError, match=r"logging.watchdog_minutes: 8 minutes would end .*update_timeout \(900 s\)"):
+    with pytest.raises(
+        ConfigError, match=r"logging.watchdog_minutes: 8 minutes would end .*update_timeout \(900 s\)"
+    ):
         preflight(load_config(ROOT / "examples/quickstart/sglang.yaml", given))

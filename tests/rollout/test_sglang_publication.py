@@ -89,14 +89,22 @@ def test_threads_that_share_memory_do_not_change_how_the_others_do(monkeypatch):
         update = update_of(one, other)
         SharedMemory(64, CPU, lambda server: 1).send(update, iter(TENSORS))
         update.close()
-    handles = [body["serialized_named_tensors"][0] for path, body in asked + asked_too if path == "/update_weights_from_tensor"]
-    assert len(handles) == 2 and all(b"rebuild_storage_filename" in base64.b64decode(handle) for handle in handles)
+    handles = [
+        body["serialized_named_tensors"][0]
+        for path, body in asked + asked_too
+        if path == "/update_weights_from_tensor"
+    ]
+    assert len(handles) == 2 and all(
+        b"rebuild_storage_filename" in base64.b64decode(handle) for handle in handles
+    )
     assert torch.multiprocessing.get_sharing_strategy() == before
 
 
 def test_nobody_broadcasts_to_a_group_that_a_server_has_not_joined(monkeypatch):
     """NCCL makes its group without waiting; at the first broadcast it would wait for ever for the one that refused."""
-    monkeypatch.setattr(publication, "_group", lambda *_: SimpleNamespace(broadcast=lambda *_: pytest.fail("broadcast")))
+    monkeypatch.setattr(
+        publication, "_group", lambda *_: SimpleNamespace(broadcast=lambda *_: pytest.fail("broadcast"))
+    )
     monkeypatch.setattr(publication.dist, "destroy_process_group", lambda group: None)
     refuses = lambda path, body: (400, {}) if path == "/init_weights_update_group" else (200, {})  # noqa: E731
     said = []
@@ -104,7 +112,9 @@ def test_nobody_broadcasts_to_a_group_that_a_server_has_not_joined(monkeypatch):
         update = update_of(good, bad)
         Broadcast(64, CPU, None, 20, lambda server: 1, said.append).send(update, iter(TENSORS))
         update.close()
-    assert [server.url for server in update.missed] == [good] and [server.url for server in update.failures] == [bad]
+    assert [server.url for server in update.missed] == [good] and [
+        server.url for server in update.failures
+    ] == [bad]
     assert said == ["weights go by disk this time: a server did not join the group"]
 
 
@@ -114,7 +124,9 @@ def test_released_servers_stay_paused_until_weights_and_memory_are_back(tmp_path
     config = load_config(ROOT / "examples/quickstart/sglang.yaml", given)
     config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"colocated": True})})
     with server(lambda path, body: (200, {"weight_version": "0"})) as (url, asked):
-        publisher = Publisher(config, HFFolder(ROOT / "examples/quickstart/start"), [url], None, CPU, lambda text: None)
+        publisher = Publisher(
+            config, HFFolder(ROOT / "examples/quickstart/start"), [url], None, CPU, lambda text: None
+        )
         publisher.capabilities[url] = Capabilities("0.5.23", True, False, 1)
         publisher._transport = SharedMemory(64, CPU, lambda server: 1)
         publisher.release_memory()
@@ -123,9 +135,21 @@ def test_released_servers_stay_paused_until_weights_and_memory_are_back(tmp_path
         publisher.close()
     assert [path for path, _ in released] == ["/pause_generation", "/release_memory_occupation"]
     assert released[0][1] == {"mode": "retract"}
-    steps = [path.strip("/") if body is None or "tags" not in body else body["tags"][0] for path, body in asked]
-    order = ["weights", "pause_generation", "begin_weight_update", "update_weights_from_tensor", "end_weight_update", "kv_cache"]
-    assert [step for step in steps if step in (*order, "continue_generation")] == [*order, "continue_generation"]
+    steps = [
+        path.strip("/") if body is None or "tags" not in body else body["tags"][0] for path, body in asked
+    ]
+    order = [
+        "weights",
+        "pause_generation",
+        "begin_weight_update",
+        "update_weights_from_tensor",
+        "end_weight_update",
+        "kv_cache",
+    ]
+    assert [step for step in steps if step in (*order, "continue_generation")] == [
+        *order,
+        "continue_generation",
+    ]
 
 
 def test_what_is_starting_is_ended_while_memory_is_the_trainers(tmp_path):
@@ -143,7 +167,9 @@ def test_what_is_starting_is_ended_while_memory_is_the_trainers(tmp_path):
         fleet.hold_back()
         assert started[0].poll() is not None
         time.sleep(0.6)
-        assert len(started) == 1 and fleet.members[0].state == "starting" and not fleet.members[0].failed_starts
+        assert (
+            len(started) == 1 and fleet.members[0].state == "starting" and not fleet.members[0].failed_starts
+        )
         fleet.go_on()
         until = time.monotonic() + 10
         while len(started) < 2 and time.monotonic() < until:
@@ -201,14 +227,34 @@ def test_a_rank_that_reaches_no_server_says_so_at_the_start():
 
 
 def asking(url):
-    made = Generation([url], SGLangSection(health_timeout=0.3, retries=2), 3, 0, 1, False, lambda *_: None, lambda seconds: None)
+    made = Generation(
+        [url],
+        SGLangSection(health_timeout=0.3, retries=2),
+        3,
+        0,
+        1,
+        False,
+        lambda *_: None,
+        lambda seconds: None,
+    )
     made.versions, done, requests = ["0"], [], [Request((0, 1), "x")]
-    return made, lambda: made.generate(requests, Sampling(1.0, 1.0, 4, (2,)), lambda new: done.extend(new.values())), done
+    return (
+        made,
+        lambda: made.generate(requests, Sampling(1.0, 1.0, 4, (2,)), lambda new: done.extend(new.values())),
+        done,
+    )
 
 
 def reply(ids, reason):
     rows = [[-0.5, token, None] for token in ids]
-    return 200, {"output_ids": ids, "meta_info": {"finish_reason": {"type": reason}, "weight_version": "0", "output_token_logprobs": rows}}
+    return 200, {
+        "output_ids": ids,
+        "meta_info": {
+            "finish_reason": {"type": reason},
+            "weight_version": "0",
+            "output_token_logprobs": rows,
+        },
+    }
 
 
 def test_a_response_aborted_with_its_last_token_is_whole():

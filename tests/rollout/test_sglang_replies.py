@@ -40,7 +40,11 @@ def test_older_servers_name_one_version():
 
 def test_a_request_aborted_before_its_first_token_has_nothing():
     """As SGLang answers for a queued one: several keys are missing."""
-    reply = {"text": "", "output_ids": [], "meta_info": {"id": "a", "finish_reason": {"type": "abort", "message": "x"}}}
+    reply = {
+        "text": "",
+        "output_ids": [],
+        "meta_info": {"id": "a", "finish_reason": {"type": "abort", "message": "x"}},
+    }
     assert read(reply) == Completion([], [], [], "abort")
 
 
@@ -70,7 +74,10 @@ BAD = {
     "spans too short": (_put([META, "weight_versions", 1, "end"], 2), "do not cover"),
     "no spans": (_put([META, "weight_versions"], [{}]), "not of the shape"),
     "older weights": (_put([META, "weight_versions", 0, "version"], "3"), r"made by weights \['3'\]"),
-    "too short for its length": (_put([META, "finish_reason", "type"], "length"), "3 tokens and finish_reason length; 5 were asked for"),
+    "too short for its length": (
+        _put([META, "finish_reason", "type"], "length"),
+        "3 tokens and finish_reason length; 5 were asked for",
+    ),
 }
 
 

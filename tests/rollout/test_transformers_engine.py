@@ -79,7 +79,9 @@ LENGTHS = (1, 90, 7, 2, 33, 60, 5)
 def test_logprobs_are_those_of_a_full_forward_pass(engine_of, hf, temperature, top_p):
     """Left padding, positions and cache: prompts of 1 to 90 tokens in one batch. top_p does not renormalise."""
     requests = requests_of(LENGTHS)
-    for request, completion in zip(requests, sample(engine_of(64), requests, Sampling(temperature, top_p, 15, NEVER)), strict=True):
+    for request, completion in zip(
+        requests, sample(engine_of(64), requests, Sampling(temperature, top_p, 15, NEVER)), strict=True
+    ):
         assert len(completion.ids) == len(completion.logprobs) == 15
         expected = exact_logprobs(hf, request.prompt_ids, completion.ids, temperature)
         chosen = expected[torch.arange(15), completion.ids]
@@ -143,7 +145,9 @@ def test_a_sample_is_its_own(engine_of):
 def test_seed_decides(engine_of):
     engine, sampling = engine_of(64), Sampling(1.0, 1.0, 10, NEVER)
     prompt = requests_of([5])[0].prompt_ids
-    first, again, other = sample(engine, [Request(prompt, "a"), Request(prompt, "a"), Request(prompt, "b")], sampling)
+    first, again, other = sample(
+        engine, [Request(prompt, "a"), Request(prompt, "a"), Request(prompt, "b")], sampling
+    )
     assert first.ids == again.ids != other.ids
 
 
@@ -245,10 +249,19 @@ def test_a_model_of_nan_is_not_sampled_from(engine_of, hf, temperature):
 @pytest.mark.parametrize(
     "change, named",
     [
-        (lambda tensors: tensors.update({"model.layers.9.mlp.up_proj.weight": torch.zeros(96, 64)}), "model.layers.9.mlp.up_proj.weight"),
-        (lambda tensors: tensors.update({"lm_head.weight": torch.zeros(270, 64)}), "lm_head.weight"),  # tied: no tensor of its own
+        (
+            lambda tensors: tensors.update({"model.layers.9.mlp.up_proj.weight": torch.zeros(96, 64)}),
+            "model.layers.9.mlp.up_proj.weight",
+        ),
+        (
+            lambda tensors: tensors.update({"lm_head.weight": torch.zeros(270, 64)}),
+            "lm_head.weight",
+        ),  # tied: no tensor of its own
         (lambda tensors: tensors.update({"model.norm.weight": torch.zeros(65)}), "model.norm.weight [65]"),
-        (lambda tensors: tensors.pop("model.layers.1.self_attn.q_proj.weight"), "1 tensors did not arrive, first model.layers.1."),
+        (
+            lambda tensors: tensors.pop("model.layers.1.self_attn.q_proj.weight"),
+            "1 tensors did not arrive, first model.layers.1.",
+        ),
         (lambda tensors: tensors.clear(), "did not arrive"),
     ],
 )
@@ -281,7 +294,9 @@ def test_experts_arrive_one_by_one(experts):
     engine.update_weights(tensors.items(), "7")
     assert all(map(torch.equal, engine.model.parameters(), model.parameters()))
     requests = requests_of(LENGTHS)
-    for request, completion in zip(requests, sample(engine, requests, Sampling(1.0, 1.0, 10, NEVER)), strict=True):
+    for request, completion in zip(
+        requests, sample(engine, requests, Sampling(1.0, 1.0, 10, NEVER)), strict=True
+    ):
         expected = exact_logprobs(model, request.prompt_ids, completion.ids, 1.0)
         chosen = expected[torch.arange(len(completion.ids)), completion.ids]
         torch.testing.assert_close(torch.tensor(completion.logprobs), chosen, rtol=0, atol=1e-5)
@@ -295,8 +310,14 @@ GATE, EXPERTS = "model.layers.0.mlp.gate.weight", "model.layers.0.mlp.experts"
     [
         (lambda tensors: tensors.pop(f"{EXPERTS}.7.up_proj.weight"), f"first {EXPERTS}.7.up_proj.weight"),
         (lambda tensors: tensors.pop(GATE), f"first {GATE}"),
-        (lambda tensors: tensors.update({f"{EXPERTS}.8.up_proj.weight": torch.zeros(48, 64)}), "experts.8.up_proj.weight"),
-        (lambda tensors: tensors.update({f"{EXPERTS}.0.down_proj.weight": torch.zeros(48, 64)}), "down_proj.weight [48, 64]"),
+        (
+            lambda tensors: tensors.update({f"{EXPERTS}.8.up_proj.weight": torch.zeros(48, 64)}),
+            "experts.8.up_proj.weight",
+        ),
+        (
+            lambda tensors: tensors.update({f"{EXPERTS}.0.down_proj.weight": torch.zeros(48, 64)}),
+            "down_proj.weight [48, 64]",
+        ),
     ],
 )
 def test_expert_streams_that_do_not_fit(experts, change, named):

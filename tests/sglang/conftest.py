@@ -36,7 +36,11 @@ def servers(tmp_path_factory):
     os.environ[KEY] = "open sesame"
     folder = HFFolder(START)
     model = AutoModelForCausalLM.from_pretrained(START, dtype=torch.float32).eval()
-    patience = ["rollout.sglang.health_timeout=60", "rollout.sglang.return_timeout=300", "rollout.sglang.retries=8"]
+    patience = [
+        "rollout.sglang.health_timeout=60",
+        "rollout.sglang.return_timeout=300",
+        "rollout.sglang.retries=8",
+    ]
     config = config_of(run, "rollout.servers=2", f"rollout.sglang.port={free_ports(2)}", *patience)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     engine = create_engine(config, folder, ALONE, said.append)

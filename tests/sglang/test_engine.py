@@ -30,7 +30,10 @@ def test_logprobs_are_hugging_faces(servers, temperature):
     completions = sample(servers.engine, requests, servers.sampling(temperature))
     assert servers.gap(requests, completions, temperature) < 1e-4
     assert {completion.finish_reason for completion in completions} <= {"stop", "length"}
-    assert all((completion.finish_reason == "stop") == (completion.ids[-1] in servers.folder.stop_ids) for completion in completions)
+    assert all(
+        (completion.finish_reason == "stop") == (completion.ids[-1] in servers.folder.stop_ids)
+        for completion in completions
+    )
     assert len({tuple(completion.ids) for completion in completions}) > 12
 
 
@@ -50,7 +53,9 @@ def test_every_kind_of_update_brings_every_server_to_the_weights(servers, updati
             requests = servers.requests(6)
             completions = sample(servers.engine, requests, servers.sampling())
             assert servers.gap(requests, completions) < 1e-4
-            assert all(completion.versions == [(version, 0, len(completion.ids))] for completion in completions)
+            assert all(
+                completion.versions == [(version, 0, len(completion.ids))] for completion in completions
+            )
             for other in others:
                 other.out = None
 
@@ -65,7 +70,10 @@ def test_enough_breaks_the_rest_off_and_it_can_be_gone_on_with(servers):
     servers.engine.generation.concurrency = 24
     try:
         begun = sample(servers.engine, requests[:8], few)
-        longer = [*[request._replace(start=start) for request, start in zip(requests, begun, strict=False)], *requests[8:]]
+        longer = [
+            *[request._replace(start=start) for request, start in zip(requests, begun, strict=False)],
+            *requests[8:],
+        ]
         # the eight have 45 tokens already, so they are the first to have all 60
         broken = sample(servers.engine, longer, sampling, enough=lambda done: done == 6)
     finally:
@@ -74,10 +82,14 @@ def test_enough_breaks_the_rest_off_and_it_can_be_gone_on_with(servers):
         servers.engine.generation.concurrency = 64
     assert sum(completion.finish_reason == "length" for completion in broken) < 20
     partial = [completion for completion in broken if completion.finish_reason == "abort"]
-    assert any(0 < len(completion.ids) < 60 for completion in partial) and any(not completion.ids for completion in partial)
+    assert any(0 < len(completion.ids) < 60 for completion in partial) and any(
+        not completion.ids for completion in partial
+    )
     assert all(completion.ids[:45] == start.ids for completion, start in zip(broken, begun, strict=False))
     old = str(servers.version)
-    new = servers.publish(seed=3)  # the same weights under another name: what each version made can be told, and all be checked
+    new = servers.publish(
+        seed=3
+    )  # the same weights under another name: what each version made can be told, and all be checked
     rest = [request._replace(start=completion) for request, completion in zip(requests, broken, strict=True)]
     whole = sample(servers.engine, rest, sampling)
     assert all(len(completion.ids) == 60 and completion.finish_reason == "length" for completion in whole)
@@ -91,9 +103,13 @@ def test_enough_breaks_the_rest_off_and_it_can_be_gone_on_with(servers):
 def test_a_thousand_requests_have_one_answer_each(servers):
     """At concurrency 64 on two servers none is lost or doubled, and each answer is its own request's."""
     servers.publish(seed=3)
-    tails = [(20 + number % 200, 20 + number // 200) for number in range(1000)]  # so that no two prompts are alike
+    tails = [
+        (20 + number % 200, 20 + number // 200) for number in range(1000)
+    ]  # so that no two prompts are alike
     prompts = zip(servers.requests(1000), tails, strict=True)
-    requests = [Request((*request.prompt_ids, *tail), str(number)) for number, (request, tail) in enumerate(prompts)]
+    requests = [
+        Request((*request.prompt_ids, *tail), str(number)) for number, (request, tail) in enumerate(prompts)
+    ]
     completions = sample(servers.engine, requests, servers.sampling(max_tokens=8, stops=False))
     assert len(completions) == 1000 and all(len(completion.ids) == 8 for completion in completions)
     assert servers.gap(requests[::40], completions[::40]) < 1e-4
@@ -112,7 +128,11 @@ def test_ids_outside_the_vocabulary_are_not_sent(servers):
 def test_without_the_key_servers_answer_nothing(servers):
     settings = servers.engine.publisher.settings.sglang.model_copy(update={"api_key_env": None})
     stranger = Server(servers.engine.generation.targets[0].url, settings)
-    for path, body in (("/generate", {"input_ids": [5]}), ("/update_weights_from_disk", {"model_path": "x"}), ("/pause_generation", {})):
+    for path, body in (
+        ("/generate", {"input_ids": [5]}),
+        ("/update_weights_from_disk", {"model_path": "x"}),
+        ("/pause_generation", {}),
+    ):
         with pytest.raises(ServerFailed, match=f"{path}: 401"):
             stranger.post(path, body)
 

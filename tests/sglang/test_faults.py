@@ -28,13 +28,17 @@ def proxy(url: str, spoil):
 
     def answer(request, body):
         headers = {"Content-Type": "application/json", "Authorization": request.headers["Authorization"]}
-        passed_on = urllib.request.Request(url + request.path, body if request.command == "POST" else None, headers, method=request.command)
+        passed_on = urllib.request.Request(
+            url + request.path, body if request.command == "POST" else None, headers, method=request.command
+        )
         try:
             with urllib.request.urlopen(passed_on, timeout=60) as response:
                 status, content = response.status, response.read()
         except urllib.error.HTTPError as error:
             status, content = error.code, error.read()
-        if request.path == "/generate" and b'"max_new_tokens": 1}' not in body.replace(b'":1}', b'": 1}'):  # not the look at the start
+        if request.path == "/generate" and b'"max_new_tokens": 1}' not in body.replace(
+            b'":1}', b'": 1}'
+        ):  # not the look at the start
             status, content = spoil(status, content)
         return status, content
 
@@ -63,12 +67,21 @@ def _rename_first_token(reply, token):
 FAULTS = {
     "answers 500": (lambda status, content: (500, b"oops"), "/generate: 500: oops"),
     "garbage": (lambda status, content: (200, b'{"text": "ha'), "/generate: "),
-    "no log-probabilities": (changed(lambda reply: reply["meta_info"].pop("output_token_logprobs")), "not of the shape of a reply"),
+    "no log-probabilities": (
+        changed(lambda reply: reply["meta_info"].pop("output_token_logprobs")),
+        "not of the shape of a reply",
+    ),
     "NaN": (with_first_logprob(float("nan")), "not a finite number below 0"),
     "positive": (with_first_logprob(0.5), "not a finite number below 0"),
     "lost token": (changed(lambda reply: reply["output_ids"].pop()), "the log-probabilities are those of"),
-    "strange id": (changed(lambda reply: _rename_first_token(reply, 384)), "an output id is outside the vocabulary of 384"),
-    "old weights": (changed(lambda reply: reply["meta_info"]["weight_versions"][0].__setitem__("version", "-1")), "made by weights ['-1']"),
+    "strange id": (
+        changed(lambda reply: _rename_first_token(reply, 384)),
+        "an output id is outside the vocabulary of 384",
+    ),
+    "old weights": (
+        changed(lambda reply: reply["meta_info"]["weight_versions"][0].__setitem__("version", "-1")),
+        "made by weights ['-1']",
+    ),
 }
 
 
@@ -80,14 +93,23 @@ def test_a_lying_server_is_taken_out_and_the_other_does_its_work(servers, fault)
     good, behind = (target.url for target in servers.engine.generation.targets)
     said: list[str] = []
     with proxy(behind, spoil) as bad:
-        config = config_of(servers.run, "rollout.servers=0", f"rollout.urls=[{bad.url},{good}]", "rollout.sglang.concurrency=8")
+        config = config_of(
+            servers.run,
+            "rollout.servers=0",
+            f"rollout.urls=[{bad.url},{good}]",
+            "rollout.sglang.concurrency=8",
+        )
         engine = create_engine(config, servers.folder, ALONE, said.append)
         try:
             engine.update_weights(list(servers.model.named_parameters()), str(servers.version))
             requests = servers.requests(16)
             completions = sample(engine, requests, servers.sampling())
             assert servers.gap(requests, completions) < 1e-4
-            out, used = engine.generation.targets if engine.generation.targets[0].url == bad.url else engine.generation.targets[::-1]
+            out, used = (
+                engine.generation.targets
+                if engine.generation.targets[0].url == bad.url
+                else engine.generation.targets[::-1]
+            )
             assert reason in out.out and used.out is None
             assert any(bad.url in line and reason in line for line in said)
             # one that answers 500 may be better next time; a liar is not asked again
@@ -101,13 +123,19 @@ def test_a_run_without_servers_stops_and_says_why(servers):
     servers.publish(seed=None)
     behind = servers.engine.generation.targets[0].url
     with proxy(behind, lambda status, content: (status, content)) as server:
-        config = config_of(servers.run, "rollout.servers=0", f"rollout.urls=[{server.url}]", "rollout.sglang.return_timeout=1")
+        config = config_of(
+            servers.run,
+            "rollout.servers=0",
+            f"rollout.urls=[{server.url}]",
+            "rollout.sglang.return_timeout=1",
+        )
         engine = create_engine(config, servers.folder, ALONE, lambda text: None)
         engine.update_weights(list(servers.model.named_parameters()), str(servers.version))
         server.shutdown()
         server.server_close()
         with pytest.raises(
-            EngineFailed, match=f"no SGLang server is left: none has come back in 1 s .*{server.url}: /health: ConnectError"
+            EngineFailed,
+            match=f"no SGLang server is left: none has come back in 1 s .*{server.url}: /health: ConnectError",
         ):
             sample(engine, servers.requests(4), servers.sampling())
         engine.close()
@@ -144,7 +172,9 @@ def test_a_server_killed_while_it_samples(servers):
     assert servers.gap(requests, completions) < 1e-4
     version = servers.publish(seed=8)
     after = [member.server.incarnation for member in servers.engine.publisher.fleet.members]
-    assert after[0] == before[0] and after[1] > before[1], servers.said  # a start may fail, and is tried again
+    assert after[0] == before[0] and after[1] > before[1], (
+        servers.said
+    )  # a start may fail, and is tried again
     assert all(target.out is None for target in servers.engine.generation.targets)
     completions = sample(servers.engine, requests, servers.sampling())
     assert servers.gap(requests, completions) < 1e-4
@@ -188,7 +218,10 @@ def test_a_server_killed_while_weights_are_broadcast(servers, updating):
     servers.version += 1
     servers.engine.update_weights(Repeatable(stream), str(servers.version))
     assert len(iterations) == 2
-    requests, usable = servers.requests(12), [target for target in servers.engine.generation.targets if target.out is None]
+    requests, usable = (
+        servers.requests(12),
+        [target for target in servers.engine.generation.targets if target.out is None],
+    )
     assert servers.engine.publisher.fleet.members[0].server.url in {target.url for target in usable}
     completions = sample(servers.engine, requests, servers.sampling())
     assert servers.gap(requests, completions) < 1e-4
@@ -205,7 +238,12 @@ def test_servers_that_a_dead_trainer_left_in_the_middle_of_an_update(servers):
         member.server.post("/pause_generation", {"mode": "retract"})
         member.server.post("/begin_weight_update", {})
     urls = ",".join(target.url for target in servers.engine.generation.targets)
-    given = ["rollout.servers=0", f"rollout.urls=[{urls}]", "rollout.sglang.update=tensor", "rollout.sglang.request_timeout=20"]
+    given = [
+        "rollout.servers=0",
+        f"rollout.urls=[{urls}]",
+        "rollout.sglang.update=tensor",
+        "rollout.sglang.request_timeout=20",
+    ]
     engine = create_engine(config_of(servers.run, *given), servers.folder, ALONE, lambda text: None)
     try:
         engine.update_weights(list(servers.model.named_parameters()), str(servers.version))
@@ -218,8 +256,16 @@ def test_servers_that_a_dead_trainer_left_in_the_middle_of_an_update(servers):
 
 def test_a_server_that_cannot_be_started_is_told_with_its_last_words(servers, tmp_path):
     port = free_ports(1)
-    config = config_of(tmp_path, "rollout.servers=1", f"rollout.sglang.port={port}", "rollout.sglang.arguments=[--no-such-option]")
-    with pytest.raises(ConfigError, match=r"server 0 could not be started: its process ended with status 2; .*server_0.log(.|\n)*no-such"):
+    config = config_of(
+        tmp_path,
+        "rollout.servers=1",
+        f"rollout.sglang.port={port}",
+        "rollout.sglang.arguments=[--no-such-option]",
+    )
+    with pytest.raises(
+        ConfigError,
+        match=r"server 0 could not be started: its process ended with status 2; .*server_0.log(.|\n)*no-such",
+    ):
         create_engine(config, servers.folder, ALONE, lambda text: None)
 
 
@@ -232,13 +278,20 @@ def test_no_server_outlives_a_killed_trainer(servers, tmp_path):
         "launch = launch_of(load_config(Path(sys.argv[1]), sys.argv[2:])); launch.logs.mkdir(parents=True);"
         "print(launch.start(0).pid, flush=True); time.sleep(600)"
     )
-    given = [f"model.hf_path={START}", "rollout.servers=1", f"rollout.sglang.port={config.rollout.sglang.port}", f"logging.dir={tmp_path}"]
+    given = [
+        f"model.hf_path={START}",
+        "rollout.servers=1",
+        f"rollout.sglang.port={config.rollout.sglang.port}",
+        f"logging.dir={tmp_path}",
+    ]
     given.append(f"rollout.sglang.python={config.rollout.sglang.python}")
     command = [sys.executable, "-c", code, str(ROOT / "examples/quickstart/sglang.yaml"), *given]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as trainer:
         guard = int(trainer.stdout.readline())
         until = time.monotonic() + 180
-        while len(processes := tree(guard)) < 4 and time.monotonic() < until:  # guard, server, resource tracker, scheduler …
+        while (
+            len(processes := tree(guard)) < 4 and time.monotonic() < until
+        ):  # guard, server, resource tracker, scheduler …
             time.sleep(0.1)
         assert len(processes) >= 4
         trainer.kill()

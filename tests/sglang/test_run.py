@@ -17,9 +17,24 @@ def run(servers, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     urls = ",".join(target.url for target in servers.engine.generation.targets)
     overrides = [
-        *(f"model.hf_path={START}", "rollout.servers=0", f"rollout.urls=[{urls}]", "rollout.sglang.update=distributed"),
-        *("parallel.tensor_model_parallel_size=2", "train.steps=10", "optimizer.lr_warmup_steps=1", "rollout.sglang.retries=8"),
-        *("evaluation.every=10", "evaluation.prompts=64", "evaluation.samples=4", "checkpoint.save_interval=0"),
+        *(
+            f"model.hf_path={START}",
+            "rollout.servers=0",
+            f"rollout.urls=[{urls}]",
+            "rollout.sglang.update=distributed",
+        ),
+        *(
+            "parallel.tensor_model_parallel_size=2",
+            "train.steps=10",
+            "optimizer.lr_warmup_steps=1",
+            "rollout.sglang.retries=8",
+        ),
+        *(
+            "evaluation.every=10",
+            "evaluation.prompts=64",
+            "evaluation.samples=4",
+            "checkpoint.save_interval=0",
+        ),
         f"rollout.sglang.api_key_env={KEY}",
     ]
     done = run_jobs(2, QUICKSTART, {"tp2": overrides}, root)["tp2"]
@@ -39,9 +54,16 @@ def test_trainer_and_servers_agree_at_every_step(run):
     """In fp32, after every update of the weights; and every sample is of the version that was published last."""
     assert len(run.rows) == 10
     assert max(row["engine_logprob_gap"] for row in run.rows) < 1e-5
-    assert max(row["engine_logprob_gap_max"] for row in run.rows) < 1e-3  # of tokens hardly ever drawn: 1.04e-4 was seen in 150,000
+    assert (
+        max(row["engine_logprob_gap_max"] for row in run.rows) < 1e-3
+    )  # of tokens hardly ever drawn: 1.04e-4 was seen in 150,000
     assert [row["weight_version"] for row in run.rows] == [str(step) for step in range(10)]
     for step in range(1, 11):
-        lines = [json.loads(line) for line in (run.folder / "rollouts" / f"step_{step:06d}.jsonl").read_text().splitlines()]
-        assert len(lines) == 128 and {span[0] for line in lines for span in line["versions"]} == {str(step - 1)}
+        lines = [
+            json.loads(line)
+            for line in (run.folder / "rollouts" / f"step_{step:06d}.jsonl").read_text().splitlines()
+        ]
+        assert len(lines) == 128 and {span[0] for line in lines for span in line["versions"]} == {
+            str(step - 1)
+        }
         assert len({(line["prompt"]["id"], line["index"]) for line in lines}) == 128

@@ -127,7 +127,9 @@ def gold(*calls: tuple[str, str]) -> str:
 
 def said(*calls: tuple[str, str]) -> str:
     """A response in the asked-for form."""
-    return "".join(f"Thought: I should call it.\nAction: {name}\nAction Input: {text}\n" for name, text in calls)
+    return "".join(
+        f"Thought: I should call it.\nAction: {name}\nAction Input: {text}\n" for name, text in calls
+    )
 
 
 NONE = gold(("getAll", "{}"))
@@ -147,18 +149,24 @@ TOOL_CASES: list[tuple[str, str, bool]] = [  # (gold, response, right?)
     (ONE, said(("search", '{"page": 1, "q": "cat"}')), R),  # keys have no order
     (ONE, said(("search", '{"q":"cat","page":1}')), R),
     (ONE, said(("search", '{\n  "q": "cat",\n  "page": 1\n}')), R),
-    (ONE, "Action:search\nAction Input:{\"q\": \"cat\", \"page\": 1}", R),
-    (ONE, "Action:   search  \nAction Input:   {\"q\": \"cat\", \"page\": 1}   \n\n", R),
-    (ONE, "Action: search\nAction Input:\n{\"q\": \"cat\", \"page\": 1}", R),
-    (ONE, "Action: search\n\nAction Input: {\"q\": \"cat\", \"page\": 1}\nDone.", R),
-    (ONE, "Thought: first think\nthen act\nAction: search\nAction Input: {\"q\": \"cat\", \"page\": 1}", R),
+    (ONE, 'Action:search\nAction Input:{"q": "cat", "page": 1}', R),
+    (ONE, 'Action:   search  \nAction Input:   {"q": "cat", "page": 1}   \n\n', R),
+    (ONE, 'Action: search\nAction Input:\n{"q": "cat", "page": 1}', R),
+    (ONE, 'Action: search\n\nAction Input: {"q": "cat", "page": 1}\nDone.', R),
+    (ONE, 'Thought: first think\nthen act\nAction: search\nAction Input: {"q": "cat", "page": 1}', R),
     (ONE, said(("search", '{"q": "\\u0063at", "page": 1}')), R),
     (TWO, said(("login", '{"user": "ann"}'), ("list", '{"limit": 5}')), R),
     (TWO, said(("list", '{"limit": 5}'), ("login", '{"user": "ann"}')), R),  # a multiset
-    (TWO, "Action: login\nAction: list\nAction Input: {\"user\": \"ann\"}\nAction Input: {\"limit\": 5}", R),
+    (TWO, 'Action: login\nAction: list\nAction Input: {"user": "ann"}\nAction Input: {"limit": 5}', R),
     (NESTED, said(("update", '{"id": 7, "data": {"url": "http://x/y.jpg", "tags": ["a", "b"]}}')), R),
     (NESTED, said(("update", '{"data": {"tags": ["a", "b"], "url": "http://x/y.jpg"}, "id": 7}')), R),
-    (NESTED, said(("update", '{\n "id": 7,\n "data": {\n  "url": "http://x/y.jpg",\n  "tags": [\n "a", "b"]\n }\n}')), R),
+    (
+        NESTED,
+        said(
+            ("update", '{\n "id": 7,\n "data": {\n  "url": "http://x/y.jpg",\n  "tags": [\n "a", "b"]\n }\n}')
+        ),
+        R,
+    ),
     (OPTIONAL, said(("getUser", '{"id": "u1"}'), ("[Optional]update", '{"id": "u1", "on": true}')), R),
     (TEXT, said(("post", '{"text": "a {brace} and \\"quotes\\" and Action: x"}')), R),
     (SAME, said(("search", '{"size": "small", "page": 1}'), ("search", '{"size": "large", "page": 1}')), R),
@@ -174,7 +182,11 @@ TOOL_CASES: list[tuple[str, str, bool]] = [  # (gold, response, right?)
     (ONE, said(("sеarch", '{"q": "cat", "page": 1}')), W),  # a Cyrillic e
     (TWO, said(("login", '{"user": "ann"}'), ("login", '{"limit": 5}')), W),
     (TWO, said(("list", '{"user": "ann"}'), ("list", '{"limit": 5}')), W),
-    (OPTIONAL, said(("getUser", '{"id": "u1"}'), ("update", '{"id": "u1", "on": true}')), W),  # names as written
+    (
+        OPTIONAL,
+        said(("getUser", '{"id": "u1"}'), ("update", '{"id": "u1", "on": true}')),
+        W,
+    ),  # names as written
     (OPTIONAL, said(("getUser", '{"id": "u1"}')), W),
     # how many calls
     (ONE, said(("search", '{"q": "cat", "page": 1}'), ("search", '{"q": "cat", "page": 1}')), W),
@@ -202,10 +214,23 @@ TOOL_CASES: list[tuple[str, str, bool]] = [  # (gold, response, right?)
     (ONE, said(("search", '{"q": "cat", "page": 1.0}')), R),  # equal as numbers
     (ONE, said(("search", '{"q": "cat", "page": true}')), R),  # as Python compares
     (ONE, said(("search", '{"q": "cat", "page": 1e0}')), R),
-    (NESTED, said(("update", '{"id": 7, "data": {"url": "http://x/y.jpg", "tags": ["b", "a"]}}')), W),  # lists have an order
+    (
+        NESTED,
+        said(("update", '{"id": 7, "data": {"url": "http://x/y.jpg", "tags": ["b", "a"]}}')),
+        W,
+    ),  # lists have an order
     (NESTED, said(("update", '{"id": 7, "data": {"url": "http://x/y.jpg"}}')), W),
     (NESTED, said(("update", '{"id": 7, "url": "http://x/y.jpg", "tags": ["a", "b"]}')), W),
-    (NESTED, said(("update", '{"id": 7, "data": "{\\"url\\": \\"http://x/y.jpg\\", \\"tags\\": [\\"a\\", \\"b\\"]}"}')), W),
+    (
+        NESTED,
+        said(
+            (
+                "update",
+                '{"id": 7, "data": "{\\"url\\": \\"http://x/y.jpg\\", \\"tags\\": [\\"a\\", \\"b\\"]}"}',
+            )
+        ),
+        W,
+    ),
     (NESTED, said(("update", '{"id": "7", "data": {"url": "http://x/y.jpg", "tags": ["a", "b"]}}')), W),
     (TEXT, said(("post", '{"text": "a {brace} and quotes and Action: x"}')), W),
     # merging loses which call had what: the papers' rule does not see it
@@ -214,7 +239,11 @@ TOOL_CASES: list[tuple[str, str, bool]] = [  # (gold, response, right?)
     (TWO, said(("login", '{"user": "bob"}'), ("list", '{"user": "ann", "limit": 5}')), R),
     (SAME, said(("search", '{"size": "large", "page": 1}'), ("search", '{"size": "large", "page": 1}')), R),
     (SAME, said(("search", '{"size": "wrong", "page": 9}'), ("search", '{"size": "large", "page": 1}')), R),
-    (SAME, said(("search", '{"size": "large", "page": 1}'), ("search", '{"size": "small", "page": 1}')), W),  # the last call wins
+    (
+        SAME,
+        said(("search", '{"size": "large", "page": 1}'), ("search", '{"size": "small", "page": 1}')),
+        W,
+    ),  # the last call wins
     (TWO, said(("login", '{"user": "ann"}'), ("list", '{"user": "bob", "limit": 5}')), W),
     (OPTIONAL, said(("[Optional]update", '{"id": "u1", "on": true}'), ("getUser", '{"id": "u1"}')), R),
     # malformed
@@ -237,12 +266,16 @@ TOOL_CASES: list[tuple[str, str, bool]] = [  # (gold, response, right?)
     (ONE, said(("search", '{"q": "cat" "page": 1}')), W),
     (ONE, said(("search", '"q": "cat", "page": 1')), W),
     (ONE, said(("search", '```json\n{"q": "cat", "page": 1}\n```')), W),
-    (ONE, said(("search", '{"q": "cat", "page": 1} // done')), R),  # the object is whole, what follows is not read
+    (
+        ONE,
+        said(("search", '{"q": "cat", "page": 1} // done')),
+        R,
+    ),  # the object is whole, what follows is not read
     (ONE, said(("search", '{"q": "cat", "page": 1}}')), R),
     (TWO, said(("login", '{"user": "ann"}'), ("list", "{limit: 5}")), W),
-    (ONE, "action: search\naction input: {\"q\": \"cat\", \"page\": 1}", W),
-    (ONE, "Action search\nAction Input {\"q\": \"cat\", \"page\": 1}", W),
-    (ONE, "Tool: search\nInput: {\"q\": \"cat\", \"page\": 1}", W),
+    (ONE, 'action: search\naction input: {"q": "cat", "page": 1}', W),
+    (ONE, 'Action search\nAction Input {"q": "cat", "page": 1}', W),
+    (ONE, 'Tool: search\nInput: {"q": "cat", "page": 1}', W),
     (ONE, '{"Action": "search", "Action Input": {"q": "cat", "page": 1}}', W),
-    (ONE, "search(q=\"cat\", page=1)", W),
+    (ONE, 'search(q="cat", page=1)', W),
 ]

@@ -34,7 +34,9 @@ def test_prompt_holds_a_sum_and_its_answer():
     for split in ("train", "test"):
         for index in range(50):
             prompt = Addition(0).prompt(split, index)
-            a, b = map(int, re.fullmatch(r"Compute (\d{3}) \+ (\d{3})\.", prompt.messages[0]["content"]).groups())
+            a, b = map(
+                int, re.fullmatch(r"Compute (\d{3}) \+ (\d{3})\.", prompt.messages[0]["content"]).groups()
+            )
             assert 100 <= a <= 999 and 100 <= b <= 999 and prompt.answer == str(a + b)
             assert [message["role"] for message in prompt.messages] == ["user"] and prompt.ids == ()
             ids.add(prompt.id)
@@ -89,7 +91,14 @@ def test_a_tag_mentioned_before_the_answer_does_no_harm():
         "<answer>" + "\n" * 20_000,
         "<answer>1</answer>" * 50_000,
     ],
-    ids=["long preamble", "unclosed and long", "tags, one closed", "tags, none closed", "blank lines", "answers"],
+    ids=[
+        "long preamble",
+        "unclosed and long",
+        "tags, one closed",
+        "tags, none closed",
+        "blank lines",
+        "answers",
+    ],
 )
 def test_huge_text_is_judged_at_once(text):
     """Degenerate responses must not cost quadratic time: seconds are far more than a linear scan needs."""

@@ -69,10 +69,14 @@ ENTRY = {"answer": "579341", "metadata": {"variable": "x", "integrand": "579341*
 def test_ten_thousand_outputs_for_our_scorers_of_procedural_tasks(alarm, dataset):
     entry = ENTRY | {"answer": "['579341']"} if dataset == "number_sorting" else ENTRY
     answer = json.dumps({"dataset": dataset, "options": {}, "entry": repr(entry)})
-    assert not any(procedural.verify(answer, f"<answer>{text}</answer>").correct for text in hostile(dataset, COUNT))
+    assert not any(
+        procedural.verify(answer, f"<answer>{text}</answer>").correct for text in hostile(dataset, COUNT)
+    )
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, "{" * 100_000, "(" * 100_000, "-" * 100_000 + "1", "[" * 900 + "]" * 900])
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "{" * 100_000, "(" * 100_000, "-" * 100_000 + "1", "[" * 900 + "]" * 900]
+)
 @pytest.mark.parametrize("dataset", SCORERS)
 def test_procedural_answers_of_any_depth_are_judged(alarm, dataset, text):
     """An exception would leave the sample out of its group instead of counting it as wrong."""
@@ -83,7 +87,10 @@ def test_procedural_answers_of_any_depth_are_judged(alarm, dataset, text):
 
 def test_true_is_no_number():
     answer = json.dumps({"dataset": "number_sorting", "options": {}, "entry": repr({"answer": "['1', '2']"})})
-    judged = [procedural.verify(answer, f"<answer>{text}</answer>").correct for text in ("[1, 2.0]", "['1', 2]", "[true, 2]", "[null, 2]")]
+    judged = [
+        procedural.verify(answer, f"<answer>{text}</answer>").correct
+        for text in ("[1, 2.0]", "['1', 2]", "[true, 2]", "[null, 2]")
+    ]
     assert judged == [True, True, False, False]
 
 

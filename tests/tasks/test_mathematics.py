@@ -106,7 +106,10 @@ def test_comparison(gold, text, right):
         ({"question": "Q", "answer": "She has 2 + 3 = <<2+3=5>>5.\n#### 1,005"}, ("Q", "1005")),  # GSM8K
         ({"problem": "Q", "answer": "204", "solution": "long"}, ("Q", "204")),  # AIME
         ({"problem": "Q", "answer": 204}, ("Q", "204")),
-        ({"question": "Q", "solution": r"so $\boxed{1.6\times 10^{3}}$ K."}, ("Q", r"1.6\times 10^{3}")),  # Minerva
+        (
+            {"question": "Q", "solution": r"so $\boxed{1.6\times 10^{3}}$ K."},
+            ("Q", r"1.6\times 10^{3}"),
+        ),  # Minerva
         ({"question": "Q", "final_answer": ["$2$"], "solution": ["long"]}, ("Q", "$2$")),  # OlympiadBench
         ({"problem": "Q", "answer": r"\frac{1}{2}"}, ("Q", r"\frac{1}{2}")),  # HMMT
         ({"question": "Q", "solution": "no box"}, r"solution: holds no \boxed"),
@@ -128,7 +131,9 @@ def test_published_rows(row, expected):
 def test_prepared_file_is_a_task(tmp_path):
     pytest.importorskip("math_verify")
     raw, out = tmp_path / "raw.jsonl", tmp_path / "gsm8k.jsonl"
-    raw.write_text(json.dumps({"question": "How many?", "answer": "2 + 3\n#### 5"}) + '\n{"question": "Prove it."}\n')
+    raw.write_text(
+        json.dumps({"question": "How many?", "answer": "2 + 3\n#### 5"}) + '\n{"question": "Prove it."}\n'
+    )
     command = [sys.executable, "tools/prepare_math.py", "--raw", str(raw), "--output", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -137,7 +142,10 @@ def test_prepared_file_is_a_task(tmp_path):
     task = create_task(TaskSource(path=out, test_share=1.0), 1)
     prompt = task.prompt("test", 0)
     assert (task.name, prompt.answer) == ("gsm8k", "5")
-    assert prompt.messages[0]["content"] == "How many?\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+    assert (
+        prompt.messages[0]["content"]
+        == "How many?\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+    )
 
 
 def test_without_math_verify(tmp_path, monkeypatch):

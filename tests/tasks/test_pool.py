@@ -49,7 +49,9 @@ def check_among_good_ones(pool, kinds):
     texts = [text for kind in kinds for text in ("right", kind, "wrong", "right")]
     verdicts = pool.verify(jobs(*texts))
     for text, verdict in zip(texts, verdicts, strict=True):
-        assert (verdict.verifier_failed or "").startswith(kinds.get(text, "")) and (verdict.verifier_failed is None) == (text not in kinds)
+        assert (verdict.verifier_failed or "").startswith(kinds.get(text, "")) and (
+            verdict.verifier_failed is None
+        ) == (text not in kinds)
         assert verdict.correct == (text == "right")
         assert verdict.excluded == (text in kinds)
         assert verdict.reward == float(verdict.correct)
@@ -94,7 +96,10 @@ def test_no_verifier_evaluates_a_string(pool):
         "right": False,
     }
     verdicts = pool.verify(jobs(*texts))
-    refused = [verdict.verifier_failed is not None and "wanted to evaluate a string" in verdict.verifier_failed for verdict in verdicts]
+    refused = [
+        verdict.verifier_failed is not None and "wanted to evaluate a string" in verdict.verifier_failed
+        for verdict in verdicts
+    ]
     assert refused == list(texts.values())
     assert verdicts[-1].correct and verdicts[-3].reward == pytest.approx(5 / 3)
 
@@ -106,12 +111,15 @@ def test_what_a_verifier_prints_is_no_verdict(pool):
 def test_workers_import_no_torch(pool):
     (verdict,) = pool.verify(jobs("modules"))
     modules = set(verdict.feedback.split())
-    assert "megatron_srpo.data.records" in modules and not {"torch", "transformers", "numpy", "megatron.core"} & modules
+    assert (
+        "megatron_srpo.data.records" in modules
+        and not {"torch", "transformers", "numpy", "megatron.core"} & modules
+    )
 
 
 def test_large_texts_in_both_directions(pool):
     """More than any pipe holds, and every character JSON must escape."""
-    big = "\x00\ud800\"\\\n🙂" * 150_000
+    big = '\x00\ud800"\\\n🙂' * 150_000
     verdicts = pool.verify([*jobs(*[big] * 6), Job("bad", big, big)])
     assert [v.correct for v in verdicts] == [False] * 6 + [True]
 
@@ -130,7 +138,12 @@ def test_an_interrupted_verification_leaves_no_answers_behind(pool, monkeypatch)
 def test_zero_instead_of_excluded():
     pool = Pool({"bad": BAD}, TaskSection(verifier_failed="zero", verifier_workers=1))
     verdict, other = pool.verify(jobs("raise", "right"))
-    assert verdict.verifier_failed.startswith("error: KeyError") and not verdict.excluded and verdict.reward == 0 and other.correct
+    assert (
+        verdict.verifier_failed.startswith("error: KeyError")
+        and not verdict.excluded
+        and verdict.reward == 0
+        and other.correct
+    )
     process = pool.workers[0].process
     process.kill()
     process.wait()

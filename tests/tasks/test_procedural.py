@@ -24,7 +24,9 @@ def test_prompts_belong_to_seed_split_and_index():
     first = [task.prompt("train", index) for index in range(20)]
     assert [again.prompt("train", index) for index in reversed(range(20))] == first[::-1]
     assert len({prompt.id for prompt in first}) == 20 and task.size("train") is None
-    assert [task.prompt("test", index).messages for index in range(20)] != [prompt.messages for prompt in first]
+    assert [task.prompt("test", index).messages for index in range(20)] != [
+        prompt.messages for prompt in first
+    ]
     assert task.prompt("train", 5_000).messages not in [prompt.messages for prompt in first]
     assert other.prompt("train", 0).messages != first[0].messages
 
@@ -43,7 +45,9 @@ def test_partial_scores_above_one_are_not_full():
     """reasoning-gym adds up 1 / length for each letter, also where something follows them."""
     task = make("spell_backward")
     for prompt in (task.prompt("train", index) for index in range(30)):
-        assert not verify(prompt.answer, f"<answer>{_entry(prompt.answer)['answer']} and more</answer>").correct
+        assert not verify(
+            prompt.answer, f"<answer>{_entry(prompt.answer)['answer']} and more</answer>"
+        ).correct
 
 
 def test_an_answer_without_form_is_wrong_not_a_failure():
@@ -74,11 +78,21 @@ def test_right_and_wrong_answers_by_a_worker(name):
     entries = [_entry(prompt.answer) for prompt in prompts]
     own = [entry["answer"] or json.dumps(entry["metadata"]["possible_answer"]) for entry in entries]
     pool = Pool({"t": task.verifier}, TaskSection(verifier_workers=1))
-    for right, texts in ((True, own), (False, [f"{answer} 1" for answer in own]), (False, ["[]"] * 6), (False, ["x"] * 6)):
-        jobs = [Job("t", prompt.answer, f"<answer>{text}</answer>") for prompt, text in zip(prompts, texts, strict=True)]
+    for right, texts in (
+        (True, own),
+        (False, [f"{answer} 1" for answer in own]),
+        (False, ["[]"] * 6),
+        (False, ["x"] * 6),
+    ):
+        jobs = [
+            Job("t", prompt.answer, f"<answer>{text}</answer>")
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
         verdicts = pool.verify(jobs)
         expected = [right and "Integral(" not in text for text in texts]  # which is the question again
-        assert [(verdict.correct, verdict.verifier_failed) for verdict in verdicts] == [(one, None) for one in expected]
+        assert [(verdict.correct, verdict.verifier_failed) for verdict in verdicts] == [
+            (one, None) for one in expected
+        ]
     pool.close()
 
 
@@ -96,7 +110,11 @@ def test_refusals(name, options, said):
 
 
 @pytest.mark.parametrize(
-    "correct, said", [(True, "takes nonsense for right"), (False, "does not accept its own answers, or would evaluate them as code")]
+    "correct, said",
+    [
+        (True, "takes nonsense for right"),
+        (False, "does not accept its own answers, or would evaluate them as code"),
+    ],
 )
 def test_a_dataset_that_cannot_be_judged_is_refused(correct, said, monkeypatch):
     """A verifier that takes everything, or nothing."""

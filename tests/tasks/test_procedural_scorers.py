@@ -44,7 +44,21 @@ def test_right_and_wrong(dataset, entry, answer, right):
 @pytest.mark.parametrize(
     "text",
     [
-        *("", "x +", "x; y", "x = 1", "(", "__import__('os')", "x.__class__", "[x]", "lambda: x", "f'{x}'", "x if y else z", "True", "1j"),
+        *(
+            "",
+            "x +",
+            "x; y",
+            "x = 1",
+            "(",
+            "__import__('os')",
+            "x.__class__",
+            "[x]",
+            "lambda: x",
+            "f'{x}'",
+            "x if y else z",
+            "True",
+            "1j",
+        ),
         *("sin(x, y)", "sin(x=1)", "eval('x')", "sympify('x')", "'x'", "x[0]", "x(1)", "x @ y"),
         *("(" * 500 + "x" + ")" * 500, "-" * 100_000 + "x"),
         *("x" + "+x" * 100_000, "9" * 100_000, "9" * 5_000 + ".x"),
@@ -56,7 +70,12 @@ def test_what_is_no_expression_is_not_evaluated(text):
 
 
 ENTRIES = {
-    **{"simple_integration": INTEGRAL, "intermediate_integration": INTEGRAL, "polynomial_multiplication": PRODUCT, "number_sorting": LIST},
+    **{
+        "simple_integration": INTEGRAL,
+        "intermediate_integration": INTEGRAL,
+        "polynomial_multiplication": PRODUCT,
+        "number_sorting": LIST,
+    },
     **{"bitwise_arithmetic": {"answer": "0x5"}, "game_of_life_halting": {"answer": "True"}},
 }
 

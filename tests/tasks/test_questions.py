@@ -14,7 +14,10 @@ GOOD = b'{"question": "1 + 1?", "answer": "2"}\n'
 
 
 def rows(count, start=0):
-    return "".join(json.dumps({"id": f"q{n}", "question": f"{n}?", "answer": str(n)}) + "\n" for n in range(start, start + count))
+    return "".join(
+        json.dumps({"id": f"q{n}", "question": f"{n}?", "answer": str(n)}) + "\n"
+        for n in range(start, start + count)
+    )
 
 
 @pytest.fixture
@@ -37,8 +40,14 @@ def refusal(tmp_path):
     [
         (b"", "data.jsonl: is empty; expected one question a line (JSONL)"),
         (b"\n \n", "data.jsonl: is empty; expected one question a line (JSONL)"),
-        (GOOD + b'{"question": "x"}\n', "data.jsonl:2: answer: is missing; expected the right answer, a string or a number"),
-        (GOOD + b'{"question": "x", "answer": ""}\n', "data.jsonl:2: answer: is missing; expected the right answer, a string or a number"),
+        (
+            GOOD + b'{"question": "x"}\n',
+            "data.jsonl:2: answer: is missing; expected the right answer, a string or a number",
+        ),
+        (
+            GOOD + b'{"question": "x", "answer": ""}\n',
+            "data.jsonl:2: answer: is missing; expected the right answer, a string or a number",
+        ),
         (
             GOOD + b'\n{"answer": "x"}\n',
             "data.jsonl:3: question: is missing or empty; expected messages, or question (or prompt) as a string",
@@ -47,9 +56,18 @@ def refusal(tmp_path):
             b'{"question": "x", "answer": "1", "id": 7}\n{"question": "y", "answer": "1", "id": "7"}\n',
             "data.jsonl:2: id: '7' stands in line 1 already; ids must be unique",
         ),
-        (b'{"question": "x", "answer": "1", "id": [1]}\n', "data.jsonl:1: id: is [1]; expected a string or an integer"),
-        (b'{"question": "x", "answer": "1", "feedback": 3}\n', "data.jsonl:1: feedback: is 3; expected a string"),
-        (b'{"question": "x", "answer": "\\ud800"}\n', "data.jsonl:1: holds half a surrogate pair ('\\ud800')"),
+        (
+            b'{"question": "x", "answer": "1", "id": [1]}\n',
+            "data.jsonl:1: id: is [1]; expected a string or an integer",
+        ),
+        (
+            b'{"question": "x", "answer": "1", "feedback": 3}\n',
+            "data.jsonl:1: feedback: is 3; expected a string",
+        ),
+        (
+            b'{"question": "x", "answer": "\\ud800"}\n',
+            "data.jsonl:1: holds half a surrogate pair ('\\ud800')",
+        ),
         (GOOD + b'{"question": "caf\xe9"}\n', "data.jsonl:2: byte 18 is not UTF-8; expected a UTF-8 file"),
         (b"[1, 2]\n", "data.jsonl:1: is a JSON list; expected an object with question and answer"),
         (
@@ -60,14 +78,19 @@ def refusal(tmp_path):
             b'{"messages": ["x"], "answer": "1"}\n',
             'data.jsonl:1: messages: expected a list of {"role": …, "content": …}, both strings',
         ),
-        (b'{"prompt": "x", "system": 3, "answer": "1"}\n', "data.jsonl:1: system: is 3; expected a string or null"),
+        (
+            b'{"prompt": "x", "system": 3, "answer": "1"}\n',
+            "data.jsonl:1: system: is 3; expected a string or null",
+        ),
     ],
 )
 def test_refusals_name_file_line_and_field(refusal, content, said):
     assert refusal(content) == said
 
 
-@pytest.mark.parametrize("line", [b"{", b"question: x", b'{"question": ' + b"[" * 100_000, b'{"answer": ' + b"9" * 5000 + b"}"])
+@pytest.mark.parametrize(
+    "line", [b"{", b"question: x", b'{"question": ' + b"[" * 100_000, b'{"answer": ' + b"9" * 5000 + b"}"]
+)
 def test_lines_that_are_not_json(refusal, line):
     assert refusal(GOOD + line + b"\n").startswith("data.jsonl:2: is not JSON (")
 
@@ -78,7 +101,9 @@ def test_a_huge_line_is_refused_without_being_read_whole(tmp_path):
     with file.open("wb") as out:
         out.write(GOOD + b'{"question": "')
         out.truncate(100_000_000)
-    with pytest.raises(ConfigError, match=r"data\.jsonl:2: is longer than 16 MiB; expected one question a line"):
+    with pytest.raises(
+        ConfigError, match=r"data\.jsonl:2: is longer than 16 MiB; expected one question a line"
+    ):
         read_questions(file)
 
 
@@ -101,7 +126,11 @@ def test_accepted_shapes(tmp_path):
     )
     first, second, third = read_questions(file, phrase=lambda text: f"Q: {text}")
     assert first == ("1", ({"role": "user", "content": "Q: 2 + 2?"},), "4", None)
-    assert second[0] == "3" and [message["content"] for message in second[1]] == ["S", "U"] and second[3] == "no: y"
+    assert (
+        second[0] == "3"
+        and [message["content"] for message in second[1]] == ["S", "U"]
+        and second[3] == "no: y"
+    )
     assert third == ("4046", ({"role": "user", "content": "P"},), '[{"Action": "é"}]', None)
 
 
@@ -142,7 +171,9 @@ def test_held_out_questions(folder, tmp_path):
     """validation_share leaves the training set; a validation.jsonl wins; whatever the seed."""
     parts = []
     for seed in (1, 2):
-        task = create_task(TaskSource(name="mine", path=folder, verifier="exact", validation_share=0.25), seed)
+        task = create_task(
+            TaskSource(name="mine", path=folder, verifier="exact", validation_share=0.25), seed
+        )
         assert (task.size("train"), task.size("validation")) == (15, 5)
         parts.append({name.rpartition("/")[2] for name in ids(task, "validation", range(5))})
         trained = {name.rpartition("/")[2] for name in ids(task, "train", range(15))}

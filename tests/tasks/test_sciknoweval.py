@@ -66,17 +66,32 @@ def test_prompt_word_for_word():
         "</reasoning>\n<answer>\n...\n</answer>\n\nFor the answer, only output the letter corresponding to the correct option (A, B, C, "
         'or D), and nothing else. Do not restate the answer text. For example, if the answer is "A", just output:\n<answer>\nA\n</answer>\n'
     )
-    assert user["content"] == "What is H2O?\n\nA: water\nB: gold\n\nC: air\nD: fire\nPlease reason step by step."
+    assert (
+        user["content"] == "What is H2O?\n\nA: water\nB: gold\n\nC: air\nD: fire\nPlease reason step by step."
+    )
     two = Choice("0", "Is it?", ("yes", "no"), "B").messages[1]["content"]
     assert two == "Is it?\n\nA: yes\nB: no\nPlease reason step by step."
 
 
 def test_prepare_an_unseen_domain(tmp_path):
     """Biology as DATA.md describes it: 300 four-option and 200 two-option questions, and rows of other kinds between them."""
-    write(tmp_path / "raw/Biology/a.jsonl", [row(n) for n in range(300)] + [row(900, type="filling", answerKey="")])
+    write(
+        tmp_path / "raw/Biology/a.jsonl",
+        [row(n) for n in range(300)] + [row(900, type="filling", answerKey="")],
+    )
     others = [row(901, details={"level": "L2"}), row(902, type="open-ended-qa")]
-    write(tmp_path / "raw/Biology/b.jsonl", others + [row(n, options=2) for n in range(300, 499)] + [row(3, options=2)])
-    command = [sys.executable, "tools/prepare_sciknoweval.py", "--raw", str(tmp_path / "raw"), "--output", str(tmp_path / "out")]
+    write(
+        tmp_path / "raw/Biology/b.jsonl",
+        others + [row(n, options=2) for n in range(300, 499)] + [row(3, options=2)],
+    )
+    command = [
+        sys.executable,
+        "tools/prepare_sciknoweval.py",
+        "--raw",
+        str(tmp_path / "raw"),
+        "--output",
+        str(tmp_path / "out"),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -95,7 +110,10 @@ def test_prepare_an_unseen_domain(tmp_path):
     [
         ({"answerKey": "E"}, r"a\.jsonl:2: answerKey: is 'E'; expected one of A, B, C, D"),
         ({"question": None}, r"a\.jsonl:2: question: expected a string"),
-        ({"choices": {"text": ["x"], "label": ["A", "B", "C", "D"]}}, r"a\.jsonl:2: choices: expected the labels A, B, C, D"),
+        (
+            {"choices": {"text": ["x"], "label": ["A", "B", "C", "D"]}},
+            r"a\.jsonl:2: choices: expected the labels A, B, C, D",
+        ),
         ({"details": None}, r"a\.jsonl:2: details.level: is missing"),
     ],
 )
@@ -107,7 +125,9 @@ def test_rows_that_are_not_as_published(tmp_path, broken, said):
 
 def test_a_text_too_many_is_survived(tmp_path):
     """One published row of Material has five texts and four labels; the papers pair the first four."""
-    write(tmp_path / "a.jsonl", [row(0, choices={"text": ["note", "x", "y", "z", "w"], "label": list("ABCD")})])
+    write(
+        tmp_path / "a.jsonl", [row(0, choices={"text": ["note", "x", "y", "z", "w"], "label": list("ABCD")})]
+    )
     (choice,) = read_domain(tmp_path)
     assert choice.options == ("note", "x", "y", "z")
 

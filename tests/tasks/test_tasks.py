@@ -28,7 +28,9 @@ def folder(tmp_path):
 
 
 def config_of(**sections) -> Config:
-    return Config.model_validate({"model": {"hf_path": "x"}, "train": {"steps": 1}, "logging": {"dir": "y"}, **sections})
+    return Config.model_validate(
+        {"model": {"hf_path": "x"}, "train": {"steps": 1}, "logging": {"dir": "y"}, **sections}
+    )
 
 
 def test_a_folder_names_its_task_and_the_name_its_verifier(folder):
@@ -45,7 +47,10 @@ def test_a_folder_names_its_task_and_the_name_its_verifier(folder):
     [
         ({"name": "sudoku"}, "task.name: unknown task 'sudoku'; known: addition, reasoning_gym/DATASET"),
         ({"name": "chemistry"}, "task.path: chemistry needs its questions"),
-        ({"path": "physics", "name": "mine"}, "who judges 'mine' in .*physics\\? Give task.verifier \\(exact, multiple_choice, tool_calls"),
+        (
+            {"path": "physics", "name": "mine"},
+            "who judges 'mine' in .*physics\\? Give task.verifier \\(exact, multiple_choice, tool_calls",
+        ),
         ({"path": "physics", "verifier": "exact", "rule": "strict"}, "task.rule: exact has no strict rule"),
         ({"rule": "strict"}, "task.rule: task addition does not read it; is task.path missing\\?"),
         ({"verifier": "math"}, "task.verifier: task addition does not read it"),
@@ -70,9 +75,13 @@ def test_own_class_from_the_example():
     prompt = task.prompt("train", 0)
     word = prompt.messages[0]["content"].split()[1]
     assert prompt.answer == word[::-1] and prompt.task == "backwards"
-    assert not {task.prompt("train", n).answer for n in range(200)} & {task.prompt("test", n).answer for n in range(200)}
+    assert not {task.prompt("train", n).answer for n in range(200)} & {
+        task.prompt("test", n).answer for n in range(200)
+    }
     pool = Pool({task.name: task.verifier}, TaskSection(verifier_workers=1))
-    right, wrong = pool.verify([Job(task.name, prompt.answer, f" {prompt.answer}."), Job(task.name, prompt.answer, "no")])
+    right, wrong = pool.verify(
+        [Job(task.name, prompt.answer, f" {prompt.answer}."), Job(task.name, prompt.answer, "no")]
+    )
     assert right.correct and not wrong.correct and wrong.feedback.startswith("A word of ")
 
 
@@ -102,7 +111,13 @@ def test_own_files_that_cannot_be_used(tmp_path, code, said):
 
 def test_mixture_keeps_its_shares_at_every_length(folder):
     config = config_of(
-        task={"mixture": [{"path": folder / "chemistry", "weight": 5}, {"path": folder / "physics", "weight": 2}, {"name": "addition"}]}
+        task={
+            "mixture": [
+                {"path": folder / "chemistry", "weight": 5},
+                {"path": folder / "physics", "weight": 2},
+                {"name": "addition"},
+            ]
+        }
     )
     sources = {source.name: source.weight for source in config.task.sources}
     assert sources == {"chemistry": 5, "physics": 2, "addition": 1}
@@ -133,9 +148,19 @@ def test_one_task_is_a_mixture_of_one():
 def test_evaluated_are_the_training_tasks_or_those_named(folder):
     physics = {"path": str(folder / "physics")}
     assert set(evaluation_tasks(config_of())) == {"addition"}
-    assert set(evaluation_tasks(config_of(task={"mixture": ["addition", physics]}))) == {"addition", "physics"}
-    assert set(evaluation_tasks(config_of(task={"mixture": ["addition", physics]}, evaluation={"tasks": ["physics"]}))) == {"physics"}
-    assert set(evaluation_tasks(config_of(evaluation={"tasks": [physics, "addition"]}))) == {"physics", "addition"}
+    assert set(evaluation_tasks(config_of(task={"mixture": ["addition", physics]}))) == {
+        "addition",
+        "physics",
+    }
+    assert set(
+        evaluation_tasks(
+            config_of(task={"mixture": ["addition", physics]}, evaluation={"tasks": ["physics"]})
+        )
+    ) == {"physics"}
+    assert set(evaluation_tasks(config_of(evaluation={"tasks": [physics, "addition"]}))) == {
+        "physics",
+        "addition",
+    }
 
 
 def test_one_file_is_all_test_when_nothing_is_trained_on_it(folder):
@@ -156,7 +181,10 @@ def test_what_is_trained_on_is_not_evaluated(folder, shares, monkeypatch):
     file = {"path": folder / "chemistry/train.jsonl", "verifier": "exact"}
     config = config_of(
         task=file | shares,
-        evaluation={"tasks": [{"path": "chemistry/train.jsonl", "name": "other", "verifier": "exact"}], "splits": ["test"]},
+        evaluation={
+            "tasks": [{"path": "chemistry/train.jsonl", "name": "other", "verifier": "exact"}],
+            "splits": ["test"],
+        },
     )
     (trained,), (evaluated,) = training_tasks(config).values(), evaluation_tasks(config).values()
     learnt = {question.id for question in trained.splits["train"]}
@@ -170,9 +198,18 @@ def test_what_is_trained_on_is_not_evaluated(folder, shares, monkeypatch):
 @pytest.mark.parametrize(
     "sections, said",
     [
-        ({"evaluation": {"splits": ["validation"]}, "task": {"path": "chemistry"}}, "evaluation.splits: task chemistry has no validation"),
-        ({"evaluation": {"prompts": None}}, "evaluation.prompts: null means all, but task addition is endless"),
-        ({"evaluation": {"tasks": ["addition", "addition"]}}, "evaluation.tasks: two tasks are called addition"),
+        (
+            {"evaluation": {"splits": ["validation"]}, "task": {"path": "chemistry"}},
+            "evaluation.splits: task chemistry has no validation",
+        ),
+        (
+            {"evaluation": {"prompts": None}},
+            "evaluation.prompts: null means all, but task addition is endless",
+        ),
+        (
+            {"evaluation": {"tasks": ["addition", "addition"]}},
+            "evaluation.tasks: two tasks are called addition",
+        ),
     ],
 )
 def test_evaluations_that_cannot_be_run(folder, sections, said):

@@ -43,18 +43,38 @@ TRAINING = {
     "Instances": [
         {
             "input": "Show me a cat.\nHint: use getCat",
-            "intermediate_steps": [step("getCat", 'Well: {"size": {"min": 1}}\n')],  # it read from brace to brace
+            "intermediate_steps": [
+                step("getCat", 'Well: {"size": {"min": 1}}\n')
+            ],  # it read from brace to brace
             "output": "Here it is.",
             "Final Thought": "I can respond now.",
         },
-        {"input": "A cat for $5.", "intermediate_steps": [step("getCat", '{"price": "$5"}'), step("getCat", "{}")], "output": "…"},
+        {
+            "input": "A cat for $5.",
+            "intermediate_steps": [step("getCat", '{"price": "$5"}'), step("getCat", "{}")],
+            "output": "…",
+        },
         {"input": "Broken.", "intermediate_steps": [step("getCat", "{size: 1}")], "output": "…"},
-        {"input": "Which one?", "intermediate_steps": [step("getDetails", '{"Question": "Which?"}', "Any."), step("getCat", "{}")]},
+        {
+            "input": "Which one?",
+            "intermediate_steps": [
+                step("getDetails", '{"Question": "Which?"}', "Any."),
+                step("getCat", "{}"),
+            ],
+        },
         {
             "input": "A dog?",
-            "intermediate_steps": [step("getDog", "{}", "`getDog` is not a valid action. The action must be one of ['getCat'].")],
+            "intermediate_steps": [
+                step("getDog", "{}", "`getDog` is not a valid action. The action must be one of ['getCat'].")
+            ],
         },
-        {"input": "Twice.", "intermediate_steps": [step("getCat", "{}", "Status Code: 400. Response: …"), step("getCat", "{}")]},
+        {
+            "input": "Twice.",
+            "intermediate_steps": [
+                step("getCat", "{}", "Status Code: 400. Response: …"),
+                step("getCat", "{}"),
+            ],
+        },
         {"input": "Nothing to do.", "intermediate_steps": [], "output": "…"},
         {"error": "the simulation failed"},
         "{'input': 'not even JSON'}",
@@ -82,9 +102,21 @@ def test_paper_rule_agrees_with_the_table(gold, text, right):
     [
         (TWO, said(("login", '{"user": "ann"}'), ("list", '{"limit": 5}')), True),
         (TWO, said(("list", '{"limit": 5}'), ("login", '{"user": "ann"}')), True),
-        (TWO, said(("login", '{"limit": 5}'), ("list", '{"user": "ann"}')), False),  # what merging does not see
-        (SAME, said(("search", '{"size": "large", "page": 1}'), ("search", '{"size": "large", "page": 1}')), False),
-        (SAME, said(("search", '{"size": "large", "page": 1}'), ("search", '{"size": "small", "page": 1}')), True),
+        (
+            TWO,
+            said(("login", '{"limit": 5}'), ("list", '{"user": "ann"}')),
+            False,
+        ),  # what merging does not see
+        (
+            SAME,
+            said(("search", '{"size": "large", "page": 1}'), ("search", '{"size": "large", "page": 1}')),
+            False,
+        ),
+        (
+            SAME,
+            said(("search", '{"size": "large", "page": 1}'), ("search", '{"size": "small", "page": 1}')),
+            True,
+        ),
         (NESTED, said(("update", '{"data": {"tags": ["a", "b"], "url": "http://x/y.jpg"}, "id": 7}')), True),
         (NESTED, said(("update", '{"data": {"tags": ["b", "a"], "url": "http://x/y.jpg"}, "id": 7}')), False),
         (ONE, said(("search", '{"q": "cat", "page": 1.0}')), True),
@@ -92,7 +124,11 @@ def test_paper_rule_agrees_with_the_table(gold, text, right):
         (ONE, said(("search", '{"q": "cat", "page": "1"}')), False),
         (ONE, said(("search", '{"q": "dog", "q": "cat", "page": 1}')), False),
         (ONE, said(("search", '{"q": "cat", "page": 1} // done')), False),
-        (ONE, "So Action: search\nAction Input: {}\nAction: search\nAction Input: {\"q\": \"cat\", \"page\": 1}", False),
+        (
+            ONE,
+            'So Action: search\nAction Input: {}\nAction: search\nAction Input: {"q": "cat", "page": 1}',
+            False,
+        ),
         (ONE, 'Action Input: {"q": "cat", "page": 1}\nAction: search', False),
         (NONE, "Action: getAll\nAction: getAll\nAction Input: {}\nAction Input: {}", False),
         (OPTIONAL, said(("getUser", '{"id": "u1"}')), True),
@@ -139,7 +175,11 @@ def test_prepare_evaluation_and_training_files(tmp_path):
         "2 questions; left out: the simulation failed 2, a call's input is no JSON object 1, a call asks the user back 1,"
         " a call is to no tool of the API 1, a call failed 1, no calls 1"
     )
-    for name, gold in (("test", ["{}"]), ("train", ['{"size": {"min": 1}}']), ("train", ['{"price": "$5"}', "{}"])):
+    for name, gold in (
+        ("test", ["{}"]),
+        ("train", ['{"size": {"min": 1}}']),
+        ("train", ['{"price": "$5"}', "{}"]),
+    ):
         question = read_questions(tmp_path / f"out/{name}.jsonl")[len(gold) - 1]
         asked = "A cat for $5." if len(gold) == 2 else "Show me a cat."
         assert question.messages == ({"role": "user", "content": PROMPT.replace("Show me a cat.", asked)},)

@@ -35,7 +35,13 @@ def routed_sample(number, branch, prompt_length, response_length, teacher_length
         teacher_ids=take(teacher_length) if distillation else None,
     )
     logprobs = [-number - place / 100 for place in range(response_length)]
-    return make_sample(number, prompt_ids=take(prompt_length), response_ids=take(response_length), logprobs=logprobs, route=route)
+    return make_sample(
+        number,
+        prompt_ids=take(prompt_length),
+        response_ids=take(response_length),
+        logprobs=logprobs,
+        route=route,
+    )
 
 
 def samples_of(*rows):
@@ -43,7 +49,9 @@ def samples_of(*rows):
 
 
 batches = st.lists(
-    st.tuples(st.sampled_from(sorted(ROUTES)), st.integers(1, 20), st.integers(1, 20), st.integers(1, 60)), min_size=0, max_size=14
+    st.tuples(st.sampled_from(sorted(ROUTES)), st.integers(1, 20), st.integers(1, 20), st.integers(1, 60)),
+    min_size=0,
+    max_size=14,
 ).map(lambda rows: samples_of(*rows))
 all_rules = st.builds(
     PackingRules,
@@ -66,20 +74,28 @@ def padded(document, context):
 
 def rows_of_all(samples, rank, data_size, rules):
     """Each row of a data-parallel rank, students' and teachers': (its parts on the context-parallel ranks, prompt ids by sample)."""
-    everyone = [rules._replace(context=Context(number, rules.context.size)) for number in range(rules.context.size)]
+    everyone = [
+        rules._replace(context=Context(number, rules.context.size)) for number in range(rules.context.size)
+    ]
     batches = [pack(samples, rank, data_size, own, "token_mean") for own in everyone]
     for name, prompt_of in (
         ("micro_batches", lambda sample: sample.prompt.ids),
         ("teacher_micro_batches", lambda sample: sample.route.teacher_ids),
     ):
-        yield from ((parts, prompt_of) for parts in zip(*(getattr(batch, name) for batch in batches), strict=True))
+        yield from (
+            (parts, prompt_of) for parts in zip(*(getattr(batch, name) for batch in batches), strict=True)
+        )
 
 
 def assemble(parts):
     """(ids of the whole row, where in it each token of the ranks' parts, one after another, belongs), by the parts' positions."""
     bounds = parts[0].cu_seqlens.tolist()
     starts = [start for start, end in itertools.pairwise(bounds) for _ in range((end - start) // len(parts))]
-    where = [start + position for part in parts for start, position in zip(starts, part.positions.tolist(), strict=True)]
+    where = [
+        start + position
+        for part in parts
+        for start, position in zip(starts, part.positions.tolist(), strict=True)
+    ]
     assert sorted(where) == list(range(bounds[-1]))
     ids = dict(zip(where, torch.cat([part.ids for part in parts]).tolist(), strict=True))
     return [ids[place] for place in range(len(where))], where
@@ -91,7 +107,9 @@ def test_invariants(samples, data_size, rules):
     packed = [pack(samples, rank, data_size, rules, "token_mean") for rank in range(data_size)]
     distilled = [key for key, sample in enumerate(samples) if sample.route.distillation_weight > 0]
     context = rules.context
-    multiple = context.size * (math.lcm(2, rules.length_multiple) if context.size > 1 else rules.length_multiple)
+    multiple = context.size * (
+        math.lcm(2, rules.length_multiple) if context.size > 1 else rules.length_multiple
+    )
     for part, keys in (("micro_batches", range(len(samples))), ("teacher_micro_batches", distilled)):
         of_rank = [getattr(batch, part) for batch in packed]
         found = [document.key for rows in of_rank for row in rows for document in row.documents]
@@ -109,7 +127,9 @@ def test_invariants(samples, data_size, rules):
                 assert len(row.ids) == rounded(max(tokens, 1), multiple) // context.size
         for rows in of_rank if rules.uniform else []:
             assert len({len(row.ids) for row in rows}) <= 1
-            longest = max((sum(padded(document, context) for document in row.documents) for row in rows), default=1)
+            longest = max(
+                (sum(padded(document, context) for document in row.documents) for row in rows), default=1
+            )
             assert all(len(row.ids) == rounded(max(longest, 1), multiple) // context.size for row in rows)
     for batch in packed:
         student_keys = {document.key for row in batch.micro_batches for document in row.documents}
@@ -145,7 +165,11 @@ def test_student_and_teacher_predict_the_same_ids_from_the_right_places(samples,
                         found[document.key, t] = found.get((document.key, t), 0) + 1
                         cursor += 1
                 assert cursor == len(places)
-            assert found == {(document.key, t): 1 for document in parts[0].documents for t in range(len(document.response_ids))}
+            assert found == {
+                (document.key, t): 1
+                for document in parts[0].documents
+                for t in range(len(document.response_ids))
+            }
 
 
 @given(batches, all_rules)
@@ -157,7 +181,9 @@ def test_context_parallel_ranks_hold_what_megatron_rotates(samples, rules):
             bounds, size = part.cu_seqlens.tolist(), len(parts)
             lengths = [(end - start) // size for start, end in itertools.pairwise(bounds)]
             for length, positions in zip(lengths, part.positions.split(lengths), strict=True):
-                rotated = _get_thd_freqs_on_this_cp_rank(rank, size, torch.empty(length), torch.arange(part.max_seqlen))
+                rotated = _get_thd_freqs_on_this_cp_rank(
+                    rank, size, torch.empty(length), torch.arange(part.max_seqlen)
+                )
                 assert positions.tolist() == rotated.tolist()
 
 
@@ -177,7 +203,11 @@ def test_documents_are_bounded(samples, data_size, rules):
         for row in pack(samples, rank, data_size, rules, "token_mean").micro_batches:
             bounds, size = row.cu_seqlens.tolist(), rules.context.size
             assert row.cu_seqlens.dtype == torch.int32
-            assert bounds[0] == 0 and bounds[-1] == size * len(row.ids) == size * len(row.positions) and bounds == sorted(set(bounds))
+            assert (
+                bounds[0] == 0
+                and bounds[-1] == size * len(row.ids) == size * len(row.positions)
+                and bounds == sorted(set(bounds))
+            )
             lengths = [end - start for start, end in itertools.pairwise(bounds)]
             own = [padded(document, rules.context) for document in row.documents]
             assert lengths[: len(own)] == own and len(lengths) - len(own) in (0, 1)
@@ -216,7 +246,10 @@ def test_terms_belong_to_their_tokens(samples, data_size, rules, aggregation):
                 else:
                     denominator = len(routed) * len(sample.response_ids)
                 for logprob in sample.logprobs[rules.context.share(len(sample.logprobs))]:
-                    weights = [weight / denominator if weight else 0.0 for weight in (route.policy_weight, route.distillation_weight)]
+                    weights = [
+                        weight / denominator if weight else 0.0
+                        for weight in (route.policy_weight, route.distillation_weight)
+                    ]
                     expected.append([route.advantage, *weights, logprob])
             found = torch.stack(terms[:4], dim=1)
             torch.testing.assert_close(found, torch.tensor(expected).view(-1, 4), rtol=1e-6, atol=0)
@@ -243,7 +276,9 @@ def test_loss_scales_by_hand():
 @settings(deadline=None, max_examples=100)
 def test_balance(costs, bins):
     contents = balance(costs, bins)
-    assert len(contents) == bins and sorted(itertools.chain.from_iterable(contents)) == list(range(len(costs)))
+    assert len(contents) == bins and sorted(itertools.chain.from_iterable(contents)) == list(
+        range(len(costs))
+    )
     loads = [sum(costs[item] for item in items) for items in contents]
     assert max(loads) - min(loads) <= max(costs, default=0)
 
@@ -297,7 +332,12 @@ def test_ranks_with_nothing_to_do_still_take_part():
     for (row,) in (idle.micro_batches, idle.teacher_micro_batches):
         assert row.documents == () and row.ids.tolist() == [0, 0, 0, 0] and row.cu_seqlens.tolist() == [0, 4]
         assert len(row.predicts) == len(row.targets) == 0
-    assert [len(field) for field in idle.terms(idle.micro_batches[0], torch.device("cpu"))[:4]] == [0, 0, 0, 0]
+    assert [len(field) for field in idle.terms(idle.micro_batches[0], torch.device("cpu"))[:4]] == [
+        0,
+        0,
+        0,
+        0,
+    ]
     assert idle.distilled_tokens == 3
 
 
@@ -305,7 +345,11 @@ def test_nothing_distilled_means_no_teacher_rows_anywhere():
     samples = samples_of(("grpo", 2, 3, 1), ("none", 2, 3, 1))
     for rank in range(3):
         batch = pack(samples, rank, 3, PackingRules(token_budget=50, count_multiple=2), "token_mean")
-        assert batch.teacher_micro_batches == [] and batch.distilled_tokens == 0 and len(batch.micro_batches) == 2
+        assert (
+            batch.teacher_micro_batches == []
+            and batch.distilled_tokens == 0
+            and len(batch.micro_batches) == 2
+        )
 
 
 def test_dearest_samples_are_spread():
@@ -314,7 +358,10 @@ def test_dearest_samples_are_spread():
     samples = samples_of(distilled, plain, distilled, plain, plain, plain)
     for rank in range(2):
         batch = pack(samples, rank, 2, PackingRules(token_budget=1000), "token_mean")
-        assert [len(rows[0].documents) for rows in (batch.micro_batches, batch.teacher_micro_batches)] == [3, 1]
+        assert [len(rows[0].documents) for rows in (batch.micro_batches, batch.teacher_micro_batches)] == [
+            3,
+            1,
+        ]
 
 
 def test_plan_is_deterministic():

@@ -37,7 +37,9 @@ def make_trainer(tmp_path):
     )
 
     def routed(trainer):
-        groups = route_groups(replay(rollouts, 1, 4, folder), trainer.algorithm, folder.encode, 160, seed="1/1")
+        groups = route_groups(
+            replay(rollouts, 1, 4, folder), trainer.algorithm, folder.encode, 160, seed="1/1"
+        )
         return trainer, [sample for group in groups for sample in group]
 
     with trainers() as make:
@@ -106,7 +108,9 @@ def test_live_teacher_is_the_policy(make_trainer):
     (before,) = (weight.clone() for weight in targets[0].weights)
     assert torch.equal(before, trainer.chunks[-1].module.output_weight)
     step(trainer, samples)
-    assert torch.equal(targets[0].weights[0], before)  # a later mini-batch sees the weights that made the hidden states
+    assert torch.equal(
+        targets[0].weights[0], before
+    )  # a later mini-batch sees the weights that made the hidden states
 
 
 def test_trust_region_teacher_is_between_the_initial_model_and_the_policy(make_trainer):
@@ -119,9 +123,13 @@ def test_trust_region_teacher_is_between_the_initial_model_and_the_policy(make_t
     initial, policy = targets.weights
     assert torch.equal(policy, trainer.chunks[-1].module.output_weight) and not torch.equal(initial, policy)
     for key, (of_initial, of_policy) in targets.hidden.items():
-        logits = 0.7 * of_initial.double() @ initial.double().t() + 0.3 * of_policy.double() @ policy.double().t()
+        logits = (
+            0.7 * of_initial.double() @ initial.double().t() + 0.3 * of_policy.double() @ policy.double().t()
+        )
         logq = logits[:, : trainer.folder.architecture.vocab_size].log_softmax(1)
-        torch.testing.assert_close(targets.entropy[key].double(), -(logq.exp() * logq).sum(1), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            targets.entropy[key].double(), -(logq.exp() * logq).sum(1), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_output_weight_gradient_goes_straight_to_main_grad(make_trainer):
@@ -140,7 +148,10 @@ def test_bf16_has_fp32_main_gradients_and_stays_near_fp32(make_trainer, optimize
     wanted = step(exact, samples)
     trainer, samples = make_trainer("model.dtype=bfloat16", f"parallel.use_distributed_optimizer={optimizer}")
     report = step(trainer, samples)
-    assert all(parameter.dtype == torch.bfloat16 and parameter.main_grad.dtype == torch.float32 for parameter in trainer.parameters)
+    assert all(
+        parameter.dtype == torch.bfloat16 and parameter.main_grad.dtype == torch.float32
+        for parameter in trainer.parameters
+    )
     assert report.losses[0] == pytest.approx(wanted.losses[0], rel=0.05)
     assert report.grad_norms[0] == pytest.approx(wanted.grad_norms[0], rel=0.05)
     assert report.moved == [True]
@@ -158,13 +169,24 @@ def state_of_updates(trainer):
 
 @pytest.mark.parametrize("optimizer", ["true", "false"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_offloaded_state_is_on_the_device_for_updates_only_and_changes_no_bit(make_trainer, monkeypatch, dtype, optimizer):
-    overrides = [f"model.dtype={dtype}", f"parallel.use_distributed_optimizer={optimizer}", "algorithm.mini_batch_prompts=2"]
+def test_offloaded_state_is_on_the_device_for_updates_only_and_changes_no_bit(
+    make_trainer, monkeypatch, dtype, optimizer
+):
+    overrides = [
+        f"model.dtype={dtype}",
+        f"parallel.use_distributed_optimizer={optimizer}",
+        "algorithm.mini_batch_prompts=2",
+    ]
 
     def run(*more):
         trainer, samples = make_trainer(*overrides, *more)
         reports = [step(trainer, samples) for _ in range(3)]
-        return trainer, samples, [(r.losses, r.grad_norms, r.teacher_distances) for r in reports], checkpoint(trainer)
+        return (
+            trainer,
+            samples,
+            [(r.losses, r.grad_norms, r.teacher_distances) for r in reports],
+            checkpoint(trainer),
+        )
 
     _, _, reports, saved = run()
     trainer, samples, found, parked = run("optimizer.optimizer_cpu_offload=true")
@@ -175,10 +197,21 @@ def test_offloaded_state_is_on_the_device_for_updates_only_and_changes_no_bit(ma
     moments, masters = 2 * len(trainer.parameters), len(trainer.parameters) * (dtype == "bfloat16")
     assert len(states["masters and moments"]) == moments + masters
 
-    during, forward = [], trainer.optimizer.zero_grad  # before each forward-backward pass, and inside each update
-    monkeypatch.setattr(trainer.optimizer, "zero_grad", lambda: (during.append(sum(sizes(trainer.optimizer.state()))), forward()))
+    during, forward = (
+        [],
+        trainer.optimizer.zero_grad,
+    )  # before each forward-backward pass, and inside each update
+    monkeypatch.setattr(
+        trainer.optimizer,
+        "zero_grad",
+        lambda: (during.append(sum(sizes(trainer.optimizer.state()))), forward()),
+    )
     update = trainer.optimizer.inner.step
-    monkeypatch.setattr(trainer.optimizer.inner, "step", lambda: (during.append(sum(sizes(trainer.optimizer.state()))), update()))
+    monkeypatch.setattr(
+        trainer.optimizer.inner,
+        "step",
+        lambda: (during.append(sum(sizes(trainer.optimizer.state()))), update()),
+    )
     step(trainer, samples)
     assert len(during) == 4 and during[0] == during[2] == 0 < during[1] == during[3]
 
@@ -190,7 +223,9 @@ def test_a_checkpoint_is_restored_into_what_is_parked(make_trainer, tmp_path, wh
     step(trainer, samples)
     saved, state = checkpoint(trainer), numbers(trainer)
     write_tensors(tmp_path / "rank_00000.safetensors", saved)
-    trainer, samples = make_trainer("model.dtype=bfloat16", "rollout.engine=sglang", "rollout.servers=1", where)
+    trainer, samples = make_trainer(
+        "model.dtype=bfloat16", "rollout.engine=sglang", "rollout.servers=1", where
+    )
     trainer.take_room()
     step(trainer, samples)  # from the start model: other numbers
     trainer.make_room()
@@ -212,7 +247,13 @@ def test_servers_on_the_same_device_have_all_memory_but_the_policys(make_trainer
             trainer.take_room()
             reports.append(step(trainer, samples).losses)
             trainer.make_room()
-            left.append(sum(sizes([*trainer.optimizer.state(), *trainer.optimizer.gradients(), *trainer.teacher.shares])))
+            left.append(
+                sum(
+                    sizes(
+                        [*trainer.optimizer.state(), *trainer.optimizer.gradients(), *trainer.teacher.shares]
+                    )
+                )
+            )
             left[-1] += sum(sizes(teacher_parameters(trainer)))
         return reports, left, checkpoint(trainer), dict(trainer.export())
 

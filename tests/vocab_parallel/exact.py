@@ -32,7 +32,10 @@ def divergence(logp: Tensor, logq: Tensor, kind: Divergence, targets: Tensor | N
         head = chooses.detach().argsort(dim=1, descending=True)[:, : kind.top_k]
         outside = torch.ones_like(logp).scatter(1, head, 0).bool()
         logp, logq = (
-            torch.cat([x.gather(1, head), x.masked_fill(~outside, -math.inf).logsumexp(1, keepdim=True)], dim=1) for x in (logp, logq)
+            torch.cat(
+                [x.gather(1, head), x.masked_fill(~outside, -math.inf).logsumexp(1, keepdim=True)], dim=1
+            )
+            for x in (logp, logq)
         )
     p, q = logp.exp(), logq.exp()
     if kind.kind == "forward":

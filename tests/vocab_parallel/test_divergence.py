@@ -72,7 +72,9 @@ def test_value_and_gradient_everywhere(seed, scale, kind, k):
 def test_top_k_of_the_whole_vocabulary_is_full(seed, scale, kind):
     student, teacher = logits(seed, scale=scale)
     for k in (23, 24, 1000):
-        for found, expected in zip(ours(student, teacher, on(kind, k)), ours(student, teacher, kind), strict=True):
+        for found, expected in zip(
+            ours(student, teacher, on(kind, k)), ours(student, teacher, kind), strict=True
+        ):
             assert torch.equal(found, expected)
 
 
@@ -114,15 +116,21 @@ def test_forward_and_reverse_are_each_other_swapped():
     p, q = torch.tensor([[0.5, 0.5]], dtype=WIDE), torch.tensor([[0.9, 0.1]], dtype=WIDE)
     q_over_p = 0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)
     p_over_q = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
-    assert on_tile(p.log(), q.log(), Divergence("forward"), VocabShard(0, 2, 2))[0].item() == pytest.approx(q_over_p)
-    assert on_tile(p.log(), q.log(), Divergence("reverse"), VocabShard(0, 2, 2))[0].item() == pytest.approx(p_over_q)
+    assert on_tile(p.log(), q.log(), Divergence("forward"), VocabShard(0, 2, 2))[0].item() == pytest.approx(
+        q_over_p
+    )
+    assert on_tile(p.log(), q.log(), Divergence("reverse"), VocabShard(0, 2, 2))[0].item() == pytest.approx(
+        p_over_q
+    )
 
 
 def test_alpha_is_the_weight_of_the_teacher():
     """m = (1-α)p + αq and ℓ = (1-α) KL(p‖m) + α KL(q‖m), by hand on two ids."""
     p, q, alpha = [0.5, 0.5], [0.9, 0.1], 0.25
     m = [0.6, 0.4]
-    expected = sum(0.75 * a * math.log(a / c) + 0.25 * b * math.log(b / c) for a, b, c in zip(p, q, m, strict=True))
+    expected = sum(
+        0.75 * a * math.log(a / c) + 0.25 * b * math.log(b / c) for a, b, c in zip(p, q, m, strict=True)
+    )
     logp, logq = torch.tensor([p], dtype=WIDE).log(), torch.tensor([q], dtype=WIDE).log()
     value = on_tile(logp, logq, Divergence("jsd", alpha), VocabShard(0, 2, 2))[0]
     assert value.item() == pytest.approx(expected)

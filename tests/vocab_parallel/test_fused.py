@@ -22,7 +22,9 @@ KINDS = [
     Divergence("forward"),
     Divergence("reverse"),
 ]
-KINDS += [kind._replace(support=support, top_k=6) for kind in KINDS for support in ("student_topk", "teacher_topk")]
+KINDS += [
+    kind._replace(support=support, top_k=6) for kind in KINDS for support in ("student_topk", "teacher_topk")
+]
 KINDS += [Divergence("reverse", support="sampled")]
 JSD = Divergence()
 
@@ -32,14 +34,20 @@ def kernel(request):
     """Every test runs with the kernel that is chosen for its inputs, and with the plain one."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "reference":
-            patch.setattr(fused, "_kernel", lambda tile_tokens, shard, divergence, own: ReferenceKernel(shard, divergence))
+            patch.setattr(
+                fused,
+                "_kernel",
+                lambda tile_tokens, shard, divergence, own: ReferenceKernel(shard, divergence),
+            )
         yield
 
 
 class Problem:
     """T tokens, D of them distilled, and an objective that is not linear in what it is given."""
 
-    def __init__(self, tokens=13, distilled=5, vocab_size=29, padded=32, width=8, seed=0, dtype=WIDE, scale=0.6):
+    def __init__(
+        self, tokens=13, distilled=5, vocab_size=29, padded=32, width=8, seed=0, dtype=WIDE, scale=0.6
+    ):
         generator = torch.Generator().manual_seed(seed)
 
         def draw(*shape, factor=1.0):
@@ -79,7 +87,9 @@ class Problem:
         """The same from float64 autograd."""
         hidden, weight = self.hidden.to(WIDE).requires_grad_(), self.weight.to(WIDE).requires_grad_()
         logp = log_softmax(hidden, weight, self.vocab_size, temperature)
-        logq = log_softmax(self.teacher_hidden.to(WIDE), self.teacher_weight.to(WIDE), self.vocab_size, temperature)
+        logq = log_softmax(
+            self.teacher_hidden.to(WIDE), self.teacher_weight.to(WIDE), self.vocab_size, temperature
+        )
         logprob = logp.gather(1, self.targets[:, None])[:, 0]
         h, border = entropy(logp), self.distilled
         d = divergence(logp[:border], logq, kind, self.targets[:border])
@@ -138,7 +148,9 @@ def test_padded_rows_take_no_part(kind):
     assert padded[0][2][problem.vocab_size :].abs().max() == 0
     problem.weight[problem.vocab_size :] = -7.0
     problem.teacher_weight[problem.vocab_size :] = 0.0
-    for ours, theirs in zip((*padded[0], *padded[1]), (lambda f: (*f[0], *f[1]))(problem.fused(kind)), strict=True):
+    for ours, theirs in zip(
+        (*padded[0], *padded[1]), (lambda f: (*f[0], *f[1]))(problem.fused(kind)), strict=True
+    ):
         assert torch.equal(ours, theirs)
 
 
@@ -160,7 +172,9 @@ def test_vocabulary_without_padding():
 )
 @settings(deadline=None, max_examples=60)
 def test_any_shape(seed, tokens, distilled, vocab_size, padding, tile_tokens, kind, temperature, scale):
-    problem = Problem(tokens, min(tokens, distilled), vocab_size, vocab_size + padding, seed=seed, scale=scale)
+    problem = Problem(
+        tokens, min(tokens, distilled), vocab_size, vocab_size + padding, seed=seed, scale=scale
+    )
     found, expected = problem.fused(kind, temperature, tile_tokens), problem.exact(kind, temperature)
     for ours, theirs in zip((*found[0], *found[1]), (*expected[0], *expected[1]), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
@@ -179,7 +193,9 @@ def test_statistics_of_fp32_are_close_to_float64_token_by_token():
         torch.testing.assert_close(ours.to(WIDE), theirs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [Divergence(), Divergence("reverse"), Divergence(support="student_topk", top_k=6)], ids=str)
+@pytest.mark.parametrize(
+    "kind", [Divergence(), Divergence("reverse"), Divergence(support="student_topk", top_k=6)], ids=str
+)
 def test_bf16_inputs(kind):
     """Products in bf16, everything after them in fp32: close to float64 on the same rounded inputs."""
     problem = Problem(24, 12, 100, 112, width=16, dtype=torch.bfloat16)
@@ -221,7 +237,16 @@ def test_only_what_needs_a_gradient_gets_one():
 
 def test_inputs_are_not_changed():
     problem = Problem()
-    before = [x.clone() for x in (problem.hidden, problem.weight, problem.teacher_hidden, problem.teacher_weight, problem.targets)]
+    before = [
+        x.clone()
+        for x in (
+            problem.hidden,
+            problem.weight,
+            problem.teacher_hidden,
+            problem.teacher_weight,
+            problem.targets,
+        )
+    ]
     problem.fused(temperature=0.5)
     after = (problem.hidden, problem.weight, problem.teacher_hidden, problem.teacher_weight, problem.targets)
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
@@ -247,7 +272,10 @@ def test_extreme_logits_in_fp32(kind):
     problem = Problem(12, 12, 20, 24, width=4, dtype=torch.float32)
     problem.weight[:20] = torch.randint(-3, 4, (20, 4), generator=generator).float()
     problem.teacher_weight[:20] = torch.randint(-3, 4, (20, 4), generator=generator).float()
-    problem.hidden, problem.teacher_hidden = 1500 * problem.hidden.sign(), 1500 * problem.teacher_hidden.sign()
+    problem.hidden, problem.teacher_hidden = (
+        1500 * problem.hidden.sign(),
+        1500 * problem.teacher_hidden.sign(),
+    )
     problem.weight[:20, 0] += torch.arange(20) / 64  # no ties among the top K
     problem.a.zero_()
     problem.b.zero_()
@@ -263,10 +291,20 @@ def test_extreme_logits_in_fp32(kind):
 def test_score_agrees(dtype, tolerance, temperature):
     problem = Problem(dtype=dtype)
     shard = VocabShard.of_rank(0, 32, 29, None)
-    found = score(Projection(problem.hidden.clone().requires_grad_(), problem.weight), problem.targets, shard, temperature=temperature)
+    found = score(
+        Projection(problem.hidden.clone().requires_grad_(), problem.weight),
+        problem.targets,
+        shard,
+        temperature=temperature,
+    )
     (_, (logprob, entropies, _)) = problem.exact(temperature=temperature)
-    assert relative_error(found.logprob, logprob) < tolerance and relative_error(found.entropy, entropies) < tolerance
-    assert found.divergence.shape == (0,) and not found.logprob.requires_grad and not found.entropy.requires_grad
+    assert (
+        relative_error(found.logprob, logprob) < tolerance
+        and relative_error(found.entropy, entropies) < tolerance
+    )
+    assert (
+        found.divergence.shape == (0,) and not found.logprob.requires_grad and not found.entropy.requires_grad
+    )
     if dtype == WIDE:
         fused = problem.fused(temperature=temperature)[1]
         torch.testing.assert_close(found.logprob, fused.logprob)
@@ -276,21 +314,28 @@ def test_score_agrees(dtype, tolerance, temperature):
 def test_score_of_several_tiles():
     problem, shard = Problem(50, 0), VocabShard(0, 29, 29)
     whole = score(Projection(problem.hidden, problem.weight), problem.targets, shard)
-    tiled = score(Projection(problem.hidden, problem.weight), problem.targets, shard, memory=1)  # tiles of 16, the smallest
+    tiled = score(
+        Projection(problem.hidden, problem.weight), problem.targets, shard, memory=1
+    )  # tiles of 16, the smallest
     for ours, theirs in zip(tiled, whole, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
 def test_score_of_nothing():
     problem = Problem(0, 0)
-    assert [len(x) for x in score(Projection(problem.hidden, problem.weight), problem.targets, VocabShard(0, 29, 29))] == [0, 0, 0]
+    assert [
+        len(x)
+        for x in score(Projection(problem.hidden, problem.weight), problem.targets, VocabShard(0, 29, 29))
+    ] == [0, 0, 0]
 
 
 def test_score_without_targets():
     """Its docstring: log-probabilities are zeros then; entropies are as ever."""
     problem, shard = Problem(), VocabShard(0, 29, 29)
     found = score(Projection(problem.hidden, problem.weight), None, shard)
-    torch.testing.assert_close(found.entropy, score(Projection(problem.hidden, problem.weight), problem.targets, shard).entropy)
+    torch.testing.assert_close(
+        found.entropy, score(Projection(problem.hidden, problem.weight), problem.targets, shard).entropy
+    )
     assert found.logprob.tolist() == [0.0] * 13
 
 
@@ -303,7 +348,14 @@ def test_teacher_entropy_is_of_the_full_vocabulary():
 
 @pytest.mark.parametrize(
     "rank, padded_width, vocab_size, expected",
-    [(0, 32, 29, (0, 29)), (0, 10, 29, (0, 10)), (2, 10, 29, (20, 9)), (2, 16, 29, (29, 0)), (3, 16, 29, (29, 0)), (1, 16, 32, (16, 16))],
+    [
+        (0, 32, 29, (0, 29)),
+        (0, 10, 29, (0, 10)),
+        (2, 10, 29, (20, 9)),
+        (2, 16, 29, (29, 0)),
+        (3, 16, 29, (29, 0)),
+        (1, 16, 32, (16, 16)),
+    ],
 )
 def test_shard_of_rank(rank, padded_width, vocab_size, expected):
     shard = VocabShard.of_rank(rank, padded_width, vocab_size, None)
@@ -313,10 +365,22 @@ def test_shard_of_rank(rank, padded_width, vocab_size, expected):
 def arguments(**changes):
     """Arguments of `fused_objective` that fit, but for `changes`."""
     problem = Problem()
-    given = {name: changes.pop(name, getattr(problem, name)) for name in ("hidden", "weight", "teacher_hidden", "teacher_weight")}
-    student, teacher = Projection(given["hidden"], given["weight"]), Projection(given["teacher_hidden"], given["teacher_weight"])
+    given = {
+        name: changes.pop(name, getattr(problem, name))
+        for name in ("hidden", "weight", "teacher_hidden", "teacher_weight")
+    }
+    student, teacher = (
+        Projection(given["hidden"], given["weight"]),
+        Projection(given["teacher_hidden"], given["teacher_weight"]),
+    )
     shard = VocabShard.of_rank(0, 32, 29, None)
-    return {"student": student, "targets": problem.targets, "objective": problem.objective, "shard": shard, "teacher": teacher} | changes
+    return {
+        "student": student,
+        "targets": problem.targets,
+        "objective": problem.objective,
+        "shard": shard,
+        "teacher": teacher,
+    } | changes
 
 
 @pytest.mark.parametrize(
@@ -342,12 +406,21 @@ def arguments(**changes):
         ({"weight_grad": torch.zeros(32, 8)}, r"weight_grad \[32, 8\] \(torch.float32"),
         ({"student": Logits(torch.zeros(13, 28, dtype=WIDE))}, "does not fit logits of 28 columns"),
         ({"student": Logits(torch.zeros(13, 32, dtype=torch.int64))}, "floating-point"),
-        ({"teacher": Mixture(Logits(torch.zeros(5, 32)), Logits(torch.zeros(6, 32)), 0.5)}, "5 tokens .* and 6 tokens"),
-        ({"teacher": Mixture(Logits(torch.zeros(5, 32)), Logits(torch.zeros(5, 32)), 1.5)}, "teacher.share 1.5"),
+        (
+            {"teacher": Mixture(Logits(torch.zeros(5, 32)), Logits(torch.zeros(6, 32)), 0.5)},
+            "5 tokens .* and 6 tokens",
+        ),
+        (
+            {"teacher": Mixture(Logits(torch.zeros(5, 32)), Logits(torch.zeros(5, 32)), 1.5)},
+            "teacher.share 1.5",
+        ),
         ({"teacher": Logits(torch.zeros(5, 32))}, "teacher of 5 tokens .torch.float32"),
         ({"shard": VocabShard(20, 10, 29)}, "or its own vocabulary"),
         ({"teacher_hidden": torch.zeros(14, 8, dtype=WIDE)}, "teacher of 14 tokens.*at most 13"),
-        ({"teacher_weight": torch.zeros(28, 7, dtype=WIDE)}, r"teacher.hidden \[5, 8\] and teacher.weight \[28, 7\]"),
+        (
+            {"teacher_weight": torch.zeros(28, 7, dtype=WIDE)},
+            r"teacher.hidden \[5, 8\] and teacher.weight \[28, 7\]",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(changes, said):

@@ -26,7 +26,11 @@ def kernel(request):
     """Every test runs with the kernel that is chosen for its inputs, and with the plain one."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "reference":
-            patch.setattr(fused, "_kernel", lambda tile_tokens, shard, divergence, own: ReferenceKernel(shard, divergence))
+            patch.setattr(
+                fused,
+                "_kernel",
+                lambda tile_tokens, shard, divergence, own: ReferenceKernel(shard, divergence),
+            )
         yield
 
 
@@ -46,7 +50,9 @@ class Member(NamedTuple):
             return per_token.entropy(student, shard, **options)
         if self.kind.kind == "jsd":
             options["alpha"] = self.kind.alpha
-        return getattr(per_token, self.name)(student, teacher, shard, support=self.kind.support, top_k=self.kind.top_k, **options)
+        return getattr(per_token, self.name)(
+            student, teacher, shard, support=self.kind.support, top_k=self.kind.top_k, **options
+        )
 
     def exact(self, logp, logq, targets):
         """The same from whole log-probabilities."""
@@ -62,7 +68,11 @@ class Member(NamedTuple):
 
     def __str__(self):
         kind = self.kind
-        return self.name if self.name in ("log_prob", "entropy") else f"{self.name}-{kind.alpha}-{kind.support}-{kind.top_k}"
+        return (
+            self.name
+            if self.name in ("log_prob", "entropy")
+            else f"{self.name}-{kind.alpha}-{kind.support}-{kind.top_k}"
+        )
 
 
 def _members(*top_ks):
@@ -87,8 +97,22 @@ def each(members):
 class Inputs:
     """T tokens' student and teacher in one form, huge, infinite and NaN where columns are padded."""
 
-    def __init__(self, form, tokens=7, vocab_size=29, padded=32, width=6, dtype=WIDE, scale=0.6, distilled=None, share=None):
-        generator, padding = torch.Generator().manual_seed(0), torch.tensor([1e30, math.inf, math.nan] * padded)[: padded - vocab_size]
+    def __init__(
+        self,
+        form,
+        tokens=7,
+        vocab_size=29,
+        padded=32,
+        width=6,
+        dtype=WIDE,
+        scale=0.6,
+        distilled=None,
+        share=None,
+    ):
+        generator, padding = (
+            torch.Generator().manual_seed(0),
+            torch.tensor([1e30, math.inf, math.nan] * padded)[: padded - vocab_size],
+        )
         self.form, self.vocab_size, self.shard = form, vocab_size, VocabShard(0, vocab_size, vocab_size)
         distilled = tokens if distilled is None else distilled
 
@@ -112,11 +136,17 @@ class Inputs:
     @property
     def teacher_tensors(self):
         """All tensors of the teacher's."""
-        return [x for source in (self.teacher[:2] if isinstance(self.teacher, Mixture) else [self.teacher]) for x in source]
+        return [
+            x
+            for source in (self.teacher[:2] if isinstance(self.teacher, Mixture) else [self.teacher])
+            for x in source
+        ]
 
     def leaves(self, dtype=None):
         """The student as new leaves that want gradients."""
-        return type(self.student)(*(x.detach().clone().to(dtype or x.dtype).requires_grad_() for x in self.student))
+        return type(self.student)(
+            *(x.detach().clone().to(dtype or x.dtype).requires_grad_() for x in self.student)
+        )
 
     def ours(self, loss, **options):
         """loss(f) where f(member) is that member's values, and the gradients to the student's tensors."""
@@ -128,7 +158,9 @@ class Inputs:
     def exact(self, loss, temperature=1.0):
         """The same in float64."""
         student = self.leaves(WIDE)
-        logp, logq = (torch.log_softmax(whole(x, self.vocab_size) / temperature, -1) for x in (student, self.teacher))
+        logp, logq = (
+            torch.log_softmax(whole(x, self.vocab_size) / temperature, -1) for x in (student, self.teacher)
+        )
         value = loss(lambda member: member.exact(logp, logq.detach(), self.targets))
         value.sum().backward()
         return value.detach(), [x.grad for x in student]
@@ -141,7 +173,9 @@ class Inputs:
 def whole(source, vocab_size):
     """[T, V] float64 logits without the padded columns."""
     if isinstance(source, Mixture):
-        return (1 - source.share) * whole(source.reference, vocab_size) + source.share * whole(source.policy, vocab_size)
+        return (1 - source.share) * whole(source.reference, vocab_size) + source.share * whole(
+            source.policy, vocab_size
+        )
     if isinstance(source, Logits):
         return source.logits[:, :vocab_size].to(WIDE)
     return source.hidden.to(WIDE) @ source.weight[:vocab_size].to(WIDE).t()
@@ -150,7 +184,11 @@ def whole(source, vocab_size):
 def error(found, expected):
     """Norm of the difference, relative to the expected norm."""
     assert found.shape == expected.shape
-    return ((found.to(WIDE) - expected).norm() / expected.norm().clamp(min=1e-300)).item() if expected.numel() else 0.0
+    return (
+        ((found.to(WIDE) - expected).norm() / expected.norm().clamp(min=1e-300)).item()
+        if expected.numel()
+        else 0.0
+    )
 
 
 def check(inputs, loss, tolerance, gradient_tolerance=None, temperature=1.0, **options):
@@ -161,13 +199,21 @@ def check(inputs, loss, tolerance, gradient_tolerance=None, temperature=1.0, **o
     for ours, theirs, tensor in zip(gradients, exact_gradients, inputs.student, strict=True):
         assert ours.dtype == tensor.dtype
         assert error(ours, theirs) <= (gradient_tolerance or tolerance)
-    padded = gradients[0][:, inputs.vocab_size :] if inputs.form == "logits" else gradients[1][inputs.vocab_size :]
+    padded = (
+        gradients[0][:, inputs.vocab_size :] if inputs.form == "logits" else gradients[1][inputs.vocab_size :]
+    )
     assert (padded == 0).all()
 
 
 @each(STATISTICS + _members(1, 6, 28))
 def test_value_and_gradient(member, form):
-    for temperature, tile_tokens, share in ((1.0, None, None), (0.7, 3, 0.3), (1.0, 1, 0.3), (0.7, 1, None), (1.0, 3, None)):
+    for temperature, tile_tokens, share in (
+        (1.0, None, None),
+        (0.7, 3, 0.3),
+        (1.0, 1, 0.3),
+        (0.7, 1, None),
+        (1.0, 3, None),
+    ):
         inputs = Inputs(form, share=share)
         check(inputs, inputs.weighted(member), 1e-11, temperature=temperature, tile_tokens=tile_tokens)
     check(inputs := Inputs(form, tokens=0), inputs.weighted(member), 0)
@@ -182,8 +228,12 @@ def test_teacher_of_the_first_tokens_only(member, form):
 
 EXPRESSIONS = {
     "log_prob.exp * jsd": lambda f: f(STATISTICS[0]).exp() * f(HALF),
-    "clipped": lambda f: torch.minimum(r := (f(STATISTICS[0]) + 3.3).exp(), r.clamp(0.8, 1.2)) - 0.1 * f(STATISTICS[1]),
-    "gated": lambda f: f(DIVERGENCES[3]) * torch.sigmoid(f(DIVERGENCES[4]) - 1) + f(DIVERGENCES[1]).sqrt() / f(STATISTICS[1]),
+    "clipped": lambda f: (
+        torch.minimum(r := (f(STATISTICS[0]) + 3.3).exp(), r.clamp(0.8, 1.2)) - 0.1 * f(STATISTICS[1])
+    ),
+    "gated": lambda f: (
+        f(DIVERGENCES[3]) * torch.sigmoid(f(DIVERGENCES[4]) - 1) + f(DIVERGENCES[1]).sqrt() / f(STATISTICS[1])
+    ),
     "one twice": lambda f: f(HALF) * f(HALF) - f(HALF).log(),
 }
 
@@ -293,7 +343,9 @@ def ignoring(form, skipped, distilled, dtype=WIDE):
     kept, few = [t for t in range(7) if t not in skipped], [t for t in range(distilled) if t not in skipped]
     inputs, rest = (Inputs(form, distilled=distilled, dtype=dtype) for _ in range(2))
     field = rest.student._fields[0]
-    rest.student, rest.teacher = (x._replace(**{field: x.tensor[rows]}) for x, rows in ((rest.student, kept), (rest.teacher, few)))
+    rest.student, rest.teacher = (
+        x._replace(**{field: x.tensor[rows]}) for x, rows in ((rest.student, kept), (rest.teacher, few))
+    )
     rest.targets, rest.upstream = rest.targets[kept], rest.upstream[kept]
     inputs.targets[skipped] = IGNORED
     for tensor in (inputs.student.tensor, inputs.teacher.tensor, inputs.upstream):
@@ -314,7 +366,9 @@ def test_ignored_tokens(member, form, distilled):
         expected, expected_gradients = rest.ours(rest.weighted(member), tile_tokens=3)
         is_kept = inputs.targets[: len(value)] != IGNORED
         assert (value[~is_kept] == 0).all() and (gradients[0][skipped] == 0).all()
-        torch.testing.assert_close([weighted[is_kept], gradients[0][kept], *gradients[1:]], [expected, *expected_gradients])
+        torch.testing.assert_close(
+            [weighted[is_kept], gradients[0][kept], *gradients[1:]], [expected, *expected_gradients]
+        )
 
 
 @BOTH_FORMS
@@ -338,9 +392,14 @@ def test_ignored_tokens_of_an_objective(kind, form):
         inputs, rest, kept = ignoring(form, skipped, 4)
         loss, gradients, statistics, seen = run(inputs)
         expected, expected_gradients, expected_statistics, _ = run(rest)
-        assert all(isinstance(rows, torch.Tensor) for rows in seen) and sorted(t for rows in seen for t in rows.tolist()) == kept
+        assert (
+            all(isinstance(rows, torch.Tensor) for rows in seen)
+            and sorted(t for rows in seen for t in rows.tolist()) == kept
+        )
         assert (gradients[0][skipped] == 0).all()
-        torch.testing.assert_close([loss, gradients[0][kept], *gradients[1:]], [expected, *expected_gradients])
+        torch.testing.assert_close(
+            [loss, gradients[0][kept], *gradients[1:]], [expected, *expected_gradients]
+        )
         for ours, theirs in zip(statistics, expected_statistics, strict=True):
             is_kept = inputs.targets[: len(ours)] != IGNORED
             assert (ours[~is_kept] == 0).all()
@@ -352,22 +411,34 @@ def test_ignored_tokens_of_an_objective(kind, form):
 def test_huge_logits(member, dtype):
     """±10⁴, any mixture of such, and all of it on one id, the same or another than the other side's."""
     generator, ids = torch.Generator().manual_seed(1), torch.arange(20)
-    mixed = [1e4 * torch.randint(-1, 2, (20, 20), generator=generator) + (ids - offset) / 32 for offset in (0, 7)]
+    mixed = [
+        1e4 * torch.randint(-1, 2, (20, 20), generator=generator) + (ids - offset) / 32 for offset in (0, 7)
+    ]
     hot = [torch.where(ids == ids[:, None] % k, 1e4, 0.0) - (ids + 1) / 32 for k in (20, 4)]
     cold = torch.where(ids == ids[:, None], -1e4, ids / 32)
     plain = torch.randint(-40, 40, (20, 20), generator=generator) / 16 + ids / 1024
     for student, teacher in itertools.product((*mixed, *hot, cold, plain), repeat=2):
         inputs = Inputs("logits", 20, 20, 21, dtype=dtype)
         inputs.student.logits[:, :20], inputs.teacher.logits[:, :20] = student, teacher
-        (value, (gradient,)), (exact_value, (exact_gradient,)) = (how(inputs.weighted(member)) for how in (inputs.ours, inputs.exact))
+        (value, (gradient,)), (exact_value, (exact_gradient,)) = (
+            how(inputs.weighted(member)) for how in (inputs.ours, inputs.exact)
+        )
         assert value.isfinite().all() and gradient.isfinite().all()
-        rounding = 2e-3 if member.name.endswith("kl") and dtype == torch.float32 else 1e-5  # a unit in the last place of 2·10⁴
-        torch.testing.assert_close([value.to(WIDE), gradient.to(WIDE)], [exact_value, exact_gradient], rtol=1e-5, atol=rounding)
+        rounding = (
+            2e-3 if member.name.endswith("kl") and dtype == torch.float32 else 1e-5
+        )  # a unit in the last place of 2·10⁴
+        torch.testing.assert_close(
+            [value.to(WIDE), gradient.to(WIDE)], [exact_value, exact_gradient], rtol=1e-5, atol=rounding
+        )
         if member.name == "jsd":
             alpha = member.kind.alpha
             most = -(alpha * math.log(alpha) + (1 - alpha) * math.log(1 - alpha))
             found = inputs.ours(lambda f: f(member))[0]
-            assert (found >= -1e-6).all() and (found <= most * (1 + 1e-6)).all() and (alpha != 0.5 or most == math.log(2))
+            assert (
+                (found >= -1e-6).all()
+                and (found <= most * (1 + 1e-6)).all()
+                and (alpha != 0.5 or most == math.log(2))
+            )
 
 
 @each(_members(1, 6, 28))
@@ -385,7 +456,9 @@ def test_nothing_to_learn_from_oneself(member, dtype, form):
 @pytest.mark.parametrize("member", ALL, ids=str)
 def test_ids_that_cannot_be_chosen(member, dtype, tolerance):
     """Columns of -inf, for the student, the teacher or both, as long as the divergence is finite."""
-    infinite = {"forward_kl": lambda p, q: set(p) - set(q), "reverse_kl": lambda p, q: set(q) - set(p)}.get(member.name, lambda p, q: 0)
+    infinite = {"forward_kl": lambda p, q: set(p) - set(q), "reverse_kl": lambda p, q: set(q) - set(p)}.get(
+        member.name, lambda p, q: 0
+    )
     for of_student, of_teacher in itertools.product(([], [3, 4, 5, 6]), ([], [4, 5, 6, 7, 8])):
         if infinite(of_student, of_teacher):
             of_student = of_teacher = [4, 5, 6]
@@ -419,7 +492,9 @@ def test_a_head_that_holds_all_that_can_be_chosen(support, top_k):
 def test_gradcheck(member, form):
     inputs = Inputs(form, 3, 5, 6, width=2, share=0.3)
     source, options = type(inputs.student), {"temperature": 0.8, "tile_tokens": 2}
-    tensors = [x.nan_to_num(1.0, 1.0, -1.0).clamp(-5, 5) for x in inputs.student]  # finite differences of padded columns too
+    tensors = [
+        x.nan_to_num(1.0, 1.0, -1.0).clamp(-5, 5) for x in inputs.student
+    ]  # finite differences of padded columns too
 
     def values(*tensors):
         return member.ours(source(*tensors), inputs.teacher, inputs.targets, inputs.shard, **options)
@@ -431,7 +506,9 @@ def test_gradcheck(member, form):
 def test_one_graph_can_be_differentiated_again_but_not_twice_over(member, form):
     inputs = Inputs(form)
     student = inputs.leaves()
-    value = inputs.weighted(member)(lambda x: x.ours(student, inputs.teacher, inputs.targets, inputs.shard, tile_tokens=3)).sum()
+    value = inputs.weighted(member)(
+        lambda x: x.ours(student, inputs.teacher, inputs.targets, inputs.shard, tile_tokens=3)
+    ).sum()
     once, again = (torch.autograd.grad(value, tuple(student), retain_graph=True) for _ in range(2))
     third = torch.autograd.grad(-2.0 * value, tuple(student), retain_graph=True)
     assert all(torch.equal(x, y) for x, y in zip(once, again, strict=True))
@@ -459,7 +536,9 @@ def test_what_backward_reads_cannot_change_before_it_in_silence(changed):
     student = inputs.leaves()
     value = sum(member.ours(student, inputs.teacher, inputs.targets, inputs.shard).sum() for member in ALL)
     with torch.no_grad():
-        {"student": student.hidden, "teacher": inputs.teacher.hidden, "targets": inputs.targets}[changed].zero_()
+        {"student": student.hidden, "teacher": inputs.teacher.hidden, "targets": inputs.targets}[
+            changed
+        ].zero_()
     with pytest.raises(RuntimeError):
         value.backward()
 
@@ -469,13 +548,17 @@ def test_an_objective_cannot_be_differentiated_again_in_silence():
     inputs = Inputs("projection")
 
     def loss_of(student):
-        return fused_objective(student, inputs.targets, lambda rows, tile: tile.logprob.exp().sum(), inputs.shard)[0]
+        return fused_objective(
+            student, inputs.targets, lambda rows, tile: tile.logprob.exp().sum(), inputs.shard
+        )[0]
 
     loss = loss_of(inputs.leaves())
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError):
         loss.backward()
-    gradients = torch.autograd.grad(loss_of(student := inputs.leaves()).square(), tuple(student), create_graph=True)
+    gradients = torch.autograd.grad(
+        loss_of(student := inputs.leaves()).square(), tuple(student), create_graph=True
+    )
     with pytest.raises(RuntimeError):
         sum(x.square().sum() for x in gradients).backward()
 
@@ -508,9 +591,13 @@ def test_strides_do_not_matter_and_inputs_are_left_alone(form):
     for member in ALL:
         expected = inputs.ours(inputs.weighted(member), tile_tokens=3)
         student = type(inputs.student)(*(x.t().contiguous().t().requires_grad_() for x in inputs.student))
-        value = inputs.weighted(member)(lambda x, s=student: x.ours(s, inputs.teacher, inputs.targets, inputs.shard, tile_tokens=3))
+        value = inputs.weighted(member)(
+            lambda x, s=student: x.ours(s, inputs.teacher, inputs.targets, inputs.shard, tile_tokens=3)
+        )
         value.sum().backward()
-        torch.testing.assert_close((value.detach(), [x.grad for x in student]), expected, rtol=1e-11, atol=1e-13)
+        torch.testing.assert_close(
+            (value.detach(), [x.grad for x in student]), expected, rtol=1e-11, atol=1e-13
+        )
     torch.testing.assert_close(tensors, before, rtol=0, atol=0, equal_nan=True)
 
 
@@ -519,16 +606,24 @@ def test_weight_gradient_straight_into_a_buffer(dtype):
     inputs, before = Inputs("projection", dtype=dtype), torch.randn(32, 6)
 
     def run(**more):
-        objective = lambda rows, tile: (inputs.upstream[rows].float() * tile.logprob.exp() + tile.divergence).sum()  # noqa: E731
+        objective = lambda rows, tile: (
+            inputs.upstream[rows].float() * tile.logprob.exp() + tile.divergence
+        ).sum()  # noqa: E731
         options = {"teacher": inputs.teacher, "tile_tokens": 3}
-        return fused_objective(student := inputs.leaves(), inputs.targets, objective, inputs.shard, **options, **more)[0], student
+        return fused_objective(
+            student := inputs.leaves(), inputs.targets, objective, inputs.shard, **options, **more
+        )[0], student
 
     (loss, plain), buffer = run(), before.clone()
     loss.backward()
     for micro_batches in (1, 2):
         same_loss, student = run(weight_grad=buffer)
         same_loss.backward()
-        assert student.weight.grad is None and torch.equal(student.hidden.grad, plain.hidden.grad) and torch.equal(loss, same_loss)
+        assert (
+            student.weight.grad is None
+            and torch.equal(student.hidden.grad, plain.hidden.grad)
+            and torch.equal(loss, same_loss)
+        )
         assert torch.equal(buffer[29:], before[29:])
         expected = micro_batches * plain.weight.grad.to(WIDE)
         assert error(buffer - before, expected) < (1e-5 if dtype == torch.float32 else 5e-3)
@@ -549,13 +644,22 @@ GOOD, SHARD, THREE = Logits(torch.zeros(3, 8)), VocabShard(0, 7, 7), torch.zeros
         (lambda: per_token.log_prob(GOOD, None, SHARD), "targets"),
         (lambda: per_token.log_prob(GOOD, THREE, VocabShard(0, 6, 7)), "shard: holds 6 of 7"),
         (lambda: per_token.entropy(GOOD, SHARD, temperature=-1.0), "temperature -1.0"),
-        (lambda: per_token.entropy(Mixture(GOOD, Logits(torch.zeros(2, 8)), 0.5), SHARD), "reference and .*policy"),
+        (
+            lambda: per_token.entropy(Mixture(GOOD, Logits(torch.zeros(2, 8)), 0.5), SHARD),
+            "reference and .*policy",
+        ),
         (lambda: per_token.reverse_kl(GOOD, GOOD, SHARD, support="sampled"), "targets: None"),
-        (lambda: per_token.forward_kl(GOOD, GOOD, SHARD, support="sampled", targets=THREE), "forward on sampled"),
+        (
+            lambda: per_token.forward_kl(GOOD, GOOD, SHARD, support="sampled", targets=THREE),
+            "forward on sampled",
+        ),
         (lambda: per_token.jsd(GOOD, GOOD, SHARD, alpha=0.0), "alpha 0.0"),
         (lambda: per_token.jsd(GOOD, GOOD, SHARD, support="teacher_topk", top_k=0), "top_k 0"),
         (lambda: per_token.jsd(GOOD, Logits(torch.zeros(4, 8)), SHARD), "teacher of 4 tokens.*at most 3"),
-        (lambda: per_token.jsd(GOOD, Mixture(GOOD, Logits(torch.zeros(3, 5)), 0.5), SHARD), "teacher.policy of 5 columns"),
+        (
+            lambda: per_token.jsd(GOOD, Mixture(GOOD, Logits(torch.zeros(3, 5)), 0.5), SHARD),
+            "teacher.policy of 5 columns",
+        ),
         (lambda: per_token.jsd(GOOD, None, SHARD), "teacher"),
     ],
 )

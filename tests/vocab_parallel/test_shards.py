@@ -27,7 +27,14 @@ KINDS = [
     Divergence(kind, alpha, *support)
     for (kind, alpha), support in itertools.product(
         [("jsd", 0.5), ("jsd", 0.2), ("forward", 0.5), ("reverse", 0.5)],
-        [("full",), ("student_topk", 6), ("student_topk", 28), ("student_topk", 29), ("teacher_topk", 6), ("teacher_topk", 28)],
+        [
+            ("full",),
+            ("student_topk", 6),
+            ("student_topk", 28),
+            ("student_topk", 29),
+            ("teacher_topk", 6),
+            ("teacher_topk", 28),
+        ],
     )
 ]
 KINDS.append(Divergence("reverse", support="sampled"))
@@ -49,7 +56,11 @@ def run_rank(rank: int, store: str, results: str) -> None:
                 case = problem_of(padded_width, distilled), kind, shard, padded_width, rank
                 saved[padded_width, kind, distilled] = _case(*case)
                 with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr(fused, "_kernel", lambda tile_tokens, shard, divergence, own: ReferenceKernel(shard, divergence))
+                    patch.setattr(
+                        fused,
+                        "_kernel",
+                        lambda tile_tokens, shard, divergence, own: ReferenceKernel(shard, divergence),
+                    )
                     torch.testing.assert_close(_case(*case), saved[padded_width, kind, distilled])
         problem = problem_of(padded_width)
         own = slice(rank * padded_width, (rank + 1) * padded_width)
@@ -70,7 +81,9 @@ def _case(problem: Problem, kind: Divergence, shard: VocabShard, padded_width: i
         problem.targets,
         problem.objective,
         shard,
-        teacher=Projection(problem.teacher_hidden, problem.teacher_weight[own]) if problem.distilled else None,
+        teacher=Projection(problem.teacher_hidden, problem.teacher_weight[own])
+        if problem.distilled
+        else None,
         divergence=kind,
         temperature=0.7,
         tile_tokens=4,
@@ -108,7 +121,9 @@ def test_shards_without_distilled_tokens(of_ranks, padded_width):
 
 
 def test_loss_and_statistics_are_the_same_on_every_rank(of_ranks):
-    for case, (gradients, statistics) in ((key, value) for key, value in of_ranks[0].items() if key[1] != "score"):
+    for case, (gradients, statistics) in (
+        (key, value) for key, value in of_ranks[0].items() if key[1] != "score"
+    ):
         for other in of_ranks[1:]:
             assert torch.equal(gradients[0], other[case][0][0])
             assert all(torch.equal(x, y) for x, y in zip(statistics, other[case][1], strict=True))

@@ -33,7 +33,9 @@ KINDS = [
     Divergence("jsd", 0.3, "student_topk", 6),
     Divergence("forward", support="teacher_topk", top_k=6),
 ]
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels run for real: tests/gpu")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="on a GPU the kernels run for real: tests/gpu"
+)
 FP32 = 5e-6  # of the largest entry, fp32 products included
 
 
@@ -107,7 +109,9 @@ def test_extremes_against_plain_torch(kind, monkeypatch):
         return logits.grad, *statistics
 
     found = results()
-    monkeypatch.setattr(fused, "_kernel", lambda tile_tokens, shard, divergence, own: fused.ReferenceKernel(shard, divergence))
+    monkeypatch.setattr(
+        fused, "_kernel", lambda tile_tokens, shard, divergence, own: fused.ReferenceKernel(shard, divergence)
+    )
     for ours, plain in zip(found, results(), strict=True):
         assert ours.isfinite().all()
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
@@ -119,7 +123,12 @@ def test_nan_is_not_hidden():
     problem = Problem(dtype=torch.float32)
     problem.hidden[3, 2] = float("nan")
     (loss, hidden_grad, _), statistics = problem.fused()
-    assert loss.isnan() and statistics.entropy[3].isnan() and statistics.logprob[3].isnan() and hidden_grad[3].isnan().any()
+    assert (
+        loss.isnan()
+        and statistics.entropy[3].isnan()
+        and statistics.logprob[3].isnan()
+        and hidden_grad[3].isnan().any()
+    )
 
 
 def run_rank(rank: int, store: str, results: str) -> None:
@@ -180,7 +189,10 @@ def products_of_cuda(monkeypatch, request):
 def test_products_of_bf16_matrices(temperature, products_of_cuda):
     """Over several blocks of vocabulary columns, accumulated over tiles: fp32 results, of which only the gradients are rounded."""
     problem = Problem(9, 5, 9001, 9008, width=16, dtype=torch.bfloat16)
-    found, expected = problem.fused(temperature=temperature, tile_tokens=4), problem.exact(temperature=temperature)
+    found, expected = (
+        problem.fused(temperature=temperature, tile_tokens=4),
+        problem.exact(temperature=temperature),
+    )
     assert_close(found, expected, 0.01)
     assert_close(((), found[1]), ((), expected[1]), FP32)
 
@@ -226,7 +238,9 @@ def test_kernels_compile_for_an_h100(tmp_path):
     import subprocess
 
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("compiled") == 10
 

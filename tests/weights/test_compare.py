@@ -81,7 +81,10 @@ def test_equal_tensors_of_another_dtype(tmp_path, capsys):
 def test_other_names(pristine, capsys):
     assert verify(pristine / "qwen3", pristine / "moe") == 1
     out = capsys.readouterr().out
-    assert f"{UP}: missing from the second" in out and "model.layers.0.mlp.gate.weight: missing from the first" in out
+    assert (
+        f"{UP}: missing from the second" in out
+        and "model.layers.0.mlp.gate.weight: missing from the first" in out
+    )
 
 
 def test_what_cannot_be_read(pristine, tmp_path, capsys):

@@ -63,7 +63,16 @@ def there(source: Path, output: Path, *more) -> int:
 
 
 def back(source: Path, reference: Path, output: Path, *more) -> int:
-    return tool("convert_megatron_to_hf", "--checkpoint", source, "--hf-reference", reference, "--output", output, *more)
+    return tool(
+        "convert_megatron_to_hf",
+        "--checkpoint",
+        source,
+        "--hf-reference",
+        reference,
+        "--output",
+        output,
+        *more,
+    )
 
 
 def told(capsys) -> str:
@@ -87,8 +96,13 @@ def edit_metadata(folder: Path, change) -> None:
 
 def same(first: Path, second: Path) -> bool:
     """Whether the folders hold the same tensors, bit for bit, in however many files."""
-    one, other = ({k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()} for folder in (first, second))
-    return set(one) == set(other) and all(one[k].dtype == other[k].dtype and torch.equal(one[k], other[k]) for k in one)
+    one, other = (
+        {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+        for folder in (first, second)
+    )
+    return set(one) == set(other) and all(
+        one[k].dtype == other[k].dtype and torch.equal(one[k], other[k]) for k in one
+    )
 
 
 # ---- round trips -----------------------------------------------------------------------------------------------------
@@ -101,8 +115,12 @@ def test_round_trip_of_each_family(tmp_path, family):
     assert back(tmp_path / "megatron", tmp_path / "hf", tmp_path / "out") == 0
     assert same(tmp_path / "hf", tmp_path / "out") and not list(tmp_path.glob("*.partial"))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
-    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == len(AutoTokenizer.from_pretrained(tmp_path / "hf"))
-    assert (tmp_path / "out" / "generation_config.json").read_bytes() == (tmp_path / "hf" / "generation_config.json").read_bytes()
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == len(
+        AutoTokenizer.from_pretrained(tmp_path / "hf")
+    )
+    assert (tmp_path / "out" / "generation_config.json").read_bytes() == (
+        tmp_path / "hf" / "generation_config.json"
+    ).read_bytes()
 
 
 def test_two_processes_write_what_one_does(pristine, tmp_path):
@@ -122,9 +140,13 @@ def test_two_processes_write_what_one_does(pristine, tmp_path):
     ]
     for name, *arguments in commands:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOOLS.parent)}
-        done = subprocess.run([*run, TOOLS / name, *arguments], env=environment, capture_output=True, text=True, timeout=200)
+        done = subprocess.run(
+            [*run, TOOLS / name, *arguments], env=environment, capture_output=True, text=True, timeout=200
+        )
         assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stderr.count(" s left") == 1 and not list(tmp_path.glob("*.partial"))  # progress of the first alone
+        assert done.stderr.count(" s left") == 1 and not list(
+            tmp_path.glob("*.partial")
+        )  # progress of the first alone
     assert same(pristine / "hf", tmp_path / "out")
     for pattern, folder in (("*.distcp", "megatron"), ("*.safetensors", "out")):
         sizes = [file.stat().st_size for file in (tmp_path / folder).glob(pattern)]
@@ -152,13 +174,17 @@ def test_dtype(pristine, tmp_path):
     for name, dtype in (("auto", torch.bfloat16), ("bf16", torch.bfloat16), ("fp32", torch.float32)):
         tensors = load_file(tmp_path / name / "model.safetensors")
         assert all(torch.equal(tensors[key], tensor.bfloat16().to(dtype)) for key, tensor in original.items())
-        assert json.loads((tmp_path / name / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+        assert json.loads((tmp_path / name / "config.json").read_text())["dtype"] == str(dtype).removeprefix(
+            "torch."
+        )
 
 
 @pytest.mark.parametrize("multiple, rows", [(1, 261), (128, 384)])
 def test_padding(pristine, tmp_path, multiple, rows):
     assert there(pristine / "hf", tmp_path / "megatron", "--make-vocab-size-divisible-by", multiple) == 0
-    assert FileSystemReader(tmp_path / "megatron").read_metadata().state_dict_metadata[EMBEDDING].size == torch.Size([rows, 64])
+    assert FileSystemReader(tmp_path / "megatron").read_metadata().state_dict_metadata[
+        EMBEDDING
+    ].size == torch.Size([rows, 64])
     assert back(tmp_path / "megatron", pristine / "hf", tmp_path / "out") == 0
     assert same(pristine / "hf", tmp_path / "out")
 
@@ -174,7 +200,12 @@ def test_the_folder_that_megatron_lm_names(pristine, tmp_path, tracker, name):
 def test_a_converted_folder_is_its_own_reference(pristine, tmp_path):
     """What comes back holds nothing by which it would be taken for Megatron's."""
     megatron, output = pristine / "megatron", tmp_path / "hf"
-    assert tool("convert_megatron_to_hf", "--checkpoint", megatron, "--hf-reference", megatron, "--output", output) == 0
+    assert (
+        tool(
+            "convert_megatron_to_hf", "--checkpoint", megatron, "--hf-reference", megatron, "--output", output
+        )
+        == 0
+    )
     assert tool("verify_checkpoint", pristine / "hf", output) == 0
 
 
@@ -200,9 +231,15 @@ def test_nan_is_told_and_kept(hf, tmp_path, capsys):
 K = "model.layers.2.self_attn.k_proj.weight"
 HF_FAULTS = {
     "missing": (lambda t: t.pop(K), [K, "missing"]),
-    "unexpected": (lambda t: t.update({"model.extra": torch.zeros(2)}), ["model.safetensors", "unexpected tensor model.extra"]),
+    "unexpected": (
+        lambda t: t.update({"model.extra": torch.zeros(2)}),
+        ["model.safetensors", "unexpected tensor model.extra"],
+    ),
     "shape": (lambda t: t.update({K: torch.zeros(3, 64)}), ["model.safetensors", K, "[3, 64]", "[64, 64]"]),
-    "dtype": (lambda t: t.update({K: torch.zeros(64, 64, dtype=torch.int8)}), ["model.safetensors", K, "I8", "BF16"]),
+    "dtype": (
+        lambda t: t.update({K: torch.zeros(64, 64, dtype=torch.int8)}),
+        ["model.safetensors", K, "I8", "BF16"],
+    ),
     "mixed dtypes": (lambda t: t.update({K: t[K].bfloat16()}), [K, "bfloat16", "--dtype"]),
 }
 
@@ -236,7 +273,10 @@ def set_size(entries: dict, key: str, shape) -> None:
     """Another size, with pieces that lie within it."""
     entries[key].size = torch.Size(shape)
     for piece in entries[key].chunks:
-        piece.sizes = torch.Size(min(size, whole - start) for size, whole, start in zip(piece.sizes, shape, piece.offsets, strict=True))
+        piece.sizes = torch.Size(
+            min(size, whole - start)
+            for size, whole, start in zip(piece.sizes, shape, piece.offsets, strict=True)
+        )
 
 
 QKV = "decoder.layers.self_attention.linear_qkv.weight"
@@ -273,13 +313,24 @@ def test_a_checkpoint_that_is_none(pristine, tmp_path, capsys):
 
 
 def test_a_teacher_where_there_is_none(pristine, tmp_path, capsys):
-    arguments = ("--checkpoint", pristine / "megatron", "--hf-reference", pristine / "hf", "--output", tmp_path / "out")
+    arguments = (
+        "--checkpoint",
+        pristine / "megatron",
+        "--hf-reference",
+        pristine / "hf",
+        "--output",
+        tmp_path / "out",
+    )
     assert tool("convert_megatron_to_hf", *arguments, "--weights", "teacher") == 2
     assert "is no training run's folder" in told(capsys)
 
 
 def either_way(direction: str, pristine: Path, output: Path) -> int:
-    return there(pristine / "hf", output) if direction == "there" else back(pristine / "megatron", pristine / "hf", output)
+    return (
+        there(pristine / "hf", output)
+        if direction == "there"
+        else back(pristine / "megatron", pristine / "hf", output)
+    )
 
 
 @pytest.mark.parametrize("direction", ["there", "back"])
@@ -288,7 +339,9 @@ def test_an_output_folder_that_is_not_empty(pristine, tmp_path, capsys, directio
     output.mkdir()
     (output / "precious").write_text("mine")
     assert either_way(direction, pristine, output) == 2 and "not an empty folder" in told(capsys)
-    assert [file.name for file in output.iterdir()] == ["precious"] and not (tmp_path / "out.partial").exists()
+    assert [file.name for file in output.iterdir()] == ["precious"] and not (
+        tmp_path / "out.partial"
+    ).exists()
 
 
 def test_what_a_killed_attempt_left_is_named(pristine, tmp_path, capsys):
@@ -307,5 +360,9 @@ def test_a_full_disk(pristine, tmp_path, capsys, direction):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     message = told(capsys)
-    assert status == 2 and "cannot be written" in message and ("distcp" if direction == "there" else "model.safetensors") in message
+    assert (
+        status == 2
+        and "cannot be written" in message
+        and ("distcp" if direction == "there" else "model.safetensors") in message
+    )
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()

@@ -36,7 +36,11 @@ def test_safetensors_reads_what_was_written_in_any_order(tmp_path):
 
 @pytest.mark.parametrize(
     "name, tensor, told",
-    [("other", torch.zeros(5), "announced"), ("odd", torch.zeros(5), "int8"), ("odd", torch.zeros(6, dtype=torch.int8), "(6,)")],
+    [
+        ("other", torch.zeros(5), "announced"),
+        ("odd", torch.zeros(5), "int8"),
+        ("odd", torch.zeros(6, dtype=torch.int8), "(6,)"),
+    ],
 )
 def test_what_was_not_announced_is_refused(tmp_path, name, tensor, told):
     writer = Writer(tmp_path / "x.safetensors", ANNOUNCED)

@@ -35,7 +35,12 @@ def folder(tmp_path):
     second.write("stack", WHOLE[1], (2, 6, 4), (1, 0, 0))
     first.write("plain", torch.tensor([1, 2, 3]).bfloat16(), (3,), (0,))
     told = [chunks_to_json(writer.close()) for writer in (first, second)]
-    write_metadata(path, [chunk for text in told for chunk in chunks_from_json(text)], empty, ["a._extra_state/shard_0_1"])
+    write_metadata(
+        path,
+        [chunk for text in told for chunk in chunks_from_json(text)],
+        empty,
+        ["a._extra_state/shard_0_1"],
+    )
     return path
 
 
@@ -58,7 +63,9 @@ def test_parts_are_put_together(folder):
     assert set(opened.chunks) == {"stack", "plain"} and opened.shape("stack") == (2, 6, 4)
     assert opened.dtype("plain") == torch.bfloat16
     assert torch.equal(opened.read("stack"), WHOLE)
-    assert torch.equal(opened.read("stack", (0,)), WHOLE[0]) and torch.equal(opened.read("stack", (1,)), WHOLE[1])
+    assert torch.equal(opened.read("stack", (0,)), WHOLE[0]) and torch.equal(
+        opened.read("stack", (1,)), WHOLE[1]
+    )
     assert torch.equal(opened.read("stack", (1, 4)), WHOLE[1, 4])
 
 
@@ -112,7 +119,9 @@ def test_a_tensor_that_runs_code_is_refused_unrun(folder, tmp_path):
     assert "__1_0.distcp" in message and "stack" in message and not (tmp_path / "pwned").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"junk", pickle.dumps({"a": 1}), pickle.dumps(Metadata({}, None, None))[:40]])
+@pytest.mark.parametrize(
+    "content", [b"", b"junk", pickle.dumps({"a": 1}), pickle.dumps(Metadata({}, None, None))[:40]]
+)
 def test_metadata_that_is_none(folder, content):
     (folder / ".metadata").write_bytes(content)
     assert ".metadata" in refusal(folder)
@@ -161,14 +170,23 @@ def test_a_hole(folder):
 
 
 def test_another_dtype_than_announced(folder):
-    edit_metadata(folder, lambda metadata: setattr(metadata.state_dict_metadata["plain"].properties, "dtype", torch.float16))
+    edit_metadata(
+        folder,
+        lambda metadata: setattr(metadata.state_dict_metadata["plain"].properties, "dtype", torch.float16),
+    )
     message = refusal(folder)
     assert "__0_0.distcp" in message and "plain" in message and "bfloat16" in message
 
 
 @pytest.mark.parametrize(
     "place",
-    [{"relative_path": 5}, {"relative_path": [1]}, {"relative_path": "../checkpoint/__0_0.distcp"}, {"offset": "x"}, {"offset": -5}],
+    [
+        {"relative_path": 5},
+        {"relative_path": [1]},
+        {"relative_path": "../checkpoint/__0_0.distcp"},
+        {"offset": "x"},
+        {"offset": -5},
+    ],
     ids=str,
 )
 def test_impossible_places_are_refused(folder, place):
@@ -180,7 +198,9 @@ def test_impossible_places_are_refused(folder, place):
     assert str(folder) in refusal(folder)
 
 
-@pytest.mark.parametrize("chunks", [[], [((1,), (3,))], [((-1,), (3,))], [((0, 0), (3, 1))], [((0,), (4,))]], ids=str)
+@pytest.mark.parametrize(
+    "chunks", [[], [((1,), (3,))], [((-1,), (3,))], [((0, 0), (3, 1))], [((0,), (4,))]], ids=str
+)
 def test_impossible_chunks_are_refused(folder, chunks):
     """None, shifted, before the start, of other dimensions, too long."""
 
@@ -195,5 +215,8 @@ def test_impossible_chunks_are_refused(folder, chunks):
 
 
 def test_a_dtype_that_is_none_is_refused(folder):
-    edit_metadata(folder, lambda whole: setattr(whole.state_dict_metadata["plain"], "properties", TensorProperties(dtype=None)))
+    edit_metadata(
+        folder,
+        lambda whole: setattr(whole.state_dict_metadata["plain"], "properties", TensorProperties(dtype=None)),
+    )
     assert "plain" in refusal(folder)

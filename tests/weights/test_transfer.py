@@ -39,7 +39,9 @@ def test_many_shards_load_in_transformers_and_in_our_reader(source, tmp_path, mo
 
 def test_the_dtype_written_is_the_dtype_declared(source, tmp_path):
     folder, tensors = source
-    transfer.save_hf(((name, tensor.bfloat16()) for name, tensor in tensors), folder, tmp_path / "out", write=True)
+    transfer.save_hf(
+        ((name, tensor.bfloat16()) for name, tensor in tensors), folder, tmp_path / "out", write=True
+    )
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
 
 
@@ -96,25 +98,42 @@ def test_a_rank_reads_only_its_own_slices(tmp_path, monkeypatch, family, rank):
         def get_slice(self, name):
             return Slice(self.inner.get_slice(name))
 
-    places = [(row, "") for row in MODEL_ROWS] + [(row, f"model.layers.{n}.") for n in range(4) for row in LAYER_ROWS]
-    places += [(row, f"model.layers.{n}.mlp.experts.{expert}.") for n in range(4) for expert in range(8) for row in EXPERT_ROWS]
+    places = [(row, "") for row in MODEL_ROWS] + [
+        (row, f"model.layers.{n}.") for n in range(4) for row in LAYER_ROWS
+    ]
+    places += [
+        (row, f"model.layers.{n}.mlp.experts.{expert}.")
+        for n in range(4)
+        for expert in range(8)
+        for row in EXPERT_ROWS
+    ]
     rows = [(row, prefix) for row, prefix in places if prefix + row.hf[0] in full]
     assert sum(len(row.hf) for row, _ in rows) == len(full)
 
     def own(row, prefix):
         pieces = [full[prefix + name] for name in row.hf]
-        return row.merge([p if row.dim is None else p.chunk(size, row.dim)[rank] for p in pieces], folder.architecture)
+        return row.merge(
+            [p if row.dim is None else p.chunk(size, row.dim)[rank] for p in pieces], folder.architecture
+        )
 
-    parameters = [(row, prefix, torch.nn.Parameter(torch.zeros_like(own(row, prefix)))) for row, prefix in rows]
+    parameters = [
+        (row, prefix, torch.nn.Parameter(torch.zeros_like(own(row, prefix)))) for row, prefix in rows
+    ]
     real = transfer.safe_open
     folder.file_of  # noqa: B018  (its own checks read headers before)
-    monkeypatch.setattr(transfer, "safe_open", lambda *arguments, **options: File(real(*arguments, **options)))
+    monkeypatch.setattr(
+        transfer, "safe_open", lambda *arguments, **options: File(real(*arguments, **options))
+    )
     monkeypatch.setattr(transfer, "parameters_of", lambda chunks: parameters)
     group = SimpleNamespace(rank=lambda: rank, size=lambda: size)
     for kind in ("tensor_model", "expert_tensor"):
         monkeypatch.setattr(transfer.parallel_state, f"get_{kind}_parallel_group", lambda: group)
     transfer.load([], folder)
-    assert read == sum(parameter.numel() for _, _, parameter in parameters) < 0.6 * sum(t.numel() for t in full.values())
+    assert (
+        read
+        == sum(parameter.numel() for _, _, parameter in parameters)
+        < 0.6 * sum(t.numel() for t in full.values())
+    )
     assert all(torch.equal(parameter, own(row, prefix)) for row, prefix, parameter in parameters)
 
 
@@ -126,7 +145,9 @@ def test_experts_are_numbered_over_all_ranks(name):
     assert row.hf == ("gate_proj.weight", "up_proj.weight")
 
 
-@pytest.mark.parametrize("name", ["decoder.layers.0.mlp.router.bias", "decoder.layers.0.mlp.experts.weight1", "decoder.final_norm"])
+@pytest.mark.parametrize(
+    "name", ["decoder.layers.0.mlp.router.bias", "decoder.layers.0.mlp.experts.weight1", "decoder.final_norm"]
+)
 def test_unknown_parameters_are_refused(name):
     with pytest.raises(KeyError):
         row_of(name, 0)

@@ -32,7 +32,11 @@ def inspect(server: Server, settings: RolloutSection, folder: HFFolder) -> Capab
             with contextlib.suppress(ServerFailed):  # mostly there is nothing to end
                 server.post("/end_weight_update", {})
         server.post("/continue_generation", {})
-    body = {"input_ids": [folder.stop_ids[0]], "sampling_params": {"max_new_tokens": 1}, "return_logprob": True}
+    body = {
+        "input_ids": [folder.stop_ids[0]],
+        "sampling_params": {"max_new_tokens": 1},
+        "return_logprob": True,
+    }
     try:
         reply = server.post("/generate", body, timeout=settings.sglang.request_timeout)
         parse(reply, 1, folder.architecture.vocab_size, [server.version()])
@@ -42,14 +46,20 @@ def inspect(server: Server, settings: RolloutSection, folder: HFFolder) -> Capab
 
 
 def check(
-    url: str, server_info: Mapping[str, Any], model_info: Mapping[str, Any], settings: RolloutSection, folder: HFFolder
+    url: str,
+    server_info: Mapping[str, Any],
+    model_info: Mapping[str, Any],
+    settings: RolloutSection,
+    folder: HFFolder,
 ) -> Capabilities:
     """What the answers to /server_info and /model_info say. Raises ConfigError that names the server and what to do."""
     version = str(server_info.get("version"))
     match = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
     numbers = tuple(map(int, match.groups())) if match else None
     if numbers is None or numbers < OLDEST:
-        raise ConfigError(f"rollout.engine: {url} is SGLang {version}; {'.'.join(map(str, OLDEST))} or newer is needed")
+        raise ConfigError(
+            f"rollout.engine: {url} is SGLang {version}; {'.'.join(map(str, OLDEST))} or newer is needed"
+        )
     config = folder.config
     for key in ("model_type", "architectures"):
         if model_info.get(key) is not None and model_info[key] != config.get(key):
@@ -57,7 +67,10 @@ def check(
                 f"rollout.engine: {url} serves a model whose {key} is {model_info[key]!r}; that of model.hf_path is {config.get(key)!r}"
             )
     longest = settings.max_prompt_tokens + settings.max_response_tokens
-    limits = [server_info.get("context_length") or folder.architecture.max_position_embeddings, server_info.get("max_total_num_tokens")]
+    limits = [
+        server_info.get("context_length") or folder.architecture.max_position_embeddings,
+        server_info.get("max_total_num_tokens"),
+    ]
     limit = min(number for number in limits if number is not None)
     if longest > limit:
         raise ConfigError(
@@ -69,7 +82,9 @@ def check(
     for key in ("dp_size", "pp_size"):
         if settings.sglang.update != "disk" and server_info.get(key, 1) > 1:
             option = f"--{key.replace('_', '-')} {server_info[key]}"
-            raise ConfigError(f"rollout.sglang.update: {url} has {option}, which takes updates from disk only")
+            raise ConfigError(
+                f"rollout.sglang.update: {url} has {option}, which takes updates from disk only"
+            )
     return Capabilities(
         version=version,
         needs_session=numbers >= WITH_SESSIONS,

@@ -32,14 +32,18 @@ def launch_of(config: Config) -> Launch | None:
     if not settings.servers:
         return None
     dtype, logs = str(model_dtype(config)).removeprefix("torch."), config.logging.dir / "servers"
-    return Launch(settings.sglang, config.model.hf_path, dtype, torch.cuda.is_available(), settings.colocated, logs)
+    return Launch(
+        settings.sglang, config.model.hf_path, dtype, torch.cuda.is_available(), settings.colocated, logs
+    )
 
 
 def check_settings(config: Config) -> None:
     """What can be found wrong with the servers before anything starts. Raises ConfigError."""
     settings = config.rollout.sglang
     if settings.api_key_env is not None and not os.environ.get(settings.api_key_env):
-        raise ConfigError(f"rollout.sglang.api_key_env: the environment variable {settings.api_key_env} is not set")
+        raise ConfigError(
+            f"rollout.sglang.api_key_env: the environment variable {settings.api_key_env} is not set"
+        )
     if (launch := launch_of(config)) is not None:
         launch.check(config.rollout.servers)
 
@@ -53,10 +57,14 @@ class SGLangEngine:
     def __init__(self, config: Config, folder: HFFolder, layout: Layout, say: Callable[[str], None]):
         self.settings, self.layout, launch = config.rollout, layout, launch_of(config)
         urls = [url.rstrip("/") for url in self.settings.urls] or launch.urls(self.settings.servers)
-        self.publisher = Publisher(config, folder, urls, launch, layout.device, say) if layout.rank == 0 else None
+        self.publisher = (
+            Publisher(config, folder, urls, launch, layout.device, say) if layout.rank == 0 else None
+        )
         try:
             is_seeded = self._meet_servers()
-            if problems := [problem for problem in self._gather(self._unreachable(urls)) if problem is not None]:
+            if problems := [
+                problem for problem in self._gather(self._unreachable(urls)) if problem is not None
+            ]:
                 raise ConfigError(f"{problems[0]} (rollout.sglang.host, rollout.urls)")
         except BaseException:
             self.close()
@@ -118,7 +126,9 @@ class SGLangEngine:
     def _meet_servers(self) -> bool:
         """Wait until all servers are there and have been looked at. Whether they keep to seeds, on every rank."""
         if self.publisher is not None and self.settings.servers:
-            self.publisher.say(f"starting {self.settings.servers} SGLang servers (output: {self.publisher.fleet.launch.logs})")
+            self.publisher.say(
+                f"starting {self.settings.servers} SGLang servers (output: {self.publisher.fleet.launch.logs})"
+            )
         while self._from_first(self.publisher is not None and self.publisher.fleet.is_starting()):
             beat()  # start_timeout ends this wait
             time.sleep(_HEARTBEAT)
@@ -128,7 +138,9 @@ class SGLangEngine:
                 self.publisher.inspect()
         except ConfigError as error:
             problem = str(error)
-        problem, is_seeded = self._from_first((problem, self.publisher is not None and self.publisher.is_seeded))
+        problem, is_seeded = self._from_first(
+            (problem, self.publisher is not None and self.publisher.is_seeded)
+        )
         if problem is not None:
             raise ConfigError(problem)
         return is_seeded
@@ -158,7 +170,11 @@ class SGLangEngine:
         if self.publisher is not None and (why := self.publisher.fleet.given_up()) is not None:
             return why
         settings = self.settings.sglang
-        limit = (1 + settings.max_restarts) * settings.start_timeout if self.settings.servers else settings.return_timeout
+        limit = (
+            (1 + settings.max_restarts) * settings.start_timeout
+            if self.settings.servers
+            else settings.return_timeout
+        )
         return f"none has come back in {limit:g} s" if seconds > limit else None
 
     def _gather(self, mine: Any) -> list[Any]:

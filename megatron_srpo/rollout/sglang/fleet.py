@@ -21,7 +21,16 @@ from megatron_srpo.rollout.sglang.http import Server, ServerFailed
 _TEND = 0.2  # seconds between looks at a process
 _LOG_TAIL = 1500  # characters of a server's log in a message
 # what torchrun tells the trainer's processes is not for servers, nor is the trainer's Python path
-_NOT_PASSED_ON = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH", "VIRTUAL_ENV")
+_NOT_PASSED_ON = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "PYTHONPATH",
+    "VIRTUAL_ENV",
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,15 @@ class Launch:
     def command(self, number: int) -> list[str]:
         """The command line of server `number`."""
         settings, gpus = self.settings, self.settings.tensor_parallel_size
-        words = [settings.python, "-m", "sglang.launch_server", "--model-path", str(self.model.resolve()), "--dtype", self.dtype]
+        words = [
+            settings.python,
+            "-m",
+            "sglang.launch_server",
+            "--model-path",
+            str(self.model.resolve()),
+            "--dtype",
+            self.dtype,
+        ]
         words += ["--host", settings.host, "--port", str(settings.port + number), "--tp-size", str(gpus)]
         if self.has_gpus:
             words += ["--base-gpu-id", str(settings.base_gpu_id + number * gpus)]
@@ -57,9 +74,17 @@ class Launch:
 
     def start(self, number: int) -> subprocess.Popen:
         """Start server `number` under a guard; its output goes to logs/server_<number>.log."""
-        kept = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED_ON and not name.startswith("TORCHELASTIC")}
-        patience = {"SGLANG_HEALTH_CHECK_TIMEOUT": str(math.ceil(self.settings.health_timeout))}  # one setting for both sides
-        mode = 0o666 if self.settings.api_key_env is None else 0o600  # SGLang writes its arguments there, and the key is one
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in _NOT_PASSED_ON and not name.startswith("TORCHELASTIC")
+        }
+        patience = {
+            "SGLANG_HEALTH_CHECK_TIMEOUT": str(math.ceil(self.settings.health_timeout))
+        }  # one setting for both sides
+        mode = (
+            0o666 if self.settings.api_key_env is None else 0o600
+        )  # SGLang writes its arguments there, and the key is one
         with open(self.log(number), "ab", opener=lambda path, flags: os.open(path, flags, mode)) as log:
             return subprocess.Popen(
                 [sys.executable, "-S", guard.__file__, str(os.getpid()), *self.command(number)],
@@ -85,7 +110,9 @@ class Launch:
             port = self.settings.port + number
             with socket.socket() as attempt:
                 if attempt.connect_ex(("127.0.0.1", port)) == 0:
-                    raise ConfigError(f"rollout.sglang.port: something listens on {port} already; {count} ports are needed from here on")
+                    raise ConfigError(
+                        f"rollout.sglang.port: something listens on {port} already; {count} ports are needed from here on"
+                    )
 
 
 @dataclass
@@ -115,7 +142,9 @@ class Fleet:
     """All servers. `launch`: None when others run them. `say`: tells the user. `newest`: (folder, version) of weights on disk,
     when those are the newest there are."""
 
-    def __init__(self, urls: Sequence[str], settings: SGLangSection, launch: Launch | None, say: Callable[[str], None]):
+    def __init__(
+        self, urls: Sequence[str], settings: SGLangSection, launch: Launch | None, say: Callable[[str], None]
+    ):
         self.settings, self.launch, self.say = settings, launch, say
         self.newest: tuple[Path, str] | None = None
         self.holds_back = False  # colocated: while the trainer has the memory, nothing is started
@@ -127,7 +156,11 @@ class Fleet:
             launch.logs.mkdir(parents=True, exist_ok=True)
             for member in self.members:
                 self._start(member)
-                self._threads.append(threading.Thread(target=self._tend, args=(member,), daemon=True, name=f"server {member.number}"))
+                self._threads.append(
+                    threading.Thread(
+                        target=self._tend, args=(member,), daemon=True, name=f"server {member.number}"
+                    )
+                )
                 self._threads[-1].start()
 
     def given_up(self) -> str | None:
@@ -153,7 +186,9 @@ class Fleet:
         for member in self.members:
             with member.lock:  # nobody is about to start it
                 pass
-        while any(member.process and (member.state == "starting" or member.complaint) for member in self.members):
+        while any(
+            member.process and (member.state == "starting" or member.complaint) for member in self.members
+        ):
             time.sleep(0.05)
 
     def go_on(self) -> None:
@@ -162,7 +197,11 @@ class Fleet:
 
     def reachable(self) -> list[Member]:
         """Those to be given weights."""
-        return [member for member in self.members if member.state in ("behind", "ready", "out") and member.complaint is None]
+        return [
+            member
+            for member in self.members
+            if member.state in ("behind", "ready", "out") and member.complaint is None
+        ]
 
     def complain(self, url: str, reason: str, is_lie: bool) -> None:
         """A server did not do what it should. Ours is ended and started anew, beside everything else."""
@@ -192,7 +231,10 @@ class Fleet:
 
     def states(self) -> dict[str, str | None]:
         """Of every server, why it is not to be used, None when it is."""
-        return {member.server.url: None if member.state == "ready" else member.why or member.state for member in self.members}
+        return {
+            member.server.url: None if member.state == "ready" else member.why or member.state
+            for member in self.members
+        }
 
     def close(self) -> None:
         """End our servers and their processes."""
@@ -270,7 +312,10 @@ class Fleet:
                 member.state, member.why = "given up", f"{problem}; {log} ends with:\n{tail}"
             self.say(f"server {member.number} is given up: {problem} ({log})")
         else:
-            self.say(f"server {member.number} is started anew: {problem}" + (f" while it started ({log})" if failed_start else ""))
+            self.say(
+                f"server {member.number} is started anew: {problem}"
+                + (f" while it started ({log})" if failed_start else "")
+            )
 
     def _is_up(self, member: Member) -> bool:
         try:
@@ -299,7 +344,10 @@ class Fleet:
 
 def load_from_disk(server: Server, folder: Path, version: str) -> None:
     """Have the server read the weights in `folder`. Raises ServerFailed, also when it has another version then."""
-    server.post("/update_weights_from_disk", {"model_path": str(folder.resolve()), "weight_version": version, "flush_cache": True})
+    server.post(
+        "/update_weights_from_disk",
+        {"model_path": str(folder.resolve()), "weight_version": version, "flush_cache": True},
+    )
     check_version(server, version)
 
 

@@ -74,7 +74,9 @@ class Generation:
         for number, request in enumerate(requests):
             ids = (*request.prompt_ids, *(request.start.ids if request.start else ()))
             if not request.prompt_ids or not all(0 <= token < self.vocab_size for token in ids):
-                raise ValueError(f"request {number}: its prompt is empty or has an id outside the vocabulary of {self.vocab_size}")
+                raise ValueError(
+                    f"request {number}: its prompt is empty or has an id outside the vocabulary of {self.vocab_size}"
+                )
         asyncio.run(_Batch(self, requests, sampling, finished).run())
 
     def take_out(self, target: Target, reason: str, is_distrusted: bool = False) -> None:
@@ -105,7 +107,9 @@ class Generation:
 class _Batch:
     """One call of `generate`: workers that take requests from a queue, and one task that watches the servers."""
 
-    def __init__(self, generation: Generation, requests: Sequence[Request], sampling: Sampling, finished: Finished):
+    def __init__(
+        self, generation: Generation, requests: Sequence[Request], sampling: Sampling, finished: Finished
+    ):
         self.generation, self.settings = generation, generation.settings
         self.requests, self.sampling, self.finished = requests, sampling, finished
         self.waiting = deque(range(len(requests)))
@@ -128,7 +132,13 @@ class _Batch:
     def _client(self) -> httpx.AsyncClient:
         """One for each worker: a client looks through all its connections for every request, which with 64 took 8 ms of CPU time."""
         limits = httpx.Limits(keepalive_expiry=IDLE)
-        return httpx.AsyncClient(timeout=None, headers=headers(self.settings), limits=limits, trust_env=False, verify=self.generation.tls)
+        return httpx.AsyncClient(
+            timeout=None,
+            headers=headers(self.settings),
+            limits=limits,
+            trust_env=False,
+            verify=self.generation.tls,
+        )
 
     async def _work(self) -> None:
         async with self._client() as http:
@@ -178,7 +188,9 @@ class _Batch:
             await asyncio.sleep(0.1)
         return None
 
-    async def _ask(self, http: httpx.AsyncClient, target: Target, request: Request, start: Completion | None) -> Completion:
+    async def _ask(
+        self, http: httpx.AsyncClient, target: Target, request: Request, start: Completion | None
+    ) -> Completion:
         """What one server makes of a request. Raises _Failed after which the server is out or the request may be repeated, and
         EngineFailed when it is refused, which every server would do."""
         done = start.ids if start else []
@@ -186,7 +198,9 @@ class _Batch:
         if limit <= 0:
             return _NOTHING._replace(finish_reason="length")
         key = uuid.uuid4().hex
-        oldest = max(0, len(self.generation.versions) - 1 - self.generation.is_publishing)  # not all servers have it yet
+        oldest = max(
+            0, len(self.generation.versions) - 1 - self.generation.is_publishing
+        )  # not all servers have it yet
         body = {"rid": key, "input_ids": [*request.prompt_ids, *done], "return_logprob": True}
         body["sampling_params"] = self._parameters(request, limit, len(done))
         self.running[key] = target, http
@@ -195,19 +209,29 @@ class _Batch:
         finally:
             del self.running[key]
         if response.status_code in (400, 413, 422):
-            raise EngineFailed(f"{target.url} refuses a request of {len(body['input_ids'])} tokens: {response.text[:500]}")
+            raise EngineFailed(
+                f"{target.url} refuses a request of {len(body['input_ids'])} tokens: {response.text[:500]}"
+            )
         if response.status_code in (429, 503):
             raise _Failed(f"/generate: {response.status_code}: it has too much to do")
         if response.status_code != 200:
             self.generation.take_out(target, f"/generate: {response.status_code}: {response.text[:200]}")
             raise _Failed(target.out)
         try:
-            completion = parse(response.json(), limit, self.generation.vocab_size, self.generation.versions[oldest:])
+            completion = parse(
+                response.json(), limit, self.generation.vocab_size, self.generation.versions[oldest:]
+            )
         except (BadReply, ValueError) as error:  # ValueError: no JSON
             self.generation.take_out(target, f"/generate: {error}", is_distrusted=True)
             raise _Failed(target.out) from None
-        if completion.finish_reason == "abort" and completion.ids and completion.ids[-1] in self.sampling.stop_ids:
-            return completion._replace(finish_reason="stop")  # SGLang says of a request that is aborted with its last token: aborted
+        if (
+            completion.finish_reason == "abort"
+            and completion.ids
+            and completion.ids[-1] in self.sampling.stop_ids
+        ):
+            return completion._replace(
+                finish_reason="stop"
+            )  # SGLang says of a request that is aborted with its last token: aborted
         if completion.finish_reason == "stop" and completion.ids[-1] not in self.sampling.stop_ids:
             raise EngineFailed(
                 f"{target.url} ends responses at token {completion.ids[-1]}, which is not among the trainer's {self.sampling.stop_ids}"
@@ -221,7 +245,9 @@ class _Batch:
         try:
             await asyncio.wait({call}, timeout=self.settings.request_timeout)
             if not call.done():
-                raise _Failed(f"no answer in {self.settings.request_timeout:g} s (rollout.sglang.request_timeout)")
+                raise _Failed(
+                    f"no answer in {self.settings.request_timeout:g} s (rollout.sglang.request_timeout)"
+                )
             if call.cancelled():
                 raise _Failed(target.out)
             return call.result()
@@ -253,12 +279,15 @@ class _Batch:
         until = time.monotonic() + self.settings.health_timeout
         while self.running and time.monotonic() < until:
             aborts = [
-                http.post(f"{target.url}/abort_request", json={"rid": key}, timeout=5) for key, (target, http) in self.running.items()
+                http.post(f"{target.url}/abort_request", json={"rid": key}, timeout=5)
+                for key, (target, http) in self.running.items()
             ]
             await asyncio.gather(*aborts, return_exceptions=True)
             await asyncio.sleep(0.2)
         for target in {target.url: target for target, _ in self.running.values()}.values():
-            self.generation.take_out(target, f"/abort_request: requests still run after {self.settings.health_timeout:g} s")
+            self.generation.take_out(
+                target, f"/abort_request: requests still run after {self.settings.health_timeout:g} s"
+            )
 
     async def _watch(self) -> None:
         """Look at every server now and then: a silent one is taken out, one that is back is used again."""
@@ -277,7 +306,11 @@ class _Batch:
             response = await self._get(f"{target.url}{path}")
             if target.out is None and target.calls:
                 beat()  # it makes tokens: the longest response may take longer than a watchdog waits, request_timeout ends that
-            if target.out and not target.is_distrusted and str(response.json()["weight_version"]) == self.generation.versions[-1]:
+            if (
+                target.out
+                and not target.is_distrusted
+                and str(response.json()["weight_version"]) == self.generation.versions[-1]
+            ):
                 await self._get(f"{target.url}/health")  # what hangs or is paused has a version, too
                 target.out = None
         except (httpx.HTTPError, ValueError, TypeError, KeyError, IndexError) as error:

@@ -53,8 +53,12 @@ def main() -> int:
     parent = int(sys.argv[1])
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm's to the run, which every process gets; the command ignores it, too
-    command = subprocess.Popen(sys.argv[2:], start_new_session=True, preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
+    signal.signal(
+        signal.SIGUSR1, signal.SIG_IGN
+    )  # Slurm's to the run, which every process gets; the command ignores it, too
+    command = subprocess.Popen(
+        sys.argv[2:], start_new_session=True, preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    )
     status = None
     try:
         while status is None and os.getppid() == parent:

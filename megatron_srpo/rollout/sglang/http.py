@@ -18,7 +18,11 @@ class ServerFailed(RuntimeError):
 
 def headers(settings: SGLangSection) -> dict[str, str]:
     """What every call carries: the API key, when the configuration names the variable that holds it."""
-    return {} if settings.api_key_env is None else {"Authorization": f"Bearer {os.environ[settings.api_key_env]}"}
+    return (
+        {}
+        if settings.api_key_env is None
+        else {"Authorization": f"Bearer {os.environ[settings.api_key_env]}"}
+    )
 
 
 class Server:
@@ -28,7 +32,12 @@ class Server:
         self.url, self.settings, self.incarnation = url.rstrip("/"), settings, 0
         self.host = httpx.URL(url).host
         # trust_env: a proxy that this machine's environment names is not for servers of the same cluster
-        self._http = httpx.Client(base_url=self.url, headers=headers(settings), trust_env=False, limits=httpx.Limits(keepalive_expiry=IDLE))
+        self._http = httpx.Client(
+            base_url=self.url,
+            headers=headers(settings),
+            trust_env=False,
+            limits=httpx.Limits(keepalive_expiry=IDLE),
+        )
 
     def get(self, path: str, timeout: float | None = None) -> dict[str, Any]:
         """GET `path`. timeout: seconds, None: rollout.sglang.health_timeout. Raises ServerFailed."""

@@ -46,7 +46,11 @@ class Update:
     """
 
     def __init__(
-        self, servers: Sequence[Server], version: str, needs_session: bool, last_call: Callable[[Server], Any] = lambda server: None
+        self,
+        servers: Sequence[Server],
+        version: str,
+        needs_session: bool,
+        last_call: Callable[[Server], Any] = lambda server: None,
     ):
         self.version, self.needs_session, self.last_call = version, needs_session, last_call
         self.live, self.failures, self.missed = list(servers), dict[Server, str](), set[Server]()
@@ -131,7 +135,9 @@ class Disk:
         """See `Transport`. Raises FileError when the folder cannot be written."""
         path = self.directory / f"version_{update.version}"
         for old in sorted(self.directory.glob("*"), key=lambda folder: folder.stat().st_mtime)[:-1]:
-            shutil.rmtree(old, ignore_errors=True)  # but not the last one: a server being restarted may be reading it
+            shutil.rmtree(
+                old, ignore_errors=True
+            )  # but not the last one: a server being restarted may be reading it
         save_hf(tensors, self.reference, path, write=True)
         self.on_disk(path, update.version)
         with update.paused():
@@ -163,7 +169,9 @@ class Bucket(NamedTuple):
         return version if self.is_last else None
 
 
-def buckets(tensors: Stream, limit: int, allocate: Callable[[int], Tensor], memories: int = 1) -> Iterator[Bucket]:
+def buckets(
+    tensors: Stream, limit: int, allocate: Callable[[int], Tensor], memories: int = 1
+) -> Iterator[Bucket]:
     """The stream in pieces of at most `limit` bytes; a larger tensor is a piece of its own.
 
     memories: places where the pieces lie in turn; a piece is gone when so many others have been made after it.
@@ -197,7 +205,10 @@ class SharedMemory:
     def send(self, update: Update, tensors: Stream) -> None:
         """See `Transport`."""
         # A server answers when its first worker has copied a bucket; the others have when it takes the next one.
-        memories = 1 + (self.device.type == "cuda" and any(self.tensor_parallel_size(server) > 1 for server in update.live))
+        memories = 1 + (
+            self.device.type == "cuda"
+            and any(self.tensor_parallel_size(server) > 1 for server in update.live)
+        )
         with update.paused(), update.session(), _named_files():
             for bucket in buckets(tensors, self.limit, self._allocate, memories):
                 if self.device.type == "cuda":
@@ -243,7 +254,9 @@ def _pickled(bucket: Bucket) -> str:
         )
         for entry in bucket.entries
     ]
-    return base64.b64encode(ForkingPickler.dumps({"flattened_tensor": _Handle(bucket.data), "metadata": metadata})).decode()
+    return base64.b64encode(
+        ForkingPickler.dumps({"flattened_tensor": _Handle(bucket.data), "metadata": metadata})
+    ).decode()
 
 
 @contextlib.contextmanager
@@ -286,7 +299,9 @@ class Broadcast:
             if self._members != {server: server.incarnation for server in update.live}:
                 self.close()
                 self._give_up(update, self._meet(update))
-            for bucket in buckets(tensors, self.limit, lambda size: torch.empty(size, dtype=uint8, device=self.device)):
+            for bucket in buckets(
+                tensors, self.limit, lambda size: torch.empty(size, dtype=uint8, device=self.device)
+            ):
                 if self._group is not None:
                     self._give_up(update, self._broadcast(update, bucket))
 
@@ -308,8 +323,16 @@ class Broadcast:
         backend, offset, offsets = ("nccl" if self.device.type == "cuda" else "gloo"), 1, {}
         for server in update.live:
             offsets[server], offset = offset, offset + self.tensor_parallel_size(server)
-        body = {"master_address": host, "master_port": store.port, "world_size": offset, "group_name": name, "backend": backend}
-        calls = update.begin(lambda server: server.post("/init_weights_update_group", {**body, "rank_offset": offsets[server]}))
+        body = {
+            "master_address": host,
+            "master_port": store.port,
+            "world_size": offset,
+            "group_name": name,
+            "backend": backend,
+        }
+        calls = update.begin(
+            lambda server: server.post("/init_weights_update_group", {**body, "rank_offset": offsets[server]})
+        )
         # NCCL ends this process when a broadcast takes longer than its group's time-out: `_broadcast` shall notice before
         patience = timeout + datetime.timedelta(seconds=60) if backend == "nccl" else timeout
         try:
@@ -318,7 +341,9 @@ class Broadcast:
             for server in list(update.live):
                 update.fail(server, f"the group for weight updates could not be made: {error}")
             return None
-        if len(update.end(calls)) < len(calls):  # NCCL would wait for its members at the first broadcast, for ever
+        if len(update.end(calls)) < len(
+            calls
+        ):  # NCCL would wait for its members at the first broadcast, for ever
             return "a server did not join the group"
         self._name, self._members = name, {server: server.incarnation for server in update.live}
         return None
@@ -347,7 +372,10 @@ class Broadcast:
                 return "a server failed during a broadcast"
             if time.monotonic() > until:
                 for server in [server for call, server in calls.items() if not call.done()]:
-                    update.fail(server, f"a broadcast took longer than {self.timeout:g} s (rollout.sglang.update_timeout)")
+                    update.fail(
+                        server,
+                        f"a broadcast took longer than {self.timeout:g} s (rollout.sglang.update_timeout)",
+                    )
                 return "a broadcast took too long"
             time.sleep(0.0005)
         try:
@@ -369,10 +397,18 @@ class Broadcast:
         self._group, self._members = None, {}
 
 
-def _group(store: dist.Store, size: int, backend: str, name: str, timeout: datetime.timedelta) -> dist.ProcessGroup:
+def _group(
+    store: dist.Store, size: int, backend: str, name: str, timeout: datetime.timedelta
+) -> dist.ProcessGroup:
     """This process's end of a group that is no part of the trainer's: made as SGLang makes its end, PyTorch has no public way."""
     group, _ = distributed_c10d._new_process_group_helper(
-        size, 0, [], distributed_c10d.Backend(backend), dist.PrefixStore(name, store), group_name=name, timeout=timeout
+        size,
+        0,
+        [],
+        distributed_c10d.Backend(backend),
+        dist.PrefixStore(name, store),
+        group_name=name,
+        timeout=timeout,
     )
     distributed_c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(size)}
     return group

@@ -29,14 +29,18 @@ def parse(reply: Any, limit: int, vocab_size: int, versions: Collection[str]) ->
         rows = meta.get("output_token_logprobs") or [] if reason == "abort" else meta["output_token_logprobs"]
         logprobs = [float(row[0]) for row in rows]
         named = [row[1] for row in rows]
-        spans = meta.get("weight_versions") or [{"version": meta.get("weight_version"), "start": 0, "end": len(ids)}]
+        spans = meta.get("weight_versions") or [
+            {"version": meta.get("weight_version"), "start": 0, "end": len(ids)}
+        ]
         spans = [(str(span["version"]), span["start"], span["end"]) for span in spans] if ids else []
     except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
         raise BadReply(f"not of the shape of a reply: {type(error).__name__}: {error}") from None
     if reason not in ("stop", "length", "abort"):
         raise BadReply(f"finish_reason {reason!r}")
     if named != ids:
-        raise BadReply(f"{len(ids)} output_ids, but the log-probabilities are those of {len(named)} other tokens")
+        raise BadReply(
+            f"{len(ids)} output_ids, but the log-probabilities are those of {len(named)} other tokens"
+        )
     if not all(type(token) is int and 0 <= token < vocab_size for token in ids):
         raise BadReply(f"an output id is outside the vocabulary of {vocab_size}")
     if not all(math.isfinite(logprob) and logprob <= _ROUNDING for logprob in logprobs):
@@ -60,4 +64,6 @@ def joined(first: Completion | None, second: Completion) -> Completion:
         if spans[-1][0] == version:
             version, start = version, spans.pop()[1] - offset
         spans.append((version, start + offset, end + offset))
-    return Completion([*first.ids, *second.ids], [*first.logprobs, *second.logprobs], spans, second.finish_reason)
+    return Completion(
+        [*first.ids, *second.ids], [*first.logprobs, *second.logprobs], spans, second.finish_reason
+    )

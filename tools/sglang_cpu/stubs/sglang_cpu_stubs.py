@@ -38,7 +38,11 @@ class _HollowModule(types.ModuleType):
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
-        value = _HollowType(name, (_Hollow,), {}) if name[0].isupper() else _HollowModule(f"{self.__name__}.{name}")
+        value = (
+            _HollowType(name, (_Hollow,), {})
+            if name[0].isupper()
+            else _HollowModule(f"{self.__name__}.{name}")
+        )
         setattr(self, name, value)
         return value
 
@@ -86,7 +90,10 @@ def _is_only_asked_for():
     for _ in range(5):
         if frame is None:
             return False
-        if frame.f_code.co_filename.endswith("importlib/util.py") or "importlib.util" in frame.f_code.co_filename:
+        if (
+            frame.f_code.co_filename.endswith("importlib/util.py")
+            or "importlib.util" in frame.f_code.co_filename
+        ):
             return True
         frame = frame.f_back
     return False
