@@ -15,8 +15,9 @@ INTERRUPTED = 75  # sysexits.h's EX_TEMPFAIL: come again
 
 
 def main() -> int:
-    """Parse the command line and run it. Returns the exit status: 2 for a configuration that cannot be run, 1 for a run that
-    cannot go on, 75 for one that was asked to leave before its end, 130 after Ctrl-C."""
+    """Parse the command line and run it. Returns the exit status: 2 for a configuration that cannot be run, 1
+    for a run that cannot go on, 75 for one that was asked to leave before its end, 130 after Ctrl-C.
+    """
     arguments = command_line().parse_args()
     is_first = os.environ.get("RANK", "0") == "0"
     quieten_libraries()
@@ -149,7 +150,10 @@ def _add_plan_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, is_first: bool) -> int:
-    """The command that was asked for. Returns its exit status; raises ConfigError or FileError for what the user can put right."""
+    """The command that was asked for.
+
+    Returns its exit status; raises ConfigError or FileError for what the user can put right.
+    """
     if arguments.command == "compare":
         return compare_results(arguments.results)
     if arguments.command == "report":
@@ -272,7 +276,9 @@ def explain_config(file: Path | None, overrides: list[str], processes: int | Non
 
 
 def quieten_libraries() -> None:
-    """Before torch and Megatron are imported: their errors only, and the settings they read from the environment."""
+    """Before torch and Megatron are imported: their errors only, and the settings they read from the
+    environment.
+    """
     os.environ.setdefault(
         "CUDA_DEVICE_MAX_CONNECTIONS", "1"
     )  # Megatron needs it for tensor parallelism on Hopper and before

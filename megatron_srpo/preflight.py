@@ -18,7 +18,10 @@ from megatron_srpo.tasks import Task, evaluation_tasks, question_count, training
 
 
 def preflight(config: Config) -> HFFolder:
-    """Check the configuration against the model folder, the processes and the disk; returns the folder. Raises ConfigError."""
+    """Check the configuration against the model folder, the processes and the disk; returns the folder.
+
+    Raises ConfigError.
+    """
     check_trackers(config)
     _check_watchdog(config)
     folder = HFFolder(config.model.hf_path)
@@ -56,7 +59,10 @@ def _check_watchdog(config: Config) -> None:
 
 
 def check_evaluation(config: Config, folder: HFFolder, tasks: Mapping[str, Task]) -> None:
-    """Check that the questions of evaluation.splits fit rollout.max_prompt_tokens, and have ids of their own. Raises ConfigError."""
+    """Check that the questions of evaluation.splits fit rollout.max_prompt_tokens, and have ids of their own.
+
+    Raises ConfigError.
+    """
     for task in tasks.values():
         for split in config.evaluation.splits:
             _check_prompts(config, folder, task, split, question_count(task, split, config.evaluation))

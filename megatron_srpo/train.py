@@ -202,7 +202,10 @@ class _Run:
         )
 
     def _tell(self, step: int, groups: list[Group], report: UpdateReport) -> None:
-        """The step's row and line. Raises TrainingStopped after too many skipped updates, or when trainer and engine disagree."""
+        """The step's row and line.
+
+        Raises TrainingStopped after too many skipped updates, or when trainer and engine disagree.
+        """
         row = {
             "step": step,
             **update_metrics(report),
@@ -230,7 +233,10 @@ class _Run:
             )
 
     def _sound(self, step: int, raised: list[Alarm], before: list[str]) -> None:
-        """Tell the alarms that did not hold after the step before. Raises TrainingStopped for one of logging.stop_on."""
+        """Tell the alarms that did not hold after the step before.
+
+        Raises TrainingStopped for one of logging.stop_on.
+        """
         self.terminal.alarms = raised
         for alarm in raised:
             if alarm.name not in before:
@@ -272,7 +278,9 @@ class _Run:
         return row
 
     def _go_on(self) -> tuple[int, bool]:
-        """Everything as after the newest checkpoint's step, or as at the start: that step (0) and whether it has been evaluated."""
+        """Everything as after the newest checkpoint's step, or as at the start: that step (0) and whether it
+        has been evaluated.
+        """
         step, is_evaluated = 0, False
         if self.checkpoint is not None:
             manifest = self.checkpoint.manifest

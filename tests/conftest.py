@@ -1,6 +1,8 @@
-"""Before anything imports Triton: without a GPU its kernels are interpreted (tests/vocab_parallel/test_triton.py).
+"""Before anything imports Triton: without a GPU its kernels are interpreted
+(tests/vocab_parallel/test_triton.py).
 
-With one, fp32 products are fp32: NVIDIA's images set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which rounds their factors to 10 bits.
+With one, fp32 products are fp32: NVIDIA's images set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which rounds their
+factors to 10 bits.
 """
 
 import gc
@@ -15,7 +17,9 @@ else:
 
 
 def pytest_collection_finish():
-    """What has been imported by now is not garbage: every run of a trainer looks for some when it ends, 0.3 s each time."""
+    """What has been imported by now is not garbage: every run of a trainer looks for some when it ends, 0.3
+    s each time.
+    """
     gc.freeze()
 
 

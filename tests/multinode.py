@@ -1,13 +1,15 @@
-"""Hosts on one machine: network namespaces, torchrun across two of them, a link that is cut in the middle of a step.
+"""Hosts on one machine: network namespaces, torchrun across two of them, a link that is cut in the middle of
+a step.
 
     sudo python tests/multinode.py [--steps 30] [--sglang .venv-sglang/bin/python] [--folder DIR]
 
-The quick start trains on one rank a host; with --sglang an SGLang server on a third host samples, and gets its weights over the
-network. After the first checkpoint the second host's cable is pulled: both ranks must end with an error within the collectives'
-time-out, and the first host's torchrun with status 1. The other's, which has lost the store that torchruns meet at, lingers for
-minutes: it is killed, as `srun --wait` does. The cable is put back, the same command goes on from the checkpoint and must reach the
-quick start's pass rate.
-Needs root and iproute2 (`ip netns`); tests/test_multinode.py and tests/sglang/test_third_host.py run short ones where they can.
+The quick start trains on one rank a host; with --sglang an SGLang server on a third host samples, and gets
+its weights over the network. After the first checkpoint the second host's cable is pulled: both ranks must
+end with an error within the collectives' time-out, and the first host's torchrun with status 1. The other's,
+which has lost the store that torchruns meet at, lingers for
+minutes: it is killed, as `srun --wait` does. The cable is put back, the same command goes on from the
+checkpoint and must reach the quick start's pass rate. Needs root and iproute2 (`ip netns`);
+tests/test_multinode.py and tests/sglang/test_third_host.py run short ones where they can.
 """
 
 from __future__ import annotations
@@ -96,7 +98,10 @@ class Hosts:
 
     @contextmanager
     def server(self, python: Path, log: Path) -> Iterator[list[str]]:
-        """An SGLang server on the third host; gives the overrides that name it. The weights come from the first host."""
+        """An SGLang server on the third host; gives the overrides that name it.
+
+        The weights come from the first host.
+        """
         os.environ[KEY] = "open sesame"
         overrides = [
             f"rollout.sglang.host={self.addresses[2]}",
@@ -214,7 +219,8 @@ def wait_for(condition, seconds: float, what: str) -> None:
 def run(
     folder: Path, steps: int, overrides: Sequence[str] = (), sglang: Path | None = None, patience: float = 600
 ) -> list[dict]:
-    """The whole story in `folder`; metrics.jsonl at its end. Raises AssertionError or TimeoutError where it goes otherwise.
+    """The whole story in `folder`; metrics.jsonl at its end. Raises AssertionError or TimeoutError where it
+    goes otherwise.
 
     sglang: the interpreter that runs the third host's server; None: the ranks sample.
     """

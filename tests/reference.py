@@ -1,7 +1,8 @@
-"""The whole routed training step once more, independently: plain float64 torch and autograd on the Hugging Face model.
+"""The whole routed training step once more, independently: plain float64 torch and autograd on the Hugging
+Face model.
 
-Knows nothing of shards, tiles, packing or closed forms. Reads the samples' routes (tested on their own) from a run's
-dumped rollouts; everything numeric is done anew from METHOD's equations, sample by sample.
+Knows nothing of shards, tiles, packing or closed forms. Reads the samples' routes (tested on their own) from
+a run's dumped rollouts; everything numeric is done anew from METHOD's equations, sample by sample.
 """
 
 from __future__ import annotations
@@ -75,7 +76,9 @@ class Reference:
         self.gradients: dict[str, torch.Tensor] = {}
 
     def loss(self, samples, old=None):
-        """The routed loss of one optimizer batch; `old`: log π_old by sample, or None for the present policy."""
+        """The routed loss of one optimizer batch; `old`: log π_old by sample, or None for the present
+        policy.
+        """
         samples = [s for s in samples if s["route"]["policy_weight"] or s["route"]["distillation_weight"]]
         teacher = [
             self._teacher_logps(s["route"]["teacher_ids"], s["response_ids"])
@@ -118,7 +121,9 @@ class Reference:
         return ((1 - self.trust_region) * logq + self.trust_region * logp).log_softmax(-1)
 
     def run(self, step_file: Path, mini_batches: int = 1):
-        """One training step from a dumped file: (mean loss, mean gradient norm before clipping) over its updates."""
+        """One training step from a dumped file: (mean loss, mean gradient norm before clipping) over its
+        updates.
+        """
         samples = [json.loads(line) for line in step_file.read_text().removesuffix("\n").split("\n")]
         self.steps += 1
         for group in self.optimizer.param_groups:

@@ -1,4 +1,6 @@
-"""Made-up rollouts on disk: random responses with an engine's log-probabilities, and verdicts of every kind of group."""
+"""Made-up rollouts on disk: random responses with an engine's log-probabilities, and verdicts of every kind
+of group.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,11 @@ MIXED = ([1, 0, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1])
 def write_rollouts(
     path: Path, folder: HFFolder, model, verdicts=MIXED, steps: int = 3, seed: int = 0, longest: int = 40
 ) -> Path:
-    """`steps` files of len(verdicts) groups; prompts and responses of very different lengths, one-token responses among them.
+    """`steps` files of len(verdicts) groups; prompts and responses of very different lengths, one-token
+    responses among them.
 
-    `model` is the HF model that "sampled" them: its fp32 log-probabilities, moved by up to 0.9 nats so that importance
-    weights differ from 1 and some are capped.
+    `model` is the HF model that "sampled" them: its fp32 log-probabilities, moved by up to 0.9 nats so that
+    importance weights differ from 1 and some are capped.
     """
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)

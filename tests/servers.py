@@ -1,4 +1,6 @@
-"""What the tests of servers share: configurations, prompts, the model to compare with, and a stand-in that speaks HTTP."""
+"""What the tests of servers share: configurations, prompts, the model to compare with, and a stand-in that
+speaks HTTP.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ ALONE = Layout(0, 1, torch.device("cpu"), 0, 1, 0, 1, 0, 1, 1, True, True, False
 
 
 def free_ports(count: int) -> int:
-    """The first of `count` ports in a row that nobody listens on, below those that the system gives away by itself."""
+    """The first of `count` ports in a row that nobody listens on, below those that the system gives away by
+    itself.
+    """
     for first in range(20000 + os.getpid() % 1000 * 10, 32000, 10):
         with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
             for port in range(first, first + count):
@@ -78,7 +82,9 @@ def config_of(run: Path, *overrides: str) -> Config:
 
 @dataclass
 class Servers:
-    """Two servers that ask for a publication before they sample, and the fp32 model whose weights they had last."""
+    """Two servers that ask for a publication before they sample, and the fp32 model whose weights they had
+    last.
+    """
 
     engine: object
     folder: HFFolder
@@ -130,7 +136,9 @@ class Servers:
 def sample(
     engine, requests: list[Request], sampling: Sampling, enough=lambda done: False, seen=lambda done: None
 ) -> list[Completion]:
-    """All completions in the requests' order, each handed over exactly once; enough(number done so far) breaks the rest off."""
+    """All completions in the requests' order, each handed over exactly once; enough(number done so far)
+    breaks the rest off.
+    """
     done: dict[int, Completion] = {}
 
     def finished(completions: Mapping[int, Completion]) -> bool:

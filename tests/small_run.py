@@ -44,7 +44,9 @@ def small_run(directory: Path, *overrides: str) -> list[dict[str, Any]]:
 
 @contextmanager
 def trainers() -> Iterator[Callable[[Config], Trainer]]:
-    """make(config) → a trainer, in place of the one made before: there is one set of Megatron's groups at a time."""
+    """make(config) → a trainer, in place of the one made before: there is one set of Megatron's groups at a
+    time.
+    """
     made = []
 
     def leave():

@@ -1,10 +1,12 @@
-"""Kills a run again and again and lets it go on; at its end it must be the run that nobody touched, bit for bit.
+"""Kills a run again and again and lets it go on; at its end it must be the run that nobody touched, bit for
+bit.
 
     python tests/soak.py [--ranks 2] [--steps 12] [--kills 8] [--seed 1] [--folder DIR]
 
-Each time a random rank, or all of them, get SIGKILL: after a random time, or as soon as a checkpoint is being written. Then the
-same command is started again. Compared with an uninterrupted run: weights, metrics (but for seconds), every sample, and what
-the ledger says was drawn and trained. Prints the kills survived. Any length by hand; tests/checkpoint/test_soak.py runs a short one.
+Each time a random rank, or all of them, get SIGKILL: after a random time, or as soon as a checkpoint is being
+written. Then the same command is started again. Compared with an uninterrupted run: weights, metrics (but for
+seconds), every sample, and what the ledger says was drawn and trained. Prints the kills survived. Any length
+by hand; tests/checkpoint/test_soak.py runs a short one.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ def free_port() -> int:
 
 
 def start(ranks: int, overrides: list[str], log: Path) -> list[int]:
-    """Process ids of as many ranks of one run, forked from this process: what is imported here need not be again."""
+    """Process ids of as many ranks of one run, forked from this process: what is imported here need not be
+    again.
+    """
     port, processes = free_port(), []
     for rank in range(ranks):
         process = os.fork()
@@ -134,7 +138,10 @@ def comparable(run: Path) -> dict[str, object]:
 
 
 def soak(ranks: int, steps: int, kills: int, seed: int, folder: Path) -> int:
-    """Returns the kills survived. Raises AssertionError when the runs differ, RuntimeError when one cannot go on."""
+    """Returns the kills survived.
+
+    Raises AssertionError when the runs differ, RuntimeError when one cannot go on.
+    """
     overrides = [
         f"train.steps={steps}",
         *("rollout.prompts_per_step=4", "rollout.samples_per_prompt=4", "rollout.batch_size=8"),

@@ -1,4 +1,7 @@
-"""The benchmark of the verifier pool runs, checks its verdicts and says what it left out. Timings are not judged."""
+"""The benchmark of the verifier pool runs, checks its verdicts and says what it left out.
+
+Timings are not judged.
+"""
 
 from __future__ import annotations
 

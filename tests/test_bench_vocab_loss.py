@@ -1,4 +1,7 @@
-"""The benchmark of the vocabulary pass runs, says what it left out, and finds `ours` exact. Timings are not judged."""
+"""The benchmark of the vocabulary pass runs, says what it left out, and finds `ours` exact.
+
+Timings are not judged.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,9 @@ PEERS = ["TRL full", "TRL top-100 + tail", "Liger fused JSD"]
 
 @pytest.fixture
 def bench(tmp_path):
-    """Runs the program where TRL cannot be imported, whether or not it is installed; returns its JSON object."""
+    """Runs the program where TRL cannot be imported, whether or not it is installed; returns its JSON
+    object.
+    """
     (tmp_path / "trl.py").write_text("raise ImportError('no TRL in this test')")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tmp_path}:{ROOT}"}
 
@@ -73,7 +78,9 @@ def check(report: dict, ranks: int, present: list[str], absent: list[str]) -> di
 
 
 def test_one_rank(bench, tmp_path):
-    """Every row but those of TRL, which is missing, and Liger's, which needs CUDA; --output gets the same object as a line."""
+    """Every row but those of TRL, which is missing, and Liger's, which needs CUDA; --output gets the same
+    object as a line.
+    """
     file = tmp_path / "results.jsonl"
     file.write_text("{}\n")
     report = bench("--output", str(file))

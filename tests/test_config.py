@@ -143,7 +143,8 @@ def test_config_is_frozen(config_of):
         config_of(GOOD).train.steps = 4
 
 
-# ---- refusals --------------------------------------------------------------------------------------------------------
+# ---- refusals
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -454,7 +455,8 @@ def test_tasks_and_their_overrides(config_of):
     ]
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
+# ---- files
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_missing_file(tmp_path):
@@ -518,7 +520,8 @@ def test_keys_that_are_no_words(message_of, text):
     assert message_of(text).startswith("config.yaml:")
 
 
-# ---- overrides -------------------------------------------------------------------------------------------------------
+# ---- overrides
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_overrides_replace_the_file_and_are_yaml(config_of):
@@ -590,7 +593,8 @@ def test_unknown_section_by_override_names_the_override(message_of):
     assert message_of(GOOD, "tain.steps=4").startswith("override 'tain.steps=4': ")
 
 
-# ---- what is saved ---------------------------------------------------------------------------------------------------
+# ---- what is saved
+# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""The eval and compare commands: results, resumption, comparison; the same path as evaluation during training."""
+"""The eval and compare commands: results, resumption, comparison; the same path as evaluation during
+training.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +93,10 @@ def test_results_are_those_of_the_samples(evaluation, words, tmp_path):
 
 
 def test_a_command_cut_off_goes_on(evaluation, tmp_path, monkeypatch):
-    """Chunks of two questions; the second is cut in the middle of a line. The same command then gives what an uncut one gives."""
+    """Chunks of two questions; the second is cut in the middle of a line.
+
+    The same command then gives what an uncut one gives.
+    """
     monkeypatch.setattr(evaluate, "CHUNK_SEQUENCES", 8)
     small = ["evaluation.greedy=false", "evaluation.prompts=6"]
     assert evaluation(tmp_path / "whole", *small)[0] == 0
@@ -274,8 +279,10 @@ def test_comparison(command, evaluation, tmp_path):
 
 
 def test_training_evaluates_what_the_command_evaluates(command, evaluation, tmp_path):
-    """metrics.jsonl before the first step = the command on the same weights: same questions, same random numbers. Test and validation,
-    a mixture of two tasks; best and mean of the last; per-task metrics of the rollouts."""
+    """metrics.jsonl before the first step = the command on the same weights: same questions, same random
+    numbers. Test and validation, a mixture of two tasks; best and mean of the last; per-task metrics of the
+    rollouts.
+    """
     own = ROOT / "examples/own_task/backwards.py"
     shared = [
         f"task={{mixture: [addition, {{path: {own}, weight: 3}}]}}",

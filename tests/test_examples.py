@@ -1,4 +1,6 @@
-"""The examples for clusters: their configurations load and fit the hardware they name, their scripts and manifest are well-formed."""
+"""The examples for clusters: their configurations load and fit the hardware they name, their scripts and
+manifest are well-formed.
+"""
 
 from __future__ import annotations
 
@@ -101,7 +103,9 @@ def test_server_keys(name, tmp_path):
 @pytest.mark.parametrize("variant", list(VARIANTS))
 @pytest.mark.parametrize("name", list(MODELS))
 def test_example_fits(name, variant, tmp_path):
-    """Each algorithm on the GPUs the README names, with the paper's learning rate and mini-batch, and a GB in ten to spare."""
+    """Each algorithm on the GPUs the README names, with the paper's learning rate and mini-batch, and a GB
+    in ten to spare.
+    """
     overrides, lr, mini_batch = VARIANTS[variant]
     config, (gpus, parameters, _) = load(name, tmp_path, *overrides), MODELS[name]
     architecture, machine = HFFolder(config.model.hf_path).architecture, MACHINES["h100"]
@@ -169,7 +173,9 @@ exec "$@\"""",
 
 @pytest.mark.parametrize("left", [0, 1, 75])
 def test_slurm_job(tmp_path, left):
-    """Two nodes train, one samples; the job is requeued when the run left with 75, and then only. srun and scontrol are stand-ins."""
+    """Two nodes train, one samples; the job is requeued when the run left with 75, and then only. srun and
+    scontrol are stand-ins.
+    """
     for name, text in FAKES.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
@@ -221,7 +227,9 @@ def test_torchrun_hands_on_the_status():
 
 
 def test_torchrun_gives_the_ranks_their_time():
-    """SIGTERM to it alone: the rank leaves when it has saved itself, and with 75, which torchrun's own way of ending would lose."""
+    """SIGTERM to it alone: the rank leaves when it has saved itself, and with 75, which torchrun's own way
+    of ending would lose.
+    """
     program = """import os, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: (time.sleep(2), sys.exit(75)))
 os.kill(os.getppid(), signal.SIGTERM)

@@ -7,7 +7,8 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# venv leaves an interpreter without pip where ensurepip is missing, as on Debian, and one with it where $WHOLE is there
+# venv leaves an interpreter without pip where ensurepip is missing, as on Debian, and one with it where
+# $WHOLE is there
 FAKE = """#!/usr/bin/env bash
 case "$*" in
 -m\\ venv*)

@@ -1,4 +1,5 @@
-"""What one process does in a step when there are 64 of them: no messages, bytes or files that grow with the ranks beyond what must.
+"""What one process does in a step when there are 64 of them: no messages, bytes or files that grow with the
+ranks beyond what must.
 
 The ranks are simulated, one at a time: collectives are counted and do nothing.
 """

@@ -12,7 +12,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_srpo_learns_addition(tmp_path):
-    """30 steps of examples/quickstart/config.yaml: from about 0.49 to at least 0.80 at temperature 1, engine and trainer agreeing."""
+    """30 steps of examples/quickstart/config.yaml: from about 0.49 to at least 0.80 at temperature 1, engine
+    and trainer agreeing.
+    """
     run = tmp_path / "run"
     command = [
         sys.executable,

@@ -54,7 +54,9 @@ def test_constant_scores_have_no_width():
 
 
 def test_pairing_removes_what_questions_have_in_common():
-    """Hard and easy questions, a small steady gain: unpaired intervals overlap, the paired one excludes zero."""
+    """Hard and easy questions, a small steady gain: unpaired intervals overlap, the paired one excludes
+    zero.
+    """
     rng = np.random.default_rng(5)
     base = rng.random(200) * 0.9
     other = base + 0.02 + 0.02 * rng.standard_normal(200)

@@ -145,7 +145,9 @@ def test_too_few_replayed_steps(start, command, tmp_path):
 
 
 def test_a_run_that_diverges_stops_with_a_reason_and_a_readable_folder(start, command, tmp_path):
-    """lr 1e30 makes the second step non-finite: skipped, counted, and the run ends after max_skipped_updates in a row."""
+    """lr 1e30 makes the second step non-finite: skipped, counted, and the run ends after max_skipped_updates
+    in a row.
+    """
     run = tmp_path / "run"
     status, error = command(
         f"rollout.replay={start[0] / 'rollouts'}",

@@ -1,4 +1,6 @@
-"""Tiny model folders for tests: random weights large enough that every layer matters, a byte-level tokenizer, ChatML."""
+"""Tiny model folders for tests: random weights large enough that every layer matters, a byte-level
+tokenizer, ChatML.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,8 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-# family → (transformers' model, its configuration beyond what all share); each differs from the others where it can
+# family → (transformers' model, its configuration beyond what all share); each differs from the others where
+# it can
 FAMILIES = {
     "qwen3": (Qwen3ForCausalLM, dict(head_dim=16)),
     "qwen3_moe": (
@@ -61,7 +64,9 @@ FAMILIES = {
 def make_model(
     family: str = "qwen3", tied: bool = True, vocab_size: int = 270, layers: int = 4, seed: int = 0, **more
 ) -> PreTrainedModel:
-    """hidden 64, 8 query heads on 4 key-value heads (so TP up to 4), fp32; norms off 1, biases that matter, routers far from ties."""
+    """hidden 64, 8 query heads on 4 key-value heads (so TP up to 4), fp32; norms off 1, biases that matter,
+    routers far from ties.
+    """
     kind, options = FAMILIES[family]
     shared = dict(
         vocab_size=vocab_size,

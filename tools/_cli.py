@@ -27,7 +27,9 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
 
 
 def run_tool(work: Callable[[Processes], int]) -> int:
-    """Call `work` on this process's share; returns its exit status, or 2 after an error that was told in one line."""
+    """Call `work` on this process's share; returns its exit status, or 2 after an error that was told in one
+    line.
+    """
     processes = Processes.join()
     try:
         status = work(processes)

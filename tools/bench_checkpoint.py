@@ -1,9 +1,10 @@
-"""What saving costs the quick start: its step with a checkpoint after every step, written beside training or not, and without.
+"""What saving costs the quick start: its step with a checkpoint after every step, written beside training or
+not, and without.
 
     python tools/bench_checkpoint.py [--steps 20] [--json] [--output FILE]
 
-`seconds` is the median of a step, what it waits for saving included, `ratio` is to the run without checkpoints, `extra_bytes` a
-checkpoint's size on disk.
+`seconds` is the median of a step, what it waits for saving included, `ratio` is to the run without
+checkpoints, `extra_bytes` a checkpoint's size on disk.
 """
 
 from __future__ import annotations

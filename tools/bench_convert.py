@@ -3,9 +3,10 @@
 
     python tools/bench_convert.py --shape 0.6b --folder DIR --json
 
-Makes a random bf16 Qwen3 of the shape in a temporary folder under DIR, copies it (read, write, fsync), converts it to
-Megatron and back, compares the result with the original bit for bit, and removes everything. Disk: three times the model, and 4 GB.
-Each row is measured in a process of its own, from the moment its imports are done; `ratio` is to the copy of as many bytes.
+Makes a random bf16 Qwen3 of the shape in a temporary folder under DIR, copies it (read, write, fsync),
+converts it to Megatron and back, compares the result with the original bit for bit, and removes everything.
+Disk: three times the model, and 4 GB. Each row is measured in a process of its own, from the moment its
+imports are done; `ratio` is to the copy of as many bytes.
 """
 
 from __future__ import annotations
@@ -120,7 +121,9 @@ WORK = {"copy": copy, "HF to Megatron": convert_there, "Megatron to HF": convert
 
 
 def memory(most: bool = False) -> int:
-    """Bytes this process has in memory, files mapped into it included; `most`: since the last call without it."""
+    """Bytes this process has in memory, files mapped into it included; `most`: since the last call without
+    it.
+    """
     if not most:
         Path("/proc/self/clear_refs").write_text("5")
     return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
@@ -129,8 +132,9 @@ def memory(most: bool = False) -> int:
 def back_memory(scratch: Path, size: int) -> None:
     """Fill and free twice `size` bytes of page cache, at most 4 GB.
 
-    A virtual machine hands free memory back to its host, within a second. What is written first afterwards pays for getting it again:
-    32 MB took 105 ms instead of 8 ms here (all of it system time), which says nothing of converting.
+    A virtual machine hands free memory back to its host, within a second. What is written first afterwards
+    pays for getting it again: 32 MB took 105 ms instead of 8 ms here (all of it system time), which says
+    nothing of converting.
     """
     piece = bytes(2**25)
     with scratch.open("wb", buffering=0) as file:

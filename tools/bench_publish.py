@@ -1,14 +1,17 @@
-"""What it costs to bring weights to an SGLang server: seconds, bytes and the trainer's extra memory, for each way.
+"""What it costs to bring weights to an SGLang server: seconds, bytes and the trainer's extra memory, for each
+way.
 
-    python tools/bench_publish.py [--shape quickstart|0.6b|8b] [--dtype float32|bfloat16] [--servers 1] [--repeats 3]
-                                  [--python .venv-sglang/bin/python] [--bucket-mib 512] [--ways disk,tensor,distributed]
-                                  [--json] [--output FILE]
+    python tools/bench_publish.py [--shape quickstart|0.6b|8b] [--dtype float32|bfloat16] [--servers 1]
+    [--repeats 3]
+                                  [--python .venv-sglang/bin/python] [--bucket-mib 512] [--ways
+                                  disk,tensor,distributed] [--json] [--output FILE]
 
-Every weight is 0.01. The trainer's tensors are mapped from a file, and take no memory of their own; the first row is a copy of
-them, tensor by tensor, which every way contains. `seconds` is the median of one whole update: pause, send, continue, version read
-back; `extra_bytes` the largest growth of this process's memory (its own, shared and swapped out) during an update; `bytes` what
-was sent to each server; `piece_bytes` the largest bucket, or tensor where that is larger. On a CPU 8b needs --dtype bfloat16, 24 GB
-of memory or swap for one server, and 50 GB of disk.
+Every weight is 0.01. The trainer's tensors are mapped from a file, and take no memory of their own; the first
+row is a copy of them, tensor by tensor, which every way contains. `seconds` is the median of one whole
+update: pause, send, continue, version read back; `extra_bytes` the largest growth of this process's memory
+(its own, shared and swapped out) during an update; `bytes` what was sent to each server; `piece_bytes` the
+largest bucket, or tensor where that is larger. On a CPU 8b needs --dtype bfloat16, 24 GB of memory or swap
+for one server, and 50 GB of disk.
 """
 
 from __future__ import annotations

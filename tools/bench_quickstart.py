@@ -1,11 +1,13 @@
-"""A whole step of the quick start on a CPU (sampling, verifying, training), beside TRL's trainers on the same model and batch.
+"""A whole step of the quick start on a CPU (sampling, verifying, training), beside TRL's trainers on the same
+model and batch.
 
     python tools/bench_quickstart.py [--steps 10] [--json] [--output FILE]
 
-16 prompts × 8 samples of at most 64 tokens, one thread. Every row is a process of its own; rows take turns, `--rounds` times, because a
-busy machine changes from minute to minute: `seconds` is the best step of all rounds, `median` the median. `ratio` is to TRL's
-trainer of the same algorithm (ours srpo: to its SDPO). Our steps also publish weights and write metrics. TRL (`pip install trl`) is
-named under `skipped` where it cannot be imported.
+16 prompts × 8 samples of at most 64 tokens, one thread. Every row is a process of its own; rows take turns,
+`--rounds` times, because a busy machine changes from minute to minute: `seconds` is the best step of all
+rounds, `median` the median. `ratio` is to TRL's trainer of the same algorithm (ours srpo: to its SDPO). Our
+steps also publish weights and write metrics. TRL (`pip install trl`) is named under `skipped` where it cannot
+be imported.
 """
 
 from __future__ import annotations

@@ -1,12 +1,15 @@
-"""How fast servers are asked: 1,000 requests at concurrency 64 on two SGLang servers, ours beside SGLang's own client.
+"""How fast servers are asked: 1,000 requests at concurrency 64 on two SGLang servers, ours beside SGLang's
+own client.
 
-    python tools/bench_rollout.py [--requests 1000] [--concurrency 64] [--servers 2] [--tokens 32] [--rounds 3]
+    python tools/bench_rollout.py [--requests 1000] [--concurrency 64] [--servers 2] [--tokens 32] [--rounds
+    3]
                                   [--python .venv-sglang/bin/python] [--json] [--output FILE]
 
-The servers are the quick start's, on this machine's CPU. Every request has a prompt of its own of 24 tokens and makes exactly
---tokens tokens, drawn at temperature 1. Both clients send the same load; SGLang's (sglang.benchmark, which knows one server and
-needs `pip install datasets` in that environment) runs once beside each server, at the same time, with its share. The clients take
-turns; `seconds` is the median round. Says whether a request was lost or answered twice.
+The servers are the quick start's, on this machine's CPU. Every request has a prompt of its own of 24 tokens
+and makes exactly --tokens tokens, drawn at temperature 1. Both clients send the same load; SGLang's
+(sglang.benchmark, which knows one server and needs `pip install datasets` in that environment) runs once
+beside each server, at the same time, with its share. The clients take turns; `seconds` is the median round.
+Says whether a request was lost or answered twice.
 """
 
 from __future__ import annotations

@@ -1,11 +1,14 @@
-"""One training step by phase, without sampling: GRPO, SDPO and SRPO on the same batch and random weights of a shape.
+"""One training step by phase, without sampling: GRPO, SDPO and SRPO on the same batch and random weights of a
+shape.
 
-    python tools/bench_step.py --shape 1.7b --prompts 32 --samples 8 --response-tokens 1000 [--routed-share 0.25] [--json]
+    python tools/bench_step.py --shape 1.7b --prompts 32 --samples 8 --response-tokens 1000 [--routed-share
+    0.25] [--json]
 
-Every row is a process of its own. Its `seconds` are the best of `--repeats` steps after two others: `seconds_pack`,
-`seconds_teacher`, `seconds_update`. `ratio` is to the first row; `tokens_per_second` counts all tokens trained on; `mfu` is of the
-FLOP that `plan.step.step_flops` counts, on the stated peak; `extra_bytes` is the peak above a process that has its imports, `batch`
-the fullest micro-batch as `plan.memory.Batch`. All make one optimizer step. Whatever stands before the options overrides the
+Every row is a process of its own. Its `seconds` are the best of `--repeats` steps after two others:
+`seconds_pack`, `seconds_teacher`, `seconds_update`. `ratio` is to the first row; `tokens_per_second` counts
+all tokens trained on; `mfu` is of the FLOP that `plan.step.step_flops` counts, on the stated peak;
+`extra_bytes` is the peak above a process that has its imports, `batch` the fullest micro-batch as
+`plan.memory.Batch`. All make one optimizer step. Whatever stands before the options overrides the
 configuration: section.key=value.
 """
 
@@ -60,7 +63,10 @@ ALGORITHMS = ("grpo", "sdpo", "srpo")
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What is measured. Lengths are means: responses spread evenly from a half to one and a half of theirs."""
+    """What is measured.
+
+    Lengths are means: responses spread evenly from a half to one and a half of theirs.
+    """
 
     prompts: int
     samples: int
@@ -84,7 +90,9 @@ def make_config(folder: Path, model: dict, algorithm: str, shape: Shape, overrid
 
 
 def make_groups(shape: Shape, algorithm: str, vocab_size: int) -> list[Group]:
-    """Random tokens, the same for every algorithm; who is distilled: SRPO's `routed_share`, all of SDPO's, none of GRPO's."""
+    """Random tokens, the same for every algorithm; who is distilled: SRPO's `routed_share`, all of SDPO's,
+    none of GRPO's.
+    """
     rng, groups = random.Random(0), []
     share = {"grpo": 0.0, "sdpo": 1.0}.get(algorithm, shape.routed_share)
     draw = lambda length: tuple(rng.choices(range(vocab_size), k=length))  # noqa: E731
@@ -120,7 +128,9 @@ def make_groups(shape: Shape, algorithm: str, vocab_size: int) -> list[Group]:
 
 
 def give_back_above(size: int) -> None:
-    """Of what is freed on a CPU, tensors of `size` bytes and more go back to the system at once, not into the holes of a heap."""
+    """Of what is freed on a CPU, tensors of `size` bytes and more go back to the system at once, not into
+    the holes of a heap.
+    """
     ctypes.CDLL(None).mallopt(-3, size)  # M_MMAP_THRESHOLD
 
 
@@ -194,7 +204,10 @@ def measure(
 
 
 def in_own_process(work: Callable, *arguments):
-    """The result of `work`. Forked, so that imports are not part of what is measured; afresh where CUDA is, which cannot be forked."""
+    """The result of `work`.
+
+    Forked, so that imports are not part of what is measured; afresh where CUDA is, which cannot be forked.
+    """
     context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
     with context.Pool(1) as pool:
         return pool.apply(work, arguments)

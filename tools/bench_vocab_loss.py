@@ -1,12 +1,16 @@
-"""The routed loss's vocabulary pass against its bare matrix products and other ways to compute it, side by side in one run.
+"""The routed loss's vocabulary pass against its bare matrix products and other ways to compute it, side by
+side in one run.
 
-    python tools/bench_vocab_loss.py --tokens 512 --hidden 1024 --vocab 151936 [--tensor-parallel 2] [--threads 1] [--json]
-    python tools/bench_vocab_loss.py --sweep-tokens 2048 4096 8192      # `ours` only: its memory does not grow with the tokens
+    python tools/bench_vocab_loss.py --tokens 512 --hidden 1024 --vocab 151936 [--tensor-parallel 2]
+    [--threads 1] [--json]
+    python tools/bench_vocab_loss.py --sweep-tokens 2048 4096 8192      # `ours` only: its memory does not
+    grow with the tokens
 
-Every token is distilled (JSD of student and teacher plus the log-probability of the target), forward and backward to hidden
-states and weight. `ratio` is to the four bare matrix products; `extra_bytes` is peak memory above the inputs and their
-gradients; `error` is the largest relative error of loss, dHidden and dWeight against float64 on the same inputs (norms of
-differences). `pip install trl liger-kernel` adds their rows; a row that cannot run is named under `skipped`, with the reason.
+Every token is distilled (JSD of student and teacher plus the log-probability of the target), forward and
+backward to hidden states and weight. `ratio` is to the four bare matrix products; `extra_bytes` is peak
+memory above the inputs and their gradients; `error` is the largest relative error of loss, dHidden and
+dWeight against float64 on the same inputs (norms of differences). `pip install trl liger-kernel` adds their
+rows; a row that cannot run is named under `skipped`, with the reason.
 """
 
 from __future__ import annotations
@@ -44,7 +48,9 @@ TRL, LIGER = "trl.experimental.sdpo.loss_utils", "liger_kernel.transformers.fuse
 
 
 class Inputs(NamedTuple):
-    """hidden, teacher_hidden [T, H]; weight, teacher_weight [padded_width, H], the shard's rows; targets [T]."""
+    """hidden, teacher_hidden [T, H]; weight, teacher_weight [padded_width, H], the shard's rows; targets
+    [T].
+    """
 
     hidden: Tensor
     weight: Tensor
@@ -58,7 +64,9 @@ Result = tuple[Tensor | None, Tensor, Tensor]  # loss, dHidden, dWeight
 
 
 def bare_gemms(x: Inputs, chunk: int | None) -> Callable[[], Result]:
-    """The four products any method needs, into buffers that exist: student and teacher logits, dHidden, dWeight."""
+    """The four products any method needs, into buffers that exist: student and teacher logits, dHidden,
+    dWeight.
+    """
     chunk = min(chunk or GEMM_TOKENS[x.hidden.device.type], len(x.hidden))
     tile = x.hidden.new_empty(chunk, len(x.weight))
     hidden_grad, weight_grad = torch.zeros_like(x.hidden), torch.zeros_like(x.weight)
@@ -91,7 +99,9 @@ def ours(
 
 
 def into_main_grad(x: Inputs, chunk: int | None) -> Callable[[], Result]:
-    """`ours` as the trainer calls it: dWeight is added to a buffer that exists, as that of the bare products does."""
+    """`ours` as the trainer calls it: dWeight is added to a buffer that exists, as that of the bare products
+    does.
+    """
     weight_grad = torch.zeros_like(x.weight, dtype=torch.float32)
 
     def call() -> Result:
@@ -122,7 +132,10 @@ def trl(x: Inputs, chunk: int | None, function: str, **options) -> Tensor:
 
 
 def liger(x: Inputs, chunk: int | None) -> Tensor:
-    """Liger's fused linear JSD, in chunks of its own choice. It knows no log-probability: this row's loss is the JSD alone."""
+    """Liger's fused linear JSD, in chunks of its own choice.
+
+    It knows no log-probability: this row's loss is the JSD alone.
+    """
     return importlib.import_module(LIGER).LigerFusedLinearJSD(jsd_beta=0.5)(*x[:4], None)
 
 
@@ -161,7 +174,9 @@ def differentiated(
 
 
 class Method(NamedTuple):
-    """How a row's result is made, its loss as `exact` can compute it, the module it needs, and where it can run."""
+    """How a row's result is made, its loss as `exact` can compute it, the module it needs, and where it can
+    run.
+    """
 
     prepare: Callable[[Inputs, int | None], Callable[[], Result]]
     loss: Callable[..., Tensor] | None
@@ -181,7 +196,9 @@ TOP_TRL = {
     "distillation_topk": TOP_K,
     "distillation_add_tail": True,
 }
-METHODS = {  # "top-100 + tail" is the papers' approximation, another loss: the student's likeliest ids and a bucket for the rest
+# "top-100 + tail" is the papers' approximation, another loss: the student's likeliest ids and a bucket for
+# the rest
+METHODS = {
     "gemms": Method(bare_gemms, None, sharded=True),
     "ours": Method(differentiated(ours), FULL, sharded=True),
     "ours, into main_grad": Method(into_main_grad, FULL, sharded=True),
@@ -209,7 +226,10 @@ def why_not(name: str, options: argparse.Namespace) -> str | None:
 
 
 def make_inputs(tokens: int, options: argparse.Namespace, device: torch.device) -> Inputs:
-    """Random states whose softmax is peaked as a language model's; the teacher is near the student. The whole vocabulary."""
+    """Random states whose softmax is peaked as a language model's; the teacher is near the student.
+
+    The whole vocabulary.
+    """
     hidden, vocab, dtype = options.hidden, options.vocab, getattr(torch, options.dtype)
     generator = torch.Generator(device).manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator, device=device)  # noqa: E731
@@ -257,7 +277,9 @@ def exact(full: Inputs, loss: Callable[..., Tensor]) -> Result:
 
 
 def error_of(result: Result, wanted: Result, shard: VocabShard) -> float:
-    """Largest relative error of the loss, of dHidden summed over the ranks, and of this rank's rows of dWeight."""
+    """Largest relative error of the loss, of dHidden summed over the ranks, and of this rank's rows of
+    dWeight.
+    """
     loss, hidden_grad, weight_grad = (tensor.double() for tensor in result)
     all_reduce(hidden_grad, shard.group)
     own_rows = slice(shard.start, shard.start + shard.width)
@@ -290,7 +312,9 @@ def memory(device: torch.device, most: bool = False) -> int:
 
 
 def measure(name: str, x: Inputs, chunk: int | None, repeats: int, wanted: Result | None = None) -> dict:
-    """One row, of the worst rank: best of `repeats` after one warm-up, peak memory without the gradients, error."""
+    """One row, of the worst rank: best of `repeats` after one warm-up, peak memory without the gradients,
+    error.
+    """
     prepare, device = METHODS[name].prepare, x.hidden.device
     synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
@@ -388,7 +412,10 @@ def show(
 
 
 def run(rank: int, options: argparse.Namespace, meeting: str | None = None) -> None:
-    """One rank's measurements; the first rank shows them. The ranks of a tensor-parallel group meet at the file `meeting`."""
+    """One rank's measurements; the first rank shows them.
+
+    The ranks of a tensor-parallel group meet at the file `meeting`.
+    """
     torch.set_num_threads(options.threads)
     device = torch.device("cuda", rank) if options.device == "cuda" else torch.device("cpu")
     if device.type == "cuda":

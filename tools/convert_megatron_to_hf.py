@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
-"""megatron-core checkpoint (torch_dist), or a training run's → Hugging Face folder, for transformers and SGLang.
+"""megatron-core checkpoint (torch_dist), or a training run's → Hugging Face folder, for transformers and
+SGLang.
 
     python tools/convert_megatron_to_hf.py --checkpoint DIR --hf-reference DIR --output DIR
-    python tools/convert_megatron_to_hf.py --checkpoint RUN --weights policy|teacher --hf-reference DIR --output DIR
+    python tools/convert_megatron_to_hf.py --checkpoint RUN --weights policy|teacher --hf-reference DIR
+    --output DIR
     torchrun --nproc-per-node N tools/convert_megatron_to_hf.py …          each process writes its share
 
---checkpoint is the folder with .metadata and metadata.json, or one whose latest_checkpointed_iteration.txt names it; or a run
-folder (its newest checkpoint), or RUN/checkpoints/step_NNNNNN. In fp32 with --dtype float32, as a run's checkpoint keeps it.
---hf-reference gives config.json, generation_config.json and the tokenizer; its weights are not read.
+--checkpoint is the folder with .metadata and metadata.json, or one whose latest_checkpointed_iteration.txt
+names it; or a run folder (its newest checkpoint), or RUN/checkpoints/step_NNNNNN. In fp32 with --dtype
+float32, as a run's checkpoint keeps it. --hf-reference gives config.json, generation_config.json and the
+tokenizer; its weights are not read.
 """
 
 from __future__ import annotations

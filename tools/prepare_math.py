@@ -1,9 +1,11 @@
-"""A mathematics benchmark as published (JSONL: GSM8K, AIME, HMMT, Minerva, OlympiadBench, …) → questions with short answers.
+"""A mathematics benchmark as published (JSONL: GSM8K, AIME, HMMT, Minerva, OlympiadBench, …) → questions with
+short answers.
 
     python tools/prepare_math.py --raw aime24.jsonl --output aime24_prepared.jsonl
 
-Then `task: {name: aime24, path: aime24_prepared.jsonl}`. Rows without one short answer (proofs, several answers) are left out
-and counted. A file whose rows hold `question` and a short `answer` already needs no preparation.
+Then `task: {name: aime24, path: aime24_prepared.jsonl}`. Rows without one short answer (proofs, several
+answers) are left out and counted. A file whose rows hold `question` and a short `answer` already needs no
+preparation.
 """
 
 from __future__ import annotations
@@ -18,7 +20,10 @@ from megatron_srpo.tasks.questions import read_objects, write_questions
 
 
 def prepare(raw: Path, output: Path) -> str:
-    """Write the questions; what to print. Raises ConfigError when the file cannot be read or no row can be used."""
+    """Write the questions; what to print.
+
+    Raises ConfigError when the file cannot be read or no row can be used.
+    """
     rows, left_out = [], []
     for number, row in read_objects(raw):
         try:

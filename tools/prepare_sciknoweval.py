@@ -2,9 +2,10 @@
 
     python tools/prepare_sciknoweval.py --raw DIR --output DIR
 
-DIR/Chemistry/*.jsonl, DIR/Physics, DIR/Biology, DIR/Material (those that are there) become OUTPUT/chemistry/train.jsonl and
-test.jsonl, and so on: `task.path: OUTPUT/chemistry`. Level L3, multiple choice, 90/10 by the papers' seed. The order of the
-rows decides who is in the test: here files by name, rows as they stand.
+DIR/Chemistry/*.jsonl, DIR/Physics, DIR/Biology, DIR/Material (those that are there) become
+OUTPUT/chemistry/train.jsonl and test.jsonl, and so on: `task.path: OUTPUT/chemistry`. Level L3, multiple
+choice, 90/10 by the papers' seed. The order of the rows decides who is in the test: here files by name, rows
+as they stand.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ DOMAINS = {
 
 
 def prepare(raw: Path, output: Path) -> list[str]:
-    """Write every domain that `raw` holds; one line to print for each. Raises ConfigError for data that is not as published."""
+    """Write every domain that `raw` holds; one line to print for each.
+
+    Raises ConfigError for data that is not as published.
+    """
     found = [domain for domain in DOMAINS if (raw / domain).is_dir()]
     if not found:
         raise ConfigError(f"--raw: {raw.resolve()} has none of the folders {', '.join(DOMAINS)}")

@@ -2,10 +2,10 @@
 
     python tools/prepare_tool_use.py --train train_data.json --test eval_simulated.json --output DIR
 
-Either file alone will do. Then `task: {name: tool_use, path: DIR}`. From eval_simulated.json come the papers' 68 test questions;
-how the papers chose their 4046 training questions is not published: here every instance is taken whose calls are whole, are to the
-API's own tools, and did not fail. What a call took over from an earlier one's result is not marked in that file, so some of these
-questions cannot be answered.
+Either file alone will do. Then `task: {name: tool_use, path: DIR}`. From eval_simulated.json come the papers'
+68 test questions; how the papers chose their 4046 training questions is not published: here every instance is
+taken whose calls are whole, are to the API's own tools, and did not fail. What a call took over from an
+earlier one's result is not marked in that file, so some of these questions cannot be answered.
 """
 
 from __future__ import annotations

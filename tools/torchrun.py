@@ -1,10 +1,12 @@
-"""torchrun whose exit status is the first failed rank's: 75 for a run that was asked to leave, where torchrun itself says 1.
+"""torchrun whose exit status is the first failed rank's: 75 for a run that was asked to leave, where torchrun
+itself says 1.
 
-    python tools/torchrun.py --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m megatron_srpo train CONFIG
+    python tools/torchrun.py --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m
+    megatron_srpo train CONFIG
 
-SIGUSR1 is left to the ranks, each of which Slurm signals, too: they save themselves and leave, and torchrun with them. SIGTERM,
-which Kubernetes sends to this process alone, is handed to the ranks, which take the time they need: torchrun itself would kill
-them after 30 seconds.
+SIGUSR1 is left to the ranks, each of which Slurm signals, too: they save themselves and leave, and torchrun
+with them. SIGTERM, which Kubernetes sends to this process alone, is handed to the ranks, which take the time
+they need: torchrun itself would kill them after 30 seconds.
 """
 
 from __future__ import annotations

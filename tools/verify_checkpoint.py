@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Compare two models, each a Hugging Face folder, a megatron-core checkpoint or a training run: every tensor, and logits on random ids.
+"""Compare two models, each a Hugging Face folder, a megatron-core checkpoint or a training run: every tensor,
+and logits on random ids.
 
     python tools/verify_checkpoint.py A B
 

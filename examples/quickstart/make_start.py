@@ -1,9 +1,11 @@
-"""Makes the quick start's model: a 369,504-parameter Qwen3 that adds three-digit numbers and is right about half of the time.
+"""Makes the quick start's model: a 369,504-parameter Qwen3 that adds three-digit numbers and is right about
+half of the time.
 
-Its tokenizer is trained here too. The supervised warm-up shows two ways to answer: with the carries written out, which such a
-model learns, and at once, by guessing, which is hardly ever right. So a group of samples mostly holds right and wrong ones.
-Some rows show a solution before the answer, in the re-prompt form of `megatron_srpo.algorithm.reprompt`: a model that cannot
-use a solution it is shown would be no teacher. The folder is written at the end of the warm-up, read back and measured.
+Its tokenizer is trained here too. The supervised warm-up shows two ways to answer: with the carries written
+out, which such a model learns, and at once, by guessing, which is hardly ever right. So a group of samples
+mostly holds right and wrong ones. Some rows show a solution before the answer, in the re-prompt form of
+`megatron_srpo.algorithm.reprompt`: a model that cannot use a solution it is shown would be no teacher. The
+folder is written at the end of the warm-up, read back and measured.
 
     python examples/quickstart/make_start.py --output start     # about three minutes on one core
 """
@@ -77,7 +79,9 @@ def operands(prompt: Prompt) -> tuple[int, int]:
 
 
 def make_tokenizer(task: Addition) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with Qwen's pre-tokenization; training stops when every word of the task is one token."""
+    """A byte-level BPE with Qwen's pre-tokenization; training stops when every word of the task is one
+    token.
+    """
     corpus = ["system\nuser\nassistant\n"]
     for index in range(FIRST_SUM, FIRST_SUM + 300):
         prompt = task.prompt("train", index)
@@ -155,7 +159,10 @@ def batches(task: Addition, tokenizer: PreTrainedTokenizerFast, count: int) -> I
 
 
 def summed_loss(model: Qwen3ForCausalLM, rows: Sequence[Row]) -> Tensor:
-    """Cross-entropy summed over the answers' tokens. Padded on the right, where causal attention never looks."""
+    """Cross-entropy summed over the answers' tokens.
+
+    Padded on the right, where causal attention never looks.
+    """
     longest = max(len(row.prompt) + len(row.answer) for row in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
     wanted = torch.zeros(len(rows), longest, dtype=torch.bool)
@@ -217,7 +224,9 @@ def mean(values: Sequence[float]) -> float:
 
 
 def measure(path: Path, task: Addition) -> None:
-    """Print what a run will start from: the pass rate on test prompts, and what a right sibling's solution adds."""
+    """Print what a run will start from: the pass rate on test prompts, and what a right sibling's solution
+    adds.
+    """
     folder = HFFolder(path)
     tokenizer = folder.tokenizer
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()

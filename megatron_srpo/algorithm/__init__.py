@@ -1,4 +1,7 @@
-"""The mathematics of the papers: pure functions on small arrays. Nothing here knows of processes, devices or shards."""
+"""The mathematics of the papers: pure functions on small arrays.
+
+Nothing here knows of processes, devices or shards.
+"""
 
 from typing import Annotated
 

@@ -1,4 +1,6 @@
-"""Per-token loss terms and entropy weights (METHOD.md §1–3) on [T] vectors: plain torch, differentiated by autograd."""
+"""Per-token loss terms and entropy weights (METHOD.md §1–3) on [T] vectors: plain torch, differentiated by
+autograd.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,11 @@ from megatron_srpo.algorithm.settings import Algorithm
 
 
 class TokenTerms(NamedTuple):
-    """What the objective knows of T response tokens; all [T], the loss's numerators already divided by its denominator.
+    """What the objective knows of T response tokens; all [T], the loss's numerators already divided by its
+    denominator.
 
-    old_logprob: log π_old, or None when the policy has not moved since the batch was sampled (one optimizer step).
+    old_logprob: log π_old, or None when the policy has not moved since the batch was sampled (one optimizer
+    step).
     """
 
     advantage: Tensor
@@ -35,12 +39,16 @@ def truncated_importance(old_logprob: Tensor, engine_logprob: Tensor, cap: float
 
 
 def _ratio(logprob: Tensor, old_logprob: Tensor) -> Tensor:
-    """π_θ/π_old, [T], held within e^±20: beyond, fp32 would overflow and 0 · inf make NaN of tokens that weigh nothing."""
+    """π_θ/π_old, [T], held within e^±20: beyond, fp32 would overflow and 0 · inf make NaN of tokens that
+    weigh nothing.
+    """
     return (logprob - old_logprob).clamp(-20.0, 20.0).exp()
 
 
 def policy_term(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, algorithm: Algorithm) -> Tensor:
-    """- min(w A, clip(w, 1 - ε_low, 1 + ε_high) A) with w = π_θ/π_old, [T]; with dual clip c, at most -c·A where A < 0."""
+    """- min(w A, clip(w, 1 - ε_low, 1 + ε_high) A) with w = π_θ/π_old, [T]; with dual clip c, at most -c·A
+    where A < 0.
+    """
     ratio = _ratio(logprob, old_logprob)
     clipped = ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high)
     loss = -torch.minimum(ratio * advantage, clipped * advantage)
@@ -52,11 +60,13 @@ def policy_term(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, algorit
 def routed_objective(
     logprob: Tensor, divergence: Tensor | None, terms: TokenTerms, algorithm: Algorithm
 ) -> Tensor:
-    """Σ_t policy_weight · ρ · ℓ^GRPO + distillation_weight · ρ · min(sg[w], cap) · ℓ^SDPO, a scalar; without a cap ρ and sg[w] are 1.
+    """Σ_t policy_weight · ρ · ℓ^GRPO + distillation_weight · ρ · min(sg[w], cap) · ℓ^SDPO, a scalar; without
+    a cap ρ and sg[w] are 1.
 
     Args:
         logprob: [T] log π_θ(y_t) of the sampled tokens, with gradient.
-        divergence: [T] student–teacher divergence, with gradient; None when none of these tokens is distilled.
+        divergence: [T] student–teacher divergence, with gradient; None when none of these tokens is
+            distilled.
     """
     old = logprob.detach() if terms.old_logprob is None else terms.old_logprob
     importance = truncated_importance(old, terms.engine_logprob, algorithm.importance_cap)
@@ -70,11 +80,15 @@ def routed_objective(
 
 
 def raw_entropy_weights(teacher_entropy: Tensor, beta: float) -> Tensor:
-    """w̃ = exp(-β H), [T] float64 (in fp32 all would be 0 from β H = 104 on), from the teacher's full-vocabulary entropies in nats."""
+    """w̃ = exp(-β H), [T] float64 (in fp32 all would be 0 from β H = 104 on), from the teacher's
+    full-vocabulary entropies in nats.
+    """
     return torch.exp(-beta * teacher_entropy.detach().double())
 
 
 def entropy_weights(raw: Tensor, mean: Tensor, cap: float | None = None) -> Tensor:
-    """w = w̃ / mean over Ω, [T]; Ω is every distilled token of the optimizer batch on all ranks, so `mean` is given."""
+    """w = w̃ / mean over Ω, [T]; Ω is every distilled token of the optimizer batch on all ranks, so `mean`
+    is given.
+    """
     weights = raw / mean
     return weights if cap is None else weights.clamp(max=cap)

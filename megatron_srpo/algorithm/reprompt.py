@@ -1,7 +1,7 @@
 """The teacher's prompt: the original question with a correct sibling's solution (METHOD.md §2, "Teacher").
 
-The teacher re-scores the student's own response ids after this prompt; it never generates. When the prompt is too
-long the demonstration is shortened, never the chat header or the final sentence.
+The teacher re-scores the student's own response ids after this prompt; it never generates. When the prompt is
+too long the demonstration is shortened, never the chat header or the final sentence.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ Message = dict[str, str]
 
 
 class TeacherPrompt(NamedTuple):
-    """Token ids of the teacher's prompt, or None when there is nothing to show: no demonstration and no feedback, or none fits.
+    """Token ids of the teacher's prompt, or None when there is nothing to show: no demonstration and no
+    feedback, or none fits.
 
     shows_solution: something of the demonstration is in it. demonstration_cut: not all of it is.
     """
@@ -33,8 +34,8 @@ NOTHING_SHOWN = TeacherPrompt(None, False, False)
 def clean_demonstration(text: str) -> str:
     """A sibling's decoded response without its thinking.
 
-    Removes every `<think>…</think>`; text up to a lone `</think>` is thinking too (the chat template may have opened the
-    block in the prompt), and so is text after a lone `<think>` (the response was cut inside it).
+    Removes every `<think>…</think>`; text up to a lone `</think>` is thinking too (the chat template may have
+    opened the block in the prompt), and so is text after a lone `<think>` (the response was cut inside it).
     """
     text = _THINK.sub("", text)
     text = text.rsplit("</think>", 1)[-1]
@@ -45,7 +46,8 @@ def clean_demonstration(text: str) -> str:
 def teacher_messages(
     messages: Sequence[Message], demonstration: str, feedback: str | None = None
 ) -> list[Message]:
-    """System messages unchanged, then one user message: question, solution, optional feedback, final sentence.
+    """System messages unchanged, then one user message: question, solution, optional feedback, final
+    sentence.
 
     An empty demonstration leaves the solution out: the feedback alone teaches.
 
@@ -74,9 +76,9 @@ def build_teacher_prompt(
 ) -> TeacherPrompt:
     """Ids of the longest teacher prompt of at most `max_tokens` tokens.
 
-    `encode` renders chat messages to ids with the generation header. A demonstration that does not fit is cut at its
-    end, to the longest prefix that fits (bisection over its characters: token counts grow with the text), which is none of it
-    where only the feedback fits.
+    `encode` renders chat messages to ids with the generation header. A demonstration that does not fit is cut
+    at its end, to the longest prefix that fits (bisection over its characters: token counts grow with the
+    text), which is none of it where only the feedback fits.
     """
 
     def ids_for(characters: int) -> list[int]:

@@ -1,4 +1,6 @@
-"""Group advantages and sample routing: from verified groups to what each sample learns (METHOD.md §1 and §3)."""
+"""Group advantages and sample routing: from verified groups to what each sample learns (METHOD.md §1 and
+§3).
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from megatron_srpo.data.records import Group, Route, Sample
 
 
 def group_advantages(rewards: Sequence[float], divide_by_std: bool = False) -> list[float]:
-    """A_i = r_i - mean(r) over the G rewards of one prompt, whatever their route; optionally / (std + 1e-6), ddof 1."""
+    """A_i = r_i - mean(r) over the G rewards of one prompt, whatever their route; optionally / (std + 1e-6),
+    ddof 1.
+    """
     mean = statistics.mean(
         rewards
     )  # exact, so that rewards all alike have advantage 0 also where they are no 0 or 1
@@ -38,7 +42,9 @@ def choose_sibling(correct: Sequence[bool], index: int, seed: str) -> int | None
 def has_signal(
     group: Group, algorithm: Algorithm, feedback: Literal["off", "without_solution", "always"] = "off"
 ) -> bool:
-    """Whether any sample of the group would teach the policy something: by an advantage other than 0, or by a teacher."""
+    """Whether any sample of the group would teach the policy something: by an advantage other than 0, or by
+    a teacher.
+    """
     judged = [sample for sample in group if not sample.verdict.excluded]
     differ = len({sample.verdict.reward for sample in judged}) > 1
     right = sum(sample.verdict.correct for sample in judged)
@@ -62,10 +68,11 @@ def route_groups(
 ) -> list[Group]:
     """Each sample with its advantage, branch weights and, where it is distilled, its teacher's prompt.
 
-    `encode` renders chat messages to ids (see `build_teacher_prompt`); `seed` names the run and step, and with the
-    prompt's id and the sample's index decides which sibling is shown, so a replay routes exactly alike. `feedback`: whether a
-    failed sample's environment feedback is shown to its teacher where there is no solution to show, or always. An excluded
-    sample takes no part: neither in its group's mean nor as a sibling, and it learns nothing.
+    `encode` renders chat messages to ids (see `build_teacher_prompt`); `seed` names the run and step, and
+    with the prompt's id and the sample's index decides which sibling is shown, so a replay routes exactly
+    alike. `feedback`: whether a failed sample's environment feedback is shown to its teacher where there is
+    no solution to show, or always. An excluded sample takes no part: neither in its group's mean nor as a
+    sibling, and it learns nothing.
     """
 
     def teacher_prompt(sample: Sample, sibling: Sample | None) -> TeacherPrompt:

@@ -1,4 +1,7 @@
-"""What every algorithm has in common: its switches and its paper's defaults. A new algorithm is a subclass in a new file."""
+"""What every algorithm has in common: its switches and its paper's defaults.
+
+A new algorithm is a subclass in a new file.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Algorithm(BaseModel):
-    """Settings shared by all algorithms. A subclass names itself, sets its paper's defaults and says who learns from what.
+    """Settings shared by all algorithms. A subclass names itself, sets its paper's defaults and says who
+    learns from what.
 
-    A field declared again in a subclass loses the limits set here: repeat them in its type (PositiveFloat, …).
+    A field declared again in a subclass loses the limits set here: repeat them in its type (PositiveFloat,
+    …).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

@@ -8,7 +8,9 @@ from megatron_srpo.algorithm.settings import Algorithm
 
 
 class SRPO(Algorithm):
-    """Failed samples with a correct sibling are distilled, everything else gets GRPO; uncertain teacher tokens count less."""
+    """Failed samples with a correct sibling are distilled, everything else gets GRPO; uncertain teacher
+    tokens count less.
+    """
 
     name: Literal["srpo"] = "srpo"
     lr: PositiveFloat = 5e-6

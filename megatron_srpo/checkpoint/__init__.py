@@ -1,1 +1,3 @@
-"""What a run needs to go on exactly: saved while training goes on, found again, checked and restored on any layout."""
+"""What a run needs to go on exactly: saved while training goes on, found again, checked and restored on any
+layout.
+"""

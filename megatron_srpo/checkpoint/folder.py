@@ -1,11 +1,12 @@
 """The folder of a run's checkpoints: which are whole, which is the newest, which may go.
 
     RUN/checkpoints/step_000010/rank_00000.safetensors …   each rank's tensors (see `pieces.py`)
-                                manifest.json              step, configuration, versions, state, and every file's size and checksum
+                                manifest.json              step, configuration, versions, state, and every
+                                file's size and checksum
                     latest                                 the newest's name
 
-A checkpoint is written beside (`.step_000010.…`), synced, and renamed when it is whole: what has the name `step_…` is whole
-unless the disk damaged it, which the checksums tell.
+A checkpoint is written beside (`.step_000010.…`), synced, and renamed when it is whole: what has the name
+`step_…` is whole unless the disk damaged it, which the checksums tell.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ class SavedFile(BaseModel):
 
 
 class Manifest(BaseModel):
-    """manifest.json. dtype: the model's. state: see `state.py`. evaluation: the metrics.jsonl row of one at this step, if there was one."""
+    """manifest.json. dtype: the model's. state: see `state.py`. evaluation: the metrics.jsonl row of one at
+    this step, if there was one.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -107,8 +110,9 @@ def check_files(folder: Path, manifest: Manifest, share: slice = slice(None)) ->
 
 
 def commit(partial: Path, manifest: Manifest, directory: Path) -> Path:
-    """Give the checkpoint written in `partial` its name, and point `latest` at it. Later steps have been taken back: their
-    checkpoints, damaged ones that were passed over, go, or they would count as the newest."""
+    """Give the checkpoint written in `partial` its name, and point `latest` at it. Later steps have been
+    taken back: their checkpoints, damaged ones that were passed over, go, or they would count as the newest.
+    """
     write_text(partial / "manifest.json", manifest.model_dump_json(indent=1))
     sync(partial)
     final = folder_of(directory, manifest.step)
@@ -139,7 +143,9 @@ def tidy(directory: Path) -> None:
 
 
 def retain(directory: Path, keep_last: int, keep_best: int) -> list[int]:
-    """Remove all but the newest `keep_last` and the `keep_best` of the best evaluation; returns the steps that stay."""
+    """Remove all but the newest `keep_last` and the `keep_best` of the best evaluation; returns the steps
+    that stay.
+    """
     saved = steps(directory)
     scores = {step: score for step in saved if (score := _score(folder_of(directory, step))) is not None}
     best = sorted(scores, key=lambda step: (-scores[step], -step))[:keep_best]

@@ -1,12 +1,14 @@
 """The tensors of a checkpoint: each rank writes the pieces it holds, any layout reads what it needs.
 
-A piece is a range of flat elements of one rank's part of a parameter. Its name in the rank's safetensors file says all of it:
+A piece is a range of flat elements of one rank's part of a parameter. Its name in the rank's safetensors file
+says all of it:
 
-    kind | first Hugging Face name of the table's row | part / parts over tensor-parallel ranks | shape of the part | first element
+    kind | first Hugging Face name of the table's row | part / parts over tensor-parallel ranks | shape of the
+    part | first element
 
-Kinds: `policy` (the fp32 master weights), `exp_avg`, `exp_avg_sq`, `teacher`. Where reader and writer cut a parameter alike
-over tensor-parallel ranks, a range is read as it lies in the files; otherwise through the table (`weights/table.py`): the
-parts' Hugging Face tensors are put together and cut anew. No pickle anywhere.
+Kinds: `policy` (the fp32 master weights), `exp_avg`, `exp_avg_sq`, `teacher`. Where reader and writer cut a
+parameter alike over tensor-parallel ranks, a range is read as it lies in the files; otherwise through the
+table (`weights/table.py`): the parts' Hugging Face tensors are put together and cut anew. No pickle anywhere.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ GENERATOR = "rng|"  # before the names of a rank's random generators
 
 
 class Piece(NamedTuple):
-    """Where flat elements `start` … of a parameter's part belong; how many there are, the tensor itself says."""
+    """Where flat elements `start` … of a parameter's part belong; how many there are, the tensor itself
+    says.
+    """
 
     kind: str
     name: str
@@ -53,7 +57,10 @@ class Piece(NamedTuple):
 
 
 class SavedTensors:
-    """All ranks' files of one checkpoint, opened together. Use in a `with` statement; methods raise DamagedCheckpoint."""
+    """All ranks' files of one checkpoint, opened together.
+
+    Use in a `with` statement; methods raise DamagedCheckpoint.
+    """
 
     def __init__(self, files: Iterable[Path], architecture: Architecture):
         self.architecture = architecture
@@ -93,7 +100,9 @@ class SavedTensors:
         }  # noqa: SIM118
 
     def read(self, own: Piece, end: int, row: Row) -> Tensor:
-        """Flat elements own.start … end - 1 of a rank's part of a parameter, in the dtype they were saved in."""
+        """Flat elements own.start … end - 1 of a rank's part of a parameter, in the dtype they were saved
+        in.
+        """
         pieces = self._of(own.kind, own.name)
         saved = pieces[0][0]
         if (saved.parts, saved.shape) == (own.parts, own.shape):

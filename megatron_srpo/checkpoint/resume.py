@@ -46,7 +46,9 @@ def package_versions() -> dict[str, str]:
 
 
 def check_run_folder(config: Config, architecture: Architecture) -> None:
-    """Raises ConfigError when the run folder cannot take this run: it holds another one, or may not be gone on with."""
+    """Raises ConfigError when the run folder cannot take this run: it holds another one, or may not be gone
+    on with.
+    """
     directory = config.logging.dir
     check_writable(directory)
     if (directory / "samples").exists():
@@ -142,9 +144,11 @@ def _may_change(key: str, allowed: tuple[str, ...]) -> bool:
 
 
 def find(config: Config, layout: Layout, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint of the run folder whose files are all as they were written; None when there is none.
+    """The newest checkpoint of the run folder whose files are all as they were written; None when there is
+    none.
 
-    Ranks share the reading. Each that is passed over is said. Raises ConfigError when none of those that are there is whole.
+    Ranks share the reading. Each that is passed over is said. Raises ConfigError when none of those that are
+    there is whole.
     """
 
     def check(folder: Path, manifest: Manifest) -> str | None:

@@ -1,7 +1,8 @@
-"""Saving beside training: each rank's file is written by a thread, and the first rank's makes a checkpoint of them.
+"""Saving beside training: each rank's file is written by a thread, and the first rank's makes a checkpoint of
+them.
 
-Ranks say nothing to each other: each leaves a note beside its file, the first rank waits for all notes. The folder must
-therefore be one that all ranks see.
+Ranks say nothing to each other: each leaves a note beside its file, the first rank waits for all notes. The
+folder must therefore be one that all ranks see.
 """
 
 from __future__ import annotations
@@ -54,9 +55,11 @@ class Saver:
         self._untold: str | None = None
 
     def save(self, tensors: dict[str, Tensor], manifest: Manifest) -> None:
-        """Begin to write this rank's `tensors` (its own copies), after the checkpoint before is done. All ranks together.
+        """Begin to write this rank's `tensors` (its own copies), after the checkpoint before is done. All
+        ranks together.
 
-        Without `checkpoint.async_save` it is done when this returns. What goes wrong, `news` and `finish` say.
+        Without `checkpoint.async_save` it is done when this returns. What goes wrong, `news` and `finish`
+        say.
         """
         self._join()
         partial = self.directory / f".step_{manifest.step:06d}.{self.session}"
@@ -103,7 +106,9 @@ class Saver:
             )
 
     def _finish(self, partial: Path, manifest: Manifest) -> None:
-        """On the first rank: wait for all ranks' notes, then give the checkpoint its name and remove old ones."""
+        """On the first rank: wait for all ranks' notes, then give the checkpoint its name and remove old
+        ones.
+        """
         problems = []
         for rank in range(self.layout.world_size):
             name = f"rank_{rank:05d}.safetensors"

@@ -46,7 +46,10 @@ def numbers(trainer: Trainer) -> dict[str, int]:
 
 @torch.no_grad()
 def restore(trainer: Trainer, saved: SavedTensors, state: dict[str, int]) -> None:
-    """Put policy, optimizer, schedule and teacher back, on whatever layout. Raises DamagedCheckpoint for what is missing."""
+    """Put policy, optimizer, schedule and teacher back, on whatever layout.
+
+    Raises DamagedCheckpoint for what is missing.
+    """
     trainer.fetch_state()
     optimizer, teacher = trainer.optimizer, trainer.teacher
     optimizer.schedule.num_steps, optimizer.updates = state["schedule_steps"], state["optimizer_updates"]

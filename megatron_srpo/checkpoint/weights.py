@@ -1,4 +1,6 @@
-"""The policy or the teacher of a run's checkpoint, seen tensor by tensor in Hugging Face names (see `weights/sources.py`)."""
+"""The policy or the teacher of a run's checkpoint, seen tensor by tensor in Hugging Face names (see
+`weights/sources.py`).
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ def checkpoint_of(path: Path) -> Path:
 
 
 class RunTensors:
-    """What a run holds, of `path`'s newest checkpoint or the checkpoint at `path`; in the dtype the run computed with.
+    """What a run holds, of `path`'s newest checkpoint or the checkpoint at `path`; in the dtype the run
+    computed with.
 
     Raises FileError when the checkpoint is damaged, or the run's algorithm has no teacher of its own.
     """
@@ -64,7 +67,9 @@ class RunTensors:
         return self._dtype
 
     def tensor(self, name: str) -> Tensor:
-        """Put together from the ranks' pieces; the row's other tensors are kept until another row is asked for."""
+        """Put together from the ranks' pieces; the row's other tensors are kept until another row is asked
+        for.
+        """
         place = self._places[name]
         if self._last is None or self._last[0] != place:
             self._last = None  # free before reading

@@ -1,4 +1,6 @@
-"""The config command: every key with its type, default, meaning and place in the papers; and the check of a file."""
+"""The config command: every key with its type, default, meaning and place in the papers; and the check of a
+file.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ PAPER = {
 
 
 class Key(NamedTuple):
-    """One key of the configuration. default: as in YAML, or "required"; paper: where the papers say it, or ""."""
+    """One key of the configuration. default: as in YAML, or "required"; paper: where the papers say it, or
+    "".
+    """
 
     name: str
     type: str

@@ -1,6 +1,8 @@
-"""The sample command: rollouts of the start model (or a checkpoint), verified, routed and dumped as a training run's, without any training.
+"""The sample command: rollouts of the start model (or a checkpoint), verified, routed and dumped as a
+training run's, without any training.
 
-What is sampled can be looked at (report, inspect) and trained on later, on any layout and by any algorithm (`rollout.replay`).
+What is sampled can be looked at (report, inspect) and trained on later, on any layout and by any algorithm
+(`rollout.replay`).
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from megatron_srpo.rollout.source import Rollouts
 
 
 def sample(config: Config) -> Path:
-    """Sample and dump train.steps batches by the weights of model.hf_path, or of the run evaluation.checkpoint.
+    """Sample and dump train.steps batches by the weights of model.hf_path, or of the run
+    evaluation.checkpoint.
 
     Returns the run folder. Raises ConfigError.
     """

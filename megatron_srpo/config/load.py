@@ -32,7 +32,8 @@ SHORT = {
 def load_config(path: Path, overrides: list[str]) -> Config:
     """The configuration in YAML file `path` with `section.key=value` overrides applied (values are YAML too).
 
-    Raises ConfigError naming every wrong key with its file and line (or the override), and the nearest valid name.
+    Raises ConfigError naming every wrong key with its file and line (or the override), and the nearest valid
+    name.
     """
     tree, places = _read_yaml(path)
     for override in overrides:
@@ -70,7 +71,10 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def _read_yaml(path: Path) -> tuple[dict, dict[str, str]]:
-    """The file's tree and the place ("file:line") of every dotted key. Raises ConfigError for bad YAML or repeated keys."""
+    """The file's tree and the place ("file:line") of every dotted key.
+
+    Raises ConfigError for bad YAML or repeated keys.
+    """
     places: dict[str, str] = {}
 
     def walk(node: yaml.MappingNode, prefix: str) -> None:

@@ -1,4 +1,6 @@
-"""The run's configuration: one typed tree, every key with its default, its bounds and what must hold between keys."""
+"""The run's configuration: one typed tree, every key with its default, its bounds and what must hold between
+keys.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from megatron_srpo.algorithm.srpo import SRPO
 
 
 class ConfigError(ValueError):
-    """The user's configuration cannot be run; the message names key, place, what was expected and what to do."""
+    """The user's configuration cannot be run; the message names key, place, what was expected and what to
+    do.
+    """
 
 
 class _Section(BaseModel):
@@ -110,7 +114,10 @@ class ParallelSection(_Section):
 
 
 class TaskSource(_Section):
-    """One task: where its questions come from and who judges the answers. A bare word stands for a task of that name."""
+    """One task: where its questions come from and who judges the answers.
+
+    A bare word stands for a task of that name.
+    """
 
     name: str = Field(
         "addition",
@@ -559,8 +566,10 @@ class Config(_Section):
 
     @property
     def evaluation_tasks(self) -> tuple[TaskSource, ...]:
-        """What is evaluated; a bare name means the training task of that name, if there is one. Questions that are trained on are none:
-        a file or folder that is trained on, too, is divided as it is there, unless shares are given."""
+        """What is evaluated; a bare name means the training task of that name, if there is one. Questions
+        that are trained on are none: a file or folder that is trained on, too, is divided as it is there,
+        unless shares are given.
+        """
         if self.evaluation.tasks is None:
             return self.task.sources
         trained = {source.name: source for source in self.task.sources}

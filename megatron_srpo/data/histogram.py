@@ -12,7 +12,10 @@ BINS = 2 + _A_DECADE * _DECADES
 
 
 def counts(values: Tensor) -> Tensor:
-    """How many of `values` [T], none negative, lie in each bin: [BINS] float64. The first bin holds what is as good as 0."""
+    """How many of `values` [T], none negative, lie in each bin: [BINS] float64.
+
+    The first bin holds what is as good as 0.
+    """
     bins = (
         torch.floor(torch.log10(values.double().clamp(min=_SMALLEST / 10) / _SMALLEST) * _A_DECADE).long() + 1
     )

@@ -72,7 +72,10 @@ class Route(_Record):
 
 
 class Sample(_Record):
-    """One rollout. `logprobs[t]` is the engine's log-probability (nats) of `response_ids[t]` at the rollout temperature."""
+    """One rollout.
+
+    `logprobs[t]` is the engine's log-probability (nats) of `response_ids[t]` at the rollout temperature.
+    """
 
     prompt: Prompt
     index: int = Field(description="place in its group, 0 .. samples_per_prompt - 1")
@@ -100,7 +103,9 @@ Group = tuple[Sample, ...]  # the samples of one prompt, by index
 
 
 class Unfinished(_Record):
-    """A prompt that is not yet a group: what has been sampled of it, whole responses and broken-off ones ("abort")."""
+    """A prompt that is not yet a group: what has been sampled of it, whole responses and broken-off ones
+    ("abort").
+    """
 
     prompt: Prompt
     samples: tuple[Sample, ...] = ()

@@ -1,4 +1,6 @@
-"""Rollouts on disk: one file a step, one JSON line a sample, readable by people and replayable by the trainer."""
+"""Rollouts on disk: one file a step, one JSON line a sample, readable by people and replayable by the
+trainer.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from megatron_srpo.data.records import Group
 
 
 def step_file(folder: Path, step: int) -> Path:
-    """Where step `step` (from 1) is kept in a folder of rollouts, or in that of the run whose folder is given."""
+    """Where step `step` (from 1) is kept in a folder of rollouts, or in that of the run whose folder is
+    given.
+    """
     inner = folder / "rollouts"
     return (inner if inner.is_dir() else folder) / f"step_{step:06d}.jsonl"
 

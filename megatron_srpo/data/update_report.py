@@ -9,10 +9,12 @@ from megatron_srpo.data import histogram as quantiles
 
 @dataclass
 class UpdateReport:
-    """One training step's updates. `sums` are token sums over all ranks (see `_SUMS`), `gap_max` the largest log-prob gap.
+    """One training step's updates. `sums` are token sums over all ranks (see `_SUMS`), `gap_max` the largest
+    log-prob gap.
 
     teacher_entropies: of all distilled tokens, counted as in algorithm/quantiles.py.
-    teacher_distances: ‖θ - θ'‖ / ‖θ‖ before and after the teacher followed; None without a teacher that has weights of its own.
+    teacher_distances: ‖θ - θ'‖ / ‖θ‖ before and after the teacher followed; None without a teacher that has
+    weights of its own.
     """
 
     losses: list[float]

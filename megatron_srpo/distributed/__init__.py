@@ -1,1 +1,4 @@
-"""What every process needs: process groups, Megatron behind the CPU shim, heartbeat, files. No model and no training."""
+"""What every process needs: process groups, Megatron behind the CPU shim, heartbeat, files.
+
+No model and no training.
+"""

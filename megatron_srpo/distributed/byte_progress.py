@@ -1,4 +1,6 @@
-"""Bytes done, rate and time left: a bar where there is a terminal, a plain line a tenth (two seconds apart) where there is none."""
+"""Bytes done, rate and time left: a bar where there is a terminal, a plain line a tenth (two seconds apart)
+where there is none.
+"""
 
 from __future__ import annotations
 

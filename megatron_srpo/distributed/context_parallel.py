@@ -1,8 +1,8 @@
 """Context parallelism: which tokens of a packed row, and which response tokens of the loss, belong to a rank.
 
-Every document is padded to a multiple of 2·C tokens, of C context-parallel ranks, and cut into 2·C chunks; rank r holds chunks r and
-2·C - 1 - r, so that causal attention costs all ranks the same. It is the order that Megatron's rotary embeddings and Transformer
-Engine's attention take for granted.
+Every document is padded to a multiple of 2·C tokens, of C context-parallel ranks, and cut into 2·C chunks;
+rank r holds chunks r and 2·C - 1 - r, so that causal attention costs all ranks the same. It is the order that
+Megatron's rotary embeddings and Transformer Engine's attention take for granted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ class Context(NamedTuple):
         return -(-length // self.multiple) * self.multiple
 
     def share(self, count: int) -> slice:
-        """Those of a document's `count` response tokens that this rank's loss is made of. Too few for all ranks: some get none."""
+        """Those of a document's `count` response tokens that this rank's loss is made of.
+
+        Too few for all ranks: some get none.
+        """
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def held(self, place: Tensor) -> Tensor:
@@ -41,7 +44,8 @@ ALONE = Context()
 
 
 def places(bounds: Tensor, size: int) -> Tensor:
-    """[T] where each token of a row is found once the parts of `size` > 1 ranks are gathered, one after another.
+    """[T] where each token of a row is found once the parts of `size` > 1 ranks are gathered, one after
+    another.
 
     bounds: [documents + 1] integers, where the padded documents begin and the last one ends.
     """

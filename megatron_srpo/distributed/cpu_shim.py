@@ -1,8 +1,10 @@
-"""The CPU stand-ins: what megatron-core asks of CUDA, answered by the CPU. The only module that knows of this.
+"""The CPU stand-ins: what megatron-core asks of CUDA, answered by the CPU. The only module that knows of
+this.
 
 megatron-core calls `torch.cuda.*` and `device="cuda"` in some thirty places. An import hook gives every
 `megatron.core.*` module a view of `torch` whose `cuda` is the CPU; torch itself stays as it is, save for
-`Tensor.cuda` and `Module.cuda`, which could only raise here. `install()` does nothing where CUDA is available.
+`Tensor.cuda` and `Module.cuda`, which could only raise here. `install()` does nothing where CUDA is
+available.
 """
 
 from __future__ import annotations
@@ -193,7 +195,9 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def _all_gather(outputs: list[Tensor], tensor: Tensor, group) -> None:
-    """NCCL gathers tensors of unequal length, as experts under tensor parallelism need it; gloo only exchanges them."""
+    """NCCL gathers tensors of unequal length, as experts under tensor parallelism need it; gloo only
+    exchanges them.
+    """
     lengths, size = [len(output) for output in outputs], len(outputs)
     gathered = tensor.new_empty(sum(lengths), *tensor.shape[1:])
     dist.all_to_all_single(gathered, torch.cat([tensor] * size), lengths, [len(tensor)] * size, group=group)
@@ -216,12 +220,16 @@ def _reduce_scatter(output: Tensor, tensors: list[Tensor], group) -> None:
 
 
 def _already_on_cpu(tensor, as_numpy: bool = False, record_stream: bool = False):
-    """The token dispatcher's copy to the host, where split sizes become numpy arrays only on their way from a GPU."""
+    """The token dispatcher's copy to the host, where split sizes become numpy arrays only on their way from
+    a GPU.
+    """
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def _with_cuda_type_names(function):
-    """megatron-core's optimizers compare `param.type()` with 'torch.cuda.FloatTensor': let the CPU say so, inside."""
+    """megatron-core's optimizers compare `param.type()` with 'torch.cuda.FloatTensor': let the CPU say so,
+    inside.
+    """
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
@@ -242,10 +250,11 @@ def _with_cuda_type_names(function):
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """AdamW with the state layout of Apex and Transformer Engine, which core's distributed checkpoints expect.
+    """AdamW with the state layout of Apex and Transformer Engine, which core's distributed checkpoints
+    expect.
 
-    The step count lives in the param group, `exp_avg` and `exp_avg_sq` per parameter. (torch.optim.AdamW keeps the step
-    per parameter: such checkpoints can be saved but not loaded.)
+    The step count lives in the param group, `exp_avg` and `exp_avg_sq` per parameter. (torch.optim.AdamW
+    keeps the step per parameter: such checkpoints can be saved but not loaded.)
     """
 
     def __init__(

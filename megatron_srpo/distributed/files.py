@@ -20,8 +20,8 @@ class FileError(ValueError):
 class DurableFile:
     """A new file for large writes, on disk when `close` returns.
 
-    What has been written starts on its way to disk while the next piece is being made: the system's own write-back begins
-    late, and closing would wait for most of the file.
+    What has been written starts on its way to disk while the next piece is being made: the system's own
+    write-back begins late, and closing would wait for most of the file.
     """
 
     def __init__(self, path: Path):
@@ -30,7 +30,10 @@ class DurableFile:
         self._start = self._end = 0  # written one after the other, not yet on its way
 
     def write_at(self, data: memoryview | bytes, offset: int) -> None:
-        """Put `data` at `offset` (bytes). Releases the GIL. Raises FileError when it cannot, such as for a full disk."""
+        """Put `data` at `offset` (bytes).
+
+        Releases the GIL. Raises FileError when it cannot, such as for a full disk.
+        """
         data = memoryview(data)
         if offset != self._end:
             self._write_back(offset)
@@ -66,9 +69,11 @@ class DurableFile:
 
 @contextmanager
 def aside(output: Path, processes: Processes, replace: bool = False) -> Iterator[Path]:
-    """The folder in which the processes write before it is renamed to `output`, all together; after an error it is gone.
+    """The folder in which the processes write before it is renamed to `output`, all together; after an error
+    it is gone.
 
-    With `replace`, an `output` that holds something and a former attempt's folder make way. Without, they raise FileError.
+    With `replace`, an `output` that holds something and a former attempt's folder make way. Without, they
+    raise FileError.
     """
     partial, is_first = output.with_name(output.name + ".partial"), processes.rank == 0
     if is_first:

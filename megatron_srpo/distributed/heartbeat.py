@@ -16,7 +16,9 @@ import torch.distributed as dist
 
 
 class Progress:
-    """beats: signs of life so far. collective: name, shape, dtype, ranks, time.monotonic() of the last one begun."""
+    """beats: signs of life so far. collective: name, shape, dtype, ranks, time.monotonic() of the last one
+    begun.
+    """
 
     def __init__(self):
         self.step, self.phase, self.beats = 0, "start", 0
@@ -48,7 +50,8 @@ class Progress:
 PROGRESS = Progress()
 beat = PROGRESS.beat
 
-# What torch and Megatron call by these names at run time; a name taken at import time is not seen, and that does no harm.
+# What torch and Megatron call by these names at run time; a name taken at import time is not seen, and that
+# does no harm.
 _COLLECTIVES = (
     *(
         "all_reduce",

@@ -67,7 +67,10 @@ class Layout:
         return values
 
     def gather_bytes(self, mine: bytes, beside: bool = False) -> list[bytes]:
-        """Every rank's bytes, in rank order, on every rank. Plain bytes, no pickle. `beside`: from a thread beside the training."""
+        """Every rank's bytes, in rank order, on every rank.
+
+        Plain bytes, no pickle. `beside`: from a thread beside the training.
+        """
         if self.world_size == 1:
             return [mine]
         return (
@@ -78,15 +81,18 @@ class Layout:
 
 
 def replica_group(parameter: torch.nn.Parameter) -> dist.ProcessGroup:
-    """Ranks that hold the same elements of `parameter`: data- and context-parallel ones, fewer for experts that are shared out."""
+    """Ranks that hold the same elements of `parameter`: data- and context-parallel ones, fewer for experts
+    that are shared out.
+    """
     if getattr(parameter, "allreduce", True):  # Megatron's mark
         return parallel_state.get_data_parallel_group(with_context_parallel=True)
     return parallel_state.get_expert_data_parallel_group()
 
 
 def data_parallel_size(parallel: ParallelSection, world_size: int) -> int:
-    """Groups of ranks, in `world_size` processes, that train other samples. Raises ConfigError when they, or the experts' ranks, do
-    not divide."""
+    """Groups of ranks, in `world_size` processes, that train other samples. Raises ConfigError when they, or
+    the experts' ranks, do not divide.
+    """
     replica = parallel.replica_size
     if world_size % replica:
         context = " × context_parallel_size" if parallel.context_parallel_size > 1 else ""
@@ -108,7 +114,9 @@ def data_parallel_size(parallel: ParallelSection, world_size: int) -> int:
 
 
 def initialize(parallel: ParallelSection, seed: int) -> Layout:
-    """Join the process group (NCCL with CUDA, gloo without), build Megatron's groups and seed every generator."""
+    """Join the process group (NCCL with CUDA, gloo without), build Megatron's groups and seed every
+    generator.
+    """
     world_size = world_size_from_environment()
     data_parallel_size(parallel, world_size)
     if torch.cuda.is_available():
@@ -154,7 +162,9 @@ def initialize(parallel: ParallelSection, seed: int) -> Layout:
 
 
 def random_states() -> dict[str, torch.Tensor]:
-    """The state of every generator of this process, by name: torch's on the CPU, CUDA's, and Megatron's named ones."""
+    """The state of every generator of this process, by name: torch's on the CPU, CUDA's, and Megatron's
+    named ones.
+    """
     tracker = tensor_parallel.random.get_cuda_rng_tracker()
     states = {f"megatron|{name}": state for name, state in tracker.get_states().items()}
     states["cpu"] = torch.get_rng_state()
@@ -180,9 +190,11 @@ def restore_random_states(states: dict[str, torch.Tensor]) -> None:
 def joined(
     parallel: ParallelSection, seed: int, alike: tuple[type[BaseException], ...] = ()
 ) -> Iterator[Layout]:
-    """`initialize`, and `shut_down` when all ranks get there: without an error, or with one of `alike`, which all raise together.
+    """`initialize`, and `shut_down` when all ranks get there: without an error, or with one of `alike`, which
+    all raise together.
 
-    A rank that fails alone leaves its groups as they are: NCCL would wait for ranks that wait for it, and nobody would hear why.
+    A rank that fails alone leaves its groups as they are: NCCL would wait for ranks that wait for it, and
+    nobody would hear why.
     """
     layout = initialize(parallel, seed)
     try:
@@ -202,4 +214,5 @@ def shut_down(layout: Layout) -> None:
     parallel_state.destroy_model_parallel()
     if layout.owns_process_group:
         dist.destroy_process_group()
-    gc.collect()  # a gloo group has three threads, which end with its last holder: often a cycle of the finished trainer's
+    # a gloo group has three threads, which end with its last holder: often a cycle of the finished trainer's
+    gc.collect()

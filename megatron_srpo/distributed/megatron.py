@@ -1,4 +1,5 @@
-"""Megatron's names, importable on any machine: the CPU shim is installed before the first of them is imported.
+"""Megatron's names, importable on any machine: the CPU shim is installed before the first of them is
+imported.
 
 Every other module imports megatron-core from here, never directly.
 """

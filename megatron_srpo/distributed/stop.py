@@ -15,7 +15,8 @@ _CLOCK = 1 << 16  # above any signal's number
 
 
 class StopRequest:
-    """Catches SIGTERM, SIGUSR1 and Ctrl-C, and watches the time, while it is entered; a second Ctrl-C interrupts at once.
+    """Catches SIGTERM, SIGUSR1 and Ctrl-C, and watches the time, while it is entered; a second Ctrl-C
+    interrupts at once.
 
     limit_minutes: of wall-clock time since it was made, by the first rank's clock; None: no limit.
     """
@@ -38,7 +39,10 @@ class StopRequest:
         self._received = number
 
     def reason(self) -> str | None:
-        """Why to leave now, the same on every rank, or None. A small all-reduce: call it at the same place on all."""
+        """Why to leave now, the same on every rank, or None.
+
+        A small all-reduce: call it at the same place on all.
+        """
         late = self.layout.rank == 0 and self._deadline is not None and time.monotonic() >= self._deadline
         asked = torch.tensor(_CLOCK if late else self._received, device=self.layout.device)
         if self.layout.world_size > 1:

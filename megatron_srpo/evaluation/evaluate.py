@@ -1,4 +1,7 @@
-"""Evaluation on held-out questions: during training, and as a command on any Hugging Face folder. Both take the same path."""
+"""Evaluation on held-out questions: during training, and as a command on any Hugging Face folder.
+
+Both take the same path.
+"""
 
 from __future__ import annotations
 
@@ -65,8 +68,9 @@ def ask(
 
 
 def summarise(label: str, groups: Sequence[Group]) -> dict[str, float]:
-    """avg@K (mean accuracy of K samples a prompt) with its 95 % interval over questions, pass@K (share of prompts with a
-    correct one), length, format, truncation."""
+    """avg@K (mean accuracy of K samples a prompt) with its 95 % interval over questions, pass@K (share of
+    prompts with a correct one), length, format, truncation.
+    """
     samples = [sample for group in groups for sample in group]
     k = len(groups[0])
     of_questions = [sum(sample.verdict.correct for sample in group) / k for group in groups]
@@ -98,15 +102,18 @@ def _label(task: Task, split: str) -> str:
     return task.name if split == "test" else f"{task.name}/{split}"
 
 
-# ---- the command -------------------------------------------------------------------------------------------------------
+# ---- the command
+# -------------------------------------------------------------------------------------------------------
 
 
 def run_evaluation(config: Config) -> Path:
-    """`python -m megatron_srpo eval`: evaluate model.hf_path, or the policy of the run evaluation.checkpoint, on this process's share.
+    """`python -m megatron_srpo eval`: evaluate model.hf_path, or the policy of the run evaluation.checkpoint,
+    on this process's share.
 
-    Returns the result folder (logging.dir). Every sample is appended to samples/, chunk by chunk; the same command goes on where an
-    earlier one stopped. At the end result.json and result.md. Raises ConfigError before any work for what cannot be run.
-    Of a run it is the newest checkpoint now: when there is a newer one, the same command is another evaluation.
+    Returns the result folder (logging.dir). Every sample is appended to samples/, chunk by chunk; the same
+    command goes on where an earlier one stopped. At the end result.json and result.md. Raises ConfigError
+    before any work for what cannot be run. Of a run it is the newest checkpoint now: when there is a newer
+    one, the same command is another evaluation.
     """
     folder = HFFolder(config.model.hf_path)
     folder.file_of, folder.tokenizer  # noqa: B018  (both check what they read)
@@ -150,7 +157,10 @@ def _with_checkpoint(config: Config, checkpoint: Path) -> Config:
 
 
 def _ask_everything(config: Config, collector: Collector, tasks: Mapping[str, Task]) -> list[Outcome]:
-    """Sampled and greedy answers to every split of every task. On the first rank, the outcomes; elsewhere nothing."""
+    """Sampled and greedy answers to every split of every task.
+
+    On the first rank, the outcomes; elsewhere nothing.
+    """
     settings, outcomes = config.evaluation, []
     limit, stops = config.rollout.max_response_tokens, collector.folder.stop_ids
     sampling, greedy = (
@@ -217,7 +227,9 @@ class Answers:
         self.times = path.with_suffix(".seconds")
 
     def done(self) -> int:
-        """How many questions are answered, on every rank alike; what a cut-off command left of a group is removed."""
+        """How many questions are answered, on every rank alike; what a cut-off command left of a group is
+        removed.
+        """
         mine = b""
         if self.layout.rank == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -287,7 +299,10 @@ def _open_folder(config: Config) -> None:
 
 
 def _check_answered(config: Config, tasks: Mapping[str, Task]) -> None:
-    """What has been answered are the questions asked now: a file of questions may have changed. Raises ConfigError."""
+    """What has been answered are the questions asked now: a file of questions may have changed.
+
+    Raises ConfigError.
+    """
     for task, split in _parts(tasks, config.evaluation):
         count = question_count(task, split, config.evaluation)
         for file, samples in zip(_files(config, task, split), (config.evaluation.samples, 1), strict=True):

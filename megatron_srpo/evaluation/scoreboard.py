@@ -15,7 +15,9 @@ from megatron_srpo.evaluation.scores import interval, paired_difference, pass_at
 
 
 class Outcome(NamedTuple):
-    """One task's answers: `samples` groups of K, `greedy` groups of one or None; `seconds` it took to sample them."""
+    """One task's answers: `samples` groups of K, `greedy` groups of one or None; `seconds` it took to sample
+    them.
+    """
 
     label: str
     samples: list[Group]
@@ -24,7 +26,10 @@ class Outcome(NamedTuple):
 
 
 def result_of(outcomes: Sequence[Outcome], model: str, device: str) -> dict[str, Any]:
-    """What result.json holds. Intervals are [low, high], 95 % bootstrap over questions; `overall` is the mean over tasks."""
+    """What result.json holds.
+
+    Intervals are [low, high], 95 % bootstrap over questions; `overall` is the mean over tasks.
+    """
     tasks = {outcome.label: _task_result(outcome) for outcome in outcomes}
     overall: dict[str, Any] = {}
     for key in _shared(tasks.values()):

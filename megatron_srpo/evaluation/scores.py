@@ -1,4 +1,7 @@
-"""The arithmetic of evaluation: avg@k, pass@k and bootstrap intervals over questions. Pure functions on small arrays."""
+"""The arithmetic of evaluation: avg@k, pass@k and bootstrap intervals over questions.
+
+Pure functions on small arrays.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,9 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Mean of (other - base) with its interval; p: twice the share of resamples on the rarer side of zero, at most 1."""
+    """Mean of (other - base) with its interval; p: twice the share of resamples on the rarer side of zero,
+    at most 1.
+    """
 
     mean: float
     low: float
@@ -29,7 +34,8 @@ class Difference(NamedTuple):
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """1 - C(n-c, k) / C(n, k): the unbiased estimate that one of k samples is right, from c of n (Chen et al., 2021).
+    """1 - C(n-c, k) / C(n, k): the unbiased estimate that one of k samples is right, from c of n (Chen et
+    al., 2021).
 
     Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
     """
@@ -55,7 +61,8 @@ def paired_difference(
     """other - base on the same questions: the questions are resampled, each with both of its scores.
 
     Args:
-        base, other: for every task the score of each question, questions in the same order. Raises ValueError when sizes differ.
+        base, other: for every task the score of each question, questions in the same order. Raises ValueError
+        when sizes differ.
     """
     if [len(values) for values in base] != [len(values) for values in other]:
         raise ValueError("a paired comparison needs the same questions on both sides")
@@ -82,9 +89,11 @@ def _bootstrap_means(tasks: Sequence[np.ndarray], seed: int) -> np.ndarray:
 def with_history(
     scores: Mapping[str, float], earlier: Sequence[Mapping[str, float]], last: int = 5
 ) -> dict[str, float]:
-    """`scores` of one evaluation, and for every avg@K the best so far and the mean of the last `last`, this one among them.
+    """`scores` of one evaluation, and for every avg@K the best so far and the mean of the last `last`, this
+    one among them.
 
-    Keys `…/avg_best` and `…/avg_last_5`. The papers report the best value seen on the test set, which flatters.
+    Keys `…/avg_best` and `…/avg_last_5`. The papers report the best value seen on the test set, which
+    flatters.
     """
     extended = dict(scores)
     for key, value in scores.items():

@@ -1,4 +1,6 @@
-"""Qwen3 and its relatives on megatron-core: config.json → TransformerConfig, layer specs, model chunks of this rank."""
+"""Qwen3 and its relatives on megatron-core: config.json → TransformerConfig, layer specs, model chunks of
+this rank.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,10 @@ def model_dtype(config: Config) -> torch.dtype:
 
 
 def uses_transformer_engine(config: Config) -> bool:
-    """Whether layers come from Transformer Engine. Raises ConfigError when it was asked for and is not there."""
+    """Whether layers come from Transformer Engine.
+
+    Raises ConfigError when it was asked for and is not there.
+    """
     available = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
     if config.model.transformer_impl == "transformer_engine" and not available:
         raise ConfigError(
@@ -82,7 +87,8 @@ def check_layout(architecture: Architecture, config: Config) -> None:
         )
 
 
-# Balance within a micro-batch is no sum over tokens; besides, Megatron scales these losses by the tokens that it divides by later.
+# Balance within a micro-batch is no sum over tokens; besides, Megatron scales these losses by the tokens that
+# it divides by later.
 _SPLIT_DEPENDENT = "is not supported: it would depend on how the batch is split"
 _REFUSED = {
     **dict.fromkeys(
@@ -114,7 +120,10 @@ def _refusal(key: str, config: Config, derived: Mapping[str, Any]) -> str | None
 
 
 def transformer_config(architecture: Architecture, config: Config) -> TransformerConfig:
-    """The TransformerConfig of this run. Raises ConfigError for unknown or forbidden names under `megatron:`."""
+    """The TransformerConfig of this run.
+
+    Raises ConfigError for unknown or forbidden names under `megatron:`.
+    """
     dtype, parallel = model_dtype(config), config.parallel
     on_gpu = torch.cuda.is_available()
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
@@ -172,7 +181,9 @@ def transformer_config(architecture: Architecture, config: Config) -> Transforme
 
 
 def _experts(architecture: Architecture, config: Config) -> dict[str, Any]:
-    """What TransformerConfig must know of a mixture of experts, routed as transformers does; no token is dropped."""
+    """What TransformerConfig must know of a mixture of experts, routed as transformers does; no token is
+    dropped.
+    """
     if not architecture.num_experts:
         return {}
     return dict(
@@ -195,7 +206,8 @@ class Qwen3(GPTModel):
     unpadded_vocab_size: int
 
     def _postprocess(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-        if self.post_process:  # overlap_param_gather waits for a module's weights before its forward pass; this one's the loss reads
+        # overlap_param_gather waits for a module's weights before its forward pass; this one's the loss reads
+        if self.post_process:
             for wait in self.output_layer._forward_pre_hooks.values():
                 wait(self.output_layer)
         return hidden_states
@@ -217,11 +229,14 @@ class Qwen3(GPTModel):
         return VocabShard.of_rank(rank, self.output_weight.shape[0], self.unpadded_vocab_size, group)
 
     def final_hidden(self, output: Tensor) -> Tensor:
-        """The last stage's output [this rank's tokens, 1, H] as [T, H], identical on all tensor- and context-parallel ranks.
+        """The last stage's output [this rank's tokens, 1, H] as [T, H], identical on all tensor- and
+        context-parallel ranks.
 
-        Its backward sums the ranks' gradients (each rank's loss sees only its vocabulary shard), and with sequence
-        parallelism hands each rank its own tokens: one gather forward, one reduce-scatter backward. So it is with context
-        parallelism: T is the whole row, the ranks' parts one after another, of which each rank's loss sees other rows.
+        Its backward sums the ranks' gradients (each rank's loss sees only its vocabulary shard), and with
+        sequence parallelism hands each rank its own tokens: one gather forward, one reduce-scatter backward.
+        So it is with context
+        parallelism: T is the whole row, the ranks' parts one after another, of which each rank's loss sees
+        other rows.
         """
         if self.config.sequence_parallel:
             output = tensor_parallel.gather_from_sequence_parallel_region(
@@ -284,10 +299,11 @@ def _local_spec(core: TransformerConfig, stage: int | None) -> TransformerBlockS
 
 
 def packed_params(cu_seqlens: Tensor, max_seqlen: int) -> PackedSeqParams:
-    """Megatron's description of packed documents: cu_seqlens is [documents + 1] int32, in tokens of the whole row.
+    """Megatron's description of packed documents: cu_seqlens is [documents + 1] int32, in tokens of the whole
+    row.
 
-    Transformer Engine's context parallelism wants padded bounds as well. Its flash kernels take no padding between documents: all of
-    a document counts, and causality hides the padding at its end.
+    Transformer Engine's context parallelism wants padded bounds as well. Its flash kernels take no padding
+    between documents: all of a document counts, and causality hides the padding at its end.
     """
     padded = cu_seqlens if parallel_state.get_context_parallel_world_size() > 1 else None
     return PackedSeqParams(

@@ -1,4 +1,7 @@
-"""A Hugging Face model folder: its architecture, its tensors' places, its tokenizer. Read once, checked before anything starts."""
+"""A Hugging Face model folder: its architecture, its tensors' places, its tokenizer.
+
+Read once, checked before anything starts.
+"""
 
 from __future__ import annotations
 
@@ -110,7 +113,9 @@ class Architecture:
 
 @dataclass(frozen=True)
 class _Family:
-    """A model_type: what its layers have, and the only values of some keys that our layers compute (transformers' defaults)."""
+    """A model_type: what its layers have, and the only values of some keys that our layers compute
+    (transformers' defaults).
+    """
 
     qk_norm: bool
     qkv_bias: bool
@@ -254,7 +259,10 @@ class HFFolder:
 
     @cached_property
     def file_of(self) -> dict[str, Path]:
-        """The safetensors file of every tensor. Checks names and shapes of all of them, reading headers only."""
+        """The safetensors file of every tensor.
+
+        Checks names and shapes of all of them, reading headers only.
+        """
         index = self.path / "model.safetensors.index.json"
         if index.exists():
             weight_map = self._json(index.name).get("weight_map", {})
@@ -332,7 +340,10 @@ class HFFolder:
         return tuple(sorted(ids))
 
     def encode(self, messages: list[dict[str, str]], enable_thinking: bool = False) -> list[int]:
-        """Token ids of chat messages with the assistant's generation header. Raises ConfigError when the template refuses them."""
+        """Token ids of chat messages with the assistant's generation header.
+
+        Raises ConfigError when the template refuses them.
+        """
         try:
             text = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking

@@ -1,4 +1,6 @@
-"""Local layers where Transformer Engine is not: an RMSNorm that knows sequence parallelism, attention over packed documents."""
+"""Local layers where Transformer Engine is not: an RMSNorm that knows sequence parallelism, attention over
+packed documents.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,10 @@ from megatron_srpo.distributed.megatron import MegatronModule, parallel_state, t
 
 
 class RMSNorm(torch.nn.Module):
-    """x / rms(x) · weight, computed in fp32. Its weight is marked for the gradient all-reduce of sequence parallelism."""
+    """x / rms(x) · weight, computed in fp32.
+
+    Its weight is marked for the gradient all-reduce of sequence parallelism.
+    """
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-6, **_):
         super().__init__()
@@ -30,7 +35,9 @@ class RMSNorm(torch.nn.Module):
 
 
 class PackedAttention(MegatronModule):
-    """Causal attention inside each document of a packed (`thd`) micro-batch, by torch's SDPA; grouped-query aware."""
+    """Causal attention inside each document of a packed (`thd`) micro-batch, by torch's SDPA; grouped-query
+    aware.
+    """
 
     def __init__(
         self, config, layer_number: int, attn_mask_type, attention_type: str, softmax_scale=None, **_
@@ -43,7 +50,10 @@ class PackedAttention(MegatronModule):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, packed_seq_params, **_
     ) -> Tensor:
-        """query [t, heads, d], key and value [t, kv_heads, d] → [t, heads · d]. Documents end at packed_seq_params.cu_seqlens_q."""
+        """query [t, heads, d], key and value [t, kv_heads, d] → [t, heads · d].
+
+        Documents end at packed_seq_params.cu_seqlens_q.
+        """
         if self.config.context_parallel_size > 1:
             return self._shared(query, key, value, packed_seq_params.cu_seqlens_q)
         bounds = packed_seq_params.cu_seqlens_q.tolist()
@@ -55,7 +65,8 @@ class PackedAttention(MegatronModule):
         return torch.cat(outputs).flatten(1)
 
     def _padded(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
-        """Documents of like length as one batch. Padding stands after each document's end, where causality hides it.
+        """Documents of like length as one batch. Padding stands after each document's end, where causality
+        hides it.
 
         No row is read twice: on CUDA the gradient of an index that repeats is summed one after another.
         """
@@ -72,9 +83,11 @@ class PackedAttention(MegatronModule):
         return self._attend(*batch).flatten(0, 1).index_select(0, place).flatten(1)
 
     def _shared(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Context parallel: this rank's two chunks of each document, each against the document's keys up to its end.
+        """Context parallel: this rank's two chunks of each document, each against the document's keys up to
+        its end.
 
-        Keys and values of all ranks are gathered, and their gradients summed and scattered backward: one collective each.
+        Keys and values of all ranks are gathered, and their gradients summed and scattered backward: one
+        collective each.
         """
         group = parallel_state.get_context_parallel_group()
         rank, size = group.rank(), group.size()
@@ -92,7 +105,10 @@ class PackedAttention(MegatronModule):
         return torch.cat(outputs).flatten(1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[documents, length, heads, d] → the same shape. The last query sees all keys, the one before it all but the last, …"""
+        """[documents, length, heads, d] → the same shape.
+
+        The last query sees all keys, the one before it all but the last, …
+        """
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         causal = {"is_causal": True}
         if (length := query.shape[2]) < (keys := key.shape[2]):

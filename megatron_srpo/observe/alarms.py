@@ -53,7 +53,9 @@ class Limits(NamedTuple):
 
 
 def alarms(rows: Sequence[Row], limits: Limits) -> list[Alarm]:
-    """The alarms that hold after the last of `rows` (training steps, oldest first); `REMEMBERED` of them are enough."""
+    """The alarms that hold after the last of `rows` (training steps, oldest first); `REMEMBERED` of them are
+    enough.
+    """
     raised = []
     for name, (finds, advice) in _ALARMS.items():
         finding = finds(rows, limits) if rows else None

@@ -1,4 +1,6 @@
-"""One sample in the terminal: prompt, verdict, route, what its teacher saw, its tokens by divergence, and their top five."""
+"""One sample in the terminal: prompt, verdict, route, what its teacher saw, its tokens by divergence, and
+their top five.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,15 @@ _NUMBERS = ("logprob", "teacher_logprob", "entropy", "teacher_entropy", "diverge
 
 
 def visible(text: str) -> str:
-    """`text` with control characters, and those that turn its direction, by their names: a terminal obeys none of them."""
+    """`text` with control characters, and those that turn its direction, by their names: a terminal obeys
+    none of them.
+    """
     return _HIDDEN.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text)
 
 
 def inspect(path: Path, step: int, number: int | None, console: Console) -> None:
-    """Show sample `number` (from 0, as in the file and the report) of a step, or without it the step's samples, a line each.
+    """Show sample `number` (from 0, as in the file and the report) of a step, or without it the step's
+    samples, a line each.
 
     Raises ConfigError when there is no such run, step or sample.
     """

@@ -22,7 +22,8 @@ LOG = logging.getLogger("megatron_srpo")
 
 
 def open_run_folder(directory: Path, layout: Layout) -> str:
-    """Make the run folder (the first rank does); returns a name for this start of the run, the same on all ranks.
+    """Make the run folder (the first rank does); returns a name for this start of the run, the same on all
+    ranks.
 
     All ranks together. Raises ConfigError where a rank does not see the folder.
     """
@@ -38,10 +39,12 @@ def open_run_folder(directory: Path, layout: Layout) -> str:
 
 @contextmanager
 def alone(directory: Path, layout: Layout) -> Iterator[None]:
-    """While entered, no other start of the run works in the folder: two would remove each other's checkpoints and metrics.
+    """While entered, no other start of the run works in the folder: two would remove each other's checkpoints
+    and metrics.
 
-    The first rank holds a lock on RUN/lock, which ends with its process, however it ends; where the file system has no locks,
-    nothing is held. All ranks together. Raises ConfigError when another process holds it for longer than a lost host's lock lasts.
+    The first rank holds a lock on RUN/lock, which ends with its process, however it ends; where the file
+    system has no locks, nothing is held. All ranks together. Raises ConfigError when another process holds it
+    for longer than a lost host's lock lasts.
     """
     file, problem = None, ""
     if layout.rank == 0:
@@ -85,7 +88,9 @@ def _lock(file: TextIO) -> str:
 
 @contextmanager
 def rank_log(directory: Path, layout: Layout) -> Iterator[None]:
-    """While entered, what the package logs goes to logs/rank_NNNNN.log, and so does the stack of a crash (SIGSEGV and kin)."""
+    """While entered, what the package logs goes to logs/rank_NNNNN.log, and so does the stack of a crash
+    (SIGSEGV and kin).
+    """
     file = (directory / "logs" / f"rank_{layout.rank:05d}.log").open(
         "a", encoding="utf-8", errors="backslashreplace"
     )

@@ -1,4 +1,6 @@
-"""The numbers of one step, and metrics.jsonl: one JSON object a line, the source of everything that is drawn."""
+"""The numbers of one step, and metrics.jsonl: one JSON object a line, the source of everything that is
+drawn.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,8 @@ def _tokens(samples: Sequence[Sample]) -> int:
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """What the routed groups of a step say; shares are of samples unless named otherwise.
 
-    Samples that nobody could judge and that are excluded count in response_tokens_mean, truncated_share and verifier_failed_share
-    only. With several tasks also pass_rate/<task> and the like.
+    Samples that nobody could judge and that are excluded count in response_tokens_mean, truncated_share and
+    verifier_failed_share only. With several tasks also pass_rate/<task> and the like.
     """
     samples = [sample for group in groups for sample in group]
     judged = [sample for sample in samples if not sample.verdict.excluded]
@@ -73,7 +75,9 @@ def _by_task(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def version_metrics(groups: Sequence[Group], step: int) -> dict[str, Any]:
-    """The newest weights that sampled the step's groups, and how many versions the oldest token of a sample is behind the policy."""
+    """The newest weights that sampled the step's groups, and how many versions the oldest token of a sample
+    is behind the policy.
+    """
     versions = [
         [int(version) for version, _, _ in sample.versions if version.isdigit()]
         for group in groups
@@ -119,7 +123,9 @@ def update_metrics(report: UpdateReport) -> dict[str, float]:
 
 
 def _teacher_metrics(distances: tuple[float, float] | None) -> dict[str, float]:
-    """Where the teacher is, and the share of its way to the policy it went in this step; nothing without weights of its own."""
+    """Where the teacher is, and the share of its way to the policy it went in this step; nothing without
+    weights of its own.
+    """
     if distances is None:
         return {}
     before, after = distances
@@ -143,7 +149,9 @@ class MetricsFile:
         self._file.flush()
 
     def rewind(self, step: int, with_evaluation: bool) -> list[dict[str, Any]]:
-        """Drop what was written of steps after `step`, or of its evaluation, and a line that a kill tore; returns what stays."""
+        """Drop what was written of steps after `step`, or of its evaluation, and a line that a kill tore;
+        returns what stays.
+        """
         rows = [
             row
             for row in self._rows()

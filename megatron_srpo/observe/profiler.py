@@ -18,8 +18,8 @@ _ALLOCATIONS = 100_000  # the newest that a memory snapshot remembers
 class StepProfiler:
     """Profiles the steps of logging.profile_steps on the ranks of logging.profile_ranks.
 
-    rank_NNNNN.trace.json.gz opens in Perfetto or chrome://tracing, rank_NNNNN.table.txt is for reading, and on CUDA
-    rank_NNNNN.memory.pickle opens in pytorch.org/memory_viz.
+    rank_NNNNN.trace.json.gz opens in Perfetto or chrome://tracing, rank_NNNNN.table.txt is for reading, and
+    on CUDA rank_NNNNN.memory.pickle opens in pytorch.org/memory_viz.
     """
 
     def __init__(self, directory: Path, settings: LoggingSection, layout: Layout):

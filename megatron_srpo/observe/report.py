@@ -1,4 +1,5 @@
-"""The report: one HTML file, without any network, with the curves of one or more runs and a browser of their samples.
+"""The report: one HTML file, without any network, with the curves of one or more runs and a browser of their
+samples.
 
 Everything shown is one JSON object in the page, whose text the page's script only ever inserts as text.
 """
@@ -31,7 +32,8 @@ def write_report(paths: Sequence[Path], output: Path, samples: int = SAMPLES) ->
         name: (_PAGE / name).read_text(encoding="utf-8")
         for name in ("page.html", "page.css", "charts.js", "samples.js")
     }
-    # "<" could end the script element; everything else outside ASCII, and halves of surrogate pairs, json escapes itself.
+    # "<" could end the script element; everything else outside ASCII, and halves of surrogate pairs, json
+    # escapes itself.
     data = json.dumps(report_data(paths, samples), separators=(",", ":")).replace("<", "\\u003c")
     html = page["page.html"]
     for mark, text in (
@@ -132,7 +134,9 @@ def _weight_quantiles(run: RunFolder) -> dict[str, Any]:
 
 
 def alarm_history(run: RunFolder) -> list[dict[str, str]]:
-    """Every stretch of steps in which an alarm holds, by the rows alone: a run from before there were alarms has them, too."""
+    """Every stretch of steps in which an alarm holds, by the rows alone: a run from before there were alarms
+    has them, too.
+    """
     limits, stretches, held = Limits.of(run.config), [], {}
     steps = [row for row in run.steps if "loss" in row]  # what was only sampled has no alarms
     for place, row in enumerate(steps):
@@ -186,7 +190,9 @@ def _add_samples(data: dict[str, Any], run: RunFolder, number: int, name: str, l
 
 
 def _spread(steps: list[int]) -> list[int]:
-    """The same steps in an order whose every beginning is spread over all of them: last, first, then halves, quarters …"""
+    """The same steps in an order whose every beginning is spread over all of them: last, first, then halves,
+    quarters …
+    """
     if not steps:
         return []
     places, stride = [len(steps) - 1, 0], len(steps)

@@ -15,7 +15,9 @@ from megatron_srpo.distributed.files import write_text
 
 
 def choose(groups: Sequence[Group], count: int) -> list[SampleKey]:
-    """Up to `count` samples, by turns distilled, failed without a teacher, and right; of as many prompts as there are."""
+    """Up to `count` samples, by turns distilled, failed without a teacher, and right; of as many prompts as
+    there are.
+    """
     kinds: tuple[list[Sample], ...] = ([], [], [])
     for group in groups:
         for sample in group:
@@ -46,7 +48,9 @@ def write_tokens(
     folder: Path,
     step: int,
 ) -> None:
-    """Write the rows of `TokenValues.gather`, ids replaced by the text `decode` makes of each; whole or not at all."""
+    """Write the rows of `TokenValues.gather`, ids replaced by the text `decode` makes of each; whole or not
+    at all.
+    """
     ids_of = {(sample.prompt.id, sample.index): sample.response_ids for group in groups for sample in group}
     texts: dict[int, str] = {}
 

@@ -32,7 +32,10 @@ def check_trackers(config: Config) -> None:
 
 
 class Trackers:
-    """All of a run. One that fails, such as for a lost connection, is told by `say` and let go: metrics.jsonl has everything."""
+    """All of a run.
+
+    One that fails, such as for a lost connection, is told by `say` and let go: metrics.jsonl has everything.
+    """
 
     def __init__(self, trackers: list[Tracker], say: Callable[[str], None]):
         self._trackers, self._say = trackers, say
@@ -90,8 +93,9 @@ class TensorBoard:
 class WandB:
     """One W&B run for a run folder (its id is kept in RUN/wandb_id), also over several starts.
 
-    W&B's own step may only grow, and what comes below it is dropped; a run that goes on from a checkpoint comes back to steps it had.
-    So `step` is a number like the others, named as the x axis of all: such steps have two points.
+    W&B's own step may only grow, and what comes below it is dropped; a run that goes on from a checkpoint
+    comes back to steps it had. So `step` is a number like the others, named as the x axis of all: such steps
+    have two points.
     """
 
     def __init__(self, config: Config):

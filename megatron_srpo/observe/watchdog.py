@@ -1,6 +1,8 @@
-"""No silent hang: when no rank makes progress, every rank leaves its state and its stacks in the run folder and exits.
+"""No silent hang: when no rank makes progress, every rank leaves its state and its stacks in the run folder
+and exits.
 
-Each rank's thread writes what its process is doing (`progress.py`) to watchdog/rank_NNNNN.txt. The first rank's looks at all of
+Each rank's thread writes what its process is doing (`progress.py`) to watchdog/rank_NNNNN.txt. The first
+rank's looks at all of
 them: a rank that waits for another is fine while the other gets on. Stalled is a run in which nobody does.
 """
 
@@ -23,7 +25,8 @@ _GRACE_SECONDS = 10  # a stalled run's first rank waits so long for the other ra
 
 
 class Watchdog:
-    """Watches while it is entered. minutes: without any rank's progress, after which the run ends; None: never.
+    """Watches while it is entered. minutes: without any rank's progress, after which the run ends; None:
+    never.
 
     session: of this start of the run, the same on all ranks.
     """
@@ -63,7 +66,8 @@ class Watchdog:
     def _watch(self) -> None:
         told, seen, moved_at = None, None, time.monotonic()
         while not self._stop.wait(self._interval):
-            # The interpreter's own clock, which needs no lock of it: for a process whose main thread never lets a thread run.
+            # The interpreter's own clock, which needs no lock of it: for a process whose main thread never
+            # lets a thread run.
             faulthandler.dump_traceback_later(self.limit + _GRACE_SECONDS, exit=True, file=self._log)
             if told != PROGRESS.beats:
                 told = PROGRESS.beats

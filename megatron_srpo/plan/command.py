@@ -1,4 +1,6 @@
-"""`python -m megatron_srpo plan`: what a configuration needs, whether it fits, how long a step takes, and what would be better."""
+"""`python -m megatron_srpo plan`: what a configuration needs, whether it fits, how long a step takes, and
+what would be better.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,10 @@ SHOWN = 5  # layouts
 
 
 def plan(config: Config, options: argparse.Namespace) -> int:
-    """Print the plan; returns 0 if it fits, 1 if not. Reads config.json of model.hf_path only. Raises ConfigError."""
+    """Print the plan; returns 0 if it fits, 1 if not.
+
+    Reads config.json of model.hf_path only. Raises ConfigError.
+    """
     if options.gpus < 1:
         raise ConfigError(f"--gpus: {options.gpus}; expected 1 or more")
     machine, workload = _machine(options), _workload(config, options)

@@ -16,13 +16,15 @@ from megatron_srpo.plan.step import Servers, cache_bytes, step_seconds, total
 
 POWERS = tuple(2**n for n in range(8))
 MINIMUM_CACHE = 0.05  # of the memory, which SGLang must have for keys and values at least; assumed
-SLEEPING = 2e9  # bytes a colocated server keeps while it has given its memory back: its CUDA context and graphs; assumed
+# bytes a colocated server keeps while it has given its memory back: its CUDA context and graphs; assumed
+SLEEPING = 2e9
 
 
 class Plan(NamedTuple):
     """A configuration on so many GPUs. memory, seconds: by part.
 
-    cache_room: bytes for keys and values while an engine samples on a training GPU, of which `cache_needed` at least; None: it does not.
+    cache_room: bytes for keys and values while an engine samples on a training GPU, of which `cache_needed`
+    at least; None: it does not.
     """
 
     config: Config
@@ -61,7 +63,10 @@ class Plan(NamedTuple):
 def plan_for(
     architecture: Architecture, config: Config, machine: Machine, gpus: int, workload: Workload
 ) -> Plan:
-    """The plan of this very configuration. Raises ConfigError for a layout that is impossible, with the reason."""
+    """The plan of this very configuration.
+
+    Raises ConfigError for a layout that is impossible, with the reason.
+    """
     check_layout(architecture, config)
     data_parallel_size(config.parallel, gpus)
     parts = memory(architecture, config, machine, gpus, Batch.worst(config, gpus, workload))
@@ -75,10 +80,11 @@ def plan_for(
 def _cache(
     architecture: Architecture, config: Config, machine: Machine, gpus: int, parts: dict[str, float]
 ) -> tuple[float | None, float]:
-    """(bytes for keys and values beside the training states, bytes needed); (None, 0) where nothing samples on training GPUs.
+    """(bytes for keys and values beside the training states, bytes needed); (None, 0) where nothing samples
+    on training GPUs.
 
-    The embedded engine pads its batch to the longest sequence, which may be the longest allowed; SGLang makes do with what there is,
-    and for it all but the policy's weights waits on the host.
+    The embedded engine pads its batch to the longest sequence, which may be the longest allowed; SGLang makes
+    do with what there is, and for it all but the policy's weights waits on the host.
     """
     rollout, servers, size = config.rollout, Servers.of(config, gpus), planned_dtype(config, machine).itemsize
     if rollout.replay is not None or not servers.colocated:
@@ -101,10 +107,11 @@ def _cache(
 def layouts(
     architecture: Architecture, config: Config, machine: Machine, gpus: int, workload: Workload
 ) -> tuple[list[Plan], int, int]:
-    """All layouts of powers of two that fit, the fastest first; and how many are impossible, how many too large.
+    """All layouts of powers of two that fit, the fastest first; and how many are impossible, how many too
+    large.
 
-    Tensor and context parallelism stay inside a node. Each layout comes with and without full recomputation; the rest is the
-    configuration's.
+    Tensor and context parallelism stay inside a node. Each layout comes with and without full recomputation;
+    the rest is the configuration's.
     """
     fitting: list[Plan] = []
     impossible = too_large = 0
@@ -148,7 +155,10 @@ def layouts(
 
 
 class Scaled(NamedTuple):
-    """The best plan for so many GPUs: with the configuration's batch, and with one that grows with them. None: nothing fits."""
+    """The best plan for so many GPUs: with the configuration's batch, and with one that grows with them.
+
+    None: nothing fits.
+    """
 
     gpus: int
     strong: Plan | None
@@ -158,7 +168,10 @@ class Scaled(NamedTuple):
 def scale(
     architecture: Architecture, config: Config, machine: Machine, workload: Workload, counts: list[int]
 ) -> list[Scaled]:
-    """The step model over `counts` of GPUs. Servers that others run, or that are started aside, are as many times more."""
+    """The step model over `counts` of GPUs.
+
+    Servers that others run, or that are started aside, are as many times more.
+    """
     rows = []
     for gpus in counts:
         factor = gpus // counts[0]
@@ -185,8 +198,10 @@ def _more_prompts(config: Config, factor: int) -> Config:
 
 
 def where_it_stops(rows: list[Scaled]) -> list[str]:
-    """Of the same batch, the first doubling that makes a step less than 1.4 times faster; of the growing one, the first at which it
-    takes 1.4 times as long as at first; and what the time goes to then. A sentence each."""
+    """Of the same batch, the first doubling that makes a step less than 1.4 times faster; of the growing one,
+    the first at which it takes 1.4 times as long as at first; and what the time goes to then. A sentence
+    each.
+    """
     said = []
     for before, after in itertools.pairwise([row for row in rows if row.strong is not None]):
         if (gain := before.strong.step / after.strong.step) < 1.4:

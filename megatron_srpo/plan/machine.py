@@ -10,11 +10,12 @@ from megatron_srpo.config.schema import Config
 
 
 class Machine(NamedTuple):
-    """One accelerator and what connects it; bytes, FLOP and seconds. Figures are the maker's, one way, without sparsity.
+    """One accelerator and what connects it; bytes, FLOP and seconds. Figures are the maker's, one way,
+    without sparsity.
 
-    host_bandwidth: between one GPU and its host's memory (PCIe 5 or 4, 16 lanes). network: of one GPU's own 400 Gb/s adapter. mfu:
-    model FLOP utilisation assumed for matrix products. reserve: of the memory, for the CUDA context, NCCL's buffers, cuBLAS's
-    workspaces and fragmentation; an assumption, not a measurement.
+    host_bandwidth: between one GPU and its host's memory (PCIe 5 or 4, 16 lanes). network: of one GPU's own
+    400 Gb/s adapter. mfu: model FLOP utilisation assumed for matrix products. reserve: of the memory, for the
+    CUDA context, NCCL's buffers, cuBLAS's workspaces and fragmentation; an assumption, not a measurement.
     """
 
     name: str
@@ -34,7 +35,9 @@ class Machine(NamedTuple):
         return self.name != "cpu"
 
     def bandwidth(self, ranks: int, abreast: int = 1) -> float:
-        """Of one rank in a group that spans `ranks` neighbouring ones; between nodes, a node's adapters are shared by `abreast` groups."""
+        """Of one rank in a group that spans `ranks` neighbouring ones; between nodes, a node's adapters are
+        shared by `abreast` groups.
+        """
         if ranks <= self.gpus_per_node:
             return self.node_bandwidth
         return min(self.node_bandwidth, self.network_bandwidth * max(1, self.gpus_per_node // abreast))
@@ -61,9 +64,11 @@ class Workload(NamedTuple):
 
     @classmethod
     def expected(cls, config: Config) -> Workload:
-        """Where nobody knows better: an eighth of the limits, as in the papers' runs (about 1,000 of 8,192 tokens).
+        """Where nobody knows better: an eighth of the limits, as in the papers' runs (about 1,000 of 8,192
+        tokens).
 
-        Distilled: 0.25 of SRPO's tokens (its samples start near 0.4 and fall, METHOD.md §4), all of SDPO's, none of GRPO's.
+        Distilled: 0.25 of SRPO's tokens (its samples start near 0.4 and fall, METHOD.md §4), all of SDPO's,
+        none of GRPO's.
         """
         rollout, algorithm = config.rollout, config.algorithm
         share = 0.0 if not algorithm.distils else 0.25 if algorithm.name == "srpo" else 1.0
@@ -75,7 +80,9 @@ class Workload(NamedTuple):
         return self.prompt_tokens + self.response_tokens
 
     def teacher_document(self, config: Config) -> int:
-        """Tokens the teacher is fed for one: a sibling's response stands in its prompt, besides some 40 of the frame."""
+        """Tokens the teacher is fed for one: a sibling's response stands in its prompt, besides some 40 of
+        the frame.
+        """
         return min(config.teacher.max_prompt_tokens, self.document + 40) + self.response_tokens
 
 

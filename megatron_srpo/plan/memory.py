@@ -20,7 +20,9 @@ _EXPERT_ROWS = {name: row for row in EXPERT_ROWS for name in row.hf}
 
 
 class Parameters(NamedTuple):
-    """Elements one rank holds: `dense` ones are replicated over data- and context-parallel ranks, `experts` over fewer of them."""
+    """Elements one rank holds: `dense` ones are replicated over data- and context-parallel ranks, `experts`
+    over fewer of them.
+    """
 
     dense: int
     experts: int
@@ -58,10 +60,11 @@ def layer_parameters(architecture: Architecture, config: Config) -> Parameters:
 
 
 def stage_parameters(architecture: Architecture, config: Config, stage: int) -> Parameters:
-    """Of one rank of pipeline stage `stage`: its layers, the embedding on the first, final norm and output matrix on the last.
+    """Of one rank of pipeline stage `stage`: its layers, the embedding on the first, final norm and output
+    matrix on the last.
 
-    A tied matrix is held by the first and by the last stage, padded rows included. Raises ConfigError where `megatron:` places layers
-    unevenly.
+    A tied matrix is held by the first and by the last stage, padded rows included. Raises ConfigError where
+    `megatron:` places layers unevenly.
     """
     parallel = config.parallel
     if key := next((key for key in config.megatron if "pipeline" in key), None):
@@ -84,7 +87,10 @@ def stage_parameters(architecture: Architecture, config: Config, stage: int) -> 
 
 
 def replicas(config: Config, gpus: int) -> tuple[int, int]:
-    """Ranks that hold the same dense parameters, and the same experts. Raises ConfigError when they do not divide."""
+    """Ranks that hold the same dense parameters, and the same experts.
+
+    Raises ConfigError when they do not divide.
+    """
     parallel = config.parallel
     experts = (
         parallel.expert_tensor_size
@@ -95,8 +101,9 @@ def replicas(config: Config, gpus: int) -> tuple[int, int]:
 
 
 class Batch(NamedTuple):
-    """What one rank works on, its share of what context-parallel ranks share. tokens, responses: of one micro-batch. distilled:
-    response tokens of its whole step."""
+    """What one rank works on, its share of what context-parallel ranks share. tokens, responses: of one
+    micro-batch. distilled: response tokens of its whole step.
+    """
 
     tokens: int
     responses: int
@@ -104,7 +111,10 @@ class Batch(NamedTuple):
 
     @classmethod
     def worst(cls, config: Config, gpus: int, workload: Workload) -> Batch:
-        """The fullest micro-batch: the budget, or the longest sequence where that is longer. Responses may be nearly all of it."""
+        """The fullest micro-batch: the budget, or the longest sequence where that is longer.
+
+        Responses may be nearly all of it.
+        """
         rollout, size, context = (
             config.rollout,
             data_parallel_size(config.parallel, gpus),
@@ -120,10 +130,11 @@ class Batch(NamedTuple):
 def memory(
     architecture: Architecture, config: Config, machine: Machine, gpus: int, batch: Batch
 ) -> dict[str, float]:
-    """Bytes by part on the fullest rank, while it trains. See `state_bytes`, `activation_bytes`, `loss_bytes`.
+    """Bytes by part on the fullest rank, while it trains. See `state_bytes`, `activation_bytes`,
+    `loss_bytes`.
 
-    Besides: the hidden states the teacher leaves for the loss, [distilled, H] a model; and the batch's ids, positions, targets and
-    weights on the device (8 + 8 + 8 + 5·4 bytes a token). `reserve` is the machine's.
+    Besides: the hidden states the teacher leaves for the loss, [distilled, H] a model; and the batch's ids,
+    positions, targets and weights on the device (8 + 8 + 8 + 5·4 bytes a token). `reserve` is the machine's.
     """
     stages = range(config.parallel.pipeline_model_parallel_size)
     return max(
@@ -164,10 +175,11 @@ def state_bytes(
 ) -> dict[str, float]:
     """Bytes that stay for the whole run on a rank of `stage`.
 
-    With P elements of b bytes on the rank, D replicas of each: weights b·P; gradients 4·P (`grad_reduce_in_fp32`); Adam's two
-    moments 8·P, and 4·P for the fp32 masters of bf16 weights, both over D with the distributed optimizer (Rajbhandari et al.,
-    arXiv 1910.02054, P_os); a teacher b·P for its copy to score with, an EMA 4·P/D for its fp32 share. The embedded engine holds
-    the whole model, b a parameter, on every rank.
+    With P elements of b bytes on the rank, D replicas of each: weights b·P; gradients 4·P
+    (`grad_reduce_in_fp32`); Adam's two moments 8·P, and 4·P for the fp32 masters of bf16 weights, both over D
+    with the distributed optimizer (Rajbhandari et al., arXiv 1910.02054, P_os); a teacher b·P for its copy to
+    score with, an EMA 4·P/D for its fp32 share. The embedded engine holds the whole model, b a parameter, on
+    every rank.
     """
     size, parallel = planned_dtype(config, machine).itemsize, config.parallel
     own = stage_parameters(architecture, config, stage)
@@ -188,10 +200,10 @@ def activation_bytes(
 ) -> tuple[float, float]:
     """(kept between forward and backward, the most that a backward pass adds to it) on a rank of `stage`.
 
-    A stage of 1F1B keeps as many micro-batches as stages follow it, itself included; interleaved, stage s of p keeps
-    (v - 1)·p + 2·(p - s - 1) + 1 of its v chunks' (Narayanan et al., arXiv 2104.04473, §2.2; Megatron's warm-up). Full recompute keeps
-    each `recompute_num_layers`-th layer's input, and one such group whole while it is computed again. Selective recompute is not counted:
-    it only saves.
+    A stage of 1F1B keeps as many micro-batches as stages follow it, itself included; interleaved, stage s of
+    p keeps (v - 1)·p + 2·(p - s - 1) + 1 of its v chunks' (Narayanan et al., arXiv 2104.04473, §2.2;
+    Megatron's warm-up). Full recompute keeps each `recompute_num_layers`-th layer's input, and one such group
+    whole while it is computed again. Selective recompute is not counted: it only saves.
     """
     parallel, size = config.parallel, planned_dtype(config, machine).itemsize
     layers, stages = (
@@ -221,21 +233,24 @@ def layer_bytes(
 ) -> tuple[float, float]:
     """(what autograd keeps of one layer for a micro-batch, what its backward pass adds) on one rank.
 
-    Numbers a token, A = query heads · d, K = key heads · d, F the feed-forward width, all over TP; H over TP with sequence parallelism
-    only. Each tensor is counted once, where it is first kept (cf. Korthikanti et al., arXiv 2205.05198, eq. 2, for another layer):
+    Numbers a token, A = query heads · d, K = key heads · d, F the feed-forward width, all over TP; H over TP
+    with sequence parallelism only. Each tensor is counted once, where it is first kept (cf. Korthikanti et
+    al., arXiv 2205.05198, eq. 2, for another layer):
 
-    local: two norms, each its input, normalised input and output, 6H (bf16: the input in fp32, so 8H). The query-key-value product
-    A + 2K; queries copied out of it and normalised, keys normalised, 2A + K (bf16: inputs in fp32, 3A + 3K); rotated A + K, by 4d
-    cosines and sines; attention's output and the projection's input 2A; feed-forward: both halves 2F, silu(first) F, second + offset F,
-    product F; the fused kernel on a GPU keeps 2F + F. In fp32: 4 bytes a norm and query head, for its scale and its log-sum-exp.
-    Transformer Engine: norms keep input and output, 4H; A + 2K, queries 2A, keys K, output A, cosines as above; 3F.
+    local: two norms, each its input, normalised input and output, 6H (bf16: the input in fp32, so 8H). The
+    query-key-value product A + 2K; queries copied out of it and normalised, keys normalised, 2A + K (bf16:
+    inputs in fp32, 3A + 3K); rotated A + K, by 4d cosines and sines; attention's output and the projection's
+    input 2A; feed-forward: both halves 2F, silu(first) F, second + offset F, product F; the fused kernel on a
+    GPU keeps 2F + F. In fp32: 4 bytes a norm and query head, for its scale and its log-sum-exp. Transformer
+    Engine: norms keep input and output, 4H; A + 2K, queries 2A, keys K, output A, cosines as above; 3F.
 
-    Experts: for each of the k that a token goes to (evenly spread), its input H and a feed-forward as above and F for its weight;
-    5 bytes an expert for the router's map, 24 for each choice. Backward: gradients of the feed-forward's tensors, 4F, and of the
-    residual stream, 2H.
+    Experts: for each of the k that a token goes to (evenly spread), its input H and a feed-forward as above
+    and F for its weight; 5 bytes an expert for the router's map, 24 for each choice. Backward: gradients of
+    the feed-forward's tensors, 4F, and of the residual stream, 2H.
 
-    Local, with C context-parallel ranks: keys and values of all of them, 2K·C, instead of the rotated keys, and their places, 8·C bytes;
-    as many gradients backward. Transformer Engine passes keys and values on instead.
+    Local, with C context-parallel ranks: keys and values of all of them, 2K·C, instead of the rotated keys,
+    and their places, 8·C bytes; as many gradients backward. Transformer Engine passes keys and values on
+    instead.
     """
     a, size, tensor = (
         architecture,
@@ -275,9 +290,10 @@ def loss_bytes(
 ) -> tuple[float, float]:
     """(tiles of logits, what else the last stage keeps for the loss).
 
-    Tiles: at most `train.logits_memory_mib` (`vocab_parallel.fused.MEMORY`), and no more than the response tokens need: two fp32 tiles
-    (one without a teacher), on a GPU one in the model's dtype. Besides, the final norm's three [T, H], the hidden states [T, H] (of all
-    context-parallel ranks) and those that predict responses [R, H] with their gradient and the teacher's.
+    Tiles: at most `train.logits_memory_mib` (`vocab_parallel.fused.MEMORY`), and no more than the response
+    tokens need: two fp32 tiles (one without a teacher), on a GPU one in the model's dtype. Besides, the final
+    norm's three [T, H], the hidden states [T, H] (of all context-parallel ranks) and those that predict
+    responses [R, H] with their gradient and the teacher's.
     """
     size = planned_dtype(config, machine).itemsize
     limit = config.train.logits_memory_mib and config.train.logits_memory_mib * 2**20

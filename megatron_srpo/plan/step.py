@@ -1,4 +1,6 @@
-"""Seconds and bytes on the wire of one training step, by part: a model to choose layouts by, not a measurement."""
+"""Seconds and bytes on the wire of one training step, by part: a model to choose layouts by, not a
+measurement.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ EMBEDDED_SECONDS = 1e-3  # of Python, for each layer and token of transformers' 
 
 
 def active_parameters(architecture: Architecture) -> int:
-    """Elements of the matrices a token is multiplied with in the layers: of experts, those it is sent to; no embedding, no head."""
+    """Elements of the matrices a token is multiplied with in the layers: of experts, those it is sent to; no
+    embedding, no head.
+    """
     layer = {name: math.prod(shape) for name, shape in layer_shapes(architecture).items() if len(shape) == 2}
     experts = sum(count for name, count in layer.items() if name.startswith("mlp.experts."))
     active = experts * architecture.num_experts_per_tok // architecture.num_experts if experts else 0
@@ -40,8 +44,8 @@ def active_parameters(architecture: Architecture) -> int:
 def forward_flops(architecture: Architecture, tokens: float, document: float) -> float:
     """FLOP of `tokens` through all layers, in documents of `document` tokens.
 
-    Two a parameter and token; attention, 4·A for each pair of query and key (scores and values, A = heads · d), of which causality
-    leaves half of document² (Chowdhery et al., arXiv 2204.02311, appendix B).
+    Two a parameter and token; attention, 4·A for each pair of query and key (scores and values, A = heads ·
+    d), of which causality leaves half of document² (Chowdhery et al., arXiv 2204.02311, appendix B).
     """
     attention = (
         2
@@ -56,9 +60,10 @@ def forward_flops(architecture: Architecture, tokens: float, document: float) ->
 def step_flops(architecture: Architecture, config: Config, workload: Workload) -> dict[str, float]:
     """Model FLOP of a training step on all ranks, by phase; recomputation is not counted.
 
-    update: forward and twice as much backward; of the output matrix, on response tokens only, three products and the teacher's where
-    distilled (`vocab_parallel.fused`). scoring: the old policy's log-probabilities, with several optimizer steps a batch. teacher:
-    forward and one product for its entropies, on distilled samples.
+    update: forward and twice as much backward; of the output matrix, on response tokens only, three products
+    and the teacher's where distilled (`vocab_parallel.fused`). scoring: the old policy's log-probabilities,
+    with several optimizer steps a batch. teacher: forward and one product for its entropies, on distilled
+    samples.
     """
     samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     head = 2.0 * architecture.hidden_size * architecture.vocab_size
@@ -76,7 +81,9 @@ def step_flops(architecture: Architecture, config: Config, workload: Workload) -
 
 
 class Transfer(NamedTuple):
-    """What one rank sends in a step, in how many collectives of how many ranks, at which bandwidth (bytes a second)."""
+    """What one rank sends in a step, in how many collectives of how many ranks, at which bandwidth (bytes a
+    second).
+    """
 
     bytes: float
     calls: float
@@ -85,23 +92,27 @@ class Transfer(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """As if nothing hid them, though on GPUs gradients are reduced beside the last micro-batch's backward pass."""
+        """As if nothing hid them, though on GPUs gradients are reduced beside the last micro-batch's
+        backward pass.
+        """
         return self.bytes / self.bandwidth + self.calls * LATENCY * math.log2(max(2, self.ranks))
 
 
 def traffic(
     architecture: Architecture, config: Config, machine: Machine, gpus: int, workload: Workload
 ) -> dict[str, Transfer]:
-    """By purpose, of a rank of the fullest stage. A ring over n ranks sends (n - 1)/n of what is gathered or scattered, twice that to
-    reduce (Patarasuk & Yuan 2009). t: tokens through the rank, forward, shared with its tensor-parallel ranks; b: bytes a number.
+    """By purpose, of a rank of the fullest stage. A ring over n ranks sends (n - 1)/n of what is gathered or
+    scattered, twice that to reduce (Patarasuk & Yuan 2009). t: tokens through the rank, forward, shared with
+    its tensor-parallel ranks; b: bytes a number.
 
-    tensor: two all-reduces of [t, H] a layer each way (Shoeybi et al., arXiv 1909.08053; the same bytes with sequence parallelism, and
-    two more gathers backward, arXiv 2205.05198). experts: dispatch and combine of k·[t, H] a layer each way. pipeline: [t, H] each
-    way. context: keys and values of [t, K], C - 1 times a layer, and their gradients as often backward (Transformer Engine sends keys and
-    values once more then); the last hidden states likewise. gradients: reduce-scatter in fp32, weights gathered back (all-reduce
-    without the distributed optimizer), for each optimizer step. host: what waits there (`optimizer_cpu_offload`, `colocated`), there
-    and back. teacher: `Teacher.follow`, one all-reduce a parameter. samples: every rank gets the whole batch. export: every rank sees
-    every tensor.
+    tensor: two all-reduces of [t, H] a layer each way (Shoeybi et al., arXiv 1909.08053; the same bytes with
+    sequence parallelism, and two more gathers backward, arXiv 2205.05198). experts: dispatch and combine of
+    k·[t, H] a layer each way. pipeline: [t, H] each way. context: keys and values of [t, K], C - 1 times a
+    layer, and their gradients as often backward (Transformer Engine sends keys and values once more then);
+    the last hidden states likewise. gradients: reduce-scatter in fp32, weights gathered back (all-reduce
+    without the distributed optimizer), for each optimizer step. host: what waits there
+    (`optimizer_cpu_offload`, `colocated`), there and back. teacher: `Teacher.follow`, one all-reduce a
+    parameter. samples: every rank gets the whole batch. export: every rank sees every tensor.
     """
     a, parallel, rollout = architecture, config.parallel, config.rollout
     size, tensor = planned_dtype(config, machine).itemsize, parallel.tensor_model_parallel_size
@@ -198,7 +209,9 @@ def _host_bytes(architecture: Architecture, config: Config, machine: Machine, gp
 
 
 def exchanged_bytes(config: Config, workload: Workload) -> float:
-    """Of a step's samples as JSON lines (`rollout.collect.exchange`); it grows with the batch, not with the ranks."""
+    """Of a step's samples as JSON lines (`rollout.collect.exchange`); it grows with the batch, not with the
+    ranks.
+    """
     samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     return samples * (SAMPLE_BYTES[0] * workload.prompt_tokens + SAMPLE_BYTES[1] * workload.response_tokens)
 
@@ -218,9 +231,10 @@ def step_seconds(
 ) -> dict[str, float]:
     """Seconds of a step by part; see `total`.
 
-    sampling: `sampling_seconds`. update, scoring, teacher: FLOP over ranks, peak and MFU; a full recompute repeats the update's forward
-    pass. idle: a rank trains whole samples, ⌈n/D⌉ of an optimizer batch's n. bubble: (p - 1)/(v·m) of the computation, of p stages
-    and m micro-batches (arXiv 2104.04473, §2.2). Then `traffic`, and reading the samples on a CPU.
+    sampling: `sampling_seconds`. update, scoring, teacher: FLOP over ranks, peak and MFU; a full recompute
+    repeats the update's forward pass. idle: a rank trains whole samples, ⌈n/D⌉ of an optimizer batch's n.
+    bubble: (p - 1)/(v·m) of the computation, of p stages and m micro-batches (arXiv 2104.04473, §2.2). Then
+    `traffic`, and reading the samples on a CPU.
     """
     rate = machine.peak * machine.mfu * gpus
     parts = {"sampling": sampling_seconds(architecture, config, machine, gpus, workload)}
@@ -287,8 +301,9 @@ def cache_bytes(architecture: Architecture, size: int) -> int:
 def sampling_seconds(
     architecture: Architecture, config: Config, machine: Machine, gpus: int, workload: Workload
 ) -> float:
-    """Decoding, bound by memory: each token of the longest response reads all weights, each token its sequence's keys and values
-    (cf. Pope et al., arXiv 2211.05102, §2); and by computation, two FLOP a parameter and token, prompts included. 0 when replaying.
+    """Decoding, bound by memory: each token of the longest response reads all weights, each token its
+    sequence's keys and values (cf. Pope et al., arXiv 2211.05102, §2); and by computation, two FLOP a
+    parameter and token, prompts included. 0 when replaying.
     """
     if config.rollout.replay is not None:
         return 0.0

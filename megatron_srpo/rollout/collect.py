@@ -1,4 +1,6 @@
-"""From prompt numbers to verified groups: this rank's share of a step, and the exchange that shows every rank all of them."""
+"""From prompt numbers to verified groups: this rank's share of a step, and the exchange that shows every
+rank all of them.
+"""
 
 from __future__ import annotations
 
@@ -41,14 +43,19 @@ class Collector:
         self.seconds_verifying = 0.0
 
     def prompts(self, prompt: Callable[[int], Prompt], numbers: range) -> list[Prompt]:
-        """This rank's share of the prompts of `numbers`, with their token ids: every world_size-th, from its rank on."""
+        """This rank's share of the prompts of `numbers`, with their token ids: every world_size-th, from its
+        rank on.
+        """
         mine = numbers[self.layout.rank :: self.layout.world_size]
         return [encode_prompt(prompt(number), self.folder, self.settings) for number in mine]
 
     def sample(
         self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: Sampling, seed: str
     ) -> list[Group]:
-        """Verified groups of `samples_per_prompt` responses. A sample's randomness is (seed, prompt id, index) alone."""
+        """Verified groups of `samples_per_prompt` responses.
+
+        A sample's randomness is (seed, prompt id, index) alone.
+        """
         return self.collect(
             [Unfinished(prompt=prompt) for prompt in prompts], samples_per_prompt, sampling, seed
         )[0]
@@ -69,7 +76,8 @@ class Collector:
         Args:
             begun: prompts, with what has been sampled of them before: that is not sampled again.
             is_enough: called with each group when it is verified; True: the rest is broken off.
-            keep: called with new samples as soon as they are finished, with those that the engine hands over together.
+            keep: called with new samples as soon as they are finished, with those that the engine hands over
+                together.
         """
         self.seconds_verifying = 0.0
         samples = {
@@ -149,7 +157,9 @@ class Collector:
         )
 
     def verify(self, groups: Sequence[Group]) -> list[Group]:
-        """Every sample with its verdict; a failed one of a prompt that carries feedback has that as its feedback."""
+        """Every sample with its verdict; a failed one of a prompt that carries feedback has that as its
+        feedback.
+        """
         began, samples = time.perf_counter(), [sample for group in groups for sample in group]
         jobs = [Job(sample.prompt.task, sample.prompt.answer, sample.text) for sample in samples]
         verdicts = iter(self.verifiers.verify(jobs))

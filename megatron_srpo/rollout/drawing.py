@@ -1,9 +1,10 @@
 """The groups a step trains on: prompts drawn, sampled and verified in rounds until the batch is full.
 
-A round is the same on every rank but for the share of its prompts each rank samples. Without over-sampling and filtering
-there is one, and ranks need not talk. With them, each rank breaks off when it has its share of what is wanted, ranks show
-each other what they have, and another round follows if that is not enough. What is left over (whole groups, and responses
-broken off) is carried into the next step, and goes on there unless it is too stale.
+A round is the same on every rank but for the share of its prompts each rank samples. Without over-sampling
+and filtering there is one, and ranks need not talk. With them, each rank breaks off when it has its share of
+what is wanted, ranks show each other what they have, and another round follows if that is not enough. What is
+left over (whole groups, and responses broken off) is carried into the next step, and goes on there unless it
+is too stale.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from megatron_srpo.rollout.ledger import Ledger
 
 
 class Drawn(NamedTuple):
-    """A step's batch. groups: this rank's share. numbers: for metrics.jsonl. seconds_verifying: of the time it took."""
+    """A step's batch. groups: this rank's share. numbers: for metrics.jsonl. seconds_verifying: of the time
+    it took.
+    """
 
     groups: list[Group]
     numbers: dict[str, float]
@@ -59,7 +62,9 @@ class Drawing:
         self._start = (0, 0)  # the last step drawn, and the first prompt that had not been drawn before
 
     def place(self, step: int) -> int:
-        """The first prompt that had not been drawn before `step`: what a checkpoint keeps, to go on with `step`."""
+        """The first prompt that had not been drawn before `step`: what a checkpoint keeps, to go on with
+        `step`.
+        """
         return self._start[1] if step == self._start[0] else self.next_prompt
 
     def go_on(self, step: int, next_prompt: int) -> None:
@@ -117,7 +122,9 @@ class Drawing:
         step: int,
         kept: dict[tuple[str, int], tuple[int, Sample]],
     ) -> tuple[list[Group], list[Unfinished]]:
-        """Whole groups and what was broken off: all ranks' when choosy, else this rank's share (of which all is whole)."""
+        """Whole groups and what was broken off: all ranks' when choosy, else this rank's share (of which all
+        is whole).
+        """
         settings = self.config.rollout
         known = {
             key: sample for key, (made_in, sample) in kept.items() if made_in <= number
@@ -178,7 +185,9 @@ class Drawing:
         return has_signal(group, self.config.algorithm, self.config.teacher.feedback)
 
     def _fresh(self, carried: Sequence[Unfinished], step: int) -> list[Unfinished]:
-        """Without the samples whose oldest token is too many versions older than the policy that will train on them."""
+        """Without the samples whose oldest token is too many versions older than the policy that will train
+        on them.
+        """
         oldest = step - 1 - self.config.rollout.max_staleness
         is_fresh = lambda sample: min(int(version) for version, _, _ in sample.versions) >= oldest  # noqa: E731
         return [one.model_copy(update={"samples": tuple(filter(is_fresh, one.samples))}) for one in carried]

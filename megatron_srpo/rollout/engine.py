@@ -1,4 +1,6 @@
-"""The engine protocol: token ids in, token ids with log-probabilities out, weights as a stream of HF-named tensors."""
+"""The engine protocol: token ids in, token ids with log-probabilities out, weights as a stream of HF-named
+tensors.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,10 @@ class Sampling(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """One response. A stop token stays in `ids`. `logprobs` are those of the full softmax at the sampling temperature
-    (temperature 1 when greedy); top_p does not renormalise them. `versions`: half-open spans (weight version, start, end).
-    finish_reason "abort": broken off, and possibly empty."""
+    """One response. A stop token stays in `ids`. `logprobs` are those of the full softmax at the sampling
+    temperature (temperature 1 when greedy); top_p does not renormalise them. `versions`: half-open spans
+    (weight version, start, end). finish_reason "abort": broken off, and possibly empty.
+    """
 
     ids: list[int]
     logprobs: list[float]
@@ -39,8 +42,10 @@ class Request(NamedTuple):
     start: Completion | None = None
 
 
-# finished({number of a request: its completion}) -> whether that is enough. Called in the thread that called `generate`, with what is
-# done, in any order. What an engine computes together it hands over together: then what is left is computed as it would have been.
+# finished({number of a request: its completion}) -> whether that is enough. Called in the thread that called
+# `generate`, with what is
+# done, in any order. What an engine computes together it hands over together: then what is left is computed
+# as it would have been.
 # After "enough" the others are broken off and handed over too ("abort"), with what they have.
 Finished = Callable[[Mapping[int, Completion]], bool]
 

@@ -1,12 +1,17 @@
-"""What was drawn, sampled and trained on, written before it is needed: nothing is sampled twice or skipped after a stop.
+"""What was drawn, sampled and trained on, written before it is needed: nothing is sampled twice or skipped
+after a stop.
 
-    RUN/ledger/events.jsonl                    drawn, filtered and trained (step, prompts), resumed (after which step)
-               step_000007.rank_00000.jsonl    this rank's finished samples of a step, written while others still run; a line: what was
+    RUN/ledger/events.jsonl                    drawn, filtered and trained (step, prompts), resumed (after
+    which step)
+               step_000007.rank_00000.jsonl    this rank's finished samples of a step, written while others
+               still run; a line: what was
                                                made together
-               step_000007.carried.jsonl       what the step before left over for it: groups, broken-off responses
+               step_000007.carried.jsonl       what the step before left over for it: groups, broken-off
+               responses
 
-After a stop the run goes on from a checkpoint. Samples of the step after it are used again, partial groups included: they
-were made by weights the run had by then. Later steps were made by weights that are gone: they are taken back, and drawn anew.
+After a stop the run goes on from a checkpoint. Samples of the step after it are used again, partial groups
+included: they were made by weights the run had by then. Later steps were made by weights that are gone: they
+are taken back, and drawn anew.
 """
 
 from __future__ import annotations
@@ -83,7 +88,9 @@ class Ledger:
         )
 
     def keep(self, step: int, number: int, samples: Sequence[Sample]) -> None:
-        """Finished samples that were made together in round `number` of a step: all of them are used again, or none."""
+        """Finished samples that were made together in round `number` of a step: all of them are used again,
+        or none.
+        """
         if not self.keeps_samples:
             return
         file = self.directory / f"step_{step:06d}.rank_{self.layout.rank:05d}.jsonl"
@@ -96,7 +103,10 @@ class Ledger:
         self._file.flush()
 
     def kept(self, step: int) -> dict[tuple[str, int], tuple[int, Sample]]:
-        """Every rank's finished samples of a step, each with its round, by prompt id and index. A torn line is left out."""
+        """Every rank's finished samples of a step, each with its round, by prompt id and index.
+
+        A torn line is left out.
+        """
         found = {}
         for file in sorted(self.directory.glob(f"step_{step:06d}.rank_*.jsonl")):
             for line in file.read_bytes().split(b"\n"):
@@ -108,7 +118,10 @@ class Ledger:
         return found
 
     def saved(self, step: int) -> None:
-        """A checkpoint holds `step`: samples up to it will not be needed again. For one rank to say, any time."""
+        """A checkpoint holds `step`: samples up to it will not be needed again.
+
+        For one rank to say, any time.
+        """
         self._forget(lambda earlier: earlier <= step)
 
     def _forget(self, is_past: Callable[[int], bool]) -> None:
@@ -130,7 +143,9 @@ class Ledger:
 
 
 def history(events: Iterable[str]) -> dict[int, dict[str, list[str]]]:
-    """Every step that counts, {step: {"drawn", "filtered", "trained": prompts}}, from the lines of events.jsonl."""
+    """Every step that counts, {step: {"drawn", "filtered", "trained": prompts}}, from the lines of
+    events.jsonl.
+    """
     steps: dict[int, dict[str, list[str]]] = {}
     for line in events:
         try:

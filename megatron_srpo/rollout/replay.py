@@ -18,8 +18,8 @@ from megatron_srpo.model.hf_folder import HFFolder
 def replay(folder: Path, step: int, samples_per_prompt: int, model: HFFolder) -> list[Group]:
     """The groups dumped for `step`, verified but not routed: the present algorithm routes them.
 
-    Raises ConfigError naming file and line for a missing file, a damaged line, an id outside the vocabulary or a group
-    that is not whole.
+    Raises ConfigError naming file and line for a missing file, a damaged line, an id outside the vocabulary
+    or a group that is not whole.
     """
     file = step_file(folder, step)
     if not file.is_file():

@@ -22,9 +22,11 @@ from megatron_srpo.tasks.pool import Pool
 
 
 class Rollouts:
-    """`collector` is None when replaying: then nothing is sampled, published or evaluated. `evaluated`: tasks by name.
+    """`collector` is None when replaying: then nothing is sampled, published or evaluated. `evaluated`: tasks
+    by name.
 
-    With `rollout.overlap: 1` the batch of the next step is sampled, by a thread, while a step trains: by weights one version older.
+    With `rollout.overlap: 1` the batch of the next step is sampled, by a thread, while a step trains: by
+    weights one version older.
     """
 
     def __init__(self, config: Config, folder: HFFolder, layout: Layout, say: Callable[[str], None]):
@@ -48,7 +50,10 @@ class Rollouts:
             self.drawing = Drawing(config, self.collector, mixture.prompt, self.ledger, layout)
 
     def collect(self, step: int) -> list[Group]:
-        """This rank's share of the step's verified groups. Raises ConfigError for a dumped step that does not fit."""
+        """This rank's share of the step's verified groups.
+
+        Raises ConfigError for a dumped step that does not fit.
+        """
         if self.collector is None:
             return self._replay(step)
         ahead, self._ahead = self._ahead, None
@@ -62,20 +67,27 @@ class Rollouts:
         return self.drawn.groups
 
     def settle(self) -> None:
-        """Wait until nothing is being sampled. Raises what went wrong there: other ranks may wait for this one's part."""
+        """Wait until nothing is being sampled.
+
+        Raises what went wrong there: other ranks may wait for this one's part.
+        """
         if self._ahead is not None:
             self._ahead.result()
 
     def publish(self, tensors: Iterable[tuple[str, Tensor]], step: int) -> None:
-        """The policy's weights to the engine, as version `step`; all ranks together. The stream is left alone when replaying."""
+        """The policy's weights to the engine, as version `step`; all ranks together.
+
+        The stream is left alone when replaying.
+        """
         self.settle()
         self.version = str(step)
         if self.collector is not None:
             self.collector.engine.update_weights(tensors, self.version)
 
     def make_room(self) -> None:
-        """With rollout.colocated: the engine's memory is the trainer's until weights are published. All ranks together, when all
-        have their groups."""
+        """With rollout.colocated: the engine's memory is the trainer's until weights are published. All ranks
+        together, when all have their groups.
+        """
         if self.collector is not None and self.config.rollout.colocated:
             self.collector.engine.release_memory()
 

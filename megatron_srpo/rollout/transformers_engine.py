@@ -1,6 +1,7 @@
 """The embedded engine: transformers' model of the folder's architecture, in this process.
 
-An implementation of the model that shares nothing with the trainer's: their log-probabilities are compared every step.
+An implementation of the model that shares nothing with the trainer's: their log-probabilities are compared
+every step.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ class TransformersEngine:
 
     @torch.no_grad()
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
-        """Copy the stream into the model. Raises ValueError when a tensor is unknown, misshapen or missing."""
+        """Copy the stream into the model.
+
+        Raises ValueError when a tensor is unknown, misshapen or missing.
+        """
         own = dict(_tensors_as_on_disk(self.model))
         for name, tensor in tensors:
             parameter = own.pop(name, None)
@@ -46,7 +50,8 @@ class TransformersEngine:
         self.version = version
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, finished: Finished) -> None:
-        """See `Engine.generate`. Prompts of like length are batched together; the results depend on it by rounding alone.
+        """See `Engine.generate`. Prompts of like length are batched together; the results depend on it by
+        rounding alone.
 
         "Enough" is heard between batches. Raises EngineFailed for a model that gives NaN.
         """
@@ -118,7 +123,9 @@ class TransformersEngine:
     def _completion(
         self, request: Request, tokens: list[int], logprobs: list[float], sampling: Sampling
     ) -> Completion:
-        """A finished row may have been carried on with others: what stands after its first stop token is not its own."""
+        """A finished row may have been carried on with others: what stands after its first stop token is not
+        its own.
+        """
         start = request.start or Completion([], [], [], "abort")
         tokens = tokens[: sampling.max_tokens - len(start.ids)]
         end = next((place + 1 for place, token in enumerate(tokens) if token in sampling.stop_ids), None)
@@ -150,7 +157,9 @@ def _broken_off(request: Request) -> Completion:
 
 
 def _tensors_as_on_disk(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The model's parameters by their names in safetensors files; tied matrices once, a layer's fused experts one by one."""
+    """The model's parameters by their names in safetensors files; tied matrices once, a layer's fused
+    experts one by one.
+    """
     for name, parameter in model.named_parameters():
         prefix, _, fused = name.rpartition(".experts.")
         if fused == "gate_up_proj":  # [experts, 2 · width, hidden]
@@ -166,12 +175,16 @@ def _tensors_as_on_disk(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _uniforms(seed: str, count: int) -> np.ndarray:
-    """`count` uniform numbers in [0, 1) that belong to `seed`: a sample's randomness does not depend on its batch."""
+    """`count` uniform numbers in [0, 1) that belong to `seed`: a sample's randomness does not depend on its
+    batch.
+    """
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(list(seed.encode())))).random(count)
 
 
 def _sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Token ids [n] and their log-probabilities [n], by inverting the cumulative distribution at `uniforms` [n]."""
+    """Token ids [n] and their log-probabilities [n], by inverting the cumulative distribution at `uniforms`
+    [n].
+    """
     if sampling.temperature == 0:
         logprobs = logits.log_softmax(-1)
         best = logits.argmax(-1)

@@ -8,7 +8,8 @@ from typing import Protocol
 from megatron_srpo.config.schema import Config, ConfigError, EvaluationSection, TaskSource
 from megatron_srpo.data.records import Prompt
 
-# Who judges, by name and rule: "module:function", (answer, text) → Verdict, called in a process that can be killed.
+# Who judges, by name and rule: "module:function", (answer, text) → Verdict, called in a process that can be
+# killed.
 VERIFIERS = {
     "exact": {"paper": "megatron_srpo.tasks.addition:verify"},
     "multiple_choice": {
@@ -30,7 +31,10 @@ VERIFIER_OF = {
 
 
 class Task(Protocol):
-    """What a task must offer. Prompts are addressed by number, so a run is defined by its seed alone; no process takes part."""
+    """What a task must offer.
+
+    Prompts are addressed by number, so a run is defined by its seed alone; no process takes part.
+    """
 
     name: str
     verifier: str
@@ -38,14 +42,22 @@ class Task(Protocol):
     it runs in worker processes (see `pool`)."""
 
     def size(self, split: str) -> int | None:
-        """How many prompts `split` ("train", "validation", "test") has, 0 when there is no such split; None: endless."""
+        """How many prompts `split` ("train", "validation", "test") has, 0 when there is no such split; None:
+        endless.
+        """
 
     def prompt(self, split: str, index: int) -> Prompt:
-        """Prompt `index` (0, 1, …) of `split`, without token ids. Training never ends: a finite task begins a new epoch."""
+        """Prompt `index` (0, 1, …) of `split`, without token ids.
+
+        Training never ends: a finite task begins a new epoch.
+        """
 
 
 def create_task(source: TaskSource, seed: int) -> Task:
-    """The task a source describes. Raises ConfigError for an unknown name, data that cannot be read or keys that do not belong."""
+    """The task a source describes.
+
+    Raises ConfigError for an unknown name, data that cannot be read or keys that do not belong.
+    """
     _refuse_strangers(source)
     if source.path is not None and source.path.suffix == ".py":
         from megatron_srpo.tasks.own import create_own_task
@@ -89,7 +101,10 @@ def create_task(source: TaskSource, seed: int) -> Task:
 
 
 def training_tasks(config: Config) -> dict[str, Task]:
-    """The tasks trained on, by name. Raises ConfigError as `create_task` does, or for a task without training questions."""
+    """The tasks trained on, by name.
+
+    Raises ConfigError as `create_task` does, or for a task without training questions.
+    """
     tasks = {source.name: create_task(source, config.train.seed) for source in config.task.sources}
     for name, task in tasks.items():
         if task.size("train") == 0:
@@ -100,7 +115,10 @@ def training_tasks(config: Config) -> dict[str, Task]:
 
 
 def evaluation_tasks(config: Config) -> dict[str, Task]:
-    """What is evaluated, by name. Raises ConfigError as `create_task` does, or for a split that is empty or endless and wanted whole."""
+    """What is evaluated, by name.
+
+    Raises ConfigError as `create_task` does, or for a split that is empty or endless and wanted whole.
+    """
     settings, tasks = config.evaluation, {}
     for source in config.evaluation_tasks:
         if source.name in tasks:

@@ -1,4 +1,7 @@
-"""`addition`: three-digit sums, the task of the quick start. Endless, verifiable, learnt by a tiny model in a minute."""
+"""`addition`: three-digit sums, the task of the quick start.
+
+Endless, verifiable, learnt by a tiny model in a minute.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,9 @@ def question(a: int, b: int) -> str:
 
 
 def verify(answer: str, text: str) -> Verdict:
-    """The verifier `exact`: reward 1 when the last complete `<answer>` block of `text`, stripped, equals `answer`, else 0."""
+    """The verifier `exact`: reward 1 when the last complete `<answer>` block of `text`, stripped, equals
+    `answer`, else 0.
+    """
     given = last_answer_block(text)
     correct = given == answer
     return Verdict(reward=float(correct), correct=correct, format_ok=given is not None)
@@ -37,7 +42,8 @@ class Addition:
         """Endless."""
 
     def prompt(self, split: str, index: int) -> Prompt:
-        """A sum drawn uniformly among those of `split`; nothing that is trained on is tested or validated, whatever the seed.
+        """A sum drawn uniformly among those of `split`; nothing that is trained on is tested or validated,
+        whatever the seed.
 
         Validation and test draw from the same tenth of all sums, so one sum in some hundreds stands in both.
         """

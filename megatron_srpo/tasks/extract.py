@@ -17,7 +17,8 @@ def last_answer_block(text: str) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    """What stands in the last complete \\boxed{…} or \\fbox{…}, braces balanced, stripped; None when there is none.
+    """What stands in the last complete \\boxed{…} or \\fbox{…}, braces balanced, stripped; None when there is
+    none.
 
     Of boxes within boxes the outermost that is closed: one that is never closed hides none.
     """

@@ -1,4 +1,6 @@
-"""Mathematics: GSM8K, AIME, HMMT, Minerva, OlympiadBench and any question with a short answer, compared by math-verify."""
+"""Mathematics: GSM8K, AIME, HMMT, Minerva, OlympiadBench and any question with a short answer, compared by
+math-verify.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,8 @@ def phrase(question: str) -> str:
 def published_row(row: dict[str, Any]) -> tuple[str, str]:
     """(question, short answer) of a row as the benchmarks publish it.
 
-    GSM8K's answer stands after "####", Minerva's in the last \\boxed{} of its solution, OlympiadBench's in a list of one.
-    Raises ValueError naming the field.
+    GSM8K's answer stands after "####", Minerva's in the last \\boxed{} of its solution, OlympiadBench's in a
+    list of one. Raises ValueError naming the field.
     """
     question = next(
         (row[field] for field in QUESTION_FIELDS if isinstance(row.get(field), str) and row[field].strip()),
@@ -60,7 +62,9 @@ def published_row(row: dict[str, Any]) -> tuple[str, str]:
 
 
 def final_answer(text: str) -> str | None:
-    """The answer a response commits itself to: its last \\boxed{…}, else its last complete <answer> block; None without either."""
+    """The answer a response commits itself to: its last \\boxed{…}, else its last complete <answer> block;
+    None without either.
+    """
     boxed = last_boxed(text)
     return last_answer_block(text) if boxed is None else boxed
 
@@ -68,7 +72,8 @@ def final_answer(text: str) -> str | None:
 def verify(answer: str, text: str) -> Verdict:
     """Right when math-verify finds the response's final answer equal to `answer` (LaTeX or plain numbers).
 
-    Parsed as LaTeX alone, which needs no Python evaluation. May run for ever on hostile input: for workers that can be killed.
+    Parsed as LaTeX alone, which needs no Python evaluation. May run for ever on hostile input: for workers
+    that can be killed.
     """
     given = final_answer(text)
     if not given or len(given) > LONGEST_ANSWER:
@@ -89,7 +94,9 @@ def verify(answer: str, text: str) -> Verdict:
 
 
 def _bare(answer: str) -> str:
-    """Without what stands around a formula or ends a sentence, and without spaces between thousands: the parser trips over them."""
+    """Without what stands around a formula or ends a sentence, and without spaces between thousands: the
+    parser trips over them.
+    """
     answer = _FULL_STOP.sub("", answer.strip())
     if around := _DISPLAY.fullmatch(answer):
         answer = _FULL_STOP.sub("", (around[1] or around[2] or "").strip())

@@ -1,4 +1,7 @@
-"""The order of training prompts: which task's turn it is. A curriculum would be another class with this one method."""
+"""The order of training prompts: which task's turn it is.
+
+A curriculum would be another class with this one method.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,10 @@ from megatron_srpo.tasks import Task
 
 
 class Mixture:
-    """Tasks in turn, in proportion to their weights: after every prompt each task is less than one prompt from its share
-    where there are two tasks, and never more than a few where there are many. The same on every run."""
+    """Tasks in turn, in proportion to their weights: after every prompt each task is less than one prompt
+    from its share where there are two tasks, and never more than a few where there are many. The same on
+    every run.
+    """
 
     def __init__(self, tasks: Mapping[str, Task], weights: Mapping[str, float]):
         """`weights`: the tasks trained on, by name, any positive numbers."""

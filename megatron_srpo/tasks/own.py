@@ -9,10 +9,11 @@ from megatron_srpo.tasks.worker import load_attribute
 
 
 def create_own_task(source: TaskSource, seed: int):
-    """The only class of the file that has prompt and verify: `MyTask(name, seed, **options)`, see `Task` and examples/own_task.
+    """The only class of the file that has prompt and verify: `MyTask(name, seed, **options)`, see `Task` and
+    examples/own_task.
 
-    Its `verify(answer, text) -> Verdict` is a static method; it runs in worker processes, which import the file too.
-    Raises ConfigError when the file cannot be run or has no such class.
+    Its `verify(answer, text) -> Verdict` is a static method; it runs in worker processes, which import the
+    file too. Raises ConfigError when the file cannot be run or has no such class.
     """
     file = source.path.resolve()
     if not file.is_file():

@@ -1,7 +1,8 @@
-"""The verifier pool: worker processes that can be killed, so that no response can hang a run, exhaust its memory or end it.
+"""The verifier pool: worker processes that can be killed, so that no response can hang a run, exhaust its
+memory or end it.
 
-JSON lines over pipes, no pickle. A worker answers its jobs in order, so the job that hung or killed it is the first without
-an answer: that one is given up, the rest go to its replacement.
+JSON lines over pipes, no pickle. A worker answers its jobs in order, so the job that hung or killed it is the
+first without an answer: that one is given up, the rest go to its replacement.
 """
 
 from __future__ import annotations
@@ -40,10 +41,16 @@ class Job(NamedTuple):
 
 
 class Pool:
-    """`settings.verifier_workers` processes, each with every task's verifier. They end with the pool or by `close()`."""
+    """`settings.verifier_workers` processes, each with every task's verifier.
+
+    They end with the pool or by `close()`.
+    """
 
     def __init__(self, verifiers: Mapping[str, str], settings: TaskSection):
-        """`verifiers`: task name → reference (see `Task`). Raises ConfigError when a verifier cannot be loaded."""
+        """`verifiers`: task name → reference (see `Task`).
+
+        Raises ConfigError when a verifier cannot be loaded.
+        """
         self.verifiers, self.settings = dict(verifiers), settings
         self.workers = [_Worker(self.verifiers, settings) for _ in range(settings.verifier_workers)]
         self.close = weakref.finalize(
@@ -53,7 +60,10 @@ class Pool:
             worker.wait_until_ready()
 
     def verify(self, jobs: Sequence[Job]) -> list[Verdict]:
-        """One verdict a job, in order. A job that nobody could judge has `verifier_failed`, reward 0, and is `excluded` as configured."""
+        """One verdict a job, in order.
+
+        A job that nobody could judge has `verifier_failed`, reward 0, and is `excluded` as configured.
+        """
         waiting = deque(enumerate(jobs))
         verdicts: list[Verdict | None] = [None] * len(jobs)
         chunk = min(LARGEST_CHUNK, math.ceil(len(jobs) / len(self.workers)))
@@ -98,7 +108,9 @@ class Pool:
         return self.workers[place]
 
     def _exchange(self) -> None:
-        """Wait until a pipe can take or give something, or a deadline passes; move what can be moved without waiting."""
+        """Wait until a pipe can take or give something, or a deadline passes; move what can be moved without
+        waiting.
+        """
         with selectors.DefaultSelector() as selector:
             for worker in self.workers:
                 if worker.held:
@@ -196,7 +208,10 @@ class _Worker:
             pass
 
     def take_answers(self) -> list[tuple[int, dict]]:
-        """(job number, row) of every job answered since the last call. Raises ConfigError when the verifiers cannot be loaded."""
+        """(job number, row) of every job answered since the last call.
+
+        Raises ConfigError when the verifiers cannot be loaded.
+        """
         *lines, self.received = self.received.split(b"\n")
         answers = []
         for line in lines:

@@ -1,4 +1,6 @@
-"""reasoning-gym's procedural tasks, any of them by name and config: `task.name: reasoning_gym/basic_arithmetic` (extra `tasks`)."""
+"""reasoning-gym's procedural tasks, any of them by name and config: `task.name:
+reasoning_gym/basic_arithmetic` (extra `tasks`).
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,9 @@ NO_FORM = (
 
 
 class Procedural:
-    """Entries by (seed, split, index). The ground truth is JSON: the dataset, its options, and the entry as a Python literal (tuples
-    and whole numbers as keys would not come back from JSON, and scorers compare them)."""
+    """Entries by (seed, split, index). The ground truth is JSON: the dataset, its options, and the entry as a
+    Python literal (tuples and whole numbers as keys would not come back from JSON, and scorers compare them).
+    """
 
     verifier = "megatron_srpo.tasks.procedural:verify"
 
@@ -65,7 +68,8 @@ class Procedural:
     def _check(self, prompts: list[Prompt]) -> None:
         """Judge own answers and nonsense as a run would. Raises ConfigError.
 
-        Some datasets take nonsense for right; some might evaluate answers as Python code, which the workers refuse.
+        Some datasets take nonsense for right; some might evaluate answers as Python code, which the workers
+        refuse.
         """
         own = [(prompt, _entry(prompt.answer)["answer"]) for prompt in prompts]
         # some have no answer of their own, and what sympy left as an integral is none
@@ -92,7 +96,10 @@ class Procedural:
         """Endless."""
 
     def prompt(self, split: str, index: int) -> Prompt:
-        """Entry `index` of `split`. Splits have seeds of their own; where a dataset knows few questions, they share some."""
+        """Entry `index` of `split`.
+
+        Splits have seeds of their own; where a dataset knows few questions, they share some.
+        """
         thousand, place = divmod(index, SIZE)
         entry = self._create(zlib.crc32(f"{self.seed}/{split}/{thousand}".encode()))[place]
         text = f"{entry['question']}\n\nPut your final answer between <answer> and </answer>."
@@ -107,7 +114,9 @@ class Procedural:
 
 
 def verify(answer: str, text: str) -> Verdict:
-    """Right when the dataset gives the extracted answer its full score: partial scores are wrong, and so is what it cannot read."""
+    """Right when the dataset gives the extracted answer its full score: partial scores are wrong, and so is
+    what it cannot read.
+    """
     given = last_answer_block(text)
     if given is None:
         return Verdict(

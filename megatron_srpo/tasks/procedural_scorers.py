@@ -1,6 +1,8 @@
-"""Scorers of our own for datasets of reasoning-gym whose scorers evaluate text as code (sympy's parse_expr does) or judge wrongly.
+"""Scorers of our own for datasets of reasoning-gym whose scorers evaluate text as code (sympy's parse_expr
+does) or judge wrongly.
 
-Each takes the answer's text and the dataset's entry, gives whether it is right, and raises ValueError for text without form.
+Each takes the answer's text and the dataset's entry, gives whether it is right, and raises ValueError for
+text without form.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ _CONSTANTS = {"pi": "pi", "E": "E"}
 
 
 def expression(text: str) -> Any:
-    """A sympy expression from numbers, names, + - * / ** and some functions of one argument. Raises ValueError for anything else.
+    """A sympy expression from numbers, names, + - * / ** and some functions of one argument. Raises
+    ValueError for anything else.
 
     Python's grammar is used to read the text; nothing is evaluated but the arithmetic.
     """

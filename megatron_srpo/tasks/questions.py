@@ -1,7 +1,8 @@
 """Questions in JSONL files: one object a line, checked as it is read, served by number.
 
-A line holds `answer` and either `messages` (chat messages, one user message last), `question`, or the SDPO code's `prompt` and
-`system`; optionally `id` (also `idx`; default: the line's number) and `feedback`. Other fields are left alone.
+A line holds `answer` and either `messages` (chat messages, one user message last), `question`, or the SDPO
+code's `prompt` and `system`; optionally `id` (also `idx`; default: the line's number) and `feedback`. Other
+fields are left alone.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class Question(NamedTuple):
 def read_questions(path: Path, phrase: Callable[[str], str] = str) -> list[Question]:
     """The file's questions in order; `phrase` makes the user's message of a plain `question`.
 
-    Raises ConfigError naming file, line, field and what was expected: an empty file, a line that is too long, not UTF-8 or no
-    JSON object, a field that is missing or of another type, an id that was used before.
+    Raises ConfigError naming file, line, field and what was expected: an empty file, a line that is too long,
+    not UTF-8 or no JSON object, a field that is missing or of another type, an id that was used before.
     """
     questions: list[Question] = []
     line_of: dict[str, int] = {}
@@ -52,7 +53,10 @@ def read_questions(path: Path, phrase: Callable[[str], str] = str) -> list[Quest
 
 
 def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, JSON object) of every line that is not blank. Raises ConfigError as `read_questions` does."""
+    """(line number from 1, JSON object) of every line that is not blank.
+
+    Raises ConfigError as `read_questions` does.
+    """
     seen = False
     try:
         file = path.open("rb")
@@ -98,7 +102,10 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def write_questions(rows: Iterable[dict[str, Any]], path: Path) -> None:
-    """Write rows that `read_questions` reads; the file appears whole or not at all. Raises ConfigError when it cannot."""
+    """Write rows that `read_questions` reads; the file appears whole or not at all.
+
+    Raises ConfigError when it cannot.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -165,7 +172,9 @@ class QuestionFile:
         return len(self.splits[split])
 
     def prompt(self, split: str, index: int) -> Prompt:
-        """The question at place `index`: of endless epochs in training, in the file's order elsewhere (IndexError past the end)."""
+        """The question at place `index`: of endless epochs in training, in the file's order elsewhere
+        (IndexError past the end).
+        """
         questions = self.splits[split]
         if split == "train":
             epoch, place = divmod(index, len(questions))
@@ -208,7 +217,9 @@ def read_splits(source: TaskSource, phrase: Callable[[str], str]) -> dict[str, l
 
 
 def set_aside(questions: Sequence[Question], share: float) -> tuple[list[Question], list[Question]]:
-    """(a `share` of the questions, the others), both in order: by a hash of the ids, so whatever the seed and the order."""
+    """(a `share` of the questions, the others), both in order: by a hash of the ids, so whatever the seed
+    and the order.
+    """
     ranked = sorted(questions, key=lambda question: (zlib.crc32(question.id.encode()), question.id))
     chosen = {question.id for question in ranked[: round(share * len(questions))]}
     return [q for q in questions if q.id in chosen], [q for q in questions if q.id not in chosen]

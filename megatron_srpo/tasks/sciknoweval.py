@@ -1,5 +1,6 @@
-"""SciKnowEval L3 multiple choice: Chemistry, Physics, Biology, Materials (METHOD.md §5). The published rows, the papers' split, prompts
-and verifier."""
+"""SciKnowEval L3 multiple choice: Chemistry, Physics, Biology, Materials (METHOD.md §5). The published rows,
+the papers' split, prompts and verifier.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ class Choice(NamedTuple):
 def read_domain(folder: Path) -> list[Choice]:
     """The multiple-choice questions of level L3 in a domain's published *.jsonl files, by file name and line.
 
-    Ids count them from 0, so they name a question whatever the split. Raises ConfigError naming file, line and field.
+    Ids count them from 0, so they name a question whatever the split. Raises ConfigError naming file, line
+    and field.
     """
     choices: list[Choice] = []
     for file in sorted(folder.glob("*.jsonl")):
@@ -92,7 +94,9 @@ def _choice(row: dict[str, Any], identifier: str, where: str) -> Choice:
 def split(
     choices: Sequence[Choice], test_share: float = 0.1, seed: int = 42
 ) -> tuple[list[Choice], list[Choice]]:
-    """(train, test) exactly as datasets.Dataset.train_test_split(test_size, seed) of Hugging Face orders and divides them."""
+    """(train, test) exactly as datasets.Dataset.train_test_split(test_size, seed) of Hugging Face orders and
+    divides them.
+    """
     import numpy as np  # not for the verifier's processes
 
     order = np.random.default_rng(seed).permutation(len(choices))
@@ -101,17 +105,20 @@ def split(
 
 
 def verify(answer: str, text: str) -> Verdict:
-    """The papers' rule: what follows the last `<answer>`, up to the next `</answer>`, stripped, equals the letter.
+    """The papers' rule: what follows the last `<answer>`, up to the next `</answer>`, stripped, equals the
+    letter.
 
-    Where a tag is missing the text goes on to its end: a bare "B" and an unclosed "<answer>B" are right; "B." and "b" are not.
-    `format_ok`: the last `<answer>` block is complete and holds one letter.
+    Where a tag is missing the text goes on to its end: a bare "B" and an unclosed "<answer>B" are right; "B."
+    and "b" are not. `format_ok`: the last `<answer>` block is complete and holds one letter.
     """
     given = text.rsplit("<answer>", 1)[-1].split("</answer>", 1)[0].strip()
     return _verdict(given == answer, _BLOCK.match(text, max(text.rfind("<answer>"), 0)) is not None)
 
 
 def verify_strict(answer: str, text: str) -> Verdict:
-    """Ours: the response holds one `<answer>` block and no other tag of that name, with the letter alone, and ends with it."""
+    """Ours: the response holds one `<answer>` block and no other tag of that name, with the letter alone,
+    and ends with it.
+    """
     blocks = _BLOCK.findall(text)
     once = text.count("<answer>") == text.count("</answer>") == 1 and text.rstrip().endswith("</answer>")
     return _verdict(once and blocks == [answer], once and len(blocks) == 1)

@@ -1,4 +1,6 @@
-"""Tool use (ToolAlpaca): the published data, the papers' prompt, a parser for Action / Action Input, two rules (METHOD.md §5)."""
+"""Tool use (ToolAlpaca): the published data, the papers' prompt, a parser for Action / Action Input, two
+rules (METHOD.md §5).
+"""
 
 from __future__ import annotations
 
@@ -42,16 +44,18 @@ class ToolQuestion(NamedTuple):
     calls: list[dict[str, str]]
 
 
-# ---- the published data ------------------------------------------------------------------------------------------------
+# ---- the published data
+# ------------------------------------------------------------------------------------------------
 
 
 def read_toolalpaca(path: Path) -> Iterator[tuple[ToolQuestion | None, str]]:
     """(question or None, why it is left out) for every instruction of a published file, in order.
 
-    Evaluation files have Golden_Answers beside Instructions; training files have Instances, whose intermediate_steps are
-    [[tool, input, log], observation]. Left out are questions whose calls need an earlier call's result (a `$` placeholder, as the
-    papers did: 68 of 100 remain), have an input that is no JSON object, or that have no calls; of training files also those in
-    which a call failed or asked for no tool of the API (`getDetails` asks the user back). Raises ConfigError naming the field.
+    Evaluation files have Golden_Answers beside Instructions; training files have Instances, whose
+    intermediate_steps are [[tool, input, log], observation]. Left out are questions whose calls need an
+    earlier call's result (a `$` placeholder, as the papers did: 68 of 100 remain), have an input that is no
+    JSON object, or that have no calls; of training files also those in which a call failed or asked for no
+    tool of the API (`getDetails` asks the user back). Raises ConfigError naming the field.
     """
     try:
         apis = json.loads(path.read_text(encoding="utf-8"))
@@ -98,7 +102,10 @@ def _questions_of(api: Any, place: int, where: str) -> Iterator[tuple[ToolQuesti
 
 
 def _instance(instance: Any, api: dict[str, Any], where: str) -> tuple[str, list[dict[str, str]], str]:
-    """(question, calls, why it is left out) of a training file's instance. A failed simulation is published as {"error": …} or text."""
+    """(question, calls, why it is left out) of a training file's instance.
+
+    A failed simulation is published as {"error": …} or text.
+    """
     if isinstance(instance, str) or (isinstance(instance, dict) and "intermediate_steps" not in instance):
         return "", [], "the simulation failed"
     try:
@@ -120,7 +127,9 @@ def _instance(instance: Any, api: dict[str, Any], where: str) -> tuple[str, list
 
 
 def _object_in(text: str) -> str:
-    """From the first brace to the last, as ToolAlpaca read its calls' inputs; all of it where there is no brace."""
+    """From the first brace to the last, as ToolAlpaca read its calls' inputs; all of it where there is no
+    brace.
+    """
     return text[text.find("{") : text.rfind("}") + 1] or text
 
 
@@ -136,7 +145,8 @@ def _why_left_out(question: Any, calls: Any) -> str:
     return ""
 
 
-# ---- calls in text -----------------------------------------------------------------------------------------------------
+# ---- calls in text
+# -----------------------------------------------------------------------------------------------------
 
 
 class Calls(NamedTuple):
@@ -148,10 +158,11 @@ class Calls(NamedTuple):
 
 
 def parse_calls(text: str, strict: bool = False) -> Calls:
-    """`Action: NAME` and `Action Input: {JSON object}`, which may be nested and go over several lines. Linear in the text.
+    """`Action: NAME` and `Action Input: {JSON object}`, which may be nested and go over several lines. Linear
+    in the text.
 
-    Anywhere in the text, as in the papers; labels inside an object are part of it. `strict`: labels begin a line, come in pairs,
-    nothing follows the object on its line, and no object repeats a key or holds NaN.
+    Anywhere in the text, as in the papers; labels inside an object are part of it. `strict`: labels begin a
+    line, come in pairs, nothing follows the object on its line, and no object repeats a key or holds NaN.
     """
     names: list[str] = []
     inputs: list[dict[str, Any]] = []
@@ -221,14 +232,16 @@ def gold_calls(answer: str) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
-# ---- the two rules -----------------------------------------------------------------------------------------------------
+# ---- the two rules
+# -----------------------------------------------------------------------------------------------------
 
 
 def verify(answer: str, text: str) -> Verdict:
-    """The papers' rule: the multiset of names equals gold's, and all inputs merged into one object equal gold's merged.
+    """The papers' rule: the multiset of names equals gold's, and all inputs merged into one object equal
+    gold's merged.
 
-    Names are compared as written, so "[Optional]x" is a name. A later call's key overrides an earlier one's, on both sides, and
-    numbers are compared as Python does (1 = 1.0 = true): `verify_strict` loses nothing.
+    Names are compared as written, so "[Optional]x" is a name. A later call's key overrides an earlier one's,
+    on both sides, and numbers are compared as Python does (1 = 1.0 = true): `verify_strict` loses nothing.
     """
     gold = gold_calls(answer)
     calls = parse_calls(text)
@@ -241,7 +254,8 @@ def verify(answer: str, text: str) -> Verdict:
 
 
 def verify_strict(answer: str, text: str) -> Verdict:
-    """Ours: call by call. Every gold call is made once with exactly its input, in any order, and no other call is made.
+    """Ours: call by call. Every gold call is made once with exactly its input, in any order, and no other
+    call is made.
 
     Types count: 1 = 1.0, but "1", true and 1 differ. Gold calls marked [Optional] may be left out.
     """

@@ -1,6 +1,8 @@
-"""A verifier process: jobs in on standard input, verdicts out on standard output, one JSON line each. Started by `pool`.
+"""A verifier process: jobs in on standard input, verdicts out on standard output, one JSON line each. Started
+by `pool`.
 
-Model output is data here: verifiers parse it, and an audit hook refuses whatever would evaluate it. No torch in these processes.
+Model output is data here: verifiers parse it, and an audit hook refuses whatever would evaluate it. No torch
+in these processes.
 """
 
 from __future__ import annotations
@@ -33,7 +35,10 @@ PLACE_FOR_OWN_CODE = (
 
 
 def load_attribute(reference: str) -> object:
-    """`module:name.name` or `path/file.py:name.name`. Raises ImportError or AttributeError, or whatever the user's file raises."""
+    """`module:name.name` or `path/file.py:name.name`.
+
+    Raises ImportError or AttributeError, or whatever the user's file raises.
+    """
     source, _, name = reference.rpartition(":")
     if source.endswith(".py"):
         file = Path(source)
@@ -65,10 +70,12 @@ def judge(verifier: Verifier, answer: str, text: str) -> dict:
 
 
 def main() -> None:
-    """First line in: {"verifiers": {task: reference}, "memory_bytes", "seconds"}; first line out: {} or {"refused": why}.
+    """First line in: {"verifiers": {task: reference}, "memory_bytes", "seconds"}; first line out: {} or
+    {"refused": why}.
 
-    Then [task, answer, text] in and a verdict out, in order, until the input ends. A job that takes longer than `seconds` ends the
-    process by itself, in case nobody is left to kill it; so does one that ran out of memory.
+    Then [task, answer, text] in and a verdict out, in order, until the input ends. A job that takes longer
+    than `seconds` ends the process by itself, in case nobody is left to kill it; so does one that ran out of
+    memory.
     """
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a verifier prints must not stand between the answers
@@ -103,8 +110,9 @@ def main() -> None:
 
 
 def _refuse_evaluation(judging: threading.Event, event: str, arguments: tuple) -> None:
-    """Audit hook: no verifier, nor a library under it, runs a string as code. What classes, sympy's numbers and its
-    arithmetic of monomials are made by may."""
+    """Audit hook: no verifier, nor a library under it, runs a string as code. What classes, sympy's numbers
+    and its arithmetic of monomials are made by may.
+    """
     if event != "exec" or not judging.is_set():
         return
     frame = sys._getframe(1)

@@ -1,1 +1,4 @@
-"""One optimizer step: packing, pipeline schedule, routed loss, optimizer, teacher. Nothing here samples or verifies."""
+"""One optimizer step: packing, pipeline schedule, routed loss, optimizer, teacher.
+
+Nothing here samples or verifies.
+"""

@@ -1,4 +1,6 @@
-"""How far the teacher is from the policy, from the shards in which every element of the weights is held once."""
+"""How far the teacher is from the policy, from the shards in which every element of the weights is held
+once.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,10 @@ from megatron_srpo.weights.transfer import Part, parameters_of
 def teacher_distance(
     chunks: Sequence[torch.nn.Module], teacher: Teacher, optimizer: Optimizer, architecture: Architecture
 ) -> float:
-    """‖θ - θ'‖ / ‖θ‖ over all weights, the same on every rank. One all-reduce of two numbers; all ranks together."""
+    """‖θ - θ'‖ / ‖θ‖ over all weights, the same on every rank.
+
+    One all-reduce of two numbers; all ranks together.
+    """
     found: list[Tensor] = []
     for position, (row, prefix, parameter) in enumerate(parameters_of(chunks)):
         shard = optimizer.shard_of(parameter)

@@ -1,4 +1,6 @@
-"""Tensors that wait in host memory while their device's memory is needed: in other phases of a step, or by another process."""
+"""Tensors that wait in host memory while their device's memory is needed: in other phases of a step, or by
+another process.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,9 @@ class _Stay(NamedTuple):
 class HostMemory:
     """Parks tensors' memory on the host and fetches it back, in place.
 
-    It works on whole storages: every view of a parked tensor stays a tensor, has no memory meanwhile, and is whole again
-    afterwards, bit for bit. What is parked or fetched already is left alone. Host copies are kept for the next stay.
+    It works on whole storages: every view of a parked tensor stays a tensor, has no memory meanwhile, and is
+    whole again afterwards, bit for bit. What is parked or fetched already is left alone. Host copies are kept
+    for the next stay.
     """
 
     def __init__(self):

@@ -26,7 +26,9 @@ from megatron_srpo.training.offload import HostMemory
 
 
 def wrap_data_parallel(chunks: Sequence[Qwen3], config: Config) -> list[DistributedDataParallel]:
-    """The chunks with gradient buffers; gradients are summed, not averaged, over data-parallel ranks, in fp32."""
+    """The chunks with gradient buffers; gradients are summed, not averaged, over data-parallel ranks, in
+    fp32.
+    """
     parallel, on_gpu = config.parallel, torch.cuda.is_available()
     overlaps_reduce = on_gpu if parallel.overlap_grad_reduce is None else parallel.overlap_grad_reduce
     overlaps_gather = (
@@ -47,7 +49,9 @@ def wrap_data_parallel(chunks: Sequence[Qwen3], config: Config) -> list[Distribu
 
 
 def gradient_is_ready(chunk: DistributedDataParallel, parameter: Parameter) -> None:
-    """Tell `chunk` in the backward pass that a micro-batch's gradient is in `parameter.main_grad`, though autograd had no part in it."""
+    """Tell `chunk` in the backward pass that a micro-batch's gradient is in `parameter.main_grad`, though
+    autograd had no part in it.
+    """
     if chunk.ddp_config.overlap_grad_reduce:
         chunk.param_to_bucket_group[parameter].register_grad_ready(parameter, chunk.force_all_reduce)
 
@@ -61,7 +65,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Shard(NamedTuple):
-    """Flat elements start … end - 1 of a parameter: their fp32 values and, by name, Adam's moments (zeros before any update)."""
+    """Flat elements start … end - 1 of a parameter: their fp32 values and, by name, Adam's moments (zeros
+    before any update).
+    """
 
     start: int
     end: int
@@ -70,7 +76,10 @@ class Shard(NamedTuple):
 
 
 class Optimizer:
-    """AdamW with warm-up and global gradient clipping over Megatron's (distributed) optimizer. Its state may be parked in `host`."""
+    """AdamW with warm-up and global gradient clipping over Megatron's (distributed) optimizer.
+
+    Its state may be parked in `host`.
+    """
 
     def __init__(self, chunks: Sequence[DistributedDataParallel], config: Config, host: HostMemory):
         settings, lr = config.optimizer, config.lr
@@ -93,7 +102,8 @@ class Optimizer:
         self.inner = get_megatron_optimizer(
             self.config, self.chunks, config_overrides=get_standard_config_overrides(self.config)
         )
-        # The scheduler also applies the weight-decay multipliers (none for norms), so it must exist before the first step.
+        # The scheduler also applies the weight-decay multipliers (none for norms), so it must exist before
+        # the first step.
         self.schedule = OptimizerParamScheduler(
             self.inner,
             init_lr=0.0,
@@ -129,7 +139,8 @@ class Optimizer:
         self.inner.zero_grad()
 
     def step(self, loss: float) -> tuple[float, bool]:
-        """Clip and update. (gradient norm before clipping, whether the weights moved): not for a non-finite loss or norm.
+        """Clip and update. (gradient norm before clipping, whether the weights moved): not for a non-finite
+        loss or norm.
 
         `loss` is the same on all ranks, and so is the norm: all ranks decide alike.
         """
@@ -148,7 +159,9 @@ class Optimizer:
                 chunk.start_param_sync(force_sync=True)
 
     def state(self) -> Iterator[Tensor]:
-        """What only updates need: fp32 masters, where they are not the model's own parameters, and Adam's moments."""
+        """What only updates need: fp32 masters, where they are not the model's own parameters, and Adam's
+        moments.
+        """
         own = {
             parameter.untyped_storage()._cdata for chunk in self.chunks for parameter in chunk.parameters()
         }
@@ -168,14 +181,16 @@ class Optimizer:
             yield from (buffer.grad_data for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers])
 
     def held_range(self, parameter: Parameter) -> tuple[int, int]:
-        """Flat elements of `parameter` whose fp32 values and moments this rank's optimizer holds: start, end."""
+        """Flat elements of `parameter` whose fp32 values and moments this rank's optimizer holds: start,
+        end.
+        """
         return self._holding(parameter)[:2]
 
     def shard_of(self, parameter: Parameter) -> Shard:
         """The part of `parameter` this rank keeps where each element is kept once, as it is now.
 
-        That is what its optimizer holds, or an even share of it where all ranks of its replica group hold the same. The
-        values are the optimizer's own memory, or the host's copy while they are parked.
+        That is what its optimizer holds, or an even share of it where all ranks of its replica group hold the
+        same. The values are the optimizer's own memory, or the host's copy while they are parked.
         """
         start, end, master, adam = self._holding(parameter)
         if master is None:
@@ -192,7 +207,9 @@ class Optimizer:
 
     @torch.no_grad()
     def restore(self, parameter: Parameter, values: Tensor, moments: dict[str, Tensor]) -> None:
-        """Put back the fp32 `values` and `moments` of the `held_range`, flat; `updates` must have been set before."""
+        """Put back the fp32 `values` and `moments` of the `held_range`, flat; `updates` must have been set
+        before.
+        """
         _, _, master, adam = self._holding(parameter)
         if master is None:
             return
@@ -210,7 +227,9 @@ class Optimizer:
                     group["step"] = self.updates
 
     def _holding(self, parameter: Parameter) -> tuple[int, int, Tensor | None, torch.optim.Optimizer | None]:
-        """(start, end, fp32 master of that range, the torch optimizer that has it) of what this rank holds of `parameter`."""
+        """(start, end, fp32 master of that range, the torch optimizer that has it) of what this rank holds
+        of `parameter`.
+        """
         for inner in getattr(self.inner, "chained_optimizers", [self.inner]):
             if parameter in getattr(inner, "model_param_gbuf_map", ()):
                 owned = inner._get_model_param_range_map(parameter)["param"]

@@ -1,6 +1,7 @@
 """From routed samples to packed micro-batches, the same number on every data-parallel rank.
 
-Every rank knows every sample (rollouts are exchanged before), so every rank computes the whole plan and no collective is
+Every rank knows every sample (rollouts are exchanged before), so every rank computes the whole plan and no
+collective is
 needed: which samples a rank trains, how its micro-batches are filled, and the one denominator of the loss.
 """
 
@@ -35,10 +36,13 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Documents in one row of T tokens, a part of which is this rank's; its R response tokens in document order.
+    """Documents in one row of T tokens, a part of which is this rank's; its R response tokens in document
+    order.
 
-    ids, positions: [T / context-parallel size] long. cu_seqlens: [documents + 1] int32, of the whole row, a padding document included.
-    predicts: [R] where the hidden state that predicts `targets` [R] is found, with the context-parallel ranks' parts one after another.
+    ids, positions: [T / context-parallel size] long. cu_seqlens: [documents + 1] int32, of the whole row, a
+    padding document included.
+    predicts: [R] where the hidden state that predicts `targets` [R] is found, with the context-parallel
+    ranks' parts one after another.
     shares: of each document, which of its response tokens are this rank's.
     """
 
@@ -59,7 +63,10 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class OptimizerBatch:
-    """What this rank does for one optimizer step. `samples` are all ranks' samples; the micro-batches are this rank's."""
+    """What this rank does for one optimizer step.
+
+    `samples` are all ranks' samples; the micro-batches are this rank's.
+    """
 
     samples: tuple[Sample, ...]
     micro_batches: list[MicroBatch]
@@ -99,8 +106,10 @@ class OptimizerBatch:
 
 
 class PackingRules(NamedTuple):
-    """How rows are filled. length_multiple: tensor-parallel size under sequence parallelism. uniform: pipelines send one
-    shape. count_multiple: interleaved pipelines want micro-batches in multiples of their stages. context: who shares the rows."""
+    """How rows are filled. length_multiple: tensor-parallel size under sequence parallelism. uniform:
+    pipelines send one shape. count_multiple: interleaved pipelines want micro-batches in multiples of their
+    stages. context: who shares the rows.
+    """
 
     token_budget: int
     length_multiple: int = 1
@@ -112,8 +121,8 @@ class PackingRules(NamedTuple):
 def loss_scales(samples: Sequence[Sample], aggregation: str) -> tuple[float, ...]:
     """1 / (the loss's one denominator) for every sample.
 
-    token_mean: 1 / (valid response tokens of all routed samples). seq_mean: 1 / (routed samples · own length).
-    A sample routed nowhere counts neither way.
+    token_mean: 1 / (valid response tokens of all routed samples). seq_mean: 1 / (routed samples · own
+    length). A sample routed nowhere counts neither way.
     """
     routed = [sample.route.branch != "none" for sample in samples]
     lengths = [len(sample.response_ids) for sample in samples]
@@ -206,7 +215,8 @@ def _rows_to_micro_batches(rows: list[list[Document]], rules: PackingRules) -> l
 
 
 def micro_batch(documents: list[Document], total: int, context: Context = ALONE) -> MicroBatch:
-    """The rank's part of one row of `total` tokens that holds the documents, and a padding document. Documents may be none.
+    """The rank's part of one row of `total` tokens that holds the documents, and a padding document.
+    Documents may be none.
 
     `total` is a multiple of the context's.
     """

@@ -1,4 +1,6 @@
-"""Megatron's pipeline schedules over packed micro-batches: one call for forward only and for forward-backward."""
+"""Megatron's pipeline schedules over packed micro-batches: one call for forward only and for
+forward-backward.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from megatron_srpo.distributed.megatron import get_forward_backward_func
 from megatron_srpo.model.build import Qwen3, packed_params
 from megatron_srpo.training.packing import MicroBatch
 
-# on_output(number of the micro-batch, its final hidden states at response positions [R, H], the model) -> partial loss
+# on_output(number of the micro-batch, its final hidden states at response positions [R, H], the model) ->
+# partial loss
 OnOutput = Callable[[int, Tensor, Qwen3], Tensor]
 
 
@@ -23,8 +26,8 @@ def run_schedule(
 ) -> None:
     """Send the micro-batches through the pipeline; `on_output` is called for each on the last stage.
 
-    The partial losses must already be divided by the batch's denominator: nothing is scaled on the way, and the
-    gradients summed over micro-batches and data-parallel ranks are those of their sum.
+    The partial losses must already be divided by the batch's denominator: nothing is scaled on the way, and
+    the gradients summed over micro-batches and data-parallel ranks are those of their sum.
     """
     if not micro_batches:
         return

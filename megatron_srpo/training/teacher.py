@@ -1,4 +1,6 @@
-"""The self-teacher: whose weights it has, and its scores of the students' own responses (METHOD.md §2, "Teacher")."""
+"""The self-teacher: whose weights it has, and its scores of the students' own responses (METHOD.md §2,
+"Teacher").
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,11 @@ from megatron_srpo.vocab_parallel.sources import Mixture, Projection
 
 @dataclass
 class TeacherTargets:
-    """The teacher's view of one optimizer batch's distilled samples of this rank, by sample key; filled on the last stage.
+    """The teacher's view of one optimizer batch's distilled samples of this rank, by sample key; filled on
+    the last stage.
 
-    hidden: of each of the teacher's models, [R, H] final hidden states that predict the response, in the model's dtype.
+    hidden: of each of the teacher's models, [R, H] final hidden states that predict the response, in the
+    model's dtype.
     weights: of each, [padded vocabulary / TP, H] its output matrix. entropy: [R] nats, full vocabulary.
     interpolation: the second model's share of the logits, where there are two.
     """
@@ -42,10 +46,12 @@ class TeacherTargets:
 
 
 class Teacher:
-    """Weights by `teacher.kind`: `ema` and `frozen` hold a copy of the model, `live` is the policy itself, `trust_region` is both.
+    """Weights by `teacher.kind`: `ema` and `frozen` hold a copy of the model, `live` is the policy itself,
+    `trust_region` is both.
 
-    The EMA is kept in fp32, every rank of a parameter's replica group a share of each parameter (the distributed optimizer's own where
-    there is one); the copy it scores with has the model's dtype and is refreshed from the shares after every step.
+    The EMA is kept in fp32, every rank of a parameter's replica group a share of each parameter (the
+    distributed optimizer's own where there is one); the copy it scores with has the model's dtype and is
+    refreshed from the shares after every step.
     """
 
     def __init__(
@@ -72,7 +78,9 @@ class Teacher:
         return self.settings.kind != "live"
 
     def share(self, position: int, shard: Shard) -> Tensor:
-        """Its flat weights of `shard`'s range, of the parameter at `position` in its order: what a checkpoint keeps."""
+        """Its flat weights of `shard`'s range, of the parameter at `position` in its order: what a
+        checkpoint keeps.
+        """
         if self.shares:
             return self.host.values(self.shares[position])
         return self.host.values(self.parameters[position]).view(-1)[shard.start : shard.end]
@@ -94,7 +102,9 @@ class Teacher:
         return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
 
     def score(self, batch: OptimizerBatch) -> TeacherTargets:
-        """A forward pass over the distilled samples, packed on their own, with the teacher's longer prompts; two of `trust_region`."""
+        """A forward pass over the distilled samples, packed on their own, with the teacher's longer prompts;
+        two of `trust_region`.
+        """
         targets = TeacherTargets(interpolation=self.settings.interpolation)
         if self.settings.kind in ("ema", "frozen", "trust_region"):
             self._forward(self.chunks, batch, targets, is_last=self.settings.kind != "trust_region")
@@ -105,7 +115,9 @@ class Teacher:
     def _forward(
         self, chunks: Sequence[torch.nn.Module], batch: OptimizerBatch, targets: TeacherTargets, is_last: bool
     ) -> None:
-        """Add one model's hidden states and output matrix to `targets`, and after the last model the entropies."""
+        """Add one model's hidden states and output matrix to `targets`, and after the last model the
+        entropies.
+        """
         position = len(targets.weights)
 
         def keep(number: int, hidden: Tensor, model: Qwen3) -> Tensor:
@@ -128,7 +140,8 @@ class Teacher:
     def follow(self, optimizer: Optimizer, policy_parameters: Sequence[torch.nn.Parameter]) -> None:
         """θ' ← (1 - ema_rate) θ' + ema_rate θ in fp32; nothing to do for other kinds.
 
-        `policy_parameters` are in the order of the teacher's own. Call once per training step, not when it was skipped.
+        `policy_parameters` are in the order of the teacher's own. Call once per training step, not when it
+        was skipped.
         """
         if self.settings.kind != "ema":
             return

@@ -23,9 +23,9 @@ TOP = 5
 class TokenValues:
     """Collects token-level values of `chosen` samples during an update. All ranks have the same `chosen`.
 
-    A row: prompt_id, index and, one value a response token, logprob (the policy's, of the sampled token, before this sample's
-    update), entropy, top (the policy's likeliest [id, logprob]); of distilled samples also divergence, teacher_entropy, weight,
-    teacher_logprob, teacher_top. Nats, at the rollout temperature.
+    A row: prompt_id, index and, one value a response token, logprob (the policy's, of the sampled token,
+    before this sample's update), entropy, top (the policy's likeliest [id, logprob]); of distilled samples
+    also divergence, teacher_entropy, weight, teacher_logprob, teacher_top. Nats, at the rollout temperature.
     """
 
     def __init__(self, chosen: Collection[SampleKey], layout: Layout, temperature: float):
@@ -42,7 +42,9 @@ class TokenValues:
         model: Qwen3,
         targets: TeacherTargets,
     ) -> None:
-        """One micro-batch on the last stage, on all its tensor-parallel ranks. of_teacher: entropies and weights of its first tokens."""
+        """One micro-batch on the last stage, on all its tensor-parallel ranks. of_teacher: entropies and
+        weights of its first tokens.
+        """
         start, lengths, distilled = 0, micro_batch.response_lengths, batch.distilled_count(micro_batch)
         for number, document in enumerate(micro_batch.documents):
             rows = slice(start, start := start + lengths[number])
@@ -71,7 +73,10 @@ class TokenValues:
             self.rows.append(row)
 
     def gather(self) -> list[dict[str, Any]]:
-        """Every rank's rows, on every rank; all ranks together. What context-parallel ranks have of a sample becomes one row."""
+        """Every rank's rows, on every rank; all ranks together.
+
+        What context-parallel ranks have of a sample becomes one row.
+        """
         speaks = self.layout.is_last_stage and self.layout.tensor_parallel_rank == 0
         mine = "\n".join(json.dumps(row) for row in self.rows) if speaks else ""
         whole: dict[SampleKey, dict[str, Any]] = {}

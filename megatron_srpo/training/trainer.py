@@ -1,4 +1,6 @@
-"""The policy on its ranks: packs routed samples, scores, runs forward-backward with the routed loss, updates."""
+"""The policy on its ranks: packs routed samples, scores, runs forward-backward with the routed loss,
+updates.
+"""
 
 from __future__ import annotations
 
@@ -88,8 +90,9 @@ class Trainer:
     def close(self) -> None:
         """Let go of the model; the trainer is not used again.
 
-        Megatron's DDP and the gradient hooks it registers hold each other in C++, where Python's collector does not look: a
-        process that trains several times would keep all its models, and the threads of their process groups.
+        Megatron's DDP and the gradient hooks it registers hold each other in C++, where Python's collector
+        does not look: a process that trains several times would keep all its models, and the threads of their
+        process groups.
         """
         for chunk in self.chunks:
             vars(chunk).clear()
@@ -120,11 +123,15 @@ class Trainer:
         return copies
 
     def export(self) -> Repeatable:
-        """The policy as HF-named full tensors; every rank must consume the stream, as often as the others do."""
+        """The policy as HF-named full tensors; every rank must consume the stream, as often as the others
+        do.
+        """
         return Repeatable(lambda: export(self.chunks, self.folder.architecture))
 
     def make_room(self) -> None:
-        """With rollout.colocated: until `take_room` the servers have the memory of all but the policy's weights."""
+        """With rollout.colocated: until `take_room` the servers have the memory of all but the policy's
+        weights.
+        """
         if self.config.rollout.colocated:
             self.host.park([*self._update_state(), *self._teacher_weights()])
             self.host.park(self.optimizer.gradients(), keep=False)
@@ -154,7 +161,10 @@ class Trainer:
         return [*self.optimizer.state(), *(self.teacher.shares if self.teacher else ())]
 
     def pack(self, samples: Sequence[Sample]) -> list[OptimizerBatch]:
-        """The step's optimizer batches, `mini_batch_prompts` prompts each. `samples` are whole groups, all ranks' alike."""
+        """The step's optimizer batches, `mini_batch_prompts` prompts each.
+
+        `samples` are whole groups, all ranks' alike.
+        """
         size = self.config.mini_batch_prompts * self.config.rollout.samples_per_prompt
         layout, aggregation = self.layout, self.algorithm.loss_aggregation
         return [
@@ -232,7 +242,9 @@ class Trainer:
         old_logprobs: dict[int, Tensor] | None,
         tokens: TokenValues | None,
     ):
-        """(loss, gradient norm, whether weights moved, token sums and counts, largest log-prob gap), the same on every rank."""
+        """(loss, gradient norm, whether weights moved, token sums and counts, largest log-prob gap), the
+        same on every rank.
+        """
         mean_weight = self._mean_entropy_weight(batch, targets)
         device = self.layout.device
         total = torch.zeros(1 + len(_SUMS) + quantiles.BINS, dtype=torch.float64, device=device)
@@ -248,7 +260,8 @@ class Trainer:
             )
             weights, teacher_entropy, teacher = hidden.new_empty(0).float(), hidden.new_empty(0).float(), None
             if distilled:
-                # Student and teacher must have scored the same response tokens, though their prompts differ in length.
+                # Student and teacher must have scored the same response tokens, though their prompts differ
+                # in length.
                 assert [len(targets.entropy[key]) for key in distilled] == micro_batch.response_lengths[
                     : len(distilled)
                 ]
@@ -311,7 +324,9 @@ def _token_sums(
     teacher_entropy: Tensor,
     importance_cap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """The micro-batch's `_SUMS` in order and its teacher entropies' counts, and its largest |log π_old - log π_roll|."""
+    """The micro-batch's `_SUMS` in order and its teacher entropies' counts, and its largest |log π_old - log
+    π_roll|.
+    """
     old = statistics.logprob if terms.old_logprob is None else terms.old_logprob
     gap = old - terms.engine_logprob
     importance = gap.exp()

@@ -1,1 +1,3 @@
-"""Log-probabilities, entropies and divergences over a vocabulary split across ranks, without ever gathering it."""
+"""Log-probabilities, entropies and divergences over a vocabulary split across ranks, without ever gathering
+it.
+"""

@@ -1,7 +1,8 @@
-"""The elementwise passes on a CPU: in place in the logits' tiles, a few rows at a time, while they are in cache.
+"""The elementwise passes on a CPU: in place in the logits' tiles, a few rows at a time, while they are in
+cache.
 
-A pass over a whole tile in fresh memory costs a page fault every 4 KiB and the bandwidth of DRAM; a row of 152,000 fp32
-columns (600 KB) stays in L2 and L3 through all the operations on it.
+A pass over a whole tile in fresh memory costs a page fault every 4 KiB and the bandwidth of DRAM; a row of
+152,000 fp32 columns (600 KB) stays in L2 and L3 through all the operations on it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ _TINY = 1e-37  # for logarithms of 0 and of 0/0, where the factor before them is
 
 
 class CpuPasses:
-    """For fp32 and float64 tiles. Extra memory: three rows (or as many short ones as make `_ROW_NUMBERS` elements)."""
+    """For fp32 and float64 tiles.
+
+    Extra memory: three rows (or as many short ones as make `_ROW_NUMBERS` elements).
+    """
 
     name = "CPU, row by row in cache"
     gradient_is_separate = False
@@ -74,7 +78,9 @@ class CpuPasses:
         return sums
 
     def _normalisers(self, maximum: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-        """(scale, shift), [tiles, n, 1] each: p = scale · exp x and log p = x - shift for the x = z - m left in the tiles."""
+        """(scale, shift), [tiles, n, 1] each: p = scale · exp x and log p = x - shift for the x = z - m left
+        in the tiles.
+        """
         above = maximum - self.own_maximum
         return ((-above).exp() / total)[..., None], (above + total.log())[..., None]
 

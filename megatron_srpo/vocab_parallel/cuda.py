@@ -1,7 +1,8 @@
-"""The elementwise passes as Triton kernels: each reads a tile once, one program a row (a block of a row for the gradient).
+"""The elementwise passes as Triton kernels: each reads a tile once, one program a row (a block of a row for
+the gradient).
 
-Nothing is kept between them but the tiles themselves: p, q and m are worked out anew, which costs less than storing them.
-Under TRITON_INTERPRET=1 they run on a CPU, which is how tests see them where there is no GPU.
+Nothing is kept between them but the tiles themselves: p, q and m are worked out anew, which costs less than
+storing them. Under TRITON_INTERPRET=1 they run on a CPU, which is how tests see them where there is no GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ _BLOCK, _WARPS = 4096, 8
 
 
 class TritonPasses:
-    """For fp32 tiles. Extra memory: the gradient, [tile_tokens, width] in the dtype its products are made in."""
+    """For fp32 tiles.
+
+    Extra memory: the gradient, [tile_tokens, width] in the dtype its products are made in.
+    """
 
     name = "Triton"
     gradient_is_separate = True
@@ -132,7 +136,8 @@ def _row_sums(logits, sums, sums_stride, width, stride, WEIGHTED: tl.constexpr, 
 
 @triton.jit
 def _log_ratios(x, y, p, q, shift, ALPHA: tl.constexpr, KIND: tl.constexpr):
-    """p·f (without JSD's 1-α), and the teacher's addend. log(p/m) and not log p - log m: exactly 0 where p = q.
+    """p·f (without JSD's 1-α), and the teacher's addend. log(p/m) and not log p - log m: exactly 0 where p =
+    q.
 
     log p - log q = x - y - shift.
     """

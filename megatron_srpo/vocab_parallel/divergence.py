@@ -1,11 +1,12 @@
 """Student–teacher divergences on one tile of log-probabilities, with closed-form gradients (METHOD.md §2).
 
-p is the student, q the teacher, both normalised over the full vocabulary. Every divergence here has the gradient
+p is the student, q the teacher, both normalised over the full vocabulary. Every divergence here has the
+gradient
 
     dD/dz_v = p_v (f_v - Σ_u p_u f_u)
 
-with respect to the student's logits z, where f is its log-ratio: log p - log q for KL(p‖q), 1 - q/p for KL(q‖p), and
-(1-α)(log p - log m) for JSD_α. Constants in f drop out; with these, f is exactly 0 where p = q.
+with respect to the student's logits z, where f is its log-ratio: log p - log q for KL(p‖q), 1 - q/p for
+KL(q‖p), and (1-α)(log p - log m) for JSD_α. Constants in f drop out; with these, f is exactly 0 where p = q.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ class Divergence(NamedTuple):
     """Which divergence, on which support.
 
     kind: "jsd" = (1-α) KL(p‖m) + α KL(q‖m), m = (1-α)p + αq; "forward" = KL(q‖p); "reverse" = KL(p‖q).
-    support: "full" is exact. "student_topk" and "teacher_topk" keep the `top_k` likeliest ids of one side and put the rest
-        of both distributions into one tail bucket: a lower bound. "sampled" knows only the target y, drawn from p:
-        D = log p(y) - log q(y), with the gradient D · d log p(y)/dz, both unbiased estimates of KL(p‖q)'s.
+    support: "full" is exact. "student_topk" and "teacher_topk" keep the `top_k` likeliest ids of one side and
+    put the rest
+        of both distributions into one tail bucket: a lower bound. "sampled" knows only the target y, drawn
+        from p: D = log p(y) - log q(y), with the gradient D · d log p(y)/dz, both unbiased estimates of
+        KL(p‖q)'s.
     """
 
     kind: Literal["jsd", "forward", "reverse"] = "jsd"
@@ -57,8 +60,9 @@ def on_tile(logp: Tensor, logq: Tensor, kind: Divergence, shard: VocabShard) -> 
         logp, logq: [n, width] this rank's columns of log p and log q (any width, also 0).
 
     Returns:
-        D [n] and dD/dz [n, width]. Collectives: one of [2, n] on the full support; else two all-gathers of [n, K] a rank,
-        and all-reduces of [2, n, K] and twice [2, n]. Memory: about six times the size of `logp`.
+        D [n] and dD/dz [n, width]. Collectives: one of [2, n] on the full support; else two all-gathers of
+        [n, K] a rank, and all-reduces of [2, n, K] and twice [2, n]. Memory: about six times the size of
+        `logp`.
     """
     if kind.support == "full" or kind.top_k >= shard.vocab_size:
         terms, pf = addends(logp, logq, kind)
@@ -70,7 +74,9 @@ def on_tile(logp: Tensor, logq: Tensor, kind: Divergence, shard: VocabShard) -> 
 
 
 def addends(logp: Tensor, logq: Tensor, kind: Divergence) -> tuple[Tensor, Tensor]:
-    """Per-column addends of D, and p·f, both shaped like `logp`; exact zeros where log p = log q or p = q = 0."""
+    """Per-column addends of D, and p·f, both shaped like `logp`; exact zeros where log p = log q or p = q =
+    0.
+    """
     p, q = logp.exp(), logq.exp()
     difference = torch.where(logp == logq, torch.zeros_like(logp), logq - logp)  # not -inf - -inf
     if kind.kind == "forward":
@@ -120,7 +126,10 @@ def _with_tail(logp: Tensor, logq: Tensor, kind: Divergence, shard: VocabShard) 
 
 
 def log_sum_exp(logs: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Over the last dimension of all shards' columns, which may be none here. Two all-reduces of the result's shape."""
+    """Over the last dimension of all shards' columns, which may be none here.
+
+    Two all-reduces of the result's shape.
+    """
     largest = logs.amax(-1) if logs.shape[-1] else logs.new_full(logs.shape[:-1], -math.inf)
     largest = all_reduce(largest, group, dist.ReduceOp.MAX).clamp(min=-1e30)
     total = all_reduce((logs - largest[..., None]).exp().sum(-1), group)

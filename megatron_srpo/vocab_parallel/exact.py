@@ -1,13 +1,14 @@
-"""One tile of tokens on the full vocabulary: what is said between ranks, and the algebra around the elementwise passes.
+"""One tile of tokens on the full vocabulary: what is said between ranks, and the algebra around the
+elementwise passes.
 
-With z the student's logits, p = softmax z, q the teacher's, H the entropy of p, y the target, D the divergence with its
-log-ratio f (see `divergence.py`), the gradient of any function of log p(y), H and D is
+With z the student's logits, p = softmax z, q the teacher's, H the entropy of p, y the target, D the
+divergence with its log-ratio f (see `divergence.py`), the gradient of any function of log p(y), H and D is
 
     dL/dz_v = g_logp (1[v = y] - p_v) - g_H p_v (log p_v + H) + g_D p_v (f_v - Σ_u p_u f_u)
 
-The passes over [n, width] are a device's: `CpuPasses`, `TritonPasses`. Here are only vectors of length n, and at most two
-collectives a tile: every rank's row sums (its own maximum, Σ exp, Σ exp·z and the target's logit, from which any rank
-works out the softmax over all columns), then every rank's part of the divergence.
+The passes over [n, width] are a device's: `CpuPasses`, `TritonPasses`. Here are only vectors of length n, and
+at most two collectives a tile: every rank's row sums (its own maximum, Σ exp, Σ exp·z and the target's logit,
+from which any rank works out the softmax over all columns), then every rank's part of the divergence.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ FLOOR = -1e30  # stands for logits of -inf: a probability of exactly 0, without 
 
 
 class Passes(Protocol):
-    """The elementwise work on a tile. `tiles` are [student] or [student, teacher], [n, width] each; they may be overwritten.
+    """The elementwise work on a tile. `tiles` are [student] or [student, teacher], [n, width] each; they may
+    be overwritten.
 
     name: for the log. gradient_is_separate: the gradient outlives the next tile's logits.
     """
@@ -34,13 +36,17 @@ class Passes(Protocol):
     gradient_is_separate: bool
 
     def row_sums(self, tiles: list[Tensor], sums: Tensor) -> None:
-        """Fill sums [3, tiles, n] with m = max z, Σ exp(z - m) and, for the student, Σ exp(z - m)(z - m) of these columns."""
+        """Fill sums [3, tiles, n] with m = max z, Σ exp(z - m) and, for the student, Σ exp(z - m)(z - m) of
+        these columns.
+        """
 
     def divergence_sums(self, tiles: list[Tensor], maximum: Tensor, total: Tensor) -> Tensor:
-        """[2, n] Σ p f (without JSD's 1-α) and, for JSD and forward KL, the teacher's Σ q (log q - log m or p).
+        """[2, n] Σ p f (without JSD's 1-α) and, for JSD and forward KL, the teacher's Σ q (log q - log m or
+        p).
 
-        maximum, total: [tiles, n]; p = exp(z - maximum) / total over all ranks' columns. In fp32 that is three times as exact
-        as the exponential of z - maximum - log total, whose roundings are of numbers larger than the differences of interest.
+        maximum, total: [tiles, n]; p = exp(z - maximum) / total over all ranks' columns. In fp32 that is
+        three times as exact as the exponential of z - maximum - log total, whose roundings are of numbers
+        larger than the differences of interest.
         """
 
     def gradient(
@@ -51,14 +57,17 @@ class Passes(Protocol):
         column: Tensor,
         of_target: Tensor,
     ) -> Tensor:
-        """[n, width] a · p f + b · p + c · p log p for contiguous scales (a, b, c), plus `of_target` in each row's `column` (-1: in none).
+        """[n, width] a · p f + b · p + c · p log p for contiguous scales (a, b, c), plus `of_target` in each
+        row's `column` (-1: in none).
 
         a is None without a divergence, c where the entropy has no gradient. maximum, total: as above.
         """
 
 
 class ExactKernel:
-    """Statistics of one tile at a time and the gradient of its logits, on the full support or the sampled token."""
+    """Statistics of one tile at a time and the gradient of its logits, on the full support or the sampled
+    token.
+    """
 
     def __init__(self, passes: Passes, shard: VocabShard, divergence: Divergence):
         self.passes, self.shard, self.kind = passes, shard, divergence
@@ -91,7 +100,9 @@ class ExactKernel:
         )
 
     def _target_logits(self, tiles: list[Tensor], targets: Tensor | None, logits: Tensor) -> None:
-        """Fill logits [tiles, n] with the targets' where this shard has them (else they stay 0), and remember their columns."""
+        """Fill logits [tiles, n] with the targets' where this shard has them (else they stay 0), and
+        remember their columns.
+        """
         self.column = tiles[0].new_full((len(tiles[0]),), -1, dtype=torch.int64)
         if targets is not None and self.shard.width:
             mine, column = own_columns(targets, self.shard)
@@ -118,9 +129,11 @@ class ExactKernel:
     def logits_grad(
         self, logprob_grad: Tensor | None, entropy_grad: Tensor | None, divergence_grad: Tensor | None
     ) -> Tensor:
-        """[n, width] gradient with respect to the last tile's logits, from those of its statistics, [n] or None for zeros.
+        """[n, width] gradient with respect to the last tile's logits, from those of its statistics, [n] or
+        None for zeros.
 
-        It lives in the passes' buffers until the next gradient, and only until the next statistics where it is not separate.
+        It lives in the passes' buffers until the next gradient, and only until the next statistics where it
+        is not separate.
         """
         target = torch.zeros_like(self.entropy) if logprob_grad is None else logprob_grad
         if divergence_grad is not None and self.kind.support == "sampled":
@@ -135,7 +148,9 @@ class ExactKernel:
 
 
 def combine(maxima: Tensor, totals: Tensor, weighted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Row sums of several parts of the columns, [parts, …] each, as those of all: m, Σ exp(z - m), Σ exp(z - m)(z - m)."""
+    """Row sums of several parts of the columns, [parts, …] each, as those of all: m, Σ exp(z - m), Σ exp(z -
+    m)(z - m).
+    """
     maximum = maxima.amax(0)
     shift = maxima - maximum
     factor = shift.exp()

@@ -1,14 +1,14 @@
 """One pass over the vocabulary for everything the loss needs, from hidden states, tile by tile.
 
-For each tile of tokens: logits of this rank's vocabulary shard → statistics (log-prob, entropy, divergence) → the caller's
-objective on those per-token vectors, differentiated by autograd → the closed-form gradient of the tile's logits →
-accumulated into dHidden and dWeight. Nothing of size [tokens, vocabulary] outlives a tile and nothing is computed twice:
-four matrix products a distilled token, three otherwise.
+For each tile of tokens: logits of this rank's vocabulary shard → statistics (log-prob, entropy, divergence) →
+the caller's objective on those per-token vectors, differentiated by autograd → the closed-form gradient of
+the tile's logits → accumulated into dHidden and dWeight. Nothing of size [tokens, vocabulary] outlives a tile
+and nothing is computed twice: four matrix products a distilled token, three otherwise.
 
-Memory, for any number of tokens: two tiles [tile_tokens, width] in fp32 (one without a teacher) and, on CUDA, one in the
-model's dtype; and an fp32 dWeight, unless the caller has one to add to (`weight_grad`). Collectives a tile, exact: one
-all-gather of [4, 2, n] fp32, and [2, n] for a divergence; on CUDA they travel while the products of the tile before are
-made. One all-gather of ten integers a call.
+Memory, for any number of tokens: two tiles [tile_tokens, width] in fp32 (one without a teacher) and, on CUDA,
+one in the model's dtype; and an fp32 dWeight, unless the caller has one to add to (`weight_grad`).
+Collectives a tile, exact: one all-gather of [4, 2, n] fp32, and [2, n] for a divergence; on CUDA they travel
+while the products of the tile before are made. One all-gather of ten integers a call.
 """
 
 from __future__ import annotations
@@ -46,12 +46,15 @@ class Statistics(NamedTuple):
     divergence: Tensor | None
 
 
-# objective(rows, statistics of those tokens) -> scalar; differentiable in all three, divergence is None without a teacher
+# objective(rows, statistics of those tokens) -> scalar; differentiable in all three, divergence is None
+# without a teacher
 Objective = Callable[[Rows, Statistics], Tensor]
 
 
 class Problem(NamedTuple):
-    """What is computed: see `fused_objective` for the fields. needs: names of fields that must not be None here."""
+    """What is computed: see `fused_objective` for the fields. needs: names of fields that must not be None
+    here.
+    """
 
     student: Student
     targets: Tensor | None
@@ -74,7 +77,9 @@ class Problem(NamedTuple):
         return 0 if self.teacher is None else len(self.teacher.tensor)
 
     def what_does_not_fit(self) -> str | None:
-        """The first thing wrong with this rank's arguments, naming the argument, what it is and what was expected."""
+        """The first thing wrong with this rank's arguments, naming the argument, what it is and what was
+        expected.
+        """
         own, teacher, targets = self.student.tensor, self.teacher, self.targets
         if problem := self.student.problem("", self.shard) or self.divergence.problem:
             return problem
@@ -119,24 +124,31 @@ def fused_objective(
     """Σ over tiles of `objective`, with the gradients to the student's tensors computed in the same pass.
 
     Args:
-        student: `Projection` (hidden [T, H], weight [padded_width, H]) or `Logits` ([T, padded_width]), bf16, fp32 or
+        student: `Projection` (hidden [T, H], weight [padded_width, H]) or `Logits` ([T, padded_width]), bf16,
+            fp32 or
             float64. The first D tokens are the distilled ones.
-        targets: [T] token ids, in 0 … vocab_size - 1, or `IGNORED`: such tokens take no part and cost nothing.
+        targets: [T] token ids, in 0 … vocab_size - 1, or `IGNORED`: such tokens take no part and cost
+            nothing.
         objective: called once a tile with the tile's tokens (a slice or their indices) and their statistics.
-        weight_grad: [padded_width, H] fp32 (Megatron's `main_grad`). When given, dWeight is added to it in this call,
-            weight (which need not require a gradient) gets none, and the scalar must be differentiated with a gradient of exactly 1.
+        weight_grad: [padded_width, H] fp32 (Megatron's `main_grad`). When given, dWeight is added to it in
+            this call,
+            weight (which need not require a gradient) gets none, and the scalar must be differentiated with a
+            gradient of exactly 1.
         teacher: a source of D tokens' logits, to which no gradient flows; None when nothing is distilled.
         divergence: which; needed with a teacher only.
         temperature: both models' logits are divided by it.
-        tile_tokens, memory: tokens a tile, or the bytes that tiles may take together (default by device: `MEMORY`).
+        tile_tokens, memory: tokens a tile, or the bytes that tiles may take together (default by device:
+        `MEMORY`).
 
     Raises:
-        ValueError: shapes, dtypes, devices, process group or shards that do not fit, or a target outside the vocabulary.
+        ValueError: shapes, dtypes, devices, process group or shards that do not fit, or a target outside the
+            vocabulary.
             When one tensor-parallel rank raises, all do.
 
     Returns:
-        The scalar loss (identical on every tensor-parallel rank) and the statistics, without gradient. The gradient to
-        `hidden` is this rank's share: the caller sums it over the tensor-parallel ranks, as the backward of its gather or copy.
+        The scalar loss (identical on every tensor-parallel rank) and the statistics, without gradient. The
+        gradient to `hidden` is this rank's share: the caller sums it over the tensor-parallel ranks, as the
+        backward of its gather or copy.
     """
     sweep = Sweep(Problem(student, targets, shard, **options), weight_grad)
     loss, *statistics = _FusedObjective.apply(sweep, objective, weight_grad, *student)
@@ -145,7 +157,8 @@ def fused_objective(
 
 @torch.no_grad()
 def score(source: Teacher, targets: Tensor | None, shard: VocabShard, **options) -> Statistics:
-    """Log-probabilities of `targets` (zeros when None) and entropies, [T], without gradient: teacher and old-policy scoring.
+    """Log-probabilities of `targets` (zeros when None) and entropies, [T], without gradient: teacher and
+    old-policy scoring.
 
     Options and errors: see `fused_objective`. One product a token (two for a `Mixture`).
     """
@@ -229,7 +242,9 @@ class Sweep:
         return found
 
     def logits_grad(self, gradients: tuple[Tensor | None, ...]) -> Tensor:
-        """Of the last tile, [n, width] in the dtype its products are made in, from the gradients of its statistics."""
+        """Of the last tile, [n, width] in the dtype its products are made in, from the gradients of its
+        statistics.
+        """
         self.make_products()
         scale = 1.0 / self.problem.temperature
         gradient = self.kernel.logits_grad(*(None if g is None else g * scale for g in gradients))
@@ -337,7 +352,9 @@ class _FusedObjective(torch.autograd.Function):
 def _differentiate(
     objective: Objective, rows: Rows, statistics: Statistics
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """The objective of one tile, and its gradients with respect to the statistics; None for what it does not use."""
+    """The objective of one tile, and its gradients with respect to the statistics; None for what it does not
+    use.
+    """
     with torch.enable_grad():
         leaves = Statistics(
             *(None if values is None else values.detach().requires_grad_() for values in statistics)

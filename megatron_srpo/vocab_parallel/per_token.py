@@ -1,17 +1,19 @@
 """Log-probabilities, entropies and divergences as vectors that autograd can use in any expression.
 
-Each takes its logits from `Logits` ([T, padded_width], this rank's columns) or a `Projection` (hidden [T, H], weight
-[padded_width, H]) and returns [T] in fp32 (float64 for float64 inputs), the same on every tensor-parallel rank. Inputs
-may be bf16, fp32 or float64; a tile of them at a time is fp32 (float64).
+Each takes its logits from `Logits` ([T, padded_width], this rank's columns) or a `Projection` (hidden [T, H],
+weight [padded_width, H]) and returns [T] in fp32 (float64 for float64 inputs), the same on every
+tensor-parallel rank. Inputs may be bf16, fp32 or float64; a tile of them at a time is fp32 (float64).
 
-Backward makes every tile's logits a second time, because the gradient of [T] is known only then: with projections that is one
-matrix product more for each side than `fused_objective`, which is told the objective beforehand. Memory beyond inputs, their
-gradients and [T]: the tiles (`fused.MEMORY`, or `memory` bytes), whatever T. Collectives a tile, each way: one all-gather
-of [4, n] fp32, with a teacher of [4, 2, n] and, on the full support, [2, n]; see `tail.TailKernel` for top K.
+Backward makes every tile's logits a second time, because the gradient of [T] is known only then: with
+projections that is one matrix product more for each side than `fused_objective`, which is told the objective
+beforehand. Memory beyond inputs, their gradients and [T]: the tiles (`fused.MEMORY`, or `memory` bytes),
+whatever T. Collectives a tile, each way: one all-gather of [4, n] fp32, with a teacher of [4, 2, n] and, on
+the full support, [2, n]; see `tail.TailKernel` for top K.
 
-The gradient to `hidden` is this rank's share, to be summed over the tensor-parallel ranks; to logits and weight it is whole.
-No gradient flows to a teacher. All raise ValueError, on every rank together, as `fused_objective` does. Options of all:
-`temperature` (divides the logits), `tile_tokens`, `memory`; `targets` holding `IGNORED` give 0 there.
+The gradient to `hidden` is this rank's share, to be summed over the tensor-parallel ranks; to logits and
+weight it is whole. No gradient flows to a teacher. All raise ValueError, on every rank together, as
+`fused_objective` does. Options of all: `temperature` (divides the logits), `tile_tokens`, `memory`; `targets`
+holding `IGNORED` give 0 there.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ def entropy(
 ) -> Tensor:
     """H = -Σ_v p_v log p_v, [T] nats, over the full vocabulary.
 
-    Gradient -p_v (log p_v + H); of a teacher (also a `Mixture`), a constant. Collectives a tile: one all-gather of [4, n].
+    Gradient -p_v (log p_v + H); of a teacher (also a `Mixture`), a constant. Collectives a tile: one
+    all-gather of [4, n].
     """
     return _statistics(1, source, shard, targets=targets, **options)
 
@@ -75,10 +78,10 @@ def reverse_kl(
 ) -> Tensor:
     """KL(p‖q) = Σ_v p_v (log p_v - log q_v), p the student and q the teacher.
 
-    teacher: D ≤ T tokens' logits, of the first D; the result is [D]. support: any; "sampled" needs `targets` drawn from p
-    and gives log p(y) - log q(y), with the gradient (log p(y) - log q(y)) (1[v = y] - p_v), both unbiased.
-    Gradient p_v (log p_v - log q_v - KL) (full support). Collectives a tile: all-gathers of [4, 2, n] and, unless sampled,
-    [2, n].
+    teacher: D ≤ T tokens' logits, of the first D; the result is [D]. support: any; "sampled" needs `targets`
+    drawn from p and gives log p(y) - log q(y), with the gradient (log p(y) - log q(y)) (1[v = y] - p_v), both
+    unbiased. Gradient p_v (log p_v - log q_v - KL) (full support). Collectives a tile: all-gathers of [4, 2,
+    n] and, unless sampled, [2, n].
     """
     return _statistics(
         2,
@@ -101,7 +104,8 @@ def jsd(
     top_k: int = 100,
     **options,
 ) -> Tensor:
-    """(1-α) KL(p‖m) + α KL(q‖m) with m = (1-α)p + αq, [T], p the student and q the teacher; at most ln 2 for α = ½.
+    """(1-α) KL(p‖m) + α KL(q‖m) with m = (1-α)p + αq, [T], p the student and q the teacher; at most ln 2 for
+    α = ½.
 
     teacher: D ≤ T tokens' logits, of the first D; the result is [D]. support: all but "sampled".
     Gradient (1-α) p_v (log p_v - log m_v - KL(p‖m)) (full support).

@@ -1,4 +1,7 @@
-"""The tile, written plainly: any device, dtype, divergence and support. Faster kernels are tested against it."""
+"""The tile, written plainly: any device, dtype, divergence and support.
+
+Faster kernels are tested against it.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,10 @@ from megatron_srpo.vocab_parallel.shard import VocabShard, all_reduce, own_colum
 
 
 class ReferenceKernel:
-    """Same interface and results as `ExactKernel`. Holds log p, log q and dD/dz of the last tile and some temporaries of its size."""
+    """Same interface and results as `ExactKernel`.
+
+    Holds log p, log q and dD/dz of the last tile and some temporaries of its size.
+    """
 
     name = "plain torch"
     gradient_is_separate = True
@@ -42,7 +48,9 @@ class ReferenceKernel:
     def logits_grad(
         self, logprob_grad: Tensor | None, entropy_grad: Tensor | None, divergence_grad: Tensor | None
     ) -> Tensor:
-        """[n, width] gradient with respect to the last tile's logits, from those of its statistics, [n] or None for zeros."""
+        """[n, width] gradient with respect to the last tile's logits, from those of its statistics, [n] or
+        None for zeros.
+        """
         gradient = torch.zeros_like(self.logp) if logprob_grad is None else self._logprob_grad(logprob_grad)
         if entropy_grad is not None:
             p, logp = self.logp.exp(), self.logp.clamp(min=-1e30)
@@ -63,9 +71,11 @@ class ReferenceKernel:
 def _log_softmax(
     logits: list[Tensor], targets: Tensor | None, shard: VocabShard
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-    """log softmax over all shards of each tensor, the first one's entropy, and each one's log-probability of the targets.
+    """log softmax over all shards of each tensor, the first one's entropy, and each one's log-probability of
+    the targets.
 
-    Two all-reduces in all: the row maxima, then sums of exponentials, the entropy's numerator and target logits.
+    Two all-reduces in all: the row maxima, then sums of exponentials, the entropy's numerator and target
+    logits.
     """
     empty = shard.width == 0
     maxima = torch.stack([z.new_full((len(z),), -math.inf) if empty else z.amax(1) for z in logits])

@@ -11,7 +11,8 @@ from torch import Tensor
 
 
 class VocabShard(NamedTuple):
-    """This rank's columns of the vocabulary: ids start … start + width - 1. Padded columns are not counted in `width`.
+    """This rank's columns of the vocabulary: ids start … start + width - 1. Padded columns are not counted in
+    `width`.
 
     group: the tensor-parallel ranks that hold the other columns; None when this rank holds them all.
     """
@@ -25,7 +26,9 @@ class VocabShard(NamedTuple):
     def of_rank(
         cls, rank: int, padded_width: int, vocab_size: int, group: dist.ProcessGroup | None
     ) -> VocabShard:
-        """The shard of tensor-parallel rank `rank` when every rank holds `padded_width` rows of the output matrix."""
+        """The shard of tensor-parallel rank `rank` when every rank holds `padded_width` rows of the output
+        matrix.
+        """
         start = min(rank * padded_width, vocab_size)
         return cls(start, min(padded_width, vocab_size - start), vocab_size, group)
 
@@ -61,7 +64,8 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 
 def agree(problem: str | None, shard: VocabShard, same: dict[str, int], device: torch.device) -> int:
-    """One small all-gather that turns what is wrong on any rank into a ValueError on every rank, before anything waits for it.
+    """One small all-gather that turns what is wrong on any rank into a ValueError on every rank, before
+    anything waits for it.
 
     Args:
         problem: what does not fit on this rank, or None.

@@ -1,7 +1,8 @@
 """Where logits come from, tile by tile, and where the gradients of the tiles go.
 
-A student is `Logits` or a `Projection`; a teacher may also be a `Mixture` of two such. Inside a tile numbers are fp32
-(float64 for float64 inputs) whatever the inputs' dtype: the products of bf16 matrices are never rounded to bf16.
+A student is `Logits` or a `Projection`; a teacher may also be a `Mixture` of two such. Inside a tile numbers
+are fp32 (float64 for float64 inputs) whatever the inputs' dtype: the products of bf16 matrices are never
+rounded to bf16.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ Rows = slice | Tensor  # a range of tokens, or their indices
 _COLUMN_BLOCK = (
     8192  # columns of a bf16 matrix upcast at a time where the hardware's products cannot do it (CPU)
 )
-_ROW_BLOCK = 2048  # rows of a product made and added at a time where `addmm` cannot do it: few enough for a GPU's cache
+# rows of a product made and added at a time where `addmm` cannot do it: few enough for a GPU's cache
+_ROW_BLOCK = 2048
 
 
 class Logits(NamedTuple):
@@ -60,7 +62,8 @@ class Logits(NamedTuple):
 class Projection(NamedTuple):
     """Logits z = hidden · weightᵀ, made when a tile needs them.
 
-    hidden: [T, H] final hidden states. weight: [padded_width, H] this rank's rows of the output matrix, padded ones last.
+    hidden: [T, H] final hidden states. weight: [padded_width, H] this rank's rows of the output matrix,
+    padded ones last.
     """
 
     hidden: Tensor
@@ -103,12 +106,17 @@ class Projection(NamedTuple):
                 )
 
     def gradients(self, needed: tuple[bool, ...], weight_grad: Tensor | None = None) -> ProjectionGradient:
-        """Collects this source's gradients; `needed`: of its tensors, in order. `weight_grad`: see `fused_objective`."""
+        """Collects this source's gradients; `needed`: of its tensors, in order.
+
+        `weight_grad`: see `fused_objective`.
+        """
         return ProjectionGradient(self, needed, weight_grad)
 
 
 class Mixture(NamedTuple):
-    """The trust-region teacher: z = (1 - share) · z_reference + share · z_policy, softmax of interpolated logits."""
+    """The trust-region teacher: z = (1 - share) · z_reference + share · z_policy, softmax of interpolated
+    logits.
+    """
 
     reference: Logits | Projection
     policy: Logits | Projection
@@ -177,7 +185,9 @@ class ProjectionGradient:
         self.weight_grad = weight_grad
 
     def products(self, rows: Rows, gradient: Tensor) -> list[Callable[[], None]]:
-        """dHidden[rows] = gradient · weight and dWeight += gradientᵀ · hidden[rows], as two calls to be made."""
+        """dHidden[rows] = gradient · weight and dWeight += gradientᵀ · hidden[rows], as two calls to be
+        made.
+        """
         products = []
         if self.hidden_grad is not None:
             products.append(lambda: self._to_hidden(rows, gradient))
@@ -205,7 +215,9 @@ class ProjectionGradient:
             _add_product(accumulator, gradient.t(), hidden)
 
     def results(self) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients of the source's tensors, in order; None where the caller's `weight_grad` has it already."""
+        """The gradients of the source's tensors, in order; None where the caller's `weight_grad` has it
+        already.
+        """
         return self.hidden_grad, self.weight_grad.to(
             self.source.weight.dtype
         ) if self.own_weight_grad else None
@@ -223,7 +235,9 @@ def _add_product(into: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) 
 
 @functools.cache
 def _addmm_takes_fp32(device: torch.device) -> bool:
-    """Whether it adds to an fp32 matrix the product of bf16 ones: not before torch 2.10 (pytorch#167931), as NVIDIA's images have it."""
+    """Whether it adds to an fp32 matrix the product of bf16 ones: not before torch 2.10 (pytorch#167931), as
+    NVIDIA's images have it.
+    """
     one = torch.ones(1, 1, dtype=torch.bfloat16, device=device)
     try:
         torch.addmm(one.float(), one, one, out_dtype=torch.float32)

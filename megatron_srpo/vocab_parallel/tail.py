@@ -1,8 +1,9 @@
-"""One tile of tokens on the top K of one side and a tail bucket with the rest of the mass (METHOD.md §2, paper parity).
+"""One tile of tokens on the top K of one side and a tail bucket with the rest of the mass (METHOD.md §2,
+paper parity).
 
-The head's columns are taken out of the tiles before the passes, which so sum up the tail; what remains is mathematics on
-[n, K + 1], little enough to be done in float64. With P_tail the student's mass in the tail and p f of the buckets as in
-`divergence.py`, a column v outside the head has the gradient
+The head's columns are taken out of the tiles before the passes, which so sum up the tail; what remains is
+mathematics on [n, K + 1], little enough to be done in float64. With P_tail the student's mass in the tail and
+p f of the buckets as in `divergence.py`, a column v outside the head has the gradient
 
     dD/dz_v = (p_v / P_tail) ((p f)_tail - P_tail Σ p f)
 
@@ -24,8 +25,8 @@ from megatron_srpo.vocab_parallel.shard import all_reduce, gather, own_columns
 class TailKernel(ExactKernel):
     """As `ExactKernel`, with D on the support of `kind`; tokens without a teacher take its way.
 
-    Collectives a distilled tile: all-gathers of the ranks' top ids and logits [n, K] and of [4, 2, n], an all-reduce of
-    [2, n, K]. Memory: the tiles and [n, K].
+    Collectives a distilled tile: all-gathers of the ranks' top ids and logits [n, K] and of [4, 2, n], an
+    all-reduce of [2, n, K]. Memory: the tiles and [n, K].
     """
 
     def statistics(

@@ -1,4 +1,6 @@
-"""The likeliest tokens of every position, over all shards of the vocabulary: for people to look at, not for the loss."""
+"""The likeliest tokens of every position, over all shards of the vocabulary: for people to look at, not for
+the loss.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +28,15 @@ class TopTokens(NamedTuple):
 def top_tokens(
     source: Teacher, targets: Tensor, shard: VocabShard, k: int, temperature: float = 1.0
 ) -> TopTokens:
-    """The k likeliest ids (all, where the vocabulary has fewer) and their exact log-probabilities, the same on every rank.
+    """The k likeliest ids (all, where the vocabulary has fewer) and their exact log-probabilities, the same
+    on every rank.
 
     Args:
         source: logits of T tokens, or what they are made of. targets: [T] ids.
         temperature: logits are divided by it.
 
-    One product a token and five small collectives a tile of 128 tokens; memory: three fp32 tiles of this shard's width.
-    Raises ValueError when source and shard do not fit each other.
+    One product a token and five small collectives a tile of 128 tokens; memory: three fp32 tiles of this
+    shard's width. Raises ValueError when source and shard do not fit each other.
     """
     own, k = source.tensor, min(k, shard.vocab_size)
     agree(source.problem("source", shard), shard, {"tokens": len(own), "k": k}, own.device)

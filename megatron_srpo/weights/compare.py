@@ -17,7 +17,10 @@ LOGIT_TOKENS = (2, 48)  # sequences, their length
 
 @dataclass(frozen=True)
 class Difference:
-    """How two tensors differ. `largest` is the largest absolute difference; `relative` is it over the first's largest magnitude."""
+    """How two tensors differ.
+
+    `largest` is the largest absolute difference; `relative` is it over the first's largest magnitude.
+    """
 
     name: str
     largest: float
@@ -33,7 +36,10 @@ class Difference:
 
 
 def difference(name: str, first: Tensor, second: Tensor) -> Difference | None:
-    """None for the same values; dtypes may differ. NaN equals NaN here, and differs from all else by infinity."""
+    """None for the same values; dtypes may differ.
+
+    NaN equals NaN here, and differs from all else by infinity.
+    """
     if first.dtype == second.dtype and torch.equal(first, second):
         return None
     first, second = first.float(), second.float()
@@ -47,7 +53,9 @@ def difference(name: str, first: Tensor, second: Tensor) -> Difference | None:
 
 
 def compare_tensors(first: Tensors, second: Tensors, progress: ByteProgress) -> Iterator[Difference | str]:
-    """What differs, tensor by tensor in the first's order: a Difference, or a line for names, shapes and the like."""
+    """What differs, tensor by tensor in the first's order: a Difference, or a line for names, shapes and the
+    like.
+    """
     names, others = first.names(), set(second.names())
     for name in names:
         if name not in others:
@@ -63,7 +71,8 @@ def compare_tensors(first: Tensors, second: Tensors, progress: ByteProgress) -> 
 
 
 def logits(source: Tensors, config_folder: Path, seed: int = 0) -> Tensor:
-    """[sequences, tokens, vocabulary] logits of transformers' model with these weights, in fp32, on random ids.
+    """[sequences, tokens, vocabulary] logits of transformers' model with these weights, in fp32, on random
+    ids.
 
     The whole model is in memory, four bytes an element.
     """

@@ -1,4 +1,5 @@
-"""Conversion between Hugging Face folders and megatron-core's torch_dist checkpoints: tensor by tensor, no model is built.
+"""Conversion between Hugging Face folders and megatron-core's torch_dist checkpoints: tensor by tensor, no
+model is built.
 
 Each process writes its share into files of its own; memory is that of the largest tensors at hand.
 """
@@ -37,7 +38,8 @@ def to_megatron(
         reference: the folder whose config.json describes the tensors.
         output: a new or empty folder; appears when it is whole.
         dtype: None keeps each tensor's own.
-        vocabulary_multiple: the vocabulary is padded with zeros to a multiple of it. megatron-core loads it at any other padding.
+        vocabulary_multiple: the vocabulary is padded with zeros to a multiple of it. megatron-core loads it
+            at any other padding.
 
     Every process calls it. Raises FileError or ConfigError.
     """
@@ -116,7 +118,9 @@ def to_hf(
 
 
 def _write_behind(jobs: Iterable[Callable[[], object]]) -> None:
-    """Run the jobs in order in a thread of their own: one is written while the next is read, both without the GIL."""
+    """Run the jobs in order in a thread of their own: one is written while the next is read, both without
+    the GIL.
+    """
     with ThreadPoolExecutor(max_workers=1) as pool:
         pending = pool.submit(lambda: None)
         for job in jobs:
@@ -126,7 +130,9 @@ def _write_behind(jobs: Iterable[Callable[[], object]]) -> None:
 
 
 def _share(sizes: Sequence[int], processes: Processes) -> list[int]:
-    """The numbers of this process's items, in order: the largest go first, each to the process that has least."""
+    """The numbers of this process's items, in order: the largest go first, each to the process that has
+    least.
+    """
     loads, owners = [0] * processes.world_size, [0] * len(sizes)
     for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
         owners[number] = loads.index(min(loads))

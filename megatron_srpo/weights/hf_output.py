@@ -1,4 +1,6 @@
-"""A Hugging Face folder's files: shards of bounded size, the index, config.json with the dtype, tokenizer files."""
+"""A Hugging Face folder's files: shards of bounded size, the index, config.json with the dtype, tokenizer
+files.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def size_of(announced: tuple[torch.dtype, tuple[int, ...]]) -> int:
 
 
 def plan_shards(tensors: Announced, limit: int) -> dict[str, list[str]]:
-    """{file name: names of its tensors}, in order, at most `limit` bytes a file (a larger tensor has a file of its own)."""
+    """{file name: names of its tensors}, in order, at most `limit` bytes a file (a larger tensor has a file
+    of its own).
+    """
     shards: list[list[str]] = []
     held = 0
     for name, announced in tensors.items():
@@ -46,7 +50,9 @@ def plan_shards(tensors: Announced, limit: int) -> dict[str, list[str]]:
 def write_companions(
     folder: Path, reference: HFFolder, tensors: Announced, shards: Mapping[str, list[str]]
 ) -> None:
-    """Everything but the shards: the index where there are several, config, generation config and tokenizer of `reference`."""
+    """Everything but the shards: the index where there are several, config, generation config and tokenizer
+    of `reference`.
+    """
     try:
         if len(shards) > 1:
             weight_map = {name: file for file, names in shards.items() for name in names}
@@ -66,7 +72,9 @@ def write_companions(
 
 
 def _is_of_weights(name: str) -> bool:
-    """Whether the file speaks of the reference's own weights: an index, or what marks a converted folder as Megatron's."""
+    """Whether the file speaks of the reference's own weights: an index, or what marks a converted folder as
+    Megatron's.
+    """
     return "safetensors" in name or name.endswith(".bin.index.json") or name == "metadata.json"
 
 

@@ -35,8 +35,9 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 class Writer:
     """Writes the file at `path`, which must not exist.
 
-    tensors: {name: (dtype, shape)} of everything the file will hold. Tensors lie in it by falling element size, then in
-    this order, so that each is aligned. Raises ValueError for a dtype that safetensors does not know.
+    tensors: {name: (dtype, shape)} of everything the file will hold. Tensors lie in it by falling element
+    size, then in this order, so that each is aligned. Raises ValueError for a dtype that safetensors does not
+    know.
 
         writer = Writer(path, {"a": (torch.float32, (2, 3))})
         writer.write("a", tensor)
@@ -63,7 +64,8 @@ class Writer:
         self._file.write_at(struct.pack("<Q", len(text)) + text, 0)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor, in any order of names, each once; copies nothing if it is contiguous and on the CPU.
+        """Write one tensor, in any order of names, each once; copies nothing if it is contiguous and on the
+        CPU.
 
         Raises ValueError for a name, dtype or shape other than announced, FileError when the disk is full.
         """

@@ -1,11 +1,11 @@
 """Folders of weights, seen tensor by tensor in Hugging Face names.
 
-Megatron's side has the names and global shapes of `GPTModel.sharded_state_dict()` as megatron-core's defaults make them,
-which are Transformer Engine's: layers stacked (`decoder.layers.mlp.linear_fc2.weight` is [layers, H, ffn]), experts
-stacked inside them (`decoder.layers.mlp.experts.experts.linear_fc2.weight` is [layers, experts, H, ffn]), the norms that
-Transformer Engine fuses under the matrix after them, the vocabulary padded. megatron-core's local layers ask for the
-same names, by their `sharded_state_dict_keys_map`, so either kind of layers loads one checkpoint, and so do Megatron-LM's
-models, which are these.
+Megatron's side has the names and global shapes of `GPTModel.sharded_state_dict()` as megatron-core's defaults
+make them, which are Transformer Engine's: layers stacked (`decoder.layers.mlp.linear_fc2.weight` is [layers,
+H, ffn]), experts stacked inside them (`decoder.layers.mlp.experts.experts.linear_fc2.weight` is [layers,
+experts, H, ffn]), the norms that Transformer Engine fuses under the matrix after them, the vocabulary padded.
+megatron-core's local layers ask for the same names, by their `sharded_state_dict_keys_map`, so either kind of
+layers loads one checkpoint, and so do Megatron-LM's models, which are these.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Tensors(Protocol):
-    """A model's tensors in HF names. Reading one may raise FileError or ConfigError, which name file and tensor."""
+    """A model's tensors in HF names.
+
+    Reading one may raise FileError or ConfigError, which name file and tensor.
+    """
 
     def names(self) -> list[str]:
         """All names."""
@@ -52,7 +55,10 @@ class Tensors(Protocol):
 
 
 class HFTensors:
-    """The tensors of a Hugging Face folder. Raises ConfigError or FileError when one is missing, unexpected, or not of its shape."""
+    """The tensors of a Hugging Face folder.
+
+    Raises ConfigError or FileError when one is missing, unexpected, or not of its shape.
+    """
 
     def __init__(self, folder: HFFolder):
         self.folder, self._shapes = folder, folder.architecture.tensor_shapes()
@@ -95,7 +101,8 @@ class HFTensors:
 
 @dataclass(frozen=True)
 class Place:
-    """One table row in one layer (and expert): part `index` of the tensor `key` of a Megatron checkpoint, HF tensors `names`.
+    """One table row in one layer (and expert): part `index` of the tensor `key` of a Megatron checkpoint, HF
+    tensors `names`.
 
     stacks: the sizes of the leading dimensions that `index` counts in: (), (layers,) or (layers, experts).
     """
@@ -108,7 +115,9 @@ class Place:
 
 
 def places(architecture: Architecture) -> Iterator[Place]:
-    """Where each tensor of the architecture lies in a Megatron checkpoint, from the model's first layer to its last."""
+    """Where each tensor of the architecture lies in a Megatron checkpoint, from the model's first layer to
+    its last.
+    """
     held, layers, experts = (
         architecture.tensor_shapes(),
         architecture.num_hidden_layers,
@@ -134,13 +143,17 @@ def places(architecture: Architecture) -> Iterator[Place]:
 
 
 def part_shape(place: Place, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape of the part, its vocabulary not padded: every merge lines its pieces, of HF `shapes`, up along their first dimension."""
+    """The shape of the part, its vocabulary not padded: every merge lines its pieces, of HF `shapes`, up
+    along their first dimension.
+    """
     pieces = [shapes[name] for name in place.names]
     return sum(shape[0] for shape in pieces), *pieces[0][1:]
 
 
 def empty_objects(architecture: Architecture) -> list[str]:
-    """Keys of the `_extra_state` objects that megatron-core's layers ask for, local and Transformer Engine's; bf16 models store none."""
+    """Keys of the `_extra_state` objects that megatron-core's layers ask for, local and Transformer
+    Engine's; bf16 models store none.
+    """
     layers, experts = architecture.num_hidden_layers, architecture.num_experts
     modules = [
         f"self_attention.{name}"
@@ -159,7 +172,8 @@ def empty_objects(architecture: Architecture) -> list[str]:
 
 
 class MegatronTensors:
-    """The tensors of a torch_dist checkpoint of `architecture`, trained or converted. Optimizer states and the like are ignored.
+    """The tensors of a torch_dist checkpoint of `architecture`, trained or converted. Optimizer states and
+    the like are ignored.
 
     Raises FileError when one is missing, unexpected, or not of the shape that the architecture implies.
     """
@@ -173,7 +187,9 @@ class MegatronTensors:
         self._check()
 
     def _as_stored(self, place: Place) -> Place:
-        """Megatron can keep each layer under keys of its own (`non_homogeneous_layers`), as where experts are not in all of them."""
+        """Megatron can keep each layer under keys of its own (`non_homogeneous_layers`), as where experts
+        are not in all of them.
+        """
         single = (
             place.key.replace("decoder.layers.", f"decoder.layers.{place.index[0]}.", 1)
             if place.index
@@ -230,7 +246,9 @@ class MegatronTensors:
 
 
 def checkpoint_folder(path: Path) -> Path:
-    """The folder that holds the checkpoint: `path`, or what Megatron-LM's latest_checkpointed_iteration.txt in it names."""
+    """The folder that holds the checkpoint: `path`, or what Megatron-LM's latest_checkpointed_iteration.txt
+    in it names.
+    """
     tracker = path / "latest_checkpointed_iteration.txt"
     if (path / "metadata.json").exists() or not tracker.exists():
         return path
@@ -245,8 +263,8 @@ def checkpoint_folder(path: Path) -> Path:
 def open_tensors(path: Path, reference: HFFolder | None = None) -> Tensors:
     """The tensors of the HF or Megatron folder at `path`.
 
-    reference: says the architecture of a Megatron folder that has no config.json of its own (converted ones have).
-    Raises FileError or ConfigError for a folder that is neither.
+    reference: says the architecture of a Megatron folder that has no config.json of its own (converted ones
+    have). Raises FileError or ConfigError for a folder that is neither.
     """
     folder = checkpoint_folder(path)
     if not (folder / "metadata.json").exists():

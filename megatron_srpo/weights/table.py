@@ -1,8 +1,8 @@
 """The one table HF ↔ Megatron, for every architecture: a model has the rows whose parameters it has.
 
-Each row maps one Megatron parameter to the HF tensors it is made of. Every HF tensor is sharded over tensor-parallel
-ranks by contiguous slices along one dimension; a rank's parameter is then a local arrangement of its own slices. So
-both directions, at any TP, are: slice ↔ concatenate, and `merge` ↔ `split`.
+Each row maps one Megatron parameter to the HF tensors it is made of. Every HF tensor is sharded over
+tensor-parallel ranks by contiguous slices along one dimension; a rank's parameter is then a local arrangement
+of its own slices. So both directions, at any TP, are: slice ↔ concatenate, and `merge` ↔ `split`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")  # padded a
 
 @dataclass(frozen=True)
 class Row:
-    """megatron: parameter name inside its layer (or model, or expert); hf: tensor names inside theirs; dim: sharded dimension or None.
+    """megatron: parameter name inside its layer (or model, or expert); hf: tensor names inside theirs; dim:
+    sharded dimension or None.
 
     expert: whether it belongs to one expert, and is sharded over expert-tensor-parallel ranks.
     """
@@ -66,7 +67,10 @@ class Row:
 
 
 def _merge_qkv(pieces: Sequence[Tensor], a: Architecture) -> Tensor:
-    """Megatron keeps the heads of one query group together: its queries, its key, its value. Weights [n, H] and biases [n] alike."""
+    """Megatron keeps the heads of one query group together: its queries, its key, its value.
+
+    Weights [n, H] and biases [n] alike.
+    """
     groups, inner = pieces[1].shape[0] // a.head_dim, pieces[1].shape[1:]
     return torch.cat([piece.view(groups, -1, *inner) for piece in pieces], dim=1).reshape(-1, *inner)
 
@@ -128,7 +132,8 @@ _FUSED_NORMS = {
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 _BY_NAME = {row.megatron: row for row in LAYER_ROWS + EXPERT_ROWS + MODEL_ROWS}
-# Local layers keep a module for each expert, Transformer Engine all experts' matrices in one, numbered at their end.
+# Local layers keep a module for each expert, Transformer Engine all experts' matrices in one, numbered at
+# their end.
 _EXPERT = re.compile(r"mlp\.experts\.(?:local_experts\.(\d+)\.)?(linear_fc[12]\.weight)(\d*)")
 
 
@@ -153,7 +158,9 @@ def row_of(name: str, layer_offset: int, expert_offset: int = 0) -> tuple[Row, s
 
 
 def fused_name(row: Row, dense: bool) -> str:
-    """The row's parameter as Transformer Engine names it; it fuses the norm before the feed-forward in dense layers only."""
+    """The row's parameter as Transformer Engine names it; it fuses the norm before the feed-forward in dense
+    layers only.
+    """
     for fused, name in _FUSED_NORMS.items():
         if name == row.megatron and (dense or name != "pre_mlp_layernorm.weight"):
             return fused

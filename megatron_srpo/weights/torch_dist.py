@@ -1,12 +1,13 @@
-"""megatron-core's checkpoint format `torch_dist`, written and read tensor by tensor, without building a model.
+"""megatron-core's checkpoint format `torch_dist`, written and read tensor by tensor, without building a
+model.
 
-It is the file format of torch.distributed.checkpoint: `.metadata` (a pickle) says of every tensor its global shape and
-where each chunk of it lies, in `__R_K.distcp` files as `torch.save` streams at offsets; `metadata.json` and `common.pt`
-are megatron-core's. `megatron.core.dist_checkpointing.load` takes what the Writer wrote at any layout, since torch
-cuts the pieces a rank needs from the chunks there are.
+It is the file format of torch.distributed.checkpoint: `.metadata` (a pickle) says of every tensor its global
+shape and where each chunk of it lies, in `__R_K.distcp` files as `torch.save` streams at offsets;
+`metadata.json` and `common.pt` are megatron-core's. `megatron.core.dist_checkpointing.load` takes what the
+Writer wrote at any layout, since torch cuts the pieces a rank needs from the chunks there are.
 
-No pickle that a file brings is trusted: `.metadata` is read by an unpickler that knows the dataclasses of the format and
-nothing else, tensors by `torch.load(weights_only=True)`; `common.pt` is not read.
+No pickle that a file brings is trusted: `.metadata` is read by an unpickler that knows the dataclasses of the
+format and nothing else, tensors by `torch.load(weights_only=True)`; `common.pt` is not read.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ _DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dty
 
 @dataclass(frozen=True)
 class Chunk:
-    """Where a piece of a tensor lies: offset and shape in the tensor, and bytes in a file. `length` is in bytes, too."""
+    """Where a piece of a tensor lies: offset and shape in the tensor, and bytes in a file.
+
+    `length` is in bytes, too.
+    """
 
     key: str
     dtype: str
@@ -54,7 +58,8 @@ class Chunk:
     length: int
 
 
-# ---- writing ---------------------------------------------------------------------------------------------------------
+# ---- writing
+# ---------------------------------------------------------------------------------------------------------
 
 
 class _Stream(io.RawIOBase):
@@ -89,7 +94,8 @@ class Writer:
     def write(self, key: str, tensor: Tensor, tensor_shape: Sequence[int], start: Sequence[int]) -> None:
         """Append `tensor`, a CPU tensor, as the chunk of `key` at `start`, in elements.
 
-        tensor_shape: the global shape. With more dimensions than `tensor`, the leading ones are stacks of it: layers, experts.
+        tensor_shape: the global shape. With more dimensions than `tensor`, the leading ones are stacks of it:
+        layers, experts.
         """
         shape = (1,) * (len(tensor_shape) - tensor.dim()) + tuple(tensor.shape)
         tensor = tensor.detach().contiguous()
@@ -113,7 +119,9 @@ class Writer:
         )
 
     def write_nothing(self) -> Chunk:
-        """Append an empty object, megatron-core's `_extra_state` of layers that have none; many keys may stand for it."""
+        """Append an empty object, megatron-core's `_extra_state` of layers that have none; many keys may
+        stand for it.
+        """
         offset = self._stream.end
         torch.save([None], self._stream)
         return Chunk("", "", (), (), (), self._name, offset, self._stream.end - offset)
@@ -125,7 +133,8 @@ class Writer:
 
 
 def write_metadata(folder: Path, chunks: Sequence[Chunk], empty: Chunk, empty_keys: Sequence[str]) -> None:
-    """Write `.metadata`, `common.pt` and `metadata.json` for all ranks' chunks. `empty_keys`: objects that hold nothing, all at `empty`.
+    """Write `.metadata`, `common.pt` and `metadata.json` for all ranks' chunks. `empty_keys`: objects that
+    hold nothing, all at `empty`.
 
     `common.pt` is empty: what `dist_checkpointing.load` returns is then exactly what it was asked for.
     """
@@ -168,7 +177,8 @@ def chunks_from_json(text: bytes) -> list[Chunk]:
     ]
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
+# ---- reading
+# ---------------------------------------------------------------------------------------------------------
 
 
 class _Ignored:
@@ -196,7 +206,8 @@ _PLAIN = {
         *(filesystem._StorageInfo, planner.WriteItemType, torch.Size),
     )
 }
-# Megatron keeps the plans of its ranks beside; torch pickles the folder's path as it was and the layout by name.
+# Megatron keeps the plans of its ranks beside; torch pickles the folder's path as it was and the layout by
+# name.
 _PLAIN |= {
     (planner.__name__, name): _Ignored
     for name in ("SavePlan", "WriteItem", "TensorWriteData", "BytesIOWriteData")
@@ -254,7 +265,10 @@ class _Slice(io.RawIOBase):
 
 
 class Folder:
-    """A torch_dist checkpoint at `path`. Raises FileError, naming file and key, for whatever is wrong with it."""
+    """A torch_dist checkpoint at `path`.
+
+    Raises FileError, naming file and key, for whatever is wrong with it.
+    """
 
     def __init__(self, path: Path):
         self.path = Path(path)
@@ -345,7 +359,9 @@ class Folder:
         return self.chunks[key][0].tensor_shape
 
     def read(self, key: str, index: tuple[int, ...] = ()) -> Tensor:
-        """Tensor `key`, or the part of it at `index` of its leading dimensions, put together from its chunks."""
+        """Tensor `key`, or the part of it at `index` of its leading dimensions, put together from its
+        chunks.
+        """
         depth, shape = len(index), self.shape(key)[len(index) :]
         whole, filled = None, 0
         for chunk in self.chunks[key]:
@@ -409,7 +425,10 @@ class Folder:
 
 
 def _start_of_data(stream: _Slice) -> int:
-    """Where in a `torch.save` stream the elements of its one tensor start. Raises ValueError or BadZipFile."""
+    """Where in a `torch.save` stream the elements of its one tensor start.
+
+    Raises ValueError or BadZipFile.
+    """
     stream.seek(0)
     [record] = [
         record for record in zipfile.ZipFile(stream).infolist() if record.filename.endswith("/data/0")

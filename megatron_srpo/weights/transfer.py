@@ -1,4 +1,6 @@
-"""Weights into this rank's chunks from a Hugging Face folder, and out of all ranks as a stream of HF-named tensors."""
+"""Weights into this rank's chunks from a Hugging Face folder, and out of all ranks as a stream of HF-named
+tensors.
+"""
 
 from __future__ import annotations
 
@@ -42,9 +44,11 @@ def parameters_of(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[Row, str,
 
 
 class Part(NamedTuple):
-    """A rank's part of a parameter among the parts of its tensor-parallel ranks, and the stored tensor it is a part of.
+    """A rank's part of a parameter among the parts of its tensor-parallel ranks, and the stored tensor it is
+    a part of.
 
-    is_only_copy: false where a rank with a lower number holds the same, and for the last stage's copy of a tied matrix.
+    is_only_copy: false where a rank with a lower number holds the same, and for the last stage's copy of a
+    tied matrix.
     """
 
     name: str
@@ -99,16 +103,17 @@ class Repeatable:
 def export(chunks: Sequence[torch.nn.Module], architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
     """The whole model as (HF name, full tensor), the same stream on every rank, one tensor at a time.
 
-    Every rank must consume it to the end: each tensor is an all-gather over tensor-parallel ranks and broadcasts from
-    the expert-parallel rank and the pipeline stage that own it. Names come in a fixed order that does not depend on the
-    layout.
+    Every rank must consume it to the end: each tensor is an all-gather over tensor-parallel ranks and
+    broadcasts from the expert-parallel rank and the pipeline stage that own it. Names come in a fixed order
+    that does not depend on the layout.
     """
     expert_group = parallel_state.get_expert_model_parallel_group()
     pipeline_group = parallel_state.get_pipeline_model_parallel_group()
     own = {prefix + row.hf[0]: (row, parameter) for row, prefix, parameter in parameters_of(chunks)}
     if architecture.tie_word_embeddings:
         own.pop("lm_head.weight", None)
-    # Of each row: a rank of this stage that holds it, or -1; and the rank of the stage that does, among those this one talks to.
+    # Of each row: a rank of this stage that holds it, or -1; and the rank of the stage that does, among those
+    # this one talks to.
     me, firsts = dist.get_rank(), [first for first, _ in _tensors_by_row(architecture)]
     expert_owner = _highest({first: me if first in own else -1 for first in firsts}, expert_group)
     stage_owner = _highest(
@@ -133,7 +138,9 @@ def export(chunks: Sequence[torch.nn.Module], architecture: Architecture) -> Ite
 
 
 def _tensors_by_row(architecture: Architecture) -> Iterator[tuple[str, list[str]]]:
-    """(first HF name, all HF names) of each table row, in the order of `tensor_shapes`, q with k and v, gate with up."""
+    """(first HF name, all HF names) of each table row, in the order of `tensor_shapes`, q with k and v, gate
+    with up.
+    """
     names = list(architecture.tensor_shapes())
     together = {"q_proj": ("q_proj", "k_proj", "v_proj"), "gate_proj": ("gate_proj", "up_proj")}
     for name in names:
@@ -171,11 +178,12 @@ def _full_tensors(row: Row, local: Tensor, architecture: Architecture) -> list[T
 
 
 def save_hf(stream: Iterable[tuple[str, Tensor]], folder: HFFolder, output: Path, write: bool) -> None:
-    """Write the stream as an HF folder that `AutoModelForCausalLM` loads: shards, index, config and tokenizer.
+    """Write the stream as an HF folder that `AutoModelForCausalLM` loads: shards, index, config and
+    tokenizer.
 
-    Every rank consumes the stream, the one with `write` writes, each tensor as it comes. Config and tokenizer are the start
-    model's; all tensors have the first one's dtype. The folder appears under its name when it is whole, in place of one that
-    has that name already.
+    Every rank consumes the stream, the one with `write` writes, each tensor as it comes. Config and tokenizer
+    are the start model's; all tensors have the first one's dtype. The folder appears under its name when it
+    is whole, in place of one that has that name already.
 
     Raises FileError when the disk is full.
     """

@@ -1,4 +1,6 @@
-"""Per-token loss terms and their gradients against METHOD's formulas, written a second time token by token in float64."""
+"""Per-token loss terms and their gradients against METHOD's formulas, written a second time token by token
+in float64.
+"""
 
 import math
 
@@ -202,7 +204,9 @@ def test_tiles_add_up_to_the_whole():
 
 
 def test_batch_without_distillation_is_plain_grpo():
-    """METHOD §7 (b): SRPO's groups with no teacher (prompts too long) give GRPO's loss and gradient, to the last bit."""
+    """METHOD §7 (b): SRPO's groups with no teacher (prompts too long) give GRPO's loss and gradient, to the
+    last bit.
+    """
     groups = [make_group((1, 0, 0), "a"), make_group((1, 1, 1), "b"), make_group((0, 0, 0), "c")]
     generator = torch.Generator().manual_seed(0)
     logprob = -3 * torch.rand(18, generator=generator)

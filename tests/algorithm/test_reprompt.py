@@ -139,7 +139,9 @@ def test_no_think_tag_survives(pieces):
 
 
 def brute_force(messages, demonstration, encode, limit, feedback=None):
-    """Ids with the longest prefix that fits and shows something, if only the feedback, trying every length; None when there is none."""
+    """Ids with the longest prefix that fits and shows something, if only the feedback, trying every length;
+    None when there is none.
+    """
     for length in range(len(demonstration), -1, -1):
         if not demonstration[:length].strip() and not feedback:
             return None

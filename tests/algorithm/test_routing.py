@@ -216,7 +216,8 @@ def test_teacherless_samples_are_counted():
     assert tight["sdpo_sample_share"] == 0
 
 
-# ---- samples that nobody could judge ---------------------------------------------------------------------------------
+# ---- samples that nobody could judge
+# ---------------------------------------------------------------------------------
 
 
 def without_verdict(group, *indices):
@@ -235,7 +236,9 @@ def without_verdict(group, *indices):
     [((1, 0, 0, 1, 0), (1,)), ((1, 0, 0, 1, 0), (0, 4)), ((1, 0, 0, 0), (1, 2, 3)), ((1, 0), (0, 1))],
 )
 def test_excluded_samples_take_no_part(name, divide, correct, excluded):
-    """The others learn what they would learn in a group that never had them; the excluded learn nothing and are never shown."""
+    """The others learn what they would learn in a group that never had them; the excluded learn nothing and
+    are never shown.
+    """
     algorithm = ALGORITHMS[name].model_copy(update={"advantage_std": divide})
     (group,) = route_groups(
         [without_verdict(make_group(correct), *excluded)], algorithm, encode_bytes, PLENTY, "s"
@@ -286,7 +289,8 @@ def test_metrics_leave_excluded_samples_out():
     assert not any("/" in key for key in metrics)  # one task: no numbers by task
 
 
-# ---- environment feedback --------------------------------------------------------------------------------------------
+# ---- environment feedback
+# --------------------------------------------------------------------------------------------
 
 
 def told(group, feedback="it broke"):

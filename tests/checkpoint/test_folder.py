@@ -130,7 +130,9 @@ def test_the_newest_whole_one_is_used_and_the_damaged_are_said(tmp_path):
 
 
 def test_the_newest_and_the_best_stay(tmp_path):
-    """Best by avg@K of the first task, the later of equals; one that has no score or no manifest is not the best."""
+    """Best by avg@K of the first task, the later of equals; one that has no score or no manifest is not the
+    best.
+    """
     for step, score in ((1, 0.9), (2, 0.5), (3, 0.9), (4, None), (5, 0.1), (6, 0.2)):
         make(tmp_path, step, score)
     (tmp_path / "step_000002" / "manifest.json").write_text("")

@@ -1,4 +1,6 @@
-"""Pieces of parameters, written at one layout and read at another, against the Hugging Face tensors they came from."""
+"""Pieces of parameters, written at one layout and read at another, against the Hugging Face tensors they
+came from.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ NAMES += ["decoder.layers.0.self_attention.linear_proj.weight", "decoder.layers.
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """(architecture, HF tensors) of a model whose 261 vocabulary rows are padded differently at every layout."""
+    """(architecture, HF tensors) of a model whose 261 vocabulary rows are padded differently at every
+    layout.
+    """
     hf = make_model(vocab_size=261)
     folder = HFFolder(save_folder(tmp_path_factory.mktemp("pieces"), hf))
     return folder.architecture, {name: tensor.detach() for name, tensor in hf.state_dict().items()}

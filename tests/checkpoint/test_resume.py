@@ -30,7 +30,9 @@ START = (
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """A configuration of four sampled steps, with evaluations and checkpoints after the second and the fourth."""
+    """A configuration of four sampled steps, with evaluations and checkpoints after the second and the
+    fourth.
+    """
     root = tmp_path_factory.mktemp("resume")
     file = root / "config.yaml"
     file.write_text(
@@ -82,7 +84,9 @@ def rows(run):
 
 
 def assert_same(run, whole):
-    """Weights, metrics, samples and the last checkpoint's tensors, bit for bit; every step drawn and trained once."""
+    """Weights, metrics, samples and the last checkpoint's tensors, bit for bit; every step drawn and trained
+    once.
+    """
     assert rows(run) == rows(whole)
     pairs = [("hf/model.safetensors",), ("checkpoints", f"step_{STEPS:06d}", "rank_00000.safetensors")]
     for parts in pairs:
@@ -138,7 +142,9 @@ def test_a_signal_saves_and_the_same_command_goes_on(command, whole, tmp_path, m
     ids=["one step off", "over-sampling"],
 )
 def test_a_batch_that_was_under_way_goes_on(command, tmp_path, monkeypatch, overrides):
-    """Sampled ahead by the weights before, or carried on from broken-off responses: the same samples as without the stop."""
+    """Sampled ahead by the weights before, or carried on from broken-off responses: the same samples as
+    without the stop.
+    """
     assert command(tmp_path / "whole", *overrides)[0] == 0
     interrupt_in_step(monkeypatch, 2)
     assert command(tmp_path / "run", *overrides)[0] == 75
@@ -156,8 +162,9 @@ def test_the_clock_saves_and_leaves(command, tmp_path):
 
 @pytest.mark.parametrize(("torn", "left"), [(False, 2), (True, 5)])
 def test_samples_of_an_unfinished_step_are_used_again(command, whole, tmp_path, monkeypatch, torn, left):
-    """Killed when two of step 3's three batches are done: what was finished, of a partial group too, is not sampled again. A batch
-    that was not written whole is: fewer rows would be rounded otherwise."""
+    """Killed when two of step 3's three batches are done: what was finished, of a partial group too, is not
+    sampled again. A batch that was not written whole is: fewer rows would be rounded otherwise.
+    """
     run, real = tmp_path / "run", driver.Rollouts.collect
 
     class Killed(BaseException):
@@ -323,7 +330,9 @@ def test_a_run_without_checkpoints_cannot_go_on(command, tmp_path):
 
 @pytest.mark.parametrize("is_async", ["true", "false"])
 def test_a_full_disk_is_said_and_nothing_half_written_looks_whole(command, tmp_path, is_async):
-    """Files may grow to 3 MB, less than a checkpoint's: each is said, training goes on, and the run ends with an error."""
+    """Files may grow to 3 MB, less than a checkpoint's: each is said, training goes on, and the run ends
+    with an error.
+    """
     run = tmp_path / "run"
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, before[1]))

@@ -2,9 +2,10 @@
 
     torchrun --nproc-per-node N tests/distributed/convert_worker.py jobs.json
 
-jobs.json: [{"config": path, "overrides": [...], "checkpoint": folder, "save": folder or null, "stacked": bool, "output": file}, …].
-`output` gets, of each rank, the names of parameters that differ from what weights/transfer.load puts there, how many were compared,
-and what was loaded beside them. stacked: whether the layers of what is saved share keys, as is Megatron's default.
+jobs.json: [{"config": path, "overrides": [...], "checkpoint": folder, "save": folder or null, "stacked":
+bool, "output": file}, …]. `output` gets, of each rank, the names of parameters that differ from what
+weights/transfer.load puts there, how many were compared, and what was loaded beside them. stacked: whether
+the layers of what is saved share keys, as is Megatron's default.
 """
 
 import json

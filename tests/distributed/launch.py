@@ -42,9 +42,11 @@ class Run:
 
 
 def launch(ranks: int, script: str, jobs: list[dict], file: Path, timeout: float = 420) -> None:
-    """Run tests/distributed/`script` on `ranks` processes with `jobs` written to `file`; what they said is in the failure.
+    """Run tests/distributed/`script` on `ranks` processes with `jobs` written to `file`; what they said is in
+    the failure.
 
-    As torchrun does, but the processes are forked from one that has done the imports: those take 10 s of CPU time each.
+    As torchrun does, but the processes are forked from one that has done the imports: those take 10 s of CPU
+    time each.
     """
     file.write_text(json.dumps(jobs))
     fork = multiprocessing.get_context("forkserver")
@@ -88,14 +90,16 @@ def _be_rank(environment: dict[str, str], script: Path, file: Path, log: Path) -
     torch.set_num_threads(1)
     sys.path.insert(0, str(HERE))
     sys.argv = [str(script), str(file)]
-    gc.freeze()  # what has been imported is not garbage: looking through it twice a job took as long as training
+    # what has been imported is not garbage: looking through it twice a job took as long as training
+    gc.freeze()
     runpy.run_path(str(script), run_name="__main__")
 
 
 def run_jobs(
     ranks: int, config: Path, jobs: dict[str, list[str]], folder: Path, evaluated: tuple[str, ...] = ()
 ) -> dict[str, Run]:
-    """Train `config` once a job, {name: overrides}, in one launch of `ranks` processes; run folders are folder/name.
+    """Train `config` once a job, {name: overrides}, in one launch of `ranks` processes; run folders are
+    folder/name.
 
     The jobs named in `evaluated` evaluate instead.
     """

@@ -1,5 +1,5 @@
-"""Run on every rank: trains or evaluates one configuration file under several lists of overrides, one after the other, in the same
-processes.
+"""Run on every rank: trains or evaluates one configuration file under several lists of overrides, one after
+the other, in the same processes.
 
     torchrun --nproc-per-node N tests/distributed/layouts.py jobs.json
 

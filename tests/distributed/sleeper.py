@@ -1,4 +1,7 @@
-"""Run by torchrun: the second rank falls asleep in its second step, for ever. Arguments: configuration file, overrides."""
+"""Run by torchrun: the second rank falls asleep in its second step, for ever.
+
+Arguments: configuration file, overrides.
+"""
 
 import sys
 import time

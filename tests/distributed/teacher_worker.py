@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node N tests/distributed/teacher_worker.py jobs.json
 
-jobs.json: [{"config": path, "overrides": [...], "output": file}, …]; `output` gets {"ratios": the distance after each `follow`
-over the one before, as float64 means over all parameters of this rank 0, "elements": fp32 numbers kept by the data-parallel
-ranks, "parameters": those of their models, replicas counted once, …}.
+jobs.json: [{"config": path, "overrides": [...], "output": file}, …]; `output` gets {"ratios": the distance
+after each `follow` over the one before, as float64 means over all parameters of this rank 0, "elements": fp32
+numbers kept by the data-parallel ranks, "parameters": those of their models, replicas counted once, …}.
 """
 
 import json

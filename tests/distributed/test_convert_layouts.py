@@ -1,4 +1,6 @@
-"""Converted checkpoints against megatron-core: it loads what we write at any layout, and we read what it saves."""
+"""Converted checkpoints against megatron-core: it loads what we write at any layout, and we read what it
+saves.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ ONE = Processes(rank=0, world_size=1)
 MODELS = {name: dict(family=name, tied=False) for name in FAMILIES} | {
     "qwen3-tied": dict(family="qwen3", tied=True)
 }
-# layout → (overrides, the models it loads, those it saves as well); the rest of the four processes are data parallel
+# layout → (overrides, the models it loads, those it saves as well); the rest of the four processes are data
+# parallel
 LAYOUTS = {
     "tp1": ([], ["qwen3", "qwen3-tied", "qwen2"], []),
     "tp2": ([TP2], ["qwen3", "qwen3-tied", "llama"], ["qwen3"]),
@@ -73,7 +76,9 @@ def world(tmp_path_factory):
 
 @pytest.mark.parametrize("layout, model", LOADED)
 def test_megatron_loads_what_we_write(world, layout, model):
-    """Bit for bit what weights/transfer.load reads from the HF folder, padding included, on each of the four ranks."""
+    """Bit for bit what weights/transfer.load reads from the HF folder, padding included, on each of the four
+    ranks.
+    """
     reports = json.loads((world / f"{layout}-{model}.json").read_text())
     assert [report["wrong"] for report in reports] == [[]] * 4
     assert all(report["compared"] > 10 and report["beside"] == [] for report in reports)
@@ -93,7 +98,10 @@ def test_we_read_what_megatron_saves(world, tmp_path, layout, model):
 
 @pytest.mark.parametrize("layout, model", [pair for pair in SAVED if pair[0] not in LAYER_BY_LAYER])
 def test_names_shapes_and_dtypes_are_megatrons(world, layout, model):
-    """As torch reads the metadata of either. Only the vocabulary's padding may differ; ours has more empty objects, never fewer."""
+    """As torch reads the metadata of either.
+
+    Only the vocabulary's padding may differ; ours has more empty objects, never fewer.
+    """
     theirs, ours = (
         FileSystemReader(world / name).read_metadata().state_dict_metadata
         for name in (f"saved-{layout}-{model}", f"converted-{model}")

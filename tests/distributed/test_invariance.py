@@ -1,7 +1,8 @@
-"""The gradient of a batch is the same for every split of it, and equals float64 autograd on the Hugging Face model.
+"""The gradient of a batch is the same for every split of it, and equals float64 autograd on the Hugging Face
+model.
 
-The same dumped steps are replayed under every layout; loss, gradient norm and the weights after the last step are compared
-with tests/reference.py, which knows nothing of shards, tiles or packing.
+The same dumped steps are replayed under every layout; loss, gradient norm and the weights after the last step
+are compared with tests/reference.py, which knows nothing of shards, tiles or packing.
 """
 
 from __future__ import annotations
@@ -214,7 +215,9 @@ def teacher_distance(reference):
 
 @pytest.fixture(scope="module")
 def references(world, runs):
-    """case → ([(loss, gradient norm)], the model's tensors after the last step as transformers saves them, ‖θ - θ'‖/‖θ‖), in float64."""
+    """case → ([(loss, gradient norm)], the model's tensors after the last step as transformers saves them,
+    ‖θ - θ'‖/‖θ‖), in float64.
+    """
     root, _, sources = world
     results = {}
     for case, (source, _, options) in CASES.items():
@@ -258,7 +261,9 @@ def test_loss_gradient_and_weights_do_not_depend_on_the_split(runs, references, 
 
 
 def test_the_cases_exercise_what_they_claim(runs):
-    """Some importance weights capped, some demonstrations cut, one-token responses, routed and unrouted samples."""
+    """Some importance weights capped, some demonstrations cut, one-token responses, routed and unrouted
+    samples.
+    """
     rows = runs["one_srpo"].rows
     assert any(row["importance_clip_share"] > 0 for row in rows)
     assert any(row["teacher_prompts_cut"] > 0 for row in rows)

@@ -72,7 +72,9 @@ def test_its_error_is_printed_and_its_process_ends():
 
 
 def test_what_fails_beside_the_training_is_heard_before_the_next_publication():
-    """With overlap: the others' threads wait for this rank's groups, and their ranks for them; its own must not wait, too."""
+    """With overlap: the others' threads wait for this rank's groups, and their ranks for them; its own must
+    not wait, too.
+    """
     with ThreadPoolExecutor(1) as thread:
         ahead = thread.submit(lambda: 1 / 0)
         with pytest.raises(ZeroDivisionError):

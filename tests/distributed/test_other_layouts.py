@@ -1,4 +1,6 @@
-"""A run that goes on at another layout, step after step, has the losses and weights of the run that one process trains."""
+"""A run that goes on at another layout, step after step, has the losses and weights of the run that one
+process trains.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,9 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize("name", list(CHAINS))
 def test_layouts_in_turn_train_as_one_process_does(runs, name):
-    """Every step's loss and gradient norm to 1e-5, the last weights to 1e-4; the teacher's, through the losses after it."""
+    """Every step's loss and gradient norm to 1e-5, the last weights to 1e-4; the teacher's, through the
+    losses after it.
+    """
     whole, chain = runs[name]
     assert len(whole.rows) == len(chain.rows) == sum(map(len, CHAINS[name].values()))
     for one, other in zip(whole.rows, chain.rows, strict=True):
@@ -95,7 +99,9 @@ def test_layouts_in_turn_train_as_one_process_does(runs, name):
 
 @pytest.mark.parametrize("name", ["moe", "llama"])
 def test_the_last_checkpoint_is_the_run_s_model(runs, name):
-    """Policy in HF names, put together from four ranks' pieces: the bits of the exported folder, and its architecture."""
+    """Policy in HF names, put together from four ranks' pieces: the bits of the exported folder, and its
+    architecture.
+    """
     _, chain = runs[name]
     saved = RunTensors(chain.folder, "policy")
     assert saved.architecture == HFFolder(chain.folder / "hf").architecture

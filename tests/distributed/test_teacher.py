@@ -54,6 +54,8 @@ def test_distance_to_a_constant_student_shrinks_by_its_rate(reports, layout):
 
 @pytest.mark.parametrize("layout", list(JOBS))
 def test_ema_is_fp32_and_each_number_is_kept_once(reports, layout):
-    """Sharded: all data-parallel ranks together hold each parameter element once, the experts of all of them included."""
+    """Sharded: all data-parallel ranks together hold each parameter element once, the experts of all of them
+    included.
+    """
     report = reports[layout]
     assert report["fp32"] and report["elements"] == report["parameters"]

@@ -1,9 +1,11 @@
-"""Run on every rank: loads HF folders at several layouts, writes the logits of packed documents and the exported tensors.
+"""Run on every rank: loads HF folders at several layouts, writes the logits of packed documents and the
+exported tensors.
 
     torchrun --nproc-per-node N tests/distributed/weights_worker.py jobs.json
 
-jobs.json: [{"config": path, "overrides": [...], "documents": [[ids], …], "output": file}, …]; `output` holds "logits" [T, vocab]
-as computed with the vocabulary sharded, and every exported tensor under "export.". Every rank must export the same stream.
+jobs.json: [{"config": path, "overrides": [...], "documents": [[ids], …], "output": file}, …]; `output` holds
+"logits" [T, vocab] as computed with the vocabulary sharded, and every exported tensor under "export.". Every
+rank must export the same stream.
 """
 
 import hashlib

@@ -1,4 +1,5 @@
-"""Context parallelism on GPUs, with Transformer Engine's attention and with local layers: a run on two is the run on one.
+"""Context parallelism on GPUs, with Transformer Engine's attention and with local layers: a run on two is the
+run on one.
 
 python -m pytest tests/gpu
 """
@@ -23,7 +24,9 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """A configuration file for a model whose heads flash kernels take, with dumped rollouts of up to 600 tokens."""
+    """A configuration file for a model whose heads flash kernels take, with dumped rollouts of up to 600
+    tokens.
+    """
     root = tmp_path_factory.mktemp("context")
     model = make_model(head_dim=64)
     folder = HFFolder(save_folder(root / "hf", model))
@@ -52,7 +55,9 @@ def trained(file, name, ranks, *overrides):
 
 @pytest.mark.parametrize("layers", ["local", "transformer_engine"])
 def test_two_gpus_that_share_every_sequence(start, layers):
-    """To bf16's rounding: 3 % of loss and gradient norm; a wrong chunk or a missing gradient is off by far more."""
+    """To bf16's rounding: 3 % of loss and gradient norm; a wrong chunk or a missing gradient is off by far
+    more.
+    """
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     if layers == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
@@ -65,7 +70,9 @@ def test_two_gpus_that_share_every_sequence(start, layers):
 
 
 def test_attention_of_a_chunk_needs_no_mask():
-    """The last half of the queries against all keys: the flash kernel's values and gradients are those of the masked formula in fp32."""
+    """The last half of the queries against all keys: the flash kernel's values and gradients are those of
+    the masked formula in fp32.
+    """
     from megatron_srpo.model.layers import PackedAttention
 
     attention = PackedAttention.__new__(PackedAttention)

@@ -1,4 +1,6 @@
-"""What only a GPU can show of parking: its memory is free meanwhile, the copy is pinned, and work in flight is waited for."""
+"""What only a GPU can show of parking: its memory is free meanwhile, the copy is pinned, and work in flight
+is waited for.
+"""
 
 from __future__ import annotations
 

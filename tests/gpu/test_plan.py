@@ -1,4 +1,5 @@
-"""The planner's memory against the allocator of a GPU, in bf16, with local layers and with Transformer Engine's.
+"""The planner's memory against the allocator of a GPU, in bf16, with local layers and with Transformer
+Engine's.
 
 python -m pytest tests/gpu
 """

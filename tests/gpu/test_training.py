@@ -1,6 +1,8 @@
-"""Training on one GPU, in bf16: logits, steps, state that waits on the host, checkpoints, a whole run with the embedded engine.
+"""Training on one GPU, in bf16: logits, steps, state that waits on the host, checkpoints, a whole run with
+the embedded engine.
 
-The first thing to run on a GPU, in a minute or two: python -m pytest -x tests/gpu/test_vocab_parallel.py tests/gpu/test_training.py
+The first thing to run on a GPU, in a minute or two: python -m pytest -x tests/gpu/test_vocab_parallel.py
+tests/gpu/test_training.py
 """
 
 from __future__ import annotations
@@ -67,7 +69,9 @@ def configured(root, folder):
 @pytest.mark.parametrize("layers", LAYERS)
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "qwen3_moe"])
 def test_logits_are_those_of_transformers(layers, family, tmp_path):
-    """Of documents of like length, of very different ones, and with padding behind: 3 % of the norm, fp32 against bf16."""
+    """Of documents of like length, of very different ones, and with padding behind: 3 % of the norm, fp32
+    against bf16.
+    """
     model = make_model(family, tied=family == "qwen3", head_dim=64)
     config = load_config(configured(tmp_path, save_folder(tmp_path / "hf", model)), overrides_of(layers))
     generator = torch.Generator().manual_seed(0)
@@ -98,7 +102,9 @@ def test_logits_are_those_of_transformers(layers, family, tmp_path):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """(configuration file, folder, routed rollouts of two steps); half of the samples are distilled or have an advantage."""
+    """(configuration file, folder, routed rollouts of two steps); half of the samples are distilled or have
+    an advantage.
+    """
     root = tmp_path_factory.mktemp("training")
     model = make_model(head_dim=64)
     folder = HFFolder(save_folder(root / "hf", model))
@@ -132,7 +138,10 @@ def train(trainer, world, step):
 
 @pytest.mark.parametrize("layers", LAYERS)
 def test_two_steps_are_those_of_float64(layers, world, make_trainer):
-    """Loss and gradient norm to 5 %: bf16 against autograd on transformers' model. Gradients are summed, and weights kept, in fp32."""
+    """Loss and gradient norm to 5 %: bf16 against autograd on transformers' model.
+
+    Gradients are summed, and weights kept, in fp32.
+    """
     trainer = make_trainer(*overrides_of(layers))
     assert "Triton" in trainer.loss_path
     exact = Reference(world[1].path, lr=1e-3, warmup=0, beta=trainer.algorithm.entropy_beta)
@@ -188,7 +197,9 @@ def test_state_is_the_same_to_the_bit_parked_and_from_a_checkpoint(optimizer, wo
 
 
 def test_a_run_with_the_embedded_engine_and_its_resumption(tmp_path):
-    """Two steps of the quick start in bf16, the first one profiled; then the same command goes on to the third."""
+    """Two steps of the quick start in bf16, the first one profiled; then the same command goes on to the
+    third.
+    """
     settings = [
         "model.dtype=bfloat16",
         "evaluation.every=0",

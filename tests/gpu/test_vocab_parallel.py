@@ -1,4 +1,5 @@
-"""The vocabulary pass on a GPU: Triton kernels and bf16 products with fp32 results, against float64 on the same inputs.
+"""The vocabulary pass on a GPU: Triton kernels and bf16 products with fp32 results, against float64 on the
+same inputs.
 
 python -m pytest tests/gpu
 """
@@ -66,7 +67,9 @@ def error(found, expected):
     "dtype, of_values, of_gradients", [(torch.float32, 2e-6, 5e-6), (torch.bfloat16, 2e-6, 1e-2)]
 )
 def test_against_float64(kind, dtype, of_values, of_gradients):
-    """bf16 products keep fp32 results: the statistics are as exact as in fp32, the gradients to bf16's rounding."""
+    """bf16 products keep fp32 results: the statistics are as exact as in fp32, the gradients to bf16's
+    rounding.
+    """
     given = inputs(dtype)
     assert kernel_name(torch.device("cuda"), dtype) == "Triton"
     found, statistics = run(kind, *given, tile_tokens=128)

@@ -64,7 +64,8 @@ def config_with(folder="x", **sections) -> Config:
     return Config(model={"hf_path": folder}, train={"steps": 1}, logging={"dir": "x"}, **sections)
 
 
-# ---- good folders ----------------------------------------------------------------------------------------------------
+# ---- good folders
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind, tie", [("tied", True), ("untied", False)])
@@ -138,7 +139,8 @@ def test_rope_theta_of_older_folders(tied):
     assert HFFolder(tied).architecture.rope_theta == 5e5
 
 
-# ---- families --------------------------------------------------------------------------------------------------------
+# ---- families
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -277,7 +279,8 @@ def test_what_our_layers_do_not_compute(folder_of, family, changes, named):
     assert "config.json" in message and named in message
 
 
-# ---- config.json -----------------------------------------------------------------------------------------------------
+# ---- config.json
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_missing_folder(tmp_path):
@@ -342,7 +345,8 @@ def test_number_that_is_no_number(tied):
     assert "num_hidden_layers" in refusal(lambda: HFFolder(tied).file_of)
 
 
-# ---- tensors ---------------------------------------------------------------------------------------------------------
+# ---- tensors
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_no_weights(tied):
@@ -423,7 +427,8 @@ def test_safetensors_that_is_something_else(tied):
     assert "damaged" in refusal(lambda: HFFolder(tied).file_of)
 
 
-# ---- tokenizer -------------------------------------------------------------------------------------------------------
+# ---- tokenizer
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "Qwen2Tokenizer", None])
@@ -480,7 +485,8 @@ def test_no_end_of_sequence_token(tied):
     assert "end-of-sequence" in refusal(lambda: HFFolder(tied).tokenizer)
 
 
-# ---- layouts and TransformerConfig -----------------------------------------------------------------------------------
+# ---- layouts and TransformerConfig
+# -----------------------------------------------------------------------------------
 
 
 def parallel(tensor=1, pipeline=1, virtual=None, **more):

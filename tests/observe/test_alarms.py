@@ -126,7 +126,9 @@ def test_numbers_that_are_not_finite_do_not_stop_the_others(value):
 
 
 def test_what_is_meant_to_be_so_is_no_alarm():
-    """A frozen teacher on purpose, replay of another policy's samples, no entropy weighting, nothing to learn from: not these."""
+    """A frozen teacher on purpose, replay of another policy's samples, no entropy weighting, nothing to
+    learn from: not these.
+    """
     quiet = Limits(dead_group_share=0.9, logprob_gap=None, ema_rate=None, weighs_entropy=False)
     assert names(rows(9, teacher_followed=0.0, engine_logprob_gap=0.7, entropy_weight_std=0.0), quiet) == []
     assert names(rows(9, teacher_distance=0.0, teacher_followed=0.0)) == []  # the policy does not move either
@@ -147,7 +149,8 @@ def test_limits_are_the_configurations():
     assert limits("algorithm.name=grpo")[2:] == (None, False)
 
 
-# ---- faults planted in real runs ---------------------------------------------------------------------------------------
+# ---- faults planted in real runs
+# ---------------------------------------------------------------------------------------
 
 
 def perturb(monkeypatch):

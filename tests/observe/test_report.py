@@ -1,4 +1,6 @@
-"""The report in headless Chromium: what is drawn, what filters and colours do, and that hostile text is text."""
+"""The report in headless Chromium: what is drawn, what filters and colours do, and that hostile text is
+text.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ def row(step):
 
 
 def sample(step, prompt, index):
-    """One of every kind in a group: right, distilled, failed without a teacher, and nobody's verdict; the last step's first is hostile."""
+    """One of every kind in a group: right, distilled, failed without a teacher, and nobody's verdict; the
+    last step's first is hostile.
+    """
     text = HOSTILE if (step, prompt, index) == (STEPS, 0, 0) else f"answer {step} {prompt} {index}"
     verdict = Verdict(
         reward=float(index == 0),
@@ -168,7 +172,9 @@ def folders(tmp_path_factory):
 
 
 def browse(page: str, folder: Path, width: int, probe: str) -> dict:
-    """What `probe` found in the page in Chromium at this width, with everything that went wrong on the console or the network."""
+    """What `probe` found in the page in Chromium at this width, with everything that went wrong on the
+    console or the network.
+    """
     watch = (
         "<script>window.problems = []; addEventListener('error', (e) => problems.push(String(e.message)), true);"
         "addEventListener('securitypolicyviolation', (e) => problems.push(e.blockedURI));"
@@ -285,7 +291,9 @@ def test_the_probe_would_notice(tmp_path):
 
 @needs_chromium
 def test_runs_with_little_to_show(folders, tmp_path):
-    """One before its first step, beside one whose first step's norm and token values are no numbers: the page is drawn."""
+    """One before its first step, beside one whose first step's norm and token values are no numbers: the
+    page is drawn.
+    """
     started, bad = tmp_path / "started", shutil.copytree(folders[0], tmp_path / "bad")
     started.mkdir()
     shutil.copy(bad / "config.yaml", started)

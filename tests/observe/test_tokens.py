@@ -1,4 +1,6 @@
-"""Which samples' tokens are dumped, and what their file holds (its numbers: tests/distributed/test_invariance.py)."""
+"""Which samples' tokens are dumped, and what their file holds (its numbers:
+tests/distributed/test_invariance.py).
+"""
 
 from __future__ import annotations
 

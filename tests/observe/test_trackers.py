@@ -1,4 +1,6 @@
-"""TensorBoard, Weights & Biases and the profiler in one small run: the same names and numbers as metrics.jsonl."""
+"""TensorBoard, Weights & Biases and the profiler in one small run: the same names and numbers as
+metrics.jsonl.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +99,9 @@ def test_one_that_fails_is_told_once_and_the_others_go_on():
 
 
 def test_weights_and_biases_keeps_the_steps_of_a_run_that_goes_back(tmp_path):
-    """The package itself, offline: a run of five steps goes on from its checkpoint after the third; every row is kept with its step."""
+    """The package itself, offline: a run of five steps goes on from its checkpoint after the third; every
+    row is kept with its step.
+    """
     pytest.importorskip("wandb", reason="needs wandb (the wandb extra)")
     config, logged = small_config(tmp_path, "logging.wandb_project=p", "logging.wandb_mode=offline"), []
     config.logging.dir.mkdir(parents=True, exist_ok=True)
@@ -120,7 +124,9 @@ def test_weights_and_biases_keeps_the_steps_of_a_run_that_goes_back(tmp_path):
 
 
 def history_of(file):
-    """(row, (metrics, their x axis) told before) of every row in a file of wandb's, which is a LevelDB log of protobuf messages."""
+    """(row, (metrics, their x axis) told before) of every row in a file of wandb's, which is a LevelDB log
+    of protobuf messages.
+    """
     from wandb.proto import wandb_internal_pb2
 
     content, place, data, axes = file.read_bytes(), 7, b"", []  # after the magic number

@@ -1,4 +1,6 @@
-"""The watchdog: a rank that sleeps for ever ends the run with everybody's state; progress anywhere keeps it quiet."""
+"""The watchdog: a rank that sleeps for ever ends the run with everybody's state; progress anywhere keeps it
+quiet.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,9 @@ def test_an_end_of_another_start_is_none_of_ours(ends, tmp_path):
 
 
 def test_a_rank_that_sleeps_for_ever(tmp_path):
-    """Two processes: both leave phase, step, last collective and stacks, and the launch fails instead of hanging."""
+    """Two processes: both leave phase, step, last collective and stacks, and the launch fails instead of
+    hanging.
+    """
     run = tmp_path / "run"
     overrides = [
         "rollout.prompts_per_step=4",

@@ -71,7 +71,9 @@ def test_published_models(configure):
 
 
 def test_training_time_of_the_paper(configure):
-    """8B on 8 H20s: the planned step without its sampling is 30 to 100 % of the 83 s that SRPO's whole step took (METHOD.md §4)."""
+    """8B on 8 H20s: the planned step without its sampling is 30 to 100 % of the 83 s that SRPO's whole step
+    took (METHOD.md §4).
+    """
     architecture, config = configure(
         QWEN3_8B, REPLAY, "parallel.tensor_model_parallel_size=4", "parallel.sequence_parallel=true"
     )
@@ -98,7 +100,9 @@ def test_experts_are_shared_out(configure):
 
 
 def test_scale(configure):
-    """The same batch gains less and less; a growing one keeps its step until every rank reads what all have sampled."""
+    """The same batch gains less and less; a growing one keeps its step until every rank reads what all have
+    sampled.
+    """
     architecture, config = configure(QWEN3_8B, REPLAY)
     rows = scale(architecture, config, H100, PAPER, [8, 64, 512, 4096])
     strong, weak = [row.strong.step for row in rows], [row.weak.step for row in rows]

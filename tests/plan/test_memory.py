@@ -1,5 +1,6 @@
-"""The planner's memory against what is built: parameters and states to the element, activations to what autograd keeps, and whole
-processes by the kernel's own count."""
+"""The planner's memory against what is built: parameters and states to the element, activations to what
+autograd keeps, and whole processes by the kernel's own count.
+"""
 
 from __future__ import annotations
 
@@ -112,7 +113,9 @@ def test_uneven_stages_are_refused(folders):
 @pytest.mark.parametrize("context", [1, 2])
 @pytest.mark.parametrize("distributed", ["true", "false"])
 def test_states_of_a_rank_of_four(folders, dtype, distributed, context):
-    """Weights, gradient buffers, Adam's states with fp32 masters, the teacher's copy and share; buffers end in padding."""
+    """Weights, gradient buffers, Adam's states with fp32 masters, the teacher's copy and share; buffers end
+    in padding.
+    """
     layout = [
         f"parallel.use_distributed_optimizer={distributed}",
         f"parallel.context_parallel_size={context}",
@@ -149,7 +152,10 @@ def test_states_of_a_rank_of_four(folders, dtype, distributed, context):
 
 @pytest.mark.parametrize(("model", "context"), [("tied", 1), ("tied", 2), ("qwen3_moe", 1)])
 def test_activations_of_a_layer(folders, model, context):
-    """What autograd keeps of one more layer, storage by storage. Local layers in fp32: dense to the byte, experts to 2 %."""
+    """What autograd keeps of one more layer, storage by storage.
+
+    Local layers in fp32: dense to the byte, experts to 2 %.
+    """
     config = configure(folders[model], f"parallel.context_parallel_size={context}")
     lengths, kept = [48, 4, 4, 12], []  # so unlike that attention does not pad them
     for layers in (2, 3):
@@ -260,7 +266,8 @@ def planned(width: int, algorithm: str, row: dict, tmp_path: Path) -> float:
 
 
 def test_peak_memory_of_whole_steps(tmp_path):
-    """The trainer's peak by VmHWM at two sizes, with and without a teacher; differences, so that the interpreter's share is gone.
+    """The trainer's peak by VmHWM at two sizes, with and without a teacher; differences, so that the
+    interpreter's share is gone.
 
     From the narrow to the wide model most of what is added is states; from GRPO to SRPO it is the teacher.
     """

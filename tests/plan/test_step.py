@@ -79,7 +79,9 @@ def test_step_flops(start):
 
 
 def collectives_of_an_update(start, config, ranks):
-    """(bytes that a simulated rank sends in its collectives, how many they are, samples); the teacher has scored before."""
+    """(bytes that a simulated rank sends in its collectives, how many they are, samples); the teacher has
+    scored before.
+    """
     folder, rollouts, _ = start
     with simulated(1, ranks, config.parallel) as layout:
         groups = route_groups(
@@ -110,7 +112,9 @@ def test_replication_traffic_is_what_a_step_sends(start, distributed):
 
 
 def test_context_parallel_traffic_is_what_a_step_sends(start):
-    """Keys, values, their gradients and the last hidden states as well; the padding of documents is left out."""
+    """Keys, values, their gradients and the last hidden states as well; the padding of documents is left
+    out.
+    """
     config = load_config(start[2], ["parallel.context_parallel_size=2"])
     sent, samples = collectives_of_an_update(start, config, 2)
     prompt, response = (

@@ -1,4 +1,7 @@
-"""Drawing a batch: rounds, what is left out, what is carried on and how stale it may be. The engine is scripted, the rest real."""
+"""Drawing a batch: rounds, what is left out, what is carried on and how stale it may be.
+
+The engine is scripted, the rest real.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,9 @@ ALONE = SimpleNamespace(rank=0, world_size=1, gather_bytes=lambda mine, beside=F
 
 
 class Engine:
-    """Hands over the requests in order, two tokens each, until it is told "enough"; the rest has one token by then."""
+    """Hands over the requests in order, two tokens each, until it is told "enough"; the rest has one token
+    by then.
+    """
 
     version = "0"
 
@@ -167,7 +172,9 @@ def test_what_is_too_stale_is_made_anew(make):
 
 
 def test_whole_groups_beyond_the_batch_are_carried(make):
-    """A batch that fills up with a round's last groups leaves the others for the next step: they are not sampled again."""
+    """A batch that fills up with a round's last groups leaves the others for the next step: they are not
+    sampled again.
+    """
     drawing, engine = make(
         {0: (1, 1), 1: (1, 1)}, "rollout.dynamic_filtering=true", "rollout.over_sampling=1.6"
     )
@@ -212,9 +219,11 @@ def gather(meeting, shown, rank, mine, beside):
 
 
 def test_a_later_round_of_several_ranks_goes_on_alike(make):
-    """Rank 0 has enough and breaks p4 off, rank 1 finds nothing; p4 is finished in the second round, and says nothing.
+    """Rank 0 has enough and breaks p4 off, rank 1 finds nothing; p4 is finished in the second round, and says
+    nothing.
 
-    Killed after that round, both go on: were p4 taken for whole in the first round, the second would begin one prompt more.
+    Killed after that round, both go on: were p4 taken for whole in the first round, the second would begin
+    one prompt more.
     """
     script, settings = (
         dict.fromkeys((1, 3, 4, 5), (1, 1)),

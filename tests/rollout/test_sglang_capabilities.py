@@ -1,4 +1,6 @@
-"""What servers must be able to do, from the answers of a real one (SGLang 0.5.23) and changed ones; settings that contradict."""
+"""What servers must be able to do, from the answers of a real one (SGLang 0.5.23) and changed ones; settings
+that contradict.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What the watchdog sees of SGLang servers: answers, tokens and bounded waits are progress, silence is not. Without real servers."""
+"""What the watchdog sees of SGLang servers: answers, tokens and bounded waits are progress, silence is not.
+
+Without real servers.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,9 @@ REPLY = {
 
 @contextmanager
 def server(is_healthy):
-    """Answers /generate when `released` is set, and /health at once or not before that either; yields (url, released)."""
+    """Answers /generate when `released` is set, and /health at once or not before that either; yields (url,
+    released).
+    """
     released = threading.Event()
 
     def answer(request, _):
@@ -67,7 +72,10 @@ def beats_during(seconds):
 
 @pytest.mark.parametrize("is_healthy", [True, False])
 def test_a_long_response_is_progress_while_its_server_makes_tokens(is_healthy, monkeypatch):
-    """One request whose answer takes for ever: SGLang's /health answers when tokens are made. A server that hangs makes no sign."""
+    """One request whose answer takes for ever: SGLang's /health answers when tokens are made.
+
+    A server that hangs makes no sign.
+    """
     monkeypatch.setattr(generation, "_LOOK_AGAIN", 0.02)
     done = []
     with server(is_healthy) as (url, released):

@@ -101,7 +101,9 @@ def test_threads_that_share_memory_do_not_change_how_the_others_do(monkeypatch):
 
 
 def test_nobody_broadcasts_to_a_group_that_a_server_has_not_joined(monkeypatch):
-    """NCCL makes its group without waiting; at the first broadcast it would wait for ever for the one that refused."""
+    """NCCL makes its group without waiting; at the first broadcast it would wait for ever for the one that
+    refused.
+    """
     monkeypatch.setattr(
         publication, "_group", lambda *_: SimpleNamespace(broadcast=lambda *_: pytest.fail("broadcast"))
     )
@@ -119,7 +121,9 @@ def test_nobody_broadcasts_to_a_group_that_a_server_has_not_joined(monkeypatch):
 
 
 def test_released_servers_stay_paused_until_weights_and_memory_are_back(tmp_path):
-    """A token between, one of somebody's health check, would touch memory that is not there and end the server."""
+    """A token between, one of somebody's health check, would touch memory that is not there and end the
+    server.
+    """
     given = ["rollout.servers=0", "rollout.urls=[http://a:1]", f"logging.dir={tmp_path}"]
     config = load_config(ROOT / "examples/quickstart/sglang.yaml", given)
     config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"colocated": True})})
@@ -181,7 +185,9 @@ def test_what_is_starting_is_ended_while_memory_is_the_trainers(tmp_path):
 
 
 def test_a_server_that_cannot_be_started_again_is_given_up(tmp_path):
-    """Nobody would hear of an error in the thread that tends it: the run would wait for it at every publication."""
+    """Nobody would hear of an error in the thread that tends it: the run would wait for it at every
+    publication.
+    """
     started, said = [], []
 
     def start(number):
@@ -258,7 +264,9 @@ def reply(ids, reason):
 
 
 def test_a_response_aborted_with_its_last_token_is_whole():
-    """SGLang lets an abort win over a stop token that comes in the same pass; nothing may be sampled after that token."""
+    """SGLang lets an abort win over a stop token that comes in the same pass; nothing may be sampled after
+    that token.
+    """
     with server(lambda path, body: reply([1, 2], "abort")) as (url, asked):
         _, generate, done = asking(url)
         generate()

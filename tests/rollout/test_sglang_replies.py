@@ -1,4 +1,6 @@
-"""What a server's reply must be to be believed, without a server: replies as SGLang 0.5.23 gives them, and spoilt ones."""
+"""What a server's reply must be to be believed, without a server: replies as SGLang 0.5.23 gives them, and
+spoilt ones.
+"""
 
 from __future__ import annotations
 

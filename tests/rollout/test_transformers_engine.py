@@ -1,4 +1,6 @@
-"""The embedded engine against Hugging Face's own forward pass and generate, one prompt at a time and without a cache."""
+"""The embedded engine against Hugging Face's own forward pass and generate, one prompt at a time and without
+a cache.
+"""
 
 from collections import Counter
 
@@ -190,7 +192,9 @@ def expect(counts, probabilities):
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.5, 1.0), (1.0, 0.6), (0.8, 0.95)])
 def test_frequencies_are_the_probabilities(engine_of, hf, temperature, top_p):
-    """3000 first tokens after one prompt; under top_p they are the smallest set whose mass reaches it, renormalised."""
+    """3000 first tokens after one prompt; under top_p they are the smallest set whose mass reaches it,
+    renormalised.
+    """
     prompt = requests_of([6])[0].prompt_ids
     requests = [Request(prompt, f"frequency/{number}") for number in range(3000)]
     completions = sample(engine_of(3000), requests, Sampling(temperature, top_p, 1, NEVER))
@@ -281,7 +285,9 @@ def test_a_tensor_that_comes_twice(engine_of, hf):
 
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory):
-    """(HF's mixture of experts, its folder, the folder's tensors: one a matrix of each expert, while the model holds them fused)."""
+    """(HF's mixture of experts, its folder, the folder's tensors: one a matrix of each expert, while the
+    model holds them fused).
+    """
     model = make_model("qwen3_moe", tied=False, layers=2, seed=5).eval()
     path = save_folder(tmp_path_factory.mktemp("experts"), model)
     return model, HFFolder(path), load_file(path / "model.safetensors")

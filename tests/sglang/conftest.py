@@ -1,4 +1,6 @@
-"""Two real servers for all tests of this folder, started once; without `bash tests/run.sh --with-sglang` they are skipped."""
+"""Two real servers for all tests of this folder, started once; without `bash tests/run.sh --with-sglang`
+they are skipped.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items):
-    """This folder comes last: until the session ends `servers` holds two servers, their memory and a default process group.
+    """This folder comes last: until the session ends `servers` holds two servers, their memory and a default
+    process group.
 
     Everything that asks for `servers` needs the environment that --with-sglang installs.
     """

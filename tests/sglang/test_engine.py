@@ -1,4 +1,6 @@
-"""The engine on two real servers, against Hugging Face's model in fp32: log-probabilities, updates of all kinds, broken-off rollouts."""
+"""The engine on two real servers, against Hugging Face's model in fp32: log-probabilities, updates of all
+kinds, broken-off rollouts.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ pytestmark = pytest.mark.needs_sglang
 
 
 def test_the_first_update_must_leave_the_start_model_as_it_was(servers):
-    """Version "0" is the model that the servers loaded at their start: their checksums tell whether the way there is exact."""
+    """Version "0" is the model that the servers loaded at their start: their checksums tell whether the way
+    there is exact.
+    """
     servers.publish(seed=None)
     servers.version, servers.engine.publisher._version = -1, None  # as before the first update
     with pytest.raises(EngineFailed, match="changed the start model's weights on http.*checksums"):
@@ -39,7 +43,9 @@ def test_logprobs_are_hugging_faces(servers, temperature):
 
 @pytest.mark.parametrize("way", ["disk", "tensor", "distributed"])
 def test_every_kind_of_update_brings_every_server_to_the_weights(servers, updating, way):
-    """Twice each, in one bucket and in many; then every server by itself samples with these weights, and says so."""
+    """Twice each, in one bucket and in many; then every server by itself samples with these weights, and
+    says so.
+    """
     for seed, bucket in ((1, 512), (2, 1)):
         updating(way, f"rollout.sglang.bucket_mib={bucket}")
         transport = servers.engine.publisher._transport
@@ -61,7 +67,9 @@ def test_every_kind_of_update_brings_every_server_to_the_weights(servers, updati
 
 
 def test_enough_breaks_the_rest_off_and_it_can_be_gone_on_with(servers):
-    """Of 40 long responses six are waited for; the others come back as they are, queued ones empty, and are finished later."""
+    """Of 40 long responses six are waited for; the others come back as they are, queued ones empty, and are
+    finished later.
+    """
     servers.publish(seed=3)
     requests, sampling = servers.requests(40), servers.sampling(max_tokens=60, stops=False)
     few = sampling._replace(max_tokens=45)
@@ -144,7 +152,9 @@ def test_a_request_that_no_server_takes_is_told(servers):
 
 
 def test_memory_is_given_back_and_taken_again(servers, updating):
-    """On a CPU the calls do nothing, but they must be taken; after them the servers sample with the weights that came last."""
+    """On a CPU the calls do nothing, but they must be taken; after them the servers sample with the weights
+    that came last.
+    """
     publisher = servers.engine.publisher
     publisher.release_memory()
     assert len(publisher._released) == 2 and publisher.fleet.holds_back

@@ -1,4 +1,6 @@
-"""Servers that die, hang or lie, in the middle of sampling: every sample comes once, from right weights, and the servers come back."""
+"""Servers that die, hang or lie, in the middle of sampling: every sample comes once, from right weights, and
+the servers come back.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ pytestmark = pytest.mark.needs_sglang
 
 
 def proxy(url: str, spoil):
-    """A server's stand-in that hands everything on to it, and `spoil`s (status, body) of every answer to /generate."""
+    """A server's stand-in that hands everything on to it, and `spoil`s (status, body) of every answer to
+    /generate.
+    """
 
     def answer(request, body):
         headers = {"Content-Type": "application/json", "Authorization": request.headers["Authorization"]}
@@ -162,7 +166,9 @@ def slow_down(servers, seconds: float) -> None:
 
 
 def test_a_server_killed_while_it_samples(servers):
-    """The batch is completed by the other one; with the next publication both are there and sample with its weights."""
+    """The batch is completed by the other one; with the next publication both are there and sample with its
+    weights.
+    """
     servers.publish(seed=7)
     slow_down(servers, 0.01)
     before = [member.server.incarnation for member in servers.engine.publisher.fleet.members]
@@ -182,8 +188,9 @@ def test_a_server_killed_while_it_samples(servers):
 
 
 def test_all_servers_hang_while_they_sample(servers, monkeypatch):
-    """SIGSTOP to both: nothing answers any more. They are ended and started anew, load the newest weights from disk, and the
-    batch is completed without a publication in between."""
+    """SIGSTOP to both: nothing answers any more. They are ended and started anew, load the newest weights
+    from disk, and the batch is completed without a publication in between.
+    """
     impatient = servers.engine.generation.settings.model_copy(update={"health_timeout": 8.0})
     monkeypatch.setattr(servers.engine.generation, "settings", impatient)
     version = servers.publish(seed=9)
@@ -201,7 +208,9 @@ def test_all_servers_hang_while_they_sample(servers, monkeypatch):
 
 
 def test_a_server_killed_while_weights_are_broadcast(servers, updating):
-    """The broadcast's group is broken: the other server gets the same version from disk, and so does the killed one when it is back."""
+    """The broadcast's group is broken: the other server gets the same version from disk, and so does the
+    killed one when it is back.
+    """
     updating("distributed")
     servers.publish(seed=10)
     servers.engine.publisher._transport.limit = 100_000
@@ -232,7 +241,9 @@ def test_a_server_killed_while_weights_are_broadcast(servers, updating):
 
 
 def test_servers_that_a_dead_trainer_left_in_the_middle_of_an_update(servers):
-    """Paused, and with a session open, as kill -9 leaves others' servers; the next run takes them as they are."""
+    """Paused, and with a session open, as kill -9 leaves others' servers; the next run takes them as they
+    are.
+    """
     servers.publish(seed=11)
     for member in servers.engine.publisher.fleet.members:
         member.server.post("/pause_generation", {"mode": "retract"})

@@ -1,4 +1,6 @@
-"""Whole trainings on real servers: SRPO learns addition, whatever the layout and however the weights get there."""
+"""Whole trainings on real servers: SRPO learns addition, whatever the layout and however the weights get
+there.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ pytestmark = pytest.mark.needs_sglang
 
 @pytest.fixture(scope="module")
 def run(servers, tmp_path_factory):
-    """Ten steps of the quick start on two ranks, tensor parallel, on the servers that are there already; weights are broadcast."""
+    """Ten steps of the quick start on two ranks, tensor parallel, on the servers that are there already;
+    weights are broadcast.
+    """
     root = tmp_path_factory.mktemp("runs")
     urls = ",".join(target.url for target in servers.engine.generation.targets)
     overrides = [
@@ -51,7 +55,9 @@ def test_srpo_learns_addition(run):
 
 
 def test_trainer_and_servers_agree_at_every_step(run):
-    """In fp32, after every update of the weights; and every sample is of the version that was published last."""
+    """In fp32, after every update of the weights; and every sample is of the version that was published
+    last.
+    """
     assert len(run.rows) == 10
     assert max(row["engine_logprob_gap"] for row in run.rows) < 1e-5
     assert (

@@ -1,4 +1,6 @@
-"""tests/multinode.py with a server on a host of its own: nothing is shared with it but a network, and the start model's files."""
+"""tests/multinode.py with a server on a host of its own: nothing is shared with it but a network, and the
+start model's files.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ pytestmark = pytest.mark.needs_sglang
 
 
 def test_a_host_that_samples_outlives_those_that_train(tmp_path, monkeypatch):
-    """Four steps; the server gets every version by broadcast, also after the trainers were cut off and started again."""
+    """Four steps; the server gets every version by broadcast, also after the trainers were cut off and
+    started again.
+    """
     if reason := multinode.why_not():
         pytest.skip(reason)
     monkeypatch.setattr(multinode, "TIMEOUT", 8)

@@ -1,4 +1,6 @@
-"""200 responses judged by hand under the papers' rules (METHOD.md §5), before any code ran: right, wrong, malformed, borderline."""
+"""200 responses judged by hand under the papers' rules (METHOD.md §5), before any code ran: right, wrong,
+malformed, borderline.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,8 @@ import json
 
 R, W = True, False
 
-# ---- multiple choice: what follows the last <answer>, up to the next </answer>, stripped, equals the letter -----------------
+# ---- multiple choice: what follows the last <answer>, up to the next </answer>, stripped, equals the letter
+# -----------------
 
 CHOICE_CASES: list[tuple[str, str, bool]] = [  # (gold, response, right?)
     # plainly right
@@ -117,7 +120,8 @@ CHOICE_CASES: list[tuple[str, str, bool]] = [  # (gold, response, right?)
     ("B", "```\n<answer>B</answer>\n```", R),
 ]
 
-# ---- tool use: the multiset of names equals gold's, and the inputs merged into one object equal gold's merged ----------------
+# ---- tool use: the multiset of names equals gold's, and the inputs merged into one object equal gold's
+# merged ----------------
 
 
 def gold(*calls: tuple[str, str]) -> str:

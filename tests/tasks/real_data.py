@@ -9,7 +9,9 @@ import pytest
 
 
 def real_data(name: str) -> Path:
-    """The folder `name` (sciknoweval, toolalpaca) in MEGATRON_SRPO_DATA or ../shared/data beside the checkout; else skip."""
+    """The folder `name` (sciknoweval, toolalpaca) in MEGATRON_SRPO_DATA or ../shared/data beside the
+    checkout; else skip.
+    """
     root = Path(os.environ.get("MEGATRON_SRPO_DATA", Path(__file__).parents[3] / "shared" / "data"))
     if not (root / name).is_dir():
         pytest.skip(f"{name} is not there; set MEGATRON_SRPO_DATA to the folder that holds it")

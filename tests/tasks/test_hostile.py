@@ -1,4 +1,5 @@
-"""Hostile output: 10,000 made responses a verifier, no crash, no false positive; known tricks; time linear in the text.
+"""Hostile output: 10,000 made responses a verifier, no crash, no false positive; known tricks; time linear in
+the text.
 
 What runs in this process has no time limit: a verifier that hangs would hang the test, so the alarm ends it.
 """

@@ -88,7 +88,8 @@ def test_no_verifier_evaluates_a_string(pool):
         "compile 1": True,
         "sympy sin(1)": True,
         "sympy (1).__class__": True,
-        # sympy makes no symbols of attributes, and the names in a comprehension are those of code within the code
+        # sympy makes no symbols of attributes, and the names in a comprehension are those of code within the
+        # code
         "sympy [(1).__class__.evalf.__globals__['__builtins__']['exit']() for {}[1] in [1]]": True,
         "sympy (lambda: (1).evalf.__globals__)()": True,
         "sympy 1 + 2/3": False,

@@ -56,7 +56,8 @@ def test_an_answer_without_form_is_wrong_not_a_failure():
     assert not verify(prompt.answer, "<answer>zzz</answer>").correct
 
 
-# one of each kind: tuples in the entry, our own scorers, arithmetic read by sympy, parts, no answer of its own
+# one of each kind: tuples in the entry, our own scorers, arithmetic read by sympy, parts, no answer of its
+# own
 SAMPLE = {
     "rearc": {},
     "bitwise_arithmetic": {},
@@ -72,7 +73,9 @@ SAMPLE = {
 
 @pytest.mark.parametrize("name", SAMPLE)
 def test_right_and_wrong_answers_by_a_worker(name):
-    """The dataset's own answers (a colouring, where it has none) are right; those with something behind them and other texts are wrong."""
+    """The dataset's own answers (a colouring, where it has none) are right; those with something behind them
+    and other texts are wrong.
+    """
     task = make(name, **SAMPLE[name])
     prompts = [task.prompt("train", index) for index in range(6)]
     entries = [_entry(prompt.answer) for prompt in prompts]

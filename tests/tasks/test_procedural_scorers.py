@@ -1,4 +1,6 @@
-"""Our scorers for some of reasoning-gym's datasets, which need no reasoning-gym: entries as it makes them, made by hand."""
+"""Our scorers for some of reasoning-gym's datasets, which need no reasoning-gym: entries as it makes them,
+made by hand.
+"""
 
 from __future__ import annotations
 

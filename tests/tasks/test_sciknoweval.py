@@ -74,7 +74,9 @@ def test_prompt_word_for_word():
 
 
 def test_prepare_an_unseen_domain(tmp_path):
-    """Biology as DATA.md describes it: 300 four-option and 200 two-option questions, and rows of other kinds between them."""
+    """Biology as DATA.md describes it: 300 four-option and 200 two-option questions, and rows of other kinds
+    between them.
+    """
     write(
         tmp_path / "raw/Biology/a.jsonl",
         [row(n) for n in range(300)] + [row(900, type="filling", answerKey="")],

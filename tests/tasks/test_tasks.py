@@ -1,4 +1,6 @@
-"""Which task a configuration means: names, paths, own classes, mixtures, what is evaluated, and what is refused."""
+"""Which task a configuration means: names, paths, own classes, mixtures, what is evaluated, and what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,8 @@ def test_refusals(folder, given, said):
         create_task(TaskSource(**given), 1)
 
 
-# ---- own classes -------------------------------------------------------------------------------------------------------
+# ---- own classes
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_own_class_from_the_example():
@@ -106,7 +109,8 @@ def test_own_files_that_cannot_be_used(tmp_path, code, said):
         create_task(TaskSource(path=tmp_path / "none.py"), 1)
 
 
-# ---- mixtures ----------------------------------------------------------------------------------------------------------
+# ---- mixtures
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_mixture_keeps_its_shares_at_every_length(folder):
@@ -142,7 +146,8 @@ def test_one_task_is_a_mixture_of_one():
     assert [mixture.prompt(n).id for n in (0, 5)] == ["addition/train/0", "addition/train/5"]
 
 
-# ---- what is evaluated -------------------------------------------------------------------------------------------------
+# ---- what is evaluated
+# -------------------------------------------------------------------------------------------------
 
 
 def test_evaluated_are_the_training_tasks_or_those_named(folder):
@@ -176,7 +181,9 @@ def test_one_file_is_all_test_when_nothing_is_trained_on_it(folder):
 
 @pytest.mark.parametrize("shares", [{}, {"test_share": 0.3}, {"test_share": 0.3, "validation_share": 0.4}])
 def test_what_is_trained_on_is_not_evaluated(folder, shares, monkeypatch):
-    """The same file as a training task and in evaluation.tasks, by another spelling of its path and another name."""
+    """The same file as a training task and in evaluation.tasks, by another spelling of its path and another
+    name.
+    """
     monkeypatch.chdir(folder)
     file = {"path": folder / "chemistry/train.jsonl", "verifier": "exact"}
     config = config_of(

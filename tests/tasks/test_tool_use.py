@@ -35,7 +35,8 @@ def step(tool, text, observation=FINE):
     return [[tool, text, f" I need {tool}.\nAction: {tool}\nAction Input: {text}"], observation]
 
 
-# Every shape that ToolAlpaca's own programs write (instance_generation/generation.py, agent/tools.py); the words are ours.
+# Every shape that ToolAlpaca's own programs write (instance_generation/generation.py, agent/tools.py); the
+# words are ours.
 TRAINING = {
     **{key: API[key] for key in ("Name", "Description", "NLDocumentation", "Instructions")},
     "Function_Description": {"getCat": "…", "components": ""},
@@ -213,7 +214,9 @@ def test_files_that_are_not_as_published(tmp_path, content, said_):
 
 
 def test_published_data():
-    """The papers' 68 questions load as they are, and are what the published evaluation file gives; its gold answers are right."""
+    """The papers' 68 questions load as they are, and are what the published evaluation file gives; its gold
+    answers are right.
+    """
     folder = real_data("toolalpaca")
     papers = read_questions(folder / "sdpo_tooluse_test.jsonl")
     ours = [question for question, _ in read_toolalpaca(folder / "eval_simulated.json") if question]

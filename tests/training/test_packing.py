@@ -1,4 +1,6 @@
-"""Packing: nobody is lost, every rank does the same number of micro-batches, and every position predicts its own target."""
+"""Packing: nobody is lost, every rank does the same number of micro-batches, and every position predicts its
+own target.
+"""
 
 import itertools
 import math
@@ -73,7 +75,9 @@ def padded(document, context):
 
 
 def rows_of_all(samples, rank, data_size, rules):
-    """Each row of a data-parallel rank, students' and teachers': (its parts on the context-parallel ranks, prompt ids by sample)."""
+    """Each row of a data-parallel rank, students' and teachers': (its parts on the context-parallel ranks,
+    prompt ids by sample).
+    """
     everyone = [
         rules._replace(context=Context(number, rules.context.size)) for number in range(rules.context.size)
     ]
@@ -88,7 +92,9 @@ def rows_of_all(samples, rank, data_size, rules):
 
 
 def assemble(parts):
-    """(ids of the whole row, where in it each token of the ranks' parts, one after another, belongs), by the parts' positions."""
+    """(ids of the whole row, where in it each token of the ranks' parts, one after another, belongs), by the
+    parts' positions.
+    """
     bounds = parts[0].cu_seqlens.tolist()
     starts = [start for start, end in itertools.pairwise(bounds) for _ in range((end - start) // len(parts))]
     where = [
@@ -175,7 +181,9 @@ def test_student_and_teacher_predict_the_same_ids_from_the_right_places(samples,
 @given(batches, all_rules)
 @settings(deadline=None, max_examples=60)
 def test_context_parallel_ranks_hold_what_megatron_rotates(samples, rules):
-    """Megatron's rotary embedding takes a rank's positions in each document from the document's length alone."""
+    """Megatron's rotary embedding takes a rank's positions in each document from the document's length
+    alone.
+    """
     for parts, _ in rows_of_all(samples, 0, 1, rules):
         for rank, part in enumerate(parts):
             bounds, size = part.cu_seqlens.tolist(), len(parts)
@@ -266,7 +274,9 @@ def test_loss_scales_sum_to_one_over_the_tokens(samples, aggregation):
 
 
 def test_loss_scales_by_hand():
-    """Distilled and all-wrong (advantage 0) samples share one denominator; those routed nowhere are not in it."""
+    """Distilled and all-wrong (advantage 0) samples share one denominator; those routed nowhere are not in
+    it.
+    """
     samples = samples_of(("grpo", 2, 3, 1), ("sdpo", 2, 5, 4), ("none", 2, 7, 1), ("grpo", 2, 2, 1))
     assert loss_scales(samples, "token_mean") == (0.1, 0.1, 0.0, 0.1)
     assert loss_scales(samples, "seq_mean") == pytest.approx((1 / 9, 1 / 15, 0.0, 1 / 6))

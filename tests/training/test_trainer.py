@@ -22,7 +22,9 @@ from megatron_srpo.rollout.replay import replay
 
 @pytest.fixture
 def make_trainer(tmp_path):
-    """make_trainer(*overrides) → (trainer, routed samples of one step); Megatron's groups are taken down afterwards."""
+    """make_trainer(*overrides) → (trainer, routed samples of one step); Megatron's groups are taken down
+    afterwards.
+    """
     model = make_model()
     folder = HFFolder(save_folder(tmp_path / "hf", model))
     rollouts = write_rollouts(tmp_path / "rollouts", folder, model, steps=1)
@@ -114,7 +116,9 @@ def test_live_teacher_is_the_policy(make_trainer):
 
 
 def test_trust_region_teacher_is_between_the_initial_model_and_the_policy(make_trainer):
-    """Before the first update both are one; the initial one stays; entropies are those of the interpolated logits."""
+    """Before the first update both are one; the initial one stays; entropies are those of the interpolated
+    logits.
+    """
     trainer, samples = make_trainer("teacher.kind=trust_region", "teacher.interpolation=0.3")
     start = snapshot(trainer.parameters)
     step(trainer, samples)
@@ -218,7 +222,9 @@ def test_offloaded_state_is_on_the_device_for_updates_only_and_changes_no_bit(
 
 @pytest.mark.parametrize("where", ["optimizer.optimizer_cpu_offload=true", "rollout.colocated=true"])
 def test_a_checkpoint_is_restored_into_what_is_parked(make_trainer, tmp_path, where):
-    """The numbers of a run that parks nothing, put into a trainer that has parked them, are the numbers it has then."""
+    """The numbers of a run that parks nothing, put into a trainer that has parked them, are the numbers it
+    has then.
+    """
     trainer, samples = make_trainer("model.dtype=bfloat16")
     step(trainer, samples)
     saved, state = checkpoint(trainer), numbers(trainer)
@@ -265,7 +271,9 @@ def test_servers_on_the_same_device_have_all_memory_but_the_policys(make_trainer
 
 
 def test_gradients_are_reduced_during_the_backward_pass(make_trainer, monkeypatch):
-    """overlap_grad_reduce: from the second batch on, every bucket's reduction has begun when the backward pass ends."""
+    """overlap_grad_reduce: from the second batch on, every bucket's reduction has begun when the backward
+    pass ends.
+    """
     overlap = [f"parallel.overlap_{what}=true" for what in ("grad_reduce", "param_gather")]
     trainer, samples = make_trainer(*overlap, "parallel.ddp_bucket_size=2000")
     (chunk,), begun = trainer.chunks, []

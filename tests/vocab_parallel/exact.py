@@ -20,7 +20,8 @@ def log_softmax(hidden: Tensor, weight: Tensor, vocab_size: int, temperature: fl
 def divergence(logp: Tensor, logq: Tensor, kind: Divergence, targets: Tensor | None = None) -> Tensor:
     """D [T] between student and teacher, on the support that `kind` names; gradients flow into both.
 
-    On the sampled token: the SDPO code's stopgrad(log p - log q) · log p, moved by a constant to the value log p - log q.
+    On the sampled token: the SDPO code's stopgrad(log p - log q) · log p, moved by a constant to the value
+    log p - log q.
     """
     vocab_size = logp.shape[1]
     if kind.support == "sampled":

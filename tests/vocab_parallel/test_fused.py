@@ -267,7 +267,9 @@ def test_student_equal_to_teacher_has_nothing_to_learn(kind, dtype):
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_extreme_logits_in_fp32(kind):
-    """Logits of ±10⁴: finite, and the values of float64, within the rounding of the terms that cancel in each sum."""
+    """Logits of ±10⁴: finite, and the values of float64, within the rounding of the terms that cancel in
+    each sum.
+    """
     generator = torch.Generator().manual_seed(3)
     problem = Problem(12, 12, 20, 24, width=4, dtype=torch.float32)
     problem.weight[:20] = torch.randint(-3, 4, (20, 4), generator=generator).float()

@@ -1,4 +1,6 @@
-"""Each function of the family against float64 autograd over whole logits, for logits and for projections, with both kernels."""
+"""Each function of the family against float64 autograd over whole logits, for logits and for projections,
+with both kernels.
+"""
 
 import itertools
 import math
@@ -192,7 +194,9 @@ def error(found, expected):
 
 
 def check(inputs, loss, tolerance, gradient_tolerance=None, temperature=1.0, **options):
-    """Our loss(f), a vector, and its gradients against float64, and exactly no gradient where columns are padded."""
+    """Our loss(f), a vector, and its gradients against float64, and exactly no gradient where columns are
+    padded.
+    """
     value, gradients = inputs.ours(loss, temperature=temperature, **options)
     exact_value, exact_gradients = inputs.exact(loss, temperature)
     assert value.dtype == wide(inputs.student.tensor.dtype) and error(value, exact_value) <= tolerance
@@ -255,7 +259,9 @@ def test_all_of_the_vocabulary_is_the_full_support(member, form):
 
 @BOTH_FORMS
 def test_samples_are_unbiased(form):
-    """Over all y, each with its probability, value and gradient of one sample are those of the exact reverse KL."""
+    """Over all y, each with its probability, value and gradient of one sample are those of the exact reverse
+    KL.
+    """
     sampled, inputs = DIVERGENCES[-1], Inputs(form)
     logp, logq = (torch.log_softmax(whole(x, 29), -1) for x in (inputs.student, inputs.teacher))
     value, total = torch.zeros(7, dtype=WIDE), [torch.zeros_like(x) for x in inputs.student]
@@ -339,7 +345,9 @@ def test_nothing_flows_to_a_teacher(member, form):
 
 
 def ignoring(form, skipped, distilled, dtype=WIDE):
-    """Inputs where these tokens are ignored and everything of theirs is NaN, inputs without them, and the other tokens."""
+    """Inputs where these tokens are ignored and everything of theirs is NaN, inputs without them, and the
+    other tokens.
+    """
     kept, few = [t for t in range(7) if t not in skipped], [t for t in range(distilled) if t not in skipped]
     inputs, rest = (Inputs(form, distilled=distilled, dtype=dtype) for _ in range(2))
     field = rest.student._fields[0]
@@ -544,7 +552,9 @@ def test_what_backward_reads_cannot_change_before_it_in_silence(changed):
 
 
 def test_an_objective_cannot_be_differentiated_again_in_silence():
-    """Its gradients are made once and given away: what cannot be had is a RuntimeError, never a wrong gradient."""
+    """Its gradients are made once and given away: what cannot be had is a RuntimeError, never a wrong
+    gradient.
+    """
     inputs = Inputs("projection")
 
     def loss_of(student):

@@ -1,4 +1,6 @@
-"""The family with the vocabulary on 1, 2 and 4 ranks against unsharded float64, and mistakes that every rank must hear of."""
+"""The family with the vocabulary on 1, 2 and 4 ranks against unsharded float64, and mistakes that every rank
+must hear of.
+"""
 
 import contextlib
 import datetime
@@ -55,7 +57,9 @@ CASES = [
 
 
 def whole_inputs(form: str, dtype: torch.dtype, impossible: float = -math.inf) -> Inputs:
-    """Eight tokens, two of them ignored, of all columns, with a trust-region teacher; columns of -inf are `impossible`."""
+    """Eight tokens, two of them ignored, of all columns, with a trust-region teacher; columns of -inf are
+    `impossible`.
+    """
     kind = "projection" if form == "projection" else "logits"
     inputs = Inputs(kind, 8, VOCABULARY, VOCABULARY, width=32, dtype=dtype, scale=0.35, share=0.25)
     if form in BARRED:
@@ -84,7 +88,9 @@ def columns_of(source, start: int, width: int):
 
 
 def run_case(rank: int, groups: dict, inputs: Inputs, member, layout: int):
-    """This rank's values and gradients, its padded columns cut off; hidden gradients are summed over the ranks."""
+    """This rank's values and gradients, its padded columns cut off; hidden gradients are summed over the
+    ranks.
+    """
     widths = LAYOUTS[layout]
     ranks = len(widths)
     place, targets = rank % ranks, inputs.targets.clone()
@@ -188,7 +194,9 @@ def call(rank: int, group, **changes):
 
 
 def make_mistakes(rank: int, groups: dict) -> dict:
-    """Of each mistake: what was raised, what should have been said, and whether a good call came out well afterwards."""
+    """Of each mistake: what was raised, what should have been said, and whether a good call came out well
+    afterwards.
+    """
     reference, heard = call(rank, groups[4]), {}
     for name in mistakes(rank, groups, groups[4]):
         group = dist.new_group(
@@ -241,7 +249,9 @@ def of_ranks(tmp_path_factory):
 
 
 def largest_errors(of_ranks, form: str, name: str) -> dict:
-    """{(dtype, ranks, kernel): largest error of the values, of their weighted sum and of the gradients} over layouts."""
+    """{(dtype, ranks, kernel): largest error of the values, of their weighted sum and of the gradients} over
+    layouts.
+    """
     errors = {}
     for dtype in TOLERANCE:
         inputs = whole_inputs(
@@ -283,7 +293,10 @@ def largest_errors(of_ranks, form: str, name: str) -> dict:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", MEMBERS)
 def test_shards_agree_with_the_whole(of_ranks, form, name):
-    """Within rounding of unsharded float64, and the same bits on all ranks. Plain torch works out its tail bucket in fp32: twice as far."""
+    """Within rounding of unsharded float64, and the same bits on all ranks.
+
+    Plain torch works out its tail bucket in fp32: twice as far.
+    """
     for (dtype, ranks, kernel), largest in largest_errors(of_ranks, form, name).items():
         assert largest <= TOLERANCE[dtype] * (2 if kernel == "reference" else 1), (
             f"{dtype} on {ranks} ranks, {kernel}"

@@ -1,4 +1,7 @@
-"""Three processes, each with its part of the vocabulary, against the unsharded float64 result. One launch for all cases."""
+"""Three processes, each with its part of the vocabulary, against the unsharded float64 result.
+
+One launch for all cases.
+"""
 
 import itertools
 import sys

@@ -1,4 +1,6 @@
-"""The Triton kernels, run by Triton's interpreter on the CPU and compiled for an H100 that need not be there."""
+"""The Triton kernels, run by Triton's interpreter on the CPU and compiled for an H100 that need not be
+there.
+"""
 
 import os
 import sys
@@ -82,7 +84,9 @@ def test_student_equal_to_teacher_has_nothing_to_learn(kind):
 
 @pytest.mark.parametrize("kind", KINDS[:4], ids=str)
 def test_extremes_against_plain_torch(kind, monkeypatch):
-    """±10⁴, one-hot distributions and -inf columns: finite, and what the reference kernel says of the same logits."""
+    """±10⁴, one-hot distributions and -inf columns: finite, and what the reference kernel says of the same
+    logits.
+    """
     inf = float("inf")
     rows = torch.tensor(
         [
@@ -162,7 +166,9 @@ def test_overlapped_collectives(tmp_path):
 
 @pytest.fixture(params=["torch 2.9", "torch 2.10"])
 def products_of_cuda(monkeypatch, request):
-    """bf16 matrices are multiplied as on CUDA: fp32 results by `mm`, and, only since torch 2.10, added to fp32 by `addmm`."""
+    """bf16 matrices are multiplied as on CUDA: fp32 results by `mm`, and, only since torch 2.10, added to
+    fp32 by `addmm`.
+    """
     mm = torch.mm
 
     def mm_of_cuda(left, right, *, out_dtype=None, out=None):
@@ -187,7 +193,9 @@ def products_of_cuda(monkeypatch, request):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_products_of_bf16_matrices(temperature, products_of_cuda):
-    """Over several blocks of vocabulary columns, accumulated over tiles: fp32 results, of which only the gradients are rounded."""
+    """Over several blocks of vocabulary columns, accumulated over tiles: fp32 results, of which only the
+    gradients are rounded.
+    """
     problem = Problem(9, 5, 9001, 9008, width=16, dtype=torch.bfloat16)
     found, expected = (
         problem.fused(temperature=temperature, tile_tokens=4),
@@ -234,7 +242,9 @@ compile(cuda._gradient, gradient="*fp32", ALPHA=0.5, KIND=0, ENTROPY=False)
 
 
 def test_kernels_compile_for_an_h100(tmp_path):
-    """To machine code, by the ptxas that Triton brings: what the interpreter forgives, the compiler does not."""
+    """To machine code, by the ptxas that Triton brings: what the interpreter forgives, the compiler does
+    not.
+    """
     import subprocess
 
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}

@@ -1,4 +1,6 @@
-"""The converter programs: round trips by one process and by two, dtypes, padding, and what is told of bad input."""
+"""The converter programs: round trips by one process and by two, dtypes, padding, and what is told of bad
+input.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +107,8 @@ def same(first: Path, second: Path) -> bool:
     )
 
 
-# ---- round trips -----------------------------------------------------------------------------------------------------
+# ---- round trips
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -226,7 +229,8 @@ def test_nan_is_told_and_kept(hf, tmp_path, capsys):
     assert int(load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"].isnan().sum()) == 2
 
 
-# ---- bad input -------------------------------------------------------------------------------------------------------
+# ---- bad input
+# -------------------------------------------------------------------------------------------------------
 
 K = "model.layers.2.self_attn.k_proj.weight"
 HF_FAULTS = {

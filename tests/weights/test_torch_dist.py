@@ -25,7 +25,9 @@ WHOLE = torch.arange(48, dtype=torch.float32).reshape(2, 6, 4)
 
 @pytest.fixture
 def folder(tmp_path):
-    """`stack` [2, 6, 4] from two ranks: layer 0 in two pieces by different ranks, layer 1 whole; `plain` [3] in bfloat16."""
+    """`stack` [2, 6, 4] from two ranks: layer 0 in two pieces by different ranks, layer 1 whole; `plain` [3]
+    in bfloat16.
+    """
     path = tmp_path / "checkpoint"
     path.mkdir()
     first, second = Writer(path, 0), Writer(path, 1)

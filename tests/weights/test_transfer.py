@@ -67,7 +67,9 @@ def test_ranks_that_do_not_write_consume_the_stream(source, tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_a_rank_reads_only_its_own_slices(tmp_path, monkeypatch, family, rank):
-    """Of two tensor-parallel ranks, each reads as many numbers from the file as its parameters hold, and no more."""
+    """Of two tensor-parallel ranks, each reads as many numbers from the file as its parameters hold, and no
+    more.
+    """
     folder = HFFolder(save_folder(tmp_path, family=family, tied=False))
     full, size = load_file(tmp_path / "model.safetensors"), 2
     read = 0
@@ -139,7 +141,9 @@ def test_a_rank_reads_only_its_own_slices(tmp_path, monkeypatch, family, rank):
 
 @pytest.mark.parametrize("name", ["local_experts.3.linear_fc1.weight", "linear_fc1.weight3"])
 def test_experts_are_numbered_over_all_ranks(name):
-    """A module for each expert (local layers) or their matrices in one module (Transformer Engine): the same tensors."""
+    """A module for each expert (local layers) or their matrices in one module (Transformer Engine): the same
+    tensors.
+    """
     row, prefix = row_of(f"decoder.layers.1.mlp.experts.{name}", layer_offset=4, expert_offset=8)
     assert prefix == "model.layers.5.mlp.experts.11." and row.expert
     assert row.hf == ("gate_proj.weight", "up_proj.weight")

@@ -1,4 +1,5 @@
-"""SGLang servers as the engine: started and watched, asked for samples, given the policy's weights. SGLang is never imported.
+"""SGLang servers as the engine: started and watched, asked for samples, given the policy's weights. SGLang is
+never imported.
 
 engine.py        what the run sees; the ranks agree here
 generation.py    every rank: requests to whichever server is free, retried on another one

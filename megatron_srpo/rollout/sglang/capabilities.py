@@ -16,7 +16,9 @@ OLDEST, WITH_SESSIONS = (0, 5, 19), (0, 5, 21)
 
 
 class Capabilities(NamedTuple):
-    """needs_session: begin and end around tensors; is_seeded: keeps to sampling_seed; tensor_parallel_size: its workers."""
+    """needs_session: begin and end around tensors; is_seeded: keeps to sampling_seed; tensor_parallel_size:
+    its workers.
+    """
 
     version: str
     needs_session: bool
@@ -25,7 +27,10 @@ class Capabilities(NamedTuple):
 
 
 def inspect(server: Server, settings: RolloutSection, folder: HFFolder) -> Capabilities:
-    """Ask the server, and have it make one token. Raises ConfigError for what it cannot do, ServerFailed when it does not answer."""
+    """Ask the server, and have it make one token.
+
+    Raises ConfigError for what it cannot do, ServerFailed when it does not answer.
+    """
     found = check(server.url, server.get("/server_info"), server.get("/model_info"), settings, folder)
     if settings.urls:  # a trainer that died in a publication has left it in the middle of one
         if found.needs_session:
@@ -52,7 +57,10 @@ def check(
     settings: RolloutSection,
     folder: HFFolder,
 ) -> Capabilities:
-    """What the answers to /server_info and /model_info say. Raises ConfigError that names the server and what to do."""
+    """What the answers to /server_info and /model_info say.
+
+    Raises ConfigError that names the server and what to do.
+    """
     version = str(server_info.get("version"))
     match = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
     numbers = tuple(map(int, match.groups())) if match else None

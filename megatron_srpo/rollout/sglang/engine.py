@@ -23,7 +23,8 @@ from megatron_srpo.rollout.sglang.generation import Generation
 from megatron_srpo.rollout.sglang.http import Server, ServerFailed
 from megatron_srpo.rollout.sglang.publisher import Publisher
 
-_HEARTBEAT = 1.0  # seconds between the ranks' exchanges while servers start, which may last longer than a collective may
+# seconds between the ranks' exchanges while servers start, which may last longer than a collective may
+_HEARTBEAT = 1.0
 
 
 def launch_of(config: Config) -> Launch | None:
@@ -86,7 +87,8 @@ class SGLangEngine:
             self.generation.generate(requests, sampling, finished)
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
-        """See `Engine.update_weights`; all ranks together. `tensors` can be iterated again, and is, when servers missed the update.
+        """See `Engine.update_weights`; all ranks together. `tensors` can be iterated again, and is, when
+        servers missed the update.
 
         Raises EngineFailed when the first update has not left the same weights on all servers.
         """
@@ -111,8 +113,9 @@ class SGLangEngine:
         self.generation.end_publication(self._from_first(self.publisher and self.publisher.fleet.states()))
 
     def release_memory(self) -> None:
-        """rollout.colocated: the servers' GPU memory is the trainer's until the next update. All ranks together, when all have
-        their samples; nothing without rollout.colocated."""
+        """rollout.colocated: the servers' GPU memory is the trainer's until the next update. All ranks
+        together, when all have their samples; nothing without rollout.colocated.
+        """
         if self.settings.colocated:
             if self.publisher is not None:
                 self.publisher.release_memory()
@@ -124,7 +127,10 @@ class SGLangEngine:
             self.publisher.close()
 
     def _meet_servers(self) -> bool:
-        """Wait until all servers are there and have been looked at. Whether they keep to seeds, on every rank."""
+        """Wait until all servers are there and have been looked at.
+
+        Whether they keep to seeds, on every rank.
+        """
         if self.publisher is not None and self.settings.servers:
             self.publisher.say(
                 f"starting {self.settings.servers} SGLang servers (output: {self.publisher.fleet.launch.logs})"
@@ -146,7 +152,10 @@ class SGLangEngine:
         return is_seeded
 
     def _unreachable(self, urls: Sequence[str]) -> str | None:
-        """Why this rank cannot ask one of the servers, or None. What the first rank calls 127.0.0.1 is another host to others."""
+        """Why this rank cannot ask one of the servers, or None.
+
+        What the first rank calls 127.0.0.1 is another host to others.
+        """
         name = self.settings.sglang.api_key_env
         place = f"rank {self.layout.rank} on {socket.gethostname()}"
         if name is not None and not os.environ.get(name):
@@ -162,7 +171,10 @@ class SGLangEngine:
         return None
 
     def _complain(self, url: str, reason: str, is_lie: bool) -> None:
-        """Only the first rank can do something at once. It sees for itself what does not answer, and hears of lies at publications."""
+        """Only the first rank can do something at once.
+
+        It sees for itself what does not answer, and hears of lies at publications.
+        """
         if self.publisher is not None:
             self.publisher.fleet.complain(url, reason, is_lie)
 

@@ -1,4 +1,6 @@
-"""The servers as the first rank keeps them: ours are started, watched, restarted and ended; others' can only be asked."""
+"""The servers as the first rank keeps them: ours are started, watched, restarted and ended; others' can only
+be asked.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ _NOT_PASSED_ON = (
 
 @dataclass(frozen=True)
 class Launch:
-    """How to start our servers. model: folder of the start model; dtype: the trainer's; logs: folder of their output."""
+    """How to start our servers. model: folder of the start model; dtype: the trainer's; logs: folder of
+    their output.
+    """
 
     settings: SGLangSection
     model: Path
@@ -45,7 +49,9 @@ class Launch:
     logs: Path
 
     def urls(self, count: int) -> list[str]:
-        """Where `count` servers will listen, as seen from this machine; from others when they listen to the network."""
+        """Where `count` servers will listen, as seen from this machine; from others when they listen to the
+        network.
+        """
         host = self.settings.host
         if host in ("0.0.0.0", "::"):
             host = socket.gethostname()
@@ -92,7 +98,8 @@ class Launch:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # the first Ctrl-C asks the trainer to leave in good order: not for servers
+                # the first Ctrl-C asks the trainer to leave in good order: not for servers
+                start_new_session=True,
             )
 
     def log(self, number: int) -> Path:
@@ -139,8 +146,9 @@ class Member:
 
 
 class Fleet:
-    """All servers. `launch`: None when others run them. `say`: tells the user. `newest`: (folder, version) of weights on disk,
-    when those are the newest there are."""
+    """All servers. `launch`: None when others run them. `say`: tells the user. `newest`: (folder, version) of
+    weights on disk, when those are the newest there are.
+    """
 
     def __init__(
         self, urls: Sequence[str], settings: SGLangSection, launch: Launch | None, say: Callable[[str], None]
@@ -181,7 +189,9 @@ class Fleet:
             time.sleep(0.05)
 
     def hold_back(self) -> None:
-        """Until `go_on` nothing starts, and what is starting is ended: the memory that it would take is the trainer's."""
+        """Until `go_on` nothing starts, and what is starting is ended: the memory that it would take is the
+        trainer's.
+        """
         self.holds_back = True
         for member in self.members:
             with member.lock:  # nobody is about to start it
@@ -247,7 +257,8 @@ class Fleet:
             self._end(member)
             member.server.close()
 
-    # ---- our servers, a thread each ------------------------------------------------------------------------------------
+    # ---- our servers, a thread each
+    # ------------------------------------------------------------------------------------
 
     def _start(self, member: Member) -> None:
         member.server.incarnation += 1
@@ -343,7 +354,10 @@ class Fleet:
 
 
 def load_from_disk(server: Server, folder: Path, version: str) -> None:
-    """Have the server read the weights in `folder`. Raises ServerFailed, also when it has another version then."""
+    """Have the server read the weights in `folder`.
+
+    Raises ServerFailed, also when it has another version then.
+    """
     server.post(
         "/update_weights_from_disk",
         {"model_path": str(folder.resolve()), "weight_version": version, "flush_cache": True},

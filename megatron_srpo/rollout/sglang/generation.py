@@ -30,8 +30,9 @@ class _Failed(Exception):
 
 @dataclass
 class Target:
-    """A server as this rank sees it. out: why it gets no requests, None when it does; is_distrusted: it lied, and stays out until
-    it is seen dead (it is another one when it is back) or the first rank says otherwise."""
+    """A server as this rank sees it. out: why it gets no requests, None when it does; is_distrusted: it lied,
+    and stays out until it is seen dead (it is another one when it is back) or the first rank says otherwise.
+    """
 
     url: str
     out: str | None = None
@@ -44,10 +45,12 @@ class Generation:
 
     Args:
         urls: of all servers, alike on every rank.
-        rank, world_size: this rank's share of rollout.sglang.concurrency, and the server it prefers among equals.
+        rank, world_size: this rank's share of rollout.sglang.concurrency, and the server it prefers among
+        equals.
         is_seeded: whether servers keep to sampling_seed.
         complain: called with (url, what it did, whether that was a lie) when a server is taken out.
-        hopeless: called with the seconds for which there has been no server: why none will come back, or None while one may.
+        hopeless: called with the seconds for which there has been no server: why none will come back, or None
+            while one may.
     """
 
     def __init__(
@@ -70,7 +73,10 @@ class Generation:
         self.tls = httpx.create_ssl_context(trust_env=False)  # shared: it takes longer to make than a request
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, finished: Finished) -> None:
-        """See `Engine.generate`. Raises EngineFailed, and ValueError for an id outside the vocabulary, which kills some servers."""
+        """See `Engine.generate`.
+
+        Raises EngineFailed, and ValueError for an id outside the vocabulary, which kills some servers.
+        """
         for number, request in enumerate(requests):
             ids = (*request.prompt_ids, *(request.start.ids if request.start else ()))
             if not request.prompt_ids or not all(0 <= token < self.vocab_size for token in ids):
@@ -105,7 +111,9 @@ class Generation:
 
 
 class _Batch:
-    """One call of `generate`: workers that take requests from a queue, and one task that watches the servers."""
+    """One call of `generate`: workers that take requests from a queue, and one task that watches the
+    servers.
+    """
 
     def __init__(
         self, generation: Generation, requests: Sequence[Request], sampling: Sampling, finished: Finished
@@ -130,7 +138,9 @@ class _Batch:
             self.finished({number: (self.requests[number].start or _NOTHING)._replace(finish_reason="abort")})
 
     def _client(self) -> httpx.AsyncClient:
-        """One for each worker: a client looks through all its connections for every request, which with 64 took 8 ms of CPU time."""
+        """One for each worker: a client looks through all its connections for every request, which with 64
+        took 8 ms of CPU time.
+        """
         limits = httpx.Limits(keepalive_expiry=IDLE)
         return httpx.AsyncClient(
             timeout=None,
@@ -174,7 +184,10 @@ class _Batch:
         )
 
     async def _free_target(self) -> Target | None:
-        """The least loaded server, None when there is enough. Waits for one to come back. Raises EngineFailed when none will."""
+        """The least loaded server, None when there is enough.
+
+        Waits for one to come back. Raises EngineFailed when none will.
+        """
         while not self.enough:
             usable = [target for target in self.generation.targets if target.out is None]
             if usable:
@@ -191,8 +204,9 @@ class _Batch:
     async def _ask(
         self, http: httpx.AsyncClient, target: Target, request: Request, start: Completion | None
     ) -> Completion:
-        """What one server makes of a request. Raises _Failed after which the server is out or the request may be repeated, and
-        EngineFailed when it is refused, which every server would do."""
+        """What one server makes of a request. Raises _Failed after which the server is out or the request may
+        be repeated, and EngineFailed when it is refused, which every server would do.
+        """
         done = start.ids if start else []
         limit = self.sampling.max_tokens - len(done)
         if limit <= 0:
@@ -275,7 +289,9 @@ class _Batch:
         return parameters
 
     async def _abort(self) -> None:
-        """End what still runs at the servers; again and again, as a request may reach its server after its abort."""
+        """End what still runs at the servers; again and again, as a request may reach its server after its
+        abort.
+        """
         until = time.monotonic() + self.settings.health_timeout
         while self.running and time.monotonic() < until:
             aborts = [
@@ -305,7 +321,9 @@ class _Batch:
         try:
             response = await self._get(f"{target.url}{path}")
             if target.out is None and target.calls:
-                beat()  # it makes tokens: the longest response may take longer than a watchdog waits, request_timeout ends that
+                # it makes tokens: the longest response may take longer than a watchdog waits, request_timeout
+                # ends that
+                beat()
             if (
                 target.out
                 and not target.is_distrusted

@@ -2,8 +2,8 @@
 
     python guard.py PARENT_PID COMMAND …
 
-Run by its path and with the standard library alone, so that it costs nothing. Should the guard itself be killed, Linux kills the
-command's first process, and SGLang's workers go with theirs.
+Run by its path and with the standard library alone, so that it costs nothing. Should the guard itself be
+killed, Linux kills the command's first process, and SGLang's workers go with theirs.
 """
 
 import contextlib
@@ -34,7 +34,9 @@ def children() -> list[int]:
 
 
 def end_all(group: int) -> None:
-    """SIGKILL to the command's process group, then to whatever else is left below this process, until nothing is."""
+    """SIGKILL to the command's process group, then to whatever else is left below this process, until
+    nothing is.
+    """
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
     while True:

@@ -44,7 +44,10 @@ class Server:
         return self._call("GET", path, None, timeout or self.settings.health_timeout)
 
     def post(self, path: str, body: dict[str, Any], timeout: float | None = None) -> dict[str, Any]:
-        """POST `body` to `path`. timeout: seconds, None: rollout.sglang.update_timeout. Raises ServerFailed."""
+        """POST `body` to `path`. timeout: seconds, None: rollout.sglang.update_timeout.
+
+        Raises ServerFailed.
+        """
         return self._call("POST", path, body, timeout or self.settings.update_timeout)
 
     def version(self) -> str:
@@ -52,7 +55,10 @@ class Server:
         return str(self.get("/model_info").get("weight_version"))
 
     def check_health(self) -> None:
-        """Raises ServerFailed unless the server makes a token (or others', meanwhile). It hangs while paused."""
+        """Raises ServerFailed unless the server makes a token (or others', meanwhile).
+
+        It hangs while paused.
+        """
         self.get("/health")
 
     def _call(self, method: str, path: str, body: dict[str, Any] | None, timeout: float) -> dict[str, Any]:

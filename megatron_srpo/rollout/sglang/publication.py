@@ -1,4 +1,5 @@
-"""One update of the weights on several servers: pause → begin → send → end → continue, and three ways to send.
+"""One update of the weights on several servers: pause → begin → send → end → continue, and three ways to
+send.
 
 Whatever happens, the stream of tensors is consumed to its end: other ranks take part in making each tensor.
 """
@@ -39,9 +40,11 @@ _REFUSAL = 0.01  # seconds in which a server that does not take a broadcast says
 
 
 class Update:
-    """One update of `servers` to `version`, all of them at once. A server that fails is left out of what follows.
+    """One update of `servers` to `version`, all of them at once. A server that fails is left out of what
+    follows.
 
-    failures: what became of those that failed. missed: live ones that another's failure has kept from the update.
+    failures: what became of those that failed. missed: live ones that another's failure has kept from the
+    update.
     needs_session: servers want begin and end around tensors. last_call: made to each before it goes on.
     """
 
@@ -87,7 +90,9 @@ class Update:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Running requests are put back meanwhile, and go on with the new weights: their spans tell both versions."""
+        """Running requests are put back meanwhile, and go on with the new weights: their spans tell both
+        versions.
+        """
         self.pause()
         try:
             yield
@@ -119,11 +124,13 @@ class Transport(Protocol):
         """Consume the stream, update what is live; failures are in `update`."""
 
 
-# ---- a folder --------------------------------------------------------------------------------------------------------
+# ---- a folder
+# --------------------------------------------------------------------------------------------------------
 
 
 class Disk:
-    """Through a Hugging Face folder in `directory`, which servers must see under the same path; at most two versions are there.
+    """Through a Hugging Face folder in `directory`, which servers must see under the same path; at most two
+    versions are there.
 
     on_disk: told when the folder is whole.
     """
@@ -144,7 +151,8 @@ class Disk:
             update.each(lambda server: load_from_disk(server, path, update.version))
 
 
-# ---- buckets ---------------------------------------------------------------------------------------------------------
+# ---- buckets
+# ---------------------------------------------------------------------------------------------------------
 
 
 class Entry(NamedTuple):
@@ -165,7 +173,9 @@ class Bucket(NamedTuple):
     is_last: bool
 
     def version(self, version: str) -> str | None:
-        """What a server is told with it: a server that has not got everything must not call itself `version`."""
+        """What a server is told with it: a server that has not got everything must not call itself
+        `version`.
+        """
         return version if self.is_last else None
 
 
@@ -174,7 +184,8 @@ def buckets(
 ) -> Iterator[Bucket]:
     """The stream in pieces of at most `limit` bytes; a larger tensor is a piece of its own.
 
-    memories: places where the pieces lie in turn; a piece is gone when so many others have been made after it.
+    memories: places where the pieces lie in turn; a piece is gone when so many others have been made after
+    it.
     allocate: makes such a place, uint8 [bytes]; once each, but for larger tensors.
     """
     buffers, entries, used = deque([torch.empty(0, dtype=uint8)] * memories), list[Entry](), 0
@@ -193,18 +204,22 @@ def buckets(
         yield Bucket(buffers[0][:used], entries, is_last=True)
 
 
-# ---- shared memory ---------------------------------------------------------------------------------------------------
+# ---- shared memory
+# ---------------------------------------------------------------------------------------------------
 
 
 class SharedMemory:
-    """Through memory that servers of this machine map: CUDA's IPC, or /dev/shm on CPUs. limit: bytes a bucket."""
+    """Through memory that servers of this machine map: CUDA's IPC, or /dev/shm on CPUs. limit: bytes a
+    bucket.
+    """
 
     def __init__(self, limit: int, device: torch.device, tensor_parallel_size: Callable[[Server], int]):
         self.limit, self.device, self.tensor_parallel_size = limit, device, tensor_parallel_size
 
     def send(self, update: Update, tensors: Stream) -> None:
         """See `Transport`."""
-        # A server answers when its first worker has copied a bucket; the others have when it takes the next one.
+        # A server answers when its first worker has copied a bucket; the others have when it takes the next
+        # one.
         memories = 1 + (
             self.device.type == "cuda"
             and any(self.tensor_parallel_size(server) > 1 for server in update.live)
@@ -228,7 +243,9 @@ class SharedMemory:
 
 
 class _Handle:
-    """Pickles as the tensor does, but for a GPU's number, which may be another one's to the reader: its UUID, as SGLang takes it."""
+    """Pickles as the tensor does, but for a GPU's number, which may be another one's to the reader: its
+    UUID, as SGLang takes it.
+    """
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
@@ -261,7 +278,10 @@ def _pickled(bucket: Bucket) -> str:
 
 @contextlib.contextmanager
 def _named_files() -> Iterator[None]:
-    """Memory is shared through files with a name, which can be told over HTTP; a descriptor cannot. For all threads alike."""
+    """Memory is shared through files with a name, which can be told over HTTP; a descriptor cannot.
+
+    For all threads alike.
+    """
     before = torch.multiprocessing.get_sharing_strategy()
     torch.multiprocessing.set_sharing_strategy("file_system")
     try:
@@ -270,13 +290,15 @@ def _named_files() -> Iterator[None]:
         torch.multiprocessing.set_sharing_strategy(before)
 
 
-# ---- broadcast -------------------------------------------------------------------------------------------------------
+# ---- broadcast
+# -------------------------------------------------------------------------------------------------------
 
 
 class Broadcast:
     """Through a process group of this process (rank 0) and all servers, NCCL on GPUs, gloo on CPUs.
 
-    host: this process's address as servers see it. limit: bytes a bucket. timeout: seconds for each broadcast.
+    host: this process's address as servers see it. limit: bytes a bucket. timeout: seconds for each
+    broadcast.
     """
 
     def __init__(
@@ -313,7 +335,10 @@ class Broadcast:
             update.missed.update(update.live)
 
     def _meet(self, update: Update) -> str | None:
-        """Make the group; what went wrong, or None. Nobody is live when it cannot be made: who waits for others does nothing else."""
+        """Make the group; what went wrong, or None.
+
+        Nobody is live when it cannot be made: who waits for others does nothing else.
+        """
         if not update.live:
             return None
         here = all(is_loopback(server.host) for server in update.live)
@@ -333,7 +358,8 @@ class Broadcast:
         calls = update.begin(
             lambda server: server.post("/init_weights_update_group", {**body, "rank_offset": offsets[server]})
         )
-        # NCCL ends this process when a broadcast takes longer than its group's time-out: `_broadcast` shall notice before
+        # NCCL ends this process when a broadcast takes longer than its group's time-out: `_broadcast` shall
+        # notice before
         patience = timeout + datetime.timedelta(seconds=60) if backend == "nccl" else timeout
         try:
             self._group = _group(store, offset, backend, name, patience)
@@ -358,7 +384,8 @@ class Broadcast:
             "weight_version": bucket.version(update.version),
         }
         calls = update.begin(lambda server: server.post("/update_weights_from_distributed", body))
-        # A server that refuses says so at once, and takes part in nothing: who broadcasts then waits for ever.
+        # A server that refuses says so at once, and takes part in nothing: who broadcasts then waits for
+        # ever.
         if wait(calls, _REFUSAL, FIRST_COMPLETED).done:
             update.end({call: server for call, server in calls.items() if call.done()})
             return "a server refused the update"
@@ -386,8 +413,9 @@ class Broadcast:
         return None if len(update.live) == len(self._members) else "a server failed after a broadcast"
 
     def close(self, is_broken: bool = False) -> None:
-        """Leave the group. Servers forget it when they are restarted or meet in another one. is_broken: without waiting for what it
-        still does, which for NCCL may be never."""
+        """Leave the group. Servers forget it when they are restarted or meet in another one. is_broken:
+        without waiting for what it still does, which for NCCL may be never.
+        """
         if self._group is not None:
             with contextlib.suppress(RuntimeError):
                 if is_broken and self.device.type == "cuda":
@@ -400,7 +428,9 @@ class Broadcast:
 def _group(
     store: dist.Store, size: int, backend: str, name: str, timeout: datetime.timedelta
 ) -> dist.ProcessGroup:
-    """This process's end of a group that is no part of the trainer's: made as SGLang makes its end, PyTorch has no public way."""
+    """This process's end of a group that is no part of the trainer's: made as SGLang makes its end, PyTorch
+    has no public way.
+    """
     group, _ = distributed_c10d._new_process_group_helper(
         size,
         0,

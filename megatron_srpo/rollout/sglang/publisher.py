@@ -40,7 +40,10 @@ class Publisher:
         ] = {}  # servers without their memory, by incarnation: another one has it
 
     def inspect(self) -> None:
-        """Look at every server once all are there. Raises ConfigError for what one cannot do or for one that is not there."""
+        """Look at every server once all are there.
+
+        Raises ConfigError for what one cannot do or for one that is not there.
+        """
         for member in self.fleet.members:
             if member.state == "given up":
                 raise ConfigError(
@@ -108,7 +111,9 @@ class Publisher:
         self._settle(update)
 
     def release_memory(self) -> None:
-        """Servers give their GPU memory away until the next publication, and are paused: a token would touch what is not there."""
+        """Servers give their GPU memory away until the next publication, and are paused: a token would touch
+        what is not there.
+        """
         self.fleet.hold_back()
         update = self._update([member for member in self.fleet.reachable() if member.state != "out"], "")
         update.pause()
@@ -187,7 +192,10 @@ class Publisher:
     def _compare(
         self, before: dict[Server, str | None], after: dict[Server, str | None], version: str
     ) -> str | None:
-        """What the checksums of the first update give away, or None. Version "0" is the start model, which ours held before."""
+        """What the checksums of the first update give away, or None.
+
+        Version "0" is the start model, which ours held before.
+        """
         by_size: dict[int, dict[str, str]] = {}
         for server, checksum in after.items():
             if checksum is not None:

@@ -1,7 +1,8 @@
-"""Lets a stock SGLang wheel start where Triton and torchvision are not: a .pth file imports this module in every python start.
+"""Lets a stock SGLang wheel start where Triton and torchvision are not: a .pth file imports this module in
+every python start.
 
-SGLang imports both at module level and calls neither on its CPU path. What is missing is answered by hollow modules: any
-attribute is there, any call does nothing. Without SGLANG_USE_CPU_ENGINE=1 nothing happens.
+SGLang imports both at module level and calls neither on its CPU path. What is missing is answered by hollow
+modules: any attribute is there, any call does nothing. Without SGLANG_USE_CPU_ENGINE=1 nothing happens.
 """
 
 import importlib.machinery
@@ -30,7 +31,9 @@ class _Hollow(metaclass=_HollowType):
 
 
 class _HollowModule(types.ModuleType):
-    """A capitalised attribute is a class, any other one a module; called, it is a decorator that changes nothing."""
+    """A capitalised attribute is a class, any other one a module; called, it is a decorator that changes
+    nothing.
+    """
 
     __version__ = "3.5.0"
     __path__: list = []

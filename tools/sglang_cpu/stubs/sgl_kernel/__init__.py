@@ -1,4 +1,5 @@
-"""What SGLang 0.5.23's CPU path calls of sgl_kernel, in plain torch: the published wheel is for CUDA, or for CPUs with AMX.
+"""What SGLang 0.5.23's CPU path calls of sgl_kernel, in plain torch: the published wheel is for CUDA, or for
+CPUs with AMX.
 
 Any other name can be imported and raises NotImplementedError when it is called.
 """
