@@ -1,4 +1,4 @@
-"""A short tests/multinode.py, where this machine lets us make two hosts."""
+"""A short tests/helpers/multinode.py, where this machine lets us make two hosts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A short soak (see tests/soak.py): two ranks, killed at most five times, as the run may be over before."""
+"""A short soak (see tests/helpers/soak.py): two ranks, killed at most five times, as the run may be over before."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SOAK = Path(__file__).parents[1] / "soak.py"
+SOAK = Path(__file__).parents[1] / "helpers" / "soak.py"
 
 
 def test_a_run_survives_being_killed_again_and_again():

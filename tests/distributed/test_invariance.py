@@ -2,7 +2,7 @@
 model.
 
 The same dumped steps are replayed under every layout; loss, gradient norm and the weights after the last step
-are compared with tests/reference.py, which knows nothing of shards, tiles or packing.
+are compared with tests/helpers/reference.py, which knows nothing of shards, tiles or packing.
 """
 
 from __future__ import annotations

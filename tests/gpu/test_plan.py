@@ -49,7 +49,7 @@ def test_peak_memory_of_a_step(layers, recompute, tmp_path):
     ]
     command = [
         sys.executable,
-        "tools/bench_step.py",
+        "tools/bench/bench_step.py",
         *overrides,
         "--shape",
         "0.6b",

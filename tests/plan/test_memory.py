@@ -222,10 +222,10 @@ def test_layers_in_flight_are_megatrons_warm_up_and_one(folders, virtual):
 
 
 def measured(*arguments: str) -> dict[str, dict]:
-    """Rows of tools/bench_step.py by algorithm."""
+    """Rows of tools/bench/bench_step.py by algorithm."""
     command = [
         sys.executable,
-        "tools/bench_step.py",
+        "tools/bench/bench_step.py",
         "--shape",
         "tiny",
         "--repeats",

@@ -1,4 +1,4 @@
-"""tests/multinode.py with a server on a host of its own: nothing is shared with it but a network, and the
+"""tests/helpers/multinode.py with a server on a host of its own: nothing is shared with it but a network, and the
 start model's files.
 """
 

@@ -1,9 +1,9 @@
 """The routed loss's vocabulary pass against its bare matrix products and other ways to compute it, side by
 side in one run.
 
-    python tools/bench_vocab_loss.py --tokens 512 --hidden 1024 --vocab 151936 [--tensor-parallel 2]
+    python tools/bench/bench_vocab_loss.py --tokens 512 --hidden 1024 --vocab 151936 [--tensor-parallel 2]
     [--threads 1] [--json]
-    python tools/bench_vocab_loss.py --sweep-tokens 2048 4096 8192      # `ours` only: its memory does not
+    python tools/bench/bench_vocab_loss.py --sweep-tokens 2048 4096 8192      # `ours` only: its memory does not
     grow with the tokens
 
 Every token is distilled (JSD of student and teacher plus the log-probability of the target), forward and

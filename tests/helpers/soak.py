@@ -1,7 +1,7 @@
 """Kills a run again and again and lets it go on; at its end it must be the run that nobody touched, bit for
 bit.
 
-    python tests/soak.py [--ranks 2] [--steps 12] [--kills 8] [--seed 1] [--folder DIR]
+    python tests/helpers/soak.py [--ranks 2] [--steps 12] [--kills 8] [--seed 1] [--folder DIR]
 
 Each time a random rank, or all of them, get SIGKILL: after a random time, or as soon as a checkpoint is being
 written. Then the same command is started again. Compared with an uninterrupted run: weights, metrics (but for
@@ -22,7 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PATIENCE = 30  # seconds the other ranks have to notice that one is gone; torchrun gives them as much
 
 

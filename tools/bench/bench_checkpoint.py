@@ -1,7 +1,7 @@
 """What saving costs the quick start: its step with a checkpoint after every step, written beside training or
 not, and without.
 
-    python tools/bench_checkpoint.py [--steps 20] [--json] [--output FILE]
+    python tools/bench/bench_checkpoint.py [--steps 20] [--json] [--output FILE]
 
 `seconds` is the median of a step, what it waits for saving included, `ratio` is to the run without
 checkpoints, `extra_bytes` a checkpoint's size on disk.
@@ -20,7 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RUNS = {
     "no checkpoints": ["checkpoint.save_interval=0"],
     "ours": ["checkpoint.save_interval=1"],

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_bench(tmp_path):
@@ -17,7 +17,7 @@ def test_bench(tmp_path):
     folder.mkdir()
     command = [
         sys.executable,
-        "tools/bench_convert.py",
+        "tools/bench/bench_convert.py",
         "--shape",
         "tiny",
         "--repeats",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 OURS = ["gemms", "ours", "ours, into main_grad", "ours, top-100 + tail"]
 AUTOGRAD = ["naive autograd", "top-100 + tail"]
 PEERS = ["TRL full", "TRL top-100 + tail", "Liger fused JSD"]
@@ -43,7 +43,7 @@ def bench(tmp_path):
             "--repeats",
             "1",
         ]
-        command = [sys.executable, "tools/bench_vocab_loss.py", *shape, "--json", *arguments]
+        command = [sys.executable, "tools/bench/bench_vocab_loss.py", *shape, "--json", *arguments]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout)

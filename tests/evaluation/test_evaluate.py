@@ -14,7 +14,7 @@ import pytest
 from megatron_srpo.__main__ import main
 from megatron_srpo.evaluation import evaluate
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 START = ROOT / "examples/quickstart/start"
 SETTINGS = [
     f"hf_path={START}",

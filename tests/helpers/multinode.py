@@ -1,7 +1,7 @@
 """Hosts on one machine: network namespaces, torchrun across two of them, a link that is cut in the middle of
 a step.
 
-    sudo python tests/multinode.py [--steps 30] [--sglang .venv-sglang/bin/python] [--folder DIR]
+    sudo python tests/helpers/multinode.py [--steps 30] [--sglang .venv-sglang/bin/python] [--folder DIR]
 
 The quick start trains on one rank a host; with --sglang an SGLang server on a third host samples, and gets
 its weights over the network. After the first checkpoint the second host's cable is pulled: both ranks must
@@ -29,7 +29,7 @@ from pathlib import Path
 from megatron_srpo.config.load import load_config
 from megatron_srpo.rollout.sglang.fleet import Launch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 KEY = "SRPO_MULTINODE_KEY"  # the environment variable with the third host's API key
 EMBEDDED, SERVED = (ROOT / "examples/quickstart" / name for name in ("config.yaml", "sglang.yaml"))
 TIMEOUT = 20  # seconds of a collective; a host notices within it that the other is gone

@@ -1,7 +1,7 @@
 """A whole step of the quick start on a CPU (sampling, verifying, training), beside TRL's trainers on the same
 model and batch.
 
-    python tools/bench_quickstart.py [--steps 10] [--json] [--output FILE]
+    python tools/bench/bench_quickstart.py [--steps 10] [--json] [--output FILE]
 
 16 prompts × 8 samples of at most 64 tokens, one thread. Every row is a process of its own; rows take turns,
 `--rounds` times, because a busy machine changes from minute to minute: `seconds` is the best step of all
@@ -24,7 +24,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ROWS = {"ours grpo": "grpo", "TRL grpo": "grpo", "ours sdpo": "sdpo", "TRL sdpo": "sdpo", "ours srpo": "srpo"}
 WARM_UP = 2  # steps that are not counted
 

@@ -31,7 +31,7 @@ from megatron_srpo.rollout.sglang.http import Server
 from megatron_srpo.rollout.sglang.publication import Broadcast, SharedMemory, Update, buckets
 from megatron_srpo.rollout.sglang.publisher import Publisher
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
 TENSORS = [(name, torch.full((4,), float(number))) for number, name in enumerate("abc")]
 

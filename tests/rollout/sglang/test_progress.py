@@ -27,7 +27,7 @@ from megatron_srpo.rollout.sglang.generation import Generation
 from megatron_srpo.rollout.sglang.http import Server, ServerFailed
 from megatron_srpo.rollout.sglang.publication import Update
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 REPLY = {
     "output_ids": [2],
     "meta_info": {

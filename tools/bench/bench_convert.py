@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How long conversion takes, against copying the same files, and the memory it needs beside.
 
-    python tools/bench_convert.py --shape 0.6b --folder DIR --json
+    python tools/bench/bench_convert.py --shape 0.6b --folder DIR --json
 
 Makes a random bf16 Qwen3 of the shape in a temporary folder under DIR, copies it (read, write, fsync),
 converts it to Megatron and back, compares the result with the original bit for bit, and removes everything.

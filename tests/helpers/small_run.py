@@ -15,7 +15,7 @@ from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.train import train
 from megatron_srpo.training.trainer import Trainer
 
-QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart"
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 
 
 def small_config(directory: Path, *overrides: str) -> Config:

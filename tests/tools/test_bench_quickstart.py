@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_bench(tmp_path):
@@ -18,7 +18,7 @@ def test_bench(tmp_path):
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
     command = [
         sys.executable,
-        "tools/bench_quickstart.py",
+        "tools/bench/bench_quickstart.py",
         "--steps",
         "1",
         "--rounds",

@@ -14,7 +14,7 @@ from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.engines import check_engine
 from megatron_srpo.rollout.sglang.capabilities import Capabilities, check
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 MODEL = {
     "model_type": "qwen3",
     "architectures": ["Qwen3ForCausalLM"],

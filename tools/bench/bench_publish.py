@@ -1,7 +1,7 @@
 """What it costs to bring weights to an SGLang server: seconds, bytes and the trainer's extra memory, for each
 way.
 
-    python tools/bench_publish.py [--shape quickstart|0.6b|8b] [--dtype float32|bfloat16] [--servers 1]
+    python tools/bench/bench_publish.py [--shape quickstart|0.6b|8b] [--dtype float32|bfloat16] [--servers 1]
     [--repeats 3]
                                   [--python .venv-sglang/bin/python] [--bucket-mib 512] [--ways
                                   disk,tensor,distributed] [--json] [--output FILE]
@@ -42,7 +42,7 @@ from megatron_srpo.rollout.engines import create_engine
 from megatron_srpo.weights.sources import HFTensors
 from megatron_srpo.weights.transfer import Repeatable, save_hf
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 START = ROOT / "examples/quickstart/start"
 ALONE = Layout(0, 1, torch.device("cpu"), 0, 1, 0, 1, 0, 1, 1, True, True, False, None)
 QWEN3 = {"vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "eos_token_id": 2}

@@ -1,7 +1,7 @@
 """Verdicts a second of the verifier pool, against the same verifiers called one after another in this
 process.
 
-    python tools/bench_verifiers.py [--workers 2] [--questions 500] [--json] [--output FILE]
+    python tools/bench/bench_verifiers.py [--workers 2] [--questions 500] [--json] [--output FILE]
 
 Made responses of some hundred tokens, a group of eight a question, half of them right; for mathematics half
 of the answers are integers and half LaTeX that no two questions share, so every one is parsed. `ratio` is

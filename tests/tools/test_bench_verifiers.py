@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_report(tmp_path):
@@ -19,7 +19,7 @@ def test_report(tmp_path):
     file.write_text("{}\n")
     command = [
         sys.executable,
-        "tools/bench_verifiers.py",
+        "tools/bench/bench_verifiers.py",
         "--questions",
         "4",
         "--workers",

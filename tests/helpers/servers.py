@@ -22,7 +22,7 @@ from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.engine import Completion, Request, Sampling
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 START = ROOT / "examples/quickstart/start"
 QUICKSTART = ROOT / "examples/quickstart/sglang.yaml"
 KEY = "SRPO_TEST_KEY"  # the environment variable with the servers' API key

@@ -1,7 +1,7 @@
 """One training step by phase, without sampling: GRPO, SDPO and SRPO on the same batch and random weights of a
 shape.
 
-    python tools/bench_step.py --shape 1.7b --prompts 32 --samples 8 --response-tokens 1000 [--routed-share
+    python tools/bench/bench_step.py --shape 1.7b --prompts 32 --samples 8 --response-tokens 1000 [--routed-share
     0.25] [--json]
 
 Every row is a process of its own. Its `seconds` are the best of `--repeats` steps after two others:

@@ -1,7 +1,7 @@
 """How fast servers are asked: 1,000 requests at concurrency 64 on two SGLang servers, ours beside SGLang's
 own client.
 
-    python tools/bench_rollout.py [--requests 1000] [--concurrency 64] [--servers 2] [--tokens 32] [--rounds
+    python tools/bench/bench_rollout.py [--requests 1000] [--concurrency 64] [--servers 2] [--tokens 32] [--rounds
     3]
                                   [--python .venv-sglang/bin/python] [--json] [--output FILE]
 
