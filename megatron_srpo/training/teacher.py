@@ -19,7 +19,7 @@ from megatron_srpo.training.optimizer import Optimizer, Shard
 from megatron_srpo.training.packing import OptimizerBatch
 from megatron_srpo.training.schedule import run_schedule
 from megatron_srpo.vocab_parallel.fused import score
-from megatron_srpo.vocab_parallel.sources import Mixture, Projection
+from megatron_srpo.vocab_parallel.logits import InterpolatedLogits, Projection
 
 
 @dataclass
@@ -38,11 +38,11 @@ class TeacherTargets:
     weights: list[Tensor] = field(default_factory=list)
     interpolation: float = 0.0
 
-    def logits(self, keys: Sequence[int]) -> Projection | Mixture:
+    def logits(self, keys: Sequence[int]) -> Projection | InterpolatedLogits:
         """The teacher's logits for these samples' response tokens, one after another."""
         states = [torch.cat(parts) for parts in zip(*(self.hidden[key] for key in keys), strict=True)]
         models = [Projection(*pair) for pair in zip(states, self.weights, strict=True)]
-        return models[0] if len(models) == 1 else Mixture(*models, self.interpolation)
+        return models[0] if len(models) == 1 else InterpolatedLogits(*models, self.interpolation)
 
 
 class Teacher:

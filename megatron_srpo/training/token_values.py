@@ -14,8 +14,8 @@ from megatron_srpo.model.build import PolicyModel
 from megatron_srpo.training.packing import MicroBatch, OptimizerBatch
 from megatron_srpo.training.teacher import TeacherTargets
 from megatron_srpo.vocab_parallel.fused import Statistics
-from megatron_srpo.vocab_parallel.sources import Projection
-from megatron_srpo.vocab_parallel.top import top_tokens
+from megatron_srpo.vocab_parallel.logits import Projection
+from megatron_srpo.vocab_parallel.top_tokens import top_tokens
 
 TOP = 5
 

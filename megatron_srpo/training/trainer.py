@@ -32,7 +32,7 @@ from megatron_srpo.training.teacher import Teacher, TeacherTargets
 from megatron_srpo.training.token_values import TokenValues
 from megatron_srpo.vocab_parallel.divergence import Divergence
 from megatron_srpo.vocab_parallel.fused import Statistics, fused_objective, kernel_name, score
-from megatron_srpo.vocab_parallel.sources import Projection, Rows
+from megatron_srpo.vocab_parallel.logits import Projection, Rows
 from megatron_srpo.weights.transfer import Repeatable, export, load
 
 _SUMS = (
@@ -107,7 +107,7 @@ class Trainer:
         what = {"full": "full vocabulary", "sampled": "sampled token"}.get(
             support, f"{support} {top_k} and tail"
         )
-        return f"{self.divergence.kind} on the {what}: {kernel}"
+        return f"{self.divergence.name} on the {what}: {kernel}"
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
