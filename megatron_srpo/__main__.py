@@ -7,7 +7,6 @@ import errno
 import logging
 import os
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -31,11 +30,12 @@ def main() -> int:
             print("interrupted", file=sys.stderr)
         status = 130
     except (ConfigError, FileError) as error:
+        from megatron_srpo.distributed.processes import rank_from_environment, wait_for_first_rank
+
         if is_first:
             kind = "configuration error: " if isinstance(error, ConfigError) else "error: "
             print(f"{kind}{error}", file=sys.stderr, flush=True)
-        else:  # every rank finds the same error; torchrun ends all of them when one leaves, so let the first speak before
-            time.sleep(5)
+        wait_for_first_rank(rank_from_environment())
         status = 2
     except Exception:
         if not _is_among_others():
