@@ -19,7 +19,8 @@ from megatron_srpo.evaluation.evaluate import stored_weights
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.observe.logs import open_run_folder, rank_log
 from megatron_srpo.observe.metrics import MetricsFile, rollout_metrics
-from megatron_srpo.observe.terminal import Stopwatch, Terminal
+from megatron_srpo.observe.stopwatch import Stopwatch
+from megatron_srpo.observe.terminal import Terminal
 from megatron_srpo.observe.watchdog import Watchdog
 from megatron_srpo.preflight import preflight
 from megatron_srpo.rollout.collect import exchange
@@ -61,7 +62,8 @@ def _sample_steps(config: Config, folder: HFFolder, layout: Layout, terminal: Te
     config = config.model_copy(
         update={**stays, "checkpoint": config.checkpoint.model_copy(update={"save_interval": 0})}
     )
-    rollouts, watch = Rollouts(config, folder, layout, terminal.say), Stopwatch(terminal)
+    watch = Stopwatch(terminal.phase)
+    rollouts = Rollouts(config, folder, layout, terminal.say, watch)
     metrics = MetricsFile(directory / "metrics.jsonl" if is_first else Path(os.devnull))
     try:
         rollouts.go_on(0, 0)
@@ -70,7 +72,6 @@ def _sample_steps(config: Config, folder: HFFolder, layout: Layout, terminal: Te
             PROGRESS.step = step
             with watch("rollout"):
                 groups = rollouts.collect(step)
-            watch.move(rollouts.drawn.seconds_verifying, "rollout", "verify")
             with watch("verify"):
                 groups = exchange(route(groups, step, config, folder), layout)
                 if is_first:
