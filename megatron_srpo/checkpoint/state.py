@@ -10,10 +10,10 @@ from torch.nn import Parameter
 
 from megatron_srpo.checkpoint.pieces import GENERATOR, Piece, SavedTensors
 from megatron_srpo.distributed.layout import random_states, restore_random_states
+from megatron_srpo.model.mapping import TensorMapping
 from megatron_srpo.training.optimizer import MOMENTS
 from megatron_srpo.training.trainer import Trainer
-from megatron_srpo.weights.table import Row
-from megatron_srpo.weights.transfer import Part, parameters_of
+from megatron_srpo.weights.transfer import ParameterShard, parameters_of
 
 
 def snapshot(trainer: Trainer) -> dict[str, Tensor]:
@@ -25,7 +25,7 @@ def snapshot(trainer: Trainer) -> dict[str, Tensor]:
     teacher = trainer.teacher if trainer.teacher is not None and trainer.teacher.has_weights else None
     for position, (_, parameter, part) in enumerate(_parameters(trainer)):
         shard = trainer.optimizer.shard_of(parameter)
-        if not part.is_only_copy or shard.start == shard.end:
+        if not part.is_primary or shard.start == shard.end:
             continue
         kinds = {"policy": shard.values, **shard.moments}
         if teacher is not None:
@@ -54,9 +54,11 @@ def restore(trainer: Trainer, saved: SavedTensors, state: dict[str, int]) -> Non
     optimizer, teacher = trainer.optimizer, trainer.teacher
     optimizer.schedule.num_steps, optimizer.updates = state["schedule_steps"], state["optimizer_updates"]
 
-    def read(kind: str, start: int, end: int, row: Row, parameter: Parameter, part: Part) -> Tensor:
+    def read(
+        kind: str, start: int, end: int, mapping: TensorMapping, parameter: Parameter, part: ParameterShard
+    ) -> Tensor:
         return saved.read(
-            Piece(kind, part.name, part.number, part.parts, tuple(parameter.shape), start), end, row
+            Piece(kind, part.name, part.number, part.parts, tuple(parameter.shape), start), end, mapping
         )
 
     for where in _parameters(trainer):
@@ -79,7 +81,7 @@ def restore_generators(saved: SavedTensors, rank: int) -> None:
     restore_random_states(saved.generators(rank))
 
 
-def _parameters(trainer: Trainer) -> Iterator[tuple[Row, Parameter, Part]]:
-    """(row, parameter, where its part belongs) of this rank's policy."""
-    for row, prefix, parameter in parameters_of(trainer.chunks):
-        yield row, parameter, Part.of(row, prefix, trainer.folder.architecture)
+def _parameters(trainer: Trainer) -> Iterator[tuple[TensorMapping, Parameter, ParameterShard]]:
+    """(mapping, parameter, where its part belongs) of this rank's policy."""
+    for mapping, prefix, parameter in parameters_of(trainer.chunks):
+        yield mapping, parameter, ParameterShard.of(mapping, prefix, trainer.folder.architecture)

@@ -197,7 +197,7 @@ def _experts(architecture: Architecture, config: Config) -> dict[str, Any]:
     )
 
 
-class Qwen3(GPTModel):
+class PolicyModel(GPTModel):
     """A GPTModel whose last stage returns final hidden states: the loss computes logits itself, tile by tile.
 
     unpadded_vocab_size: the columns of the output matrix that are real tokens; set by `build_chunks`.
@@ -248,13 +248,13 @@ class Qwen3(GPTModel):
         return tensor_parallel.gather_from_sequence_parallel_region(output, group=group)[:, 0]
 
 
-def build_chunks(architecture: Architecture, config: Config, device: torch.device) -> list[Qwen3]:
+def build_chunks(architecture: Architecture, config: Config, device: torch.device) -> list[PolicyModel]:
     """This rank's model chunks (one, or one per virtual stage) with unloaded weights."""
     core = transformer_config(architecture, config)
     virtual = config.parallel.virtual_pipeline_model_parallel_size
     chunks = []
     for stage in range(virtual) if virtual else (None,):
-        chunk = Qwen3(
+        chunk = PolicyModel(
             core,
             _transformer_engine_spec(core) if uses_transformer_engine(config) else _local_spec(core, stage),
             vocab_size=padded_vocab_size(architecture, config),

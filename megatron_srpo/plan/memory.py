@@ -11,12 +11,12 @@ from megatron_srpo.config.schema import Config, ConfigError
 from megatron_srpo.distributed.layout import data_parallel_size
 from megatron_srpo.model.build import padded_vocab_size
 from megatron_srpo.model.hf_folder import Architecture
+from megatron_srpo.model.mapping import EXPERT_MAPPINGS, LAYER_MAPPINGS, MODEL_MAPPINGS, VOCABULARY_TENSORS
 from megatron_srpo.plan.machine import Machine, Workload, planned_dtype
 from megatron_srpo.vocab_parallel.fused import MEMORY
-from megatron_srpo.weights.table import EXPERT_ROWS, LAYER_ROWS, MODEL_ROWS, VOCABULARY_TENSORS
 
-_ROWS = {name: row for row in LAYER_ROWS + MODEL_ROWS for name in row.hf}
-_EXPERT_ROWS = {name: row for row in EXPERT_ROWS for name in row.hf}
+_MAPPINGS = {name: row for row in LAYER_MAPPINGS + MODEL_MAPPINGS for name in row.hf}
+_EXPERT_MAPPINGS = {name: row for row in EXPERT_MAPPINGS for name in row.hf}
 
 
 class Parameters(NamedTuple):
@@ -47,14 +47,14 @@ def layer_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def layer_parameters(architecture: Architecture, config: Config) -> Parameters:
-    """Of one layer on one rank, cut as `weights.table` cuts it."""
+    """Of one layer on one rank, cut as `model.mapping` cuts it."""
     parallel, dense, experts = config.parallel, 0, 0
     for name, shape in layer_shapes(architecture).items():
         if name.startswith("mlp.experts."):
             experts += math.prod(shape) // parallel.expert_tensor_size
         else:
             dense += math.prod(shape) // (
-                1 if _ROWS[name].dim is None else parallel.tensor_model_parallel_size
+                1 if _MAPPINGS[name].dim is None else parallel.tensor_model_parallel_size
             )
     return Parameters(dense, experts // parallel.expert_model_parallel_size)
 

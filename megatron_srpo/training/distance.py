@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_srpo.model.hf_folder import Architecture
 from megatron_srpo.training.optimizer import Optimizer
 from megatron_srpo.training.teacher import Teacher
-from megatron_srpo.weights.transfer import Part, parameters_of
+from megatron_srpo.weights.transfer import ParameterShard, parameters_of
 
 
 @torch.no_grad()
@@ -26,9 +26,9 @@ def teacher_distance(
     One all-reduce of two numbers; all ranks together.
     """
     found: list[Tensor] = []
-    for position, (row, prefix, parameter) in enumerate(parameters_of(chunks)):
+    for position, (mapping, prefix, parameter) in enumerate(parameters_of(chunks)):
         shard = optimizer.shard_of(parameter)
-        if Part.of(row, prefix, architecture).is_only_copy and shard.end > shard.start:
+        if ParameterShard.of(mapping, prefix, architecture).is_primary and shard.end > shard.start:
             gap = shard.values - teacher.share(position, shard)
             found.append(
                 torch.stack(

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from megatron_srpo.config.schema import TeacherSection
 from megatron_srpo.distributed.layout import replica_group
-from megatron_srpo.model.build import Qwen3
+from megatron_srpo.model.build import PolicyModel
 from megatron_srpo.training.offload import HostMemory
 from megatron_srpo.training.optimizer import Optimizer, Shard
 from megatron_srpo.training.packing import OptimizerBatch
 from megatron_srpo.training.schedule import run_schedule
 from megatron_srpo.vocab_parallel.fused import score
-from megatron_srpo.vocab_parallel.sources import Mixture, Projection
+from megatron_srpo.vocab_parallel.logits import InterpolatedLogits, Projection
 
 
 @dataclass
@@ -38,11 +38,11 @@ class TeacherTargets:
     weights: list[Tensor] = field(default_factory=list)
     interpolation: float = 0.0
 
-    def logits(self, keys: Sequence[int]) -> Projection | Mixture:
+    def logits(self, keys: Sequence[int]) -> Projection | InterpolatedLogits:
         """The teacher's logits for these samples' response tokens, one after another."""
         states = [torch.cat(parts) for parts in zip(*(self.hidden[key] for key in keys), strict=True)]
         models = [Projection(*pair) for pair in zip(states, self.weights, strict=True)]
-        return models[0] if len(models) == 1 else Mixture(*models, self.interpolation)
+        return models[0] if len(models) == 1 else InterpolatedLogits(*models, self.interpolation)
 
 
 class Teacher:
@@ -61,13 +61,13 @@ class Teacher:
         logits_memory: int | None,
         host: HostMemory,
         policy_chunks: Sequence[torch.nn.Module],
-        copy_of_policy: Callable[[], Sequence[Qwen3]],
+        copy_of_policy: Callable[[], Sequence[PolicyModel]],
     ):
         """`copy_of_policy()` builds chunks with the policy's present weights; it is not called for `live`."""
         self.settings = settings
         self.temperature, self.logits_memory, self.host = temperature, logits_memory, host
         self.policy_chunks = policy_chunks
-        self.chunks: Sequence[Qwen3] = [] if settings.kind == "live" else copy_of_policy()
+        self.chunks: Sequence[PolicyModel] = [] if settings.kind == "live" else copy_of_policy()
         self.shares: list[Tensor] = []
         for chunk in self.chunks:
             chunk.requires_grad_(False)
@@ -120,7 +120,7 @@ class Teacher:
         """
         position = len(targets.weights)
 
-        def keep(number: int, hidden: Tensor, model: Qwen3) -> Tensor:
+        def keep(number: int, hidden: Tensor, model: PolicyModel) -> Tensor:
             micro_batch = batch.teacher_micro_batches[number]
             if len(targets.weights) == position:  # the live policy's own matrix moves between mini-batches
                 weight = model.output_weight.detach()

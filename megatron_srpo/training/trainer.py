@@ -21,7 +21,7 @@ from megatron_srpo.data.records import Sample
 from megatron_srpo.data.update_report import UpdateReport
 from megatron_srpo.distributed.context_parallel import Context
 from megatron_srpo.distributed.layout import Layout
-from megatron_srpo.model.build import Qwen3, build_chunks, model_dtype
+from megatron_srpo.model.build import PolicyModel, build_chunks, model_dtype
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.training.distance import teacher_distance
 from megatron_srpo.training.offload import HostMemory
@@ -32,7 +32,7 @@ from megatron_srpo.training.teacher import Teacher, TeacherTargets
 from megatron_srpo.training.token_values import TokenValues
 from megatron_srpo.vocab_parallel.divergence import Divergence
 from megatron_srpo.vocab_parallel.fused import Statistics, fused_objective, kernel_name, score
-from megatron_srpo.vocab_parallel.sources import Projection, Rows
+from megatron_srpo.vocab_parallel.logits import Projection, Rows
 from megatron_srpo.weights.transfer import Repeatable, export, load
 
 _SUMS = (
@@ -107,14 +107,14 @@ class Trainer:
         what = {"full": "full vocabulary", "sampled": "sampled token"}.get(
             support, f"{support} {top_k} and tail"
         )
-        return f"{self.divergence.kind} on the {what}: {kernel}"
+        return f"{self.divergence.name} on the {what}: {kernel}"
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
         """The policy's parameters on this rank, chunk by chunk."""
         return [parameter for chunk in self.chunks for parameter in chunk.module.parameters()]
 
-    def _copy_of_policy(self) -> list[Qwen3]:
+    def _copy_of_policy(self) -> list[PolicyModel]:
         copies = build_chunks(self.folder.architecture, self.config, self.layout.device)
         with torch.no_grad():
             for copy, chunk in zip(copies, self.chunks, strict=True):
@@ -223,7 +223,7 @@ class Trainer:
         """log π_old [R] of each micro-batch, by its number, on the last stage."""
         logprobs: dict[int, Tensor] = {}
 
-        def keep(number: int, hidden: Tensor, model: Qwen3) -> Tensor:
+        def keep(number: int, hidden: Tensor, model: PolicyModel) -> Tensor:
             targets = batch.micro_batches[number].targets.to(hidden.device)
             temperature = self.config.rollout.temperature
             policy = Projection(hidden, model.output_weight)
@@ -250,7 +250,7 @@ class Trainer:
         total = torch.zeros(1 + len(_SUMS) + quantiles.BINS, dtype=torch.float64, device=device)
         gap_max = torch.zeros((), device=device)
 
-        def routed_loss(number: int, hidden: Tensor, model: Qwen3) -> Tensor:
+        def routed_loss(number: int, hidden: Tensor, model: PolicyModel) -> Tensor:
             micro_batch = batch.micro_batches[number]
             distilled = [
                 document.key for document in micro_batch.documents[: batch.distilled_count(micro_batch)]

@@ -26,7 +26,7 @@ Support = Literal["full", "student_topk", "teacher_topk", "sampled"]
 class Divergence(NamedTuple):
     """Which divergence, on which support.
 
-    kind: "jsd" = (1-α) KL(p‖m) + α KL(q‖m), m = (1-α)p + αq; "forward" = KL(q‖p); "reverse" = KL(p‖q).
+    name: "jsd" = (1-α) KL(p‖m) + α KL(q‖m), m = (1-α)p + αq; "forward" = KL(q‖p); "reverse" = KL(p‖q).
     support: "full" is exact. "student_topk" and "teacher_topk" keep the `top_k` likeliest ids of one side and
     put the rest
         of both distributions into one tail bucket: a lower bound. "sampled" knows only the target y, drawn
@@ -34,7 +34,7 @@ class Divergence(NamedTuple):
         KL(p‖q)'s.
     """
 
-    kind: Literal["jsd", "forward", "reverse"] = "jsd"
+    name: Literal["jsd", "forward", "reverse"] = "jsd"
     alpha: float = 0.5
     support: Support = "full"
     top_k: int = 100
@@ -42,18 +42,18 @@ class Divergence(NamedTuple):
     @property
     def problem(self) -> str | None:
         """What is wrong with this combination, or None."""
-        if self.kind not in ("jsd", "forward", "reverse") or self.support not in Support.__args__:
-            return f"divergence: {self.kind!r} on {self.support!r}: expected jsd, forward or reverse on one of {Support.__args__}"
-        if self.kind == "jsd" and not 0 < self.alpha < 1:
+        if self.name not in ("jsd", "forward", "reverse") or self.support not in Support.__args__:
+            return f"divergence: {self.name!r} on {self.support!r}: expected jsd, forward or reverse on one of {Support.__args__}"
+        if self.name == "jsd" and not 0 < self.alpha < 1:
             return f"divergence: alpha {self.alpha}: expected 0 < α < 1 (the limits are 0; KL is forward and reverse)"
-        if self.support == "sampled" and self.kind != "reverse":
-            return f"divergence: {self.kind} on sampled tokens: one sample estimates the reverse KL only"
+        if self.support == "sampled" and self.name != "reverse":
+            return f"divergence: {self.name} on sampled tokens: one sample estimates the reverse KL only"
         if self.support.endswith("topk") and self.top_k < 1:
             return f"divergence: top_k {self.top_k}: expected at least 1"
         return None
 
 
-def on_tile(logp: Tensor, logq: Tensor, kind: Divergence, shard: VocabShard) -> tuple[Tensor, Tensor]:
+def on_tile(logp: Tensor, logq: Tensor, divergence: Divergence, shard: VocabShard) -> tuple[Tensor, Tensor]:
     """D and its gradient on the full support or on a top K with its tail.
 
     Args:
@@ -64,36 +64,40 @@ def on_tile(logp: Tensor, logq: Tensor, kind: Divergence, shard: VocabShard) -> 
         [n, K] a rank, and all-reduces of [2, n, K] and twice [2, n]. Memory: about six times the size of
         `logp`.
     """
-    if kind.support == "full" or kind.top_k >= shard.vocab_size:
-        terms, pf = addends(logp, logq, kind)
+    if divergence.support == "full" or divergence.top_k >= shard.vocab_size:
+        terms, pf = addends(logp, logq, divergence)
         value, mean = all_reduce(torch.stack([terms.sum(1), pf.sum(1)]), shard.group)
-        if kind.kind == "forward":
+        if divergence.name == "forward":
             mean.zero_()  # Σ p - Σ q, without its rounding
         return value, pf - logp.exp() * mean[:, None]
-    return _with_tail(logp, logq, kind, shard)
+    return _with_tail(logp, logq, divergence, shard)
 
 
-def addends(logp: Tensor, logq: Tensor, kind: Divergence) -> tuple[Tensor, Tensor]:
+def addends(logp: Tensor, logq: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
     """Per-column addends of D, and p·f, both shaped like `logp`; exact zeros where log p = log q or p = q =
     0.
     """
     p, q = logp.exp(), logq.exp()
     difference = torch.where(logp == logq, torch.zeros_like(logp), logq - logp)  # not -inf - -inf
-    if kind.kind == "forward":
+    if divergence.name == "forward":
         return _times(q, difference), p - q
-    if kind.kind == "reverse":
+    if divergence.name == "reverse":
         pf = _times(p, -difference)
         return pf, pf
     # log m from the larger of the two: log m - log p = log(1 + α (q/p - 1)), which is exact near q = p
     ratio = torch.expm1(-difference.abs())
     over_p = torch.where(
-        difference > 0, -difference - torch.log1p((1 - kind.alpha) * ratio), -torch.log1p(kind.alpha * ratio)
+        difference > 0,
+        -difference - torch.log1p((1 - divergence.alpha) * ratio),
+        -torch.log1p(divergence.alpha * ratio),
     )  # log p - log m
     over_q = torch.where(
-        difference > 0, -torch.log1p((1 - kind.alpha) * ratio), difference - torch.log1p(kind.alpha * ratio)
+        difference > 0,
+        -torch.log1p((1 - divergence.alpha) * ratio),
+        difference - torch.log1p(divergence.alpha * ratio),
     )  # log q - log m
-    pf = (1 - kind.alpha) * _times(p, over_p)
-    return pf + kind.alpha * _times(q, over_q), pf
+    pf = (1 - divergence.alpha) * _times(p, over_p)
+    return pf + divergence.alpha * _times(q, over_q), pf
 
 
 def _times(probability: Tensor, log: Tensor) -> Tensor:
@@ -101,8 +105,10 @@ def _times(probability: Tensor, log: Tensor) -> Tensor:
     return torch.where(probability == 0, torch.zeros_like(log), probability * log)
 
 
-def _with_tail(logp: Tensor, logq: Tensor, kind: Divergence, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    ids = top_ids(logp if kind.support == "student_topk" else logq, kind.top_k, shard)
+def _with_tail(
+    logp: Tensor, logq: Tensor, divergence: Divergence, shard: VocabShard
+) -> tuple[Tensor, Tensor]:
+    ids = top_ids(logp if divergence.support == "student_topk" else logq, divergence.top_k, shard)
     local = ids - shard.start
     mine = (local >= 0) & (local < logp.shape[1])
     p = logp.exp()
@@ -115,7 +121,7 @@ def _with_tail(logp: Tensor, logq: Tensor, kind: Divergence, shard: VocabShard) 
     all_reduce(chosen, shard.group)
     tails = log_sum_exp(torch.stack([logp, logq]).masked_fill(in_head, -math.inf), shard.group)
     buckets = torch.cat([chosen, tails[..., None]], dim=2)  # [2, n, K + 1]
-    terms, pf = addends(buckets[0], buckets[1], kind)
+    terms, pf = addends(buckets[0], buckets[1], divergence)
     mean = pf.sum(1, keepdim=True)
     share = (logp - tails[0][:, None].clamp(min=-1e30)).exp()  # of the tail, which may hold nothing at all
     gradient = share * pf[:, -1:]

@@ -20,13 +20,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_srpo.vocab_parallel.cpu import CpuPasses
 from megatron_srpo.vocab_parallel.divergence import Divergence
-from megatron_srpo.vocab_parallel.exact import ExactKernel
-from megatron_srpo.vocab_parallel.reference import ReferenceKernel
-from megatron_srpo.vocab_parallel.shard import VocabShard, agree, wide
-from megatron_srpo.vocab_parallel.sources import Rows, Student, Teacher
-from megatron_srpo.vocab_parallel.tail import TailKernel
+from megatron_srpo.vocab_parallel.kernels.cpu import CpuPasses
+from megatron_srpo.vocab_parallel.kernels.exact import ExactKernel
+from megatron_srpo.vocab_parallel.kernels.reference import ReferenceKernel
+from megatron_srpo.vocab_parallel.kernels.topk import TailKernel
+from megatron_srpo.vocab_parallel.logits import Rows, Student, Teacher
+from megatron_srpo.vocab_parallel.shard import VocabShard, accumulation_dtype, check_consistent
 
 MEMORY = {
     "cpu": 320 * 2**20,
@@ -51,7 +51,7 @@ class Statistics(NamedTuple):
 Objective = Callable[[Rows, Statistics], Tensor]
 
 
-class Problem(NamedTuple):
+class PassInputs(NamedTuple):
     """What is computed: see `fused_objective` for the fields. needs: names of fields that must not be None
     here.
     """
@@ -84,7 +84,7 @@ class Problem(NamedTuple):
         if problem := self.student.problem("", self.shard) or self.divergence.problem:
             return problem
         if missing := [name for name in self.needs if getattr(self, name) is None]:
-            return f"{missing[0]}: None; expected {'[T] int64 ids' if missing[0] == 'targets' else 'Logits, a Projection or a Mixture'}"
+            return f"{missing[0]}: None; expected {'[T] int64 ids' if missing[0] == 'targets' else 'Logits, a Projection or a InterpolatedLogits'}"
         if self.temperature <= 0:
             return f"temperature {self.temperature}: expected more than 0"
         if teacher is not None:
@@ -93,7 +93,7 @@ class Problem(NamedTuple):
             if (
                 self.distilled > self.tokens
                 or teacher.tensor.device != own.device
-                or wide(teacher.tensor.dtype) != wide(own.dtype)
+                or accumulation_dtype(teacher.tensor.dtype) != accumulation_dtype(own.dtype)
             ):
                 given = (
                     f"teacher of {self.distilled} tokens ({teacher.tensor.dtype}, {teacher.tensor.device})"
@@ -150,7 +150,7 @@ def fused_objective(
         gradient to `hidden` is this rank's share: the caller sums it over the tensor-parallel ranks, as the
         backward of its gather or copy.
     """
-    sweep = Sweep(Problem(student, targets, shard, **options), weight_grad)
+    sweep = TiledPass(PassInputs(student, targets, shard, **options), weight_grad)
     loss, *statistics = _FusedObjective.apply(sweep, objective, weight_grad, *student)
     return loss, Statistics(*statistics)
 
@@ -160,18 +160,18 @@ def score(source: Teacher, targets: Tensor | None, shard: VocabShard, **options)
     """Log-probabilities of `targets` (zeros when None) and entropies, [T], without gradient: teacher and
     old-policy scoring.
 
-    Options and errors: see `fused_objective`. One product a token (two for a `Mixture`).
+    Options and errors: see `fused_objective`. One product a token (two for a `InterpolatedLogits`).
     """
-    return Sweep(Problem(source, targets, shard, **options)).all_statistics()
+    return TiledPass(PassInputs(source, targets, shard, **options)).all_statistics()
 
 
-class Sweep:
+class TiledPass:
     """One sweep over a problem's tokens: its tiles' buffers, its kernel, and the products still to be made."""
 
-    def __init__(self, problem: Problem, weight_grad: Tensor | None = None):
+    def __init__(self, problem: PassInputs, weight_grad: Tensor | None = None):
         own, shard, targets = problem.student.tensor, problem.shard, problem.targets
         wrong = problem.what_does_not_fit() or _weight_grad_problem(problem.student, weight_grad)
-        self.problem, self.dtype, self.kept = problem, wide(own.dtype), None
+        self.problem, self.dtype, self.kept = problem, accumulation_dtype(own.dtype), None
         if wrong is None and targets is not None and (targets == IGNORED).any():
             self.kept = (targets != IGNORED).nonzero()[:, 0]
         self.distilled = (
@@ -184,7 +184,7 @@ class Sweep:
             "bits a number": 8 * self.dtype.itemsize,
             "memory or tile_tokens": problem.tile_tokens or problem.memory or 0,
         }
-        widest = agree(wrong, shard, same, own.device)
+        widest = check_consistent(wrong, shard, same, own.device)
         tile_tokens = problem.tile_tokens or _tile_tokens(
             problem.memory or MEMORY.get(own.device.type, MEMORY["cpu"]), widest, own
         )
@@ -269,17 +269,17 @@ def _weight_grad_problem(student: Student, weight_grad: Tensor | None) -> str | 
         return "weight_grad: given, but the student's logits come without a weight"
     if (
         weight_grad.shape != weight.shape
-        or weight_grad.dtype != wide(weight.dtype)
+        or weight_grad.dtype != accumulation_dtype(weight.dtype)
         or weight_grad.device != weight.device
     ):
         given = f"weight_grad {list(weight_grad.shape)} ({weight_grad.dtype}, {weight_grad.device})"
-        return f"{given}: expected {list(weight.shape)} ({wide(weight.dtype)}, {weight.device})"
+        return f"{given}: expected {list(weight.shape)} ({accumulation_dtype(weight.dtype)}, {weight.device})"
     return None
 
 
 def _tile_tokens(memory: int, width: int, own: Tensor) -> int:
     """Tokens a tile such that two fp32 tiles, and on CUDA a gradient, fit into `memory` bytes; at least 16."""
-    number_bytes = 2 * wide(own.dtype).itemsize + (own.dtype.itemsize if own.is_cuda else 0)
+    number_bytes = 2 * accumulation_dtype(own.dtype).itemsize + (own.dtype.itemsize if own.is_cuda else 0)
     tokens = max(16, memory // (number_bytes * max(width, 1)))
     return (
         tokens - tokens % 128 if own.is_cuda and tokens >= 128 else tokens
@@ -294,9 +294,9 @@ def _kernel(
     if name == ReferenceKernel.name:
         return ReferenceKernel(shard, divergence)
     if own.device.type == "cpu":
-        passes = CpuPasses(shard.width, wide(own.dtype), divergence)
+        passes = CpuPasses(shard.width, accumulation_dtype(own.dtype), divergence)
     else:
-        from megatron_srpo.vocab_parallel.cuda import TritonPasses
+        from megatron_srpo.vocab_parallel.kernels.triton import TritonPasses
 
         passes = TritonPasses(tile_tokens, shard.width, own.dtype, divergence, own.device)
     has_tail = divergence.support.endswith("topk") and divergence.top_k < shard.vocab_size
@@ -313,7 +313,7 @@ def kernel_name(device: torch.device, dtype: torch.dtype) -> str:
 
 class _FusedObjective(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, sweep: Sweep, objective: Objective, weight_grad: Tensor | None, *student: Tensor):
+    def forward(ctx, sweep: TiledPass, objective: Objective, weight_grad: Tensor | None, *student: Tensor):
         needed = ctx.needs_input_grad[3:]
         collector = sweep.problem.student.gradients(needed, weight_grad) if any(needed) else None
         loss = torch.zeros((), dtype=sweep.dtype, device=student[0].device)

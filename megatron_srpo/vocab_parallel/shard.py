@@ -63,7 +63,9 @@ def gather(values: Tensor, shard: VocabShard, meanwhile: Callable[[], None] = la
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 
 
-def agree(problem: str | None, shard: VocabShard, same: dict[str, int], device: torch.device) -> int:
+def check_consistent(
+    problem: str | None, shard: VocabShard, same: dict[str, int], device: torch.device
+) -> int:
     """One small all-gather that turns what is wrong on any rank into a ValueError on every rank, before
     anything waits for it.
 
@@ -101,13 +103,13 @@ def agree(problem: str | None, shard: VocabShard, same: dict[str, int], device: 
     return max(widths)
 
 
-def own_columns(targets: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
+def local_columns(targets: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
     """Which targets this shard holds, and their columns (0 for the others)."""
     column = targets - shard.start
     mine = (column >= 0) & (column < shard.width)
     return mine, column * mine
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype inside a tile: fp32, or float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32

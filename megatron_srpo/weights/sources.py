@@ -21,15 +21,15 @@ from torch import Tensor
 
 from megatron_srpo.distributed.files import FileError
 from megatron_srpo.model.hf_folder import Architecture, HFFolder
-from megatron_srpo.weights.safetensors_file import DTYPES
-from megatron_srpo.weights.table import (
-    EXPERT_ROWS,
-    LAYER_ROWS,
-    MODEL_ROWS,
+from megatron_srpo.model.mapping import (
+    EXPERT_MAPPINGS,
+    LAYER_MAPPINGS,
+    MODEL_MAPPINGS,
     VOCABULARY_TENSORS,
-    Row,
+    TensorMapping,
     fused_name,
 )
+from megatron_srpo.weights.safetensors_file import DTYPES
 from megatron_srpo.weights.torch_dist import Folder
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -100,21 +100,21 @@ class HFTensors:
 
 
 @dataclass(frozen=True)
-class Place:
-    """One table row in one layer (and expert): part `index` of the tensor `key` of a Megatron checkpoint, HF
+class CheckpointSlice:
+    """One table mapping in one layer (and expert): part `index` of the tensor `key` of a Megatron checkpoint, HF
     tensors `names`.
 
     stacks: the sizes of the leading dimensions that `index` counts in: (), (layers,) or (layers, experts).
     """
 
-    row: Row
+    mapping: TensorMapping
     key: str
     index: tuple[int, ...]
     stacks: tuple[int, ...]
     names: tuple[str, ...]
 
 
-def places(architecture: Architecture) -> Iterator[Place]:
+def checkpoint_slices(architecture: Architecture) -> Iterator[CheckpointSlice]:
     """Where each tensor of the architecture lies in a Megatron checkpoint, from the model's first layer to
     its last.
     """
@@ -125,24 +125,30 @@ def places(architecture: Architecture) -> Iterator[Place]:
     )
 
     def in_model(
-        rows: tuple[Row, ...], stem: str, prefix: str, index: tuple[int, ...], stacks: tuple[int, ...]
-    ) -> Iterator[Place]:
-        for row in rows:
-            names = tuple(prefix + name for name in row.hf)
+        mappings: tuple[TensorMapping, ...],
+        stem: str,
+        prefix: str,
+        index: tuple[int, ...],
+        stacks: tuple[int, ...],
+    ) -> Iterator[CheckpointSlice]:
+        for mapping in mappings:
+            names = tuple(prefix + name for name in mapping.hf)
             if names[0] in held:
-                yield Place(row, stem + fused_name(row, dense=not experts), index, stacks, names)
+                yield CheckpointSlice(
+                    mapping, stem + fused_name(mapping, dense=not experts), index, stacks, names
+                )
 
-    yield from in_model(MODEL_ROWS[:1], "", "", (), ())
+    yield from in_model(MODEL_MAPPINGS[:1], "", "", (), ())
     for layer in range(layers):
         prefix = f"model.layers.{layer}."
-        yield from in_model(LAYER_ROWS, "decoder.layers.", prefix, (layer,), (layers,))
+        yield from in_model(LAYER_MAPPINGS, "decoder.layers.", prefix, (layer,), (layers,))
         for expert in range(experts):
             stem, inner = "decoder.layers.mlp.experts.experts.", f"{prefix}mlp.experts.{expert}."
-            yield from in_model(EXPERT_ROWS, stem, inner, (layer, expert), (layers, experts))
-    yield from in_model(MODEL_ROWS[1:], "", "", (), ())
+            yield from in_model(EXPERT_MAPPINGS, stem, inner, (layer, expert), (layers, experts))
+    yield from in_model(MODEL_MAPPINGS[1:], "", "", (), ())
 
 
-def part_shape(place: Place, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+def slice_shape(place: CheckpointSlice, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
     """The shape of the part, its vocabulary not padded: every merge lines its pieces, of HF `shapes`, up
     along their first dimension.
     """
@@ -181,12 +187,12 @@ class MegatronTensors:
     def __init__(self, path: Path, architecture: Architecture):
         self.folder, self.architecture = Folder(path), architecture
         self._shapes = architecture.tensor_shapes()
-        stored = map(self._as_stored, places(architecture))
+        stored = map(self._as_stored, checkpoint_slices(architecture))
         self._places = {name: place for place in stored for name in place.names}
-        self._last: tuple[Place, dict[str, Tensor]] | None = None
+        self._last: tuple[CheckpointSlice, dict[str, Tensor]] | None = None
         self._check()
 
-    def _as_stored(self, place: Place) -> Place:
+    def _as_stored(self, place: CheckpointSlice) -> CheckpointSlice:
         """Megatron can keep each layer under keys of its own (`non_homogeneous_layers`), as where experts
         are not in all of them.
         """
@@ -204,7 +210,7 @@ class MegatronTensors:
         for place in self._places.values():
             if place.key not in held:
                 raise FileError(f"{self.folder.path}: tensor {place.key} is missing")
-            wanted, given = (*place.stacks, *part_shape(place, self._shapes)), self.folder.shape(place.key)
+            wanted, given = (*place.stacks, *slice_shape(place, self._shapes)), self.folder.shape(place.key)
             padded = (
                 place.names[0] in VOCABULARY_TENSORS and given[1:] == wanted[1:] and given[0] >= wanted[0]
             )
@@ -235,11 +241,11 @@ class MegatronTensors:
         return self.folder.dtype(self._places[name].key)
 
     def tensor(self, name: str) -> Tensor:
-        """Cut from its row; the row's other tensors are kept until another row is asked for."""
+        """Cut from its mapping; the mapping's other tensors are kept until another mapping is asked for."""
         place = self._places[name]
         if self._last is None or self._last[0] != place:
             self._last = None  # free before reading
-            pieces = place.row.split(self.folder.read(place.key, place.index), self.architecture)
+            pieces = place.mapping.split(self.folder.read(place.key, place.index), self.architecture)
             self._last = place, dict(zip(place.names, pieces, strict=True))
         tensor = self._last[1][name]
         return tensor[: self.architecture.vocab_size] if name in VOCABULARY_TENSORS else tensor

@@ -22,13 +22,13 @@ from megatron_srpo.distributed.heartbeat import beat
 from megatron_srpo.distributed.megatron import get_transformer_layer_offset, parallel_state
 from megatron_srpo.distributed.processes import Processes
 from megatron_srpo.model.hf_folder import Architecture, HFFolder
+from megatron_srpo.model.mapping import TensorMapping, find_mapping
 from megatron_srpo.weights.hf_output import SHARD_BYTES, plan_shards, write_companions
 from megatron_srpo.weights.safetensors_file import Writer
-from megatron_srpo.weights.table import Row, row_of
 
 
-def parameters_of(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[Row, str, Parameter]]:
-    """(row, prefix of HF names, parameter) of everything in this rank's chunks (wrapped or not)."""
+def parameters_of(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[TensorMapping, str, Parameter]]:
+    """(mapping, prefix of HF names, parameter) of everything in this rank's chunks (wrapped or not)."""
     for chunk in chunks:
         while hasattr(chunk, "module"):
             chunk = chunk.module
@@ -39,30 +39,30 @@ def parameters_of(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[Row, str,
         ) // config.expert_model_parallel_size  # of each layer, on this rank
         expert_offset = experts * parallel_state.get_expert_model_parallel_rank()
         for name, parameter in chunk.named_parameters():
-            row, prefix = row_of(name, layer_offset, expert_offset)
-            yield row, prefix, parameter
+            mapping, prefix = find_mapping(name, layer_offset, expert_offset)
+            yield mapping, prefix, parameter
 
 
-class Part(NamedTuple):
+class ParameterShard(NamedTuple):
     """A rank's part of a parameter among the parts of its tensor-parallel ranks, and the stored tensor it is
     a part of.
 
-    is_only_copy: false where a rank with a lower number holds the same, and for the last stage's copy of a
+    is_primary: false where a rank with a lower number holds the same, and for the last stage's copy of a
     tied matrix.
     """
 
     name: str
     number: int
     parts: int
-    is_only_copy: bool
+    is_primary: bool
 
     @classmethod
-    def of(cls, row: Row, prefix: str, architecture: Architecture) -> Part:
-        """This rank's, of the parameter that `row` and `prefix` stand for; `name` is its first HF tensor's."""
-        group = _tensor_group(row)
-        name = stored_name(prefix + row.hf[0], architecture)
-        is_tied_copy = name != prefix + row.hf[0]
-        if row.dim is None:
+    def of(cls, mapping: TensorMapping, prefix: str, architecture: Architecture) -> ParameterShard:
+        """This rank's, of the parameter that `mapping` and `prefix` stand for; `name` is its first HF tensor's."""
+        group = _tensor_group(mapping)
+        name = stored_name(prefix + mapping.hf[0], architecture)
+        is_tied_copy = name != prefix + mapping.hf[0]
+        if mapping.dim is None:
             return cls(name, 0, 1, group.rank() == 0)
         return cls(name, group.rank(), group.size(), not is_tied_copy)
 
@@ -82,12 +82,12 @@ def load(chunks: Sequence[torch.nn.Module], folder: HFFolder) -> None:
             file: stack.enter_context(safe_open(file, framework="pt"))
             for file in set(folder.file_of.values())
         }
-        for row, prefix, parameter in parameters_of(chunks):
+        for mapping, prefix, parameter in parameters_of(chunks):
             beat()
-            part = Part.of(row, prefix, architecture)
-            keys = [stored_name(prefix + name, architecture) for name in row.hf]
+            part = ParameterShard.of(mapping, prefix, architecture)
+            keys = [stored_name(prefix + name, architecture) for name in mapping.hf]
             slices = [opened[folder.file_of[key]].get_slice(key) for key in keys]
-            parameter.copy_(row.cut(slices, part.number, part.parts, parameter.shape, architecture))
+            parameter.copy_(mapping.cut(slices, part.number, part.parts, parameter.shape, architecture))
 
 
 @dataclass(frozen=True)
@@ -109,22 +109,24 @@ def export(chunks: Sequence[torch.nn.Module], architecture: Architecture) -> Ite
     """
     expert_group = parallel_state.get_expert_model_parallel_group()
     pipeline_group = parallel_state.get_pipeline_model_parallel_group()
-    own = {prefix + row.hf[0]: (row, parameter) for row, prefix, parameter in parameters_of(chunks)}
+    own = {
+        prefix + mapping.hf[0]: (mapping, parameter) for mapping, prefix, parameter in parameters_of(chunks)
+    }
     if architecture.tie_word_embeddings:
         own.pop("lm_head.weight", None)
-    # Of each row: a rank of this stage that holds it, or -1; and the rank of the stage that does, among those
+    # Of each mapping: a rank of this stage that holds it, or -1; and the rank of the stage that does, among those
     # this one talks to.
-    me, firsts = dist.get_rank(), [first for first, _ in _tensors_by_row(architecture)]
+    me, firsts = dist.get_rank(), [first for first, _ in _tensors_by_mapping(architecture)]
     expert_owner = _highest({first: me if first in own else -1 for first in firsts}, expert_group)
     stage_owner = _highest(
         {first: me if expert_owner[first] >= 0 else -1 for first in firsts}, pipeline_group
     )
     shapes = architecture.tensor_shapes()
     device, dtype = next(chunks[0].parameters()).device, next(chunks[0].parameters()).dtype
-    for first, names in _tensors_by_row(architecture):
+    for first, names in _tensors_by_mapping(architecture):
         if first in own:
-            row, parameter = own[first]
-            full = _full_tensors(row, parameter.detach(), architecture)
+            mapping, parameter = own[first]
+            full = _full_tensors(mapping, parameter.detach(), architecture)
         else:
             full = [torch.empty(shapes[name], dtype=dtype, device=device) for name in names]
         for name, tensor in zip(names, full, strict=True):
@@ -137,8 +139,8 @@ def export(chunks: Sequence[torch.nn.Module], architecture: Architecture) -> Ite
             yield name, tensor
 
 
-def _tensors_by_row(architecture: Architecture) -> Iterator[tuple[str, list[str]]]:
-    """(first HF name, all HF names) of each table row, in the order of `tensor_shapes`, q with k and v, gate
+def _tensors_by_mapping(architecture: Architecture) -> Iterator[tuple[str, list[str]]]:
+    """(first HF name, all HF names) of each table mapping, in the order of `tensor_shapes`, q with k and v, gate
     with up.
     """
     names = list(architecture.tensor_shapes())
@@ -162,19 +164,19 @@ def _highest(numbers: dict[str, int], group) -> dict[str, int]:
     return dict(zip(numbers, values.tolist(), strict=True))
 
 
-def _tensor_group(row: Row):
-    """The ranks that share the row's parameters."""
-    if row.expert:
+def _tensor_group(mapping: TensorMapping):
+    """The ranks that share the mapping's parameters."""
+    if mapping.expert:
         return parallel_state.get_expert_tensor_parallel_group()
     return parallel_state.get_tensor_model_parallel_group()
 
 
-def _full_tensors(row: Row, local: Tensor, architecture: Architecture) -> list[Tensor]:
-    parts, group = [local], _tensor_group(row)
-    if row.dim is not None and group.size() > 1:
+def _full_tensors(mapping: TensorMapping, local: Tensor, architecture: Architecture) -> list[Tensor]:
+    parts, group = [local], _tensor_group(mapping)
+    if mapping.dim is not None and group.size() > 1:
         parts = [torch.empty_like(local) for _ in range(group.size())]
         dist.all_gather(parts, local.contiguous(), group=group)
-    return row.join(parts, architecture)
+    return mapping.join(parts, architecture)
 
 
 def save_hf(stream: Iterable[tuple[str, Tensor]], folder: HFFolder, output: Path, write: bool) -> None:

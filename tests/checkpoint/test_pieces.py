@@ -12,7 +12,7 @@ from megatron_srpo.checkpoint.folder import DamagedCheckpoint
 from megatron_srpo.checkpoint.pieces import Piece, SavedTensors
 from megatron_srpo.checkpoint.saver import write_tensors
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.weights.table import row_of
+from megatron_srpo.model.mapping import find_mapping
 
 QKV = "decoder.layers.1.self_attention.linear_qkv.weight"
 NAMES = [
@@ -26,7 +26,7 @@ NAMES += ["decoder.layers.0.self_attention.linear_proj.weight", "decoder.layers.
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """(architecture, HF tensors) of a model whose 261 vocabulary rows are padded differently at every
+    """(architecture, HF tensors) of a model whose 261 vocabulary mappings are padded differently at every
     layout.
     """
     hf = make_model(vocab_size=261)
@@ -35,24 +35,24 @@ def model(tmp_path_factory):
 
 
 def local(name, part, parts, model):
-    """(row, first HF name, the parameter) of one tensor-parallel part, cut by hand."""
+    """(mapping, first HF name, the parameter) of one tensor-parallel part, cut by hand."""
     architecture, tensors = model
-    row, prefix = row_of(name, layer_offset=0)
-    whole = [tensors[prefix + inner] for inner in row.hf]
+    mapping, prefix = find_mapping(name, layer_offset=0)
+    whole = [tensors[prefix + inner] for inner in mapping.hf]
     if name == NAMES[0]:
-        rows = -(-261 // (16 * parts)) * 16
-        padded = torch.cat([whole[0], torch.zeros(rows * parts - 261, 64)])
-        return row, prefix + row.hf[0], padded[part * rows : (part + 1) * rows]
-    pieces = whole if row.dim is None else [tensor.chunk(parts, row.dim)[part] for tensor in whole]
-    return row, prefix + row.hf[0], row.merge(pieces, architecture)
+        mappings = -(-261 // (16 * parts)) * 16
+        padded = torch.cat([whole[0], torch.zeros(mappings * parts - 261, 64)])
+        return mapping, prefix + mapping.hf[0], padded[part * mappings : (part + 1) * mappings]
+    pieces = whole if mapping.dim is None else [tensor.chunk(parts, mapping.dim)[part] for tensor in whole]
+    return mapping, prefix + mapping.hf[0], mapping.merge(pieces, architecture)
 
 
 def write(folder, model, parts, cuts, name):
     """Files of `parts` tensor-parallel ranks × ranges that end at `cuts` (shares of the elements)."""
     files = []
     for part in range(parts):
-        row, first, parameter = local(name, part, parts, model)
-        if row.dim is None and part:
+        mapping, first, parameter = local(name, part, parts, model)
+        if mapping.dim is None and part:
             continue
         flat = parameter.reshape(-1)
         bounds = [0, *(int(cut * len(flat)) for cut in cuts), len(flat)]
@@ -60,8 +60,8 @@ def write(folder, model, parts, cuts, name):
             piece = Piece(
                 "policy",
                 first,
-                0 if row.dim is None else part,
-                1 if row.dim is None else parts,
+                0 if mapping.dim is None else part,
+                1 if mapping.dim is None else parts,
                 tuple(parameter.shape),
                 start,
             )
@@ -78,15 +78,15 @@ def test_any_layout_reads_any_other(tmp_path, model, name, before, after):
     with SavedTensors(files, model[0]) as saved:
         assert saved.kinds() == {"policy"}
         for part in range(after):
-            row, first, parameter = local(name, part, after, model)
-            place = (0, 1) if row.dim is None else (part, after)
+            mapping, first, parameter = local(name, part, after, model)
+            place = (0, 1) if mapping.dim is None else (part, after)
             for start, end in (
                 (0, parameter.numel()),
                 (parameter.numel() // 3, parameter.numel() - 1),
                 (5, 5),
             ):
                 own = Piece("policy", first, *place, tuple(parameter.shape), start)
-                assert torch.equal(saved.read(own, end, row), parameter.reshape(-1)[start:end])
+                assert torch.equal(saved.read(own, end, mapping), parameter.reshape(-1)[start:end])
 
 
 @pytest.mark.parametrize("parts", [1, 4])
@@ -94,29 +94,31 @@ def test_the_hugging_face_tensors_come_back(tmp_path, model, parts):
     for name in NAMES:
         (tmp_path / name).mkdir()
         with SavedTensors(write(tmp_path / name, model, parts, (0.4,), name), model[0]) as saved:
-            row, prefix = row_of(name, layer_offset=0)
-            for inner, tensor in zip(row.hf, saved.whole("policy", prefix + row.hf[0], row), strict=True):
+            mapping, prefix = find_mapping(name, layer_offset=0)
+            for inner, tensor in zip(
+                mapping.hf, saved.whole("policy", prefix + mapping.hf[0], mapping), strict=True
+            ):
                 assert torch.equal(tensor, model[1][prefix + inner])
 
 
 def test_a_missing_range_and_a_missing_parameter_are_named(tmp_path, model):
     files = write(tmp_path, model, 2, (0.5,), QKV)
-    row, first, parameter = local(QKV, 0, 2, model)
+    mapping, first, parameter = local(QKV, 0, 2, model)
     own = Piece("policy", first, 0, 2, tuple(parameter.shape), 0)
     with SavedTensors(files[1:], model[0]) as saved:
         half = parameter.numel() // 2
         assert torch.equal(
-            saved.read(own._replace(start=half), parameter.numel(), row), parameter.reshape(-1)[half:]
+            saved.read(own._replace(start=half), parameter.numel(), mapping), parameter.reshape(-1)[half:]
         )
         with pytest.raises(
             DamagedCheckpoint, match="policy model.layers.1.self_attn.q_proj.weight: .* of part 0 are there"
         ):
-            saved.read(own, parameter.numel(), row)
+            saved.read(own, parameter.numel(), mapping)
         with pytest.raises(
             DamagedCheckpoint,
             match="exp_avg model.layers.1.self_attn.q_proj.weight: is not in the checkpoint",
         ):
-            saved.read(own._replace(kind="exp_avg"), parameter.numel(), row)
+            saved.read(own._replace(kind="exp_avg"), parameter.numel(), mapping)
 
 
 def test_keys_are_read_back():

@@ -9,8 +9,8 @@ import torch
 
 from megatron_srpo.vocab_parallel.divergence import Divergence
 from megatron_srpo.vocab_parallel.fused import fused_objective, kernel_name, score
+from megatron_srpo.vocab_parallel.logits import InterpolatedLogits, Projection
 from megatron_srpo.vocab_parallel.shard import VocabShard
-from megatron_srpo.vocab_parallel.sources import Mixture, Projection
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -38,7 +38,7 @@ def run(kind, hidden, weight, teacher_hidden, teacher_weight, targets, share=0.0
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     teacher = Projection(teacher_hidden, teacher_weight)
     if share:
-        teacher = Mixture(teacher, Projection(hidden.detach()[:D], weight.detach()), share)
+        teacher = InterpolatedLogits(teacher, Projection(hidden.detach()[:D], weight.detach()), share)
 
     def objective(rows, tile):
         loss = -tile.logprob.sum() - 0.1 * tile.entropy.sum()

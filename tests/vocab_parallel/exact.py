@@ -39,9 +39,9 @@ def divergence(logp: Tensor, logq: Tensor, kind: Divergence, targets: Tensor | N
             for x in (logp, logq)
         )
     p, q = logp.exp(), logq.exp()
-    if kind.kind == "forward":
+    if kind.name == "forward":
         return (q * (logq - logp)).sum(1)
-    if kind.kind == "reverse":
+    if kind.name == "reverse":
         return (p * (logp - logq)).sum(1)
     logm = torch.stack([logp + math.log(1 - kind.alpha), logq + math.log(kind.alpha)]).logsumexp(0)
     return (1 - kind.alpha) * (p * (logp - logm)).sum(1) + kind.alpha * (q * (logq - logm)).sum(1)

@@ -87,7 +87,7 @@ def test_bounds(seed, scale, k):
         value = ours(student, teacher, on(kind, k))[0]
         assert value.min() >= -1e-12
         assert (value <= ours(student, teacher, kind)[0] + 1e-10).all()
-        if kind.kind == "jsd" and kind.alpha == 0.5:
+        if kind.name == "jsd" and kind.alpha == 0.5:
             assert value.max() <= math.log(2) + 1e-12
 
 

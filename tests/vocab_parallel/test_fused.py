@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from megatron_srpo.vocab_parallel import fused
 from megatron_srpo.vocab_parallel.divergence import Divergence
 from megatron_srpo.vocab_parallel.fused import Statistics, fused_objective, score
-from megatron_srpo.vocab_parallel.reference import ReferenceKernel
+from megatron_srpo.vocab_parallel.kernels.reference import ReferenceKernel
+from megatron_srpo.vocab_parallel.logits import InterpolatedLogits, Logits, Projection
 from megatron_srpo.vocab_parallel.shard import VocabShard
-from megatron_srpo.vocab_parallel.sources import Logits, Mixture, Projection
 
 KINDS = [
     Divergence("jsd", 0.5),
@@ -409,11 +409,11 @@ def arguments(**changes):
         ({"student": Logits(torch.zeros(13, 28, dtype=WIDE))}, "does not fit logits of 28 columns"),
         ({"student": Logits(torch.zeros(13, 32, dtype=torch.int64))}, "floating-point"),
         (
-            {"teacher": Mixture(Logits(torch.zeros(5, 32)), Logits(torch.zeros(6, 32)), 0.5)},
+            {"teacher": InterpolatedLogits(Logits(torch.zeros(5, 32)), Logits(torch.zeros(6, 32)), 0.5)},
             "5 tokens .* and 6 tokens",
         ),
         (
-            {"teacher": Mixture(Logits(torch.zeros(5, 32)), Logits(torch.zeros(5, 32)), 1.5)},
+            {"teacher": InterpolatedLogits(Logits(torch.zeros(5, 32)), Logits(torch.zeros(5, 32)), 1.5)},
             "teacher.share 1.5",
         ),
         ({"teacher": Logits(torch.zeros(5, 32))}, "teacher of 5 tokens .torch.float32"),

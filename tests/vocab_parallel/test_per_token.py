@@ -12,12 +12,12 @@ import torch
 from exact import WIDE
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_srpo.vocab_parallel import fused, per_token
+from megatron_srpo.vocab_parallel import functional, fused
 from megatron_srpo.vocab_parallel.divergence import Divergence
 from megatron_srpo.vocab_parallel.fused import IGNORED, fused_objective
-from megatron_srpo.vocab_parallel.reference import ReferenceKernel
-from megatron_srpo.vocab_parallel.shard import VocabShard, wide
-from megatron_srpo.vocab_parallel.sources import Logits, Mixture, Projection
+from megatron_srpo.vocab_parallel.kernels.reference import ReferenceKernel
+from megatron_srpo.vocab_parallel.logits import InterpolatedLogits, Logits, Projection
+from megatron_srpo.vocab_parallel.shard import VocabShard, accumulation_dtype
 
 FORMS = ("logits", "projection")
 BOTH_FORMS = pytest.mark.parametrize("form", FORMS)
@@ -45,14 +45,14 @@ class Member(NamedTuple):
     def ours(self, student, teacher, targets, shard, **options):
         """[T] or [D] of the package."""
         if self.name == "log_prob":
-            return per_token.log_prob(student, targets, shard, **options)
+            return functional.log_prob(student, targets, shard, **options)
         if self.kind.support == "sampled" or (targets == IGNORED).any():
             options["targets"] = targets
         if self.name == "entropy":
-            return per_token.entropy(student, shard, **options)
-        if self.kind.kind == "jsd":
+            return functional.entropy(student, shard, **options)
+        if self.kind.name == "jsd":
             options["alpha"] = self.kind.alpha
-        return getattr(per_token, self.name)(
+        return getattr(functional, self.name)(
             student, teacher, shard, support=self.kind.support, top_k=self.kind.top_k, **options
         )
 
@@ -132,7 +132,7 @@ class Inputs:
 
         self.student, self.teacher = source(tokens), source(distilled)
         if share is not None:
-            self.teacher = Mixture(self.teacher, source(distilled), share)
+            self.teacher = InterpolatedLogits(self.teacher, source(distilled), share)
         self.targets, self.upstream = torch.randint(vocab_size, (tokens,), generator=generator), draw(tokens)
 
     @property
@@ -140,7 +140,9 @@ class Inputs:
         """All tensors of the teacher's."""
         return [
             x
-            for source in (self.teacher[:2] if isinstance(self.teacher, Mixture) else [self.teacher])
+            for source in (
+                self.teacher[:2] if isinstance(self.teacher, InterpolatedLogits) else [self.teacher]
+            )
             for x in source
         ]
 
@@ -174,7 +176,7 @@ class Inputs:
 
 def whole(source, vocab_size):
     """[T, V] float64 logits without the padded columns."""
-    if isinstance(source, Mixture):
+    if isinstance(source, InterpolatedLogits):
         return (1 - source.share) * whole(source.reference, vocab_size) + source.share * whole(
             source.policy, vocab_size
         )
@@ -199,7 +201,10 @@ def check(inputs, loss, tolerance, gradient_tolerance=None, temperature=1.0, **o
     """
     value, gradients = inputs.ours(loss, temperature=temperature, **options)
     exact_value, exact_gradients = inputs.exact(loss, temperature)
-    assert value.dtype == wide(inputs.student.tensor.dtype) and error(value, exact_value) <= tolerance
+    assert (
+        value.dtype == accumulation_dtype(inputs.student.tensor.dtype)
+        and error(value, exact_value) <= tolerance
+    )
     for ours, theirs, tensor in zip(gradients, exact_gradients, inputs.student, strict=True):
         assert ours.dtype == tensor.dtype
         assert error(ours, theirs) <= (gradient_tolerance or tolerance)
@@ -298,7 +303,7 @@ def test_bf16(member, form):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_forms_and_dtypes_of_student_and_teacher_may_differ(dtype):
     logits, projection = (Inputs(form, 7, 60, 64, dtype=dtype) for form in FORMS)
-    projection.teacher = Mixture(logits.teacher, Logits(logits.student.logits), 0.5)
+    projection.teacher = InterpolatedLogits(logits.teacher, Logits(logits.student.logits), 0.5)
     check(projection, projection.weighted(HALF), 1e-5, 1e-2)
     logits.teacher = Projection(*(x.float() for x in projection.student))
     check(logits, logits.weighted(HALF), 1e-5, 1e-2)
@@ -313,7 +318,7 @@ def test_entropy_of_teachers_is_a_constant(form):
         for tensor in inputs.teacher_tensors:
             tensor.requires_grad_()
         for targets, is_kept in ((None, 1), (some, some != IGNORED)):
-            found = per_token.entropy(inputs.teacher, inputs.shard, targets=targets, **options)
+            found = functional.entropy(inputs.teacher, inputs.shard, targets=targets, **options)
             assert error(found, expected * is_kept) < 1e-11 and not found.requires_grad
 
 
@@ -327,7 +332,11 @@ def test_shares_of_nothing_and_of_all(member, form):
         inputs.teacher = pure
         expected = inputs.ours(inputs.weighted(member))
         for spare in (other, broken):
-            inputs.teacher = Mixture(pure, spare, share) if share == 0 else Mixture(spare, pure, share)
+            inputs.teacher = (
+                InterpolatedLogits(pure, spare, share)
+                if share == 0
+                else InterpolatedLogits(spare, pure, share)
+            )
             torch.testing.assert_close(inputs.ours(inputs.weighted(member)), expected, rtol=0, atol=0)
 
 
@@ -648,29 +657,29 @@ GOOD, SHARD, THREE = Logits(torch.zeros(3, 8)), VocabShard(0, 7, 7), torch.zeros
 @pytest.mark.parametrize(
     "call, said",
     [
-        (lambda: per_token.log_prob(GOOD, THREE[:2], SHARD), r"targets \[2\].*expected \[3\] int64"),
-        (lambda: per_token.log_prob(GOOD, THREE + 7, SHARD), "targets: ids from 7 to 7 at 3 places"),
-        (lambda: per_token.log_prob(GOOD, THREE - 1, SHARD), "targets: ids from -1"),
-        (lambda: per_token.log_prob(GOOD, None, SHARD), "targets"),
-        (lambda: per_token.log_prob(GOOD, THREE, VocabShard(0, 6, 7)), "shard: holds 6 of 7"),
-        (lambda: per_token.entropy(GOOD, SHARD, temperature=-1.0), "temperature -1.0"),
+        (lambda: functional.log_prob(GOOD, THREE[:2], SHARD), r"targets \[2\].*expected \[3\] int64"),
+        (lambda: functional.log_prob(GOOD, THREE + 7, SHARD), "targets: ids from 7 to 7 at 3 places"),
+        (lambda: functional.log_prob(GOOD, THREE - 1, SHARD), "targets: ids from -1"),
+        (lambda: functional.log_prob(GOOD, None, SHARD), "targets"),
+        (lambda: functional.log_prob(GOOD, THREE, VocabShard(0, 6, 7)), "shard: holds 6 of 7"),
+        (lambda: functional.entropy(GOOD, SHARD, temperature=-1.0), "temperature -1.0"),
         (
-            lambda: per_token.entropy(Mixture(GOOD, Logits(torch.zeros(2, 8)), 0.5), SHARD),
+            lambda: functional.entropy(InterpolatedLogits(GOOD, Logits(torch.zeros(2, 8)), 0.5), SHARD),
             "reference and .*policy",
         ),
-        (lambda: per_token.reverse_kl(GOOD, GOOD, SHARD, support="sampled"), "targets: None"),
+        (lambda: functional.reverse_kl(GOOD, GOOD, SHARD, support="sampled"), "targets: None"),
         (
-            lambda: per_token.forward_kl(GOOD, GOOD, SHARD, support="sampled", targets=THREE),
+            lambda: functional.forward_kl(GOOD, GOOD, SHARD, support="sampled", targets=THREE),
             "forward on sampled",
         ),
-        (lambda: per_token.jsd(GOOD, GOOD, SHARD, alpha=0.0), "alpha 0.0"),
-        (lambda: per_token.jsd(GOOD, GOOD, SHARD, support="teacher_topk", top_k=0), "top_k 0"),
-        (lambda: per_token.jsd(GOOD, Logits(torch.zeros(4, 8)), SHARD), "teacher of 4 tokens.*at most 3"),
+        (lambda: functional.jsd(GOOD, GOOD, SHARD, alpha=0.0), "alpha 0.0"),
+        (lambda: functional.jsd(GOOD, GOOD, SHARD, support="teacher_topk", top_k=0), "top_k 0"),
+        (lambda: functional.jsd(GOOD, Logits(torch.zeros(4, 8)), SHARD), "teacher of 4 tokens.*at most 3"),
         (
-            lambda: per_token.jsd(GOOD, Mixture(GOOD, Logits(torch.zeros(3, 5)), 0.5), SHARD),
+            lambda: functional.jsd(GOOD, InterpolatedLogits(GOOD, Logits(torch.zeros(3, 5)), 0.5), SHARD),
             "teacher.policy of 5 columns",
         ),
-        (lambda: per_token.jsd(GOOD, None, SHARD), "teacher"),
+        (lambda: functional.jsd(GOOD, None, SHARD), "teacher"),
     ],
 )
 def test_what_does_not_fit_is_named(call, said):

@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from megatron_srpo.vocab_parallel import fused, per_token
+from megatron_srpo.vocab_parallel import functional, fused
 from megatron_srpo.vocab_parallel.fused import IGNORED, fused_objective
-from megatron_srpo.vocab_parallel.reference import ReferenceKernel
+from megatron_srpo.vocab_parallel.kernels.reference import ReferenceKernel
+from megatron_srpo.vocab_parallel.logits import InterpolatedLogits, Logits, Projection
 from megatron_srpo.vocab_parallel.shard import VocabShard
-from megatron_srpo.vocab_parallel.sources import Logits, Mixture, Projection
 
 sys.path.insert(0, str(Path(__file__).parent))  # the spawned processes find their neighbours too
 from exact import WIDE  # noqa: E402
@@ -73,7 +73,7 @@ def whole_inputs(form: str, dtype: torch.dtype, impossible: float = -math.inf) -
 
 def columns_of(source, start: int, width: int):
     """One rank's columns, and two more that are padding."""
-    if isinstance(source, Mixture):
+    if isinstance(source, InterpolatedLogits):
         return source._replace(
             **{name: columns_of(getattr(source, name), start, width) for name in ("reference", "policy")}
         )
@@ -189,8 +189,8 @@ def call(rank: int, group, **changes):
             0
         ].backward()
     if "teacher" not in changes:
-        per_token.log_prob(student, targets, shard, **options)
-    return per_token.reverse_kl(student, teacher, shard, targets=targets, support="sampled", **options)
+        functional.log_prob(student, targets, shard, **options)
+    return functional.reverse_kl(student, teacher, shard, targets=targets, support="sampled", **options)
 
 
 def make_mistakes(rank: int, groups: dict) -> dict:
@@ -323,12 +323,12 @@ def run_pair(rank: int, folder: str, mistake: str) -> None:
     if mistake == "float64" and rank == 1:
         x = x.double()
     try:
-        per_token.log_prob(
+        functional.log_prob(
             Logits(x), targets, shard, tile_tokens=rank + 2 if mistake == "tile_tokens" else None
         )
     except ValueError as problem:
         Path(f"{folder}/{rank}").write_text(str(problem))
-    assert per_token.log_prob(Logits(torch.zeros(7, 6)), torch.arange(7), shard).tolist() == pytest.approx(
+    assert functional.log_prob(Logits(torch.zeros(7, 6)), torch.arange(7), shard).tolist() == pytest.approx(
         [-math.log(11)] * 7
     )
     dist.barrier()

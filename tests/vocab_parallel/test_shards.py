@@ -15,9 +15,9 @@ import torch.multiprocessing as mp
 from megatron_srpo.vocab_parallel import fused
 from megatron_srpo.vocab_parallel.divergence import Divergence
 from megatron_srpo.vocab_parallel.fused import fused_objective, score
-from megatron_srpo.vocab_parallel.reference import ReferenceKernel
+from megatron_srpo.vocab_parallel.kernels.reference import ReferenceKernel
+from megatron_srpo.vocab_parallel.logits import Projection
 from megatron_srpo.vocab_parallel.shard import VocabShard
-from megatron_srpo.vocab_parallel.sources import Projection
 
 sys.path.insert(0, str(Path(__file__).parent))  # the spawned processes find their neighbours too
 from test_fused import Problem, assert_close  # noqa: E402

@@ -13,14 +13,14 @@ import torch.multiprocessing as mp
 
 pytest.importorskip("triton")
 
-from megatron_srpo.vocab_parallel import fused, sources  # noqa: E402
-from megatron_srpo.vocab_parallel.cuda import TritonPasses  # noqa: E402
+from megatron_srpo.vocab_parallel import fused, logits  # noqa: E402
 from megatron_srpo.vocab_parallel.divergence import Divergence  # noqa: E402
-from megatron_srpo.vocab_parallel.exact import ExactKernel  # noqa: E402
 from megatron_srpo.vocab_parallel.fused import Statistics, fused_objective  # noqa: E402
+from megatron_srpo.vocab_parallel.kernels.exact import ExactKernel  # noqa: E402
+from megatron_srpo.vocab_parallel.kernels.topk import TailKernel  # noqa: E402
+from megatron_srpo.vocab_parallel.kernels.triton import TritonPasses  # noqa: E402
+from megatron_srpo.vocab_parallel.logits import InterpolatedLogits, Logits, Projection  # noqa: E402
 from megatron_srpo.vocab_parallel.shard import VocabShard  # noqa: E402
-from megatron_srpo.vocab_parallel.sources import Logits, Mixture, Projection  # noqa: E402
-from megatron_srpo.vocab_parallel.tail import TailKernel  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))  # the spawned processes find their neighbours too
 from exact import relative_error  # noqa: E402
@@ -186,9 +186,9 @@ def products_of_cuda(monkeypatch, request):
     monkeypatch.setattr(torch, "mm", mm_of_cuda)
     monkeypatch.setattr(torch, "addmm", addmm_of_cuda)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    sources._addmm_takes_fp32.cache_clear()
+    logits._addmm_takes_fp32.cache_clear()
     yield
-    sources._addmm_takes_fp32.cache_clear()
+    logits._addmm_takes_fp32.cache_clear()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -209,7 +209,7 @@ def test_products_of_a_mixture(products_of_cuda):
     problem = Problem(9, 9, 9001, 9008, width=16, dtype=torch.bfloat16)
     pairs = (problem.hidden, problem.weight), (problem.teacher_hidden, problem.teacher_weight)
     tile = torch.full((9, 9001), torch.nan)
-    Mixture(*(Projection(*pair) for pair in pairs), 0.25).write(slice(0, 9), tile, 0.5)
+    InterpolatedLogits(*(Projection(*pair) for pair in pairs), 0.25).write(slice(0, 9), tile, 0.5)
     one, other = (hidden.double() @ weight[:9001].double().t() for hidden, weight in pairs)
     assert relative_error(tile, 0.5 * (0.75 * one + 0.25 * other)) < FP32
 
@@ -218,7 +218,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from megatron_srpo.vocab_parallel import cuda
+from megatron_srpo.vocab_parallel.kernels import triton as cuda
 
 pointers = {name: "*fp32" for name in "logits student teacher sums maximum total of_pf of_p of_plogp of_target".split()}
 types = {**pointers, "column": "*i64", **{name: "i32" for name in "sums_stride width stride count gradient_stride".split()}}

@@ -12,8 +12,8 @@ from tiny import FAMILIES, make_model, save_folder
 from transformers import AutoModelForCausalLM
 
 from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.model.mapping import EXPERT_MAPPINGS, LAYER_MAPPINGS, MODEL_MAPPINGS, find_mapping
 from megatron_srpo.weights import transfer
-from megatron_srpo.weights.table import EXPERT_ROWS, LAYER_ROWS, MODEL_ROWS, row_of
 
 
 @pytest.fixture
@@ -100,26 +100,28 @@ def test_a_rank_reads_only_its_own_slices(tmp_path, monkeypatch, family, rank):
         def get_slice(self, name):
             return Slice(self.inner.get_slice(name))
 
-    places = [(row, "") for row in MODEL_ROWS] + [
-        (row, f"model.layers.{n}.") for n in range(4) for row in LAYER_ROWS
+    places = [(mapping, "") for mapping in MODEL_MAPPINGS] + [
+        (mapping, f"model.layers.{n}.") for n in range(4) for mapping in LAYER_MAPPINGS
     ]
     places += [
-        (row, f"model.layers.{n}.mlp.experts.{expert}.")
+        (mapping, f"model.layers.{n}.mlp.experts.{expert}.")
         for n in range(4)
         for expert in range(8)
-        for row in EXPERT_ROWS
+        for mapping in EXPERT_MAPPINGS
     ]
-    rows = [(row, prefix) for row, prefix in places if prefix + row.hf[0] in full]
-    assert sum(len(row.hf) for row, _ in rows) == len(full)
+    mappings = [(mapping, prefix) for mapping, prefix in places if prefix + mapping.hf[0] in full]
+    assert sum(len(mapping.hf) for mapping, _ in mappings) == len(full)
 
-    def own(row, prefix):
-        pieces = [full[prefix + name] for name in row.hf]
-        return row.merge(
-            [p if row.dim is None else p.chunk(size, row.dim)[rank] for p in pieces], folder.architecture
+    def own(mapping, prefix):
+        pieces = [full[prefix + name] for name in mapping.hf]
+        return mapping.merge(
+            [p if mapping.dim is None else p.chunk(size, mapping.dim)[rank] for p in pieces],
+            folder.architecture,
         )
 
     parameters = [
-        (row, prefix, torch.nn.Parameter(torch.zeros_like(own(row, prefix)))) for row, prefix in rows
+        (mapping, prefix, torch.nn.Parameter(torch.zeros_like(own(mapping, prefix))))
+        for mapping, prefix in mappings
     ]
     real = transfer.safe_open
     folder.file_of  # noqa: B018  (its own checks read headers before)
@@ -136,7 +138,7 @@ def test_a_rank_reads_only_its_own_slices(tmp_path, monkeypatch, family, rank):
         == sum(parameter.numel() for _, _, parameter in parameters)
         < 0.6 * sum(t.numel() for t in full.values())
     )
-    assert all(torch.equal(parameter, own(row, prefix)) for row, prefix, parameter in parameters)
+    assert all(torch.equal(parameter, own(mapping, prefix)) for mapping, prefix, parameter in parameters)
 
 
 @pytest.mark.parametrize("name", ["local_experts.3.linear_fc1.weight", "linear_fc1.weight3"])
@@ -144,9 +146,9 @@ def test_experts_are_numbered_over_all_ranks(name):
     """A module for each expert (local layers) or their matrices in one module (Transformer Engine): the same
     tensors.
     """
-    row, prefix = row_of(f"decoder.layers.1.mlp.experts.{name}", layer_offset=4, expert_offset=8)
-    assert prefix == "model.layers.5.mlp.experts.11." and row.expert
-    assert row.hf == ("gate_proj.weight", "up_proj.weight")
+    mapping, prefix = find_mapping(f"decoder.layers.1.mlp.experts.{name}", layer_offset=4, expert_offset=8)
+    assert prefix == "model.layers.5.mlp.experts.11." and mapping.expert
+    assert mapping.hf == ("gate_proj.weight", "up_proj.weight")
 
 
 @pytest.mark.parametrize(
@@ -154,4 +156,4 @@ def test_experts_are_numbered_over_all_ranks(name):
 )
 def test_unknown_parameters_are_refused(name):
     with pytest.raises(KeyError):
-        row_of(name, 0)
+        find_mapping(name, 0)

@@ -37,8 +37,8 @@ from torch import Tensor
 
 from megatron_srpo.vocab_parallel.divergence import Divergence
 from megatron_srpo.vocab_parallel.fused import fused_objective
+from megatron_srpo.vocab_parallel.logits import Projection
 from megatron_srpo.vocab_parallel.shard import VocabShard, all_reduce
-from megatron_srpo.vocab_parallel.sources import Projection
 
 TOP_K = 100
 LOG_PROB = 0.1  # the log-probability's share in the loss

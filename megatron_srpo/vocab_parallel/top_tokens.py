@@ -10,8 +10,14 @@ import torch
 from torch import Tensor
 
 from megatron_srpo.vocab_parallel.divergence import log_sum_exp, top_ids
-from megatron_srpo.vocab_parallel.shard import VocabShard, agree, all_reduce, own_columns, wide
-from megatron_srpo.vocab_parallel.sources import Teacher
+from megatron_srpo.vocab_parallel.logits import Teacher
+from megatron_srpo.vocab_parallel.shard import (
+    VocabShard,
+    accumulation_dtype,
+    all_reduce,
+    check_consistent,
+    local_columns,
+)
 
 _TILE_TOKENS = 128
 
@@ -39,24 +45,26 @@ def top_tokens(
     shard's width. Raises ValueError when source and shard do not fit each other.
     """
     own, k = source.tensor, min(k, shard.vocab_size)
-    agree(source.problem("source", shard), shard, {"tokens": len(own), "k": k}, own.device)
+    check_consistent(source.problem("source", shard), shard, {"tokens": len(own), "k": k}, own.device)
     parts = []
     for start in range(0, len(own), _TILE_TOKENS):
         rows = slice(start, min(start + _TILE_TOKENS, len(own)))
-        logits = torch.empty(rows.stop - start, shard.width, dtype=wide(own.dtype), device=own.device)
+        logits = torch.empty(
+            rows.stop - start, shard.width, dtype=accumulation_dtype(own.dtype), device=own.device
+        )
         source.write(rows, logits, 1.0 / temperature)
         logprobs = logits - log_sum_exp(logits, shard.group)[:, None]
         ids = top_ids(logprobs, k, shard)
         parts.append((ids, _at(ids, logprobs, shard), _at(targets[rows, None], logprobs, shard)[:, 0]))
     if not parts:
-        empty = torch.empty(0, k, dtype=wide(own.dtype), device=own.device)
+        empty = torch.empty(0, k, dtype=accumulation_dtype(own.dtype), device=own.device)
         return TopTokens(empty.long(), empty, empty[:, 0])
     return TopTokens(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def _at(ids: Tensor, logprobs: Tensor, shard: VocabShard) -> Tensor:
     """The log-probabilities of ids [n, k], whoever holds them."""
-    mine, column = own_columns(ids, shard)
+    mine, column = local_columns(ids, shard)
     values = (
         torch.where(mine, logprobs.gather(1, column), 0.0) if shard.width else logprobs.new_zeros(ids.shape)
     )

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_srpo.vocab_parallel.divergence import Divergence
-from megatron_srpo.vocab_parallel.exact import FLOOR as _FLOOR
+from megatron_srpo.vocab_parallel.kernels.exact import FLOOR as _FLOOR
 
 FLOOR = tl.constexpr(_FLOOR)
 TINY = tl.constexpr(1e-37)  # for logarithms of 0 and of 0/0, where the factor before them is 0
@@ -32,9 +32,9 @@ class TritonPasses:
     gradient_is_separate = True
 
     def __init__(
-        self, tile_tokens: int, width: int, dtype: torch.dtype, kind: Divergence, device: torch.device
+        self, tile_tokens: int, width: int, dtype: torch.dtype, divergence: Divergence, device: torch.device
     ):
-        self.kind = kind
+        self.divergence = divergence
         self.gradient_buffer = torch.empty(tile_tokens, width, dtype=dtype, device=device)
 
     def row_sums(self, tiles: list[Tensor], sums: Tensor) -> None:
@@ -59,8 +59,8 @@ class TritonPasses:
             len(student),
             student.shape[1],
             student.stride(0),
-            ALPHA=self.kind.alpha,
-            KIND=_KINDS[self.kind.kind],
+            ALPHA=self.divergence.alpha,
+            KIND=_KINDS[self.divergence.name],
             **_LAUNCH,
         )
         return sums
@@ -91,8 +91,8 @@ class TritonPasses:
             student.shape[1],
             student.stride(0),
             gradient.stride(0),
-            ALPHA=self.kind.alpha,
-            KIND=3 if of_pf is None else _KINDS[self.kind.kind],
+            ALPHA=self.divergence.alpha,
+            KIND=3 if of_pf is None else _KINDS[self.divergence.name],
             ENTROPY=of_plogp is not None,
             **_LAUNCH,
         )

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from megatron_srpo.vocab_parallel.divergence import addends, top_ids
-from megatron_srpo.vocab_parallel.exact import FLOOR, ExactKernel, combine
-from megatron_srpo.vocab_parallel.shard import all_reduce, gather, own_columns
+from megatron_srpo.vocab_parallel.kernels.exact import FLOOR, ExactKernel, combine
+from megatron_srpo.vocab_parallel.shard import all_reduce, gather, local_columns
 
 
 class TailKernel(ExactKernel):
-    """As `ExactKernel`, with D on the support of `kind`; tokens without a teacher take its way.
+    """As `ExactKernel`, with D on the support of `divergence`; tokens without a teacher take its way.
 
     Collectives a distilled tile: all-gathers of the ranks' top ids and logits [n, K] and of [4, 2, n], an
     all-reduce of [2, n, K]. Memory: the tiles and [n, K].
@@ -51,7 +51,7 @@ class TailKernel(ExactKernel):
         logprob = targeted.sum(0) - maximum - log_total if targets is not None else torch.zeros_like(total)
         tail = tail_maximum - maximum + tail_total.log()
         buckets = torch.cat([head - maximum[..., None], tail[..., None]], dim=2) - log_total[..., None]
-        terms, self.pf = addends(*buckets, self.kind)
+        terms, self.pf = addends(*buckets, self.divergence)
         self.logp, self.targets = buckets[0], targets
         self.tail_maximum, self.tail_total = tail_maximum.to(tiles[0].dtype), tail_total.to(tiles[0].dtype)
         return tuple(values.to(tiles[0].dtype) for values in (logprob[0], self.entropy, terms.sum(1)))
@@ -59,9 +59,9 @@ class TailKernel(ExactKernel):
     def _take_head(self, tiles: list[Tensor]) -> Tensor:
         """Logits [2, n, K] of the head; in the tiles, its columns become -inf."""
         self.ids = top_ids(
-            tiles[0 if self.kind.support == "student_topk" else 1], self.kind.top_k, self.shard
+            tiles[0 if self.divergence.support == "student_topk" else 1], self.divergence.top_k, self.shard
         )
-        self.mine, self.columns = own_columns(self.ids, self.shard)
+        self.mine, self.columns = local_columns(self.ids, self.shard)
         head = tiles[0].new_zeros(2, *self.ids.shape)
         if self.shard.width:
             out = torch.where(self.mine, FLOOR, torch.inf).to(tiles[0].dtype)
@@ -88,7 +88,7 @@ class TailKernel(ExactKernel):
                 dtype
             )  # within the tail: log p = log (p / P_tail) + log P_tail
         if divergence_grad is not None:
-            mean = 0.0 if self.kind.kind == "forward" else self.pf.sum(1, keepdim=True)
+            mean = 0.0 if self.divergence.name == "forward" else self.pf.sum(1, keepdim=True)
             of_bucket += divergence_grad[:, None] * (self.pf - p * mean)
         column = self.column
         if self.targets is not None:

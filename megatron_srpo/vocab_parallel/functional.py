@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from megatron_srpo.vocab_parallel.divergence import Divergence, Support
-from megatron_srpo.vocab_parallel.fused import Problem, Sweep
+from megatron_srpo.vocab_parallel.fused import PassInputs, TiledPass
+from megatron_srpo.vocab_parallel.logits import InterpolatedLogits, Student, Teacher
 from megatron_srpo.vocab_parallel.shard import VocabShard
-from megatron_srpo.vocab_parallel.sources import Mixture, Student, Teacher
 
 
 def log_prob(source: Student, targets: Tensor, shard: VocabShard, **options) -> Tensor:
@@ -40,7 +40,7 @@ def entropy(
 ) -> Tensor:
     """H = -Σ_v p_v log p_v, [T] nats, over the full vocabulary.
 
-    Gradient -p_v (log p_v + H); of a teacher (also a `Mixture`), a constant. Collectives a tile: one
+    Gradient -p_v (log p_v + H); of a teacher (also a `InterpolatedLogits`), a constant. Collectives a tile: one
     all-gather of [4, n].
     """
     return _statistics(1, source, shard, targets=targets, **options)
@@ -118,31 +118,31 @@ def _statistics(
     which: int, source, shard: VocabShard, teacher=None, divergence: Divergence = Divergence(), **options
 ) -> Tensor:  # noqa: B008
     needs = (("targets",), (), ("teacher",))[which]
-    problem = Problem(
+    problem = PassInputs(
         source, options.pop("targets", None), shard, teacher, divergence, needs=needs, **options
     )
-    if isinstance(source, Mixture):
+    if isinstance(source, InterpolatedLogits):
         with torch.no_grad():
-            return Sweep(problem).all_statistics(distilled_only=which == 2)[which]
+            return TiledPass(problem).all_statistics(distilled_only=which == 2)[which]
     return _PerToken.apply(problem, which, *source)
 
 
 class _PerToken(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, problem: Problem, which: int, *student: Tensor):
+    def forward(ctx, problem: PassInputs, which: int, *student: Tensor):
         ctx.problem, ctx.which = problem._replace(student=None), which
         ctx.kind = type(problem.student)
         others = [] if problem.targets is None else [problem.targets]
         # Saved by torch, all of them, so that a change in place before backward is an error.
         ctx.save_for_backward(*student, *others, *_tensors(problem.teacher))
-        return Sweep(problem).all_statistics(distilled_only=which == 2)[which]
+        return TiledPass(problem).all_statistics(distilled_only=which == 2)[which]
 
     @staticmethod
     def backward(ctx, values_grad: Tensor):
         if torch.is_grad_enabled():
             raise RuntimeError("vocab_parallel: there is no gradient of these gradients (create_graph)")
         student = ctx.kind(*ctx.saved_tensors[: len(ctx.kind._fields)])
-        sweep = Sweep(ctx.problem._replace(student=student))
+        sweep = TiledPass(ctx.problem._replace(student=student))
         collector = student.gradients(ctx.needs_input_grad[2:])
         statistics = sweep.empty_statistics()
         for rows, is_distilled in sweep.tiles(distilled_only=ctx.which == 2):
@@ -155,6 +155,6 @@ class _PerToken(torch.autograd.Function):
 
 
 def _tensors(teacher: Teacher | None) -> list[Tensor]:
-    if isinstance(teacher, Mixture):
+    if isinstance(teacher, InterpolatedLogits):
         return [*teacher.reference, *teacher.policy]
     return [] if teacher is None else list(teacher)

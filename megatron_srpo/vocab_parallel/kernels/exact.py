@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_srpo.vocab_parallel.divergence import Divergence
-from megatron_srpo.vocab_parallel.shard import VocabShard, gather, own_columns
+from megatron_srpo.vocab_parallel.shard import VocabShard, gather, local_columns
 
 FLOOR = -1e30  # stands for logits of -inf: a probability of exactly 0, without NaN
 
@@ -70,7 +70,7 @@ class ExactKernel:
     """
 
     def __init__(self, passes: Passes, shard: VocabShard, divergence: Divergence):
-        self.passes, self.shard, self.kind = passes, shard, divergence
+        self.passes, self.shard, self.divergence = passes, shard, divergence
         self.name, self.gradient_is_separate = passes.name, passes.gradient_is_separate
 
     def statistics(
@@ -105,22 +105,22 @@ class ExactKernel:
         """
         self.column = tiles[0].new_full((len(tiles[0]),), -1, dtype=torch.int64)
         if targets is not None and self.shard.width:
-            mine, column = own_columns(targets, self.shard)
+            mine, column = local_columns(targets, self.shard)
             self.column = torch.where(mine, column, -1)
             for tile, logit in zip(tiles, logits, strict=True):
                 logit.copy_(torch.where(mine, tile.gather(1, column[:, None])[:, 0].clamp(min=FLOOR), 0.0))
 
     def _divergence(self, tiles: list[Tensor], logprob: Tensor, meanwhile: Callable[[], None]) -> Tensor:
-        if self.kind.support == "sampled":
+        if self.divergence.support == "sampled":
             self.log_ratio = logprob[0] - logprob[1]
             return self.log_ratio
         sums = self.passes.divergence_sums(tiles, self.maximum, self.total)
         of_student, of_teacher = gather(sums, self.shard, meanwhile).sum(0)
-        alpha = self.kind.alpha
-        if self.kind.kind == "jsd":
+        alpha = self.divergence.alpha
+        if self.divergence.name == "jsd":
             self.mean = of_student
             return (1 - alpha) * of_student + alpha * of_teacher
-        if self.kind.kind == "reverse":
+        if self.divergence.name == "reverse":
             self.mean = of_student
             return of_student
         self.mean = torch.zeros_like(of_student)  # Σ p - Σ q, without its rounding
@@ -136,13 +136,17 @@ class ExactKernel:
         is not separate.
         """
         target = torch.zeros_like(self.entropy) if logprob_grad is None else logprob_grad
-        if divergence_grad is not None and self.kind.support == "sampled":
+        if divergence_grad is not None and self.divergence.support == "sampled":
             target, divergence_grad = target + divergence_grad * self.log_ratio, None
         of_p, of_pf, of_plogp = -target, None, None
         if entropy_grad is not None:
             of_p, of_plogp = of_p - entropy_grad * self.entropy, -entropy_grad
         if divergence_grad is not None:
-            of_pf = divergence_grad * (1 - self.kind.alpha) if self.kind.kind == "jsd" else divergence_grad
+            of_pf = (
+                divergence_grad * (1 - self.divergence.alpha)
+                if self.divergence.name == "jsd"
+                else divergence_grad
+            )
             of_p = of_p - of_pf * self.mean
         return self.passes.gradient((of_pf, of_p, of_plogp), self.maximum, self.total, self.column, target)
 

@@ -1,6 +1,6 @@
-"""The one table HF ↔ Megatron, for every architecture: a model has the rows whose parameters it has.
+"""The one table HF ↔ Megatron, for every architecture: a model has the mappings whose parameters it has.
 
-Each row maps one Megatron parameter to the HF tensors it is made of. Every HF tensor is sharded over
+Each mapping maps one Megatron parameter to the HF tensors it is made of. Every HF tensor is sharded over
 tensor-parallel ranks by contiguous slices along one dimension; a rank's parameter is then a local arrangement
 of its own slices. So both directions, at any TP, are: slice ↔ concatenate, and `merge` ↔ `split`.
 """
@@ -24,7 +24,7 @@ VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")  # padded a
 
 
 @dataclass(frozen=True)
-class Row:
+class TensorMapping:
     """megatron: parameter name inside its layer (or model, or expert); hf: tensor names inside theirs; dim:
     sharded dimension or None.
 
@@ -43,7 +43,7 @@ class Row:
     ) -> Tensor:
         """The parameter, of `shape`, of tensor-parallel part `part` of `parts`.
 
-        tensors: the row's whole HF tensors, or safetensors' slices of them, of which only this part is read.
+        tensors: the mapping's whole HF tensors, or safetensors' slices of them, of which only this part is read.
         """
         pieces = []
         for tensor in tensors:
@@ -60,7 +60,7 @@ class Row:
         return merged
 
     def join(self, parts: Sequence[Tensor], architecture: Architecture) -> list[Tensor]:
-        """The row's whole HF tensors from the parameters of all tensor-parallel parts: the inverse of `cut`."""
+        """The mapping's whole HF tensors from the parameters of all tensor-parallel parts: the inverse of `cut`."""
         pieces = zip(*(self.split(part, architecture) for part in parts), strict=True)
         whole = [torch.cat(same, dim=self.dim) if len(same) > 1 else same[0] for same in pieces]
         return [whole[0][: architecture.vocab_size]] if self.hf[0] in VOCABULARY_TENSORS else whole
@@ -82,48 +82,48 @@ def _split_qkv(tensor: Tensor, a: Architecture) -> list[Tensor]:
     return [part.reshape(-1, *inner) for part in grouped.split([queries, a.head_dim, a.head_dim], dim=1)]
 
 
-def _gate_up(prefix: str, expert: bool) -> Row:
+def _gate_up(prefix: str, expert: bool) -> TensorMapping:
     names = (f"{prefix}gate_proj.weight", f"{prefix}up_proj.weight")
     merge, split = (
         lambda pieces, architecture: torch.cat(list(pieces)),
         lambda tensor, architecture: list(tensor.chunk(2)),
     )
-    return Row(f"{prefix}linear_fc1.weight", names, 0, merge, split, expert)
+    return TensorMapping(f"{prefix}linear_fc1.weight", names, 0, merge, split, expert)
 
 
-def _down(prefix: str, expert: bool) -> Row:
-    return Row(f"{prefix}linear_fc2.weight", (f"{prefix}down_proj.weight",), 1, expert=expert)
+def _down(prefix: str, expert: bool) -> TensorMapping:
+    return TensorMapping(f"{prefix}linear_fc2.weight", (f"{prefix}down_proj.weight",), 1, expert=expert)
 
 
-LAYER_ROWS = (
-    Row("input_layernorm.weight", ("input_layernorm.weight",)),
-    Row(
+LAYER_MAPPINGS = (
+    TensorMapping("input_layernorm.weight", ("input_layernorm.weight",)),
+    TensorMapping(
         "self_attention.linear_qkv.weight",
         ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
         0,
         _merge_qkv,
         _split_qkv,
     ),
-    Row(
+    TensorMapping(
         "self_attention.linear_qkv.bias",
         ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
         0,
         _merge_qkv,
         _split_qkv,
     ),
-    Row("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight",)),
-    Row("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",)),
-    Row("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), 1),
-    Row("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",)),
+    TensorMapping("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight",)),
+    TensorMapping("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",)),
+    TensorMapping("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), 1),
+    TensorMapping("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",)),
     _gate_up("mlp.", expert=False),
     _down("mlp.", expert=False),
-    Row("mlp.router.weight", ("mlp.gate.weight",)),
+    TensorMapping("mlp.router.weight", ("mlp.gate.weight",)),
 )
-EXPERT_ROWS = (_gate_up("", expert=True), _down("", expert=True))
-MODEL_ROWS = (
-    Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), 0),
-    Row("decoder.final_layernorm.weight", ("model.norm.weight",)),
-    Row("output_layer.weight", ("lm_head.weight",), 0),
+EXPERT_MAPPINGS = (_gate_up("", expert=True), _down("", expert=True))
+MODEL_MAPPINGS = (
+    TensorMapping("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), 0),
+    TensorMapping("decoder.final_layernorm.weight", ("model.norm.weight",)),
+    TensorMapping("output_layer.weight", ("lm_head.weight",), 0),
 )
 
 # Transformer Engine fuses a norm into the matrix product after it, and names its weight there.
@@ -131,14 +131,14 @@ _FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
-_BY_NAME = {row.megatron: row for row in LAYER_ROWS + EXPERT_ROWS + MODEL_ROWS}
+_BY_NAME = {mapping.megatron: mapping for mapping in LAYER_MAPPINGS + EXPERT_MAPPINGS + MODEL_MAPPINGS}
 # Local layers keep a module for each expert, Transformer Engine all experts' matrices in one, numbered at
 # their end.
 _EXPERT = re.compile(r"mlp\.experts\.(?:local_experts\.(\d+)\.)?(linear_fc[12]\.weight)(\d*)")
 
 
-def row_of(name: str, layer_offset: int, expert_offset: int = 0) -> tuple[Row, str]:
-    """The row of a chunk's parameter and the prefix of its HF names.
+def find_mapping(name: str, layer_offset: int, expert_offset: int = 0) -> tuple[TensorMapping, str]:
+    """The mapping of a chunk's parameter and the prefix of its HF names.
 
     Args:
         name: as in `named_parameters()` of the chunk, layers counted from the chunk's first.
@@ -157,11 +157,11 @@ def row_of(name: str, layer_offset: int, expert_offset: int = 0) -> tuple[Row, s
     return _BY_NAME[_FUSED_NORMS.get(inner, inner)], prefix
 
 
-def fused_name(row: Row, dense: bool) -> str:
-    """The row's parameter as Transformer Engine names it; it fuses the norm before the feed-forward in dense
+def fused_name(mapping: TensorMapping, dense: bool) -> str:
+    """The mapping's parameter as Transformer Engine names it; it fuses the norm before the feed-forward in dense
     layers only.
     """
     for fused, name in _FUSED_NORMS.items():
-        if name == row.megatron and (dense or name != "pre_mlp_layernorm.weight"):
+        if name == mapping.megatron and (dense or name != "pre_mlp_layernorm.weight"):
             return fused
-    return row.megatron
+    return mapping.megatron

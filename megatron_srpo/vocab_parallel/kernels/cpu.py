@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_srpo.vocab_parallel.divergence import Divergence
-from megatron_srpo.vocab_parallel.exact import FLOOR
+from megatron_srpo.vocab_parallel.kernels.exact import FLOOR
 
 _ROW_NUMBERS = 1 << 17  # elements handled together: several short rows, or one long one
 _TINY = 1e-37  # for logarithms of 0 and of 0/0, where the factor before them is 0
@@ -26,8 +26,8 @@ class CpuPasses:
     name = "CPU, row by row in cache"
     gradient_is_separate = False
 
-    def __init__(self, width: int, dtype: torch.dtype, kind: Divergence):
-        self.kind = kind
+    def __init__(self, width: int, dtype: torch.dtype, divergence: Divergence):
+        self.divergence = divergence
         self.rows = max(1, _ROW_NUMBERS // max(width, 1))
         self.scratch = torch.empty(3, self.rows, width, dtype=dtype)
 
@@ -54,12 +54,12 @@ class CpuPasses:
         self.distilled = True
         scale, shift = self._normalisers(maximum, total)
         sums = tiles[0].new_zeros(2, len(tiles[0]))
-        kind, alpha = self.kind.kind, self.kind.alpha
+        name, alpha = self.divergence.name, self.divergence.alpha
         for rows in self._blocks(len(tiles[0])):
             x, y = tiles[0][rows], tiles[1][rows]  # log p = x - shift, p = scale · exp x
             q, m, p = (buffer[: len(x)] for buffer in self.scratch)
             torch.exp(y, out=q).mul_(scale[1, rows])
-            if kind == "jsd":  # log(p / m), not log p - log m: exactly 0 where p = q
+            if name == "jsd":  # log(p / m), not log p - log m: exactly 0 where p = q
                 terms, p = p, torch.exp(x, out=y).mul_(scale[0, rows])
                 torch.lerp(p, q, alpha, out=m).add_(_TINY)
                 torch.add(q, _TINY, out=terms).div_(m).log_().mul_(q)
@@ -68,7 +68,7 @@ class CpuPasses:
             else:
                 torch.exp(x, out=p).mul_(scale[0, rows])
                 difference = shift[0, rows] - shift[1, rows]
-                if kind == "reverse":
+                if name == "reverse":
                     x.sub_(y).sub_(difference).mul_(p)
                 else:
                     torch.sum(y.sub_(x).add_(difference).mul_(q), 1, out=sums[1, rows])

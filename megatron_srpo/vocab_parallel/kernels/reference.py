@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_srpo.vocab_parallel.divergence import Divergence, on_tile
-from megatron_srpo.vocab_parallel.shard import VocabShard, all_reduce, own_columns
+from megatron_srpo.vocab_parallel.shard import VocabShard, all_reduce, local_columns
 
 
 class ReferenceKernel:
@@ -25,8 +25,8 @@ class ReferenceKernel:
     name = "plain torch"
     gradient_is_separate = True
 
-    def __init__(self, shard: VocabShard, kind: Divergence):
-        self.shard, self.kind = shard, kind
+    def __init__(self, shard: VocabShard, divergence: Divergence):
+        self.shard, self.divergence = shard, divergence
 
     def statistics(
         self, tiles: list[Tensor], targets: Tensor | None, meanwhile: Callable[[], None]
@@ -38,11 +38,11 @@ class ReferenceKernel:
         logps, self.entropy, logprobs = _log_softmax(tiles, targets, self.shard)
         self.targets, self.logp, divergence = targets, logps[0], None
         if len(tiles) == 2:
-            if self.kind.support == "sampled":
+            if self.divergence.support == "sampled":
                 divergence = logprobs[0] - logprobs[1]
                 self.divergence_grad = divergence[:, None] * self._logprob_grad(torch.ones_like(divergence))
             else:
-                divergence, self.divergence_grad = on_tile(*logps, self.kind, self.shard)
+                divergence, self.divergence_grad = on_tile(*logps, self.divergence, self.shard)
         return logprobs[0], self.entropy, divergence
 
     def logits_grad(
@@ -63,7 +63,7 @@ class ReferenceKernel:
         """scale · (1[v = y] - p_v), [n, width]."""
         gradient = self.logp.exp().mul_(-scale[:, None])
         if self.targets is not None and self.shard.width:
-            mine, column = own_columns(self.targets, self.shard)
+            mine, column = local_columns(self.targets, self.shard)
             gradient.scatter_add_(1, column[:, None], (scale * mine)[:, None])
         return gradient
 
@@ -85,7 +85,7 @@ def _log_softmax(
     weighted = exponentials[0].mul(shifted[0].clamp(min=-1e30)).sum(1)  # 0 · -inf would be NaN
     target_logits = torch.zeros_like(maxima)
     if targets is not None and not empty:
-        mine, column = own_columns(targets, shard)
+        mine, column = local_columns(targets, shard)
         for z, logit in zip(shifted, target_logits, strict=True):
             logit.copy_(z.gather(1, column[:, None])[:, 0].masked_fill(~mine, 0.0))
     sums = all_reduce(torch.stack([*(e.sum(1) for e in exponentials), weighted, *target_logits]), shard.group)

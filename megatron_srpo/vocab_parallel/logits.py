@@ -1,6 +1,6 @@
 """Where logits come from, tile by tile, and where the gradients of the tiles go.
 
-A student is `Logits` or a `Projection`; a teacher may also be a `Mixture` of two such. Inside a tile numbers
+A student is `Logits` or a `Projection`; a teacher may also be a `InterpolatedLogits` of two such. Inside a tile numbers
 are fp32 (float64 for float64 inputs) whatever the inputs' dtype: the products of bf16 matrices are never
 rounded to bf16.
 """
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_srpo.vocab_parallel.shard import VocabShard, wide
+from megatron_srpo.vocab_parallel.shard import VocabShard, accumulation_dtype
 
 Rows = slice | Tensor  # a range of tokens, or their indices
 
@@ -113,7 +113,7 @@ class Projection(NamedTuple):
         return ProjectionGradient(self, needed, weight_grad)
 
 
-class Mixture(NamedTuple):
+class InterpolatedLogits(NamedTuple):
     """The trust-region teacher: z = (1 - share) · z_reference + share · z_policy, softmax of interpolated
     logits.
     """
@@ -150,7 +150,7 @@ class Mixture(NamedTuple):
 
 
 Student = Logits | Projection
-Teacher = Logits | Projection | Mixture
+Teacher = Logits | Projection | InterpolatedLogits
 
 
 class LogitsGradient:
@@ -180,7 +180,9 @@ class ProjectionGradient:
         self.own_weight_grad = needed[1] and weight_grad is None
         if self.own_weight_grad:
             weight_grad = torch.zeros(
-                source.weight.shape, dtype=wide(source.weight.dtype), device=source.weight.device
+                source.weight.shape,
+                dtype=accumulation_dtype(source.weight.dtype),
+                device=source.weight.device,
             )
         self.weight_grad = weight_grad
 

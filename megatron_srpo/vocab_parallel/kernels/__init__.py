@@ -1,0 +1,1 @@
+"""Kernels that compute the statistics and logit gradients of one tile of tokens; `fused` chooses among them."""
