@@ -16,7 +16,8 @@ from megatron_srpo.evaluation.evaluate import stored_weights
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.observe.logs import open_run_folder, rank_log
 from megatron_srpo.observe.metrics import MetricsFile, rollout_metrics
-from megatron_srpo.observe.terminal import Stopwatch, Terminal
+from megatron_srpo.observe.stopwatch import Stopwatch
+from megatron_srpo.observe.terminal import Terminal
 from megatron_srpo.observe.watchdog import Watchdog
 from megatron_srpo.preflight import preflight
 from megatron_srpo.rollout.collect import exchange
@@ -25,10 +26,13 @@ from megatron_srpo.rollout.source import Rollouts
 
 
 def sample(config: Config) -> Path:
-    """Sample and dump train.steps batches by the weights of model.hf_path, or of the run
-    evaluation.checkpoint.
+    """Sample and dump train.steps batches by model.hf_path, or by the run evaluation.checkpoint.
 
-    Returns the run folder. Raises ConfigError.
+    Returns:
+        The run folder.
+
+    Raises:
+        ConfigError: What a training run would refuse, and the keys that only make sense with training.
     """
     if config.rollout.replay is not None:
         raise ConfigError("rollout.replay: the sample command samples; leave it out (train replays)")
@@ -53,12 +57,13 @@ def _sample_steps(config: Config, folder: HFFolder, layout: Layout, terminal: Te
     directory, is_first = config.logging.dir, layout.rank == 0
     if is_first:
         save_config(config, directory / "config.yaml")
-    # the weights stay: nothing gets stale; and nothing is gone on with: no sample is kept beside the dumps
+    # The weights stay, so no sample gets stale; nothing is resumed, so the ledger keeps no samples.
     stays = {"rollout": config.rollout.model_copy(update={"max_staleness": config.train.steps})}
     config = config.model_copy(
         update={**stays, "checkpoint": config.checkpoint.model_copy(update={"save_interval": 0})}
     )
-    rollouts, watch = Rollouts(config, folder, layout, terminal.say), Stopwatch(terminal)
+    watch = Stopwatch(terminal.phase)
+    rollouts = Rollouts(config, folder, layout, terminal.say, watch)
     metrics = MetricsFile(directory / "metrics.jsonl" if is_first else Path(os.devnull))
     try:
         rollouts.go_on(0, 0)
@@ -67,7 +72,6 @@ def _sample_steps(config: Config, folder: HFFolder, layout: Layout, terminal: Te
             PROGRESS.step = step
             with watch("rollout"):
                 groups = rollouts.collect(step)
-            watch.move(rollouts.drawn.seconds_verifying, "rollout", "verify")
             with watch("verify"):
                 groups = exchange(route(groups, step, config, folder), layout)
                 if is_first:
@@ -75,8 +79,9 @@ def _sample_steps(config: Config, folder: HFFolder, layout: Layout, terminal: Te
             row = {"step": step, **rollout_metrics(groups), **rollouts.drawn.numbers, **watch.read()}
             metrics.write(row)
             terminal.say(
-                f"step {step:>4}/{config.train.steps}  pass {row['pass_rate']:.3f}  sdpo {row['sdpo_sample_share']:.2f}"
-                f"  length {row['response_tokens_mean']:.1f}  format {row['format_rate']:.2f}  {row['seconds']:.2f} s"
+                f"step {step:>4}/{config.train.steps}  pass {row['pass_rate']:.3f}"
+                f"  sdpo {row['sdpo_sample_share']:.2f}  length {row['response_tokens_mean']:.1f}"
+                f"  format {row['format_rate']:.2f}  {row['seconds']:.2f} s"
             )
     finally:
         rollouts.close()

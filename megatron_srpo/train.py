@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import time
 from pathlib import Path
@@ -30,7 +29,8 @@ from megatron_srpo.observe.logs import alone, open_run_folder, rank_log
 from megatron_srpo.observe.metrics import MetricsFile, rollout_metrics, update_metrics, version_metrics
 from megatron_srpo.observe.profiler import StepProfiler
 from megatron_srpo.observe.report import write_report
-from megatron_srpo.observe.terminal import Stopwatch, Terminal
+from megatron_srpo.observe.stopwatch import Stopwatch
+from megatron_srpo.observe.terminal import Terminal
 from megatron_srpo.observe.tokens import choose, write_tokens
 from megatron_srpo.observe.trackers import Trackers, start_trackers
 from megatron_srpo.observe.watchdog import Watchdog
@@ -93,11 +93,11 @@ class _Run:
         self.trainer = Trainer(config, folder, layout, is_resumed=self.checkpoint is not None)
         terminal.say(self.trainer.loss_path)
         self.trainer.make_room()  # servers may start beside it
-        self.rollouts = Rollouts(config, folder, layout, terminal.say)
+        self.watch = Stopwatch(terminal.phase)
+        self.rollouts = Rollouts(config, folder, layout, terminal.say, self.watch)
         self.metrics = MetricsFile(self.directory / "metrics.jsonl" if self.is_first else Path(os.devnull))
         self.trackers = Trackers([], terminal.say)
         self.profiler = StepProfiler(self.directory / "profile", config.logging, layout)
-        self.watch = Stopwatch(terminal)
         self.rows, self.limits = [], Limits.of(config)  # the last training steps' rows
         self.saver = Saver(
             self.directory / "checkpoints", config.checkpoint, layout, self.rollouts.ledger.saved
@@ -160,7 +160,6 @@ class _Run:
         config, trainer, rollouts, watch = self.config, self.trainer, self.rollouts, self.watch
         with watch("rollout"):
             groups = rollouts.collect(step)
-        watch.move(rollouts.drawn.seconds_verifying, "rollout", "verify")
         with watch("verify"):
             groups = exchange(route(groups, step, config, self.folder), self.layout)
             rollouts.make_room()
@@ -294,8 +293,8 @@ class _Run:
             self.trackers = Trackers(
                 start_trackers(self.config, step), lambda text: self.terminal.say(text, "bold red")
             )
-        recent = json.dumps([row for row in rows if "loss" in row][-REMEMBERED:]).encode()
-        self.rows = json.loads(self.layout.gather_bytes(recent)[0])  # only the first rank has read them
+        recent = [row for row in rows if "loss" in row][-REMEMBERED:]
+        self.rows = self.layout.broadcast(recent)  # only the first rank has read them
         self.rollouts.go_on(
             step, 0 if self.checkpoint is None else self.checkpoint.manifest.state["next_prompt"]
         )

@@ -45,7 +45,7 @@ class Saver:
         if layout.rank == 0:
             folders.tidy(directory)
         # A name that no other run's ranks use: what they leave behind is never taken for ours.
-        self.session = layout.gather_bytes(f"{time.time_ns():x}".encode())[0].decode()
+        self.session = layout.broadcast(f"{time.time_ns():x}")
         if not directory.parent.is_dir():
             raise ConfigError(
                 f"logging.dir: {directory.parent} was made by the first rank, but rank {layout.rank} does not see it"

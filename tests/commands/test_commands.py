@@ -8,6 +8,7 @@ import re
 
 import pytest
 from rich.console import Console
+from samples import sample_rows
 from small_run import QUICKSTART, small_config, small_run
 
 from megatron_srpo.commands.config import PAPER, check, keys
@@ -34,7 +35,7 @@ def shown(run, step, number):
 
 
 def test_inspect_shows_a_sample_token_by_token(run):
-    rows = [json.loads(line) for line in step_file(run, 1).read_text().splitlines()]
+    rows = sample_rows(step_file(run, 1))
     values = read_tokens(run, 1)
     number = next(
         n
