@@ -12,11 +12,11 @@ from samples import sample_rows
 from small_run import QUICKSTART, small_config, small_run
 
 from megatron_srpo.commands.config import PAPER, check, keys
-from megatron_srpo.commands.sample import sample
 from megatron_srpo.config.schema import Config, ConfigError, SGLangSection
 from megatron_srpo.data.rollout_file import step_file
 from megatron_srpo.observe.inspect import inspect, visible
 from megatron_srpo.observe.tokens import read_tokens
+from megatron_srpo.sampling import sample
 
 
 @pytest.fixture(scope="module")
