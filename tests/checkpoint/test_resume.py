@@ -282,6 +282,7 @@ def test_policy_and_teacher_become_hugging_face_folders(command, tmp_path, monke
 
     def tool(name, *arguments):
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        monkeypatch.syspath_prepend(START.parents[2] / "tools")
         with pytest.raises(SystemExit) as end:
             runpy.run_path(str(START.parents[2] / "tools" / f"{name}.py"), run_name="__main__")
         return end.value.code
