@@ -11,6 +11,7 @@ from megatron_srpo.config.schema import Config, ConfigError
 from megatron_srpo.data.records import Group
 from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.observe.stopwatch import Stopwatch
 from megatron_srpo.rollout.collect import Collector
 from megatron_srpo.rollout.drawing import Drawing, Drawn
 from megatron_srpo.rollout.engines import create_engine
@@ -29,10 +30,12 @@ class Rollouts:
     weights one version older.
     """
 
-    def __init__(self, config: Config, folder: HFFolder, layout: Layout, say: Callable[[str], None]):
+    def __init__(
+        self, config: Config, folder: HFFolder, layout: Layout, say: Callable[[str], None], watch: Stopwatch
+    ):
         settings = config.rollout
-        self.config, self.folder, self.layout = config, folder, layout
-        self.version, self.collector, self.drawn = "0", None, Drawn([], {}, 0.0)
+        self.config, self.folder, self.layout, self.watch = config, folder, layout, watch
+        self.version, self.collector, self.drawn = "0", None, Drawn([], {})
         self.ledger = Ledger(
             config.logging.dir / "ledger", layout, keeps_samples=config.checkpoint.save_interval > 0
         )
@@ -57,11 +60,7 @@ class Rollouts:
         if self.collector is None:
             return self._replay(step)
         ahead, self._ahead = self._ahead, None
-        self.drawn = (
-            self.drawing.draw(step, self.version)
-            if ahead is None
-            else ahead.result()._replace(seconds_verifying=0.0)
-        )
+        self.drawn = self.drawing.draw(step, self.version) if ahead is None else ahead.result()
         if self.config.rollout.overlap and step < self.config.train.steps:
             self._ahead = self._thread.submit(self.drawing.draw, step + 1, self.version)
         return self.drawn.groups

@@ -8,14 +8,15 @@ import re
 
 import pytest
 from rich.console import Console
+from samples import sample_rows
 from small_run import QUICKSTART, small_config, small_run
 
 from megatron_srpo.commands.config import PAPER, check, keys
-from megatron_srpo.commands.sample import sample
 from megatron_srpo.config.schema import Config, ConfigError, SGLangSection
 from megatron_srpo.data.rollout_file import step_file
 from megatron_srpo.observe.inspect import inspect, visible
 from megatron_srpo.observe.tokens import read_tokens
+from megatron_srpo.sampling import sample
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def shown(run, step, number):
 
 
 def test_inspect_shows_a_sample_token_by_token(run):
-    rows = [json.loads(line) for line in step_file(run, 1).read_text().splitlines()]
+    rows = sample_rows(step_file(run, 1))
     values = read_tokens(run, 1)
     number = next(
         n

@@ -44,7 +44,7 @@ from megatron_srpo.weights.transfer import Repeatable, save_hf
 
 ROOT = Path(__file__).parents[2]
 START = ROOT / "examples/quickstart/start"
-ALONE = Layout(0, 1, torch.device("cpu"), 0, 1, 0, 1, 0, 1, 1, True, True, False, None)
+ALONE = Layout.single()
 QWEN3 = {"vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "eos_token_id": 2}
 SHAPES = {
     "quickstart": {},

@@ -34,7 +34,7 @@ import torch
 from megatron_srpo.__main__ import quieten_libraries
 from megatron_srpo.config.load import load_config
 from megatron_srpo.config.schema import Config
-from megatron_srpo.data.records import Group, Prompt, Route, Sample, Verdict
+from megatron_srpo.data.records import Group, Prompt, Route, Sample, Segment, Verdict
 
 SHARED = {
     "model_type": "qwen3",
@@ -115,9 +115,13 @@ def make_groups(shape: Shape, algorithm: str, vocab_size: int) -> list[Group]:
                 Sample(
                     prompt=prompt,
                     index=index,
-                    response_ids=response,
-                    logprobs=(-6.0,) * len(response),
-                    versions=(("0", 0, len(response)),),
+                    segments=(
+                        Segment(
+                            ids=response,
+                            logprobs=(-6.0,) * len(response),
+                            versions=(("0", 0, len(response)),),
+                        ),
+                    ),
                     finish_reason="stop",
                     verdict=Verdict(reward=1.0, correct=True, format_ok=True),
                     route=route,
@@ -185,11 +189,11 @@ def measure(
             timed("update", trainer.update, batches, targets)
             steps.append({"seconds": time.perf_counter() - start, **row})
         best = min(steps[2:], key=lambda step: step["seconds"])
-        responses = sum(len(sample.response_ids) for sample in samples)
-        distilled = sum(len(sample.response_ids) for sample in samples if sample.route.distillation_weight)
+        responses = sum(sample.policy_tokens for sample in samples)
+        distilled = sum(sample.policy_tokens for sample in samples if sample.route.distillation_weight)
         workload = Workload(shape.prompt_tokens, responses // len(samples), distilled / responses)
         flops = sum(step_flops(folder.architecture, config, workload).values())
-        tokens = sum(len(sample.prompt.ids) + len(sample.response_ids) for sample in samples)
+        tokens = sum(len(sample.prompt.ids) + sample.policy_tokens for sample in samples)
         fullest = max(batches[0].micro_batches, key=lambda row: len(row.ids))
         batch = Batch(len(fullest.ids), len(fullest.targets), distilled)
         shut_down(layout)
