@@ -192,7 +192,8 @@ def run(arguments: argparse.Namespace, is_first: bool) -> int:
 def train_model(config, is_first: bool) -> int:
     """The train command. Returns the exit status."""
     from megatron_srpo.checkpoint.saver import SaveFailed
-    from megatron_srpo.train import TrainingInterrupted, TrainingStopped, train
+    from megatron_srpo.observe.reporter import TrainingStopped
+    from megatron_srpo.train import TrainingInterrupted, train
 
     try:
         train(config)
