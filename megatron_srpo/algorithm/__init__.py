@@ -7,9 +7,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from megatron_srpo.algorithm.advantage_mix import AdvantageMix
-from megatron_srpo.algorithm.grpo import GRPO
-from megatron_srpo.algorithm.sdpo import SDPO
-from megatron_srpo.algorithm.srpo import SRPO
+from megatron_srpo.algorithm.methods.advantage_mix import AdvantageMix
+from megatron_srpo.algorithm.methods.grpo import GRPO
+from megatron_srpo.algorithm.methods.sdpo import SDPO
+from megatron_srpo.algorithm.methods.srpo import SRPO
 
 AnyAlgorithm = Annotated[SRPO | GRPO | SDPO | AdvantageMix, Field(discriminator="name")]

@@ -15,11 +15,11 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from megatron_srpo.algorithm.advantage_mix import AdvantageMix
-from megatron_srpo.algorithm.grpo import GRPO
-from megatron_srpo.algorithm.sdpo import SDPO
+from megatron_srpo.algorithm.methods.advantage_mix import AdvantageMix
+from megatron_srpo.algorithm.methods.grpo import GRPO
+from megatron_srpo.algorithm.methods.sdpo import SDPO
+from megatron_srpo.algorithm.methods.srpo import SRPO
 from megatron_srpo.algorithm.settings import Algorithm
-from megatron_srpo.algorithm.srpo import SRPO
 from megatron_srpo.config.load import load_config
 from megatron_srpo.config.schema import Config, ConfigError
 

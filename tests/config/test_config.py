@@ -5,10 +5,10 @@ import re
 import pytest
 import yaml
 
-from megatron_srpo.algorithm.advantage_mix import AdvantageMix
-from megatron_srpo.algorithm.grpo import GRPO
-from megatron_srpo.algorithm.sdpo import SDPO
-from megatron_srpo.algorithm.srpo import SRPO
+from megatron_srpo.algorithm.methods.advantage_mix import AdvantageMix
+from megatron_srpo.algorithm.methods.grpo import GRPO
+from megatron_srpo.algorithm.methods.sdpo import SDPO
+from megatron_srpo.algorithm.methods.srpo import SRPO
 from megatron_srpo.config.load import load_config, save_config
 from megatron_srpo.config.schema import Config, ConfigError
 
