@@ -15,10 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from megatron_srpo.algorithm.methods.advantage_mix import AdvantageMix
-from megatron_srpo.algorithm.methods.grpo import GRPO
-from megatron_srpo.algorithm.methods.sdpo import SDPO
-from megatron_srpo.algorithm.methods.srpo import SRPO
+from megatron_srpo.algorithm import METHODS
 from megatron_srpo.algorithm.settings import Algorithm
 from megatron_srpo.config.load import load_config
 from megatron_srpo.config.schema import Config, ConfigError
@@ -89,25 +86,22 @@ def _is_section(annotation: Any) -> bool:
 
 def _algorithm_keys() -> Iterator[Key]:
     """A key with the same default in all algorithms once; else with each one's own."""
-    algorithms = {"srpo": SRPO, "grpo": GRPO, "sdpo": SDPO, "advantage_mix": AdvantageMix}
-    for name in dict.fromkeys(name for model in algorithms.values() for name in model.model_fields):
+    for name in dict.fromkeys(name for model in METHODS.values() for name in model.model_fields):
         fields = {
-            label: model.model_fields[name]
-            for label, model in algorithms.items()
-            if name in model.model_fields
+            label: model.model_fields[name] for label, model in METHODS.items() if name in model.model_fields
         }
         defaults = {label: _default(field) for label, field in fields.items()}
         first = next(iter(fields.values()))
         if name == "name":
             yield Key(
                 "algorithm.name",
-                " | ".join(algorithms),
+                " | ".join(METHODS),
                 "srpo",
                 "the method; sets its paper's defaults",
                 PAPER["algorithm.name"],
             )
             continue
-        same = len(set(defaults.values())) == 1 and len(fields) == len(algorithms)
+        same = len(set(defaults.values())) == 1 and len(fields) == len(METHODS)
         default = (
             next(iter(defaults.values()))
             if same
