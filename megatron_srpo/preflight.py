@@ -55,7 +55,7 @@ def describe_setup(config: Config, folder: HFFolder, layout: Layout) -> list[str
         layers = "Transformer Engine"
     lines = [f"{layout.device.type}, {str(model_dtype(config)).removeprefix('torch.')}, {layers}"]
     prompt = config.rollout.max_prompt_tokens
-    if config.algorithm.distils:
+    if config.algorithm.uses_teacher:
         prompt = max(prompt, config.teacher.max_prompt_tokens)
     longest = prompt + config.rollout.max_response_tokens
     positions = folder.architecture.max_position_embeddings

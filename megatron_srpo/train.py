@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 from megatron_srpo.checkpoint import resume
-from megatron_srpo.checkpoint.folder import FORMAT, Manifest
+from megatron_srpo.checkpoint.folder import Counters, RunInfo
 from megatron_srpo.checkpoint.saver import Saver
-from megatron_srpo.checkpoint.state import numbers, snapshot
 from megatron_srpo.config.load import save_config
 from megatron_srpo.config.schema import Config
 from megatron_srpo.distributed.heartbeat import PROGRESS
 from megatron_srpo.distributed.layout import Layout, joined
 from megatron_srpo.distributed.stop import StopRequest
 from megatron_srpo.evaluation.evaluator import Evaluator, create_evaluator
-from megatron_srpo.model.build import model_dtype
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.observe.profiler import StepProfiler
 from megatron_srpo.observe.reporter import Reporter, TrainingStopped
@@ -86,7 +83,11 @@ class Training:
         self.dump = StepDump(config.logging, layout, config.rollout.temperature, folder.tokenizer.decode)
         self.profiler = StepProfiler(self.directory / "profile", config.logging, layout)
         self.saver = Saver(
-            self.directory / "checkpoints", config.checkpoint, layout, self.rollouts.ledger.saved
+            self.directory / "checkpoints",
+            config.checkpoint,
+            layout,
+            RunInfo.of(config, folder.architecture, layout),
+            self.rollouts.ledger.saved,
         )
 
     def run(self) -> None:
@@ -157,14 +158,11 @@ class Training:
 
     def _restore(self) -> tuple[int, bool]:
         """Restore the newest checkpoint. Returns its step (0 at the start), and whether it is evaluated."""
-        step, is_evaluated, state = 0, False, {"skipped_in_a_row": 0, "next_prompt": 0}
-        if self.checkpoint is not None:
-            manifest = self.checkpoint.manifest
-            step, is_evaluated, state = manifest.step, manifest.evaluation is not None, manifest.state
-            resume.go_on(self.trainer, self.checkpoint, self.layout, self.terminal.say)
-            self.terminal.say(f"resuming from step {step}: {self.checkpoint.folder}", "bold")
-        self.reporter.resume(step, is_evaluated, state["skipped_in_a_row"])
-        self.rollouts.go_on(step, state["next_prompt"])
+        step, is_evaluated, counters = resume.restore(
+            self.checkpoint, self.trainer, self.layout, self.terminal.say
+        )
+        self.reporter.resume(step, is_evaluated, counters.skipped_in_a_row)
+        self.rollouts.go_on(step, counters.next_prompt)
         return step, is_evaluated
 
     def _save(self, step: int, evaluation: dict | None, reason: str | None) -> None:
@@ -172,24 +170,8 @@ class Training:
         interval, last = self.config.checkpoint.save_interval, self.config.train.steps
         if interval and (step % interval == 0 or step == last or reason is not None):
             with self.watch("checkpoint"):
-                position = {
-                    "skipped_in_a_row": self.reporter.skipped_in_a_row,
-                    "next_prompt": self.rollouts.next_prompt,
-                }
-                manifest = Manifest(
-                    format=FORMAT,
-                    step=step,
-                    session=self.saver.session,
-                    architecture=dataclasses.asdict(self.folder.architecture),
-                    dtype=str(model_dtype(self.config)).removeprefix("torch."),
-                    config=self.config.model_dump(mode="json"),
-                    versions=resume.package_versions(),
-                    world_size=self.layout.world_size,
-                    state=numbers(self.trainer) | position,
-                    evaluation=evaluation,
-                    files={},
-                )
-                self.saver.save(snapshot(self.trainer), manifest)
+                counters = Counters(self.reporter.skipped_in_a_row, self.rollouts.next_prompt)
+                self.saver.save(step, self.trainer, counters, evaluation)
         if problem := self.saver.news():  # the checkpoint before stays
             self.terminal.say(problem, "bold red")
         evaluates = self.evaluator is not None and interval > 0  # a resumed run evaluates the last step

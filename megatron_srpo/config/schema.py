@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from megatron_srpo.algorithm import AnyAlgorithm
-from megatron_srpo.algorithm.srpo import SRPO
+from megatron_srpo.algorithm.methods.srpo import SRPO
 
 
 class ConfigError(ValueError):

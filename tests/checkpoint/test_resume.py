@@ -225,9 +225,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_loudly(command, whole, tmp_p
     file.write_bytes(file.read_bytes()[:-100] + b"\1" * 100)
     status, said = command(run)
     assert (
-        status == 0
-        and f"the checkpoint of step {STEPS} is passed over" in said
-        and "its content has changed" in said
+        status == 0 and f"skipping checkpoint at step {STEPS}" in said and "its content has changed" in said
     )
     assert "resuming from step 2" in said
     assert_same(run, whole)
@@ -241,7 +239,7 @@ def test_without_a_whole_checkpoint_nothing_is_begun_anew_in_silence(command, wh
     before = rows(run)
     status, said = command(run)
     assert (
-        status == 2 and "is whole; remove that folder to start the run anew" in said and rows(run) == before
+        status == 2 and "is valid; remove that folder to start the run over" in said and rows(run) == before
     )
 
 
@@ -285,6 +283,7 @@ def test_policy_and_teacher_become_hugging_face_folders(command, tmp_path, monke
 
     def tool(name, *arguments):
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        monkeypatch.syspath_prepend(START.parents[2] / "tools")
         with pytest.raises(SystemExit) as end:
             runpy.run_path(str(START.parents[2] / "tools" / f"{name}.py"), run_name="__main__")
         return end.value.code
