@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from megatron_srpo.algorithm import AnyAlgorithm
-from megatron_srpo.algorithm.srpo import SRPO
+from megatron_srpo.algorithm.methods.srpo import SRPO
 from megatron_srpo.config.engines import ENGINES, EngineName, EngineTraits
 
 

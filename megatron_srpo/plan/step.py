@@ -72,7 +72,7 @@ def step_flops(architecture: Architecture, config: Config, workload: Workload) -
     flops = {"update": 3 * forward + (3 + share) * responses * head}
     if config.mini_batch_prompts < config.rollout.prompts_per_step:
         flops["scoring"] = forward + responses * head
-    if config.algorithm.distils and share:
+    if config.algorithm.uses_teacher and share:
         document = workload.teacher_document(config)
         flops["teacher"] = (
             forward_flops(architecture, share * samples * document, document) + share * responses * head
@@ -123,7 +123,7 @@ def traffic(
     trained = samples * workload.document / ranks
     taught = (
         samples * workload.distilled_share * workload.teacher_document(config) / ranks
-        if config.algorithm.distils
+        if config.algorithm.uses_teacher
         else 0
     )
     forward_only = taught + (trained if config.mini_batch_prompts < rollout.prompts_per_step else 0)
@@ -186,7 +186,7 @@ def _replication(
     buckets = math.ceil(own.total / max(40e6, 1e6 * copies[0]))  # Megatron's default bucket size
     each = (4 + size) if parallel.use_distributed_optimizer else 8
     found = {"gradients": Transfer(updates * each * moved, 2 * updates * buckets, copies[0], bandwidth)}
-    if config.algorithm.distils and config.teacher.kind == "ema":
+    if config.algorithm.uses_teacher and config.teacher.kind == "ema":
         layers = a.num_hidden_layers // parallel.pipeline_model_parallel_size
         matrices = 8 + 2 * a.num_experts // parallel.expert_model_parallel_size
         found["teacher"] = Transfer(2 * size * moved, layers * matrices, copies[0], bandwidth)
