@@ -126,7 +126,7 @@ def test_a_full_disk_ends_the_run_with_a_line(start, command, tmp_path):
     assert (
         status == 1
         and error
-        == f"stopped: logging.dir: {tmp_path / 'run'}: File too large; make room and give the command again\n"
+        == f"stopped: logging.dir: {tmp_path / 'run'}: File too large; free some space and run the same command again\n"
     )
 
 
