@@ -14,6 +14,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_srpo", "megatron_srpo.*"]),
     package_data={"megatron_srpo.observe": ["page/*"]},
+    entry_points={"console_scripts": ["srpo = megatron_srpo.__main__:main"]},
     install_requires=[
         "torch>=2.9.0a0",  # NVIDIA's images name theirs so
         "megatron-core>=0.16.1,<0.20",
@@ -24,6 +25,7 @@ setup(
         "pydantic>=2.10",
         "pyyaml>=6.0",
         "rich>=13.9",
+        "filelock>=3.13",
         "httpx>=0.27",
         "sniffio>=1.3",  # httpx looks for it four times a request, which costs more where it is missing
     ],

@@ -71,7 +71,7 @@ def test_exchange(start, ranks):
         for current in range(ranks):
             exchange(own[current], layout)
         payloads = [sent[rank][0] for rank in range(ranks)]
-        patch.setattr(Layout, "gather_bytes", lambda self, mine, beside=False: payloads)
+        patch.setattr(Layout, "gather_bytes", lambda self, mine, background=False: payloads)
         assert exchange(own[0], layout) == list(groups)
     assert all(len(messages) == 1 for messages in sent.values())
     lines = sum(len(sample.model_dump_json().encode()) + 1 for sample in samples_of(groups))

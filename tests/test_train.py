@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from rollouts import write_rollouts
+from samples import sample_rows
 from tiny import make_model, save_folder
 
 from megatron_srpo.__main__ import main
@@ -125,7 +126,7 @@ def test_a_full_disk_ends_the_run_with_a_line(start, command, tmp_path):
     assert (
         status == 1
         and error
-        == f"stopped: logging.dir: {tmp_path / 'run'}: File too large; make room and give the command again\n"
+        == f"stopped: logging.dir: {tmp_path / 'run'}: File too large; free some space and run the same command again\n"
     )
 
 
@@ -183,7 +184,7 @@ def test_a_run_leaves_its_folder_and_replays_itself(start, command, tmp_path):
         " seconds_update seconds_publish weight_version"
     )
     assert set(documented.split()) <= set(steps[0])
-    line = json.loads((sampled / "rollouts" / "step_000002.jsonl").read_text().split("\n")[0])
+    line = sample_rows(sampled / "rollouts" / "step_000002.jsonl")[0]
     assert line["step"] == 2 and line["versions"] == [["1", 0, len(line["response_ids"])]]
     assert {"branch", "advantage", "teacher_ids"} <= set(line["route"])
     assert yaml.safe_load((sampled / "config.yaml").read_text())["train"]["seed"] == 3

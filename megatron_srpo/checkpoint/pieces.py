@@ -3,12 +3,12 @@
 A piece is a range of flat elements of one rank's part of a parameter. Its name in the rank's safetensors file
 says all of it:
 
-    kind | first Hugging Face name of the table's row | part / parts over tensor-parallel ranks | shape of the
+    kind | first Hugging Face name of the table's mapping | part / parts over tensor-parallel ranks | shape of the
     part | first element
 
 Kinds: `policy` (the fp32 master weights), `exp_avg`, `exp_avg_sq`, `teacher`. Where reader and writer cut a
 parameter alike over tensor-parallel ranks, a range is read as it lies in the files; otherwise through the
-table (`weights/table.py`): the parts' Hugging Face tensors are put together and cut anew. No pickle anywhere.
+table (`model/mapping.py`): the parts' Hugging Face tensors are put together and cut anew. No pickle anywhere.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_srpo.checkpoint.folder import DamagedCheckpoint
-from megatron_srpo.model.hf_folder import Architecture
-from megatron_srpo.weights.table import Row
+from megatron_srpo.model.mapping import TensorMapping
 
 GENERATOR = "rng|"  # before the names of a rank's random generators
 
@@ -62,8 +61,7 @@ class SavedTensors:
     Use in a `with` statement; methods raise DamagedCheckpoint.
     """
 
-    def __init__(self, files: Iterable[Path], architecture: Architecture):
-        self.architecture = architecture
+    def __init__(self, files: Iterable[Path]):
         self._stack = ExitStack()
         self._pieces: dict[tuple[str, str], list[tuple[Piece, int, object]]] = {}
         self._files = []
@@ -99,7 +97,7 @@ class SavedTensors:
             if key.startswith(GENERATOR)
         }  # noqa: SIM118
 
-    def read(self, own: Piece, end: int, row: Row) -> Tensor:
+    def read(self, own: Piece, end: int, mapping: TensorMapping) -> Tensor:
         """Flat elements own.start … end - 1 of a rank's part of a parameter, in the dtype they were saved
         in.
         """
@@ -107,16 +105,16 @@ class SavedTensors:
         saved = pieces[0][0]
         if (saved.parts, saved.shape) == (own.parts, own.shape):
             return self._flat(pieces, own.part, own.start, end)
-        whole = self.whole(own.kind, own.name, row)
-        return row.cut(whole, own.part, own.parts, own.shape, self.architecture).reshape(-1)[own.start : end]
+        whole = self.whole(own.kind, own.name, mapping)
+        return mapping.cut(whole, own.part, own.parts, own.shape).reshape(-1)[own.start : end]
 
-    def whole(self, kind: str, name: str, row: Row) -> list[Tensor]:
-        """The Hugging Face tensors of a row, in the row's order; `name` is the first one's."""
+    def whole(self, kind: str, name: str, mapping: TensorMapping) -> list[Tensor]:
+        """The Hugging Face tensors of a mapping, in the mapping's order; `name` is the first one's."""
         pieces = self._of(kind, name)
         saved = pieces[0][0]
         numel = torch.Size(saved.shape).numel()
         parts = [self._flat(pieces, part, 0, numel).view(saved.shape) for part in range(saved.parts)]
-        return row.join(parts, self.architecture)
+        return mapping.join(parts)
 
     def _of(self, kind: str, name: str) -> list:
         if (kind, name) not in self._pieces:

@@ -10,10 +10,10 @@ from torch.nn import Parameter
 
 from megatron_srpo.checkpoint.pieces import GENERATOR, Piece, SavedTensors
 from megatron_srpo.distributed.layout import random_states, restore_random_states
+from megatron_srpo.model.mapping import TensorMapping
 from megatron_srpo.training.optimizer import MOMENTS
 from megatron_srpo.training.trainer import Trainer
-from megatron_srpo.weights.table import Row
-from megatron_srpo.weights.transfer import Part, parameters_of
+from megatron_srpo.weights.transfer import ParameterShard, parameters_of
 
 
 def snapshot(trainer: Trainer) -> dict[str, Tensor]:
@@ -25,19 +25,19 @@ def snapshot(trainer: Trainer) -> dict[str, Tensor]:
     teacher = trainer.teacher if trainer.teacher is not None and trainer.teacher.has_weights else None
     for position, (_, parameter, part) in enumerate(_parameters(trainer)):
         shard = trainer.optimizer.shard_of(parameter)
-        if not part.is_only_copy or shard.start == shard.end:
+        if not part.is_primary or shard.start == shard.end:
             continue
         kinds = {"policy": shard.values, **shard.moments}
         if teacher is not None:
             kinds["teacher"] = teacher.share(position, shard)
         for kind, values in kinds.items():
-            piece = Piece(kind, part.name, part.number, part.parts, tuple(parameter.shape), shard.start)
+            piece = Piece(kind, part.name, part.index, part.count, tuple(parameter.shape), shard.start)
             tensors[piece.key] = values.detach().to("cpu", copy=True).contiguous()
     return tensors | {f"{GENERATOR}{name}": state for name, state in random_states().items()}
 
 
-def numbers(trainer: Trainer) -> dict[str, int]:
-    """What the trainer knows besides tensors, the same on every rank."""
+def scalars(trainer: Trainer) -> dict[str, int]:
+    """Return the trainer's counters, which are the same on every rank."""
     return {
         "schedule_steps": trainer.optimizer.schedule.num_steps,
         "optimizer_updates": trainer.optimizer.updates,
@@ -45,7 +45,7 @@ def numbers(trainer: Trainer) -> dict[str, int]:
 
 
 @torch.no_grad()
-def restore(trainer: Trainer, saved: SavedTensors, state: dict[str, int]) -> None:
+def restore_trainer(trainer: Trainer, saved: SavedTensors, state: dict[str, int]) -> None:
     """Put policy, optimizer, schedule and teacher back, on whatever layout.
 
     Raises DamagedCheckpoint for what is missing.
@@ -54,9 +54,11 @@ def restore(trainer: Trainer, saved: SavedTensors, state: dict[str, int]) -> Non
     optimizer, teacher = trainer.optimizer, trainer.teacher
     optimizer.schedule.num_steps, optimizer.updates = state["schedule_steps"], state["optimizer_updates"]
 
-    def read(kind: str, start: int, end: int, row: Row, parameter: Parameter, part: Part) -> Tensor:
+    def read(
+        kind: str, start: int, end: int, mapping: TensorMapping, parameter: Parameter, part: ParameterShard
+    ) -> Tensor:
         return saved.read(
-            Piece(kind, part.name, part.number, part.parts, tuple(parameter.shape), start), end, row
+            Piece(kind, part.name, part.index, part.count, tuple(parameter.shape), start), end, mapping
         )
 
     for where in _parameters(trainer):
@@ -79,7 +81,7 @@ def restore_generators(saved: SavedTensors, rank: int) -> None:
     restore_random_states(saved.generators(rank))
 
 
-def _parameters(trainer: Trainer) -> Iterator[tuple[Row, Parameter, Part]]:
-    """(row, parameter, where its part belongs) of this rank's policy."""
-    for row, prefix, parameter in parameters_of(trainer.chunks):
-        yield row, parameter, Part.of(row, prefix, trainer.folder.architecture)
+def _parameters(trainer: Trainer) -> Iterator[tuple[TensorMapping, Parameter, ParameterShard]]:
+    """(mapping, parameter, where its part belongs) of this rank's policy."""
+    for location, parameter in parameters_of(trainer.chunks, trainer.folder.architecture):
+        yield location.mapping, parameter, ParameterShard.of(location)

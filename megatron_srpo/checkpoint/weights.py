@@ -13,8 +13,8 @@ from torch import Tensor
 from megatron_srpo.checkpoint import folder as folders
 from megatron_srpo.checkpoint.pieces import SavedTensors
 from megatron_srpo.distributed.files import FileError
-from megatron_srpo.model.hf_folder import Architecture
-from megatron_srpo.weights.sources import Place, places
+from megatron_srpo.model.families import architecture_from_dict
+from megatron_srpo.weights.sources import CheckpointSlice, checkpoint_slices
 
 
 def is_of_a_run(path: Path) -> bool:
@@ -43,16 +43,16 @@ class RunTensors:
         self.folder = checkpoint_of(path)
         manifest = folders.read_manifest(self.folder)
         folders.check_files(self.folder, manifest)
-        self.kind, self.architecture = kind, Architecture.from_dict(manifest.architecture)
+        self.kind, self.architecture = kind, architecture_from_dict(manifest.architecture)
         self._dtype = getattr(torch, manifest.dtype)
-        self._saved = SavedTensors([self.folder / name for name in sorted(manifest.files)], self.architecture)
+        self._saved = SavedTensors([self.folder / name for name in sorted(manifest.files)])
         if kind not in self._saved.kinds():
             raise FileError(
                 f"{self.folder}: holds no {kind}: this run has none besides the policy (grpo, or teacher.kind: live)"
             )
         self._shapes = self.architecture.tensor_shapes()
-        self._places = {name: place for place in places(self.architecture) for name in place.names}
-        self._last: tuple[Place, dict[str, Tensor]] | None = None
+        self._places = {name: place for place in checkpoint_slices(self.architecture) for name in place.names}
+        self._last: tuple[CheckpointSlice, dict[str, Tensor]] | None = None
 
     def names(self) -> list[str]:
         """All names."""
@@ -67,12 +67,12 @@ class RunTensors:
         return self._dtype
 
     def tensor(self, name: str) -> Tensor:
-        """Put together from the ranks' pieces; the row's other tensors are kept until another row is asked
+        """Put together from the ranks' pieces; the tensors mapped with it are kept until others are asked
         for.
         """
         place = self._places[name]
         if self._last is None or self._last[0] != place:
             self._last = None  # free before reading
-            whole = self._saved.whole(self.kind, place.names[0], place.row)
+            whole = self._saved.whole(self.kind, place.names[0], place.mapping)
             self._last = place, dict(zip(place.names, whole, strict=True))
         return self._last[1][name]

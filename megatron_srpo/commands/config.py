@@ -1,65 +1,64 @@
-"""The config command: every key with its type, default, meaning and place in the papers; and the check of a
-file.
-"""
+"""srpo config: every key of the configuration, or the check of a file."""
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
-import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Any, NamedTuple
 
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
-
-from megatron_srpo.algorithm.advantage_mix import AdvantageMix
-from megatron_srpo.algorithm.grpo import GRPO
-from megatron_srpo.algorithm.sdpo import SDPO
 from megatron_srpo.algorithm.settings import Algorithm
-from megatron_srpo.algorithm.srpo import SRPO
+from megatron_srpo.commands.common import add_overrides
 from megatron_srpo.config.load import load_config
 from megatron_srpo.config.schema import Config, ConfigError
 
-# Where the papers say it: SRPO = arXiv 2604.02288, SDPO = arXiv 2601.20802.
+HELP = "print every key of the configuration, or check a file"
+
+# Where the papers define a key: SRPO = arXiv 2604.02288, SDPO = arXiv 2601.20802.
 PAPER = {
     "algorithm.name": "SRPO §3",
-    "algorithm.lr": "SRPO §4.1",
-    "algorithm.mini_batch_prompts": "SRPO §4.1",
     "algorithm.advantage_std": "SRPO §2.1 (with), §4.1 (without)",
     "algorithm.clip_low": "SRPO §2.1",
     "algorithm.clip_high": "SRPO §2.1",
     "algorithm.loss_aggregation": "SRPO §3.3",
-    "algorithm.divergence": "SDPO",
-    "algorithm.divergence_support": "SDPO",
-    "algorithm.divergence_topk": "SRPO §4.1",
     "algorithm.entropy_beta": "SRPO §3, §4.1",
-    "teacher.kind": "SDPO",
-    "teacher.ema_rate": "SRPO §4.1",
-    "teacher.feedback": "SDPO",
-    "rollout.prompts_per_step": "SRPO §4.1",
-    "rollout.samples_per_prompt": "SRPO §4.1",
-    "rollout.temperature": "SRPO §4.1",
-    "rollout.top_p": "SRPO §4.1",
-    "rollout.max_prompt_tokens": "SRPO §4.1",
-    "rollout.max_response_tokens": "SRPO §4.1",
-    "rollout.enable_thinking": "SRPO §4.1",
-    "optimizer.lr_warmup_steps": "SRPO §4.1",
-    "optimizer.weight_decay": "SRPO §4.1",
-    "optimizer.clip_grad": "SRPO §4.1",
-    "evaluation.every": "SRPO §4.1",
-    "evaluation.samples": "SRPO §4.1",
-    "evaluation.temperature": "SRPO §4.1",
-    "evaluation.top_p": "SRPO §4.1",
 }
+_SECTION_4_1 = {
+    "algorithm": ("lr", "mini_batch_prompts", "divergence_topk"),
+    "teacher": ("ema_rate",),
+    "rollout": ("prompts_per_step", "samples_per_prompt", "temperature", "top_p", "enable_thinking"),
+    "optimizer": ("lr_warmup_steps", "weight_decay", "clip_grad"),
+    "evaluation": ("every", "samples", "temperature", "top_p"),
+}
+PAPER |= {f"{section}.{name}": "SRPO §4.1" for section, names in _SECTION_4_1.items() for name in names}
+PAPER |= dict.fromkeys(("rollout.max_prompt_tokens", "rollout.max_response_tokens"), "SRPO §4.1")
+PAPER |= dict.fromkeys(("algorithm.divergence", "algorithm.divergence_support"), "SDPO")
+PAPER |= dict.fromkeys(("teacher.kind", "teacher.feedback"), "SDPO")
+_TYPES = {"integer": "integer", "number": "number", "string": "text", "boolean": "true | false"}
+_TYPES |= {"object": "mapping", "null": "null"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--check", type=Path, metavar="FILE", help="find what is wrong with it, without starting anything")
+    add("--processes", type=int, help="that the run will have; default: as few as its layout needs")
+    add_overrides(parser, "with --check: replace the file's")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.check is not None:
+        print(check(arguments.check, arguments.overrides, arguments.processes))
+    elif arguments.overrides:
+        raise ConfigError(f"config: {arguments.overrides[0]!r} needs --check FILE")
+    else:
+        print_keys()
+    return 0
 
 
 class Key(NamedTuple):
-    """One key of the configuration. default: as in YAML, or "required"; paper: where the papers say it, or
-    "".
-    """
+    """One key. `default` is as in YAML, or "required"; `paper` names a section of a paper, or is empty."""
 
     name: str
     type: str
@@ -69,129 +68,118 @@ class Key(NamedTuple):
 
 
 def keys() -> Iterator[Key]:
-    """Every key, in the order of the sections."""
-    for section, field in Config.model_fields.items():
-        yield from _algorithm_keys() if section == "algorithm" else _keys_of(section, field)
+    """Yield every key, in the order of the sections."""
+    schema = Config.model_json_schema()
+    for section, field in schema["properties"].items():
+        if "oneOf" in field:
+            yield from _method_keys(section, field["oneOf"], schema)
+        else:
+            yield from _keys_of(section, field, schema, section in schema["required"])
 
 
-def _keys_of(name: str, field: FieldInfo) -> Iterator[Key]:
-    """The key itself, or, of a section, the keys in it."""
-    if not _is_section(field.annotation):
-        yield _key(name, field, _default(field), field.description)
+def _keys_of(name: str, field: dict[str, Any], schema: dict[str, Any], required: bool) -> Iterator[Key]:
+    """Yield the key itself or, of a section, the keys in it."""
+    if "$ref" not in field:
+        default = "required" if required else _default(field)
+        yield _key(name, field, default, field.get("description", ""), schema)
         return
-    for inner, inner_field in field.annotation.model_fields.items():
-        yield from _keys_of(f"{name}.{inner}", inner_field)
+    section = _resolve(field, schema)
+    for inner, inner_field in section["properties"].items():
+        yield from _keys_of(f"{name}.{inner}", inner_field, schema, inner in section.get("required", ()))
 
 
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
-
-
-def _algorithm_keys() -> Iterator[Key]:
-    """A key with the same default in all algorithms once; else with each one's own."""
-    algorithms = {"srpo": SRPO, "grpo": GRPO, "sdpo": SDPO, "advantage_mix": AdvantageMix}
-    for name in dict.fromkeys(name for model in algorithms.values() for name in model.model_fields):
-        fields = {
-            label: model.model_fields[name]
-            for label, model in algorithms.items()
-            if name in model.model_fields
-        }
-        defaults = {label: _default(field) for label, field in fields.items()}
+def _method_keys(section: str, references: list[dict[str, Any]], schema: dict[str, Any]) -> Iterator[Key]:
+    """Yield the keys of the methods: one default if it is the same in all of them, else each one's own."""
+    models = [_resolve(reference, schema)["properties"] for reference in references]
+    methods = {model["name"]["const"]: model for model in models}
+    meaning = "the method; sets its paper's defaults"
+    usual = Config.model_fields[section].default.name
+    yield Key(f"{section}.name", " | ".join(methods), usual, meaning, PAPER[f"{section}.name"])
+    for name in dict.fromkeys(name for model in models for name in model if name != "name"):
+        fields = {method: model[name] for method, model in methods.items() if name in model}
+        defaults = {method: _default(field) for method, field in fields.items()}
         first = next(iter(fields.values()))
-        if name == "name":
-            yield Key(
-                "algorithm.name",
-                " | ".join(algorithms),
-                "srpo",
-                "the method; sets its paper's defaults",
-                PAPER["algorithm.name"],
-            )
-            continue
-        same = len(set(defaults.values())) == 1 and len(fields) == len(algorithms)
-        default = (
-            next(iter(defaults.values()))
-            if same
-            else ", ".join(f"{label}: {value}" for label, value in defaults.items())
-        )
-        # A field declared anew in a subclass has the base's meaning.
-        description = first.description or Algorithm.model_fields[name].description
-        yield _key(f"algorithm.{name}", Algorithm.model_fields.get(name, first), default, description)
+        default = next(iter(defaults.values()))
+        if len(set(defaults.values())) > 1 or len(fields) < len(methods):
+            default = ", ".join(f"{method}: {value}" for method, value in defaults.items())
+        # A field declared again in a subclass has the base's description.
+        base = Algorithm.model_fields.get(name)
+        meaning = first.get("description") or (base and base.description) or ""
+        yield _key(f"{section}.{name}", first, default, meaning, schema)
 
 
-def _key(name: str, field: FieldInfo, default: str, description: str | None) -> Key:
-    return Key(name, type_name(field.annotation), default, description or "", PAPER.get(name, ""))
+def _key(name: str, field: dict[str, Any], default: str, meaning: str, schema: dict[str, Any]) -> Key:
+    return Key(name, _type_name(field, schema), default, meaning, PAPER.get(name, ""))
 
 
-def _default(field: FieldInfo) -> str:
-    value = field.get_default(call_default_factory=True)
-    if value is PydanticUndefined:
-        return "required"
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    if isinstance(value, tuple | list):
+def _resolve(field: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    return schema["$defs"][field["$ref"].rpartition("/")[2]]
+
+
+def _default(field: dict[str, Any]) -> str:
+    """Return the default as in YAML; a mapping's is empty."""
+    value = field.get("default", {})
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
         return f"[{', '.join(map(str, value))}]"
     return str(value)
 
 
-def type_name(annotation: Any) -> str:
-    """A type as people write it in YAML."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
-        return " | ".join(map(str, arguments))
-    if origin in (Union, types.UnionType):
-        return " | ".join("null" if one is type(None) else type_name(one) for one in arguments)
-    if origin in (list, tuple):
-        return f"list of {type_name(arguments[0])}"
-    if origin is dict:
-        return "mapping"
-    if _is_section(annotation):
-        return f"{{{', '.join(annotation.model_fields)}}}"
-    if arguments:  # Annotated
-        return type_name(arguments[0])
-    names = {int: "integer", float: "number", str: "text", bool: "true | false", Path: "path"}
-    return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
+def _type_name(field: dict[str, Any], schema: dict[str, Any]) -> str:
+    """Return a JSON schema's type as people write it in YAML."""
+    if "$ref" in field:
+        return f"{{{', '.join(_resolve(field, schema)['properties'])}}}"
+    if "anyOf" in field:
+        return " | ".join(_type_name(one, schema) for one in field["anyOf"])
+    if "enum" in field:
+        return " | ".join(map(str, field["enum"]))
+    if "const" in field:
+        return str(field["const"])
+    if field.get("type") == "array":
+        return f"list of {_type_name(field.get('items') or field['prefixItems'][0], schema)}"
+    return "path" if field.get("format") == "path" else _TYPES[field["type"]]
 
 
 def print_keys() -> None:
-    """Every key to the terminal, section by section."""
+    """Print every key, section by section."""
     from rich.console import Console
     from rich.text import Text
 
-    console, before = Console(highlight=False), None
+    console, section = Console(highlight=False), ""
     for key in keys():
-        section = key.name.partition(".")[0]
-        if section != before:
+        if section != (section := key.name.partition(".")[0]):
             console.print(Text(f"\n{section}", style="bold"))
-            before = section
         default = key.default if key.default.startswith("[") else f"[{key.default}]"
         line = Text.assemble("  ", (key.name, "cyan"), f"  {key.type}  ", (default, "green"))
         console.print(line, soft_wrap=True)
-        meaning = f"{key.help}{f'  ({key.paper})' if key.paper else ''}"
-        if meaning:
-            console.print(Text(f"      {meaning}", style="dim"), soft_wrap=True)
+        if key.help or key.paper:
+            paper = f"  ({key.paper})" if key.paper else ""
+            console.print(Text(f"      {key.help}{paper}", style="dim"), soft_wrap=True)
 
 
 def check(path: Path, overrides: list[str], processes: int | None) -> str:
-    """Everything a run would check before it starts; says what would run. Raises ConfigError.
+    """Check all that a run checks before it starts and describe what would run.
 
-    processes: that the run will have; None: as few as its layout needs.
+    Args:
+        processes: Number of processes that the run will have; None: as few as its layout needs.
+
+    Raises:
+        ConfigError: What a run would refuse.
     """
     from megatron_srpo.preflight import preflight
 
     if processes is not None and processes < 1:
         raise ConfigError(f"--processes: {processes}; expected 1 or more")
     config = load_config(path, overrides)
-    parallel = config.parallel
-    experts = (
-        parallel.expert_tensor_size
-        * parallel.expert_model_parallel_size
-        * parallel.pipeline_model_parallel_size
-    )
+    parallel, rollout = config.parallel, config.rollout
+    experts = parallel.expert_tensor_size * parallel.expert_model_parallel_size
+    experts *= parallel.pipeline_model_parallel_size
     processes = processes or math.lcm(parallel.replica_size, experts)
     os.environ["WORLD_SIZE"] = str(processes)
     folder = preflight(config)
-    samples = f"{config.rollout.prompts_per_step} × {config.rollout.samples_per_prompt} samples"
     return (
-        f"{path}: can be run: {config.algorithm.name} on {folder.path.name}, {config.train.steps} steps of {samples},"
+        f"{path}: can be run: {config.algorithm.name} on {folder.path.name}, {config.train.steps} steps of"
+        f" {rollout.prompts_per_step} × {rollout.samples_per_prompt} samples,"
         f" {processes} process{'es' * (processes > 1)}, run folder {config.logging.dir}"
     )

@@ -1,89 +1,23 @@
-"""The sample command: rollouts of the start model (or a checkpoint), verified, routed and dumped as a
-training run's, without any training.
-
-What is sampled can be looked at (report, inspect) and trained on later, on any layout and by any algorithm
-(`rollout.replay`).
-"""
+"""srpo sample: rollouts without training."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+import argparse
 
-from megatron_srpo.config.load import save_config
-from megatron_srpo.config.schema import Config, ConfigError, ResumeSection
-from megatron_srpo.data.rollout_file import dump
-from megatron_srpo.distributed.heartbeat import PROGRESS
-from megatron_srpo.distributed.layout import Layout, joined
-from megatron_srpo.evaluation.evaluate import stored_weights
-from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.observe.logs import open_run_folder, rank_log
-from megatron_srpo.observe.metrics import MetricsFile, rollout_metrics
-from megatron_srpo.observe.terminal import Stopwatch, Terminal
-from megatron_srpo.observe.watchdog import Watchdog
-from megatron_srpo.preflight import preflight
-from megatron_srpo.rollout.collect import exchange
-from megatron_srpo.rollout.route import route
-from megatron_srpo.rollout.source import Rollouts
+from megatron_srpo.commands.common import add_config_arguments, run_configured
+from megatron_srpo.config.schema import Config
+
+HELP = "sample, verify and dump train.steps batches without training"
+
+add_arguments = add_config_arguments
 
 
-def sample(config: Config) -> Path:
-    """Sample and dump train.steps batches by the weights of model.hf_path, or of the run
-    evaluation.checkpoint.
-
-    Returns the run folder. Raises ConfigError.
-    """
-    if config.rollout.replay is not None:
-        raise ConfigError("rollout.replay: the sample command samples; leave it out (train replays)")
-    if config.rollout.overlap:
-        raise ConfigError(
-            "rollout.overlap: 1 overlaps sampling with training; the sample command does not train: set 0"
-        )
-    folder = preflight(config.model_copy(update={"resume": ResumeSection(mode="never")}))
-    directory, limit = config.logging.dir, config.logging.watchdog_minutes
-    with joined(config.parallel, config.train.seed) as layout:
-        session = open_run_folder(directory, layout)
-        with (
-            rank_log(directory, layout),
-            Watchdog(directory / "watchdog", layout, limit, session),
-            Terminal(f"sampling · {folder.path.name}", config.train.steps, layout.rank == 0) as terminal,
-        ):
-            _sample_steps(config, folder, layout, terminal)
-    return directory
+def run(arguments: argparse.Namespace) -> int:
+    return run_configured(arguments, _sample)
 
 
-def _sample_steps(config: Config, folder: HFFolder, layout: Layout, terminal: Terminal) -> None:
-    directory, is_first = config.logging.dir, layout.rank == 0
-    if is_first:
-        save_config(config, directory / "config.yaml")
-    # the weights stay: nothing gets stale; and nothing is gone on with: no sample is kept beside the dumps
-    stays = {"rollout": config.rollout.model_copy(update={"max_staleness": config.train.steps})}
-    config = config.model_copy(
-        update={**stays, "checkpoint": config.checkpoint.model_copy(update={"save_interval": 0})}
-    )
-    rollouts, watch = Rollouts(config, folder, layout, terminal.say), Stopwatch(terminal)
-    metrics = MetricsFile(directory / "metrics.jsonl" if is_first else Path(os.devnull))
-    try:
-        rollouts.go_on(0, 0)
-        rollouts.publish(stored_weights(config, folder), 0)
-        for step in range(1, config.train.steps + 1):
-            PROGRESS.step = step
-            with watch("rollout"):
-                groups = rollouts.collect(step)
-            watch.move(rollouts.drawn.seconds_verifying, "rollout", "verify")
-            with watch("verify"):
-                groups = exchange(route(groups, step, config, folder), layout)
-                if is_first:
-                    dump(groups, directory / "rollouts", step)
-            row = {"step": step, **rollout_metrics(groups), **rollouts.drawn.numbers, **watch.read()}
-            metrics.write(row)
-            terminal.say(
-                f"step {step:>4}/{config.train.steps}  pass {row['pass_rate']:.3f}  sdpo {row['sdpo_sample_share']:.2f}"
-                f"  length {row['response_tokens_mean']:.1f}  format {row['format_rate']:.2f}  {row['seconds']:.2f} s"
-            )
-    finally:
-        rollouts.close()
-        metrics.close()
-    terminal.say(
-        f"run folder: {directory}  (metrics.jsonl, rollouts/); train on it with rollout.replay={directory}"
-    )
+def _sample(config: Config) -> int:
+    from megatron_srpo.sampling import sample
+
+    sample(config)
+    return 0

@@ -6,7 +6,7 @@ All records are frozen; a later phase returns copies that carry one field more. 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -71,31 +71,96 @@ class Route(_Record):
     demonstration_cut: bool = Field(default=False, description="the sibling's text was shortened to fit")
 
 
-class Sample(_Record):
-    """One rollout.
+class Segment(_Record):
+    """Consecutive response tokens of one author. Only the policy's tokens have log-probabilities and are trained."""
 
-    `logprobs[t]` is the engine's log-probability (nats) of `response_ids[t]` at the rollout temperature.
+    author: Literal["policy", "environment"] = "policy"
+    ids: tuple[int, ...] = Field(min_length=1)
+    logprobs: tuple[float, ...] = Field(default=(), description="the engine's, in nats, one a policy token")
+    versions: tuple[tuple[str, int, int], ...] = Field(
+        default=(), description="half-open spans of `ids` (weight version, start, end), of the policy only"
+    )
+
+    @model_validator(mode="after")
+    def _logprobs_fit(self) -> Self:
+        expected = len(self.ids) if self.author == "policy" else 0
+        if len(self.logprobs) != expected:
+            raise ValueError(f"{len(self.ids)} ids of the {self.author} but {len(self.logprobs)} logprobs")
+        return self
+
+
+class Sample(_Record):
+    """One rollout: the prompt and what follows it, in segments.
+
+    Everything that counts or trains tokens reads the policy's segments: `loss_mask`, `policy_ids`, `logprobs`.
     """
 
     prompt: Prompt
-    index: int = Field(description="place in its group, 0 .. samples_per_prompt - 1")
-    response_ids: tuple[int, ...] = Field(min_length=1)
-    logprobs: tuple[float, ...]
-    versions: tuple[tuple[str, int, int], ...] = Field(
-        description="half-open spans (weight version, start, end)"
-    )
+    index: int = Field(description="position in its group, 0 .. samples_per_prompt - 1")
+    segments: tuple[Segment, ...] = Field(min_length=1)
     finish_reason: Literal["stop", "length", "abort"]
     text: str = Field(
-        default="", description="the response decoded, for verifiers and people; never tokenised again"
+        default="", description="the response decoded, for verifiers and people; never tokenized again"
     )
     verdict: Verdict | None = None
     route: Route | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_one_response(cls, data: Any) -> Any:
+        """Read the form of older run folders, whose samples have one response and no segments."""
+        if isinstance(data, dict) and "response_ids" in data and "segments" not in data:
+            data = dict(data)
+            names = {"ids": "response_ids", "logprobs": "logprobs", "versions": "versions"}
+            data["segments"] = [{name: data.pop(old) for name, old in names.items() if old in data}]
+        return data
+
     @model_validator(mode="after")
-    def _one_logprob_a_token(self):
-        if len(self.logprobs) != len(self.response_ids):
-            raise ValueError(f"{len(self.response_ids)} response_ids but {len(self.logprobs)} logprobs")
+    def _policy_takes_part(self) -> Self:
+        if not any(segment.author == "policy" for segment in self.segments):
+            raise ValueError("segments: none is the policy's")
         return self
+
+    @property
+    def response_ids(self) -> tuple[int, ...]:
+        """All token ids after the prompt, [n]."""
+        if len(self.segments) == 1:
+            return self.segments[0].ids
+        return tuple(token for segment in self.segments for token in segment.ids)
+
+    @property
+    def loss_mask(self) -> tuple[bool, ...]:
+        """True for each of `response_ids` that the policy wrote, [n]."""
+        return tuple(segment.author == "policy" for segment in self.segments for _ in segment.ids)
+
+    @property
+    def policy_ids(self) -> tuple[int, ...]:
+        """The policy's token ids, [p]."""
+        return tuple(token for segment in self._policy_segments for token in segment.ids)
+
+    @property
+    def logprobs(self) -> tuple[float, ...]:
+        """The engine's log-probabilities of `policy_ids` at the rollout temperature, [p], in nats."""
+        return tuple(value for segment in self._policy_segments for value in segment.logprobs)
+
+    @property
+    def policy_tokens(self) -> int:
+        """p, the number of tokens that the policy wrote."""
+        return sum(len(segment.ids) for segment in self._policy_segments)
+
+    @property
+    def versions(self) -> tuple[tuple[str, int, int], ...]:
+        """Half-open spans (weight version, start, end) of `response_ids`."""
+        spans: list[tuple[str, int, int]] = []
+        offset = 0
+        for segment in self.segments:
+            spans += [(version, offset + start, offset + end) for version, start, end in segment.versions]
+            offset += len(segment.ids)
+        return tuple(spans)
+
+    @property
+    def _policy_segments(self) -> list[Segment]:
+        return [segment for segment in self.segments if segment.author == "policy"]
 
 
 SampleKey = tuple[str, int]  # prompt id, index in its group

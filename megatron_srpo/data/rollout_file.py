@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_srpo.data.records import Group
 
@@ -32,3 +33,10 @@ def dump(groups: Sequence[Group], folder: Path, step: int) -> None:
         out.flush()
         os.fsync(out.fileno())
     partial.replace(file)
+
+
+def policy_tokens(row: dict[str, Any]) -> int:
+    """Return how many tokens the policy wrote in a sample, given as its JSON object (also of older runs)."""
+    if "response_ids" in row:
+        return len(row["response_ids"])
+    return sum(len(segment["ids"]) for segment in row["segments"] if segment["author"] == "policy")

@@ -7,8 +7,10 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron_srpo.distributed.processes import Processes
+if TYPE_CHECKING:  # torch, which most readers of files do not need
+    from megatron_srpo.distributed.processes import Processes
 
 _WRITE_BACK_BYTES = 32 * 2**20
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import datetime
 import gc
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,7 +36,9 @@ class Layout:
     is_first_stage: bool
     is_last_stage: bool
     owns_process_group: bool
-    beside_group: dist.ProcessGroup | None  # all ranks, on CPUs: its collectives may cross those of training
+    background_group: (
+        dist.ProcessGroup | None
+    )  # all ranks, gloo: its collectives may overlap those of training
 
     @property
     def tensor_parallel_group(self) -> dist.ProcessGroup:
@@ -66,17 +70,45 @@ class Layout:
             )
         return values
 
-    def gather_bytes(self, mine: bytes, beside: bool = False) -> list[bytes]:
-        """Every rank's bytes, in rank order, on every rank.
+    def gather_bytes(self, own: bytes, background: bool = False) -> list[bytes]:
+        """Return every rank's bytes, in rank order, on every rank. No pickle.
 
-        Plain bytes, no pickle. `beside`: from a thread beside the training.
+        Args:
+            own: this rank's bytes.
+            background: use the group of background threads, whose collectives may overlap those of training.
         """
         if self.world_size == 1:
-            return [mine]
-        return (
-            gather_bytes(mine, torch.device("cpu"), self.beside_group)
-            if beside
-            else gather_bytes(mine, self.device)
+            return [own]
+        if background:
+            return gather_bytes(own, torch.device("cpu"), self.background_group)
+        return gather_bytes(own, self.device)
+
+    def gather_json(self, own: Any, background: bool = False) -> list[Any]:
+        """Return every rank's JSON value, in rank order, on every rank (see `gather_bytes`)."""
+        return [json.loads(part) for part in self.gather_bytes(json.dumps(own).encode(), background)]
+
+    def broadcast(self, value: Any) -> Any:
+        """Return the first rank's JSON value on every rank; the others' is ignored. All ranks together."""
+        return self.gather_json(value if self.rank == 0 else None)[0]
+
+    @classmethod
+    def single(cls) -> Layout:
+        """Return the layout of one process on the CPU that is in no process group."""
+        return cls(
+            rank=0,
+            world_size=1,
+            device=torch.device("cpu"),
+            data_parallel_rank=0,
+            data_parallel_size=1,
+            context_parallel_rank=0,
+            context_parallel_size=1,
+            tensor_parallel_rank=0,
+            tensor_parallel_size=1,
+            pipeline_parallel_size=1,
+            is_first_stage=True,
+            is_last_stage=True,
+            owns_process_group=False,
+            background_group=None,
         )
 
 
@@ -157,7 +189,7 @@ def initialize(parallel: ParallelSection, seed: int) -> Layout:
         is_first_stage=parallel_state.is_pipeline_first_stage(),
         is_last_stage=parallel_state.is_pipeline_last_stage(),
         owns_process_group=owns_process_group,
-        beside_group=dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None,
+        background_group=dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None,
     )
 
 

@@ -26,7 +26,7 @@ from megatron_srpo.distributed.layout import Layout, joined
 from megatron_srpo.distributed.processes import rank_from_environment
 from megatron_srpo.evaluation.scoreboard import Outcome, result_of, write_result
 from megatron_srpo.evaluation.scores import interval
-from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.model.hf_folder import HFFolder, naming_key
 from megatron_srpo.preflight import check_evaluation
 from megatron_srpo.rollout.collect import Collector, exchange
 from megatron_srpo.rollout.engine import Sampling
@@ -81,8 +81,7 @@ def summarise(label: str, groups: Sequence[Group]) -> dict[str, float]:
         f"eval/{label}/avg@{k}": sum(sample.verdict.correct for sample in samples) / len(samples),
         f"eval/{label}/pass@{k}": sum(any(sample.verdict.correct for sample in group) for group in groups)
         / len(groups),
-        f"eval/{label}/response_tokens_mean": sum(len(sample.response_ids) for sample in samples)
-        / len(samples),
+        f"eval/{label}/response_tokens_mean": sum(sample.policy_tokens for sample in samples) / len(samples),
         f"eval/{label}/format_rate": sum(sample.verdict.format_ok for sample in samples) / len(samples),
         f"eval/{label}/truncated_share": sum(sample.finish_reason == "length" for sample in samples)
         / len(samples),
@@ -106,6 +105,7 @@ def _label(task: Task, split: str) -> str:
 # -------------------------------------------------------------------------------------------------------
 
 
+@naming_key("model.hf_path")
 def run_evaluation(config: Config) -> Path:
     """`python -m megatron_srpo eval`: evaluate model.hf_path, or the policy of the run evaluation.checkpoint,
     on this process's share.
@@ -116,7 +116,7 @@ def run_evaluation(config: Config) -> Path:
     one, the same command is another evaluation.
     """
     folder = HFFolder(config.model.hf_path)
-    folder.file_of, folder.tokenizer  # noqa: B018  (both check what they read)
+    folder.validate()
     if (path := config.evaluation.checkpoint) is not None:
         if not is_of_a_run(path):
             raise ConfigError(
@@ -135,7 +135,7 @@ def run_evaluation(config: Config) -> Path:
     )  # every process holds an engine
     with joined(alone, config.train.seed) as layout:
         if path is not None:  # the first rank's: a run that goes on may have saved another meanwhile
-            first = layout.gather_bytes(str(config.evaluation.checkpoint).encode())[0].decode()
+            first = layout.broadcast(str(config.evaluation.checkpoint))
             config = _with_checkpoint(config, Path(first))
         engine = create_engine(config, folder, layout, lambda text: print(text) if layout.rank == 0 else None)
         with closing(engine):
@@ -230,7 +230,7 @@ class Answers:
         """How many questions are answered, on every rank alike; what a cut-off command left of a group is
         removed.
         """
-        mine = b""
+        whole = 0
         if self.layout.rank == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             content = self.path.read_bytes() if self.path.exists() else b""
@@ -239,8 +239,7 @@ class Answers:
             kept = sum(len(line) + 1 for line in lines[: whole * self.samples])
             if kept < len(content):
                 os.truncate(self.path, kept)
-            mine = str(whole).encode()
-        return int(self.layout.gather_bytes(mine)[0])
+        return self.layout.broadcast(whole)
 
     def append(self, groups: Sequence[Group], seconds: float) -> None:
         """The chunk's samples are on disk when this returns."""

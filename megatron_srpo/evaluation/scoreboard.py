@@ -37,7 +37,7 @@ def result_of(outcomes: Sequence[Outcome], model: str, device: str) -> dict[str,
         mean, low, high = interval(values)
         overall |= {key: mean, f"{key}/interval": [low, high]}
     tokens = sum(
-        len(sample.response_ids) for outcome in outcomes for group in outcome.samples for sample in group
+        sample.policy_tokens for outcome in outcomes for group in outcome.samples for sample in group
     )
     seconds = sum(outcome.seconds for outcome in outcomes)
     return {
@@ -72,7 +72,7 @@ def _task_result(outcome: Outcome) -> dict[str, Any]:
     for key, values in questions.items():
         mean, low, high = interval([list(values.values())])
         scores |= {key: mean, f"{key}/interval": [low, high]}
-    tokens = sum(len(sample.response_ids) for sample in samples)
+    tokens = sum(sample.policy_tokens for sample in samples)
     return {
         **scores,
         "question_count": len(outcome.samples),

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from megatron_srpo.config.schema import ConfigError
+from megatron_srpo.data.rollout_file import policy_tokens
 from megatron_srpo.observe.run_folder import RunFolder
 from megatron_srpo.observe.tokens import read_tokens
 
@@ -73,7 +74,7 @@ def _list(rows: list[dict], values: dict, console: Console) -> None:
         soft_wrap=True,
     )
     for number, row in enumerate(rows):
-        route, length = row["route"], len(row["response_ids"])
+        route, length = row["route"], policy_tokens(row)
         values_of = "tokens" if (row["prompt"]["id"], row["index"]) in values else ""
         line = f"{number:>6}  {_verdict(row):<7}  {route['branch']:<5}  {route['advantage']:>+9.3f}  {length:>6}  {row['finish_reason']:<6}"
         console.print(
@@ -96,7 +97,7 @@ def _facts(row: dict, step: int, number: int, console: Console) -> None:
         )
     )
     line = f"{_verdict(row)}, reward {row['verdict']['reward']:g}, format {'ok' if row['verdict']['format_ok'] else 'not ok'}; route"
-    line += f" {route['branch']}{why}, advantage {route['advantage']:+.3f}; {len(row['response_ids'])} tokens ({row['finish_reason']})"
+    line += f" {route['branch']}{why}, advantage {route['advantage']:+.3f}; {policy_tokens(row)} tokens ({row['finish_reason']})"
     console.print(Text(line))
     console.print(Text(f"ground truth: {visible(row['prompt']['answer'])}"))
 

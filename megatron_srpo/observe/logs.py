@@ -29,7 +29,7 @@ def open_run_folder(directory: Path, layout: Layout) -> str:
     """
     if layout.rank == 0:
         (directory / "logs").mkdir(parents=True, exist_ok=True)
-    session = layout.gather_bytes(f"{time.time_ns():x}".encode())[0].decode()
+    session = layout.broadcast(f"{time.time_ns():x}")
     if not (directory / "logs").is_dir():
         raise ConfigError(
             f"logging.dir: {directory} was made by the first rank, but rank {layout.rank} does not see it"
@@ -51,7 +51,7 @@ def alone(directory: Path, layout: Layout) -> Iterator[None]:
         file = (directory / "lock").open("a+", encoding="utf-8")
         problem = _lock(file)
     try:
-        if problem := layout.gather_bytes(problem.encode())[0].decode():
+        if problem := layout.broadcast(problem):
             raise ConfigError(problem)
         yield
     finally:

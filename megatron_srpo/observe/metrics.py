@@ -21,7 +21,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _tokens(samples: Sequence[Sample]) -> int:
-    return sum(len(sample.response_ids) for sample in samples)
+    return sum(sample.policy_tokens for sample in samples)
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
@@ -33,7 +33,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     samples = [sample for group in groups for sample in group]
     judged = [sample for sample in samples if not sample.verdict.excluded]
     judged_groups = [group for group in groups if not all(sample.verdict.excluded for sample in group)]
-    lengths = [len(sample.response_ids) for sample in samples]
+    lengths = [sample.policy_tokens for sample in samples]
     distilled = [sample for sample in judged if sample.route.distillation_weight > 0]
     failed = [sample for sample in judged if not sample.verdict.correct]
     return {
@@ -69,7 +69,7 @@ def _by_task(samples: Sequence[Sample]) -> dict[str, float]:
                 f"pass_rate/{name}": _mean([float(sample.verdict.correct) for sample in judged]),
                 f"format_rate/{name}": _mean([float(sample.verdict.format_ok) for sample in judged]),
                 f"truncated_share/{name}": _mean([float(sample.finish_reason == "length") for sample in own]),
-                f"response_tokens_mean/{name}": _mean([len(sample.response_ids) for sample in own]),
+                f"response_tokens_mean/{name}": _mean([sample.policy_tokens for sample in own]),
             }
     return rows
 

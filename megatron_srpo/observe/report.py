@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_srpo.data.rollout_file import policy_tokens
 from megatron_srpo.distributed.files import write_text
 from megatron_srpo.observe.alarms import REMEMBERED, Limits, alarms
 from megatron_srpo.observe.run_folder import RunFolder
@@ -215,7 +216,7 @@ def _sample(
         "prompt": numbers[prompt["id"]],
         "index": row["index"],
         "text": _cut(row["text"]),
-        "tokens": len(row["response_ids"]),
+        "tokens": policy_tokens(row),
         "finish": row["finish_reason"],
         "reward": _short(verdict["reward"]),
         "correct": verdict["correct"],

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, Group
@@ -24,9 +21,9 @@ from rich.text import Text
 from megatron_srpo.distributed.heartbeat import PROGRESS
 from megatron_srpo.observe.alarms import Alarm
 from megatron_srpo.observe.logs import LOG
+from megatron_srpo.observe.stopwatch import PHASES
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
-_PHASES = ("rollout", "verify", "teacher", "update", "publish", "checkpoint")
 
 
 def sparkline(values: list[float], width: int = 40) -> str:
@@ -139,34 +136,9 @@ class Terminal:
             )
             lines.append(
                 Text(
-                    "  ".join(f"{name} {row.get(f'seconds_{name}', 0.0):.2f} s" for name in _PHASES),
+                    "  ".join(f"{name} {row.get(f'seconds_{name}', 0.0):.2f} s" for name in PHASES),
                     style="dim",
                 )
             )
         lines.append(Text(f"now: {self.phase_name}", style="dim"))
         return Panel(Group(*lines), title=self.title, border_style="dim")
-
-
-class Stopwatch:
-    """Seconds of each phase of a step, and the phase's name on the terminal."""
-
-    def __init__(self, terminal: Terminal):
-        self.terminal = terminal
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        self.terminal.phase(name)
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-    def move(self, seconds: float, source: str, target: str) -> None:
-        """Count `seconds` of phase `source` as `target`'s."""
-        for name, change in ((source, -seconds), (target, seconds)):
-            self.seconds[name] = self.seconds.get(name, 0.0) + change
-
-    def read(self) -> dict[str, float]:
-        """seconds and seconds_<phase> since the last reading."""
-        row = {f"seconds_{name}": self.seconds.pop(name, 0.0) for name in _PHASES}
-        return {"seconds": sum(row.values()), **row}

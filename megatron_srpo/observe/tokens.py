@@ -51,7 +51,7 @@ def write_tokens(
     """Write the rows of `TokenValues.gather`, ids replaced by the text `decode` makes of each; whole or not
     at all.
     """
-    ids_of = {(sample.prompt.id, sample.index): sample.response_ids for group in groups for sample in group}
+    ids_of = {(sample.prompt.id, sample.index): sample.policy_ids for group in groups for sample in group}
     texts: dict[int, str] = {}
 
     def text(token: int) -> str:

@@ -4,15 +4,16 @@ rank all of them.
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 
 from megatron_srpo.config.schema import ConfigError, RolloutSection
-from megatron_srpo.data.records import Group, Prompt, Sample, Unfinished, Verdict
+from megatron_srpo.data.records import Group, Prompt, Sample, Segment, Unfinished, Verdict
 from megatron_srpo.distributed.heartbeat import beat
 from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.observe.stopwatch import Stopwatch
 from megatron_srpo.rollout.engine import Completion, Engine, Request, Sampling
 from megatron_srpo.tasks.pool import Job, Pool
 
@@ -40,7 +41,6 @@ class Collector:
             layout,
             settings,
         )
-        self.seconds_verifying = 0.0
 
     def prompts(self, prompt: Callable[[int], Prompt], numbers: range) -> list[Prompt]:
         """This rank's share of the prompts of `numbers`, with their token ids: every world_size-th, from its
@@ -68,6 +68,7 @@ class Collector:
         seed: str,
         is_enough: Callable[[Group], bool] = lambda group: False,
         keep: Callable[[Sequence[Sample]], None] = lambda samples: None,
+        watch: Stopwatch | None = None,
     ) -> tuple[list[Group], list[Unfinished]]:
         """Groups with their verdicts, and the prompts that were broken off, in the order of `begun`.
 
@@ -78,8 +79,8 @@ class Collector:
             is_enough: called with each group when it is verified; True: the rest is broken off.
             keep: called with new samples as soon as they are finished, with those that the engine hands over
                 together.
+            watch: counts the seconds of verification as phase `verify`.
         """
-        self.seconds_verifying = 0.0
         samples = {
             (sample.prompt.id, sample.index): sample for unfinished in begun for sample in unfinished.samples
         }
@@ -98,7 +99,7 @@ class Collector:
                 tuple(samples[prompt_id, index] for index in range(samples_per_prompt))
                 for prompt_id in prompt_ids
             ]
-            new = dict(zip(prompt_ids, self.verify(whole), strict=True))
+            new = dict(zip(prompt_ids, self.verify(whole, watch), strict=True))
             groups.update(new)
             return any([is_enough(group) for group in new.values()])  # asked of each: it counts them
 
@@ -149,23 +150,26 @@ class Collector:
         return Sample(
             prompt=prompt,
             index=index,
-            response_ids=tuple(completion.ids),
-            logprobs=tuple(completion.logprobs),
-            versions=tuple(completion.versions),
+            segments=(
+                Segment(
+                    ids=tuple(completion.ids),
+                    logprobs=tuple(completion.logprobs),
+                    versions=tuple(completion.versions),
+                ),
+            ),
             finish_reason=completion.finish_reason,
             text=self.folder.tokenizer.decode(completion.ids, skip_special_tokens=True),
         )
 
-    def verify(self, groups: Sequence[Group]) -> list[Group]:
+    def verify(self, groups: Sequence[Group], watch: Stopwatch | None = None) -> list[Group]:
         """Every sample with its verdict; a failed one of a prompt that carries feedback has that as its
         feedback.
         """
-        began, samples = time.perf_counter(), [sample for group in groups for sample in group]
+        samples = [sample for group in groups for sample in group]
         jobs = [Job(sample.prompt.task, sample.prompt.answer, sample.text) for sample in samples]
-        verdicts = iter(self.verifiers.verify(jobs))
-        judged = [tuple(_judged(sample, next(verdicts)) for sample in group) for group in groups]
-        self.seconds_verifying += time.perf_counter() - began
-        return judged
+        with watch("verify") if watch else nullcontext():
+            verdicts = iter(self.verifiers.verify(jobs))
+        return [tuple(_judged(sample, next(verdicts)) for sample in group) for group in groups]
 
 
 def _judged(sample: Sample, verdict: Verdict) -> Sample:

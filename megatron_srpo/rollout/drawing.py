@@ -17,19 +17,17 @@ from megatron_srpo.algorithm.routing import has_signal
 from megatron_srpo.config.schema import Config
 from megatron_srpo.data.records import Group, Prompt, Sample, Unfinished
 from megatron_srpo.distributed.layout import Layout
+from megatron_srpo.observe.stopwatch import Stopwatch
 from megatron_srpo.rollout.collect import Collector, encode_prompt
 from megatron_srpo.rollout.engine import Sampling
 from megatron_srpo.rollout.ledger import Ledger
 
 
 class Drawn(NamedTuple):
-    """A step's batch. groups: this rank's share. numbers: for metrics.jsonl. seconds_verifying: of the time
-    it took.
-    """
+    """A step's batch. groups: this rank's share. numbers: for metrics.jsonl."""
 
     groups: list[Group]
     numbers: dict[str, float]
-    seconds_verifying: float
 
 
 class Drawing:
@@ -75,7 +73,7 @@ class Drawing:
             self.ledger.kept(step),
         )
 
-    def draw(self, step: int, version: str) -> Drawn:
+    def draw(self, step: int, version: str, watch: Stopwatch | None = None) -> Drawn:
         """The batch of `step`, sampled by the engine's weights `version`. All ranks together when choosy."""
         settings = self.config.rollout
         target, self._start = settings.prompts_per_step, (step, self.next_prompt)
@@ -83,15 +81,14 @@ class Drawing:
         kept, self._kept = self._kept, {}  # what a stopped run had of the first step after it
         chosen: list[Group] = []
         dull: list[Group] = []
-        rounds, seconds = 0, 0.0
+        rounds = 0
         while True:
             wanted = target - len(chosen)
             begun += self._new(max(0, math.ceil(wanted * settings.over_sampling) - len(begun)), step, version)
             rounds += 1
-            groups, begun = self._round(rounds, begun, wanted, step, kept)
-            seconds += self.collector.seconds_verifying
+            groups, begun = self._round(rounds, begun, wanted, step, kept, watch)
             if not self.is_choosy:
-                return Drawn(groups, {}, seconds)
+                return Drawn(groups, {})
             chosen += [group for group in groups if not settings.dynamic_filtering or self._has_signal(group)]
             dull += [group for group in groups if settings.dynamic_filtering and not self._has_signal(group)]
             if len(chosen) < target and rounds >= settings.filter_rounds:  # better a full batch than none
@@ -105,7 +102,7 @@ class Drawing:
         self.ledger.filtered(step, [group[0].prompt.id for group in dull])
         self.ledger.carry(step + 1, self._carried)
         numbers = {"groups_filtered": len(dull), "groups_carried": len(self._carried), "rounds": rounds}
-        return Drawn(chosen[:target][self.layout.rank :: self.layout.world_size], numbers, seconds)
+        return Drawn(chosen[:target][self.layout.rank :: self.layout.world_size], numbers)
 
     def _new(self, count: int, step: int, version: str) -> list[Unfinished]:
         prompts = [self.prompt(number) for number in range(self.next_prompt, self.next_prompt + count)]
@@ -121,6 +118,7 @@ class Drawing:
         wanted: int,
         step: int,
         kept: dict[tuple[str, int], tuple[int, Sample]],
+        watch: Stopwatch | None,
     ) -> tuple[list[Group], list[Unfinished]]:
         """Whole groups and what was broken off: all ranks' when choosy, else this rank's share (of which all
         is whole).
@@ -144,6 +142,7 @@ class Drawing:
             seed=f"{self.config.train.seed}/{step}",
             is_enough=is_enough,
             keep=lambda samples: self.ledger.keep(step, number, samples),
+            watch=watch,
         )
         return self._show(groups, left, begun) if self.is_choosy else (groups, left)
 
@@ -167,7 +166,7 @@ class Drawing:
         own = [*(Unfinished(prompt=group[0].prompt, samples=group) for group in groups), *left]
         text = "\n".join(one.model_dump_json() for one in own)
         everyone = {}
-        for payload in self.layout.gather_bytes(text.encode(), beside=True):
+        for payload in self.layout.gather_bytes(text.encode(), background=True):
             for line in payload.decode().split("\n"):
                 if line:
                     one = Unfinished.model_validate_json(line)

@@ -11,6 +11,7 @@ from megatron_srpo.config.schema import Config, ConfigError
 from megatron_srpo.data.records import Group
 from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.observe.stopwatch import Stopwatch
 from megatron_srpo.rollout.collect import Collector
 from megatron_srpo.rollout.drawing import Drawing, Drawn
 from megatron_srpo.rollout.engines import create_engine
@@ -25,14 +26,16 @@ class Rollouts:
     """`collector` is None when replaying: then nothing is sampled, published or evaluated. `evaluated`: tasks
     by name.
 
-    With `rollout.overlap: 1` the batch of the next step is sampled, by a thread, while a step trains: by
+    With `rollout.async_steps: 1` the batch of the next step is sampled, by a thread, while a step trains: by
     weights one version older.
     """
 
-    def __init__(self, config: Config, folder: HFFolder, layout: Layout, say: Callable[[str], None]):
+    def __init__(
+        self, config: Config, folder: HFFolder, layout: Layout, say: Callable[[str], None], watch: Stopwatch
+    ):
         settings = config.rollout
-        self.config, self.folder, self.layout = config, folder, layout
-        self.version, self.collector, self.drawn = "0", None, Drawn([], {}, 0.0)
+        self.config, self.folder, self.layout, self.watch = config, folder, layout, watch
+        self.version, self.collector, self.drawn = "0", None, Drawn([], {})
         self.ledger = Ledger(
             config.logging.dir / "ledger", layout, keeps_samples=config.checkpoint.save_interval > 0
         )
@@ -57,12 +60,8 @@ class Rollouts:
         if self.collector is None:
             return self._replay(step)
         ahead, self._ahead = self._ahead, None
-        self.drawn = (
-            self.drawing.draw(step, self.version)
-            if ahead is None
-            else ahead.result()._replace(seconds_verifying=0.0)
-        )
-        if self.config.rollout.overlap and step < self.config.train.steps:
+        self.drawn = self.drawing.draw(step, self.version, self.watch) if ahead is None else ahead.result()
+        if self.config.rollout.async_steps and step < self.config.train.steps:
             self._ahead = self._thread.submit(self.drawing.draw, step + 1, self.version)
         return self.drawn.groups
 
@@ -79,7 +78,8 @@ class Rollouts:
 
         The stream is left alone when replaying.
         """
-        self.settle()
+        with self.watch("rollout"):
+            self.settle()
         self.version = str(step)
         if self.collector is not None:
             self.collector.engine.update_weights(tensors, self.version)

@@ -21,11 +21,11 @@ from megatron_srpo.distributed.megatron import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
-from megatron_srpo.model.build import Qwen3
+from megatron_srpo.model.build import PolicyModel
 from megatron_srpo.training.offload import HostMemory
 
 
-def wrap_data_parallel(chunks: Sequence[Qwen3], config: Config) -> list[DistributedDataParallel]:
+def wrap_data_parallel(chunks: Sequence[PolicyModel], config: Config) -> list[DistributedDataParallel]:
     """The chunks with gradient buffers; gradients are summed, not averaged, over data-parallel ranks, in
     fp32.
     """

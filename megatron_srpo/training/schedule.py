@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from megatron_srpo.distributed.megatron import get_forward_backward_func
-from megatron_srpo.model.build import Qwen3, packed_params
+from megatron_srpo.model.build import PolicyModel, packed_params
 from megatron_srpo.training.packing import MicroBatch
 
 # on_output(number of the micro-batch, its final hidden states at response positions [R, H], the model) ->
 # partial loss
-OnOutput = Callable[[int, Tensor, Qwen3], Tensor]
+OnOutput = Callable[[int, Tensor, PolicyModel], Tensor]
 
 
 def run_schedule(

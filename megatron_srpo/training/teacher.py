@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_srpo.config.schema import TeacherSection
 from megatron_srpo.distributed.layout import replica_group
-from megatron_srpo.model.build import Qwen3
+from megatron_srpo.model.build import PolicyModel
 from megatron_srpo.training.offload import HostMemory
 from megatron_srpo.training.optimizer import Optimizer, Shard
 from megatron_srpo.training.packing import OptimizerBatch
@@ -61,13 +61,13 @@ class Teacher:
         logits_memory: int | None,
         host: HostMemory,
         policy_chunks: Sequence[torch.nn.Module],
-        copy_of_policy: Callable[[], Sequence[Qwen3]],
+        copy_of_policy: Callable[[], Sequence[PolicyModel]],
     ):
         """`copy_of_policy()` builds chunks with the policy's present weights; it is not called for `live`."""
         self.settings = settings
         self.temperature, self.logits_memory, self.host = temperature, logits_memory, host
         self.policy_chunks = policy_chunks
-        self.chunks: Sequence[Qwen3] = [] if settings.kind == "live" else copy_of_policy()
+        self.chunks: Sequence[PolicyModel] = [] if settings.kind == "live" else copy_of_policy()
         self.shares: list[Tensor] = []
         for chunk in self.chunks:
             chunk.requires_grad_(False)
@@ -120,7 +120,7 @@ class Teacher:
         """
         position = len(targets.weights)
 
-        def keep(number: int, hidden: Tensor, model: Qwen3) -> Tensor:
+        def keep(number: int, hidden: Tensor, model: PolicyModel) -> Tensor:
             micro_batch = batch.teacher_micro_batches[number]
             if len(targets.weights) == position:  # the live policy's own matrix moves between mini-batches
                 weight = model.output_weight.detach()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_srpo.data.records import SampleKey
 from megatron_srpo.distributed.layout import Layout
-from megatron_srpo.model.build import Qwen3
+from megatron_srpo.model.build import PolicyModel
 from megatron_srpo.training.packing import MicroBatch, OptimizerBatch
 from megatron_srpo.training.teacher import TeacherTargets
 from megatron_srpo.vocab_parallel.fused import Statistics
@@ -39,7 +39,7 @@ class TokenValues:
         values: Statistics,
         of_teacher: tuple[Tensor, Tensor],
         hidden: Tensor,
-        model: Qwen3,
+        model: PolicyModel,
         targets: TeacherTargets,
     ) -> None:
         """One micro-batch on the last stage, on all its tensor-parallel ranks. of_teacher: entropies and

@@ -20,8 +20,9 @@ from megatron_srpo.data import histogram as quantiles
 from megatron_srpo.data.records import Sample
 from megatron_srpo.data.update_report import UpdateReport
 from megatron_srpo.distributed.context_parallel import Context
+from megatron_srpo.distributed.device import model_dtype
 from megatron_srpo.distributed.layout import Layout
-from megatron_srpo.model.build import Qwen3, build_chunks, model_dtype
+from megatron_srpo.model.build import PolicyModel, build_chunks
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.training.distance import teacher_distance
 from megatron_srpo.training.offload import HostMemory
@@ -57,7 +58,9 @@ class Trainer:
         """`is_resumed`: the weights come from a checkpoint afterwards, not from `folder`."""
         self.config, self.folder, self.layout = config, folder, layout
         self.algorithm = config.algorithm
-        chunks = build_chunks(folder.architecture, config, layout.device)
+        chunks = build_chunks(
+            folder.architecture, config.model, config.parallel, config.megatron, layout.device
+        )
         if not is_resumed:
             load(chunks, folder)
         self.chunks = wrap_data_parallel(chunks, config)
@@ -65,7 +68,7 @@ class Trainer:
         self.optimizer = Optimizer(self.chunks, config, self.host)
         self.teacher = None
         self.logits_memory = config.train.logits_memory_mib and config.train.logits_memory_mib * 2**20
-        if self.algorithm.distils:
+        if self.algorithm.uses_teacher:
             temperature = config.rollout.temperature
             self.teacher = Teacher(
                 config.teacher, temperature, self.logits_memory, self.host, self.chunks, self._copy_of_policy
@@ -101,8 +104,8 @@ class Trainer:
     @property
     def loss_path(self) -> str:
         """How the vocabulary pass of the loss is computed, in words."""
-        kernel = kernel_name(self.layout.device, model_dtype(self.config))
-        if not self.algorithm.distils:
+        kernel = kernel_name(self.layout.device, model_dtype(self.config.model))
+        if not self.algorithm.uses_teacher:
             return f"log-probabilities: {kernel}"
         support, top_k = self.divergence.support, self.divergence.top_k
         what = {"full": "full vocabulary", "sampled": "sampled token"}.get(
@@ -115,8 +118,14 @@ class Trainer:
         """The policy's parameters on this rank, chunk by chunk."""
         return [parameter for chunk in self.chunks for parameter in chunk.module.parameters()]
 
-    def _copy_of_policy(self) -> list[Qwen3]:
-        copies = build_chunks(self.folder.architecture, self.config, self.layout.device)
+    def _copy_of_policy(self) -> list[PolicyModel]:
+        copies = build_chunks(
+            self.folder.architecture,
+            self.config.model,
+            self.config.parallel,
+            self.config.megatron,
+            self.layout.device,
+        )
         with torch.no_grad():
             for copy, chunk in zip(copies, self.chunks, strict=True):
                 for own, source in zip(copy.parameters(), chunk.module.parameters(), strict=True):
@@ -224,7 +233,7 @@ class Trainer:
         """log π_old [R] of each micro-batch, by its number, on the last stage."""
         logprobs: dict[int, Tensor] = {}
 
-        def keep(number: int, hidden: Tensor, model: Qwen3) -> Tensor:
+        def keep(number: int, hidden: Tensor, model: PolicyModel) -> Tensor:
             targets = batch.micro_batches[number].targets.to(hidden.device)
             temperature = self.config.rollout.temperature
             policy = Projection(hidden, model.output_weight)
@@ -251,7 +260,7 @@ class Trainer:
         total = torch.zeros(1 + len(_SUMS) + quantiles.BINS, dtype=torch.float64, device=device)
         gap_max = torch.zeros((), device=device)
 
-        def routed_loss(number: int, hidden: Tensor, model: Qwen3) -> Tensor:
+        def routed_loss(number: int, hidden: Tensor, model: PolicyModel) -> Tensor:
             micro_batch = batch.micro_batches[number]
             distilled = [
                 document.key for document in micro_batch.documents[: batch.distilled_count(micro_batch)]

@@ -20,8 +20,12 @@ from megatron_srpo.distributed.processes import Processes
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.weights import safetensors_file, torch_dist
 from megatron_srpo.weights.hf_output import SHARD_BYTES, plan_shards, size_of, write_companions, write_config
-from megatron_srpo.weights.sources import Place, Tensors, empty_objects, part_shape, places
-from megatron_srpo.weights.table import VOCABULARY_TENSORS
+from megatron_srpo.weights.sources import (
+    CheckpointSlice,
+    Tensors,
+    checkpoint_slices,
+    empty_objects,
+)
 
 
 def to_megatron(
@@ -44,7 +48,7 @@ def to_megatron(
     Every process calls it. Raises FileError or ConfigError.
     """
     architecture, shapes = reference.architecture, reference.architecture.tensor_shapes()
-    parts = list(places(architecture))
+    parts = list(checkpoint_slices(architecture))
     dtypes = {name: dtype or source.dtype(name) for name in source.names()}
     _check_dtypes(parts, dtypes)
     tensors = {name: (dtypes[name], shapes[name]) for name in source.names()}
@@ -61,11 +65,10 @@ def to_megatron(
             for number in mine:
                 part = parts[number]
                 pieces = [_read(source, name, dtypes[name], progress) for name in part.names]
-                merged = part.row.merge(pieces, architecture)
-                shape = part_shape(part, shapes)
-                if part.names[0] in VOCABULARY_TENSORS:
+                merged = part.mapping.fusion.merge(pieces)
+                if part.mapping.padded:
                     merged = _padded(merged, vocabulary_multiple)
-                    shape = tuple(merged.shape)
+                shape = tuple(merged.shape)
                 yield partial(
                     writer.write, part.key, merged, (*part.stacks, *shape), (*part.index, *(0 for _ in shape))
                 )
@@ -140,7 +143,7 @@ def _share(sizes: Sequence[int], processes: Processes) -> list[int]:
     return [number for number, owner in enumerate(owners) if owner == processes.rank]
 
 
-def _check_dtypes(parts: Sequence[Place], dtypes: dict[str, torch.dtype]) -> None:
+def _check_dtypes(parts: Sequence[CheckpointSlice], dtypes: dict[str, torch.dtype]) -> None:
     """A Megatron tensor holds many HF tensors, and has one dtype."""
     seen: dict[str, tuple[torch.dtype, str]] = {}
     for part in parts:

@@ -7,7 +7,6 @@ are compared with tests/helpers/reference.py, which knows nothing of shards, til
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
@@ -16,6 +15,7 @@ from launch import run_jobs
 from reference import Reference, logps
 from rollouts import write_rollouts
 from safetensors.torch import load_file
+from samples import sample_rows
 from tiny import make_model, save_folder
 
 from megatron_srpo.model.hf_folder import HFFolder
@@ -270,10 +270,7 @@ def test_the_cases_exercise_what_they_claim(runs):
     assert all(0 < row["sdpo_token_share"] < 1 for row in rows)
     assert runs["one_many_routed"].rows[0]["sdpo_sample_share"] == 0.75
     assert runs["one_one_routed"].rows[0]["sdpo_sample_share"] == 1 / 16
-    samples = [
-        json.loads(line)
-        for line in (runs["one_srpo"].folder / "rollouts" / "step_000001.jsonl").read_text().splitlines()
-    ]
+    samples = sample_rows(runs["one_srpo"].folder / "rollouts" / "step_000001.jsonl")
     assert any(
         len(sample["response_ids"]) == 1 for sample in samples
     )  # so that context-parallel ranks have none of some
@@ -305,10 +302,7 @@ def test_token_values_are_the_references_on_every_layout(world, runs, run):
     """What rollouts/step_000001.tokens.jsonl says of tokens, against float64 logits of the whole vocabulary."""
     folder, _ = world[2]["mixed"]
     model = Reference(folder.path, lr=1e-3, warmup=2, beta=1.0)
-    samples = [
-        json.loads(line)
-        for line in (runs[run].folder / "rollouts" / "step_000001.jsonl").read_text().splitlines()
-    ]
+    samples = sample_rows(runs[run].folder / "rollouts" / "step_000001.jsonl")
     found = read_tokens(runs[run].folder, 1)
     assert len(found) == 8 and set(found) <= {(sample["prompt"]["id"], sample["index"]) for sample in samples}
     taught = {}

@@ -42,9 +42,10 @@ def test_its_error_is_printed_and_its_process_ends():
     """Two ranks: the second's command fails while both are in a group; the first would wait for it."""
     code = (
         "import os, sys, time; import torch.distributed as dist; import megatron_srpo.__main__ as program;"
+        "import megatron_srpo.commands.report as report;"
         "dist.init_process_group('gloo');"
         "fail = lambda *_: (_ for _ in ()).throw(OSError('the disk is gone'));"
-        "program.run = fail if dist.get_rank() else lambda *_: time.sleep(60);"
+        "report.run = fail if dist.get_rank() else lambda *_: time.sleep(60);"
         "sys.argv = ['megatron_srpo', 'report', 'x'];"
         "import atexit; atexit.register(time.sleep, 60);"
         "program.main()"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from launch import run_jobs
+from samples import sample_rows
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -30,7 +31,7 @@ LAYOUTS = {
             "train.steps=2",
         ],
         "evaluation": [],
-        "ahead": ["rollout.overlap=1", "evaluation.every=2"],
+        "ahead": ["rollout.async_steps=1", "evaluation.every=2"],
     },
     3: {
         "pp3": ["parallel.pipeline_model_parallel_size=3"],
@@ -59,11 +60,7 @@ def runs(tmp_path_factory):
 
 def lines(run, step):
     """The dumped samples of one step."""
-    return [
-        json.loads(line)
-        for line in (run.folder / "rollouts" / f"step_{step:06d}.jsonl").read_text().split("\n")
-        if line
-    ]
+    return sample_rows(run.folder / "rollouts" / f"step_{step:06d}.jsonl")
 
 
 @pytest.mark.parametrize("layout", ["tp2", "dp2", "pp3", "dp3"])
@@ -121,7 +118,7 @@ def test_one_step_off(runs):
 def test_the_eval_command_gives_the_same_on_two_processes(runs):
     """The same samples in the same order, though each process asked every second question."""
     one, two = (
-        [json.loads(line) for line in (runs[name].folder / "samples/addition.jsonl").open()]
+        sample_rows(runs[name].folder / "samples/addition.jsonl")
         for name in ("evaluation of one", "evaluation")
     )
     assert len(one) == 10

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from samples import sample_rows
 
 from megatron_srpo.__main__ import main
 from megatron_srpo.evaluation import evaluate
@@ -69,7 +70,7 @@ def test_results_are_those_of_the_samples(evaluation, words, tmp_path):
     for name, count in (("addition", 10), ("words", 4)):
         task, samples = (
             result["tasks"][name],
-            [json.loads(line) for line in (tmp_path / f"run/samples/{name}.jsonl").open()],
+            sample_rows(tmp_path / f"run/samples/{name}.jsonl"),
         )
         greedy = [json.loads(line) for line in (tmp_path / f"run/samples/{name}.greedy.jsonl").open()]
         assert (len(samples), len(greedy), task["question_count"]) == (4 * count, count, count)
@@ -117,10 +118,7 @@ def test_a_command_cut_off_goes_on(evaluation, tmp_path, monkeypatch):
     assert (
         sum(appended[2:]) == 3
     )  # three of six were answered, the fourth's last line was cut: what is answered is not asked again
-    texts = [
-        [json.loads(line) for line in (tmp_path / name / "samples/addition.jsonl").open()]
-        for name in ("whole", "cut")
-    ]
+    texts = [sample_rows(tmp_path / name / "samples/addition.jsonl") for name in ("whole", "cut")]
     assert [(row["prompt"]["id"], row["index"], row["response_ids"]) for row in texts[0]] == [
         (row["prompt"]["id"], row["index"], row["response_ids"]) for row in texts[1]
     ]

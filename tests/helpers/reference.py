@@ -8,11 +8,11 @@ a run's dumped rollouts; everything numeric is done anew from METHOD's equations
 from __future__ import annotations
 
 import copy
-import json
 import math
 from pathlib import Path
 
 import torch
+from samples import sample_rows
 from transformers import AutoModelForCausalLM
 
 
@@ -80,19 +80,14 @@ class Reference:
         policy.
         """
         samples = [s for s in samples if s["route"]["policy_weight"] or s["route"]["distillation_weight"]]
-        teacher = [
-            self._teacher_logps(s["route"]["teacher_ids"], s["response_ids"])
-            if s["route"]["distillation_weight"]
-            else None
-            for s in samples
-        ]
+        teacher = [self._teacher_logps(s) if s["route"]["distillation_weight"] else None for s in samples]
         raw = [torch.exp(self.beta * (q.exp() * q).sum(1)) for q in teacher if q is not None]  # exp(-β H)
         mean = torch.cat(raw).mean() if raw else 1.0
-        lengths = [len(s["response_ids"]) for s in samples]
+        lengths = [len(s["policy_ids"]) for s in samples]
         total = 0.0
         for s, logq in zip(samples, teacher, strict=True):
-            logp = logps(self.model, s["prompt"]["ids"], s["response_ids"])
-            chosen = logp.gather(1, torch.tensor(s["response_ids"])[:, None])[:, 0]
+            logp = logps(self.model, s["prompt"]["ids"], s["response_ids"])[s["loss_mask"]]
+            chosen = logp.gather(1, torch.tensor(s["policy_ids"])[:, None])[:, 0]
             before = chosen.detach() if old is None else old[s["prompt"]["id"], s["index"]]
             rho = (before - torch.tensor(s["logprobs"], dtype=torch.float64)).exp().clamp(max=2)
             w, a = (chosen - before).exp(), s["route"]["advantage"]
@@ -102,7 +97,7 @@ class Reference:
             term = s["route"]["policy_weight"] * rho * policy
             if logq is not None:
                 weight = torch.exp(self.beta * (logq.exp() * logq).sum(1)) / mean
-                divergence = _divergence(logp, logq, s["response_ids"], *self.divergence)
+                divergence = _divergence(logp, logq, s["policy_ids"], *self.divergence)
                 term = (
                     term
                     + s["route"]["distillation_weight"] * weight * rho * w.detach().clamp(max=2) * divergence
@@ -113,18 +108,21 @@ class Reference:
         return total
 
     @torch.no_grad()
-    def _teacher_logps(self, prompt, response):
-        logq = logps(self.teacher, prompt, response)
+    def _teacher_logps(self, s):
+        prompt, response, mask = s["route"]["teacher_ids"], s["response_ids"], s["loss_mask"]
+        logq = logps(self.teacher, prompt, response)[mask]
         if self.trust_region is None:
             return logq
-        logp = logps(self.model, prompt, response)  # logits but for a constant a row, which the softmax drops
+        logp = logps(self.model, prompt, response)[
+            mask
+        ]  # logits but for a constant a row, which the softmax drops
         return ((1 - self.trust_region) * logq + self.trust_region * logp).log_softmax(-1)
 
     def run(self, step_file: Path, mini_batches: int = 1):
         """One training step from a dumped file: (mean loss, mean gradient norm before clipping) over its
         updates.
         """
-        samples = [json.loads(line) for line in step_file.read_text().removesuffix("\n").split("\n")]
+        samples = sample_rows(step_file)
         self.steps += 1
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * min(1.0, self.steps / self.warmup) if self.warmup else self.lr
@@ -132,9 +130,9 @@ class Reference:
         if mini_batches > 1:
             with torch.no_grad():
                 old = {
-                    (s["prompt"]["id"], s["index"]): logps(
-                        self.model, s["prompt"]["ids"], s["response_ids"]
-                    ).gather(1, torch.tensor(s["response_ids"])[:, None])[:, 0]
+                    (s["prompt"]["id"], s["index"]): logps(self.model, s["prompt"]["ids"], s["response_ids"])[
+                        s["loss_mask"]
+                    ].gather(1, torch.tensor(s["policy_ids"])[:, None])[:, 0]
                     for s in samples
                 }
         size, losses, norms = len(samples) // mini_batches, [], []

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_srpo.data.records import Prompt, Sample, Verdict
+from megatron_srpo.data.records import Prompt, Sample, Segment, Verdict
 from megatron_srpo.data.rollout_file import dump
 from megatron_srpo.model.hf_folder import HFFolder
 
@@ -58,9 +58,13 @@ def write_rollouts(
                     Sample(
                         prompt=prompt,
                         index=index,
-                        response_ids=tuple(response.tolist()),
-                        logprobs=tuple(logprobs.tolist()),
-                        versions=(("0", 0, length),),
+                        segments=(
+                            Segment(
+                                ids=tuple(response.tolist()),
+                                logprobs=tuple(logprobs.tolist()),
+                                versions=(("0", 0, length),),
+                            ),
+                        ),
                         finish_reason="length",
                         text=folder.tokenizer.decode(
                             [t for t in response.tolist() if t < 259], skip_special_tokens=True

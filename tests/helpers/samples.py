@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from megatron_srpo.data.records import Group, Prompt, Route, Sample, Verdict
+from megatron_srpo.data.records import Group, Prompt, Route, Sample, Segment, Verdict
 
 
 def make_sample(
@@ -28,9 +31,13 @@ def make_sample(
             ids=tuple(prompt_ids),
         ),
         index=index,
-        response_ids=tuple(response_ids),
-        logprobs=tuple(logprobs if logprobs is not None else [-1.0] * len(response_ids)),
-        versions=(("0", 0, len(response_ids)),),
+        segments=(
+            Segment(
+                ids=tuple(response_ids),
+                logprobs=tuple(logprobs if logprobs is not None else [-1.0] * len(response_ids)),
+                versions=(("0", 0, len(response_ids)),),
+            ),
+        ),
         finish_reason="stop",
         text=text,
         verdict=None if correct is None else Verdict(reward=float(correct), correct=correct, format_ok=True),
@@ -48,3 +55,19 @@ def make_group(correct: Sequence[bool], prompt_id: str = "p") -> Group:
 def encode_bytes(messages: Sequence[dict[str, str]]) -> list[int]:
     """Chat messages to ids, one a UTF-8 byte: a stand-in for a tokenizer."""
     return list("".join(f"[{message['role']}]{message['content']}" for message in messages).encode())
+
+
+def sample_rows(file: Path) -> list[dict[str, Any]]:
+    """Read a file of samples without our records; each row also has its segments put together.
+
+    Added: response_ids and loss_mask of all tokens after the prompt, policy_ids and logprobs of the policy's.
+    """
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").removesuffix("\n").split("\n")]
+    for row in rows:
+        authors = [s["author"] for s in row["segments"] for _ in s["ids"]]
+        row["response_ids"] = [token for s in row["segments"] for token in s["ids"]]
+        row["loss_mask"] = [author == "policy" for author in authors]
+        row["policy_ids"] = [token for s in row["segments"] if s["author"] == "policy" for token in s["ids"]]
+        row["logprobs"] = [value for s in row["segments"] for value in s["logprobs"]]
+        row["versions"] = [span for s in row["segments"] for span in s["versions"]]
+    return rows

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 
 from megatron_srpo.config.schema import ConfigError
+from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.observe import logs
 
 HOLD = """import sys
 from pathlib import Path
-from types import SimpleNamespace
+from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.observe.logs import alone
-with alone(Path(sys.argv[1]), SimpleNamespace(rank=0, gather_bytes=lambda payload: [payload])):
+with alone(Path(sys.argv[1]), Layout.single()):
     print("held", flush=True)
     sys.stdin.read()
 """
-LAYOUT = SimpleNamespace(rank=0, gather_bytes=lambda payload: [payload])
+LAYOUT = Layout.single()
 
 
 def test_a_second_start_is_refused_until_the_first_is_gone(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_srpo.algorithm.routing import route_groups
 from megatron_srpo.config.load import load_config
+from megatron_srpo.data.records import Segment
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.plan.machine import MACHINES, Workload
 from megatron_srpo.plan.step import exchanged_bytes, forward_flops, step_flops, traffic
@@ -137,8 +138,13 @@ def test_exchanged_bytes(start):
         made = [
             sample.model_copy(
                 update={
-                    "response_ids": tuple(100_000 + token for token in sample.response_ids) * times,
-                    "logprobs": sample.logprobs * times,
+                    "segments": (
+                        Segment(
+                            ids=tuple(100_000 + token for token in sample.response_ids) * times,
+                            logprobs=sample.logprobs * times,
+                            versions=sample.segments[0].versions,
+                        ),
+                    ),
                     "text": "four" * len(sample.response_ids) * times,
                 }
             )

@@ -21,7 +21,7 @@ from megatron_srpo.rollout.drawing import Drawing
 from megatron_srpo.rollout.engine import Completion
 from megatron_srpo.rollout.ledger import Ledger, history
 
-ALONE = SimpleNamespace(rank=0, world_size=1, gather_bytes=lambda mine, beside=False: [mine])
+ALONE = SimpleNamespace(rank=0, world_size=1, gather_bytes=lambda mine, background=False: [mine])
 
 
 class Engine:
@@ -209,7 +209,7 @@ def test_finished_samples_are_not_made_again(make):
     assert again.draw(1, "0").groups == expected and engine.asked == []
 
 
-def gather(meeting, shown, rank, mine, beside):
+def gather(meeting, shown, rank, mine, background):
     """Between two threads that stand for two ranks."""
     shown[rank] = mine
     meeting.wait()

@@ -149,10 +149,13 @@ def test_empty_file(tmp_path, model):
 @pytest.mark.parametrize(
     "change, named",
     [
-        (lambda row: row.pop("response_ids"), "response_ids"),
-        (lambda row: row.update(response_ids=[]), "response_ids"),
-        (lambda row: row["response_ids"].append(5), "3 response_ids but 2 logprobs"),
-        (lambda row: row.update(logprobs=["x", 1]), "logprobs.0"),
+        (lambda row: row.pop("segments"), "segments"),
+        (lambda row: row.update(segments=[]), "segments"),
+        (lambda row: row["segments"][0].update(ids=[]), "segments.0.ids"),
+        (lambda row: row["segments"][0].update(author="environment", logprobs=[]), "none is the policy's"),
+        (lambda row: row["segments"][0].update(author="environment"), "2 logprobs"),
+        (lambda row: row["segments"][0]["ids"].append(5), "3 ids of the policy but 2 logprobs"),
+        (lambda row: row["segments"][0].update(logprobs=["x", 1]), "segments.0.logprobs.0"),
         (lambda row: row.update(surprise=1), "surprise"),
         (lambda row: row.update(verdict=None), "verdict"),
         (lambda row: row["verdict"].pop("reward"), "verdict.reward"),
@@ -170,8 +173,8 @@ def test_line_with_wrong_fields(tmp_path, model, change, named):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda row: row.update(response_ids=[5, 270]),
-        lambda row: row.update(response_ids=[-1, 5]),
+        lambda row: row["segments"][0].update(ids=[5, 270]),
+        lambda row: row["segments"][0].update(ids=[-1, 5]),
         lambda row: row["prompt"].update(ids=[1, 2, 270]),
         lambda row: row["prompt"].update(ids=[-5]),
         lambda row: row["prompt"].update(ids=[]),
@@ -187,14 +190,14 @@ def test_ids_outside_the_vocabulary(tmp_path, model, change):
 
 def test_largest_id_is_inside(tmp_path, model):
     file = write(tmp_path)
-    edit(file, 4, lambda row: row.update(response_ids=[0, 269]))
+    edit(file, 4, lambda row: row["segments"][0].update(ids=[0, 269]))
     assert replay(tmp_path, 1, 2, model)[1][1].response_ids == (0, 269)
 
 
 def test_log_probability_that_is_no_number(tmp_path, model):
     """NaN would make the whole update NaN; the line is named instead."""
     file = write(tmp_path)
-    edit(file, 3, lambda row: row.update(logprobs=[-1.0, math.nan]))
+    edit(file, 3, lambda row: row["segments"][0].update(logprobs=[-1.0, math.nan]))
     assert refusal(tmp_path, model).startswith(f"{file}:3: ")
 
 

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from samples import sample_rows
 from servers import KEY, QUICKSTART, ROOT, START, sample
 from transformers import AutoModelForCausalLM
 
@@ -54,7 +55,7 @@ def test_a_models_table_from_servers_that_held_another_one(servers, tmp_path):
     assert done.returncode == 0, done.stderr
     try:
         task = json.loads((tmp_path / "result.json").read_text())["tasks"]["addition"]
-        rows = [json.loads(line) for line in (tmp_path / "samples/addition.greedy.jsonl").open()]
+        rows = sample_rows(tmp_path / "samples/addition.greedy.jsonl")
         model = AutoModelForCausalLM.from_pretrained(START, dtype=torch.float32).eval()
         assert (
             len(rows) == task["question_count"] == 12

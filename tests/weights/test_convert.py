@@ -51,12 +51,14 @@ def megatron(pristine, tmp_path):
 def tool(name: str, *arguments) -> int:
     """The program's exit status, run in this process."""
     before, sys.argv = sys.argv, [name, *map(str, arguments)]
+    sys.path.insert(0, str(TOOLS))  # as for a program that is started: its neighbours can be imported
     try:
         runpy.run_path(str(TOOLS / f"{name}.py"), run_name="__main__")
     except SystemExit as end:
         return end.code
     finally:
         sys.argv = before
+        sys.path.remove(str(TOOLS))
     raise AssertionError("the program did not say how it ended")
 
 

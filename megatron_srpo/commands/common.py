@@ -1,0 +1,48 @@
+"""What the commands that take a configuration file share."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_srpo.config.load import load_config
+from megatron_srpo.config.schema import Config
+
+
+def is_first_rank() -> bool:
+    """Return True on rank 0 of torchrun, and without torchrun."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add CONFIG.yaml and its overrides."""
+    parser.add_argument("config", type=Path, help="YAML file, see examples/")
+    add_overrides(parser, "settings that replace the file's; before the options")
+
+
+def add_overrides(parser: argparse.ArgumentParser, help_text: str) -> None:
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help=help_text)
+
+
+def run_configured(arguments: argparse.Namespace, body: Callable[[Config], int]) -> int:
+    """Load the configuration and run `body`; return 1 after a failed engine or a full disk."""
+    from megatron_srpo.model.hf_folder import naming_key
+    from megatron_srpo.rollout.engine import EngineFailed
+
+    config = load_config(arguments.config, arguments.overrides)
+    try:
+        with naming_key("model.hf_path"):
+            return body(config)
+    except EngineFailed as error:  # on any rank alone
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        where = f"logging.dir: {config.logging.dir}: {error.strerror}"
+        print(f"stopped: {where}; free some space and run the same command again", file=sys.stderr)
+        return 1

@@ -1,0 +1,23 @@
+"""srpo compare: compare evaluations with the first of them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_srpo.config.schema import ConfigError
+
+HELP = "compare evaluations with the first one, by a paired bootstrap over questions"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("results", nargs="+", type=Path, metavar="DIR", help="folders that eval has written")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from megatron_srpo.evaluation.scoreboard import compare
+
+    if len(arguments.results) < 2:
+        raise ConfigError("compare: expected two folders or more")
+    print(compare(arguments.results))
+    return 0

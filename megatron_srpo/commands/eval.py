@@ -1,0 +1,26 @@
+"""srpo eval: evaluate a model folder, or the policy of a run."""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_srpo.commands.common import add_config_arguments, is_first_rank, run_configured
+from megatron_srpo.config.schema import Config
+
+HELP = "evaluate model.hf_path by a configuration file"
+
+add_arguments = add_config_arguments
+
+
+def run(arguments: argparse.Namespace) -> int:
+    return run_configured(arguments, _evaluate)
+
+
+def _evaluate(config: Config) -> int:
+    from megatron_srpo.evaluation.evaluate import run_evaluation
+
+    directory = run_evaluation(config)
+    if is_first_rank():
+        print((directory / "result.md").read_text(encoding="utf-8"))
+        print(f"result folder: {directory}  (result.json, result.md, samples/)")
+    return 0

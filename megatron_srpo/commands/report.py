@@ -1,0 +1,29 @@
+"""srpo report: one HTML page about one or more runs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_srpo.distributed.files import FileError
+
+HELP = "write one HTML page with the curves and samples of one or more runs"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="default: report.html in the first run's folder"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from megatron_srpo.observe.report import write_report
+
+    output = arguments.output or arguments.runs[0] / "report.html"
+    try:
+        write_report(arguments.runs, output)
+    except OSError as error:
+        raise FileError(f"{output}: cannot be written: {error.strerror}") from None
+    print(f"report: {output}  ({output.stat().st_size / 1e6:.1f} MB)")
+    return 0

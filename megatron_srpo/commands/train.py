@@ -1,0 +1,36 @@
+"""srpo train: train by a configuration file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megatron_srpo.commands.common import add_config_arguments, is_first_rank, run_configured
+from megatron_srpo.config.schema import Config
+
+HELP = "train by a configuration file"
+INTERRUPTED = 75  # exit status: EX_TEMPFAIL of sysexits.h, run the same command again
+
+add_arguments = add_config_arguments
+
+
+def run(arguments: argparse.Namespace) -> int:
+    return run_configured(arguments, _train)
+
+
+def _train(config: Config) -> int:
+    from megatron_srpo.checkpoint.saver import SaveFailed
+    from megatron_srpo.observe.reporter import TrainingStopped
+    from megatron_srpo.train import TrainingInterrupted, train
+
+    try:
+        train(config)
+    except (TrainingStopped, SaveFailed) as error:
+        status, message = 1, f"stopped: {error}"
+    except TrainingInterrupted as error:
+        status, message = INTERRUPTED, str(error)
+    else:
+        return 0
+    if is_first_rank():
+        print(message, file=sys.stderr)
+    return status

@@ -1,0 +1,137 @@
+"""One line of the table HF ↔ Megatron: a Megatron parameter and the Hugging Face tensors that it is made of.
+
+Every HF tensor is sharded over tensor-parallel ranks by contiguous slices along one dimension; a rank's
+parameter is then a local arrangement of its own slices. So both directions, at any TP, are: slice ↔
+concatenate, and `Fusion.merge` ↔ `Fusion.split`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Fusion(Protocol):
+    """How the HF tensors of a mapping, or a rank's slices of them, are arranged in one parameter."""
+
+    def merge(self, pieces: Sequence[Tensor]) -> Tensor: ...
+
+    def split(self, tensor: Tensor) -> list[Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """`count` tensors of one shape, one after another along the first dimension."""
+
+    count: int = 1
+
+    def merge(self, pieces: Sequence[Tensor]) -> Tensor:
+        return pieces[0] if self.count == 1 else torch.cat(list(pieces))
+
+    def split(self, tensor: Tensor) -> list[Tensor]:
+        return list(tensor.chunk(self.count)) if self.count > 1 else [tensor]
+
+
+@dataclass(frozen=True)
+class QueryGroups:
+    """Queries, keys and values, interleaved so that a query group's queries, key and value are neighbours.
+
+    Weights [n, H] and biases [n] alike.
+    """
+
+    queries_per_group: int
+    head_dim: int
+
+    def merge(self, pieces: Sequence[Tensor]) -> Tensor:
+        groups, inner = pieces[1].shape[0] // self.head_dim, pieces[1].shape[1:]
+        return torch.cat([piece.view(groups, -1, *inner) for piece in pieces], dim=1).reshape(-1, *inner)
+
+    def split(self, tensor: Tensor) -> list[Tensor]:
+        widths, inner = (
+            [self.queries_per_group * self.head_dim, self.head_dim, self.head_dim],
+            tensor.shape[1:],
+        )
+        grouped = tensor.view(-1, sum(widths), *inner)
+        return [piece.reshape(-1, *inner) for piece in grouped.split(widths, dim=1)]
+
+
+@dataclass(frozen=True)
+class TensorMapping:
+    """A Megatron parameter of the model, of every layer, or of every expert of every layer.
+
+    Args:
+        megatron: Name of the parameter, inside its layer where it has one.
+        tensors: Name in HF folders → shape; "{layer}" and "{expert}" stand for their numbers.
+        dim: Dimension that is sharded over tensor-parallel (or expert-tensor-parallel) ranks; None: replicated.
+        padded: Its first dimension is the vocabulary, which Megatron pads at the end.
+        tied_to: HF tensor that is stored in its place where the two are tied.
+    """
+
+    megatron: str
+    tensors: dict[str, tuple[int, ...]]
+    dim: int | None = None
+    fusion: Fusion = Stacked()
+    padded: bool = False
+    tied_to: str | None = None
+
+    @property
+    def in_layer(self) -> bool:
+        return "{layer}" in next(iter(self.tensors))
+
+    @property
+    def is_expert(self) -> bool:
+        return "{expert}" in next(iter(self.tensors))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole parameter, without padding: merging adds up the first dimensions."""
+        shapes = list(self.tensors.values())
+        return sum(shape[0] for shape in shapes), *shapes[0][1:]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def cut(self, tensors: Sequence[Any], index: int, count: int, shape: Sequence[int]) -> Tensor:
+        """Make tensor-parallel shard `index` of `count`, of `shape`, from the HF tensors.
+
+        tensors: whole ones, or safetensors' slices of them, of which only this shard is read.
+        """
+        pieces = []
+        for tensor in tensors:
+            if self.dim is None:
+                pieces.append(tensor[:])
+                continue
+            size = (tensor.get_shape() if hasattr(tensor, "get_shape") else tensor.shape)[self.dim]
+            width = shape[0] if self.padded else size // count
+            span = slice(min(index * width, size), min((index + 1) * width, size))
+            pieces.append(tensor[span] if self.dim == 0 else tensor[:, span])
+        merged = self.fusion.merge(pieces)
+        if len(merged) < shape[0]:  # the vocabulary's padding
+            merged = torch.cat([merged, merged.new_zeros(shape[0] - len(merged), *shape[1:])])
+        return merged
+
+    def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
+        """Make the HF tensors from all tensor-parallel shards, or the whole parameter: the inverse of `cut`."""
+        pieces = zip(*map(self.fusion.split, shards), strict=True)
+        whole = [torch.cat(same, dim=self.dim) if len(same) > 1 else same[0] for same in pieces]
+        return [whole[0][: self.shape[0]]] if self.padded else whole
+
+
+class ParamLocation(NamedTuple):
+    """One parameter of the whole model: a mapping, and the layer and expert it is in (0 where it has none)."""
+
+    mapping: TensorMapping
+    layer: int = 0
+    expert: int = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the stored HF tensors that it is made of."""
+        names = [self.mapping.tied_to] if self.mapping.tied_to else self.mapping.tensors
+        return tuple(name.format(layer=self.layer, expert=self.expert) for name in names)

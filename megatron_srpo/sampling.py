@@ -1,0 +1,85 @@
+"""The driver of the sample command: rollouts of a start model or a checkpoint, verified, routed and dumped
+as a training run's, without training. `report` and `inspect` show them; `rollout.replay` trains on them.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from megatron_srpo.config.load import save_config
+from megatron_srpo.config.schema import Config, ConfigError, ResumeSection
+from megatron_srpo.data.rollout_file import dump
+from megatron_srpo.distributed.heartbeat import PROGRESS
+from megatron_srpo.distributed.layout import Layout, joined
+from megatron_srpo.evaluation.evaluate import stored_weights
+from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.observe.metrics import MetricsFile, rollout_metrics
+from megatron_srpo.observe.session import run_session
+from megatron_srpo.observe.stopwatch import Stopwatch
+from megatron_srpo.observe.terminal import Terminal
+from megatron_srpo.preflight import preflight
+from megatron_srpo.rollout.collect import exchange
+from megatron_srpo.rollout.route import route
+from megatron_srpo.rollout.source import Rollouts
+
+
+def sample(config: Config) -> Path:
+    """Sample and dump train.steps batches by model.hf_path, or by the run evaluation.checkpoint.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        ConfigError: What a training run would refuse, and the keys that only make sense with training.
+    """
+    if config.rollout.replay is not None:
+        raise ConfigError("rollout.replay: the sample command samples; leave it out (train replays)")
+    if config.rollout.async_steps:
+        raise ConfigError(
+            "rollout.async_steps: 1 overlaps sampling with training; the sample command does not train: set 0"
+        )
+    folder = preflight(config.model_copy(update={"resume": ResumeSection(mode="never")}))
+    with (
+        joined(config.parallel, config.train.seed) as layout,
+        run_session(config.logging, f"sampling · {folder.path.name}", config.train.steps, layout) as terminal,
+    ):
+        _sample_steps(config, folder, layout, terminal)
+    return config.logging.dir
+
+
+def _sample_steps(config: Config, folder: HFFolder, layout: Layout, terminal: Terminal) -> None:
+    directory, is_first = config.logging.dir, layout.rank == 0
+    if is_first:
+        save_config(config, directory / "config.yaml")
+    # The weights stay, so no sample gets stale; nothing is resumed, so the ledger keeps no samples.
+    stays = {"rollout": config.rollout.model_copy(update={"max_staleness": config.train.steps})}
+    config = config.model_copy(
+        update={**stays, "checkpoint": config.checkpoint.model_copy(update={"save_interval": 0})}
+    )
+    watch = Stopwatch(terminal.phase)
+    rollouts = Rollouts(config, folder, layout, terminal.say, watch)
+    metrics = MetricsFile(directory / "metrics.jsonl" if is_first else Path(os.devnull))
+    try:
+        rollouts.go_on(0, 0)
+        rollouts.publish(stored_weights(config, folder), 0)
+        for step in range(1, config.train.steps + 1):
+            PROGRESS.step = step
+            with watch("rollout"):
+                groups = rollouts.collect(step)
+                groups = exchange(route(groups, step, config, folder), layout)
+                if is_first:
+                    dump(groups, directory / "rollouts", step)
+            row = {"step": step, **rollout_metrics(groups), **rollouts.drawn.numbers, **watch.read()}
+            metrics.write(row)
+            terminal.say(
+                f"step {step:>4}/{config.train.steps}  pass {row['pass_rate']:.3f}"
+                f"  sdpo {row['sdpo_sample_share']:.2f}  length {row['response_tokens_mean']:.1f}"
+                f"  format {row['format_rate']:.2f}  {row['seconds']:.2f} s"
+            )
+    finally:
+        rollouts.close()
+        metrics.close()
+    terminal.say(
+        f"run folder: {directory}  (metrics.jsonl, rollouts/); train on it with rollout.replay={directory}"
+    )
