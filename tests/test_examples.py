@@ -145,7 +145,7 @@ def test_script_is_bash(script):
 
 
 def test_manifest():
-    """A PyTorchJob whose nodes are alike, whose container has the operator's name and whose example exists."""
+    """A PyTorchJob of equal nodes, whose container has the operator's name and whose example exists."""
     job = yaml.safe_load((EXAMPLES / "cluster" / "pytorchjob.yaml").read_text())
     nodes = job["spec"]["pytorchReplicaSpecs"]
     assert job["kind"] == "PyTorchJob" and set(nodes) == {"Master", "Worker"}
