@@ -1,4 +1,4 @@
-"""tests/helpers/multinode.py with a server on its own host: only a network and the start model's files are shared."""
+"""tests/helpers/multinode.py with a server on its own host: shared are a network and the model's files."""
 
 from __future__ import annotations
 
