@@ -47,7 +47,7 @@ def reports(tmp_path_factory):
 
 @pytest.mark.parametrize("layout", list(JOBS))
 def test_teacher_follows_by_its_rate_in_fp32_and_keeps_each_number_once(reports, layout):
-    """The distance to a constant student shrinks by 0.95 a step (METHOD §7 (g)); bf16 shows it to its precision.
+    """The distance to a constant student shrinks by 0.95 a step (METHOD §7 (g)), to the dtype's precision.
 
     All data-parallel ranks together hold each fp32 element once, all experts included.
     """
