@@ -11,7 +11,7 @@ from megatron_srpo.config.load import save_config
 from megatron_srpo.config.schema import Config, ConfigError, ResumeSection
 from megatron_srpo.data.rollout_file import dump
 from megatron_srpo.distributed.heartbeat import PROGRESS
-from megatron_srpo.distributed.layout import Layout, joined
+from megatron_srpo.distributed.layout import Layout, process_group
 from megatron_srpo.evaluation.evaluate import stored_weights
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.observe.logs import open_run_folder, rank_log
@@ -42,7 +42,7 @@ def sample(config: Config) -> Path:
         )
     folder = preflight(config.model_copy(update={"resume": ResumeSection(mode="never")}))
     directory, limit = config.logging.dir, config.logging.watchdog_minutes
-    with joined(config.parallel, config.train.seed) as layout:
+    with process_group(config.parallel, config.train.seed) as layout:
         session = open_run_folder(directory, layout)
         with (
             rank_log(directory, layout),

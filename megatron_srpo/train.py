@@ -16,7 +16,7 @@ from megatron_srpo.data.records import Group
 from megatron_srpo.data.rollout_file import dump
 from megatron_srpo.data.update_report import UpdateReport
 from megatron_srpo.distributed.heartbeat import PROGRESS
-from megatron_srpo.distributed.layout import Layout, joined
+from megatron_srpo.distributed.layout import Layout, process_group
 from megatron_srpo.distributed.stop import StopRequest
 from megatron_srpo.evaluation.evaluate import evaluate
 from megatron_srpo.evaluation.scores import with_history
@@ -56,7 +56,7 @@ def train(config: Config) -> Path:
     TrainingInterrupted, and SaveFailed when the last checkpoint could not be written.
     """
     folder = preflight(config)
-    with joined(config.parallel, config.train.seed, alike=(TrainingStopped, TrainingInterrupted)) as layout:
+    with process_group(config.parallel, config.train.seed, collective_errors=(TrainingStopped, TrainingInterrupted)) as layout:
         title = f"{config.algorithm.name} · {folder.path.name} · {layout.world_size} process{'es' * (layout.world_size > 1)}"
         session = open_run_folder(config.logging.dir, layout)
         with (

@@ -21,7 +21,7 @@ from megatron_srpo.distributed.processes import gather_bytes, world_size_from_en
 
 @dataclass(frozen=True)
 class Layout:
-    """Where this process stands. `device` is where its tensors live."""
+    """This process's ranks in the parallel groups; its tensors live on `device`."""
 
     rank: int
     world_size: int
@@ -36,9 +36,7 @@ class Layout:
     is_first_stage: bool
     is_last_stage: bool
     owns_process_group: bool
-    background_group: (
-        dist.ProcessGroup | None
-    )  # all ranks, gloo: its collectives may overlap those of training
+    background_group: dist.ProcessGroup | None  # all ranks, gloo: may run beside training's collectives
 
     @property
     def tensor_parallel_group(self) -> dist.ProcessGroup:
@@ -61,7 +59,7 @@ class Layout:
         return values
 
     def from_last_stage(self, values: torch.Tensor) -> torch.Tensor:
-        """In place: what the last pipeline stage holds, on every stage."""
+        """Copy in place from the last pipeline stage to all stages."""
         if self.pipeline_parallel_size > 1:
             dist.broadcast(
                 values,
@@ -113,24 +111,20 @@ class Layout:
 
 
 def replica_group(parameter: torch.nn.Parameter) -> dist.ProcessGroup:
-    """Ranks that hold the same elements of `parameter`: data- and context-parallel ones, fewer for experts
-    that are shared out.
-    """
+    """Return the ranks that hold the same elements of `parameter`; fewer for experts of expert parallelism."""
     if getattr(parameter, "allreduce", True):  # Megatron's mark
         return parallel_state.get_data_parallel_group(with_context_parallel=True)
     return parallel_state.get_expert_data_parallel_group()
 
 
 def data_parallel_size(parallel: ParallelSection, world_size: int) -> int:
-    """Groups of ranks, in `world_size` processes, that train other samples. Raises ConfigError when they, or
-    the experts' ranks, do not divide.
-    """
+    """Return how many data-parallel ranks `world_size` processes make; ConfigError if they do not divide."""
     replica = parallel.replica_size
     if world_size % replica:
         context = " × context_parallel_size" if parallel.context_parallel_size > 1 else ""
         raise ConfigError(
-            f"parallel: tensor_model_parallel_size × pipeline_model_parallel_size{context} = {replica} does not divide the"
-            f" {world_size} processes that were started (torchrun --nproc-per-node × --nnodes)"
+            f"parallel: tensor_model_parallel_size × pipeline_model_parallel_size{context} = {replica} does not"
+            f" divide the {world_size} processes that were started (torchrun --nproc-per-node × --nnodes)"
         )
     experts = (
         parallel.expert_tensor_size
@@ -139,16 +133,15 @@ def data_parallel_size(parallel: ParallelSection, world_size: int) -> int:
     )
     if world_size % experts:
         raise ConfigError(
-            f"parallel: expert_tensor_parallel_size × expert_model_parallel_size × pipeline_model_parallel_size = {experts} does not"
-            f" divide the {world_size} processes that were started; experts are shared out over data- and context-parallel ranks"
+            "parallel: expert_tensor_parallel_size × expert_model_parallel_size × pipeline_model_parallel_size ="
+            f" {experts} does not divide the {world_size} processes that were started; experts are distributed"
+            " over data- and context-parallel ranks"
         )
     return world_size // replica
 
 
 def initialize(parallel: ParallelSection, seed: int) -> Layout:
-    """Join the process group (NCCL with CUDA, gloo without), build Megatron's groups and seed every
-    generator.
-    """
+    """Join the process group (NCCL on CUDA, else gloo), build Megatron's groups and seed every generator."""
     world_size = world_size_from_environment()
     data_parallel_size(parallel, world_size)
     if torch.cuda.is_available():
@@ -194,9 +187,7 @@ def initialize(parallel: ParallelSection, seed: int) -> Layout:
 
 
 def random_states() -> dict[str, torch.Tensor]:
-    """The state of every generator of this process, by name: torch's on the CPU, CUDA's, and Megatron's
-    named ones.
-    """
+    """Return the states of torch's CPU and CUDA generators and of Megatron's, by name."""
     tracker = tensor_parallel.random.get_cuda_rng_tracker()
     states = {f"megatron|{name}": state for name, state in tracker.get_states().items()}
     states["cpu"] = torch.get_rng_state()
@@ -206,12 +197,9 @@ def random_states() -> dict[str, torch.Tensor]:
 
 
 def restore_random_states(states: dict[str, torch.Tensor]) -> None:
-    """The inverse of `random_states`."""
-    named = {
-        name.removeprefix("megatron|"): state
-        for name, state in states.items()
-        if name.startswith("megatron|")
-    }
+    """Set what `random_states` returned."""
+    prefix = "megatron|"
+    named = {name.removeprefix(prefix): state for name, state in states.items() if name.startswith(prefix)}
     tensor_parallel.random.get_cuda_rng_tracker().set_states(named)
     torch.set_rng_state(states["cpu"])
     if torch.cuda.is_available() and "cuda" in states:
@@ -219,19 +207,18 @@ def restore_random_states(states: dict[str, torch.Tensor]) -> None:
 
 
 @contextmanager
-def joined(
-    parallel: ParallelSection, seed: int, alike: tuple[type[BaseException], ...] = ()
+def process_group(
+    parallel: ParallelSection, seed: int, collective_errors: tuple[type[BaseException], ...] = ()
 ) -> Iterator[Layout]:
-    """`initialize`, and `shut_down` when all ranks get there: without an error, or with one of `alike`, which
-    all raise together.
+    """`initialize`, then `shut_down` without an error or on one of `collective_errors`, which all ranks raise.
 
-    A rank that fails alone leaves its groups as they are: NCCL would wait for ranks that wait for it, and
-    nobody would hear why.
+    A rank that fails alone leaves its groups as they are: NCCL would wait for ranks that wait for it, and the
+    error would never be printed.
     """
     layout = initialize(parallel, seed)
     try:
         yield layout
-    except alike:
+    except collective_errors:
         shut_down(layout)
         raise
     except BaseException:
@@ -242,9 +229,9 @@ def joined(
 
 
 def shut_down(layout: Layout) -> None:
-    """Leave Megatron's groups, and the process group if `initialize` made it."""
+    """Destroy Megatron's groups, and the process group if `initialize` made it."""
     parallel_state.destroy_model_parallel()
     if layout.owns_process_group:
         dist.destroy_process_group()
-    # a gloo group has three threads, which end with its last holder: often a cycle of the finished trainer's
+    # A gloo group's three threads end with its last holder, often a reference cycle of the finished trainer.
     gc.collect()
