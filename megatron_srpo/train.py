@@ -37,7 +37,7 @@ from megatron_srpo.rollout.collect import exchange
 from megatron_srpo.rollout.route import route
 from megatron_srpo.rollout.source import Rollouts
 from megatron_srpo.training.token_values import TokenValues
-from megatron_srpo.training.trainer import Trainer
+from megatron_srpo.training.trainer import Trainer, TrainerSettings
 from megatron_srpo.weights.transfer import save_hf
 
 
@@ -88,9 +88,8 @@ class _Run:
         if self.is_first:
             save_config(config, self.directory / "config.yaml")
         self._introduce()
-        self.trainer = Trainer(config, folder, layout, is_resumed=self.checkpoint is not None)
-        terminal.say(self.trainer.loss_path)
-        self.trainer.make_room()  # servers may start beside it
+        self.trainer = Trainer(TrainerSettings.of(config), folder, layout, self.checkpoint is not None)
+        terminal.say(self.trainer.describe_loss())
         self.watch = Stopwatch(terminal.phase)
         self.rollouts = Rollouts(config, folder, layout, terminal.say, self.watch)
         self.metrics = MetricsFile(self.directory / "metrics.jsonl" if self.is_first else Path(os.devnull))
@@ -167,13 +166,14 @@ class _Run:
             rollouts.make_room()
             if config.logging.rollouts and self.is_first:
                 dump(groups, self.directory / "rollouts", step)
-        with watch("teacher"):
-            trainer.take_room()
-            batches = trainer.pack([sample for group in groups for sample in group])
-            targets = trainer.score_teacher(batches)
+        with trainer.onloaded():
+            with watch("teacher"):
+                batches = trainer.pack(groups)
+                scores = trainer.score_teacher(batches)
+            with watch("update"):
+                values = self._token_values(step, groups)
+                report = trainer.update(batches, scores, values)
         with watch("update"):
-            values = self._token_values(step, groups)
-            report = trainer.update(batches, targets, values)
             if values is not None and (rows := values.gather()) and self.is_first:
                 write_tokens(rows, groups, self.folder.tokenizer.decode, self.directory / "rollouts", step)
             rollouts.ledger.trained(step, [group[0].prompt.id for group in groups])
@@ -184,7 +184,6 @@ class _Run:
         return groups, report
 
     def _publish(self, step: int) -> None:
-        self.trainer.make_room()
         self.rollouts.publish(self.trainer.export(), step)
 
     def _write(self, row: dict[str, Any]) -> None:
@@ -222,9 +221,9 @@ class _Run:
         self.terminal.step(row)
         self._sound(step, raised, before)
         self._guard(step, row["engine_logprob_gap"])
-        for loss, norm in report.skipped_updates:
+        for update in report.skipped_updates:
             self.terminal.say(
-                f"step {step}: an update was skipped: loss {loss}, gradient norm {norm}", "bold red"
+                f"step {step}: skipped an update: loss {update.loss}, gradient norm {update.grad_norm}", "bold red"
             )
         self.skipped_in_a_row = report.skipped_in_a_row(self.skipped_in_a_row)
         if self.skipped_in_a_row >= self.config.train.max_skipped_updates:

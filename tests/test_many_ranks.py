@@ -23,7 +23,7 @@ from megatron_srpo.rollout.ledger import Ledger
 from megatron_srpo.rollout.replay import replay
 from megatron_srpo.training import packing
 from megatron_srpo.training.packing import PackingRules, pack
-from megatron_srpo.training.trainer import Trainer
+from megatron_srpo.training.trainer import Trainer, TrainerSettings
 
 PROMPTS = 64  # of a step: one a rank, where there are 64
 
@@ -128,11 +128,11 @@ def collectives_of_a_step(start, ranks: int) -> list[tuple[str, int]]:
     """Of a whole update, the teacher, the stop request and an export, on a rank in the middle."""
     folder, config, groups = start
     with simulated(ranks // 2, ranks) as layout:
-        trainer = Trainer(config, folder, layout)
+        trainer = Trainer(TrainerSettings.of(config), folder, layout)
         with Collectives() as collectives:
-            batches = trainer.pack(samples_of(groups))
-            targets = trainer.score_teacher(batches)
-            trainer.update(batches, targets)
+            batches = trainer.pack(groups)
+            scores = trainer.score_teacher(batches)
+            trainer.update(batches, scores)
             StopRequest(layout, None).reason()
             for _ in trainer.export():
                 pass
@@ -155,7 +155,7 @@ def test_export_talks_within_a_replica(start):
     counts = []
     for ranks in (4, 64):
         with simulated(0, ranks, parallel := ParallelSection(tensor_model_parallel_size=2)) as layout:
-            trainer = Trainer(config.model_copy(update={"parallel": parallel}), folder, layout)
+            trainer = Trainer(TrainerSettings.of(config.model_copy(update={"parallel": parallel})), folder, layout)
             with Collectives() as collectives, torch.no_grad():
                 for _ in trainer.export():
                     pass

@@ -31,7 +31,7 @@ from megatron_srpo.distributed.layout import initialize, shut_down
 from megatron_srpo.model.build import build_chunks
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.replay import replay
-from megatron_srpo.training.packing import Document, micro_batch
+from megatron_srpo.training.packing import PackedSequence, micro_batch
 from megatron_srpo.training.schedule import run_schedule
 from megatron_srpo.weights.transfer import load
 
@@ -78,7 +78,7 @@ def test_logits_are_those_of_transformers(layers, family, tmp_path):
     found, rows = [], []
     for lengths in ((300, 290), (2, 400, 30), (1,)):
         texts = [torch.randint(3, 270, (length + 1,), generator=generator).tolist() for length in lengths]
-        rows.append([Document(number, (ids[0],), tuple(ids[1:])) for number, ids in enumerate(texts)])
+        rows.append([PackedSequence(number, ids[:1], ids[1:], range(len(ids) - 1)) for number, ids in enumerate(texts)])
 
     def keep(number, hidden, chunk):
         found.append((hidden @ chunk.output_weight.t()).float().cpu()[:, :270])
@@ -132,7 +132,7 @@ def train(trainer, world, step):
     groups = route_groups(
         replay(routed, step, 4, folder), trainer.algorithm, folder.encode, 400, seed=f"1/{step}"
     )
-    batches = trainer.pack([sample for group in groups for sample in group])
+    batches = trainer.pack(groups)
     return trainer.update(batches, trainer.score_teacher(batches))
 
 
@@ -143,7 +143,7 @@ def test_two_steps_are_those_of_float64(layers, world, make_trainer):
     Gradients are summed, and weights kept, in fp32.
     """
     trainer = make_trainer(*overrides_of(layers))
-    assert "Triton" in trainer.loss_path
+    assert "Triton" in trainer.describe_loss()
     exact = Reference(world[1].path, lr=1e-3, warmup=0, beta=trainer.algorithm.entropy_beta)
     for step in (1, 2):
         report = train(trainer, world, step)

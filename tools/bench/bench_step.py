@@ -154,7 +154,7 @@ def measure(
     from megatron_srpo.plan.machine import Workload
     from megatron_srpo.plan.memory import Batch
     from megatron_srpo.plan.step import step_flops
-    from megatron_srpo.training.trainer import Trainer
+    from megatron_srpo.training.trainer import Trainer, TrainerSettings
 
     with tempfile.TemporaryDirectory() as name:
         config = make_config(Path(name), model, algorithm, shape, overrides)
@@ -169,7 +169,7 @@ def measure(
         gc.collect()
         give_back_above(2**16)
         before = peak_bytes(layout.device)
-        trainer = Trainer(config, folder, layout, is_resumed=True)
+        trainer = Trainer(TrainerSettings.of(config), folder, layout, is_resumed=True)
         steps = []
         for number in range(2 + repeats):
             if number == 2:  # Adam's states are there: the peak is known, and timings may be the usual ones
