@@ -268,9 +268,9 @@ def step_seconds(
 
 
 def total(parts: dict[str, float], config: Config) -> float:
-    """Of a step; with `rollout.overlap: 1` the next batch is sampled while one trains."""
+    """Of a step; with `rollout.async_steps: 1` the next batch is sampled while one trains."""
     training = sum(parts.values()) - parts.get("sampling", 0.0)
-    return max(training, parts.get("sampling", 0.0)) if config.rollout.overlap else sum(parts.values())
+    return max(training, parts.get("sampling", 0.0)) if config.rollout.async_steps else sum(parts.values())
 
 
 class Servers(NamedTuple):
@@ -284,7 +284,7 @@ class Servers(NamedTuple):
     def of(cls, config: Config, gpus: int) -> Servers:
         """The embedded engine is one on every rank."""
         rollout = config.rollout
-        if rollout.engine == "transformers":
+        if rollout.traits.in_process:
             return cls(gpus, 1, True)
         return cls(
             len(rollout.urls) or rollout.servers, rollout.sglang.tensor_parallel_size, rollout.colocated
@@ -323,7 +323,7 @@ def sampling_seconds(
         * workload.document
         / (servers.gpus_each * machine.peak * machine.mfu)
     )
-    if rollout.engine == "transformers":
+    if rollout.traits.in_process:
         rounds = math.ceil(sequences / rollout.batch_size)
         seconds = max(seconds, rounds * longest * architecture.num_hidden_layers * EMBEDDED_SECONDS)
     return seconds

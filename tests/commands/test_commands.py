@@ -13,7 +13,7 @@ from small_run import QUICKSTART, small_config, small_run
 
 from megatron_srpo.algorithm import METHODS
 from megatron_srpo.commands.config import PAPER, check, keys
-from megatron_srpo.config.schema import Config, ConfigError, SGLangSection
+from megatron_srpo.config.schema import Config, ConfigError, OpenAISection, SGLangSection
 from megatron_srpo.data.rollout_file import step_file
 from megatron_srpo.observe.inspect import inspect, visible
 from megatron_srpo.observe.tokens import read_tokens
@@ -104,9 +104,10 @@ def test_config_explains_every_key():
         for name, field in Config.model_fields.items()
         if hasattr(field.annotation, "model_fields")
     }
-    sections["rollout.sglang"] = SGLangSection
+    servers = {"rollout.sglang": SGLangSection, "rollout.openai": OpenAISection}
+    sections |= servers
     every = {f"{section}.{name}" for section, model in sections.items() for name in model.model_fields}
-    assert every - {"rollout.sglang"} <= set(found) and "rollout.sglang" not in found
+    assert every - set(servers) <= set(found) and not set(servers) & set(found)
     assert found["task.mixture"].type.startswith("list of {name, path, verifier, ")
     assert set(PAPER) <= set(found)
     rates = ", ".join(f"{name}: {method().lr}" for name, method in METHODS.items())

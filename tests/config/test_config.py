@@ -321,7 +321,7 @@ def test_wrong_value_in_the_file_names_the_line(message_of):
         (["resume.override=[optimizer.lr,train.step]"], "resume.override", ["'train.step' is no key"]),
         (["evaluation.temperature=0"], "evaluation.temperature", ["greedy", "samples: 1"]),
         (
-            ["rollout.overlap=1", "rollout.over_sampling=2"],
+            ["rollout.async_steps=1", "rollout.over_sampling=2"],
             "rollout.max_staleness",
             ["two versions old", "set 2"],
         ),
@@ -352,7 +352,7 @@ def test_contradictions(message_of, overrides, section, named):
         ["parallel.virtual_pipeline_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"],
         ["evaluation.temperature=0", "evaluation.samples=1"],
         ["resume.override=[algorithm.entropy_beta,rollout.sglang.port,megatron.recompute_granularity,task]"],
-        ["rollout.overlap=1", "rollout.over_sampling=2", "rollout.max_staleness=2"],
+        ["rollout.async_steps=1", "rollout.over_sampling=2", "rollout.max_staleness=2"],
         ["rollout.samples_per_prompt=2"],
         ["rollout.prompts_per_step=12", "algorithm.name=grpo", "algorithm.mini_batch_prompts=null"],
         ["rollout.prompts_per_step=4", "algorithm.name=grpo"],
