@@ -94,7 +94,11 @@ class OptimizerBatch:
     distilled_tokens: int
 
     def terms(
-        self, micro_batch: MicroBatch, entropy_weights: Tensor, old_logprobs: Tensor | None, device: torch.device
+        self,
+        micro_batch: MicroBatch,
+        entropy_weights: Tensor,
+        old_logprobs: Tensor | None,
+        device: torch.device,
     ) -> TokenTerms:
         """Return the objective's inputs for the R policy tokens of `micro_batch`, float32.
 

@@ -67,9 +67,7 @@ class TrainerSettings:
 class Trainer:
     """Policy, optimizer and teacher of this rank."""
 
-    def __init__(
-        self, settings: TrainerSettings, folder: HFFolder, layout: Layout, is_resumed: bool = False
-    ):
+    def __init__(self, settings: TrainerSettings, folder: HFFolder, layout: Layout, is_resumed: bool = False):
         """`is_resumed`: the weights are restored from a checkpoint later, not loaded from `folder`."""
         self.settings = settings
         self.folder = folder
@@ -250,9 +248,7 @@ class Trainer:
         """Run forward and backward over the batch; return its loss, reduced over all ranks."""
         mean = self._mean_entropy_weight(batch, scores)
         last_chunk = self.chunks[-1]
-        loss = RoutedLoss(
-            self.loss_settings, batch, scores, mean, old_logprobs, last_chunk, token_values
-        )
+        loss = RoutedLoss(self.loss_settings, batch, scores, mean, old_logprobs, last_chunk, token_values)
         self.optimizer.zero_grad()
         run_schedule(self.chunks, batch.micro_batches, loss, backward=True)
         self.layout.from_last_stage(self.layout.sum_over_data_parallel(loss.sums))

@@ -34,7 +34,9 @@ def run(job: dict) -> None:
     chunks = build_chunks(folder.architecture, config, layout.device)
     load(chunks, folder)
     # Every token is a "response" token but the first, so every position's logits but the last come back.
-    documents = [PackedSequence(n, ids[:1], ids[1:], range(len(ids) - 1)) for n, ids in enumerate(job["documents"])]
+    documents = [
+        PackedSequence(n, ids[:1], ids[1:], range(len(ids) - 1)) for n, ids in enumerate(job["documents"])
+    ]
     total = -(-sum(document.length for document in documents) // 4) * 4
     results = {}
 

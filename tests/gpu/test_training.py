@@ -78,7 +78,12 @@ def test_logits_are_those_of_transformers(layers, family, tmp_path):
     found, rows = [], []
     for lengths in ((300, 290), (2, 400, 30), (1,)):
         texts = [torch.randint(3, 270, (length + 1,), generator=generator).tolist() for length in lengths]
-        rows.append([PackedSequence(number, ids[:1], ids[1:], range(len(ids) - 1)) for number, ids in enumerate(texts)])
+        rows.append(
+            [
+                PackedSequence(number, ids[:1], ids[1:], range(len(ids) - 1))
+                for number, ids in enumerate(texts)
+            ]
+        )
 
     def keep(number, hidden, chunk):
         found.append((hidden @ chunk.output_weight.t()).float().cpu()[:, :270])

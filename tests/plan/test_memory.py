@@ -166,7 +166,9 @@ def test_activations_of_a_layer(folders, model, context):
                 )
             )
             (chunk,) = build_chunks(architecture.architecture, config, layout.device)
-            documents = [PackedSequence(n, (5,), (6,) * length, range(length)) for n, length in enumerate(lengths)]
+            documents = [
+                PackedSequence(n, (5,), (6,) * length, range(length)) for n, length in enumerate(lengths)
+            ]
             row = micro_batch(documents, sum(lengths), ContextParallel(0, context))
             weights, storages, alive = {p.untyped_storage().data_ptr() for p in chunk.parameters()}, {}, []
 
