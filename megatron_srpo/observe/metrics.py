@@ -111,10 +111,7 @@ def update_metrics(report: UpdateReport) -> dict[str, float]:
         "updates_skipped": len(report.skipped_updates),
         "policy_entropy": _ratio(sums.entropy, sums.tokens),
         "teacher_entropy": _ratio(sums.teacher_entropy, sums.distilled),
-        **{
-            f"teacher_entropy_p{share}": quantile(sums.entropy_counts, share / 100)
-            for share in (10, 50, 90)
-        },
+        **{f"teacher_entropy_p{share}": quantile(sums.entropy_counts, share / 100) for share in (10, 50, 90)},
         "distillation_divergence": _ratio(sums.divergence, sums.distilled),
         "entropy_weight_mean": mean_weight,
         "entropy_weight_std": math.sqrt(max(variance, 0.0)) if math.isfinite(variance) else variance,

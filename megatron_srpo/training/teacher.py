@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_srpo.config.schema import TeacherSection
 from megatron_srpo.distributed.layout import replica_group
-from megatron_srpo.model.hf_folder import Architecture
+from megatron_srpo.model.architecture import Architecture
 from megatron_srpo.model.build import PolicyModel
 from megatron_srpo.training.offload import HostMemory
 from megatron_srpo.training.optimizer import Optimizer, Shard
@@ -174,9 +174,9 @@ class Teacher:
             return None
         sums = torch.zeros(2, dtype=torch.float64, device=next(self.policy_chunks[0].parameters()).device)
         found: list[Tensor] = []
-        for position, (mapping, prefix, parameter) in enumerate(parameters_of(self.policy_chunks)):
+        for position, (location, parameter) in enumerate(parameters_of(self.policy_chunks, architecture)):
             shard = optimizer.shard_of(parameter)
-            if ParameterShard.of(mapping, prefix, architecture).is_primary and shard.end > shard.start:
+            if ParameterShard.of(location).is_primary and shard.end > shard.start:
                 gap = shard.values - self.share(position, shard)
                 norms = [torch.linalg.vector_norm(v, dtype=torch.float64) for v in (gap, shard.values)]
                 found.append(torch.stack(norms))

@@ -24,8 +24,9 @@ from megatron_srpo.config.schema import (
 from megatron_srpo.data.records import Group
 from megatron_srpo.data.update_report import OptimizerUpdate, TokenSums, UpdateReport
 from megatron_srpo.distributed.context_parallel import ContextParallel
+from megatron_srpo.distributed.device import model_dtype
 from megatron_srpo.distributed.layout import Layout
-from megatron_srpo.model.build import PolicyModel, build_chunks, model_dtype
+from megatron_srpo.model.build import PolicyModel, build_chunks
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.training.loss import LossSettings, RoutedLoss
 from megatron_srpo.training.offload import HostMemory
@@ -115,7 +116,7 @@ class Trainer:
 
     def describe_loss(self) -> str:
         """Say how the vocabulary pass of the loss is computed."""
-        kernel = kernel_name(self.layout.device, model_dtype(self.settings))
+        kernel = kernel_name(self.layout.device, model_dtype(self.settings.model))
         if not self.algorithm.uses_teacher:
             return f"log-probabilities: {kernel}"
         divergence = self.loss_settings.divergence
@@ -129,7 +130,10 @@ class Trainer:
         return [parameter for chunk in self.chunks for parameter in chunk.module.parameters()]
 
     def _build_chunks(self) -> list[PolicyModel]:
-        return build_chunks(self.folder.architecture, self.settings, self.layout.device)
+        settings, device = self.settings, self.layout.device
+        return build_chunks(
+            self.folder.architecture, settings.model, settings.parallel, settings.megatron, device
+        )
 
     def _copy_of_policy(self) -> list[PolicyModel]:
         copies = self._build_chunks()

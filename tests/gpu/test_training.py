@@ -91,7 +91,9 @@ def test_logits_are_those_of_transformers(layers, family, tmp_path):
 
     folder, layout = HFFolder(config.model.hf_path), initialize(config.parallel, seed=1)
     try:
-        chunks = build_chunks(folder.architecture, config, layout.device)
+        chunks = build_chunks(
+            folder.architecture, config.model, config.parallel, config.megatron, layout.device
+        )
         load(chunks, folder)
         run_schedule(
             chunks, [micro_batch(row, sum(d.length for d in row) + 3) for row in rows], keep, backward=False
@@ -137,8 +139,9 @@ def train(trainer, world, step):
     groups = route_groups(
         replay(routed, step, 4, folder), trainer.algorithm, folder.encode, 400, seed=f"1/{step}"
     )
-    batches = trainer.pack(groups)
-    return trainer.update(batches, trainer.score_teacher(batches))
+    with trainer.onloaded():
+        batches = trainer.pack(groups)
+        return trainer.update(batches, trainer.score_teacher(batches))
 
 
 @pytest.mark.parametrize("layers", LAYERS)
@@ -164,32 +167,33 @@ def test_two_steps_are_those_of_float64(layers, world, make_trainer):
 
 
 @pytest.mark.parametrize("optimizer", ["true", "false"])
-def test_state_is_the_same_to_the_bit_parked_and_from_a_checkpoint(optimizer, world, make_trainer, tmp_path):
+def test_state_is_the_same_to_the_bit_offloaded_and_from_a_checkpoint(
+    optimizer, world, make_trainer, tmp_path
+):
     """And training goes on with either."""
     shared = f"parallel.use_distributed_optimizer={optimizer}"
     colocated = ("rollout.engine=sglang", "rollout.servers=1", "rollout.colocated=true")
     trainer = make_trainer(shared, *colocated)
-    trainer.make_room()
-    trainer.take_room()
     train(trainer, world, 1)
-    saved, state = snapshot(trainer), scalars(trainer)
-    held = [
-        *trainer.optimizer.state(),
-        *trainer.optimizer.gradients(),
-        *trainer.teacher.shares,
-        *trainer.teacher.parameters,
-    ]
-    size, before = sum(tensor.untyped_storage().nbytes() for tensor in held), torch.cuda.memory_allocated()
-    trainer.make_room()
+    with trainer.onloaded():
+        saved, state = snapshot(trainer), scalars(trainer)
+        held = [
+            *trainer.optimizer.state(),
+            *trainer.optimizer.gradients(),
+            *trainer.teacher.shares,
+            *trainer.teacher.parameters,
+        ]
+        size = sum(tensor.untyped_storage().nbytes() for tensor in held)
+        before = torch.cuda.memory_allocated()
     assert 0 < size <= before - torch.cuda.memory_allocated()
-    parked = snapshot(trainer)
-    assert saved.keys() == parked.keys() and all(torch.equal(saved[key], parked[key]) for key in saved)
+    offloaded = snapshot(trainer)
+    assert saved.keys() == offloaded.keys()
+    assert all(torch.equal(saved[key], offloaded[key]) for key in saved)
     write_tensors(tmp_path / "rank_00000.safetensors", saved)
-    trainer.take_room()
     wanted = train(trainer, world, 2)
 
     trainer = make_trainer(shared, "optimizer.optimizer_cpu_offload=true")
-    with SavedTensors([tmp_path / "rank_00000.safetensors"], world[1].architecture) as tensors:
+    with SavedTensors([tmp_path / "rank_00000.safetensors"]) as tensors:
         restore_trainer(trainer, tensors, state)
         restore_generators(tensors, 0)
     found = snapshot(trainer)

@@ -230,9 +230,7 @@ def test_a_checkpoint_is_restored_into_what_is_offloaded(make_trainer, tmp_path,
     )
     step(trainer, groups)  # from the start model: other numbers
     assert set(sizes(trainer.optimizer.state())) == {0}
-    restore_trainer(
-        trainer, SavedTensors([tmp_path / "rank_00000.safetensors"], trainer.folder.architecture), state
-    )
+    restore_trainer(trainer, SavedTensors([tmp_path / "rank_00000.safetensors"]), state)
     assert set(sizes(trainer.optimizer.state())) == {0}
     found = checkpoint(trainer)
     assert all(torch.equal(found[key], saved[key]) for key in saved if not key.startswith(GENERATOR))
