@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megatron.core.models.common.embeddings.rope_utils import _get_thd_freqs_on_this_cp_rank
 from samples import make_sample
 
 from megatron_srpo.data.records import Route
@@ -184,9 +183,11 @@ def test_student_and_teacher_predict_the_same_ids_from_the_right_places(samples,
 @given(batches, all_rules)
 @settings(deadline=None, max_examples=60)
 def test_context_parallel_ranks_hold_what_megatron_rotates(samples, rules):
-    """Megatron's rotary embedding takes a rank's positions in each sequence from the sequence's length
-    alone.
-    """
+    """Megatron's rotary embedding takes a rank's positions from the length of each sequence alone."""
+    import megatron_srpo.distributed.megatron  # noqa: F401  (first: it installs the CPU shim)
+    # isort: split
+    from megatron.core.models.common.embeddings.rope_utils import _get_thd_freqs_on_this_cp_rank
+
     for parts, _ in rows_of_all(samples, 0, 1, rules):
         for rank, part in enumerate(parts):
             bounds, size = part.cu_seqlens.tolist(), len(parts)

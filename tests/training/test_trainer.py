@@ -30,7 +30,7 @@ def make_trainer(tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(
         f"model: {{hf_path: {folder.path}, dtype: float32}}\n"
-        "rollout: {prompts_per_step: 4, samples_per_prompt: 4, max_prompt_tokens: 128, max_response_tokens: 64}\n"
+        "rollout: {prompts_per_step: 4, samples_per_prompt: 4}\n"
         "teacher: {max_prompt_tokens: 160}\n"
         "train: {steps: 3, micro_batch_tokens: 400}\n"
         "optimizer: {lr: 1.0e-3, lr_warmup_steps: 0}\n"
