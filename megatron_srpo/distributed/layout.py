@@ -21,7 +21,7 @@ from megatron_srpo.distributed.processes import gather_bytes, world_size_from_en
 
 @dataclass(frozen=True)
 class Layout:
-    """This process's ranks in the parallel groups; its tensors live on `device`."""
+    """This process's ranks in its groups, and the device of its tensors."""
 
     rank: int
     world_size: int
@@ -36,16 +36,18 @@ class Layout:
     is_first_stage: bool
     is_last_stage: bool
     owns_process_group: bool
-    background_group: dist.ProcessGroup | None  # all ranks, gloo: may run beside training's collectives
+    background_group: (
+        dist.ProcessGroup | None
+    )  # all ranks, gloo: its collectives may overlap those of training
 
     @property
     def tensor_parallel_group(self) -> dist.ProcessGroup:
-        """Ranks that share this rank's layers and tokens, each with a shard of every matrix."""
+        """The ranks that share layers and tokens with this one, each with a shard of every matrix."""
         return parallel_state.get_tensor_model_parallel_group()
 
     @property
     def data_parallel_group(self) -> dist.ProcessGroup:
-        """Ranks with the same shard of the model and other tokens: data- and context-parallel ones."""
+        """The ranks with the same model shard and other tokens: data- and context-parallel ones."""
         return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
     def sum_over_data_parallel(self, values: torch.Tensor) -> torch.Tensor:
@@ -59,7 +61,7 @@ class Layout:
         return values
 
     def from_last_stage(self, values: torch.Tensor) -> torch.Tensor:
-        """Copy in place from the last pipeline stage to all stages."""
+        """Broadcast in place from the last pipeline stage to every stage."""
         if self.pipeline_parallel_size > 1:
             dist.broadcast(
                 values,
@@ -111,20 +113,25 @@ class Layout:
 
 
 def replica_group(parameter: torch.nn.Parameter) -> dist.ProcessGroup:
-    """Return the ranks that hold the same elements of `parameter`; fewer for experts of expert parallelism."""
+    """Return the ranks that hold the same elements: data- and context-parallel ones, fewer for experts."""
     if getattr(parameter, "allreduce", True):  # Megatron's mark
         return parallel_state.get_data_parallel_group(with_context_parallel=True)
     return parallel_state.get_expert_data_parallel_group()
 
 
 def data_parallel_size(parallel: ParallelSection, world_size: int) -> int:
-    """Return how many data-parallel ranks `world_size` processes make; ConfigError if they do not divide."""
+    """Return how many groups of `world_size` ranks train different samples.
+
+    Raises:
+        ConfigError: the parallel sizes do not divide the number of processes.
+    """
     replica = parallel.replica_size
     if world_size % replica:
         context = " × context_parallel_size" if parallel.context_parallel_size > 1 else ""
+        product = f"tensor_model_parallel_size × pipeline_model_parallel_size{context} = {replica}"
         raise ConfigError(
-            f"parallel: tensor_model_parallel_size × pipeline_model_parallel_size{context} = {replica} does not"
-            f" divide the {world_size} processes that were started (torchrun --nproc-per-node × --nnodes)"
+            f"parallel: {product} does not divide the {world_size} processes that were started"
+            " (torchrun --nproc-per-node × --nnodes)"
         )
     experts = (
         parallel.expert_tensor_size
@@ -132,16 +139,16 @@ def data_parallel_size(parallel: ParallelSection, world_size: int) -> int:
         * parallel.pipeline_model_parallel_size
     )
     if world_size % experts:
+        names = "expert_tensor_parallel_size × expert_model_parallel_size × pipeline_model_parallel_size"
         raise ConfigError(
-            "parallel: expert_tensor_parallel_size × expert_model_parallel_size × pipeline_model_parallel_size ="
-            f" {experts} does not divide the {world_size} processes that were started; experts are distributed"
-            " over data- and context-parallel ranks"
+            f"parallel: {names} = {experts} does not divide the {world_size} processes that were started;"
+            " experts are shared out over data- and context-parallel ranks"
         )
     return world_size // replica
 
 
 def initialize(parallel: ParallelSection, seed: int) -> Layout:
-    """Join the process group (NCCL on CUDA, else gloo), build Megatron's groups and seed every generator."""
+    """Join the process group (NCCL with CUDA, else gloo), build Megatron's groups, seed every generator."""
     world_size = world_size_from_environment()
     data_parallel_size(parallel, world_size)
     if torch.cuda.is_available():
@@ -187,7 +194,7 @@ def initialize(parallel: ParallelSection, seed: int) -> Layout:
 
 
 def random_states() -> dict[str, torch.Tensor]:
-    """Return the states of torch's CPU and CUDA generators and of Megatron's, by name."""
+    """Return the states of all generators by name: torch's on the CPU, CUDA's, and Megatron's named ones."""
     tracker = tensor_parallel.random.get_cuda_rng_tracker()
     states = {f"megatron|{name}": state for name, state in tracker.get_states().items()}
     states["cpu"] = torch.get_rng_state()
@@ -197,7 +204,7 @@ def random_states() -> dict[str, torch.Tensor]:
 
 
 def restore_random_states(states: dict[str, torch.Tensor]) -> None:
-    """Set what `random_states` returned."""
+    """Restore what `random_states` returned."""
     prefix = "megatron|"
     named = {name.removeprefix(prefix): state for name, state in states.items() if name.startswith(prefix)}
     tensor_parallel.random.get_cuda_rng_tracker().set_states(named)
@@ -210,7 +217,7 @@ def restore_random_states(states: dict[str, torch.Tensor]) -> None:
 def process_group(
     parallel: ParallelSection, seed: int, collective_errors: tuple[type[BaseException], ...] = ()
 ) -> Iterator[Layout]:
-    """`initialize`, then `shut_down` without an error or on one of `collective_errors`, which all ranks raise.
+    """`initialize`, then `shut_down` without an error or on one of `collective_errors`, raised by all ranks.
 
     A rank that fails alone leaves its groups as they are: NCCL would wait for ranks that wait for it, and the
     error would never be printed.
@@ -233,5 +240,5 @@ def shut_down(layout: Layout) -> None:
     parallel_state.destroy_model_parallel()
     if layout.owns_process_group:
         dist.destroy_process_group()
-    # A gloo group's three threads end with its last holder, often a reference cycle of the finished trainer.
+    # A gloo group has three threads, which end with its last reference: often a cycle of the trainer's.
     gc.collect()

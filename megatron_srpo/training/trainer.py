@@ -36,7 +36,8 @@ from megatron_srpo.training.schedule import run_schedule
 from megatron_srpo.training.teacher import Teacher, TeacherScores
 from megatron_srpo.training.token_values import TokenValues
 from megatron_srpo.vocab_parallel.divergence import Divergence
-from megatron_srpo.vocab_parallel.fused import kernel_name, score
+from megatron_srpo.vocab_parallel.fused import score
+from megatron_srpo.vocab_parallel.kernels.choice import kernel_name
 from megatron_srpo.vocab_parallel.logits import Projection
 from megatron_srpo.weights.transfer import Repeatable, export, load
 
