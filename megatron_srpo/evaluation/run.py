@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_srpo.checkpoint.weights import RunTensors, checkpoint_of, is_of_a_run
 from megatron_srpo.config.schema import Config, ConfigError, ParallelSection
-from megatron_srpo.distributed.layout import joined
+from megatron_srpo.distributed.layout import process_group
 from megatron_srpo.distributed.processes import rank_from_environment
 from megatron_srpo.evaluation.answers import Answers, answer_files, check_answered, check_files, open_folder
 from megatron_srpo.evaluation.evaluate import ask, label_of, parts
@@ -60,7 +60,7 @@ def run_evaluation(config: Config) -> Path:
         check_answered(config, tasks)
     # Every process holds an engine of its own.
     data_parallel = ParallelSection(distributed_timeout_minutes=config.parallel.distributed_timeout_minutes)
-    with joined(data_parallel, config.train.seed) as layout:
+    with process_group(data_parallel, config.train.seed) as layout:
         if path is not None:  # the first rank's choice: a run in progress may have saved another meanwhile
             first = layout.broadcast(str(config.evaluation.checkpoint))
             config = _with_checkpoint(config, Path(first))
