@@ -48,7 +48,7 @@ LAYERS = [
 
 
 def overrides_of(layers):
-    """rope_fusion: Transformer Engine's layers and its rotary embeddings, which read packed documents, too."""
+    """rope_fusion: Transformer Engine's layers and its rotary embeddings, which read packed documents too."""
     if layers == "rope_fusion":
         return ["model.transformer_impl=transformer_engine", "megatron.apply_rope_fusion=true"]
     return [f"model.transformer_impl={layers}"]
@@ -59,7 +59,8 @@ def configured(root, folder):
     file = root / "config.yaml"
     file.write_text(
         f"model: {{hf_path: {folder}, dtype: bfloat16}}\n"
-        "rollout: {prompts_per_step: 4, samples_per_prompt: 4, max_prompt_tokens: 128, max_response_tokens: 300}\n"
+        "rollout: {prompts_per_step: 4, samples_per_prompt: 4, max_prompt_tokens: 128,\n"
+        "  max_response_tokens: 300}\n"
         "teacher: {max_prompt_tokens: 400}\ntrain: {steps: 3, micro_batch_tokens: 1000}\n"
         "optimizer: {lr: 1.0e-3, lr_warmup_steps: 0}\nlogging: {dir: unused}\n"
     )
