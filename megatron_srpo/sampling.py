@@ -14,8 +14,9 @@ from megatron_srpo.distributed.heartbeat import PROGRESS
 from megatron_srpo.distributed.layout import Layout, joined
 from megatron_srpo.evaluation.evaluate import stored_weights
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.observe.logs import open_run_folder, rank_log
+from megatron_srpo.observe.logs import rank_log
 from megatron_srpo.observe.metrics import MetricsFile, rollout_metrics
+from megatron_srpo.observe.run_lock import open_run_folder
 from megatron_srpo.observe.stopwatch import Stopwatch
 from megatron_srpo.observe.terminal import Terminal
 from megatron_srpo.observe.watchdog import Watchdog

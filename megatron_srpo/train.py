@@ -25,10 +25,11 @@ from megatron_srpo.evaluation.scores import with_history
 from megatron_srpo.model.build import model_dtype, uses_transformer_engine
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.observe.alarms import REMEMBERED, Alarm, Limits, alarms
-from megatron_srpo.observe.logs import alone, open_run_folder, rank_log
+from megatron_srpo.observe.logs import rank_log
 from megatron_srpo.observe.metrics import MetricsFile, rollout_metrics, update_metrics, version_metrics
 from megatron_srpo.observe.profiler import StepProfiler
 from megatron_srpo.observe.report import write_report
+from megatron_srpo.observe.run_lock import open_run_folder, run_lock
 from megatron_srpo.observe.stopwatch import Stopwatch
 from megatron_srpo.observe.terminal import Terminal
 from megatron_srpo.observe.tokens import choose, write_tokens
@@ -62,7 +63,7 @@ def train(config: Config) -> Path:
         title = f"{config.algorithm.name} · {folder.path.name} · {layout.world_size} process{'es' * (layout.world_size > 1)}"
         session = open_run_folder(config.logging.dir, layout)
         with (
-            alone(config.logging.dir, layout),
+            run_lock(config.logging.dir, layout),
             rank_log(config.logging.dir, layout),
             Watchdog(config.logging.dir / "watchdog", layout, config.logging.watchdog_minutes, session),
             Terminal(title, config.train.steps, layout.rank == 0) as terminal,
