@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
 from pathlib import Path
 from typing import Any
 
 from megatron_srpo.checkpoint import resume
-from megatron_srpo.checkpoint.folder import FORMAT, Manifest
+from megatron_srpo.checkpoint.folder import Counters, RunInfo
 from megatron_srpo.checkpoint.saver import Saver
-from megatron_srpo.checkpoint.state import numbers, snapshot
 from megatron_srpo.config.load import save_config
 from megatron_srpo.config.schema import Config
 from megatron_srpo.data.records import Group
@@ -101,7 +99,11 @@ class _Run:
         self.profiler = StepProfiler(self.directory / "profile", config.logging, layout)
         self.rows, self.limits = [], Limits.of(config)  # the last training steps' rows
         self.saver = Saver(
-            self.directory / "checkpoints", config.checkpoint, layout, self.rollouts.ledger.saved
+            self.directory / "checkpoints",
+            config.checkpoint,
+            layout,
+            RunInfo.of(config, folder.architecture, layout),
+            self.rollouts.ledger.saved,
         )
         self.evaluates = config.evaluation.every > 0 and self.rollouts.collector is not None
         if config.evaluation.every > 0 and not self.evaluates:
@@ -281,13 +283,9 @@ class _Run:
         """Everything as after the newest checkpoint's step, or as at the start: that step (0) and whether it
         has been evaluated.
         """
-        step, is_evaluated = 0, False
-        if self.checkpoint is not None:
-            manifest = self.checkpoint.manifest
-            step, is_evaluated = manifest.step, manifest.evaluation is not None
-            self.skipped_in_a_row = manifest.state["skipped_in_a_row"]
-            resume.go_on(self.trainer, self.checkpoint, self.layout, self.terminal.say)
-            self.terminal.say(f"going on after step {step}: {self.checkpoint.folder}", "bold")
+        resumed = resume.restore(self.checkpoint, self.trainer, self.layout, self.terminal.say)
+        step, is_evaluated, counters = resumed
+        self.skipped_in_a_row = counters.skipped_in_a_row
         rows = self.metrics.rewind(step, is_evaluated)
         self.terminal.recall(rows)
         if self.is_first:
@@ -296,29 +294,14 @@ class _Run:
             )
         recent = [row for row in rows if "loss" in row][-REMEMBERED:]
         self.rows = self.layout.broadcast(recent)  # only the first rank has read them
-        self.rollouts.go_on(
-            step, 0 if self.checkpoint is None else self.checkpoint.manifest.state["next_prompt"]
-        )
+        self.rollouts.go_on(step, counters.next_prompt)
         return step, is_evaluated
 
     def _save(self, step: int, evaluation: dict[str, float] | None) -> None:
         """Begin a checkpoint of the state after `step`."""
         with self.watch("checkpoint"):
-            manifest = Manifest(
-                format=FORMAT,
-                step=step,
-                session=self.saver.session,
-                architecture=dataclasses.asdict(self.folder.architecture),
-                dtype=str(model_dtype(self.config)).removeprefix("torch."),
-                config=self.config.model_dump(mode="json"),
-                versions=resume.package_versions(),
-                world_size=self.layout.world_size,
-                state=numbers(self.trainer)
-                | {"skipped_in_a_row": self.skipped_in_a_row, "next_prompt": self.rollouts.next_prompt},
-                evaluation=evaluation,
-                files={},
-            )
-            self.saver.save(snapshot(self.trainer), manifest)
+            counters = Counters(self.skipped_in_a_row, self.rollouts.next_prompt)
+            self.saver.save(step, self.trainer, counters, evaluation)
 
     def _leave(self, step: int, reason: str) -> None:
         self.terminal.phase("checkpoint")
@@ -328,7 +311,7 @@ class _Run:
             )
         self.saver.finish()
         raise TrainingInterrupted(
-            f"{reason}: saved after step {step} of {self.config.train.steps}; the same command goes on"
+            f"{reason}: checkpoint saved at step {step}/{self.config.train.steps}; rerun the same command to resume"
         )
 
     def _introduce(self) -> None:
@@ -341,7 +324,7 @@ class _Run:
         self.terminal.say(f"{self.layout.device.type}, {dtype}, {layers}")
         prompt = max(
             self.config.rollout.max_prompt_tokens,
-            self.config.teacher.max_prompt_tokens * self.config.algorithm.distils,
+            self.config.teacher.max_prompt_tokens * self.config.algorithm.uses_teacher,
         )
         longest = prompt + self.config.rollout.max_response_tokens
         if longest > (positions := self.folder.architecture.max_position_embeddings):

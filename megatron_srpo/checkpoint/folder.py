@@ -11,22 +11,29 @@ A checkpoint is written beside (`.step_000010.…`), synced, and renamed when it
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.metadata
 import json
 import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_srpo.config.schema import Config
 from megatron_srpo.distributed.files import FileError, sync, write_text
+from megatron_srpo.distributed.layout import Layout
+from megatron_srpo.model.build import model_dtype
+from megatron_srpo.model.hf_folder import Architecture
 from megatron_srpo.weights.safetensors_file import bytes_of
 
 FORMAT = 1
+_PACKAGES = ("megatron-core", "megatron_srpo", "safetensors", "torch", "transformers")
 _NAME = re.compile(r"step_(\d{6,})")
 
 
@@ -39,28 +46,67 @@ class SavedFile(BaseModel):
     crc32: int
 
 
-class Manifest(BaseModel):
-    """manifest.json. dtype: the model's. state: see `state.py`. evaluation: the metrics.jsonl row of one at
-    this step, if there was one.
+class RunInfo(BaseModel):
+    """What manifest.json says of the run; it is the same in all checkpoints of a process.
+
+    dtype: the model's, without "torch.". versions: of the packages a run depends on.
     """
 
     model_config = ConfigDict(extra="forbid")
 
-    format: int
-    step: int
-    session: str
     architecture: dict[str, Any]
     dtype: str
     config: dict[str, Any]
     versions: dict[str, str]
     world_size: int
-    state: dict[str, Any]
+
+    @classmethod
+    def of(cls, config: Config, architecture: Architecture, layout: Layout) -> RunInfo:
+        """Describe the run of this process."""
+        return cls(
+            architecture=dataclasses.asdict(architecture),
+            dtype=str(model_dtype(config)).removeprefix("torch."),
+            config=config.model_dump(mode="json"),
+            versions=package_versions(),
+            world_size=layout.world_size,
+        )
+
+
+class Counters(NamedTuple):
+    """What a checkpoint holds besides the trainer's state.
+
+    skipped_in_a_row: updates skipped since the last finite one. next_prompt: position in the training prompts.
+    """
+
+    skipped_in_a_row: int = 0
+    next_prompt: int = 0
+
+
+class Manifest(RunInfo):
+    """manifest.json.
+
+    state: the trainer's scalars and `Counters`. evaluation: the row of metrics.jsonl of one at this step.
+    """
+
+    format: int
+    step: int
+    session: str
+    state: dict[str, int]
     evaluation: dict[str, Any] | None
     files: dict[str, SavedFile]
+
+    @property
+    def counters(self) -> Counters:
+        return Counters(self.state["skipped_in_a_row"], self.state["next_prompt"])
 
 
 class DamagedCheckpoint(FileError):
     """A checkpoint that cannot be used; the message names the file and what is wrong with it."""
+
+
+def package_versions() -> dict[str, str]:
+    """Return the installed version of each package that a run depends on."""
+    return {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
 def folder_of(directory: Path, step: int) -> Path:
@@ -165,10 +211,10 @@ def _score(folder: Path) -> float | None:
     return next((value for key, value in evaluation.items() if "/avg@" in key), None)
 
 
-def newest_whole(
+def newest_valid(
     directory: Path, check: Callable[[Path, Manifest], str | None], say: Callable[[str], None]
 ) -> tuple[Path, Manifest] | None:
-    """The newest checkpoint that `check` finds nothing wrong with; each that is passed over is said, loudly."""
+    """Return the newest checkpoint that `check` finds nothing wrong with; say which ones are skipped."""
     for step in steps(directory):
         folder = folder_of(directory, step)
         try:
@@ -178,5 +224,5 @@ def newest_whole(
             problem = str(error)
         if problem is None:
             return folder, manifest
-        say(f"the checkpoint of step {step} is passed over: {problem}")
+        say(f"skipping checkpoint at step {step}: {problem}")
     return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,15 +11,13 @@ from typing import Any, NamedTuple
 import yaml
 
 from megatron_srpo.checkpoint import folder as folders
-from megatron_srpo.checkpoint.folder import DamagedCheckpoint, Manifest
+from megatron_srpo.checkpoint.folder import Counters, DamagedCheckpoint, Manifest
 from megatron_srpo.checkpoint.pieces import SavedTensors
-from megatron_srpo.checkpoint.state import restore, restore_generators
+from megatron_srpo.checkpoint.state import restore_generators, restore_trainer
 from megatron_srpo.config.schema import Config, ConfigError
 from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.model.hf_folder import Architecture
 from megatron_srpo.training.trainer import Trainer
-
-_PACKAGES = ("megatron-core", "megatron_srpo", "safetensors", "torch", "transformers")
 
 
 class Checkpoint(NamedTuple):
@@ -38,11 +35,6 @@ class Checkpoint(NamedTuple):
         """Its tensors, for a `with` statement."""
         files = [self.folder / name for name in sorted(self.manifest.files)]
         return SavedTensors(files, Architecture.from_dict(self.manifest.architecture))
-
-
-def package_versions() -> dict[str, str]:
-    """Of the packages a run depends on."""
-    return {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
 def check_run_folder(config: Config, architecture: Architecture) -> None:
@@ -107,16 +99,20 @@ def _configuration_of(directory: Path, what: str) -> tuple[dict[str, Any], Path]
     """The configuration the run was last started with, and its file."""
     file = directory / "config.yaml"
     try:
-        return yaml.safe_load(file.read_text(encoding="utf-8")), file
+        before = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{what}, but {file.name} cannot be read ({error}); name another folder") from None
+    rollout = before.get("rollout", {})
+    if "overlap" in rollout:  # the name of older runs
+        rollout["async_steps"] = rollout.pop("overlap")
+    return before, file
 
 
 def _check_model(folder: Path, architecture: Architecture) -> None:
     try:
         saved = folders.read_manifest(folder).architecture
     except DamagedCheckpoint:
-        return  # said, and passed over, when it is looked at
+        return  # `find` says so and skips it
     changes = differences(saved, dataclasses.asdict(architecture))
     if changes:
         lines = [
@@ -162,20 +158,37 @@ def find(config: Config, layout: Layout, say: Callable[[str], None]) -> Checkpoi
     directory = config.logging.dir / "checkpoints"
     if config.resume.mode == "never" or not folders.steps(directory):
         return None
-    found = folders.newest_whole(directory, check, say)
+    found = folders.newest_valid(directory, check, say)
     if found is None:
         raise ConfigError(
-            f"logging.dir: no checkpoint in {directory.resolve()} is whole; remove that folder to start the run anew"
+            f"logging.dir: no checkpoint in {directory.resolve()} is valid; remove that folder to start the run over"
         )
     return Checkpoint(*found)
 
 
-def go_on(trainer: Trainer, checkpoint: Checkpoint, layout: Layout, say: Callable[[str], None]) -> None:
-    """Put the trainer where the checkpoint left it."""
+class Resumed(NamedTuple):
+    """Where a run continues. step: the last one done, 0 at the start; is_evaluated: whether it has been."""
+
+    step: int = 0
+    is_evaluated: bool = False
+    counters: Counters = Counters()
+
+
+def restore(
+    checkpoint: Checkpoint | None, trainer: Trainer, layout: Layout, say: Callable[[str], None]
+) -> Resumed:
+    """Restore trainer and random states of `checkpoint`. Without one, the run starts as it is.
+
+    Random states are restored where as many ranks saved them.
+    """
+    if checkpoint is None:
+        return Resumed()
     manifest = checkpoint.manifest
     with checkpoint.tensors() as saved:
-        restore(trainer, saved, manifest.state)
+        restore_trainer(trainer, saved, manifest.state)
         if manifest.world_size == layout.world_size:
             restore_generators(saved, layout.rank)
-    for name, (old, new) in differences(manifest.versions, package_versions()).items():
+    for name, (old, new) in differences(manifest.versions, folders.package_versions()).items():
         say(f"the checkpoint was written with {name} {old}, this is {new}")
+    say(f"resuming from step {manifest.step}: {checkpoint.folder}")
+    return Resumed(manifest.step, manifest.evaluation is not None, manifest.counters)

@@ -18,11 +18,13 @@ from typing import Any
 from torch import Tensor
 
 from megatron_srpo.checkpoint import folder as folders
-from megatron_srpo.checkpoint.folder import Manifest, SavedFile
+from megatron_srpo.checkpoint.folder import Counters, Manifest, RunInfo, SavedFile
+from megatron_srpo.checkpoint.state import scalars, snapshot
 from megatron_srpo.config.schema import CheckpointSection, ConfigError
 from megatron_srpo.distributed.files import write_text
 from megatron_srpo.distributed.heartbeat import beat
 from megatron_srpo.distributed.layout import Layout
+from megatron_srpo.training.trainer import Trainer
 from megatron_srpo.weights.safetensors_file import Writer
 
 _POLL_SECONDS = 0.05
@@ -39,9 +41,18 @@ class Saver:
     """
 
     def __init__(
-        self, directory: Path, settings: CheckpointSection, layout: Layout, on_commit: Callable[[int], None]
+        self,
+        directory: Path,
+        settings: CheckpointSection,
+        layout: Layout,
+        info: RunInfo,
+        on_commit: Callable[[int], None],
     ):
-        self.directory, self.settings, self.layout, self.on_commit = directory, settings, layout, on_commit
+        self.directory = directory
+        self.settings = settings
+        self.layout = layout
+        self.info = info
+        self.on_commit = on_commit
         if layout.rank == 0:
             folders.tidy(directory)
         # A name that no other run's ranks use: what they leave behind is never taken for ours.
@@ -54,14 +65,27 @@ class Saver:
         self._problem: str | None = None  # of the last checkpoint
         self._untold: str | None = None
 
-    def save(self, tensors: dict[str, Tensor], manifest: Manifest) -> None:
-        """Begin to write this rank's `tensors` (its own copies), after the checkpoint before is done. All
-        ranks together.
+    def save(
+        self, step: int, trainer: Trainer, counters: Counters, evaluation: dict[str, Any] | None
+    ) -> None:
+        """Begin a checkpoint of the state after `step`, when the previous one is written. All ranks together.
 
-        Without `checkpoint.async_save` it is done when this returns. What goes wrong, `news` and `finish`
-        say.
+        It is written by a thread, or before this returns without `checkpoint.async_save`. `news` and `finish`
+        report errors. evaluation: the row of metrics.jsonl, if `step` was evaluated.
         """
+        manifest = Manifest(
+            **self.info.model_dump(),
+            format=folders.FORMAT,
+            step=step,
+            session=self.session,
+            state=scalars(trainer) | counters._asdict(),
+            evaluation=evaluation,
+            files={},
+        )
         self._join()
+        self._start(snapshot(trainer), manifest)
+
+    def _start(self, tensors: dict[str, Tensor], manifest: Manifest) -> None:
         partial = self.directory / f".step_{manifest.step:06d}.{self.session}"
         self._thread = threading.Thread(
             target=self._write, args=(partial, tensors, manifest), name="checkpoint", daemon=True

@@ -36,8 +36,8 @@ def snapshot(trainer: Trainer) -> dict[str, Tensor]:
     return tensors | {f"{GENERATOR}{name}": state for name, state in random_states().items()}
 
 
-def numbers(trainer: Trainer) -> dict[str, int]:
-    """What the trainer knows besides tensors, the same on every rank."""
+def scalars(trainer: Trainer) -> dict[str, int]:
+    """Return the trainer's counters, which are the same on every rank."""
     return {
         "schedule_steps": trainer.optimizer.schedule.num_steps,
         "optimizer_updates": trainer.optimizer.updates,
@@ -45,7 +45,7 @@ def numbers(trainer: Trainer) -> dict[str, int]:
 
 
 @torch.no_grad()
-def restore(trainer: Trainer, saved: SavedTensors, state: dict[str, int]) -> None:
+def restore_trainer(trainer: Trainer, saved: SavedTensors, state: dict[str, int]) -> None:
     """Put policy, optimizer, schedule and teacher back, on whatever layout.
 
     Raises DamagedCheckpoint for what is missing.

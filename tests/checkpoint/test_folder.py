@@ -112,21 +112,21 @@ def test_bad_manifests_are_named(tmp_path, text):
         folders.read_manifest(folder)
 
 
-def test_the_newest_whole_one_is_used_and_the_damaged_are_said(tmp_path):
+def test_the_newest_valid_one_is_used_and_the_damaged_are_said(tmp_path):
     for step in (10, 20, 30):
         make(tmp_path, step)
     (tmp_path / "step_000030" / "manifest.json").write_text("half")
     said = []
     check = lambda folder, manifest: "rank_00000.safetensors: torn" if manifest.step == 20 else None  # noqa: E731
-    folder, manifest = folders.newest_whole(tmp_path, check, said.append)
+    folder, manifest = folders.newest_valid(tmp_path, check, said.append)
     assert folder.name == "step_000010" and manifest.step == 10
     assert (
         len(said) == 2
-        and "step 30 is passed over" in said[0]
+        and "skipping checkpoint at step 30" in said[0]
         and "manifest.json" in said[0]
         and "torn" in said[1]
     )
-    assert folders.newest_whole(tmp_path, lambda *_: "no", said.append) is None
+    assert folders.newest_valid(tmp_path, lambda *_: "no", said.append) is None
 
 
 def test_the_newest_and_the_best_stay(tmp_path):

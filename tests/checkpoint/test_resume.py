@@ -121,7 +121,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(command, whole, tmp_path, m
     status, said = command(tmp_path / "run")
     assert (
         status == 75
-        and f"{signal.Signals(number).name} was received: saved after step {step} of {STEPS}" in said
+        and f"{signal.Signals(number).name} was received: checkpoint saved at step {step}/{STEPS}" in said
     )
     assert (
         len([row for row in rows(tmp_path / "run") if "loss" in row]) == step
@@ -129,14 +129,14 @@ def test_a_signal_saves_and_the_same_command_goes_on(command, whole, tmp_path, m
     )
     monkeypatch.undo()
     status, said = command(tmp_path / "run")
-    assert status == 0 and f"going on after step {step}" in said
+    assert status == 0 and f"resuming from step {step}" in said
     assert_same(tmp_path / "run", whole)
 
 
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["rollout.overlap=1"],
+        ["rollout.async_steps=1"],
         ["rollout.over_sampling=2", "rollout.dynamic_filtering=true", "rollout.batch_size=6"],
     ],
     ids=["one step off", "over-sampling"],
@@ -157,7 +157,7 @@ def test_a_batch_that_was_under_way_goes_on(command, tmp_path, monkeypatch, over
 
 def test_the_clock_saves_and_leaves(command, tmp_path):
     status, said = command(tmp_path / "run", "checkpoint.exit_duration_in_mins=1e-6")
-    assert status == 75 and "checkpoint.exit_duration_in_mins is over: saved after step 1 of 4" in said
+    assert status == 75 and "checkpoint.exit_duration_in_mins is over: checkpoint saved at step 1/4" in said
 
 
 @pytest.mark.parametrize(("torn", "left"), [(False, 2), (True, 5)])
@@ -210,7 +210,7 @@ def test_a_finished_run_is_left_as_it_is_and_can_be_made_longer(command, whole, 
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     status, said = command(run)
-    assert status == 0 and f"going on after step {STEPS}" in said
+    assert status == 0 and f"resuming from step {STEPS}" in said
     assert_same(run, whole)
     assert command(run, f"train.steps={STEPS + 1}", "optimizer.lr=1e-4")[0] == 0
     assert rows(run)[: len(rows(whole))] == rows(whole) and rows(run)[-1]["step"] == STEPS + 1
@@ -224,11 +224,9 @@ def test_a_damaged_newest_checkpoint_is_passed_over_loudly(command, whole, tmp_p
     file.write_bytes(file.read_bytes()[:-100] + b"\1" * 100)
     status, said = command(run)
     assert (
-        status == 0
-        and f"the checkpoint of step {STEPS} is passed over" in said
-        and "its content has changed" in said
+        status == 0 and f"skipping checkpoint at step {STEPS}" in said and "its content has changed" in said
     )
-    assert "going on after step 2" in said
+    assert "resuming from step 2" in said
     assert_same(run, whole)
 
 
@@ -240,7 +238,7 @@ def test_without_a_whole_checkpoint_nothing_is_begun_anew_in_silence(command, wh
     before = rows(run)
     status, said = command(run)
     assert (
-        status == 2 and "is whole; remove that folder to start the run anew" in said and rows(run) == before
+        status == 2 and "is valid; remove that folder to start the run over" in said and rows(run) == before
     )
 
 
@@ -284,6 +282,7 @@ def test_policy_and_teacher_become_hugging_face_folders(command, tmp_path, monke
 
     def tool(name, *arguments):
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        monkeypatch.syspath_prepend(START.parents[2] / "tools")
         with pytest.raises(SystemExit) as end:
             runpy.run_path(str(START.parents[2] / "tools" / f"{name}.py"), run_name="__main__")
         return end.value.code

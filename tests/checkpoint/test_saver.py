@@ -20,7 +20,9 @@ def test_a_rank_that_finds_the_disk_full_makes_room_for_its_note(tmp_path, monke
 
     monkeypatch.setattr(saver, "write_tensors", fill)
     layout = SimpleNamespace(rank=1, broadcast=lambda value: value)
-    made = saver.Saver(tmp_path / "checkpoints", CheckpointSection(async_save=False), layout, on_commit=print)
-    made.save({"a": torch.zeros(1)}, SimpleNamespace(step=1))
+    made = saver.Saver(
+        tmp_path / "checkpoints", CheckpointSection(async_save=False), layout, None, on_commit=print
+    )
+    made._start({"a": torch.zeros(1)}, SimpleNamespace(step=1))
     (note,) = (file for file in (tmp_path / "checkpoints").rglob("*") if file.is_file())
     assert "rank 1: [Errno 28] No space left" in json.loads(note.read_text())["error"]

@@ -24,7 +24,7 @@ from tiny import make_model, save_folder
 from megatron_srpo.algorithm.routing import route_groups
 from megatron_srpo.checkpoint.pieces import SavedTensors
 from megatron_srpo.checkpoint.saver import write_tensors
-from megatron_srpo.checkpoint.state import numbers, restore, restore_generators, snapshot
+from megatron_srpo.checkpoint.state import restore_generators, restore_trainer, scalars, snapshot
 from megatron_srpo.config.load import load_config
 from megatron_srpo.data.rollout_file import dump
 from megatron_srpo.distributed.layout import initialize, shut_down
@@ -167,7 +167,7 @@ def test_state_is_the_same_to_the_bit_parked_and_from_a_checkpoint(optimizer, wo
     trainer.make_room()
     trainer.take_room()
     train(trainer, world, 1)
-    saved, state = snapshot(trainer), numbers(trainer)
+    saved, state = snapshot(trainer), scalars(trainer)
     held = [
         *trainer.optimizer.state(),
         *trainer.optimizer.gradients(),
@@ -185,7 +185,7 @@ def test_state_is_the_same_to_the_bit_parked_and_from_a_checkpoint(optimizer, wo
 
     trainer = make_trainer(shared, "optimizer.optimizer_cpu_offload=true")
     with SavedTensors([tmp_path / "rank_00000.safetensors"], world[1].architecture) as tensors:
-        restore(trainer, tensors, state)
+        restore_trainer(trainer, tensors, state)
         restore_generators(tensors, 0)
     found = snapshot(trainer)
     assert saved.keys() == found.keys() and all(torch.equal(saved[key], found[key]) for key in saved)

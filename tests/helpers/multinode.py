@@ -265,7 +265,7 @@ def run(
         finally:
             end(processes)
         assert [process.returncode for process in processes] == [0, 0], logs[0].read_text()[-3000:]
-    assert "going on after step" in logs[0].read_text()
+    assert "resuming from step" in logs[0].read_text()
     return rows(runs)
 
 

@@ -13,7 +13,7 @@ from tiny import make_model, save_folder
 from megatron_srpo.algorithm.routing import route_groups
 from megatron_srpo.checkpoint.pieces import GENERATOR, SavedTensors
 from megatron_srpo.checkpoint.saver import write_tensors
-from megatron_srpo.checkpoint.state import numbers, restore
+from megatron_srpo.checkpoint.state import restore_trainer, scalars
 from megatron_srpo.checkpoint.state import snapshot as checkpoint
 from megatron_srpo.config.load import load_config
 from megatron_srpo.model.hf_folder import HFFolder
@@ -227,7 +227,7 @@ def test_a_checkpoint_is_restored_into_what_is_parked(make_trainer, tmp_path, wh
     """
     trainer, samples = make_trainer("model.dtype=bfloat16")
     step(trainer, samples)
-    saved, state = checkpoint(trainer), numbers(trainer)
+    saved, state = checkpoint(trainer), scalars(trainer)
     write_tensors(tmp_path / "rank_00000.safetensors", saved)
     trainer, samples = make_trainer(
         "model.dtype=bfloat16", "rollout.engine=sglang", "rollout.servers=1", where
@@ -236,7 +236,9 @@ def test_a_checkpoint_is_restored_into_what_is_parked(make_trainer, tmp_path, wh
     step(trainer, samples)  # from the start model: other numbers
     trainer.make_room()
     assert set(sizes(trainer.optimizer.state())) == {0}
-    restore(trainer, SavedTensors([tmp_path / "rank_00000.safetensors"], trainer.folder.architecture), state)
+    restore_trainer(
+        trainer, SavedTensors([tmp_path / "rank_00000.safetensors"], trainer.folder.architecture), state
+    )
     trainer.make_room()
     found = checkpoint(trainer)
     assert all(torch.equal(found[key], saved[key]) for key in saved if not key.startswith(GENERATOR))
