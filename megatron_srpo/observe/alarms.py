@@ -86,7 +86,10 @@ def _dead_groups(rows: Sequence[Row], limits: Limits) -> str | None:
     which = (
         "all of them right" if rate == 1 else "none right" if rate == 0 else f"{rate:.0%} of samples right"
     )
-    return f"{_mean(now, 'zero_advantage_share'):.0%} of groups had no difference in reward in {LASTS} steps ({which})"
+    return (
+        f"{_mean(now, 'zero_advantage_share'):.0%} of groups had no difference in reward in {LASTS} steps"
+        f" ({which})"
+    )
 
 
 def _teacher_still(rows: Sequence[Row], limits: Limits) -> str | None:
@@ -100,7 +103,10 @@ def _teacher_still(rows: Sequence[Row], limits: Limits) -> str | None:
     followed = max(_number(row, "teacher_followed") for row in now)
     if followed >= limits.ema_rate / 2:
         return None
-    return f"the teacher went {followed:.2g} of its way to the policy in a step; teacher.ema_rate is {limits.ema_rate:g}"
+    return (
+        f"the teacher went {followed:.2g} of its way to the policy in a step; teacher.ema_rate is"
+        f" {limits.ema_rate:g}"
+    )
 
 
 def _uniform_weights(rows: Sequence[Row], limits: Limits) -> str | None:
@@ -112,14 +118,20 @@ def _uniform_weights(rows: Sequence[Row], limits: Limits) -> str | None:
         for row in now
     ):
         return None
-    return f"entropy weights lie within {_mean(now, 'entropy_weight_std'):.2g} of 1, at {_mean(now, 'teacher_entropy'):.2f} nats a token"
+    return (
+        f"entropy weights lie within {_mean(now, 'entropy_weight_std'):.2g} of 1, at"
+        f" {_mean(now, 'teacher_entropy'):.2f} nats a token"
+    )
 
 
 def _logprob_gap(rows: Sequence[Row], limits: Limits) -> str | None:
     gap = _number(rows[-1], "engine_logprob_gap")
     if limits.logprob_gap is None or gap < limits.logprob_gap:
         return None
-    return f"trainer's and engine's log-probabilities are {gap:.3g} nats a token apart (rollout.logprob_gap_warning)"
+    return (
+        f"trainer's and engine's log-probabilities are {gap:.3g} nats a token apart"
+        f" (rollout.logprob_gap_warning)"
+    )
 
 
 def _number(row: Row, key: str) -> float:
@@ -137,27 +149,33 @@ def _mean(rows: Sequence[Row], key: str) -> float:
 _ALARMS: dict[AlarmName, tuple[Callable[[Sequence[Row], Limits], str | None], str]] = {
     "collapse": (
         _collapse,
-        "The policy gets shorter, surer or less well-formed without getting better. Look at its samples; go back to an earlier"
+        "The policy gets shorter, surer or less well-formed without getting better. Look at its samples; go"
+        " back to an earlier"
         " checkpoint with a lower optimizer.lr, or algorithm.name: srpo where sdpo collapsed.",
     ),
     "dead_groups": (
         _dead_groups,
-        "Such groups teach GRPO nothing. All right: the task is too easy, or the verifier says yes to everything. None right: too"
-        " hard, or the format is not understood. Read some samples; try other questions, rollout.dynamic_filtering or more samples.",
+        "Such groups teach GRPO nothing. All right: the task is too easy, or the verifier says yes to"
+        " everything. None right: too"
+        " hard, or the format is not understood. Read some samples; try other questions,"
+        " rollout.dynamic_filtering or more samples.",
     ),
     "teacher_still": (
         _teacher_still,
-        "The EMA teacher does not follow the policy as teacher.ema_rate says. An EMA held in bf16, or never called, looks like this;"
+        "The EMA teacher does not follow the policy as teacher.ema_rate says. An EMA held in bf16, or never"
+        " called, looks like this;"
         " if it should stand still, say teacher.kind: frozen.",
     ),
     "uniform_weights": (
         _uniform_weights,
-        "Entropy weighting does nothing: the teacher is equally unsure everywhere. Are its entropies over the full vocabulary? Look at"
+        "Entropy weighting does nothing: the teacher is equally unsure everywhere. Are its entropies over"
+        " the full vocabulary? Look at"
         " the teacher's prompts (inspect), and try a larger algorithm.entropy_beta.",
     ),
     "logprob_gap": (
         _logprob_gap,
-        "What is trained is not what was sampled. Does the engine have the published weights, the same dtype and temperature? A step"
+        "What is trained is not what was sampled. Does the engine have the published weights, the same dtype"
+        " and temperature? A step"
         " of staleness adds to the gap; importance weights correct a small one.",
     ),
 }

@@ -76,7 +76,10 @@ def _list(rows: list[dict], values: dict, console: Console) -> None:
     for number, row in enumerate(rows):
         route, length = row["route"], policy_tokens(row)
         values_of = "tokens" if (row["prompt"]["id"], row["index"]) in values else ""
-        line = f"{number:>6}  {_verdict(row):<7}  {route['branch']:<5}  {route['advantage']:>+9.3f}  {length:>6}  {row['finish_reason']:<6}"
+        line = (
+            f"{number:>6}  {_verdict(row):<7}  {route['branch']:<5}  {route['advantage']:>+9.3f} "
+            f" {length:>6}  {row['finish_reason']:<6}"
+        )
         console.print(
             Text(f"{line}  {values_of:<6}  {visible(row['text'][:60].replace(chr(10), ' '))}"), soft_wrap=True
         )
@@ -96,8 +99,14 @@ def _facts(row: dict, step: int, number: int, console: Console) -> None:
             style="bold",
         )
     )
-    line = f"{_verdict(row)}, reward {row['verdict']['reward']:g}, format {'ok' if row['verdict']['format_ok'] else 'not ok'}; route"
-    line += f" {route['branch']}{why}, advantage {route['advantage']:+.3f}; {policy_tokens(row)} tokens ({row['finish_reason']})"
+    line = (
+        f"{_verdict(row)}, reward {row['verdict']['reward']:g}, format"
+        f" {'ok' if row['verdict']['format_ok'] else 'not ok'}; route"
+    )
+    line += (
+        f" {route['branch']}{why}, advantage {route['advantage']:+.3f}; {policy_tokens(row)} tokens"
+        f" ({row['finish_reason']})"
+    )
     console.print(Text(line))
     console.print(Text(f"ground truth: {visible(row['prompt']['answer'])}"))
 

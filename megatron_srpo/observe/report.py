@@ -87,7 +87,8 @@ def _run_data(run: RunFolder, name: str) -> dict[str, Any]:
     seconds = np.cumsum([(row.get("seconds") or 0.0) + evaluate.get(row["step"], 0.0) for row in run.steps])
     return {
         "name": name,
-        "what": f"{config.algorithm.name}, lr {config.lr:g}, {config.rollout.prompts_per_step} × {config.rollout.samples_per_prompt}"
+        "what": f"{config.algorithm.name}, lr {config.lr:g}, {config.rollout.prompts_per_step} ×"
+        f" {config.rollout.samples_per_prompt}"
         f" samples a step, {config.model.hf_path.name}",
         "columns": {key: [_short(row.get(key)) for row in run.steps] for key in keys},
         "hours": [_short(value / 3600) for value in seconds.tolist()],
@@ -180,13 +181,15 @@ def _add_samples(data: dict[str, Any], run: RunFolder, number: int, name: str, l
                 sample = _sample(row, place, values, data["prompts"], prompts)
             except (KeyError, TypeError) as error:
                 run.problems.append(
-                    f"{name}: step {step}, sample {place}: is no sample as runs dump them and left out: {error!r}"
+                    f"{name}: step {step}, sample {place}: is no sample as runs dump them and left out:"
+                    f" {error!r}"
                 )
                 continue
             data["samples"].append({"run": number, "step": step, **sample})
     if len(chosen) < len(steps):
         data["notes"].append(
-            f"{name}: the samples of {len(chosen)} of {len(steps)} steps are in this page; all are in its rollouts/."
+            f"{name}: the samples of {len(chosen)} of {len(steps)} steps are in this page; all are in its"
+            f" rollouts/."
         )
 
 

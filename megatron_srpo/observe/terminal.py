@@ -90,9 +90,12 @@ class Terminal:
         self.progress.update(self.task, completed=row["step"])
         if not self.is_live:
             self.say(
-                f"step {row['step']:>4}/{self.steps}  pass {row['pass_rate']:.3f}  sdpo {row['sdpo_sample_share']:.2f}"
-                f"  length {row['response_tokens_mean']:.1f}  loss {row['loss']:+.4f}  grad {row['grad_norm']:.3f}"
-                f"  entropy {row['policy_entropy']:.3f}  gap {row['engine_logprob_gap']:.1e}  {row['seconds']:.2f} s"
+                f"step {row['step']:>4}/{self.steps}  pass {row['pass_rate']:.3f}  sdpo"
+                f" {row['sdpo_sample_share']:.2f}"
+                f"  length {row['response_tokens_mean']:.1f}  loss {row['loss']:+.4f}  grad"
+                f" {row['grad_norm']:.3f}"
+                f"  entropy {row['policy_entropy']:.3f}  gap {row['engine_logprob_gap']:.1e} "
+                f" {row['seconds']:.2f} s"
             )
 
     def evaluation(self, row: dict[str, Any]) -> None:

@@ -70,7 +70,8 @@ def create_task(source: TaskSource, seed: int) -> Task:
         kind = source.verifier or VERIFIER_OF.get(source.name)
         if kind is None:
             raise ConfigError(
-                f"task.verifier: who judges {source.name!r} in {source.path}? Give task.verifier ({', '.join(VERIFIERS)}),"
+                f"task.verifier: who judges {source.name!r} in {source.path}? Give task.verifier"
+                f" ({', '.join(VERIFIERS)}),"
                 f" or a task.name that says it ({', '.join(VERIFIER_OF)})"
             )
         if source.rule not in VERIFIERS[kind]:
@@ -92,10 +93,12 @@ def create_task(source: TaskSource, seed: int) -> Task:
         return Procedural(source, seed)
     if source.name in VERIFIER_OF:
         raise ConfigError(
-            f"task.path: {source.name} needs its questions: a folder with train.jsonl and test.jsonl, or a .jsonl file"
+            f"task.path: {source.name} needs its questions: a folder with train.jsonl and test.jsonl, or a"
+            f" .jsonl file"
         )
     raise ConfigError(
-        f"task.name: unknown task {source.name!r}; known: addition, reasoning_gym/DATASET, and with task.path: {', '.join(VERIFIER_OF)};"
+        f"task.name: unknown task {source.name!r}; known: addition, reasoning_gym/DATASET, and with"
+        f" task.path: {', '.join(VERIFIER_OF)};"
         " a name of your own needs task.path and task.verifier, or a .py file as task.path"
     )
 
@@ -109,7 +112,8 @@ def training_tasks(config: Config) -> dict[str, Task]:
     for name, task in tasks.items():
         if task.size("train") == 0:
             raise ConfigError(
-                f"task.path: task {name} has no questions to train on (train.jsonl, or a smaller task.test_share)"
+                f"task.path: task {name} has no questions to train on (train.jsonl, or a smaller"
+                f" task.test_share)"
             )
     return tasks
 
@@ -123,13 +127,15 @@ def evaluation_tasks(config: Config) -> dict[str, Task]:
     for source in config.evaluation_tasks:
         if source.name in tasks:
             raise ConfigError(
-                f"evaluation.tasks: two tasks are called {source.name}; give each a name of its own (and a verifier)"
+                f"evaluation.tasks: two tasks are called {source.name}; give each a name of its own (and a"
+                f" verifier)"
             )
         task = tasks[source.name] = create_task(source, config.train.seed)
         for split in settings.splits:
             if task.size(split) == 0:
                 raise ConfigError(
-                    f"evaluation.splits: task {source.name} has no {split} questions ({split}.jsonl, task.{split}_share,"
+                    f"evaluation.splits: task {source.name} has no {split} questions ({split}.jsonl,"
+                    f" task.{split}_share,"
                     " or evaluation.every: 0)"
                 )
             if task.size(split) is None and settings.prompts is None:

@@ -45,7 +45,8 @@ def read_questions(path: Path, phrase: Callable[[str], str] = str) -> list[Quest
         question = _question(row, number, where, phrase)
         if question.id in line_of:
             raise ConfigError(
-                f"{where}: id: {question.id!r} stands in line {line_of[question.id]} already; ids must be unique"
+                f"{where}: id: {question.id!r} stands in line {line_of[question.id]} already; ids must be"
+                f" unique"
             )
         line_of[question.id] = number
         questions.append(question)

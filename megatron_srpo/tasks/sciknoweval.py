@@ -84,7 +84,8 @@ def _choice(row: dict[str, Any], identifier: str, where: str) -> Choice:
         labels != list(LETTERS[:count]) or not isinstance(texts, list) or len(texts) < count
     ):  # one published row has a text too many
         raise ConfigError(
-            f"{where}: choices: expected the labels {', '.join(LETTERS[:count])} and a text for each, not {choices}"
+            f"{where}: choices: expected the labels {', '.join(LETTERS[:count])} and a text for each, not"
+            f" {choices}"
         )
     if answer not in labels:
         raise ConfigError(f"{where}: answerKey: is {answer!r}; expected one of {', '.join(labels)}")

@@ -62,9 +62,12 @@ def test_prompt_word_for_word():
     system, user = Choice("0", "What is H2O?", ("water", "gold\n", "air", "fire"), "A").messages
     assert system["role"] == "system" and user["role"] == "user"
     assert system["content"] == (
-        "\nGiven a question and four options, please select the right answer. Respond in the following format:\n<reasoning>\n...\n"
-        "</reasoning>\n<answer>\n...\n</answer>\n\nFor the answer, only output the letter corresponding to the correct option (A, B, C, "
-        'or D), and nothing else. Do not restate the answer text. For example, if the answer is "A", just output:\n<answer>\nA\n</answer>\n'
+        "\nGiven a question and four options, please select the right answer. Respond in the following"
+        " format:\n<reasoning>\n...\n"
+        "</reasoning>\n<answer>\n...\n</answer>\n\nFor the answer, only output the letter corresponding to"
+        " the correct option (A, B, C, "
+        'or D), and nothing else. Do not restate the answer text. For example, if the answer is "A", just'
+        " output:\n<answer>\nA\n</answer>\n"
     )
     assert (
         user["content"] == "What is H2O?\n\nA: water\nB: gold\n\nC: air\nD: fire\nPlease reason step by step."

@@ -83,10 +83,14 @@ TRAINING = {
 }
 UNTOUCHED = {"Name": "No documentation", "Description": "", "Instances": []}
 PROMPT = (
-    "Your task is to answer the user's question using available tools. \nYou have access to the following tools:\nName: Cats\n"
-    "Description: All about cats\nDocumentation:\ngetCat: One cat.\nParameters: {}\n\nUse the following format:\n"
-    "Thought: you should always think about what to do\nAction: the action to take, should be one of the tool names.\n"
-    "Action Input: the input to the action, must be in JSON format. All of the action input must be realistic and from the user.\n\n"
+    "Your task is to answer the user's question using available tools. \nYou have access to the following"
+    " tools:\nName: Cats\n"
+    "Description: All about cats\nDocumentation:\ngetCat: One cat.\nParameters: {}\n\nUse the following"
+    " format:\n"
+    "Thought: you should always think about what to do\nAction: the action to take, should be one of the"
+    " tool names.\n"
+    "Action Input: the input to the action, must be in JSON format. All of the action input must be"
+    " realistic and from the user.\n\n"
     "Begin!\nQuestion: Show me a cat."
 )
 
@@ -173,7 +177,8 @@ def test_prepare_evaluation_and_training_files(tmp_path):
     train, test = done.stdout.splitlines()
     assert test.endswith("1 questions; left out: a call needs an earlier call's result 1, no calls 1")
     assert train.endswith(
-        "2 questions; left out: the simulation failed 2, a call's input is no JSON object 1, a call asks the user back 1,"
+        "2 questions; left out: the simulation failed 2, a call's input is no JSON object 1, a call asks the"
+        " user back 1,"
         " a call is to no tool of the API 1, a call failed 1, no calls 1"
     )
     for name, gold in (
@@ -197,11 +202,13 @@ def test_prepare_evaluation_and_training_files(tmp_path):
         ('[{"Name": "x", "Description": "", "NLDocumentation": ""}]', "neither Golden_Answers nor Instances"),
         ("[1]", "API 0: expected an object"),
         (
-            '[{"Name": "x", "Description": "", "NLDocumentation": "", "Golden_Answers": [[]], "Instructions": []}]',
+            '[{"Name": "x", "Description": "", "NLDocumentation": "", "Golden_Answers": [[]],'
+            ' "Instructions": []}]',
             "expected one answer for each instruction",
         ),
         (
-            '[{"Name": "x", "Description": "", "NLDocumentation": "", "Instances": [{"intermediate_steps": [1]}]}]',
+            '[{"Name": "x", "Description": "", "NLDocumentation": "", "Instances": [{"intermediate_steps":'
+            " [1]}]}]",
             r"Instances: intermediate_steps: expected \[\[tool, input, log\], observation\]",
         ),
     ],
