@@ -1,4 +1,4 @@
-"""What goes wrong silently in post-training, as pure functions of the last rows of metrics.jsonl."""
+"""Alarms about silent failures of post-training, as pure functions of the last rows of metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -12,20 +12,15 @@ Row = Mapping[str, Any]  # a training step's line of metrics.jsonl
 
 LASTS = 3  # steps in a row that show a fault before most alarms are raised: one bad batch is none
 REMEMBERED = 25  # rows that any alarm looks at
-_FALLS = {
-    "response_tokens_mean": 0.4,
-    "policy_entropy": 0.6,
-    "format_rate": 0.2,
-}  # shares of what it was that count as a fall
+# Relative falls that count.
+_FALLS = {"response_tokens_mean": 0.4, "policy_entropy": 0.6, "format_rate": 0.2}
 _RISE = 0.05  # of the pass rate, that makes shorter and surer responses a success
-_WEIGHT_STD, _CERTAIN = (
-    0.02,
-    0.05,
-)  # entropy weights nearly uniform; nats a token below which a teacher is certain everywhere
+_WEIGHT_STD = 0.02  # of nearly uniform entropy weights
+_CERTAIN = 0.05  # nats per token, below which a teacher is certain everywhere
 
 
 class Alarm(NamedTuple):
-    """What is wrong now. finding: with the figures. advice: what it means and what to try."""
+    """What is wrong now (`finding`, with figures), and what it means and what to try (`advice`)."""
 
     name: AlarmName
     finding: str
@@ -33,7 +28,7 @@ class Alarm(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What alarms need to know of a run's configuration."""
+    """What the alarms need of a run's configuration."""
 
     dead_group_share: float
     logprob_gap: float | None  # None: what is trained on was sampled by another policy
@@ -42,7 +37,6 @@ class Limits(NamedTuple):
 
     @classmethod
     def of(cls, config: Config) -> Limits:
-        """This run's."""
         algorithm = config.algorithm
         return cls(
             config.logging.dead_group_share,
@@ -53,9 +47,7 @@ class Limits(NamedTuple):
 
 
 def alarms(rows: Sequence[Row], limits: Limits) -> list[Alarm]:
-    """The alarms that hold after the last of `rows` (training steps, oldest first); `REMEMBERED` of them are
-    enough.
-    """
+    """Return the alarms raised at the last of `rows` (training steps, oldest first, `REMEMBERED` at most)."""
     raised = []
     for name, (finds, advice) in _ALARMS.items():
         finding = finds(rows, limits) if rows else None
@@ -135,13 +127,13 @@ def _logprob_gap(rows: Sequence[Row], limits: Limits) -> str | None:
 
 
 def _number(row: Row, key: str) -> float:
-    """What is not finite (null in metrics.jsonl) counts as infinite."""
+    """Return a number of the row; null, which stands for a non-finite one, counts as infinite."""
     value = row.get(key)
     return math.inf if value is None or math.isnan(value) else value
 
 
 def _mean(rows: Sequence[Row], key: str) -> float:
-    """Of what is finite; NaN, which compares as neither less nor more, where nothing is."""
+    """Average the finite values; NaN, which compares as neither less nor more, if there are none."""
     values = [value for row in rows if math.isfinite(value := _number(row, key))]
     return sum(values) / len(values) if values else math.nan
 

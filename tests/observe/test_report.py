@@ -340,7 +340,9 @@ def test_a_cut_off_run_is_read_to_its_last_whole_line(folders):
     data = report_data([folders[1]], 10_000)
     assert data["runs"][0]["columns"]["step"] == list(range(1, STEPS + 1))
     assert len(data["samples"]) == STEPS * PROMPTS * GROUP
-    assert len(data["notes"]) == 2 and all("not readable and left out" in note for note in data["notes"])
+    assert len(data["notes"]) == 2 and all(
+        "is damaged" in note and note.endswith("left out") for note in data["notes"]
+    )
 
 
 def test_a_row_that_is_no_sample_is_left_out(folders, tmp_path):
