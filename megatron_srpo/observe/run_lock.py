@@ -40,8 +40,8 @@ def open_run_folder(directory: Path, layout: Layout) -> str:
 def run_lock(directory: Path, layout: Layout) -> Iterator[None]:
     """Hold an exclusive lock on the run folder: two starts would remove each other's checkpoints.
 
-    Rank 0 locks RUN/lock; the lock ends with its process, however it ends. On a file system without locks none
-    is held. A collective call.
+    Rank 0 locks RUN/lock; the lock ends with its process, however it ends. On a file system without locks
+    none is held. A collective call.
 
     Raises:
         ConfigError: Another process holds the lock for longer than a lost host's lock lasts.

@@ -41,7 +41,7 @@ class Procedural:
     verifier = "megatron_srpo.tasks.procedural:verify"
 
     def __init__(self, source: TaskSource, seed: int):
-        """Raises ConfigError for an unknown dataset, wrong options, or when reasoning-gym is not installed."""
+        """Raise ConfigError for an unknown dataset, wrong options, or without reasoning-gym."""
         try:
             from reasoning_gym.factory import DATASETS
         except ImportError as error:

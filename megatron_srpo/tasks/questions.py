@@ -199,6 +199,7 @@ class QuestionFile:
 def read_splits(source: TaskSource, phrase: Callable[[str], str]) -> dict[str, list[Question]]:
     """train, validation and test of a folder or of one file. Raises ConfigError."""
     path = source.path
+    assert path is not None
     if path.is_dir():
         splits = {
             name: read_questions(file, phrase) if (file := path / f"{name}.jsonl").is_file() else []
