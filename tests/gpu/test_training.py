@@ -86,7 +86,9 @@ def test_logits_are_those_of_transformers(layers, family, tmp_path):
 
     folder, layout = HFFolder(config.model.hf_path), initialize(config.parallel, seed=1)
     try:
-        chunks = build_chunks(folder.architecture, config, layout.device)
+        chunks = build_chunks(
+            folder.architecture, config.model, config.parallel, config.megatron, layout.device
+        )
         load(chunks, folder)
         run_schedule(
             chunks, [micro_batch(row, sum(d.length for d in row) + 3) for row in rows], keep, backward=False
@@ -184,7 +186,7 @@ def test_state_is_the_same_to_the_bit_parked_and_from_a_checkpoint(optimizer, wo
     wanted = train(trainer, world, 2)
 
     trainer = make_trainer(shared, "optimizer.optimizer_cpu_offload=true")
-    with SavedTensors([tmp_path / "rank_00000.safetensors"], world[1].architecture) as tensors:
+    with SavedTensors([tmp_path / "rank_00000.safetensors"]) as tensors:
         restore_trainer(trainer, tensors, state)
         restore_generators(tensors, 0)
     found = snapshot(trainer)
