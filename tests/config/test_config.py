@@ -4,6 +4,7 @@ import re
 
 import pytest
 import yaml
+from tables import each_row
 
 from megatron_srpo.algorithm import METHODS
 from megatron_srpo.algorithm.methods.sdpo import SDPO
@@ -218,7 +219,7 @@ def test_required_key_names_its_section(message_of):
     assert message_of(GOOD.replace("  steps: 3\n", "")) == "config.yaml:3: train.steps: is required"
 
 
-@pytest.mark.parametrize(
+@each_row(
     "key, value",
     [
         ("rollout.max_response_tokens", "0"),
@@ -277,8 +278,8 @@ def test_sampled_tokens_cannot_estimate_every_divergence(message_of):
     assert message.endswith("not jsd; set algorithm.divergence: reverse")
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize(
+@each_row("name", METHODS)
+@each_row(
     "key, value",
     [
         ("lr", "0"),
@@ -300,7 +301,7 @@ def test_wrong_value_in_the_file_names_the_line(message_of):
     )
 
 
-@pytest.mark.parametrize(
+@each_row(
     "overrides, section, named",
     [
         (
@@ -345,7 +346,7 @@ def test_contradictions(message_of, overrides, section, named):
         assert part in message
 
 
-@pytest.mark.parametrize(
+@each_row(
     "overrides",
     [
         ["parallel.sequence_parallel=true", "parallel.tensor_model_parallel_size=2"],
@@ -380,7 +381,7 @@ def test_contradictions_name_their_place(message_of, text, override, place):
     )
 
 
-@pytest.mark.parametrize(
+@each_row(
     "text, expected",
     [
         ("task: {nmae: addition}\n", "config.yaml:7: task.nmae: unknown key; did you mean name?"),
@@ -548,7 +549,7 @@ def test_override_into_an_absent_section(config_of):
     }
 
 
-@pytest.mark.parametrize(
+@each_row(
     "override, expected",
     [
         ("train.steps", "override 'train.steps': expected section.key=value"),

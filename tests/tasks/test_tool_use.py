@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from paper_cases import NESTED, NONE, ONE, OPTIONAL, SAME, TOOL_CASES, TWO, said
 from real_data import real_data
+from tables import each_row
 
 from megatron_srpo.config.schema import ConfigError
 from megatron_srpo.tasks.questions import read_questions
@@ -95,14 +96,14 @@ PROMPT = (
 )
 
 
-@pytest.mark.parametrize("gold, text, right", TOOL_CASES)
+@each_row("gold, text, right", TOOL_CASES)
 def test_paper_rule_agrees_with_the_table(gold, text, right):
     verdict = verify(gold, text)
     assert (verdict.correct, verdict.reward) == (right, float(right))
     assert (verdict.feedback is None) == right
 
 
-@pytest.mark.parametrize(
+@each_row(
     "gold, text, right",
     [
         (TWO, said(("login", '{"user": "ann"}'), ("list", '{"limit": 5}')), True),
@@ -153,8 +154,8 @@ def test_parser():
     assert parse_calls("hello").malformed and not verify(ONE, "hello").format_ok
 
 
-@pytest.mark.parametrize("rule", [verify, verify_strict])
-@pytest.mark.parametrize("depth", [100, 400, 600, 800, 950, 5_000])
+@each_row("rule", [verify, verify_strict])
+@each_row("depth", [100, 400, 600, 800, 950, 5_000])
 def test_inputs_of_any_depth_are_judged(rule, depth):
     """An exception would leave the sample out of its group instead of counting it as wrong."""
     assert not rule(ONE, said(("search", '{"q": ' * depth + "1" + "}" * depth))).correct
