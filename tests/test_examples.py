@@ -111,7 +111,7 @@ def test_example_fits(name, variant, tmp_path):
 
 @pytest.mark.parametrize("name", list(MODELS))
 def test_readme_has_the_planners_memory(name, tmp_path):
-    """Of the fullest GPU, to a GB, but for what a sleeping server keeps."""
+    """Of the fullest GPU, to a GB."""
     config, gpus = load(name, tmp_path), MODELS[name][0]
     plan = plan_for(
         HFFolder(config.model.hf_path).architecture, config, MACHINES["h100"], gpus, Workload.expected(config)
@@ -129,7 +129,7 @@ def test_script_is_bash(script):
 
 
 def test_manifest():
-    """A PyTorchJob with equal nodes, the operator's container name and an example that exists."""
+    """A PyTorchJob of equal nodes, whose container has the operator's name and whose example exists."""
     job = yaml.safe_load((EXAMPLES / "cluster" / "pytorchjob.yaml").read_text())
     nodes = job["spec"]["pytorchReplicaSpecs"]
     assert job["kind"] == "PyTorchJob" and set(nodes) == {"Master", "Worker"}

@@ -22,7 +22,7 @@ from megatron_srpo.checkpoint.weights import RunTensors, checkpoint_of, is_of_a_
 from megatron_srpo.config.load import load_config, save_config
 from megatron_srpo.config.schema import Config, ConfigError, EvaluationSection, ParallelSection
 from megatron_srpo.data.records import Group, Sample
-from megatron_srpo.distributed.layout import Layout, joined
+from megatron_srpo.distributed.layout import Layout, process_group
 from megatron_srpo.distributed.processes import rank_from_environment
 from megatron_srpo.evaluation.scoreboard import Outcome, result_of, write_result
 from megatron_srpo.evaluation.scores import interval
@@ -133,7 +133,7 @@ def run_evaluation(config: Config) -> Path:
     alone = ParallelSection(
         distributed_timeout_minutes=config.parallel.distributed_timeout_minutes
     )  # every process holds an engine
-    with joined(alone, config.train.seed) as layout:
+    with process_group(alone, config.train.seed) as layout:
         if path is not None:  # the first rank's: a run that goes on may have saved another meanwhile
             first = layout.broadcast(str(config.evaluation.checkpoint))
             config = _with_checkpoint(config, Path(first))

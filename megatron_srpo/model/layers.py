@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from megatron_srpo.distributed.context_parallel import places
+from megatron_srpo.distributed.context_parallel import gathered_positions
 from megatron_srpo.distributed.megatron import MegatronModule, parallel_state, tensor_parallel
 
 
@@ -94,7 +94,7 @@ class PackedAttention(MegatronModule):
         both = tensor_parallel.gather_from_sequence_parallel_region(
             torch.stack([key, value], dim=1), group=group
         )
-        key, value = both[places(cu_seqlens, size)].unbind(1)
+        key, value = both[gathered_positions(cu_seqlens, size)].unbind(1)
         outputs, done = [], 0
         for start, end in itertools.pairwise(cu_seqlens.tolist()):
             chunk = (end - start) // (2 * size)

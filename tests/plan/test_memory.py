@@ -19,7 +19,7 @@ from tiny import make_model, save_folder
 
 from megatron_srpo.config.load import load_config
 from megatron_srpo.config.schema import Config, ConfigError, ParallelSection
-from megatron_srpo.distributed.context_parallel import Context
+from megatron_srpo.distributed.context_parallel import ContextParallel
 from megatron_srpo.model.build import build_chunks, packed_params
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.plan.machine import MACHINES, Workload
@@ -32,8 +32,8 @@ from megatron_srpo.plan.memory import (
     state_bytes,
 )
 from megatron_srpo.plan.step import traffic
-from megatron_srpo.training.packing import Document, micro_batch
-from megatron_srpo.training.trainer import Trainer
+from megatron_srpo.training.packing import PackedSequence, micro_batch
+from megatron_srpo.training.trainer import Trainer, TrainerSettings
 
 ROOT = Path(__file__).parents[2]
 CPU = MACHINES["cpu"]
@@ -125,7 +125,7 @@ def test_states_of_a_rank_of_four(folders, dtype, distributed, context):
     config = configure(folders["untied"], f"model.dtype={dtype}", *layout)
     folder = HFFolder(folders["untied"])
     with simulated(1, 4, config.parallel) as layout:
-        trainer = Trainer(config, folder, layout)
+        trainer = Trainer(TrainerSettings.of(config), folder, layout)
         size, buffer = trainer.parameters[0].element_size(), trainer.chunks[0].buffers[0]
         for parameter in trainer.parameters:
             parameter.main_grad.fill_(1e-3)
@@ -170,8 +170,10 @@ def test_activations_of_a_layer(folders, model, context):
             (chunk,) = build_chunks(
                 architecture.architecture, config.model, config.parallel, config.megatron, layout.device
             )
-            documents = [Document(n, (5,), (6,) * length) for n, length in enumerate(lengths)]
-            row = micro_batch(documents, sum(lengths), Context(0, context))
+            documents = [
+                PackedSequence(n, (5,), (6,) * length, range(length)) for n, length in enumerate(lengths)
+            ]
+            row = micro_batch(documents, sum(lengths), ContextParallel(0, context))
             weights, storages, alive = {p.untyped_storage().data_ptr() for p in chunk.parameters()}, {}, []
 
             def note(tensor, weights=weights, storages=storages, alive=alive):
