@@ -12,7 +12,7 @@ from megatron_srpo.config.schema import Config, ConfigError, ResumeSection
 from megatron_srpo.data.rollout_file import dump
 from megatron_srpo.distributed.heartbeat import PROGRESS
 from megatron_srpo.distributed.layout import Layout, process_group
-from megatron_srpo.evaluation.evaluate import stored_weights
+from megatron_srpo.evaluation.run import stored_weights
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.observe.metrics import MetricsFile, rollout_metrics
 from megatron_srpo.observe.session import run_session
