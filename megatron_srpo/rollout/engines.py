@@ -9,7 +9,7 @@ from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.model.build import model_dtype
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.engine import Engine
-from megatron_srpo.rollout.transformers_engine import TransformersEngine
+from megatron_srpo.rollout.transformers.engine import TransformersEngine
 
 
 def check_engine(config: Config) -> None:

@@ -12,8 +12,8 @@ from megatron_srpo.data.records import Group
 from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.observe.stopwatch import Stopwatch
+from megatron_srpo.rollout.batch import Drawing, Drawn
 from megatron_srpo.rollout.collect import Collector
-from megatron_srpo.rollout.drawing import Drawing, Drawn
 from megatron_srpo.rollout.engines import create_engine
 from megatron_srpo.rollout.ledger import Ledger
 from megatron_srpo.rollout.replay import replay

@@ -20,7 +20,7 @@ from megatron_srpo import train as driver
 from megatron_srpo.__main__ import main
 from megatron_srpo.checkpoint import folder as folders
 from megatron_srpo.rollout.ledger import history
-from megatron_srpo.rollout.transformers_engine import TransformersEngine
+from megatron_srpo.rollout.transformers.engine import TransformersEngine
 
 STEPS = 4
 START = (

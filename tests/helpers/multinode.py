@@ -27,7 +27,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from megatron_srpo.config.load import load_config
-from megatron_srpo.rollout.sglang.fleet import Launch
+from megatron_srpo.rollout.servers.fleet import Launch
 
 ROOT = Path(__file__).parents[2]
 KEY = "SRPO_MULTINODE_KEY"  # the environment variable with the third host's API key

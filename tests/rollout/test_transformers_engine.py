@@ -12,7 +12,7 @@ from tiny import make_model, save_folder
 
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.engine import EngineFailed, Request, Sampling
-from megatron_srpo.rollout.transformers_engine import TransformersEngine
+from megatron_srpo.rollout.transformers.engine import TransformersEngine
 
 NEVER = (269,)  # a stop id; the tests below make it improbable, or ask for others
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ import pytest
 from servers import sample
 
 from megatron_srpo.rollout.engine import EngineFailed, Request
-from megatron_srpo.rollout.sglang.http import Server, ServerFailed
+from megatron_srpo.rollout.servers.http import Server, ServerFailed
 
 pytestmark = pytest.mark.needs_sglang
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from megatron_srpo.config.schema import ConfigError, RolloutSection
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.rollout.sglang.http import Server, ServerFailed
+from megatron_srpo.rollout.servers.http import Server, ServerFailed
 from megatron_srpo.rollout.sglang.replies import BadReply, parse
 
 OLDEST, WITH_SESSIONS = (0, 5, 19), (0, 5, 21)

@@ -18,9 +18,9 @@ from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.model.build import model_dtype
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.engine import EngineFailed, Finished, Request, Sampling
-from megatron_srpo.rollout.sglang.fleet import Launch
-from megatron_srpo.rollout.sglang.generation import Generation
-from megatron_srpo.rollout.sglang.http import Server, ServerFailed
+from megatron_srpo.rollout.servers.fleet import Launch
+from megatron_srpo.rollout.servers.generation import Generation
+from megatron_srpo.rollout.servers.http import Server, ServerFailed
 from megatron_srpo.rollout.sglang.publisher import Publisher
 
 # seconds between the ranks' exchanges while servers start, which may last longer than a collective may

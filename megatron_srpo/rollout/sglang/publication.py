@@ -31,8 +31,8 @@ from torch.multiprocessing import reductions
 from megatron_srpo.config.schema import is_loopback
 from megatron_srpo.distributed.heartbeat import beat
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.rollout.sglang.fleet import load_from_disk
-from megatron_srpo.rollout.sglang.http import Server, ServerFailed
+from megatron_srpo.rollout.servers.fleet import load_from_disk
+from megatron_srpo.rollout.servers.http import Server, ServerFailed
 from megatron_srpo.weights.transfer import save_hf
 
 Stream = Iterable[tuple[str, Tensor]]

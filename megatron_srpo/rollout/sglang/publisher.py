@@ -11,9 +11,9 @@ from torch import Tensor
 from megatron_srpo.config.schema import Config, ConfigError
 from megatron_srpo.model.build import model_dtype
 from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.rollout.servers.fleet import Fleet, Launch, Member, check_version
+from megatron_srpo.rollout.servers.http import Server, ServerFailed
 from megatron_srpo.rollout.sglang.capabilities import Capabilities, inspect
-from megatron_srpo.rollout.sglang.fleet import Fleet, Launch, Member, check_version
-from megatron_srpo.rollout.sglang.http import Server, ServerFailed
 from megatron_srpo.rollout.sglang.publication import Broadcast, Disk, SharedMemory, Transport, Update
 
 

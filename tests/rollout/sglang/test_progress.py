@@ -20,11 +20,12 @@ from megatron_srpo.config.schema import ConfigError, SGLangSection
 from megatron_srpo.distributed.heartbeat import PROGRESS
 from megatron_srpo.preflight import preflight
 from megatron_srpo.rollout.engine import EngineFailed, Request, Sampling
-from megatron_srpo.rollout.sglang import engine, generation
+from megatron_srpo.rollout.servers import generation
+from megatron_srpo.rollout.servers.fleet import Fleet
+from megatron_srpo.rollout.servers.generation import Generation
+from megatron_srpo.rollout.servers.http import Server, ServerFailed
+from megatron_srpo.rollout.sglang import engine
 from megatron_srpo.rollout.sglang.engine import SGLangEngine
-from megatron_srpo.rollout.sglang.fleet import Fleet
-from megatron_srpo.rollout.sglang.generation import Generation
-from megatron_srpo.rollout.sglang.http import Server, ServerFailed
 from megatron_srpo.rollout.sglang.publication import Update
 
 ROOT = Path(__file__).parents[3]

@@ -22,12 +22,13 @@ from megatron_srpo.config.load import load_config
 from megatron_srpo.config.schema import SGLangSection
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.engine import Request, Sampling
-from megatron_srpo.rollout.sglang import generation, publication
+from megatron_srpo.rollout.servers import generation
+from megatron_srpo.rollout.servers.fleet import Fleet, Launch
+from megatron_srpo.rollout.servers.generation import Generation
+from megatron_srpo.rollout.servers.http import Server
+from megatron_srpo.rollout.sglang import publication
 from megatron_srpo.rollout.sglang.capabilities import Capabilities
 from megatron_srpo.rollout.sglang.engine import SGLangEngine
-from megatron_srpo.rollout.sglang.fleet import Fleet, Launch
-from megatron_srpo.rollout.sglang.generation import Generation
-from megatron_srpo.rollout.sglang.http import Server
 from megatron_srpo.rollout.sglang.publication import Broadcast, SharedMemory, Update, buckets
 from megatron_srpo.rollout.sglang.publisher import Publisher
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from megatron_srpo.config.schema import ConfigError, SGLangSection
 from megatron_srpo.distributed.heartbeat import beat
-from megatron_srpo.rollout.sglang import guard
-from megatron_srpo.rollout.sglang.http import Server, ServerFailed
+from megatron_srpo.rollout.servers import guard
+from megatron_srpo.rollout.servers.http import Server, ServerFailed
 
 _TEND = 0.2  # seconds between looks at a process
 _LOG_TAIL = 1500  # characters of a server's log in a message

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-from megatron_srpo.rollout.sglang import guard
+from megatron_srpo.rollout.servers import guard
 
 
 def test_slurms_warning_ends_neither_guard_nor_server():

@@ -16,8 +16,8 @@ from tiny import save_folder
 from megatron_srpo.config.load import load_config
 from megatron_srpo.data.records import Prompt, Verdict
 from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.rollout.batch import Drawing
 from megatron_srpo.rollout.collect import Collector
-from megatron_srpo.rollout.drawing import Drawing
 from megatron_srpo.rollout.engine import Completion
 from megatron_srpo.rollout.ledger import Ledger, history
 

@@ -16,7 +16,7 @@ import httpx
 from megatron_srpo.config.schema import SGLangSection
 from megatron_srpo.distributed.heartbeat import beat
 from megatron_srpo.rollout.engine import Completion, EngineFailed, Finished, Request, Sampling
-from megatron_srpo.rollout.sglang.http import IDLE, headers
+from megatron_srpo.rollout.servers.http import IDLE, headers
 from megatron_srpo.rollout.sglang.replies import BadReply, joined, parse
 
 _NOTHING = Completion([], [], [], "abort")
