@@ -1,192 +1,207 @@
-"""The groups a step trains on: prompts drawn, sampled and verified in rounds until the batch is full.
+"""The groups of a step: prompts are sampled and verified in rounds until the batch is full.
 
-A round is the same on every rank but for the share of its prompts each rank samples. Without over-sampling
-and filtering there is one, and ranks need not talk. With them, each rank breaks off when it has its share of
-what is wanted, ranks show each other what they have, and another round follows if that is not enough. What is
-left over (whole groups, and responses broken off) is carried into the next step, and goes on there unless it
-is too stale.
+A round is the same on every rank but for the share of its prompts that each rank samples. Without
+over-sampling and filtering there is one, and ranks need not communicate. With them, each rank stops when it
+has its share of the groups needed, ranks exchange what they have, and another round follows if that is not
+enough. What is left over (whole groups and partial rollouts) is carried into the next step and continued there,
+unless it is too stale.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
+from threading import Event
 from typing import NamedTuple
 
-from megatron_srpo.algorithm.routing import has_signal
-from megatron_srpo.config.schema import Config
-from megatron_srpo.data.records import Group, Prompt, Sample, Unfinished
+from pydantic import TypeAdapter
+
+from megatron_srpo.config.schema import RolloutSection
+from megatron_srpo.data.records import Group, PartialGroup, Prompt, Sample, SampleKey
 from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.observe.stopwatch import Stopwatch
-from megatron_srpo.rollout.collect import Collector, encode_prompt
+from megatron_srpo.rollout.collect import Collector, PendingGroups, encode_prompt
 from megatron_srpo.rollout.engine import Sampling
-from megatron_srpo.rollout.ledger import Ledger
+from megatron_srpo.rollout.ledger import Ledger, Recovered
+
+_PARTIAL_GROUPS = TypeAdapter(list[PartialGroup])
 
 
-class Drawn(NamedTuple):
-    """A step's batch. groups: this rank's share. numbers: for metrics.jsonl."""
+class Batch(NamedTuple):
+    """A step's groups, this rank's share, and what metrics.jsonl says about their selection."""
 
     groups: list[Group]
-    numbers: dict[str, float]
+    metrics: dict[str, float]
 
 
-class Drawing:
-    """The place in the training prompts, and what is carried from step to step."""
+class _Round(NamedTuple):
+    """Outcome of a round: of all ranks when groups are selected, else of this rank."""
+
+    groups: list[Group]
+    incomplete: list[PartialGroup]
+
+
+class BatchBuilder:
+    """Cursor over the training prompts, and the partial rollouts carried between steps.
+
+    Args:
+        collector: samples and verifies this rank's share.
+        prompt: returns training prompt 0, 1, … of the run, without token ids.
+        ledger: stores finished samples.
+        settings: section `rollout`.
+        seed: train.seed.
+        has_signal: returns True for a verified group that the algorithm can learn from.
+    """
 
     def __init__(
         self,
-        config: Config,
         collector: Collector,
         prompt: Callable[[int], Prompt],
         ledger: Ledger,
-        layout: Layout,
+        settings: RolloutSection,
+        seed: int,
+        has_signal: Callable[[Group], bool],
     ):
-        """`prompt(number)`: training prompt 0, 1, … of the run, without token ids."""
-        self.config, self.collector, self.prompt, self.ledger, self.layout = (
-            config,
-            collector,
-            prompt,
-            ledger,
-            layout,
-        )
-        settings = config.rollout
-        self.is_choosy = settings.over_sampling > 1 or settings.dynamic_filtering
+        self.collector = collector
+        self.prompt = prompt
+        self.ledger = ledger
+        self.settings = settings
+        self.seed = seed
+        self.has_signal = has_signal
+        self.layout: Layout = collector.layout
+        self.selects = settings.over_sampling > 1 or settings.dynamic_filtering
         self.sampling = Sampling(
             settings.temperature, settings.top_p, settings.max_response_tokens, collector.folder.stop_ids
         )
         self.next_prompt = 0
-        self._carried: list[Unfinished] = []
-        self._kept: dict[tuple[str, int], tuple[int, Sample]] = {}
-        self._start = (0, 0)  # the last step drawn, and the first prompt that had not been drawn before
+        self.carried: list[PartialGroup] = []
+        self._recovered: dict[SampleKey, Recovered] = {}
+        self._last_step = 0
+        self._last_step_began_at = 0  # next_prompt before it
 
-    def place(self, step: int) -> int:
-        """The first prompt that had not been drawn before `step`: what a checkpoint keeps, to go on with
-        `step`.
+    def first_prompt(self, step: int) -> int:
+        """Return the first prompt that was not begun before `step`: the cursor that a checkpoint keeps."""
+        return self._last_step_began_at if step == self._last_step else self.next_prompt
+
+    def resume(self, step: int, next_prompt: int) -> None:
+        """Restore the state before `step` was sampled."""
+        self.next_prompt = next_prompt
+        self.carried = self.ledger.carried(step)
+        self._recovered = self.ledger.recovered(step)
+
+    def build(self, step: int, watch: Stopwatch | None = None) -> Batch:
+        """Sample the batch of `step`. All ranks together when groups are selected.
+
+        Args:
+            step: from 1.
+            watch: counts the seconds of verification as phase `verify`; None in a background thread.
         """
-        return self._start[1] if step == self._start[0] else self.next_prompt
-
-    def go_on(self, step: int, next_prompt: int) -> None:
-        """As it was before `step` was drawn."""
-        self.next_prompt, self._carried, self._kept = (
-            next_prompt,
-            self.ledger.carried(step),
-            self.ledger.kept(step),
-        )
-
-    def draw(self, step: int, version: str, watch: Stopwatch | None = None) -> Drawn:
-        """The batch of `step`, sampled by the engine's weights `version`. All ranks together when choosy."""
-        settings = self.config.rollout
-        target, self._start = settings.prompts_per_step, (step, self.next_prompt)
-        begun, self._carried = self._fresh(self._carried, step), []
-        kept, self._kept = self._kept, {}  # what a stopped run had of the first step after it
+        settings, target = self.settings, self.settings.prompts_per_step
+        self._last_step, self._last_step_began_at = step, self.next_prompt
+        incomplete, self.carried = self._drop_stale(self.carried, step), []
+        recovered, self._recovered = self._recovered, {}
         chosen: list[Group] = []
-        dull: list[Group] = []
+        no_signal: list[Group] = []
         rounds = 0
-        while True:
-            wanted = target - len(chosen)
-            begun += self._new(max(0, math.ceil(wanted * settings.over_sampling) - len(begun)), step, version)
+        while len(chosen) < target:
             rounds += 1
-            groups, begun = self._round(rounds, begun, wanted, step, kept, watch)
-            if not self.is_choosy:
-                return Drawn(groups, {})
-            chosen += [group for group in groups if not settings.dynamic_filtering or self._has_signal(group)]
-            dull += [group for group in groups if settings.dynamic_filtering and not self._has_signal(group)]
-            if len(chosen) < target and rounds >= settings.filter_rounds:  # better a full batch than none
-                fill = dull[: target - len(chosen)]
-                chosen, dull = chosen + fill, dull[len(fill) :]
-            if len(chosen) >= target:
-                break
-        self._carried = [
-            Unfinished(prompt=group[0].prompt, samples=group) for group in chosen[target:]
-        ] + begun
-        self.ledger.filtered(step, [group[0].prompt.id for group in dull])
-        self.ledger.carry(step + 1, self._carried)
-        numbers = {"groups_filtered": len(dull), "groups_carried": len(self._carried), "rounds": rounds}
-        return Drawn(chosen[:target][self.layout.rank :: self.layout.world_size], numbers)
+            needed = target - len(chosen)
+            incomplete += self._new_prompts(math.ceil(needed * settings.over_sampling) - len(incomplete))
+            # a sample of a later round is not used before it, so that every round repeats exactly
+            known = {key: found.sample for key, found in recovered.items() if found.round <= rounds}
+            groups, incomplete = self._sample_round(rounds, incomplete, needed, step, known, watch)
+            if not self.selects:
+                return Batch(groups, {})
+            for group in groups:
+                (chosen if self._is_useful(group) else no_signal).append(group)
+            if rounds >= settings.filter_rounds:  # better a full batch than none
+                missing = max(0, target - len(chosen))
+                chosen += no_signal[:missing]
+                no_signal = no_signal[missing:]
+        left_over = [PartialGroup(prompt=group[0].prompt, samples=group) for group in chosen[target:]]
+        self.carried = left_over + incomplete
+        self.ledger.carry(step + 1, self.carried)
+        metrics = {
+            "groups_filtered": len(no_signal),
+            "groups_carried": len(self.carried),
+            "rounds": rounds,
+        }
+        return Batch(chosen[:target][self.layout.rank :: self.layout.world_size], metrics)
 
-    def _new(self, count: int, step: int, version: str) -> list[Unfinished]:
-        prompts = [self.prompt(number) for number in range(self.next_prompt, self.next_prompt + count)]
-        self.next_prompt += count
-        if prompts:
-            self.ledger.drawn(step, version, [prompt.id for prompt in prompts])
-        return [Unfinished(prompt=prompt) for prompt in prompts]
+    def _new_prompts(self, count: int) -> list[PartialGroup]:
+        numbers = range(self.next_prompt, self.next_prompt + max(0, count))
+        self.next_prompt += len(numbers)
+        return [PartialGroup(prompt=self.prompt(number)) for number in numbers]
 
-    def _round(
+    def _sample_round(
         self,
-        number: int,
-        begun: list[Unfinished],
-        wanted: int,
+        round_number: int,
+        begun: list[PartialGroup],
+        needed: int,
         step: int,
-        kept: dict[tuple[str, int], tuple[int, Sample]],
+        known: dict[SampleKey, Sample],
         watch: Stopwatch | None,
-    ) -> tuple[list[Group], list[Unfinished]]:
-        """Whole groups and what was broken off: all ranks' when choosy, else this rank's share (of which all
-        is whole).
-        """
-        settings = self.config.rollout
-        known = {
-            key: sample for key, (made_in, sample) in kept.items() if made_in <= number
-        }  # a later round's: not yet, as it was
-        mine = [self._with_kept(one, known) for one in begun[self.layout.rank :: self.layout.world_size]]
-        share, found = math.ceil(wanted * len(mine) / len(begun)), 0
+    ) -> _Round:
+        mine = [self._with_known(one, known) for one in begun[self.layout.rank :: self.layout.world_size]]
+        share = math.ceil(needed * len(mine) / len(begun))
+        pending = PendingGroups(mine, self.settings.samples_per_prompt)
+        stop = Event()
+        persist = partial(self.ledger.persist, step, round_number)
+        groups: dict[str, Group] = {}
+        useful = 0
+        for group in self.collector.collect(
+            pending, self.sampling, f"{self.seed}/{step}", stop, persist, watch
+        ):
+            groups[group[0].prompt.id] = group
+            useful += self._is_useful(group)
+            if self.selects and useful >= share:
+                stop.set()
+        in_order = [groups[one.prompt.id] for one in mine if one.prompt.id in groups]
+        own = _Round(in_order, pending.incomplete())
+        return self._gather_round(own, begun) if self.selects else own
 
-        def is_enough(group: Group) -> bool:
-            nonlocal found
-            found += not settings.dynamic_filtering or self._has_signal(group)
-            return self.is_choosy and found >= share
-
-        groups, left = self.collector.collect(
-            mine,
-            settings.samples_per_prompt,
-            self.sampling,
-            seed=f"{self.config.train.seed}/{step}",
-            is_enough=is_enough,
-            keep=lambda samples: self.ledger.keep(step, number, samples),
-            watch=watch,
-        )
-        return self._show(groups, left, begun) if self.is_choosy else (groups, left)
-
-    def _with_kept(self, one: Unfinished, kept: dict[tuple[str, int], Sample]) -> Unfinished:
-        """With token ids, and with the samples that a stopped run had finished."""
-        prompt = (
-            one.prompt
-            if one.prompt.ids
-            else encode_prompt(one.prompt, self.collector.folder, self.config.rollout)
-        )
-        samples = {sample.index: sample for sample in one.samples}
-        for index in range(self.config.rollout.samples_per_prompt):
-            if (sample := kept.get((prompt.id, index))) and sample.prompt == prompt:
+    def _with_known(self, group: PartialGroup, known: dict[SampleKey, Sample]) -> PartialGroup:
+        """Return the group with token ids, and with the samples that a stopped run had finished."""
+        prompt = group.prompt
+        if not prompt.ids:
+            prompt = encode_prompt(prompt, self.collector.folder, self.settings)
+        samples = {sample.index: sample for sample in group.samples}
+        for index in range(self.settings.samples_per_prompt):
+            sample = known.get((prompt.id, index))
+            if sample is not None and sample.prompt == prompt:
                 samples[index] = sample
-        return Unfinished(prompt=prompt, samples=tuple(samples[index] for index in sorted(samples)))
+        return PartialGroup(prompt=prompt, samples=tuple(samples[index] for index in sorted(samples)))
 
-    def _show(
-        self, groups: Sequence[Group], left: Sequence[Unfinished], begun: Sequence[Unfinished]
-    ) -> tuple[list[Group], list[Unfinished]]:
-        """All ranks' groups and leftovers, in the order of `begun`."""
-        own = [*(Unfinished(prompt=group[0].prompt, samples=group) for group in groups), *left]
-        text = "\n".join(one.model_dump_json() for one in own)
-        everyone = {}
-        for payload in self.layout.gather_bytes(text.encode(), background=True):
-            for line in payload.decode().split("\n"):
-                if line:
-                    one = Unfinished.model_validate_json(line)
-                    everyone[one.prompt.id] = one
-        in_order = [everyone[one.prompt.id] for one in begun]
-        size = self.config.rollout.samples_per_prompt
-        is_whole = [
-            len(one.samples) == size and all(sample.verdict is not None for sample in one.samples)
-            for one in in_order
-        ]
-        whole = [one.samples for one, whole in zip(in_order, is_whole, strict=True) if whole]
-        return whole, [one for one, whole in zip(in_order, is_whole, strict=True) if not whole]
+    def _gather_round(self, own: _Round, begun: Sequence[PartialGroup]) -> _Round:
+        """Return all ranks' groups, in the order of `begun`."""
+        groups = [PartialGroup(prompt=group[0].prompt, samples=group) for group in own.groups]
+        text = _PARTIAL_GROUPS.dump_json(groups + own.incomplete)
+        found = {}
+        for part in self.layout.gather_bytes(text, background=True):
+            found |= {one.prompt.id: one for one in _PARTIAL_GROUPS.validate_json(part)}
+        everyone = _Round([], [])
+        for one in begun:
+            group = found[one.prompt.id]
+            verified = [sample for sample in group.samples if sample.verdict is not None]
+            if len(verified) == self.settings.samples_per_prompt:
+                everyone.groups.append(group.samples)
+            else:
+                everyone.incomplete.append(group)
+        return everyone
 
-    def _has_signal(self, group: Group) -> bool:
-        return has_signal(group, self.config.algorithm, self.config.teacher.feedback)
+    def _is_useful(self, group: Group) -> bool:
+        return not self.settings.dynamic_filtering or self.has_signal(group)
 
-    def _fresh(self, carried: Sequence[Unfinished], step: int) -> list[Unfinished]:
-        """Without the samples whose oldest token is too many versions older than the policy that will train
-        on them.
-        """
-        oldest = step - 1 - self.config.rollout.max_staleness
-        is_fresh = lambda sample: min(int(version) for version, _, _ in sample.versions) >= oldest  # noqa: E731
-        return [one.model_copy(update={"samples": tuple(filter(is_fresh, one.samples))}) for one in carried]
+    def _drop_stale(self, carried: Sequence[PartialGroup], step: int) -> list[PartialGroup]:
+        """Return the groups without samples whose oldest token exceeds max_staleness at `step`."""
+        oldest = step - 1 - self.settings.max_staleness
+        groups = []
+        for group in carried:
+            fresh = [
+                sample
+                for sample in group.samples
+                if min(int(version) for version, _, _ in sample.versions) >= oldest
+            ]
+            groups.append(group.model_copy(update={"samples": tuple(fresh)}))
+        return groups

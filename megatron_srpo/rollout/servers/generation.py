@@ -1,79 +1,124 @@
-"""Requests of one rank to all servers: each to the least loaded one, and to another one when that fails."""
+"""Requests of one rank to all servers: each to the least loaded one, and to another one if that fails."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from threading import Event
+from typing import Any, NamedTuple, Protocol
 
 import httpx
 
-from megatron_srpo.config.schema import SGLangSection
+from megatron_srpo.config.schema import ServerSection
 from megatron_srpo.distributed.heartbeat import beat
-from megatron_srpo.rollout.engine import Completion, EngineFailed, Finished, Request, Sampling
+from megatron_srpo.rollout.engine import EMPTY, Completion, Completions, EngineFailed, Request, Sampling
 from megatron_srpo.rollout.servers.http import IDLE, headers
-from megatron_srpo.rollout.sglang.replies import BadReply, joined, parse
+from megatron_srpo.rollout.servers.replies import InvalidReply, joined
 
-_NOTHING = Completion([], [], [], "abort")
-_LOOK_AGAIN = 2.0  # seconds between looks at the servers
+_HEALTH_INTERVAL = 2.0  # seconds between health checks
 _LONGEST_PAUSE = 10.0  # seconds between two attempts of one request
 
 
-class _Failed(Exception):
-    """This attempt gave nothing; the same request can be asked for elsewhere."""
+class _AttemptFailed(Exception):
+    """This attempt gave nothing; the request can be retried elsewhere."""
+
+
+class Call(NamedTuple):
+    """A POST request to a server."""
+
+    path: str
+    body: dict[str, Any]
+
+
+class CompletionsAPI(Protocol):
+    """How one kind of server is asked for a completion, and what it may answer."""
+
+    health_path: str  # GET; fails or hangs unless the server makes tokens
+    version_path: str  # GET; is answered at once, also by a busy server
+
+    def call(self, request_id: str, ids: list[int], limit: int, sampling: Sampling, seed: str) -> Call:
+        """Return the request for at most `limit` tokens that follow `ids`."""
+        ...
+
+    def parse(self, reply: Any, limit: int, versions: Sequence[str]) -> Completion:
+        """Return the completion. Raises InvalidReply for what no correct server answers.
+
+        Args:
+            reply: the JSON reply.
+            limit: requested tokens.
+            versions: weight versions that may have made the tokens, the newest last.
+        """
+        ...
+
+    def abort_call(self, request_id: str) -> Call | None:
+        """Return the call that makes a server answer a running request early; None if there is none."""
+        ...
+
+    def has_version(self, info: Any, version: str) -> bool:
+        """Return True if the answer at `version_path` may be of a server with these weights."""
+        ...
 
 
 @dataclass
 class Target:
-    """A server as this rank sees it. out: why it gets no requests, None when it does; is_distrusted: it lied,
-    and stays out until it is seen dead (it is another one when it is back) or the first rank says otherwise.
+    """A server as this rank sees it.
+
+    Attributes:
+        quarantined: why it gets no requests; None if it does.
+        is_invalid: it gave an invalid reply, and stays in quarantine until its process is gone or the first
+            rank has dealt with it.
     """
 
     url: str
-    out: str | None = None
-    is_distrusted: bool = False
+    quarantined: str | None = None
+    is_invalid: bool = False
     calls: set[asyncio.Task] = field(default_factory=set)
 
 
 class Generation:
-    """Asks servers for completions, whatever becomes of them.
+    """Gets completions from servers, some of which may fail.
 
     Args:
-        urls: of all servers, alike on every rank.
-        rank, world_size: this rank's share of rollout.sglang.concurrency, and the server it prefers among
-        equals.
-        is_seeded: whether servers keep to sampling_seed.
-        complain: called with (url, what it did, whether that was a lie) when a server is taken out.
-        hopeless: called with the seconds for which there has been no server: why none will come back, or None
-            while one may.
+        api: the kind of server.
+        urls: of all servers, the same on every rank.
+        settings: section of the servers.
+        vocab_size: of the model.
+        rank: this rank, for the server it prefers among equals.
+        world_size: ranks that share `settings.concurrency`.
+        report_failure: called with (url, reason, whether a reply was invalid) for a server in quarantine.
+        no_server_reason: called with the seconds without any server: why none will come back, or None while
+            one may.
     """
 
     def __init__(
         self,
+        api: CompletionsAPI,
         urls: Sequence[str],
-        settings: SGLangSection,
+        settings: ServerSection,
         vocab_size: int,
         rank: int,
         world_size: int,
-        is_seeded: bool,
-        complain: Callable[[str, str, bool], None],
-        hopeless: Callable[[float], str | None],
+        report_failure: Callable[[str, str, bool], None],
+        no_server_reason: Callable[[float], str | None],
     ):
-        self.targets = [Target(url) for url in [*urls[rank % len(urls) :], *urls[: rank % len(urls)]]]
-        self.settings, self.vocab_size, self.is_seeded = settings, vocab_size, is_seeded
-        self.complain, self.hopeless = complain, hopeless
+        self.api = api
+        first = rank % len(urls)
+        self.targets = [Target(url) for url in [*urls[first:], *urls[:first]]]
+        self.settings = settings
+        self.vocab_size = vocab_size
+        self.report_failure = report_failure
+        self.no_server_reason = no_server_reason
         self.concurrency = max(1, settings.concurrency // world_size)
-        self.versions: list[str] = []  # of the policy's weights, as they were published
+        self.versions: list[str] = []  # of the policy's weights, in the order of publication
         self.is_publishing = False
         self.tls = httpx.create_ssl_context(trust_env=False)  # shared: it takes longer to make than a request
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling, finished: Finished) -> None:
-        """See `Engine.generate`.
+    def generate(self, requests: Sequence[Request], sampling: Sampling, stop: Event) -> Iterator[Completions]:
+        """Implement `Engine.generate`. The event loop runs only while the consumer waits for completions.
 
         Raises EngineFailed, and ValueError for an id outside the vocabulary, which kills some servers.
         """
@@ -81,269 +126,270 @@ class Generation:
             ids = (*request.prompt_ids, *(request.start.ids if request.start else ()))
             if not request.prompt_ids or not all(0 <= token < self.vocab_size for token in ids):
                 raise ValueError(
-                    f"request {number}: its prompt is empty or has an id outside the vocabulary of {self.vocab_size}"
+                    f"request {number}: its prompt is empty or has an id outside the vocabulary of"
+                    f" {self.vocab_size}"
                 )
-        asyncio.run(_Batch(self, requests, sampling, finished).run())
+        with asyncio.Runner() as runner:  # on exit it cancels what still runs
+            batch = _Batch(self, requests, sampling)
+            task = runner.get_loop().create_task(batch.run())
+            while (completions := runner.run(batch.next())) is not None:
+                yield completions
+                if stop.is_set() and not batch.stopped:
+                    runner.run(batch.stop())
+            runner.run(_wait_for(task))
 
-    def take_out(self, target: Target, reason: str, is_distrusted: bool = False) -> None:
-        """No more requests to this server, and those that it has are called back."""
-        target.is_distrusted |= is_distrusted
-        if target.out is None:
-            target.out = reason
-            self.complain(target.url, reason, is_distrusted)
+    def quarantine(self, target: Target, reason: str, is_invalid: bool = False) -> None:
+        """Send no more requests to this server, and cancel those that it has."""
+        target.is_invalid |= is_invalid
+        if target.quarantined is None:
+            target.quarantined = reason
+            self.report_failure(target.url, reason, is_invalid)
             for call in list(target.calls):
                 call.cancel()
 
     def start_publication(self, version: str) -> None:
-        """From now on servers may answer with `version`, and need not with the one before."""
+        """Accept replies made by `version`, and still those of the version before."""
         self.versions.append(version)
         self.is_publishing = True
 
     def end_publication(self, states: dict[str, str | None]) -> None:
-        """The first rank's word on every server: why it is out, None when it is to be used."""
+        """Take over the first rank's view: why each server is in quarantine, None if it is not."""
         for target in self.targets:
-            target.out, target.is_distrusted = states[target.url], False
+            target.quarantined = states[target.url]
+            target.is_invalid = False
         self.is_publishing = False
 
-    def lies(self) -> dict[str, str]:
-        """The servers that lied to this rank and have not been seen to since: {url: what they said}."""
-        return {target.url: target.out or "" for target in self.targets if target.is_distrusted}
+    def accepted_versions(self) -> list[str]:
+        """Return the weight versions that may have made a reply to a request sent now."""
+        return self.versions[max(0, len(self.versions) - 1 - self.is_publishing) :]
+
+    def invalid_replies(self) -> dict[str, str]:
+        """Return the servers with invalid replies to this rank since the last publication: {url: reason}."""
+        return {target.url: target.quarantined or "" for target in self.targets if target.is_invalid}
 
 
 class _Batch:
-    """One call of `generate`: workers that take requests from a queue, and one task that watches the
-    servers.
-    """
+    """One call of `generate`: workers that take requests from a queue, and a health check of the servers."""
 
-    def __init__(
-        self, generation: Generation, requests: Sequence[Request], sampling: Sampling, finished: Finished
-    ):
-        self.generation, self.settings = generation, generation.settings
-        self.requests, self.sampling, self.finished = requests, sampling, finished
-        self.waiting = deque(range(len(requests)))
-        self.running: dict[str, tuple[Target, httpx.AsyncClient]] = {}  # request ids at their servers
-        self.enough = False
-        self.nobody_since: float | None = None  # when the last usable server was lost
+    def __init__(self, generation: Generation, requests: Sequence[Request], sampling: Sampling):
+        self.generation = generation
+        self.settings = generation.settings
+        self.requests = requests
+        self.sampling = sampling
+        self.stopped = False
+        self._waiting = deque(range(len(requests)))
+        self._running: dict[str, tuple[Target, httpx.AsyncClient]] = {}  # by request id
+        self._done: asyncio.Queue[Completions | None] = asyncio.Queue()  # None: the end
+        self._no_server_since: float | None = None
+
+    async def next(self) -> Completions | None:
+        """Return the next completion, or None when `run` has ended."""
+        return await self._done.get()
 
     async def run(self) -> None:
-        """Until every request has been handed over."""
-        async with self._client() as self.http:
-            watch = asyncio.create_task(self._watch())
-            try:
-                workers = min(self.generation.concurrency, len(self.requests))
-                await _all_or_none([self._work() for _ in range(workers)], watch)
-            finally:
-                watch.cancel()
-        for number in self.waiting:
-            self.finished({number: (self.requests[number].start or _NOTHING)._replace(finish_reason="abort")})
+        """Complete every request, or until stopped. Raises EngineFailed."""
+        try:
+            async with self._client() as self._http:
+                health = asyncio.create_task(self._check_health())
+                try:
+                    workers = min(self.generation.concurrency, len(self.requests))
+                    await _all_or_none([self._work() for _ in range(workers)], health)
+                finally:
+                    health.cancel()
+            for number in self._waiting:
+                self._done.put_nowait({number: self.requests[number].aborted()})
+        finally:
+            self._done.put_nowait(None)
+
+    async def stop(self) -> None:
+        """Abort what still runs; repeated, as a request may reach its server after its abort."""
+        self.stopped = True
+        until = time.monotonic() + self.settings.health_timeout
+        while self._running and time.monotonic() < until:
+            calls = []
+            for request_id, (target, http) in self._running.items():
+                call = self.generation.api.abort_call(request_id)
+                if call is not None:
+                    calls.append(http.post(f"{target.url}{call.path}", json=call.body, timeout=5))
+            if not calls:
+                for target in self.generation.targets:
+                    for running in list(target.calls):
+                        running.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
+            await asyncio.sleep(0.2)
+        for target in {target.url: target for target, _ in self._running.values()}.values():
+            self.generation.quarantine(
+                target, f"abort: requests still run after {self.settings.health_timeout:g} s"
+            )
 
     def _client(self) -> httpx.AsyncClient:
-        """One for each worker: a client looks through all its connections for every request, which with 64
-        took 8 ms of CPU time.
-        """
-        limits = httpx.Limits(keepalive_expiry=IDLE)
+        # one a worker: a client looks through all its connections for every request, 8 ms of CPU time with 64
         return httpx.AsyncClient(
             timeout=None,
             headers=headers(self.settings),
-            limits=limits,
+            limits=httpx.Limits(keepalive_expiry=IDLE),
             trust_env=False,
             verify=self.generation.tls,
         )
 
     async def _work(self) -> None:
         async with self._client() as http:
-            while self.waiting and not self.enough:
-                number = self.waiting.popleft()
-                completion = await self._complete(http, self.requests[number])
-                if self.finished({number: completion}) and not self.enough:
-                    self.enough = True
-                    await self._abort()
+            while self._waiting and not self.stopped:
+                number = self._waiting.popleft()
+                self._done.put_nowait({number: await self._complete(http, self.requests[number])})
 
     async def _complete(self, http: httpx.AsyncClient, request: Request) -> Completion:
-        """The request's completion, after as many attempts as it takes and rollout.sglang.retries allows."""
-        done, failure = request.start, "it was aborted by the server again and again"
+        """Return the request's completion, after as many attempts as `retries` allows."""
+        done, failure, url = request.start, "the server aborted it every time", ""
         for attempt in range(1 + self.settings.retries):
-            if attempt:
+            if attempt and not self.stopped:
                 await asyncio.sleep(min(0.25 * 2**attempt, _LONGEST_PAUSE))
             target = await self._free_target()
             if target is None:
                 break
+            url = target.url
             try:
                 done = joined(done, await self._ask(http, target, request, done))
-            except _Failed as error:
+            except _AttemptFailed as error:
                 failure = str(error)
                 continue
             if done.finish_reason != "abort":
                 return done
-            if self.enough:
+            if self.stopped:
                 break
-        if self.enough:
-            return (done or _NOTHING)._replace(finish_reason="abort")
+        if self.stopped:
+            return (done or EMPTY)._replace(finish_reason="abort")
         raise EngineFailed(
-            f"a request failed {1 + self.settings.retries} times (rollout.sglang.retries), the last time at {target.url}: {failure}"
+            f"a request failed {1 + self.settings.retries} times ({self.settings.key}.retries),"
+            f" the last time at {url}: {failure}"
         )
 
     async def _free_target(self) -> Target | None:
-        """The least loaded server, None when there is enough.
+        """Return the least loaded server, None once stopped. Waits for one to come back.
 
-        Waits for one to come back. Raises EngineFailed when none will.
+        Raises EngineFailed if none will.
         """
-        while not self.enough:
-            usable = [target for target in self.generation.targets if target.out is None]
+        while not self.stopped:
+            usable = [target for target in self.generation.targets if target.quarantined is None]
             if usable:
-                self.nobody_since = None
+                self._no_server_since = None
                 return min(usable, key=lambda target: len(target.calls))
-            self.nobody_since = self.nobody_since or time.monotonic()
-            if (reason := self.generation.hopeless(time.monotonic() - self.nobody_since)) is not None:
-                told = "; ".join(f"{target.url}: {target.out}" for target in self.generation.targets)
-                raise EngineFailed(f"no SGLang server is left: {reason} ({told})")
-            beat()  # `hopeless` ends this wait
+            self._no_server_since = self._no_server_since or time.monotonic()
+            reason = self.generation.no_server_reason(time.monotonic() - self._no_server_since)
+            if reason is not None:
+                each = "; ".join(f"{target.url}: {target.quarantined}" for target in self.generation.targets)
+                raise EngineFailed(f"no server is left: {reason} ({each})")
+            beat()  # `no_server_reason` ends this wait
             await asyncio.sleep(0.1)
         return None
 
     async def _ask(
         self, http: httpx.AsyncClient, target: Target, request: Request, start: Completion | None
     ) -> Completion:
-        """What one server makes of a request. Raises _Failed after which the server is out or the request may
-        be repeated, and EngineFailed when it is refused, which every server would do.
+        """Return what one server makes of a request, without `start`.
+
+        Raises _AttemptFailed if it may be retried, EngineFailed if every server would refuse it.
         """
         done = start.ids if start else []
         limit = self.sampling.max_tokens - len(done)
         if limit <= 0:
-            return _NOTHING._replace(finish_reason="length")
-        key = uuid.uuid4().hex
-        oldest = max(
-            0, len(self.generation.versions) - 1 - self.generation.is_publishing
-        )  # not all servers have it yet
-        body = {"rid": key, "input_ids": [*request.prompt_ids, *done], "return_logprob": True}
-        body["sampling_params"] = self._parameters(request, limit, len(done))
-        self.running[key] = target, http
+            return EMPTY._replace(finish_reason="length")
+        versions = self.generation.accepted_versions()
+        request_id, ids = uuid.uuid4().hex, [*request.prompt_ids, *done]
+        call = self.generation.api.call(request_id, ids, limit, self.sampling, f"{request.seed}/{len(done)}")
+        self._running[request_id] = target, http
         try:
-            response = await self._post(http, target, body)
+            response = await self._post(http, target, call)
         finally:
-            del self.running[key]
-        if response.status_code in (400, 413, 422):
-            raise EngineFailed(
-                f"{target.url} refuses a request of {len(body['input_ids'])} tokens: {response.text[:500]}"
-            )
-        if response.status_code in (429, 503):
-            raise _Failed(f"/generate: {response.status_code}: it has too much to do")
-        if response.status_code != 200:
-            self.generation.take_out(target, f"/generate: {response.status_code}: {response.text[:200]}")
-            raise _Failed(target.out)
+            del self._running[request_id]
+        self._check_status(target, call, response, len(ids))
         try:
-            completion = parse(
-                response.json(), limit, self.generation.vocab_size, self.generation.versions[oldest:]
-            )
-        except (BadReply, ValueError) as error:  # ValueError: no JSON
-            self.generation.take_out(target, f"/generate: {error}", is_distrusted=True)
-            raise _Failed(target.out) from None
-        if (
-            completion.finish_reason == "abort"
-            and completion.ids
-            and completion.ids[-1] in self.sampling.stop_ids
-        ):
-            return completion._replace(
-                finish_reason="stop"
-            )  # SGLang says of a request that is aborted with its last token: aborted
-        if completion.finish_reason == "stop" and completion.ids[-1] not in self.sampling.stop_ids:
+            completion = self.generation.api.parse(response.json(), limit, versions)
+        except (InvalidReply, ValueError) as error:  # ValueError: no JSON
+            self.generation.quarantine(target, f"{call.path}: {error}", is_invalid=True)
+            raise _AttemptFailed(target.quarantined) from None
+        ends_at_stop = bool(completion.ids) and completion.ids[-1] in self.sampling.stop_ids
+        if completion.finish_reason == "abort" and ends_at_stop:
+            # an abort that arrives with the last token wins over it
+            return completion._replace(finish_reason="stop")
+        if completion.finish_reason == "stop" and not ends_at_stop:
             raise EngineFailed(
-                f"{target.url} ends responses at token {completion.ids[-1]}, which is not among the trainer's {self.sampling.stop_ids}"
-                " (eos_token_id of the tokenizer and of generation_config.json): name it in generation_config.json"
+                f"{target.url} ends responses at token {completion.ids[-1]}, which is not among the trainer's"
+                f" {self.sampling.stop_ids} (eos_token_id of the tokenizer and of generation_config.json):"
+                " name it in generation_config.json"
             )
         return completion
 
-    async def _post(self, http: httpx.AsyncClient, target: Target, body: dict[str, Any]) -> httpx.Response:
-        call = asyncio.create_task(http.post(f"{target.url}/generate", json=body))
-        target.calls.add(call)
+    def _check_status(self, target: Target, call: Call, response: httpx.Response, tokens: int) -> None:
+        if response.status_code in (400, 413, 422):
+            raise EngineFailed(f"{target.url} refuses a request of {tokens} tokens: {response.text[:500]}")
+        if response.status_code in (429, 503):
+            raise _AttemptFailed(f"{call.path}: {response.status_code}: the server is overloaded")
+        if response.status_code != 200:
+            reason = f"{call.path}: {response.status_code}: {response.text[:200]}"
+            self.generation.quarantine(target, reason)
+            raise _AttemptFailed(target.quarantined)
+
+    async def _post(self, http: httpx.AsyncClient, target: Target, call: Call) -> httpx.Response:
+        task = asyncio.create_task(http.post(f"{target.url}{call.path}", json=call.body))
+        target.calls.add(task)
         try:
-            await asyncio.wait({call}, timeout=self.settings.request_timeout)
-            if not call.done():
-                raise _Failed(
-                    f"no answer in {self.settings.request_timeout:g} s (rollout.sglang.request_timeout)"
+            await asyncio.wait({task}, timeout=self.settings.request_timeout)
+            if not task.done():
+                raise _AttemptFailed(
+                    f"no answer in {self.settings.request_timeout:g} s ({self.settings.key}.request_timeout)"
                 )
-            if call.cancelled():
-                raise _Failed(target.out)
-            return call.result()
+            if task.cancelled():
+                raise _AttemptFailed(target.quarantined)
+            return task.result()
         except httpx.HTTPError as error:
-            await self._look_at(target)  # a broken connection alone says nothing
-            raise _Failed(f"{type(error).__name__}: {error}") from None
+            await self._check_target(target)  # a broken connection alone says nothing
+            raise _AttemptFailed(f"{type(error).__name__}: {error}") from None
         finally:
-            call.cancel()
-            target.calls.discard(call)
+            task.cancel()
+            target.calls.discard(task)
 
-    def _parameters(self, request: Request, limit: int, done: int) -> dict[str, Any]:
-        sampling = self.sampling
-        parameters = {
-            "max_new_tokens": limit,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": -1,
-            "stop_token_ids": list(sampling.stop_ids),
-            "ignore_eos": not sampling.stop_ids,  # else it stops at its own, too
-            "skip_special_tokens": False,
-        }
-        if self.generation.is_seeded:
-            digest = hashlib.sha256(f"{request.seed}/{done}".encode()).digest()
-            parameters["sampling_seed"] = int.from_bytes(digest[:4], "little") >> 1
-        return parameters
-
-    async def _abort(self) -> None:
-        """End what still runs at the servers; again and again, as a request may reach its server after its
-        abort.
-        """
-        until = time.monotonic() + self.settings.health_timeout
-        while self.running and time.monotonic() < until:
-            aborts = [
-                http.post(f"{target.url}/abort_request", json={"rid": key}, timeout=5)
-                for key, (target, http) in self.running.items()
-            ]
-            await asyncio.gather(*aborts, return_exceptions=True)
-            await asyncio.sleep(0.2)
-        for target in {target.url: target for target, _ in self.running.values()}.values():
-            self.generation.take_out(
-                target, f"/abort_request: requests still run after {self.settings.health_timeout:g} s"
-            )
-
-    async def _watch(self) -> None:
-        """Look at every server now and then: a silent one is taken out, one that is back is used again."""
+    async def _check_health(self) -> None:
+        """Put silent servers in quarantine, and use those again that are back."""
         while True:
-            await asyncio.sleep(_LOOK_AGAIN)
+            await asyncio.sleep(_HEALTH_INTERVAL)
             if not self.generation.is_publishing:  # a paused server does not answer
-                await asyncio.gather(*(self._look_at(target) for target in self.generation.targets))
+                await asyncio.gather(*(self._check_target(target) for target in self.generation.targets))
 
-    async def _get(self, url: str) -> httpx.Response:
-        response = await self.http.get(url, timeout=self.settings.health_timeout)
-        return response.raise_for_status()
-
-    async def _look_at(self, target: Target) -> None:
-        path = "/model_info" if target.out else "/health"
+    async def _check_target(self, target: Target) -> None:
+        api = self.generation.api
+        path = api.version_path if target.quarantined else api.health_path
         try:
             response = await self._get(f"{target.url}{path}")
-            if target.out is None and target.calls:
+            if target.quarantined is None and target.calls:
                 # it makes tokens: the longest response may take longer than a watchdog waits, request_timeout
                 # ends that
                 beat()
-            if (
-                target.out
-                and not target.is_distrusted
-                and str(response.json()["weight_version"]) == self.generation.versions[-1]
-            ):
-                await self._get(f"{target.url}/health")  # what hangs or is paused has a version, too
-                target.out = None
+            may_return = target.quarantined is not None and not target.is_invalid
+            if may_return and api.has_version(response.json(), self.generation.versions[-1]):
+                await self._get(f"{target.url}{api.health_path}")  # a hung server has a version, too
+                target.quarantined = None
         except (httpx.HTTPError, ValueError, TypeError, KeyError, IndexError) as error:
-            target.is_distrusted &= not isinstance(error, httpx.ConnectError)
+            target.is_invalid &= not isinstance(error, httpx.ConnectError)
             if not self.generation.is_publishing:
-                self.generation.take_out(target, f"{path}: {type(error).__name__}: {error}")
+                self.generation.quarantine(target, f"{path}: {type(error).__name__}: {error}")
+
+    async def _get(self, url: str) -> httpx.Response:
+        response = await self._http.get(url, timeout=self.settings.health_timeout)
+        return response.raise_for_status()
 
 
-async def _all_or_none(coroutines: Sequence[Coroutine], beside: asyncio.Task) -> None:
-    """Await all; the first failure, `beside`'s too, ends the others and is raised."""
+async def _wait_for(task: asyncio.Task[None]) -> None:
+    await task
+
+
+async def _all_or_none(coroutines: Sequence[Coroutine], background: asyncio.Task) -> None:
+    """Await all; the first failure, that of `background` too, cancels the others and is raised."""
     tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
     try:
         pending = set(tasks)
         while pending:
-            done, _ = await asyncio.wait({*pending, beside}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait({*pending, background}, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
             pending -= done

@@ -1,9 +1,8 @@
-"""Runs a command and ends it, with every process it has made, when the parent is gone or SIGTERM comes.
+"""Runs a command and kills it with all its processes when the parent is gone or SIGTERM arrives.
 
     python guard.py PARENT_PID COMMAND …
 
-Run by its path and with the standard library alone, so that it costs nothing. Should the guard itself be
-killed, Linux kills the command's first process, and SGLang's workers go with theirs.
+Run by its path. Should the guard itself be killed, Linux kills the command's first process.
 """
 
 import contextlib
@@ -14,50 +13,34 @@ import subprocess
 import sys
 import time
 
+import psutil
+
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 LINUX = sys.platform == "linux"
 
 
 def prctl(option: int, value: int) -> None:
-    """Linux's prctl(2); nothing elsewhere."""
+    """Call Linux's prctl(2); does nothing elsewhere."""
     if LINUX:
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
-def children() -> list[int]:
-    """This process's children: as the subreaper, every orphan below it, too."""
-    try:
-        with open(f"/proc/self/task/{os.getpid()}/children") as file:
-            return [int(word) for word in file.read().split()]
-    except OSError:
-        return []
-
-
-def end_all(group: int) -> None:
-    """SIGKILL to the command's process group, then to whatever else is left below this process, until
-    nothing is.
-    """
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
-    while True:
-        for process in children():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-        try:
-            if os.waitpid(-1, os.WNOHANG) == (0, 0):
-                time.sleep(0.01)
-        except ChildProcessError:
-            return
+def kill_descendants() -> None:
+    """SIGKILL all processes below this one until none is left: as a subreaper it inherits their orphans."""
+    while processes := psutil.Process().children(recursive=True):
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(processes, timeout=0.1)
 
 
 def main() -> int:
-    """Returns the command's exit status, 1 when it was ended."""
+    """Return the command's exit status, 1 if it was killed."""
     parent = int(sys.argv[1])
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    signal.signal(
-        signal.SIGUSR1, signal.SIG_IGN
-    )  # Slurm's to the run, which every process gets; the command ignores it, too
+    # Slurm sends SIGUSR1 to every process of the run; the command inherits that it is ignored
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     command = subprocess.Popen(
         sys.argv[2:], start_new_session=True, preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     )
@@ -68,7 +51,7 @@ def main() -> int:
             status = command.poll()
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would leave processes behind
-        end_all(command.pid)
+        kill_descendants()
     return 1 if status is None else status & 0xFF
 
 

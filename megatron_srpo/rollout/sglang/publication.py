@@ -1,7 +1,6 @@
-"""One update of the weights on several servers: pause → begin → send → end → continue, and three ways to
-send.
+"""One update of the weights on several servers: pause → begin → send → end → continue; three ways to send.
 
-Whatever happens, the stream of tensors is consumed to its end: other ranks take part in making each tensor.
+The stream of tensors is always consumed to its end: other ranks take part in making each tensor.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,40 +30,51 @@ from torch.multiprocessing import reductions
 from megatron_srpo.config.schema import is_loopback
 from megatron_srpo.distributed.heartbeat import beat
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.rollout.servers.fleet import load_from_disk
-from megatron_srpo.rollout.servers.http import Server, ServerFailed
+from megatron_srpo.rollout.servers.http import ServerFailed
+from megatron_srpo.rollout.sglang.server import SGLangServer
 from megatron_srpo.weights.transfer import save_hf
 
 Stream = Iterable[tuple[str, Tensor]]
+Result = TypeVar("Result")
 _REFUSAL = 0.01  # seconds in which a server that does not take a broadcast says so
 
 
 class Update:
-    """One update of `servers` to `version`, all of them at once. A server that fails is left out of what
-    follows.
+    """One update of several servers at once. A server that fails is left out of what follows.
 
-    failures: what became of those that failed. missed: live ones that another's failure has kept from the
-    update.
-    needs_session: servers want begin and end around tensors. last_call: made to each before it goes on.
+    Args:
+        servers: to be updated.
+        version: of the weights.
+        needs_session: the servers want begin and end around tensors.
+        before_resume: called for each server before it resumes sampling.
+
+    Attributes:
+        live: servers that have not failed.
+        failures: the reason of each that has.
+        missed: live servers that the failure of another one has kept from the update.
     """
 
     def __init__(
         self,
-        servers: Sequence[Server],
+        servers: Sequence[SGLangServer],
         version: str,
         needs_session: bool,
-        last_call: Callable[[Server], Any] = lambda server: None,
+        before_resume: Callable[[SGLangServer], Any] = lambda server: None,
     ):
-        self.version, self.needs_session, self.last_call = version, needs_session, last_call
-        self.live, self.failures, self.missed = list(servers), dict[Server, str](), set[Server]()
+        self.version = version
+        self.needs_session = needs_session
+        self.before_resume = before_resume
+        self.live = list(servers)
+        self.failures: dict[SGLangServer, str] = {}
+        self.missed: set[SGLangServer] = set()
         self._pool = ThreadPoolExecutor(max(1, len(servers)), "publication")
 
-    def begin(self, call: Callable[[Server], Any]) -> dict[Future, Server]:
+    def begin(self, call: Callable[[SGLangServer], Result]) -> dict[Future[Result], SGLangServer]:
         """Start `call` for every live server, without waiting."""
         return {self._pool.submit(call, server): server for server in self.live}
 
-    def end(self, calls: dict[Future, Server]) -> dict[Server, Any]:
-        """Wait for the calls; what they gave, of the servers that are still live."""
+    def end(self, calls: dict[Future[Result], SGLangServer]) -> dict[SGLangServer, Result]:
+        """Wait for the calls. Returns the results of the servers that are still live."""
         results = {}
         for call, server in calls.items():
             try:
@@ -74,38 +84,36 @@ class Update:
                 self.fail(server, str(failure))
         return {server: result for server, result in results.items() if server in self.live}
 
-    def each(self, call: Callable[[Server], Any]) -> dict[Server, Any]:
-        """`call` for every live server, side by side; what each gave."""
+    def each(self, call: Callable[[SGLangServer], Result]) -> dict[SGLangServer, Result]:
+        """Run `call` for every live server in parallel. Returns the results."""
         return self.end(self.begin(call))
 
-    def fail(self, server: Server, reason: str) -> None:
+    def fail(self, server: SGLangServer, reason: str) -> None:
         """Leave the server out of what follows."""
         if server in self.live:
             self.live.remove(server)
             self.failures[server] = reason
 
     def pause(self) -> None:
-        """Servers make no more tokens, and new requests wait."""
+        """Pause generation; new requests wait."""
         self.each(lambda server: server.post("/pause_generation", {"mode": "retract"}))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Running requests are put back meanwhile, and go on with the new weights: their spans tell both
-        versions.
-        """
+        """Pause running requests, which continue with the new weights: their spans name both versions."""
         self.pause()
         try:
             yield
         finally:
-            self.each(self.last_call)
-            for server in self.failures:  # another trainer's, perhaps: it shall not stay paused
+            self.each(self.before_resume)
+            for server in self.failures:  # an external one must not stay paused
                 with contextlib.suppress(ServerFailed):
                     server.post("/continue_generation", {}, timeout=2)
             self.each(lambda server: server.post("/continue_generation", {}))
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
-        """Between begin and end, servers take tensors (needed from SGLang 0.5.21 on)."""
+        """Open a session: between begin and end, servers take tensors (needed from SGLang 0.5.21 on)."""
         if self.needs_session:
             self.each(lambda server: server.post("/begin_weight_update", {}))
         yield
@@ -113,7 +121,6 @@ class Update:
             self.each(lambda server: server.post("/end_weight_update", {}))
 
     def close(self) -> None:
-        """Let go of the threads."""
         self._pool.shutdown(wait=False)
 
 
@@ -121,38 +128,32 @@ class Transport(Protocol):
     """How tensors get to servers."""
 
     def send(self, update: Update, tensors: Stream) -> None:
-        """Consume the stream, update what is live; failures are in `update`."""
-
-
-# ---- a folder
-# --------------------------------------------------------------------------------------------------------
+        """Consume the stream and update the live servers. `update` records failures."""
 
 
 class Disk:
-    """Through a Hugging Face folder in `directory`, which servers must see under the same path; at most two
-    versions are there.
+    """Through a Hugging Face folder in `directory`, which servers must see under the same path.
 
-    on_disk: told when the folder is whole.
+    Args:
+        reference: the model.
+        directory: holds at most two versions.
+        on_disk: called with folder and version when the folder is complete.
     """
 
     def __init__(self, reference: HFFolder, directory: Path, on_disk: Callable[[Path, str], None]):
-        self.reference, self.directory, self.on_disk = reference, directory, on_disk
+        self.reference = reference
+        self.directory = directory
+        self.on_disk = on_disk
 
     def send(self, update: Update, tensors: Stream) -> None:
-        """See `Transport`. Raises FileError when the folder cannot be written."""
         path = self.directory / f"version_{update.version}"
-        for old in sorted(self.directory.glob("*"), key=lambda folder: folder.stat().st_mtime)[:-1]:
-            shutil.rmtree(
-                old, ignore_errors=True
-            )  # but not the last one: a server being restarted may be reading it
+        folders = sorted(self.directory.glob("*"), key=lambda folder: folder.stat().st_mtime)
+        for old in folders[:-1]:  # a server that restarts may be reading the last one
+            shutil.rmtree(old, ignore_errors=True)
         save_hf(tensors, self.reference, path, write=True)
         self.on_disk(path, update.version)
         with update.paused():
-            update.each(lambda server: load_from_disk(server, path, update.version))
-
-
-# ---- buckets
-# ---------------------------------------------------------------------------------------------------------
+            update.each(lambda server: server.load(path, update.version))
 
 
 class Entry(NamedTuple):
@@ -204,16 +205,12 @@ def buckets(
         yield Bucket(buffers[0][:used], entries, is_last=True)
 
 
-# ---- shared memory
-# ---------------------------------------------------------------------------------------------------
-
-
 class SharedMemory:
     """Through memory that servers of this machine map: CUDA's IPC, or /dev/shm on CPUs. limit: bytes a
     bucket.
     """
 
-    def __init__(self, limit: int, device: torch.device, tensor_parallel_size: Callable[[Server], int]):
+    def __init__(self, limit: int, device: torch.device, tensor_parallel_size: Callable[[SGLangServer], int]):
         self.limit, self.device, self.tensor_parallel_size = limit, device, tensor_parallel_size
 
     def send(self, update: Update, tensors: Stream) -> None:
@@ -235,7 +232,7 @@ class SharedMemory:
         memory = torch.empty(size, dtype=uint8, device=self.device)
         return memory if self.device.type == "cuda" else memory.share_memory_()
 
-    def _post(self, server: Server, bucket: Bucket, version: str) -> None:
+    def _post(self, server: SGLangServer, bucket: Bucket, version: str) -> None:
         # every reader needs a handle of its own: they are counted
         handles = [_pickled(bucket) for _ in range(self.tensor_parallel_size(server))]
         body = {"serialized_named_tensors": handles, "load_format": "flattened_bucket", "flush_cache": True}
@@ -290,10 +287,6 @@ def _named_files() -> Iterator[None]:
         torch.multiprocessing.set_sharing_strategy(before)
 
 
-# ---- broadcast
-# -------------------------------------------------------------------------------------------------------
-
-
 class Broadcast:
     """Through a process group of this process (rank 0) and all servers, NCCL on GPUs, gloo on CPUs.
 
@@ -307,13 +300,13 @@ class Broadcast:
         device: torch.device,
         host: str | None,
         timeout: float,
-        tensor_parallel_size: Callable[[Server], int],
+        tensor_parallel_size: Callable[[SGLangServer], int],
         say: Callable[[str], None],
     ):
         self.limit, self.device, self.host, self.timeout = limit, device, host, timeout
         self.tensor_parallel_size, self.say = tensor_parallel_size, say
         self._group: dist.ProcessGroup | None = None
-        self._name, self._members = "", dict[Server, int]()  # each with its incarnation
+        self._name, self._members = "", dict[SGLangServer, int]()  # each with its incarnation
 
     def send(self, update: Update, tensors: Stream) -> None:
         """See `Transport`. When one server fails, the group is broken, and the others miss the update."""
