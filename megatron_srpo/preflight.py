@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from megatron_srpo.checkpoint.resume import check_run_folder
 from megatron_srpo.config.schema import Config, ConfigError
 from megatron_srpo.data.rollout_file import step_file
-from megatron_srpo.distributed.layout import data_parallel_size
+from megatron_srpo.distributed.layout import Layout, data_parallel_size
 from megatron_srpo.distributed.processes import rank_from_environment, world_size_from_environment
-from megatron_srpo.model.build import check_layout, transformer_config, uses_transformer_engine
+from megatron_srpo.model.build import check_layout, model_dtype, transformer_config, uses_transformer_engine
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.observe.trackers import check_trackers
 from megatron_srpo.rollout.collect import encode_prompt
@@ -17,13 +17,12 @@ from megatron_srpo.rollout.engines import check_engine
 from megatron_srpo.tasks import Task, evaluation_tasks, question_count, training_tasks
 
 
-def preflight(config: Config) -> HFFolder:
+def preflight(config: Config, trains: bool = True) -> HFFolder:
     """Check the configuration against the model folder, the processes and the disk; returns the folder.
 
-    Raises ConfigError.
+    trains: False if the weights stay as they are. Raises ConfigError.
     """
     check_trackers(config)
-    _check_watchdog(config)
     folder = HFFolder(config.model.hf_path)
     check_layout(folder.architecture, config)
     data_parallel_size(config.parallel, world_size_from_environment())
@@ -37,7 +36,8 @@ def preflight(config: Config) -> HFFolder:
     if config.evaluation.every > 0 and config.rollout.replay is None:
         check_evaluation(config, folder, evaluation_tasks(config))
     if rank_from_environment() == 0:
-        check_engine(config)
+        if config.rollout.replay is None:
+            check_engine(config, trains)
         check_run_folder(config, folder.architecture)
     if config.rollout.replay is not None:
         for step in range(1, config.train.steps + 1):
@@ -48,14 +48,21 @@ def preflight(config: Config) -> HFFolder:
     return folder
 
 
-def _check_watchdog(config: Config) -> None:
-    """A server's answer to a publication must be waited for as long as configured. Raises ConfigError."""
-    minutes, seconds = config.logging.watchdog_minutes, config.rollout.sglang.update_timeout
-    if config.rollout.engine == "sglang" and minutes is not None and seconds >= 60 * minutes:
-        raise ConfigError(
-            f"logging.watchdog_minutes: {minutes:g} minutes would end a run that waits for rollout.sglang.update_timeout ({seconds:g} s);"
-            " set more"
-        )
+def describe_setup(config: Config, folder: HFFolder, layout: Layout) -> list[str]:
+    """Return lines about the run for the terminal: device, dtype and layers; a warning about long sequences."""
+    layers = "local layers, torch SDPA attention"
+    if uses_transformer_engine(config):
+        layers = "Transformer Engine"
+    lines = [f"{layout.device.type}, {str(model_dtype(config)).removeprefix('torch.')}, {layers}"]
+    prompt = config.rollout.max_prompt_tokens
+    if config.algorithm.uses_teacher:
+        prompt = max(prompt, config.teacher.max_prompt_tokens)
+    longest = prompt + config.rollout.max_response_tokens
+    positions = folder.architecture.max_position_embeddings
+    if longest > positions:
+        keys = "rollout.max_*_tokens, teacher.max_prompt_tokens"
+        lines.append(f"sequences may reach {longest} tokens ({keys}); the model was made for {positions}")
+    return lines
 
 
 def check_evaluation(config: Config, folder: HFFolder, tasks: Mapping[str, Task]) -> None:

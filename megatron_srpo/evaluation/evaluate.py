@@ -126,7 +126,7 @@ def run_evaluation(config: Config) -> Path:
     check_evaluation(config, folder, tasks)
     _check_files(config, tasks)
     if rank_from_environment() == 0:
-        check_engine(config)
+        check_engine(config, trains=False)
         _open_folder(config)
         _check_answered(config, tasks)
     alone = ParallelSection(

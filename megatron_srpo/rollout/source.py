@@ -42,11 +42,8 @@ class Rollouts(Protocol):
     def release_memory(self) -> None:
         """With rollout.colocated: give the engine's memory to the trainer until weights are published."""
 
-    def settle(self) -> None:
-        """Wait until nothing is being sampled. Raises the error of a background thread."""
-
     def publish(self, tensors: Iterable[tuple[str, Tensor]], step: int) -> None:
-        """Bring the policy's weights to the engine, as version `step`."""
+        """Bring the policy's weights to the engine, as version `step`, once nothing is being sampled."""
 
     @property
     def next_prompt(self) -> int:
@@ -73,7 +70,7 @@ def open_rollouts(
         folder: the model's architecture and tokenizer.
         layout: this rank's place.
         say: prints a line to terminal and log of the first rank.
-        watch: counts the seconds of verification as phase `verify`.
+        watch: counts the seconds of phases `rollout` and `verify`.
     """
     settings = config.rollout
     if settings.replay is not None:
@@ -85,7 +82,7 @@ def open_rollouts(
     verifiers = {name: task.verifier for name, task in {**trained, **evaluated}.items()}
     collector = Collector(Pool(verifiers, config.task), engine, folder, layout, settings)
     mixture = Mixture(trained, {source.name: source.weight for source in config.task.sources})
-    is_useful = partial(has_signal, settings=config.algorithm, feedback=config.teacher.feedback)
+    is_useful = partial(has_signal, algorithm=config.algorithm, feedback=config.teacher.feedback)
     builder = BatchBuilder(collector, mixture.prompt, ledger, settings, config.train.seed, is_useful)
     last_step_ahead = config.train.steps if settings.async_steps else 0
     return LiveRollouts(builder, watch, last_step_ahead, evaluated)
@@ -130,13 +127,10 @@ class LiveRollouts:
     def release_memory(self) -> None:
         self.collector.engine.release_memory()
 
-    def settle(self) -> None:
-        # also raises the thread's error: other ranks may wait for this one's part
-        if self._ahead is not None:
-            self._ahead.result()
-
     def publish(self, tensors: Iterable[tuple[str, Tensor]], step: int) -> None:
-        self.settle()
+        if self._ahead is not None:
+            with self._watch("rollout"):
+                self._ahead.result()  # raises the thread's error before other ranks wait for this one
         self._published = step
         self.collector.engine.update_weights(tensors, str(step))
 
@@ -179,9 +173,6 @@ class ReplayedRollouts:
         return groups[self.layout.rank :: self.layout.world_size]
 
     def release_memory(self) -> None:
-        pass
-
-    def settle(self) -> None:
         pass
 
     def publish(self, tensors: Iterable[tuple[str, Tensor]], step: int) -> None:

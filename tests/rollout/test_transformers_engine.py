@@ -3,6 +3,7 @@ a cache.
 """
 
 from collections import Counter
+from threading import Event
 
 import numpy as np
 import pytest
@@ -34,15 +35,11 @@ def folder(tmp_path_factory, hf):
 
 
 def sample(engine, requests, sampling):
-    """All completions, in the requests' order; each is handed over once."""
+    """All completions, in the requests' order; each is yielded once."""
     completions = {}
-
-    def finished(done):
+    for done in engine.generate(requests, sampling, Event()):
         assert not set(done) & set(completions)
         completions.update(done)
-        return False
-
-    engine.generate(requests, sampling, finished)
     return [completions[number] for number in range(len(requests))]
 
 
