@@ -119,7 +119,8 @@ def run_evaluation(config: Config) -> Path:
     if (path := config.evaluation.checkpoint) is not None:
         if not is_of_a_run(path):
             raise ConfigError(
-                f"evaluation.checkpoint: {path} is neither a run folder with checkpoints nor one of its checkpoints"
+                f"evaluation.checkpoint: {path} is neither a run folder with checkpoints"
+                " nor one of its checkpoints"
             )
         config = _with_checkpoint(config, checkpoint_of(path))
     tasks = evaluation_tasks(config)
@@ -194,8 +195,8 @@ def _check_files(config: Config, tasks: Mapping[str, Task]) -> None:
         for file in _files(config, task, split):
             if file in owners:
                 raise ConfigError(
-                    f"evaluation.tasks: {owners[file]} and {_label(task, split)} would both keep their answers in {file};"
-                    " give one another name"
+                    f"evaluation.tasks: {owners[file]} and {_label(task, split)} would both keep their answers"
+                    f" in {file}; give one another name"
                 )
             owners[file] = _label(task, split)
 
@@ -266,7 +267,8 @@ def stored_weights(config: Config, folder: HFFolder) -> Iterator[tuple[str, Tens
         policy = RunTensors(path, "policy")
         if policy.architecture != folder.architecture:
             raise ConfigError(
-                f"evaluation.checkpoint: {policy.folder} holds another model than model.hf_path ({folder.path})"
+                f"evaluation.checkpoint: {policy.folder} holds another model than"
+                f" model.hf_path ({folder.path})"
             )
         yield from ((name, policy.tensor(name).to(policy.dtype(name))) for name in policy.names())
         return
@@ -288,8 +290,8 @@ def _open_folder(config: Config) -> None:
         before, now = _what_counts(load_config(file, [])), _what_counts(config)
         if changed := sorted(key for key in before if before[key] != now[key]):
             raise ConfigError(
-                f"logging.dir: {directory.resolve()} holds an evaluation with other settings ({', '.join(changed)}):"
-                f" {yaml.safe_dump(before[changed[0]], default_flow_style=True).strip()}; name another folder"
+                f"logging.dir: {directory.resolve()} holds an evaluation with other settings"
+                f" ({', '.join(changed)}): {yaml.safe_dump(before[changed[0]], default_flow_style=True).strip()}; name another folder"
             )
         return
     directory.mkdir(parents=True, exist_ok=True)
@@ -310,7 +312,8 @@ def _check_answered(config: Config, tasks: Mapping[str, Task]) -> None:
                 now = task.prompt(split, number) if number < count else None
                 if now is None or (then.id, then.messages, then.answer) != (now.id, now.messages, now.answer):
                     raise ConfigError(
-                        f"logging.dir: {file} holds answers to other questions (first: {then.id}); name another folder"
+                        f"logging.dir: {file} holds answers to other questions (first: {then.id});"
+                        " name another folder"
                     )
 
 

@@ -108,17 +108,17 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     for name, row in rows:
         cells = [name, str(row.get("question_count", ""))]
-        cells += [
-            f"{100 * row[key]:.1f} [{100 * row[f'{key}/interval'][0]:.1f}, {100 * row[f'{key}/interval'][1]:.1f}]"
-            for key in scores
-        ]
+        for key in scores:
+            low, high = row[f"{key}/interval"]
+            cells.append(f"{100 * row[key]:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
         cells += [f"{row['response_tokens_mean']:.0f}" if "samples" in row else ""]
         cells += [f"{100 * row[key]:.1f} %" if key in row else "" for key in shares]
         lines.append(_row(cells))
     overall = result["overall"]
     lines += [
         "",
-        f"{overall['tokens']} tokens in {overall['seconds']:.1f} s: {overall['tokens_per_second']:.0f} tokens a second",
+        f"{overall['tokens']} tokens in {overall['seconds']:.1f} s:"
+        f" {overall['tokens_per_second']:.0f} tokens a second",
     ]
     return "\n".join(lines)
 
@@ -148,7 +148,8 @@ def compare(directories: Sequence[Path]) -> str:
     for directory, other in zip(directories[1:], others, strict=True):
         if set(base["tasks"]) != set(other["tasks"]):
             raise ConfigError(
-                f"{directory}: has the tasks {sorted(other['tasks'])}, {directories[0]} has {sorted(base['tasks'])}"
+                f"{directory}: has the tasks {sorted(other['tasks'])},"
+                f" {directories[0]} has {sorted(base['tasks'])}"
             )
         lines += [f"base `{directories[0]}` ({base['model']}), other `{directory}` ({other['model']})", ""]
         lines += [_row(header), _row(["---"] * len(header))]

@@ -3,8 +3,8 @@
 A round is the same on every rank but for the share of its prompts that each rank samples. Without
 over-sampling and filtering there is one, and ranks need not communicate. With them, each rank stops when it
 has its share of the groups needed, ranks exchange what they have, and another round follows if that is not
-enough. What is left over (whole groups and partial rollouts) is carried into the next step and continued there,
-unless it is too stale.
+enough. What is left over (whole groups and partial rollouts) is carried into the next step and continued
+there, unless it is too stale.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class BatchBuilder:
         left_over = [PartialGroup(prompt=group[0].prompt, samples=group) for group in chosen[target:]]
         self.carried = left_over + incomplete
         self.ledger.carry(step + 1, self.carried)
-        metrics = {
+        metrics: dict[str, float] = {
             "groups_filtered": len(no_signal),
             "groups_carried": len(self.carried),
             "rounds": rounds,

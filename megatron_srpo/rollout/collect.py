@@ -166,7 +166,7 @@ class Collector:
         )
 
     def verify(self, groups: Sequence[Group], watch: Stopwatch | None = None) -> list[Group]:
-        """Return the groups with verdicts. A prompt's own feedback replaces that of a failed sample's verdict."""
+        """Return the groups with verdicts; failed samples get the feedback of their prompt if it has one."""
         if not groups:
             return []
         samples = [sample for group in groups for sample in group]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from threading import Event
 from typing import Literal, NamedTuple, Protocol
 
@@ -56,6 +56,7 @@ class Request(NamedTuple):
 
 
 Completions = Mapping[int, Completion]  # by the request's index
+CompletionStream = Generator[Completions, None, None]
 
 
 class EngineFailed(RuntimeError):
@@ -65,10 +66,10 @@ class EngineFailed(RuntimeError):
 class Engine(Protocol):
     """Samples with the policy's weights. Each implementation is a folder of rollout/ (see engines.py)."""
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling, stop: Event) -> Iterator[Completions]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling, stop: Event) -> CompletionStream:
         """Yield the completion of every request once, in any order, while others still run.
 
-        Completions of one engine batch are yielded together, so a resumed run re-batches the rest identically.
+        Completions of one engine batch are yielded together: a resumed run re-batches the rest identically.
         Once the consumer has set `stop`, what still runs is aborted, and the rest is yielded as it is
         (finish_reason "abort"). A consumer that needs no rest may close the iterator instead.
 
@@ -77,10 +78,10 @@ class Engine(Protocol):
         ...
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
-        """Consume the stream of tensors and sample with them from now on, as `version`. All ranks together."""
+        """Consume the stream of tensors and sample with them from now on. All ranks together."""
 
     def release_memory(self) -> None:
-        """Give GPU memory to the trainer until the next update. All ranks together, when nothing is sampled."""
+        """Give GPU memory to the trainer until the next update. All ranks together, when none samples."""
 
     def close(self) -> None:
         """Release all resources. May be called on one rank alone."""

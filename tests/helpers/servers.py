@@ -107,6 +107,11 @@ class Servers:
         self.engine.update_weights(weights.items(), str(self.version))
         return str(self.version)
 
+    def forget_updates(self) -> None:
+        """The next publication is version "0" and counts as the first one."""
+        self.version = -1
+        self.engine.publisher.forget()
+
     def requests(self, count: int) -> list[Request]:
         """Different questions."""
         texts = [f"Compute {100 + 37 * number % 900} + {100 + 91 * number % 900}." for number in range(count)]

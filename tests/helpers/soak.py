@@ -5,7 +5,7 @@ bit.
 
 Each time a random rank, or all of them, get SIGKILL: after a random time, or as soon as a checkpoint is being
 written. Then the same command is started again. Compared with an uninterrupted run: weights, metrics (but for
-seconds), every sample, and what the ledger says was drawn and trained. Prints the kills survived. Any length
+seconds), and every sample: each prompt is trained once. Prints the kills survived. Any length
 by hand; tests/checkpoint/test_soak.py runs a short one.
 """
 

@@ -171,9 +171,7 @@ def test_whole_groups_beyond_the_batch_are_carried(make):
     assert names(batch.groups) == ["p2", "p3", "p4"] and batch.metrics["groups_carried"] == 0
     builder, engine = make({0: (1, 1)}, "rollout.dynamic_filtering=true", "rollout.over_sampling=1.6")
     batch = builder.build(1)
-    assert (
-        names(batch.groups) == ["p1", "p2", "p3"] and batch.metrics["groups_carried"] == 1
-    )  # p4, aborted
+    assert names(batch.groups) == ["p1", "p2", "p3"] and batch.metrics["groups_carried"] == 1  # p4, aborted
 
 
 def test_a_step_with_carried_groups_resumes_alike(make, tmp_path):

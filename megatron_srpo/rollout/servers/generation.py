@@ -6,7 +6,7 @@ import asyncio
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from threading import Event
 from typing import Any, NamedTuple, Protocol
@@ -15,7 +15,15 @@ import httpx
 
 from megatron_srpo.config.schema import ServerSection
 from megatron_srpo.distributed.heartbeat import beat
-from megatron_srpo.rollout.engine import EMPTY, Completion, Completions, EngineFailed, Request, Sampling
+from megatron_srpo.rollout.engine import (
+    EMPTY,
+    Completion,
+    Completions,
+    CompletionStream,
+    EngineFailed,
+    Request,
+    Sampling,
+)
 from megatron_srpo.rollout.servers.http import IDLE, headers
 from megatron_srpo.rollout.servers.replies import InvalidReply, joined
 
@@ -117,7 +125,7 @@ class Generation:
         self.is_publishing = False
         self.tls = httpx.create_ssl_context(trust_env=False)  # shared: it takes longer to make than a request
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling, stop: Event) -> Iterator[Completions]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling, stop: Event) -> CompletionStream:
         """Implement `Engine.generate`. The event loop runs only while the consumer waits for completions.
 
         Raises EngineFailed, and ValueError for an id outside the vocabulary, which kills some servers.

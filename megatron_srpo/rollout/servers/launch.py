@@ -53,7 +53,7 @@ class Launch:
         mode = 0o666 if self.secret is None else 0o600  # servers print their arguments, the key among them
         with open(self.log(number), "ab", opener=lambda path, flags: os.open(path, flags, mode)) as log:
             return subprocess.Popen(
-                [sys.executable, guard.__file__, str(os.getpid()), *self.command(number)],
+                [sys.executable, "-P", guard.__file__, str(os.getpid()), *self.command(number)],
                 env={**inherited, **self.environment()},
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -64,10 +64,8 @@ def parse(reply: Any, limit: int, vocab_size: int, versions: Sequence[str]) -> C
     try:
         meta, ids = reply["meta_info"], list(reply["output_ids"])
         reason = meta["finish_reason"]["type"]
-        if reason == "abort":  # before its first token a request has neither ids nor log-probabilities
-            rows = meta.get("output_token_logprobs") or []
-        else:
-            rows = meta["output_token_logprobs"]
+        # a request aborted before its first token has neither ids nor log-probabilities
+        rows = meta.get("output_token_logprobs") or [] if reason == "abort" else meta["output_token_logprobs"]
         logprobs = [float(row[0]) for row in rows]
         named = [row[1] for row in rows]
         spans = meta.get("weight_versions") or [

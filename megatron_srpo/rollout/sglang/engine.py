@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from threading import Event
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from megatron_srpo.distributed.heartbeat import beat
 from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.model.build import model_dtype
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.rollout.engine import Completions, EngineFailed, Request, Sampling
+from megatron_srpo.rollout.engine import CompletionStream, EngineFailed, Request, Sampling
 from megatron_srpo.rollout.servers.generation import Generation
 from megatron_srpo.rollout.servers.http import ServerFailed
 from megatron_srpo.rollout.sglang.api import SGLangAPI
@@ -103,7 +103,7 @@ class SGLangEngine:
             no_server_reason=self._no_server_reason,
         )
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling, stop: Event) -> Iterator[Completions]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling, stop: Event) -> CompletionStream:
         return self.generation.generate(requests, sampling, stop)
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None:

@@ -85,8 +85,8 @@ class SGLangLaunch(Launch):
         """Raise ConfigError for a missing interpreter and for ports in use."""
         if not os.access(self.settings.python, os.X_OK):
             raise ConfigError(
-                f"rollout.sglang.python: {self.settings.python} is no interpreter; name that of an environment"
-                " with SGLang (bash tools/install_sglang.sh makes one for CPUs)"
+                f"rollout.sglang.python: {self.settings.python} is no interpreter; name that of an"
+                " environment with SGLang (bash tools/install_sglang.sh makes one for CPUs)"
             )
         for number in range(count):
             port = self.settings.port + number

@@ -18,7 +18,7 @@ from megatron_srpo.distributed.heartbeat import beat
 from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.model.build import model_dtype
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.rollout.engine import EMPTY, Completion, Completions, EngineFailed, Request, Sampling
+from megatron_srpo.rollout.engine import EMPTY, Completion, CompletionStream, EngineFailed, Request, Sampling
 
 
 def check(config: Config, trains: bool) -> None:
@@ -35,7 +35,8 @@ class TransformersEngine:
     """Batched sampling with a KV cache. Holds a full copy of the model in `dtype` on `device`."""
 
     def __init__(self, folder: HFFolder, device: torch.device, dtype: torch.dtype, batch_size: int):
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.models.auto.configuration_auto import AutoConfig
+        from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
         config = AutoConfig.from_pretrained(folder.path, local_files_only=True)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
@@ -62,7 +63,7 @@ class TransformersEngine:
             raise ValueError(f"weight update: {len(own)} tensors did not arrive, first {next(iter(own))}")
         self.version = version
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling, stop: Event) -> Iterator[Completions]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling, stop: Event) -> CompletionStream:
         """Batch requests of similar length; results depend on the batch by rounding alone.
 
         `stop` is read between batches. Raises EngineFailed for a model that gives NaN.
@@ -132,7 +133,7 @@ class TransformersEngine:
     def _completion(
         self, request: Request, tokens: list[int], logprobs: list[float], sampling: Sampling
     ) -> Completion:
-        """Cut a row after its first stop token or at its limit: a finished row may have stayed in the batch."""
+        """Cut a row after its first stop token or at its limit: finished rows may stay in the batch."""
         start = request.start or EMPTY
         tokens = tokens[: sampling.max_tokens - len(start.ids)]
         end = next((place + 1 for place, token in enumerate(tokens) if token in sampling.stop_ids), None)
@@ -188,7 +189,7 @@ class _Chosen(NamedTuple):
 
 
 def _sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> _Chosen:
-    """Sample a token for each row of logits [n, vocabulary]: invert the cumulative distribution at uniforms [n]."""
+    """Sample a token for each row of logits [n, V]: invert the cumulative distribution at uniforms [n]."""
     if sampling.temperature == 0:
         logprobs = logits.log_softmax(-1)
         best = logits.argmax(-1)
