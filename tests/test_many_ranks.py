@@ -38,7 +38,8 @@ def start(tmp_path_factory):
     file = root / "config.yaml"
     file.write_text(
         f"model: {{hf_path: {folder.path}, dtype: float32}}\n"
-        f"rollout: {{prompts_per_step: {PROMPTS}, samples_per_prompt: 2, max_prompt_tokens: 128, max_response_tokens: 64}}\n"
+        f"rollout: {{prompts_per_step: {PROMPTS}, samples_per_prompt: 2, max_prompt_tokens: 128,\n"
+        "  max_response_tokens: 64}\n"
         "train: {steps: 3, micro_batch_tokens: 400}\nlogging: {dir: unused}\n"
     )
     config = load_config(file, [])

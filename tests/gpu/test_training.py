@@ -48,7 +48,7 @@ LAYERS = [
 
 
 def overrides_of(layers):
-    """rope_fusion: Transformer Engine's layers and its rotary embeddings, which read packed documents, too."""
+    """rope_fusion: Transformer Engine's layers and its rotary embeddings, which read packed documents too."""
     if layers == "rope_fusion":
         return ["model.transformer_impl=transformer_engine", "megatron.apply_rope_fusion=true"]
     return [f"model.transformer_impl={layers}"]
@@ -59,7 +59,8 @@ def configured(root, folder):
     file = root / "config.yaml"
     file.write_text(
         f"model: {{hf_path: {folder}, dtype: bfloat16}}\n"
-        "rollout: {prompts_per_step: 4, samples_per_prompt: 4, max_prompt_tokens: 128, max_response_tokens: 300}\n"
+        "rollout: {prompts_per_step: 4, samples_per_prompt: 4, max_prompt_tokens: 128,\n"
+        "  max_response_tokens: 300}\n"
         "teacher: {max_prompt_tokens: 400}\ntrain: {steps: 3, micro_batch_tokens: 1000}\n"
         "optimizer: {lr: 1.0e-3, lr_warmup_steps: 0}\nlogging: {dir: unused}\n"
     )
@@ -86,7 +87,9 @@ def test_logits_are_those_of_transformers(layers, family, tmp_path):
 
     folder, layout = HFFolder(config.model.hf_path), initialize(config.parallel, seed=1)
     try:
-        chunks = build_chunks(folder.architecture, config, layout.device)
+        chunks = build_chunks(
+            folder.architecture, config.model, config.parallel, config.megatron, layout.device
+        )
         load(chunks, folder)
         run_schedule(
             chunks, [micro_batch(row, sum(d.length for d in row) + 3) for row in rows], keep, backward=False
@@ -184,7 +187,7 @@ def test_state_is_the_same_to_the_bit_parked_and_from_a_checkpoint(optimizer, wo
     wanted = train(trainer, world, 2)
 
     trainer = make_trainer(shared, "optimizer.optimizer_cpu_offload=true")
-    with SavedTensors([tmp_path / "rank_00000.safetensors"], world[1].architecture) as tensors:
+    with SavedTensors([tmp_path / "rank_00000.safetensors"]) as tensors:
         restore_trainer(trainer, tensors, state)
         restore_generators(tensors, 0)
     found = snapshot(trainer)

@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaForCausalLM,
+    MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2ForCausalLM,
@@ -19,7 +20,9 @@ from transformers import (
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHAT = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -58,6 +61,7 @@ FAMILIES = {
     ),
     "qwen2": (Qwen2ForCausalLM, {}),
     "llama": (LlamaForCausalLM, dict(rope_parameters={**LLAMA3, "rope_theta": 1e4})),
+    "mistral": (MistralForCausalLM, dict(head_dim=24, sliding_window=None)),
 }
 
 

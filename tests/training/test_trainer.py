@@ -236,9 +236,7 @@ def test_a_checkpoint_is_restored_into_what_is_parked(make_trainer, tmp_path, wh
     step(trainer, samples)  # from the start model: other numbers
     trainer.make_room()
     assert set(sizes(trainer.optimizer.state())) == {0}
-    restore_trainer(
-        trainer, SavedTensors([tmp_path / "rank_00000.safetensors"], trainer.folder.architecture), state
-    )
+    restore_trainer(trainer, SavedTensors([tmp_path / "rank_00000.safetensors"]), state)
     trainer.make_room()
     found = checkpoint(trainer)
     assert all(torch.equal(found[key], saved[key]) for key in saved if not key.startswith(GENERATOR))

@@ -11,9 +11,9 @@ from threading import Event
 from torch import Tensor
 
 from megatron_srpo.config.schema import Config, ConfigError, RolloutSection
+from megatron_srpo.distributed.device import model_dtype
 from megatron_srpo.distributed.heartbeat import beat
 from megatron_srpo.distributed.layout import Layout
-from megatron_srpo.model.build import model_dtype
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.engine import CompletionStream, EngineFailed, Request, Sampling
 from megatron_srpo.rollout.servers.generation import Generation
@@ -52,7 +52,7 @@ def create(config: Config, folder: HFFolder, layout: Layout, say: Callable[[str]
     publisher = None
     if layout.rank == 0:
         weights = config.logging.dir / "servers" / "weights"
-        dtype = model_dtype(config)
+        dtype = model_dtype(config.model)
         publisher = Publisher(config.rollout, folder, urls, launch, layout.device, dtype, weights, say)
         if launch is not None:
             say(f"starting {len(urls)} SGLang servers (output: {launch.logs})")

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from megatron_srpo.config.schema import Config, ConfigError, SGLangSection
-from megatron_srpo.model.build import model_dtype
+from megatron_srpo.distributed.device import model_dtype
 from megatron_srpo.rollout.servers.http import Server, ServerFailed
 from megatron_srpo.rollout.servers.launch import Launch
 
@@ -110,7 +110,7 @@ def launch_of(config: Config) -> SGLangLaunch | None:
         secret=os.environ[settings.api_key_env] if settings.api_key_env else None,
         settings=settings,
         model=config.model.hf_path,
-        dtype=str(model_dtype(config)).removeprefix("torch."),
+        dtype=str(model_dtype(config.model)).removeprefix("torch."),
         has_gpus=torch.cuda.is_available(),
         saves_memory=config.rollout.colocated,
     )

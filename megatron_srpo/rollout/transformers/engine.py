@@ -5,7 +5,7 @@ It shares no code with the trainer's model: their log-probabilities are compared
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from threading import Event
 from typing import NamedTuple
 
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from megatron_srpo.config.schema import Config
+from megatron_srpo.distributed.device import model_dtype
 from megatron_srpo.distributed.heartbeat import beat
 from megatron_srpo.distributed.layout import Layout
-from megatron_srpo.model.build import model_dtype
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.engine import EMPTY, Completion, CompletionStream, EngineFailed, Request, Sampling
 
@@ -28,7 +28,7 @@ def check(config: Config, trains: bool) -> None:
 def create(
     config: Config, folder: HFFolder, layout: Layout, say: Callable[[str], None]
 ) -> TransformersEngine:
-    return TransformersEngine(folder, layout.device, model_dtype(config), config.rollout.batch_size)
+    return TransformersEngine(folder, layout.device, model_dtype(config.model), config.rollout.batch_size)
 
 
 class TransformersEngine:
@@ -41,6 +41,7 @@ class TransformersEngine:
         config = AutoConfig.from_pretrained(folder.path, local_files_only=True)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
         self.model = model.to(device).eval()
+        self.architecture = folder.architecture
         self.device = device
         self.batch_size = batch_size
         self.version = ""
@@ -51,7 +52,11 @@ class TransformersEngine:
 
         Raises ValueError when a tensor is unknown, misshapen or missing.
         """
-        own = dict(_tensors_as_on_disk(self.model))
+        own = {
+            stored: tensor
+            for name, parameter in self.model.named_parameters()
+            for stored, tensor in self.architecture.stored_tensors(name, parameter)
+        }
         for name, tensor in tensors:
             parameter = own.pop(name, None)
             if parameter is None or parameter.shape != tensor.shape:
@@ -158,24 +163,6 @@ def _context(request: Request) -> tuple[int, ...]:
 
 def _length(request: Request) -> int:
     return len(_context(request))
-
-
-def _tensors_as_on_disk(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The model's parameters by their names in safetensors files; tied matrices once, a layer's fused
-    experts one by one.
-    """
-    for name, parameter in model.named_parameters():
-        prefix, _, fused = name.rpartition(".experts.")
-        if fused == "gate_up_proj":  # [experts, 2 · width, hidden]
-            for expert, both in enumerate(parameter):
-                gate, up = both.chunk(2)
-                yield f"{prefix}.experts.{expert}.gate_proj.weight", gate
-                yield f"{prefix}.experts.{expert}.up_proj.weight", up
-        elif fused == "down_proj":  # [experts, hidden, width]
-            for expert, down in enumerate(parameter):
-                yield f"{prefix}.experts.{expert}.down_proj.weight", down
-        else:
-            yield name, parameter
 
 
 def _uniforms(seed: str, count: int) -> np.ndarray:
