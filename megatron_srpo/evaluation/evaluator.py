@@ -54,7 +54,7 @@ class Evaluator:
 
 
 def create_evaluator(config: Config, rollouts: Rollouts, say: Callable[[str, str], None]) -> Evaluator | None:
-    """Return the run's evaluator; None without evaluations, as in a replayed run, which has no engine."""
+    """Create the run's evaluator, or None without evaluations: replayed runs have no engine for them."""
     if config.evaluation.every == 0:
         return None
     if not isinstance(rollouts, LiveRollouts):
