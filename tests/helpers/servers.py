@@ -30,7 +30,7 @@ ALONE = Layout.single()
 
 
 def free_ports(count: int) -> int:
-    """The first of `count` ports in a row that nobody listens on, below those that the system gives away by
+    """The first of `count` ports in a row that are free, below those that the system gives away by
     itself.
     """
     for first in range(20000 + os.getpid() % 1000 * 10, 32000, 10):
