@@ -104,17 +104,6 @@ def test_example_fits(name, variant, tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", list(MODELS))
-def test_readme_has_the_planners_memory(name, tmp_path):
-    """Of the fullest GPU, to a GB."""
-    config, gpus = load(name, tmp_path), MODELS[name][0]
-    plan = plan_for(
-        HFFolder(config.model.hf_path).architecture, config, MACHINES["h100"], gpus, Workload.expected(config)
-    )
-    said = float(re.search(r"while training \| (\d+) GB", (EXAMPLES / name / "README.md").read_text())[1])
-    assert said == pytest.approx(plan.bytes / 1e9, abs=1)
-
-
 def test_scripts_are_bash():
     scripts = sorted([*EXAMPLES.rglob("*.sh"), *EXAMPLES.rglob("*.sbatch")])
     errors = {

@@ -50,7 +50,11 @@ def restore_trainer(trainer: Trainer, saved: SavedTensors, state: dict[str, int]
 
     Raises DamagedCheckpoint for what is missing.
     """
-    trainer.fetch_state()
+    with trainer.onloaded(), trainer.update_state_onloaded():
+        _restore(trainer, saved, state)
+
+
+def _restore(trainer: Trainer, saved: SavedTensors, state: dict[str, int]) -> None:
     optimizer, teacher = trainer.optimizer, trainer.teacher
     optimizer.schedule.num_steps, optimizer.updates = state["schedule_steps"], state["optimizer_updates"]
 
