@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 START = ROOT / "examples/quickstart/start"
 QUICKSTART = ROOT / "examples/quickstart/sglang.yaml"
 KEY = "SRPO_TEST_KEY"  # the environment variable with the servers' API key
-ALONE = Layout.single()
+ALONE = Layout()
 
 
 def free_ports(count: int) -> int:
