@@ -7,7 +7,7 @@ The quick start trains on one rank a host; with --sglang an SGLang server on a t
 its weights over the network. After the first checkpoint the second host's cable is pulled: both ranks must
 end with an error within the collectives' time-out, and the first host's torchrun with status 1. The other's,
 which has lost the store that torchruns meet at, lingers for
-minutes: it is killed, as `srun --wait` does. The cable is put back, the same command goes on from the
+minutes: it is killed, as `srun --wait` does. The cable is put back, the same command resumes from the
 checkpoint and must reach the quick start's pass rate. Needs root and iproute2 (`ip netns`);
 tests/test_multinode.py and tests/sglang/test_third_host.py run short ones where they can.
 """

@@ -26,11 +26,11 @@ ROOT = Path(__file__).parents[2]
 START = ROOT / "examples/quickstart/start"
 QUICKSTART = ROOT / "examples/quickstart/sglang.yaml"
 KEY = "SRPO_TEST_KEY"  # the environment variable with the servers' API key
-ALONE = Layout.single()
+ALONE = Layout()
 
 
 def free_ports(count: int) -> int:
-    """The first of `count` ports in a row that nobody listens on, below those that the system gives away by
+    """The first of `count` ports in a row that are free, below those that the system gives away by
     itself.
     """
     for first in range(20000 + os.getpid() % 1000 * 10, 32000, 10):

@@ -1,5 +1,4 @@
-"""Kills a run again and again and lets it go on; at its end it must be the run that nobody touched, bit for
-bit.
+"""Kills and resumes a run many times; its result must be bit for bit that of the uninterrupted run.
 
     python tests/helpers/soak.py [--ranks 2] [--steps 12] [--kills 8] [--seed 1] [--folder DIR]
 
@@ -27,7 +26,7 @@ PATIENCE = 30  # seconds the other ranks have to notice that one is gone; torchr
 
 
 def free_port() -> int:
-    """A port nobody listens on."""
+    """Return a free port."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
@@ -134,7 +133,7 @@ def comparable(run: Path) -> dict[str, object]:
 def soak(ranks: int, steps: int, kills: int, seed: int, folder: Path) -> int:
     """Returns the kills survived.
 
-    Raises AssertionError when the runs differ, RuntimeError when one cannot go on.
+    Raises AssertionError when the runs differ, RuntimeError when one cannot resume.
     """
     overrides = [
         f"train.steps={steps}",
@@ -155,7 +154,7 @@ def soak(ranks: int, steps: int, kills: int, seed: int, folder: Path) -> int:
         if done is None:
             if any(statuses):
                 raise RuntimeError(
-                    f"the run could not go on: {statuses}\n{(folder / 'cut.log').read_text()[-3000:]}"
+                    f"the run could not resume: {statuses}\n{(folder / 'cut.log').read_text()[-3000:]}"
                 )
             break
         survived += 1
