@@ -10,6 +10,7 @@ import json
 import math
 import multiprocessing
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -144,6 +145,8 @@ class _Worker:
             env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         )
         remote.close()
+        self._poller = select.poll()  # Connection.poll makes a selector per call
+        self._poller.register(self.connection.fileno(), select.POLLIN)
         self.seconds = settings.verifier_seconds
         self.held: deque[_Numbered] = deque()
         self.ready = self.ended = False
@@ -178,7 +181,7 @@ class _Worker:
     def answers(self) -> Iterator[dict[str, Any]]:
         """Yield the verdicts that have come, as plain data; raise ConfigError if loading failed."""
         try:
-            while self.connection.poll():
+            while self._poller.poll(0):
                 row = json.loads(self.connection.recv_bytes())
                 self.deadline = time.monotonic() + self.seconds
                 if self.ready:
