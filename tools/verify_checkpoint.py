@@ -88,7 +88,8 @@ def main() -> int:
         reference = given or architecture_folder(options.first) or architecture_folder(options.second)
         if reference is None:
             raise FileError(
-                f"{options.first} and {options.second} have no config.json; name a Hugging Face folder with --hf-reference"
+                f"{options.first} and {options.second} have no config.json; name a Hugging"
+                " Face folder with --hf-reference"
             )
         first, second = (
             RunTensors(path, options.weights) if is_of_a_run(path) else open_tensors(path, reference)

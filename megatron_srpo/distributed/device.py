@@ -22,6 +22,7 @@ def uses_transformer_engine(model: ModelSection) -> bool:
     available = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
     if model.transformer_impl == "transformer_engine" and not available:
         raise ConfigError(
-            "model.transformer_impl: transformer_engine needs CUDA and its package installed; use auto or local"
+            "model.transformer_impl: transformer_engine needs CUDA and its package installed;"
+            " use auto or local"
         )
     return available and model.transformer_impl != "local"

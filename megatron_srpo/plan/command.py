@@ -38,9 +38,8 @@ def plan(config: Config, options: argparse.Namespace) -> int:
     console.print(f"[bold red]does not fit: {problem}" if problem else "[bold green]fits")
     if own.cache_room is not None and problem is None:
         tokens = own.cache_room / cache_bytes(architecture, planned_dtype(config, machine).itemsize)
-        console.print(
-            f"while it samples, the engine has {own.cache_room / 1e9:.1f} GB of a GPU for keys and values: {tokens:,.0f} tokens"
-        )
+        room = f"{own.cache_room / 1e9:.1f} GB of a GPU for keys and values: {tokens:,.0f} tokens"
+        console.print(f"while it samples, the engine has {room}")
     console.print(*_best(architecture, config, machine, options.gpus, workload))
     if options.scale:
         counts = [options.gpus * 2**n for n in range(13) if options.gpus * 2**n <= 4096]
