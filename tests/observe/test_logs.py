@@ -15,11 +15,11 @@ HOLD = """import sys
 from pathlib import Path
 from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.observe.logs import alone
-with alone(Path(sys.argv[1]), Layout.single()):
+with alone(Path(sys.argv[1]), Layout()):
     print("held", flush=True)
     sys.stdin.read()
 """
-LAYOUT = Layout.single()
+LAYOUT = Layout()
 
 
 def test_a_second_start_is_refused_until_the_first_is_gone(tmp_path, monkeypatch):
