@@ -27,7 +27,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from megatron_srpo.config.load import load_config
-from megatron_srpo.rollout.sglang.fleet import Launch
+from megatron_srpo.rollout.sglang.server import launch_of
 
 ROOT = Path(__file__).parents[2]
 KEY = "SRPO_MULTINODE_KEY"  # the environment variable with the third host's API key
@@ -108,15 +108,8 @@ class Hosts:
             f"rollout.sglang.api_key_env={KEY}",
             f"rollout.sglang.python={python}",
         ]
-        config = load_config(SERVED, overrides)
-        launch = Launch(
-            config.rollout.sglang,
-            config.model.hf_path,
-            "float32",
-            has_gpus=False,
-            saves_memory=False,
-            logs=log.parent,
-        )
+        config = load_config(SERVED, [*overrides, "rollout.servers=1", f"logging.dir={log.parent}"])
+        launch = launch_of(config)
         environment = {**os.environ, **config.rollout.sglang.environment, "GLOO_SOCKET_IFNAME": "cable"}
         environment.pop("PYTHONPATH", None)
         with log.open("w") as out:
