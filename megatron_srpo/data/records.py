@@ -18,7 +18,7 @@ class _Record(BaseModel):
 class Prompt(_Record):
     """One question as the policy sees it."""
 
-    id: str = Field(description="task/split/…: unique in a run (an epoch's questions, too), fixed by the seed")
+    id: str = Field(description="task/split/…, unique in a run, also over epochs; fixed by the seed")
     task: str = Field(description="the task's name, which selects the verifier")
     messages: tuple[dict[str, str], ...] = Field(description="chat messages: role, content")
     answer: str = Field(description="ground truth, read by the verifier alone")
@@ -45,7 +45,7 @@ class Verdict(_Record):
 
 
 class Route(_Record):
-    """The algorithm's decision on one sample; the weights are z^GRPO and z^SDPO (docs/method.md, section 3)."""
+    """The algorithm's decision on one sample. Weights: z^GRPO and z^SDPO (docs/method.md, section 3)."""
 
     branch: Literal["grpo", "sdpo", "mixed", "none"]
     policy_weight: float
@@ -77,7 +77,7 @@ class Segment(_Record):
 class Sample(_Record):
     """One rollout: the prompt and what follows it, in segments.
 
-    Everything that counts or trains tokens reads the policy's segments: `loss_mask`, `policy_ids`, `logprobs`.
+    All that counts or trains tokens reads the policy's segments: `loss_mask`, `policy_ids`, `logprobs`.
     """
 
     prompt: Prompt
