@@ -36,9 +36,9 @@ def sample(config: Config) -> Path:
     """
     if config.rollout.replay is not None:
         raise ConfigError("rollout.replay: the sample command samples; leave it out (train replays)")
-    if config.rollout.overlap:
+    if config.rollout.async_steps:
         raise ConfigError(
-            "rollout.overlap: 1 overlaps sampling with training; the sample command does not train: set 0"
+            "rollout.async_steps: 1 overlaps sampling with training; the sample command does not train: set 0"
         )
     folder = preflight(config.model_copy(update={"resume": ResumeSection(mode="never")}))
     directory, limit = config.logging.dir, config.logging.watchdog_minutes

@@ -323,7 +323,7 @@ class _Run:
         self.terminal.say(f"{self.layout.device.type}, {dtype}, {layers}")
         prompt = max(
             self.config.rollout.max_prompt_tokens,
-            self.config.teacher.max_prompt_tokens * self.config.algorithm.distils,
+            self.config.teacher.max_prompt_tokens * self.config.algorithm.uses_teacher,
         )
         longest = prompt + self.config.rollout.max_response_tokens
         if longest > (positions := self.folder.architecture.max_position_embeddings):

@@ -1,15 +1,15 @@
-"""The mathematics of the papers: pure functions on small arrays.
+"""The mathematics of the papers: pure functions on small arrays. No processes, devices or shards here."""
 
-Nothing here knows of processes, devices or shards.
-"""
-
-from typing import Annotated
+import functools
+import operator
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from megatron_srpo.algorithm.advantage_mix import AdvantageMix
-from megatron_srpo.algorithm.grpo import GRPO
-from megatron_srpo.algorithm.sdpo import SDPO
-from megatron_srpo.algorithm.srpo import SRPO
+from megatron_srpo.algorithm.methods import METHODS
+from megatron_srpo.algorithm.settings import Algorithm
 
-AnyAlgorithm = Annotated[SRPO | GRPO | SDPO | AdvantageMix, Field(discriminator="name")]
+if TYPE_CHECKING:
+    AnyAlgorithm = Algorithm
+else:
+    AnyAlgorithm = Annotated[functools.reduce(operator.or_, METHODS.values()), Field(discriminator="name")]

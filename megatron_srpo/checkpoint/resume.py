@@ -99,9 +99,13 @@ def _configuration_of(directory: Path, what: str) -> tuple[dict[str, Any], Path]
     """The configuration the run was last started with, and its file."""
     file = directory / "config.yaml"
     try:
-        return yaml.safe_load(file.read_text(encoding="utf-8")), file
+        before = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{what}, but {file.name} cannot be read ({error}); name another folder") from None
+    rollout = before.get("rollout", {})
+    if "overlap" in rollout:  # the name of older runs
+        rollout["async_steps"] = rollout.pop("overlap")
+    return before, file
 
 
 def _check_model(folder: Path, architecture: Architecture) -> None:

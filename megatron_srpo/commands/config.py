@@ -93,7 +93,8 @@ def _method_keys(section: str, references: list[dict[str, Any]], schema: dict[st
     models = [_resolve(reference, schema)["properties"] for reference in references]
     methods = {model["name"]["const"]: model for model in models}
     meaning = "the method; sets its paper's defaults"
-    yield Key(f"{section}.name", " | ".join(methods), "srpo", meaning, PAPER[f"{section}.name"])
+    usual = Config.model_fields[section].default.name
+    yield Key(f"{section}.name", " | ".join(methods), usual, meaning, PAPER[f"{section}.name"])
     for name in dict.fromkeys(name for model in models for name in model if name != "name"):
         fields = {method: model[name] for method, model in methods.items() if name in model}
         defaults = {method: _default(field) for method, field in fields.items()}

@@ -5,12 +5,11 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from megatron_srpo.algorithm import AnyAlgorithm
+from megatron_srpo.algorithm import METHODS
 from megatron_srpo.config.schema import Config, ConfigError, TaskSource
 
 
@@ -57,7 +56,7 @@ def load_config(path: Path, overrides: list[str]) -> Config:
             places.setdefault(".".join(sections[:depth]), f"override {override!r}")
         places[key] = f"override {override!r}"
     if isinstance(algorithm := tree.get("algorithm"), dict):
-        algorithm.setdefault("name", "srpo")
+        algorithm.setdefault("name", Config.model_fields["algorithm"].default.name)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -128,10 +127,7 @@ def _explain(problem: dict, path: Path, places: dict[str, str]) -> str:
     elif problem["type"] == "missing":
         message = "is required"
     elif problem["type"] == "union_tag_invalid":
-        key, known = (
-            "algorithm.name",
-            [get_args(model.model_fields["name"].annotation)[0] for model in _algorithms()],
-        )
+        key, known = "algorithm.name", list(METHODS)
         given = str(problem["ctx"]["tag"])
         near = difflib.get_close_matches(given, known, n=1)
         message = f"unknown algorithm {given!r}; " + (
@@ -148,16 +144,11 @@ def _and_above(key: str) -> list[str]:
     return [key, *(key[:end] for end in range(len(key) - 1, 0, -1) if key[end] == ".")]
 
 
-def _algorithms() -> tuple[type[BaseModel], ...]:
-    return get_args(get_args(AnyAlgorithm)[0])
-
-
 def _known_names(section: list[str], problem: dict) -> list[str]:
     if not section:
         return list(Config.model_fields)
     if section[0] == "algorithm":
-        by_name = {get_args(model.model_fields["name"].annotation)[0]: model for model in _algorithms()}
-        return list(by_name[str(problem["loc"][1])].model_fields)
+        return list(METHODS[str(problem["loc"][1])].model_fields)
     if (
         section[0] in ("task", "evaluation") and len(section) > 1
     ):  # an entry of task.mixture or evaluation.tasks

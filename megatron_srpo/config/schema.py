@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from megatron_srpo.algorithm import AnyAlgorithm
-from megatron_srpo.algorithm.srpo import SRPO
+from megatron_srpo.algorithm.methods.srpo import SRPO
+from megatron_srpo.config.engines import ENGINES, EngineName, EngineTraits
 
 
 class ConfigError(ValueError):
@@ -209,8 +210,34 @@ class TaskSection(TaskSource):
         return self
 
 
-class SGLangSection(_Section):
-    """How SGLang servers are started, asked and updated. What counts requests is for all ranks together."""
+class ServerSection(_Section):
+    """How servers are asked for completions. What counts requests is for all ranks together."""
+
+    key: ClassVar[str]
+
+    api_key_env: str | None = Field(
+        None, description="name of the environment variable that holds the servers' API key"
+    )
+    concurrency: int = Field(512, gt=0, description="requests running at once")
+    retries: int = Field(4, ge=0, description="how often a failed request is retried")
+    request_timeout: float = Field(1800, gt=0, description="seconds until a request counts as failed")
+    health_timeout: float = Field(30, gt=0, description="seconds a server has to answer a health check")
+    return_timeout: float = Field(
+        180,
+        ge=0,
+        description="seconds that publications wait for restarting servers, and sampling for any server at all",
+    )
+    update_timeout: float = Field(
+        300,
+        gt=0,
+        description="seconds a server has for each call of a publication; less than logging.watchdog_minutes",
+    )
+
+
+class SGLangSection(ServerSection):
+    """How SGLang servers are started and updated."""
+
+    key: ClassVar[str] = "rollout.sglang"
 
     python: str = Field(
         ".venv-sglang/bin/python",
@@ -220,46 +247,29 @@ class SGLangSection(_Section):
         (), description="added to our servers' command line: [--attention-backend, fa3]"
     )
     environment: dict[str, str] = Field(
-        default_factory=dict, description="environment variables of our servers, beside the trainer's"
+        default_factory=dict, description="environment variables of our servers, in addition to the trainer's"
     )
     host: str = Field("127.0.0.1", description="address our servers listen on")
     port: int = Field(30000, gt=1023, lt=65536, description="of our first server; the others' follow")
     tensor_parallel_size: int = Field(1, gt=0, description="GPUs of each of our servers")
     base_gpu_id: int = Field(0, ge=0, description="first GPU of our first server; the others' follow")
-    api_key_env: str | None = Field(
-        None, description="name of the environment variable that holds the servers' API key"
-    )
-    concurrency: int = Field(512, gt=0, description="requests running at once")
-    retries: int = Field(4, ge=0, description="how often a request that failed is asked for again")
-    request_timeout: float = Field(1800, gt=0, description="seconds until a request counts as failed")
-    health_timeout: float = Field(30, gt=0, description="seconds a server has to say that it is alive")
     start_timeout: float = Field(900, gt=0, description="seconds a server has to start")
-    return_timeout: float = Field(
-        180,
-        ge=0,
-        description="seconds that a publication waits for servers being restarted, and sampling for any server at all",
-    )
     max_restarts: int = Field(
-        3, ge=0, description="failed starts in a row after which one of our servers is given up"
+        3, ge=0, description="failed starts in a row after which one of our servers is marked failed"
     )
     update: Literal["disk", "distributed", "tensor"] = Field(
         "disk",
-        description="how weights get to the servers. disk: through files in the run folder, which they must see; distributed: broadcast"
-        " (NCCL, gloo on CPUs); tensor: memory shared with servers on the same GPUs, or on this machine's CPUs",
+        description="how weights get to the servers. disk: through files in the run folder, which they must"
+        " see; distributed: broadcast (NCCL, gloo on CPUs); tensor: memory shared with servers on the same"
+        " GPUs, or on this machine's CPUs",
     )
     bucket_mib: int = Field(
-        512,
-        gt=0,
-        description="size of the pieces that weights are sent in; a larger tensor is a piece of its own",
-    )
-    update_timeout: float = Field(
-        300,
-        gt=0,
-        description="seconds a server has for each call of a publication; less than logging.watchdog_minutes",
+        512, gt=0, description="size of the buckets that weights are sent in; a larger tensor has its own"
     )
     trainer_host: str | None = Field(
         None,
-        description="update: distributed: the first rank's address for servers; null: loopback for those here, else its host name",
+        description="update: distributed: the first rank's address for servers;"
+        " null: loopback for those here, else its host name",
     )
 
     @model_validator(mode="after")
@@ -276,13 +286,32 @@ def is_loopback(host: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
+class OpenAISection(ServerSection):
+    """Servers with an OpenAI-compatible /v1/completions that takes and returns token ids (experimental)."""
+
+    key: ClassVar[str] = "rollout.openai"
+
+    model: str | None = Field(None, description="model name in requests; null: the one the server lists")
+    reload_path: str | None = Field(
+        None,
+        pattern="^/",
+        description="POST path of each server that loads weights from a folder, such as"
+        " /update_weights_from_disk; null: the servers keep their weights, and train is refused",
+    )
+    reload_body: dict[str, Any] = Field(
+        default_factory=lambda: {"model_path": "{path}"},
+        description="JSON body of the reload call; {path} and {version} are replaced in its strings",
+    )
+
+
 class RolloutSection(_Section):
-    engine: Literal["transformers", "sglang"] = Field(
+    engine: EngineName = Field(
         "transformers",
-        description="transformers: its model in this process; sglang: servers, spoken to over HTTP",
+        description="transformers: its model in this process; sglang: SGLang servers;"
+        " openai: servers with a compatible /v1/completions (experimental)",
     )
     urls: tuple[str, ...] = Field(
-        (), description="engine: sglang: servers that others run, [http://host:port, …]"
+        (), description="engines of servers: URLs of externally managed servers, [http://host:port, …]"
     )
     servers: int = Field(
         0,
@@ -291,9 +320,10 @@ class RolloutSection(_Section):
     )
     colocated: bool = Field(
         False,
-        description="engine: sglang: the servers' GPUs are the trainer's; they give memory back while it trains",
+        description="engine: sglang: servers share the trainer's GPUs and release memory while it trains",
     )
     sglang: SGLangSection = SGLangSection()
+    openai: OpenAISection = OpenAISection()
     prompts_per_step: int = Field(32, gt=0)
     samples_per_prompt: int = Field(8, gt=0, description="G, the group size")
     temperature: float = Field(1.0, gt=0)
@@ -305,25 +335,28 @@ class RolloutSection(_Section):
     over_sampling: float = Field(
         1.0,
         ge=1,
-        description="prompts begun for each one trained on; the slowest are broken off and carried on",
+        description="over-sampling factor; partial rollouts of the slowest prompts continue in the next step",
     )
     dynamic_filtering: bool = Field(
         False,
-        description="leave out groups that teach nothing (rewards alike, no teacher); draw others instead",
+        description="leave out groups that teach nothing (equal rewards, no teacher); sample others instead",
     )
     filter_rounds: int = Field(
-        4, gt=0, description="rounds of drawing after which the batch is filled with groups without signal"
+        4, gt=0, description="rounds of sampling after which the batch is filled with groups without signal"
     )
     max_staleness: int = Field(
-        1, ge=0, description="samples carried on are at most so many weight versions older than the policy"
+        1,
+        ge=0,
+        description="most weight versions that a continued partial rollout may be older than the policy",
     )
-    overlap: Literal[0, 1] = Field(
+    async_steps: Literal[0, 1] = Field(
         0, description="1: the next batch is sampled while one trains, by weights one version older"
     )
     logprob_gap_warning: float = Field(
         0.05,
         gt=0,
-        description="mean |log π_trainer - log π_engine|, nats a token, that raises an alarm; overlap adds the policy's move",
+        description="mean |log π_trainer - log π_engine|, nats a token, that raises an alarm;"
+        " async_steps adds the policy's move",
     )
     logprob_gap_stop: float | None = Field(0.5, gt=0, description="… and from which it stops; null: never")
     replay: Path | None = Field(
@@ -331,41 +364,63 @@ class RolloutSection(_Section):
         description="train on the rollouts dumped by this run (its folder or rollouts/), without an engine",
     )
 
+    @property
+    def traits(self) -> EngineTraits:
+        return ENGINES[self.engine]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_overlap(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "overlap" in given:
+            raise ValueError("rollout.overlap: is called rollout.async_steps now (0 or 1)")
+        return given
+
     @model_validator(mode="after")
-    def _servers_if_and_only_if_asked_for(self):
-        if self.engine != "sglang":
-            for key in ("urls", "servers", "colocated"):
-                if getattr(self, key):
-                    raise ValueError(f"rollout.{key}: needs rollout.engine: sglang, not {self.engine}")
-            return self
+    def _check_engine_keys(self) -> Self:
+        if self.traits.in_process and self.urls:
+            _refuse_key("urls", self.engine, [name for name in ENGINES if not ENGINES[name].in_process])
+        for key in ("servers", "colocated"):
+            if getattr(self, key) and not self.traits.starts_servers:
+                _refuse_key(key, self.engine, [name for name in ENGINES if ENGINES[name].starts_servers])
+        if not self.traits.in_process:
+            self._check_servers()
+        return self
+
+    def _check_servers(self) -> None:
         if bool(self.urls) == bool(self.servers):
-            raise ValueError(
-                "rollout.engine: sglang needs either urls (servers that others run) or servers (how many to start)"
-            )
+            needed = "urls (externally managed servers)"
+            if self.traits.starts_servers:
+                needed = f"either {needed} or servers (how many to start)"
+            raise ValueError(f"rollout.engine: {self.engine} needs {needed}")
         for url in self.urls:
             if not re.fullmatch(r"https?://[^/?#]+/?", url):
                 raise ValueError(f"rollout.urls: {url!r}: expected http://host:port")
         if len({url.rstrip("/") for url in self.urls}) < len(self.urls):
             raise ValueError("rollout.urls: a server is named twice")
-        if self.sglang.update == "tensor" and any(
-            not is_loopback(re.split(r"//|[:/]", url)[2]) for url in self.urls
-        ):
+        elsewhere = [url for url in self.urls if not is_loopback(re.split(r"//|[:/]", url)[2])]
+        if self.traits.starts_servers and self.sglang.update == "tensor" and elsewhere:
             raise ValueError(
-                "rollout.sglang.update: tensor shares memory with servers on this machine, and rollout.urls names others"
+                "rollout.sglang.update: tensor shares memory with servers on this machine,"
+                " and rollout.urls names others"
             )
-        if self.colocated and self.overlap:
+        if self.colocated and self.async_steps:
             raise ValueError(
-                "rollout.overlap: 1 samples while training, for which rollout.colocated takes the servers' memory"
+                "rollout.async_steps: 1 samples while training, for which rollout.colocated takes the"
+                " servers' memory"
             )
         if self.colocated and self.sglang.update == "distributed":
             raise ValueError(
-                "rollout.sglang.update: distributed broadcasts between GPUs, and rollout.colocated shares them; set tensor"
+                "rollout.sglang.update: distributed broadcasts between GPUs, and rollout.colocated shares"
+                " them; set tensor"
             )
         if self.sglang.port + self.servers > 65536:
             raise ValueError(
                 f"rollout.sglang.port: {self.servers} servers from {self.sglang.port} on pass 65535"
             )
-        return self
+
+
+def _refuse_key(key: str, engine: str, engines: list[EngineName]) -> None:
+    raise ValueError(f"rollout.{key}: needs rollout.engine: {' or '.join(engines)}, not {engine}")
 
 
 class TeacherSection(_Section):
@@ -477,7 +532,8 @@ class ResumeSection(_Section):
                 "train.micro_batch_tokens",
                 "train.logits_memory_mib",
             ),
-            *("rollout.batch_size", "rollout.urls", "rollout.servers", "rollout.colocated", "rollout.sglang"),
+            *("rollout.batch_size", "rollout.urls", "rollout.servers", "rollout.colocated"),
+            *("rollout.sglang", "rollout.openai"),
             *("evaluation", "checkpoint", "logging"),
         ),
         description="keys and sections that may differ from the run's own when it is gone on with",
@@ -600,18 +656,17 @@ class Config(_Section):
         for key in self.resume.override:
             if not _is_key(self, key):
                 raise ValueError(f"resume.override: {key!r} is no key and no section of the configuration")
-        if rollout.overlap > rollout.max_staleness:
+        if rollout.async_steps > rollout.max_staleness:
             raise ValueError(
-                f"rollout.max_staleness: {rollout.max_staleness}, but rollout.overlap: 1 makes every sample one version old"
+                f"rollout.max_staleness: {rollout.max_staleness}, but rollout.async_steps: 1 makes every"
+                " sample one version old"
             )
-        if (
-            rollout.overlap
-            and rollout.max_staleness < 2
-            and (rollout.over_sampling > 1 or rollout.dynamic_filtering)
-        ):
+        continues = rollout.over_sampling > 1 or rollout.dynamic_filtering
+        if rollout.async_steps and rollout.max_staleness < 2 and continues:
             raise ValueError(
-                f"rollout.max_staleness: {rollout.max_staleness}, but what over_sampling and dynamic_filtering carry into the next step is"
-                " two versions old with rollout.overlap: 1, and would all be thrown away: set 2"
+                f"rollout.max_staleness: {rollout.max_staleness}, but what over_sampling and"
+                " dynamic_filtering carry into the next step is two versions old with rollout.async_steps: 1, and would all be"
+                " discarded: set 2"
             )
         if rollout.prompts_per_step % self.mini_batch_prompts:
             raise ValueError(

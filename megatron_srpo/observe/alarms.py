@@ -47,8 +47,8 @@ class Limits(NamedTuple):
         return cls(
             config.logging.dead_group_share,
             None if config.rollout.replay else config.rollout.logprob_gap_warning,
-            config.teacher.ema_rate if algorithm.distils and config.teacher.kind == "ema" else None,
-            algorithm.distils and algorithm.entropy_beta > 0,
+            config.teacher.ema_rate if algorithm.uses_teacher and config.teacher.kind == "ema" else None,
+            algorithm.uses_teacher and algorithm.entropy_beta > 0,
         )
 
 

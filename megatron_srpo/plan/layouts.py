@@ -71,7 +71,7 @@ def plan_for(
     data_parallel_size(config.parallel, gpus)
     parts = memory(architecture, config, machine, gpus, Batch.worst(config, gpus, workload))
     room, needed = _cache(architecture, config, machine, gpus, parts)
-    if config.rollout.engine != "transformers" and room is not None:
+    if not config.rollout.traits.in_process and room is not None:
         parts["SGLang, asleep"] = SLEEPING
     seconds = step_seconds(architecture, config, machine, gpus, workload)
     return Plan(config, gpus, parts, seconds, room, needed)
@@ -90,11 +90,11 @@ def _cache(
     if rollout.replay is not None or not servers.colocated:
         return None, 0.0
     stay = ("weights", "reserve") + (
-        ("gradients", "optimizer", "teacher", "EMA") if rollout.engine == "transformers" else ()
+        ("gradients", "optimizer", "teacher", "EMA") if rollout.traits.in_process else ()
     )
     kept = sum(parts.get(name, 0.0) for name in stay)
     room = machine.memory - kept - total_parameters(architecture) * size / servers.gpus_each
-    if rollout.engine != "transformers":
+    if not rollout.traits.in_process:
         return room, MINIMUM_CACHE * machine.memory
     sequences = min(
         rollout.batch_size, math.ceil(rollout.prompts_per_step / gpus) * rollout.samples_per_prompt
@@ -184,7 +184,7 @@ def scale(
 
 def _more_servers(config: Config, factor: int) -> Config:
     rollout = config.rollout
-    if rollout.engine == "transformers":
+    if rollout.traits.in_process:
         return config
     changed = {"servers": rollout.servers * factor, "urls": rollout.urls * factor}
     return config.model_copy(update={"rollout": rollout.model_copy(update=changed)})
@@ -219,7 +219,7 @@ def where_it_stops(rows: list[Scaled]) -> list[str]:
 
 
 _WHY = {
-    "sampling": "the longest response takes as long on any number of servers; rollout.overlap: 1 hides training behind it",
+    "sampling": "the longest response takes as long on any number of servers; rollout.async_steps: 1 hides training behind it",
     "idle": "there are fewer samples than data-parallel ranks",
     "bubble": "there are too few micro-batches for the pipeline's stages",
     "reading samples": "every rank reads the whole batch",

@@ -64,15 +64,10 @@ class Workload(NamedTuple):
 
     @classmethod
     def expected(cls, config: Config) -> Workload:
-        """Where nobody knows better: an eighth of the limits, as in the papers' runs (about 1,000 of 8,192
-        tokens).
-
-        Distilled: 0.25 of SRPO's tokens (its samples start near 0.4 and fall, METHOD.md §4), all of SDPO's,
-        none of GRPO's.
-        """
-        rollout, algorithm = config.rollout, config.algorithm
-        share = 0.0 if not algorithm.distils else 0.25 if algorithm.name == "srpo" else 1.0
-        return cls(max(1, rollout.max_prompt_tokens // 8), max(1, rollout.max_response_tokens // 8), share)
+        """Return an eighth of the limits, as in the papers' runs, and the share that the algorithm expects."""
+        prompt = max(1, config.rollout.max_prompt_tokens // 8)
+        response = max(1, config.rollout.max_response_tokens // 8)
+        return cls(prompt, response, config.algorithm.expected_distilled_share)
 
     @property
     def document(self) -> int:

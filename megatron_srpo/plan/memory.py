@@ -158,7 +158,7 @@ def _of_stage(
         kept + rows + max(0.0, transient - tiles)
     )  # tiles are gone when the backward pass begins
     parts["loss tiles"] = tiles
-    if config.algorithm.distils and is_last:
+    if config.algorithm.uses_teacher and is_last:
         models = 2 if config.teacher.kind == "trust_region" else 1
         parts["teacher's hidden states"] = models * batch.distilled * (architecture.hidden_size * size + 4)
     parts["packed batch"] = batch.tokens * 44
@@ -186,11 +186,11 @@ def state_bytes(
     share = sum(count / ranks for count, ranks in zip(own, replicas(config, gpus), strict=True))
     optimizer = (8 + (4 if size < 4 else 0)) * (share if parallel.use_distributed_optimizer else own.total)
     parts = {"weights": own.total * size, "gradients": own.total * 4, "optimizer": optimizer}
-    if config.algorithm.distils and config.teacher.kind != "live":
+    if config.algorithm.uses_teacher and config.teacher.kind != "live":
         parts["teacher"] = own.total * size
         if config.teacher.kind == "ema":
             parts["EMA"] = 4 * share
-    if config.rollout.engine == "transformers" and config.rollout.replay is None:
+    if config.rollout.traits.in_process and config.rollout.replay is None:
         parts["embedded engine"] = total_parameters(architecture) * size
     return parts
 
@@ -299,11 +299,11 @@ def loss_bytes(
     limit = config.train.logits_memory_mib and config.train.logits_memory_mib * 2**20
     width = padded_vocab_size(architecture, config) // config.parallel.tensor_model_parallel_size
     sized = 8 + (size if machine.is_gpu else 0)  # what a tile's size is chosen by
-    used = (8 if config.algorithm.distils else 4) + (size if machine.is_gpu else 0)
+    used = (8 if config.algorithm.uses_teacher else 4) + (size if machine.is_gpu else 0)
     tile_tokens = min(
         max(16, (limit or MEMORY["cuda" if machine.is_gpu else "cpu"]) // (sized * width)), batch.responses
     )
     rows = (3 + config.parallel.context_parallel_size) * batch.tokens + (
-        3 if config.algorithm.distils else 2
+        3 if config.algorithm.uses_teacher else 2
     ) * batch.responses
     return tile_tokens * used * width, rows * architecture.hidden_size * size

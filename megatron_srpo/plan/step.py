@@ -72,7 +72,7 @@ def step_flops(architecture: Architecture, config: Config, workload: Workload) -
     flops = {"update": 3 * forward + (3 + share) * responses * head}
     if config.mini_batch_prompts < config.rollout.prompts_per_step:
         flops["scoring"] = forward + responses * head
-    if config.algorithm.distils and share:
+    if config.algorithm.uses_teacher and share:
         document = workload.teacher_document(config)
         flops["teacher"] = (
             forward_flops(architecture, share * samples * document, document) + share * responses * head
@@ -123,7 +123,7 @@ def traffic(
     trained = samples * workload.document / ranks
     taught = (
         samples * workload.distilled_share * workload.teacher_document(config) / ranks
-        if config.algorithm.distils
+        if config.algorithm.uses_teacher
         else 0
     )
     forward_only = taught + (trained if config.mini_batch_prompts < rollout.prompts_per_step else 0)
@@ -186,7 +186,7 @@ def _replication(
     buckets = math.ceil(own.total / max(40e6, 1e6 * copies[0]))  # Megatron's default bucket size
     each = (4 + size) if parallel.use_distributed_optimizer else 8
     found = {"gradients": Transfer(updates * each * moved, 2 * updates * buckets, copies[0], bandwidth)}
-    if config.algorithm.distils and config.teacher.kind == "ema":
+    if config.algorithm.uses_teacher and config.teacher.kind == "ema":
         layers = a.num_hidden_layers // parallel.pipeline_model_parallel_size
         matrices = 8 + 2 * a.num_experts // parallel.expert_model_parallel_size
         found["teacher"] = Transfer(2 * size * moved, layers * matrices, copies[0], bandwidth)
@@ -268,9 +268,9 @@ def step_seconds(
 
 
 def total(parts: dict[str, float], config: Config) -> float:
-    """Of a step; with `rollout.overlap: 1` the next batch is sampled while one trains."""
+    """Of a step; with `rollout.async_steps: 1` the next batch is sampled while one trains."""
     training = sum(parts.values()) - parts.get("sampling", 0.0)
-    return max(training, parts.get("sampling", 0.0)) if config.rollout.overlap else sum(parts.values())
+    return max(training, parts.get("sampling", 0.0)) if config.rollout.async_steps else sum(parts.values())
 
 
 class Servers(NamedTuple):
@@ -284,7 +284,7 @@ class Servers(NamedTuple):
     def of(cls, config: Config, gpus: int) -> Servers:
         """The embedded engine is one on every rank."""
         rollout = config.rollout
-        if rollout.engine == "transformers":
+        if rollout.traits.in_process:
             return cls(gpus, 1, True)
         return cls(
             len(rollout.urls) or rollout.servers, rollout.sglang.tensor_parallel_size, rollout.colocated
@@ -323,7 +323,7 @@ def sampling_seconds(
         * workload.document
         / (servers.gpus_each * machine.peak * machine.mfu)
     )
-    if rollout.engine == "transformers":
+    if rollout.traits.in_process:
         rounds = math.ceil(sequences / rollout.batch_size)
         seconds = max(seconds, rounds * longest * architecture.num_hidden_layers * EMBEDDED_SECONDS)
     return seconds

@@ -26,7 +26,7 @@ class Rollouts:
     """`collector` is None when replaying: then nothing is sampled, published or evaluated. `evaluated`: tasks
     by name.
 
-    With `rollout.overlap: 1` the batch of the next step is sampled, by a thread, while a step trains: by
+    With `rollout.async_steps: 1` the batch of the next step is sampled, by a thread, while a step trains: by
     weights one version older.
     """
 
@@ -61,7 +61,7 @@ class Rollouts:
             return self._replay(step)
         ahead, self._ahead = self._ahead, None
         self.drawn = self.drawing.draw(step, self.version) if ahead is None else ahead.result()
-        if self.config.rollout.overlap and step < self.config.train.steps:
+        if self.config.rollout.async_steps and step < self.config.train.steps:
             self._ahead = self._thread.submit(self.drawing.draw, step + 1, self.version)
         return self.drawn.groups
 

@@ -64,7 +64,7 @@ class Trainer:
         self.optimizer = Optimizer(self.chunks, config, self.host)
         self.teacher = None
         self.logits_memory = config.train.logits_memory_mib and config.train.logits_memory_mib * 2**20
-        if self.algorithm.distils:
+        if self.algorithm.uses_teacher:
             temperature = config.rollout.temperature
             self.teacher = Teacher(
                 config.teacher, temperature, self.logits_memory, self.host, self.chunks, self._copy_of_policy
@@ -101,7 +101,7 @@ class Trainer:
     def loss_path(self) -> str:
         """How the vocabulary pass of the loss is computed, in words."""
         kernel = kernel_name(self.layout.device, model_dtype(self.config))
-        if not self.algorithm.distils:
+        if not self.algorithm.uses_teacher:
             return f"log-probabilities: {kernel}"
         support, top_k = self.divergence.support, self.divergence.top_k
         what = {"full": "full vocabulary", "sampled": "sampled token"}.get(

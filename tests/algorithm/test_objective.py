@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import encode_bytes, make_group
 
-from megatron_srpo.algorithm.grpo import GRPO
+from megatron_srpo.algorithm.methods.grpo import GRPO
+from megatron_srpo.algorithm.methods.srpo import SRPO
 from megatron_srpo.algorithm.objective import (
     TokenTerms,
     entropy_weights,
@@ -21,7 +22,6 @@ from megatron_srpo.algorithm.objective import (
     truncated_importance,
 )
 from megatron_srpo.algorithm.routing import route_groups
-from megatron_srpo.algorithm.srpo import SRPO
 from megatron_srpo.training.packing import PackingRules, pack
 
 WIDE = torch.float64

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import encode_bytes, make_group
 
-from megatron_srpo.algorithm.advantage_mix import AdvantageMix
-from megatron_srpo.algorithm.grpo import GRPO
+from megatron_srpo.algorithm.methods.advantage_mix import AdvantageMix
+from megatron_srpo.algorithm.methods.grpo import GRPO
+from megatron_srpo.algorithm.methods.sdpo import SDPO
+from megatron_srpo.algorithm.methods.srpo import SRPO
 from megatron_srpo.algorithm.routing import choose_sibling, group_advantages, has_signal, route_groups
-from megatron_srpo.algorithm.sdpo import SDPO
-from megatron_srpo.algorithm.srpo import SRPO
 from megatron_srpo.data.records import Verdict
 
 PLENTY = 10_000

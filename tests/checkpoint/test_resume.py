@@ -136,7 +136,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(command, whole, tmp_path, m
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["rollout.overlap=1"],
+        ["rollout.async_steps=1"],
         ["rollout.over_sampling=2", "rollout.dynamic_filtering=true", "rollout.batch_size=6"],
     ],
     ids=["one step off", "over-sampling"],

@@ -11,8 +11,9 @@ from rich.console import Console
 from samples import sample_rows
 from small_run import QUICKSTART, small_config, small_run
 
+from megatron_srpo.algorithm import METHODS
 from megatron_srpo.commands.config import PAPER, check, keys
-from megatron_srpo.config.schema import Config, ConfigError, SGLangSection
+from megatron_srpo.config.schema import Config, ConfigError, OpenAISection, SGLangSection
 from megatron_srpo.data.rollout_file import step_file
 from megatron_srpo.observe.inspect import inspect, visible
 from megatron_srpo.observe.tokens import read_tokens
@@ -103,12 +104,14 @@ def test_config_explains_every_key():
         for name, field in Config.model_fields.items()
         if hasattr(field.annotation, "model_fields")
     }
-    sections["rollout.sglang"] = SGLangSection
+    servers = {"rollout.sglang": SGLangSection, "rollout.openai": OpenAISection}
+    sections |= servers
     every = {f"{section}.{name}" for section, model in sections.items() for name in model.model_fields}
-    assert every - {"rollout.sglang"} <= set(found) and "rollout.sglang" not in found
+    assert every - set(servers) <= set(found) and not set(servers) & set(found)
     assert found["task.mixture"].type.startswith("list of {name, path, verifier, ")
     assert set(PAPER) <= set(found)
-    assert found["algorithm.lr"].default == "srpo: 5e-06, grpo: 1e-06, sdpo: 1e-05, advantage_mix: 5e-06"
+    rates = ", ".join(f"{name}: {method().lr}" for name, method in METHODS.items())
+    assert found["algorithm.lr"].default == rates and found["algorithm.name"].default == "srpo"
     assert found["rollout.top_p"][1:3] == ("number", "1.0") and found["train.steps"].default == "required"
     assert (
         found["teacher.kind"].type == "ema | frozen | live | trust_region"

@@ -5,10 +5,8 @@ import re
 import pytest
 import yaml
 
-from megatron_srpo.algorithm.advantage_mix import AdvantageMix
-from megatron_srpo.algorithm.grpo import GRPO
-from megatron_srpo.algorithm.sdpo import SDPO
-from megatron_srpo.algorithm.srpo import SRPO
+from megatron_srpo.algorithm import METHODS
+from megatron_srpo.algorithm.methods.sdpo import SDPO
 from megatron_srpo.config.load import load_config, save_config
 from megatron_srpo.config.schema import Config, ConfigError
 
@@ -88,7 +86,7 @@ def test_paper_is_the_default(config_of):
 
 
 @pytest.mark.parametrize(
-    "name, lr, mini_batch, beta, distils",
+    "name, lr, mini_batch, beta, uses_teacher",
     [
         ("grpo", 1e-6, 8, 0.0, False),
         ("sdpo", 1e-5, 32, 0.0, True),
@@ -96,13 +94,13 @@ def test_paper_is_the_default(config_of):
         ("advantage_mix", 5e-6, 32, 0.0, True),
     ],
 )
-def test_naming_the_algorithm_is_the_algorithm(config_of, name, lr, mini_batch, beta, distils):
+def test_naming_the_algorithm_is_the_algorithm(config_of, name, lr, mini_batch, beta, uses_teacher):
     config = config_of(GOOD, f"algorithm.name={name}")
     assert (config.lr, config.mini_batch_prompts) == (lr, mini_batch)
-    assert (config.algorithm.entropy_beta, config.algorithm.distils) == (beta, distils)
+    assert (config.algorithm.entropy_beta, config.algorithm.uses_teacher) == (beta, uses_teacher)
 
 
-@pytest.mark.parametrize("algorithm", [SRPO(), GRPO(), SDPO(), AdvantageMix()], ids=lambda a: a.name)
+@pytest.mark.parametrize("algorithm", [method() for method in METHODS.values()], ids=METHODS)
 def test_defaults_common_to_all_algorithms(algorithm):
     assert (algorithm.clip_low, algorithm.clip_high, algorithm.dual_clip, algorithm.importance_cap) == (
         0.2,
@@ -194,7 +192,7 @@ def test_every_wrong_key_is_named(message_of):
         ("srop", "config.yaml:8: algorithm.name: unknown algorithm 'srop'; did you mean srpo?"),
         (
             "reinforce",
-            "config.yaml:8: algorithm.name: unknown algorithm 'reinforce'; known: srpo, grpo, sdpo, advantage_mix",
+            f"config.yaml:8: algorithm.name: unknown algorithm 'reinforce'; known: {', '.join(METHODS)}",
         ),
     ],
 )
@@ -279,7 +277,7 @@ def test_sampled_tokens_cannot_estimate_every_divergence(message_of):
     assert message.endswith("not jsd; set algorithm.divergence: reverse")
 
 
-@pytest.mark.parametrize("name", ["srpo", "grpo", "sdpo", "advantage_mix"])
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize(
     "key, value",
     [
@@ -323,7 +321,7 @@ def test_wrong_value_in_the_file_names_the_line(message_of):
         (["resume.override=[optimizer.lr,train.step]"], "resume.override", ["'train.step' is no key"]),
         (["evaluation.temperature=0"], "evaluation.temperature", ["greedy", "samples: 1"]),
         (
-            ["rollout.overlap=1", "rollout.over_sampling=2"],
+            ["rollout.async_steps=1", "rollout.over_sampling=2"],
             "rollout.max_staleness",
             ["two versions old", "set 2"],
         ),
@@ -354,7 +352,7 @@ def test_contradictions(message_of, overrides, section, named):
         ["parallel.virtual_pipeline_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"],
         ["evaluation.temperature=0", "evaluation.samples=1"],
         ["resume.override=[algorithm.entropy_beta,rollout.sglang.port,megatron.recompute_granularity,task]"],
-        ["rollout.overlap=1", "rollout.over_sampling=2", "rollout.max_staleness=2"],
+        ["rollout.async_steps=1", "rollout.over_sampling=2", "rollout.max_staleness=2"],
         ["rollout.samples_per_prompt=2"],
         ["rollout.prompts_per_step=12", "algorithm.name=grpo", "algorithm.mini_batch_prompts=null"],
         ["rollout.prompts_per_step=4", "algorithm.name=grpo"],

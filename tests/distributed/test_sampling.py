@@ -31,7 +31,7 @@ LAYOUTS = {
             "train.steps=2",
         ],
         "evaluation": [],
-        "ahead": ["rollout.overlap=1", "evaluation.every=2"],
+        "ahead": ["rollout.async_steps=1", "evaluation.every=2"],
     },
     3: {
         "pp3": ["parallel.pipeline_model_parallel_size=3"],

@@ -91,8 +91,12 @@ def test_what_a_run_cannot_use_is_told(server, model, overrides, message):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["rollout.servers=0"], "needs either urls (servers that others run) or servers (how many to start)"),
+        (
+            ["rollout.servers=0"],
+            "needs either urls (externally managed servers) or servers (how many to start)",
+        ),
         (["rollout.urls=[http://a:1]"], "needs either urls"),
+        (["rollout.overlap=1"], "rollout.overlap: is called rollout.async_steps now"),
         (["rollout.engine=transformers"], "rollout.servers: needs rollout.engine: sglang, not transformers"),
         (["rollout.servers=0", "rollout.urls=[a:1]"], "rollout.urls: 'a:1': expected http://host:port"),
         (
@@ -108,7 +112,10 @@ def test_what_a_run_cannot_use_is_told(server, model, overrides, message):
             "0.0.0.0 can be reached from other machines; set rollout.sglang.api_key_env",
         ),
         (["rollout.sglang.port=65535"], "2 servers from 65535 on pass 65535"),
-        (["rollout.colocated=true", "rollout.overlap=1"], "rollout.overlap: 1 samples while training"),
+        (
+            ["rollout.colocated=true", "rollout.async_steps=1"],
+            "rollout.async_steps: 1 samples while training",
+        ),
         (
             ["rollout.colocated=true", "rollout.sglang.update=distributed"],
             "rollout.sglang.update: distributed broadcasts between GPUs",

@@ -1,4 +1,4 @@
-"""The SRPO paper's ablation: GRPO and SDPO mixed on every sample instead of routed (METHOD.md §3)."""
+"""The SRPO paper's ablation: GRPO and SDPO mixed on every sample, not routed (docs/method.md, section 3)."""
 
 from typing import Literal
 
@@ -12,8 +12,7 @@ class AdvantageMix(Algorithm):
 
     name: Literal["advantage_mix"] = "advantage_mix"
     lr: PositiveFloat = 5e-6
-    mix_lambda: float = Field(0.9, ge=0, le=1, description="λ, the share of GRPO")
+    mix_lambda: float = Field(default=0.9, ge=0, le=1, description="λ, the share of GRPO")
 
     def branch_weights(self, correct: bool, has_teacher: bool) -> tuple[float, float]:
-        """z^GRPO = λ, z^SDPO = (1 - λ) m."""
         return self.mix_lambda, (1.0 - self.mix_lambda) * has_teacher

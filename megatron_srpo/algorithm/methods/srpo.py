@@ -1,6 +1,6 @@
-"""Sample-Routed Policy Optimization (arXiv 2604.02288 §3)."""
+"""Sample-Routed Policy Optimization (arXiv 2604.02288, section 3)."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import NonNegativeFloat, PositiveFloat
 
@@ -8,15 +8,15 @@ from megatron_srpo.algorithm.settings import Algorithm
 
 
 class SRPO(Algorithm):
-    """Failed samples with a correct sibling are distilled, everything else gets GRPO; uncertain teacher
-    tokens count less.
-    """
+    """Distil failed samples with a correct sibling; GRPO for all others."""
+
+    # Distilled samples start near 0.4 of a batch and fall (docs/method.md, section 4).
+    expected_distilled_share: ClassVar[float] = 0.25
 
     name: Literal["srpo"] = "srpo"
     lr: PositiveFloat = 5e-6
     entropy_beta: NonNegativeFloat = 1.0
 
     def branch_weights(self, correct: bool, has_teacher: bool) -> tuple[float, float]:
-        """z^SDPO = (1 - c) m, z^GRPO = 1 - z^SDPO."""
         distilled = float(not correct and has_teacher)
         return 1.0 - distilled, distilled
