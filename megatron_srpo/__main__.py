@@ -7,7 +7,6 @@ import importlib
 import logging
 import os
 import sys
-import time
 import warnings
 
 from megatron_srpo.commands.common import is_first_rank
@@ -33,11 +32,12 @@ def main() -> int:
             print("interrupted", file=sys.stderr)
         status = 130
     except (ConfigError, FileError) as error:
+        from megatron_srpo.distributed.processes import rank_from_environment, wait_for_first_rank
+
         if is_first_rank():
             kind = "configuration error" if isinstance(error, ConfigError) else "error"
             print(f"{kind}: {error}", file=sys.stderr, flush=True)
-        else:  # all ranks find the same error, and torchrun ends them when one exits: rank 0 prints it first
-            time.sleep(5)
+        wait_for_first_rank(rank_from_environment())
         status = 2
     except Exception as error:
         if not _has_peers():

@@ -7,16 +7,18 @@ from collections.abc import Mapping
 from megatron_srpo.checkpoint.resume import check_run_folder
 from megatron_srpo.config.schema import Config, ConfigError
 from megatron_srpo.data.rollout_file import step_file
+from megatron_srpo.distributed.device import uses_transformer_engine
 from megatron_srpo.distributed.layout import data_parallel_size
 from megatron_srpo.distributed.processes import rank_from_environment, world_size_from_environment
-from megatron_srpo.model.build import check_layout, transformer_config, uses_transformer_engine
-from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.model.hf_folder import HFFolder, naming_key
+from megatron_srpo.model.settings import check_layout, transformer_config
 from megatron_srpo.observe.trackers import check_trackers
 from megatron_srpo.rollout.collect import encode_prompt
 from megatron_srpo.rollout.engines import check_engine
 from megatron_srpo.tasks import Task, evaluation_tasks, question_count, training_tasks
 
 
+@naming_key("model.hf_path")
 def preflight(config: Config) -> HFFolder:
     """Check the configuration against the model folder, the processes and the disk; returns the folder.
 
@@ -25,11 +27,11 @@ def preflight(config: Config) -> HFFolder:
     check_trackers(config)
     _check_watchdog(config)
     folder = HFFolder(config.model.hf_path)
-    check_layout(folder.architecture, config)
+    check_layout(folder.architecture, config.parallel, config.megatron)
     data_parallel_size(config.parallel, world_size_from_environment())
-    uses_transformer_engine(config)
-    transformer_config(folder.architecture, config)
-    folder.file_of, folder.tokenizer  # noqa: B018  (both check what they read)
+    uses_transformer_engine(config.model)
+    transformer_config(folder.architecture, config.model, config.parallel, config.megatron)
+    folder.validate()
     for task in training_tasks(
         config
     ).values():  # of a finite task all prompts, each of which is in the first epoch

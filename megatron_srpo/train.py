@@ -15,13 +15,13 @@ from megatron_srpo.config.schema import Config
 from megatron_srpo.data.records import Group
 from megatron_srpo.data.rollout_file import dump
 from megatron_srpo.data.update_report import UpdateReport
+from megatron_srpo.distributed.device import model_dtype, uses_transformer_engine
 from megatron_srpo.distributed.heartbeat import PROGRESS
 from megatron_srpo.distributed.layout import Layout, joined
 from megatron_srpo.distributed.stop import StopRequest
 from megatron_srpo.evaluation.evaluate import evaluate
 from megatron_srpo.evaluation.scores import with_history
-from megatron_srpo.model.build import model_dtype, uses_transformer_engine
-from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.model.hf_folder import HFFolder, naming_key
 from megatron_srpo.observe.alarms import REMEMBERED, Alarm, Limits, alarms
 from megatron_srpo.observe.logs import alone, open_run_folder, rank_log
 from megatron_srpo.observe.metrics import MetricsFile, rollout_metrics, update_metrics, version_metrics
@@ -49,6 +49,7 @@ class TrainingInterrupted(RuntimeError):
     """The run was asked to leave and has saved itself: the same command goes on."""
 
 
+@naming_key("model.hf_path")
 def train(config: Config) -> Path:
     """Run the configuration to its end on this process's share of the work; returns the run folder.
 
@@ -316,10 +317,10 @@ class _Run:
     def _introduce(self) -> None:
         layers = (
             "Transformer Engine"
-            if uses_transformer_engine(self.config)
+            if uses_transformer_engine(self.config.model)
             else "local layers, torch SDPA attention"
         )
-        dtype = str(model_dtype(self.config)).removeprefix("torch.")
+        dtype = str(model_dtype(self.config.model)).removeprefix("torch.")
         self.terminal.say(f"{self.layout.device.type}, {dtype}, {layers}")
         prompt = max(
             self.config.rollout.max_prompt_tokens,

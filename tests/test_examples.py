@@ -16,7 +16,7 @@ import yaml
 
 from megatron_srpo.config.load import load_config
 from megatron_srpo.config.schema import Config, RolloutSection
-from megatron_srpo.model.build import transformer_config
+from megatron_srpo.model.settings import transformer_config
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.plan.layouts import plan_for
 from megatron_srpo.plan.machine import MACHINES, Workload
@@ -110,7 +110,7 @@ def test_example_fits(name, variant, tmp_path):
     config, (gpus, parameters, _) = load(name, tmp_path, *overrides), MODELS[name]
     architecture, machine = HFFolder(config.model.hf_path).architecture, MACHINES["h100"]
     assert total_parameters(architecture) == parameters
-    transformer_config(architecture, config)
+    transformer_config(architecture, config.model, config.parallel, config.megatron)
     plan = plan_for(architecture, config, machine, gpus, Workload.expected(config))
     assert plan.problem(machine) is None and plan.bytes < 0.9 * machine.memory
     assert config.mini_batch_prompts == mini_batch and (lr is None or config.lr == lr)

@@ -26,10 +26,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_srpo.config.schema import Config
+from megatron_srpo.distributed.device import model_dtype
 from megatron_srpo.distributed.files import FileError, sync, write_text
 from megatron_srpo.distributed.layout import Layout
-from megatron_srpo.model.build import model_dtype
-from megatron_srpo.model.hf_folder import Architecture
+from megatron_srpo.model.architecture import Architecture
 from megatron_srpo.weights.safetensors_file import bytes_of
 
 FORMAT = 1
@@ -65,7 +65,7 @@ class RunInfo(BaseModel):
         """Describe the run of this process."""
         return cls(
             architecture=dataclasses.asdict(architecture),
-            dtype=str(model_dtype(config)).removeprefix("torch."),
+            dtype=str(model_dtype(config.model)).removeprefix("torch."),
             config=config.model_dump(mode="json"),
             versions=package_versions(),
             world_size=layout.world_size,

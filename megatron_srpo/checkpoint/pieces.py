@@ -23,7 +23,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_srpo.checkpoint.folder import DamagedCheckpoint
-from megatron_srpo.model.hf_folder import Architecture
 from megatron_srpo.model.mapping import TensorMapping
 
 GENERATOR = "rng|"  # before the names of a rank's random generators
@@ -62,8 +61,7 @@ class SavedTensors:
     Use in a `with` statement; methods raise DamagedCheckpoint.
     """
 
-    def __init__(self, files: Iterable[Path], architecture: Architecture):
-        self.architecture = architecture
+    def __init__(self, files: Iterable[Path]):
         self._stack = ExitStack()
         self._pieces: dict[tuple[str, str], list[tuple[Piece, int, object]]] = {}
         self._files = []
@@ -108,9 +106,7 @@ class SavedTensors:
         if (saved.parts, saved.shape) == (own.parts, own.shape):
             return self._flat(pieces, own.part, own.start, end)
         whole = self.whole(own.kind, own.name, mapping)
-        return mapping.cut(whole, own.part, own.parts, own.shape, self.architecture).reshape(-1)[
-            own.start : end
-        ]
+        return mapping.cut(whole, own.part, own.parts, own.shape).reshape(-1)[own.start : end]
 
     def whole(self, kind: str, name: str, mapping: TensorMapping) -> list[Tensor]:
         """The Hugging Face tensors of a mapping, in the mapping's order; `name` is the first one's."""
@@ -118,7 +114,7 @@ class SavedTensors:
         saved = pieces[0][0]
         numel = torch.Size(saved.shape).numel()
         parts = [self._flat(pieces, part, 0, numel).view(saved.shape) for part in range(saved.parts)]
-        return mapping.join(parts, self.architecture)
+        return mapping.join(parts)
 
     def _of(self, kind: str, name: str) -> list:
         if (kind, name) not in self._pieces:

@@ -16,7 +16,8 @@ from megatron_srpo.checkpoint.pieces import SavedTensors
 from megatron_srpo.checkpoint.state import restore_generators, restore_trainer
 from megatron_srpo.config.schema import Config, ConfigError
 from megatron_srpo.distributed.layout import Layout
-from megatron_srpo.model.hf_folder import Architecture
+from megatron_srpo.model.architecture import Architecture
+from megatron_srpo.model.families import architecture_from_dict
 from megatron_srpo.training.trainer import Trainer
 
 
@@ -34,7 +35,7 @@ class Checkpoint(NamedTuple):
     def tensors(self) -> SavedTensors:
         """Its tensors, for a `with` statement."""
         files = [self.folder / name for name in sorted(self.manifest.files)]
-        return SavedTensors(files, Architecture.from_dict(self.manifest.architecture))
+        return SavedTensors(files)
 
 
 def check_run_folder(config: Config, architecture: Architecture) -> None:
@@ -110,10 +111,10 @@ def _configuration_of(directory: Path, what: str) -> tuple[dict[str, Any], Path]
 
 def _check_model(folder: Path, architecture: Architecture) -> None:
     try:
-        saved = folders.read_manifest(folder).architecture
+        saved = architecture_from_dict(folders.read_manifest(folder).architecture)
     except DamagedCheckpoint:
         return  # `find` says so and skips it
-    changes = differences(saved, dataclasses.asdict(architecture))
+    changes = differences(dataclasses.asdict(saved), dataclasses.asdict(architecture))
     if changes:
         lines = [
             f"{key}: the checkpoint has {old!r}, model.hf_path {new!r}" for key, (old, new) in changes.items()

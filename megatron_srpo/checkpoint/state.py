@@ -31,7 +31,7 @@ def snapshot(trainer: Trainer) -> dict[str, Tensor]:
         if teacher is not None:
             kinds["teacher"] = teacher.share(position, shard)
         for kind, values in kinds.items():
-            piece = Piece(kind, part.name, part.number, part.parts, tuple(parameter.shape), shard.start)
+            piece = Piece(kind, part.name, part.index, part.count, tuple(parameter.shape), shard.start)
             tensors[piece.key] = values.detach().to("cpu", copy=True).contiguous()
     return tensors | {f"{GENERATOR}{name}": state for name, state in random_states().items()}
 
@@ -58,7 +58,7 @@ def restore_trainer(trainer: Trainer, saved: SavedTensors, state: dict[str, int]
         kind: str, start: int, end: int, mapping: TensorMapping, parameter: Parameter, part: ParameterShard
     ) -> Tensor:
         return saved.read(
-            Piece(kind, part.name, part.number, part.parts, tuple(parameter.shape), start), end, mapping
+            Piece(kind, part.name, part.index, part.count, tuple(parameter.shape), start), end, mapping
         )
 
     for where in _parameters(trainer):
@@ -83,5 +83,5 @@ def restore_generators(saved: SavedTensors, rank: int) -> None:
 
 def _parameters(trainer: Trainer) -> Iterator[tuple[TensorMapping, Parameter, ParameterShard]]:
     """(mapping, parameter, where its part belongs) of this rank's policy."""
-    for mapping, prefix, parameter in parameters_of(trainer.chunks):
-        yield mapping, parameter, ParameterShard.of(mapping, prefix, trainer.folder.architecture)
+    for location, parameter in parameters_of(trainer.chunks, trainer.folder.architecture):
+        yield location.mapping, parameter, ParameterShard.of(location)

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_srpo.checkpoint import folder as folders
 from megatron_srpo.checkpoint.pieces import SavedTensors
 from megatron_srpo.distributed.files import FileError
-from megatron_srpo.model.hf_folder import Architecture
+from megatron_srpo.model.families import architecture_from_dict
 from megatron_srpo.weights.sources import CheckpointSlice, checkpoint_slices
 
 
@@ -43,9 +43,9 @@ class RunTensors:
         self.folder = checkpoint_of(path)
         manifest = folders.read_manifest(self.folder)
         folders.check_files(self.folder, manifest)
-        self.kind, self.architecture = kind, Architecture.from_dict(manifest.architecture)
+        self.kind, self.architecture = kind, architecture_from_dict(manifest.architecture)
         self._dtype = getattr(torch, manifest.dtype)
-        self._saved = SavedTensors([self.folder / name for name in sorted(manifest.files)], self.architecture)
+        self._saved = SavedTensors([self.folder / name for name in sorted(manifest.files)])
         if kind not in self._saved.kinds():
             raise FileError(
                 f"{self.folder}: holds no {kind}: this run has none besides the policy (grpo, or teacher.kind: live)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import time
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,12 @@ def world_size_from_environment() -> int:
 def rank_from_environment() -> int:
     """This process's rank; 0 without torchrun."""
     return int(os.environ.get("RANK", "0"))
+
+
+def wait_for_first_rank(rank: int) -> None:
+    """Give rank 0 time to print an error that all ranks found: torchrun ends all when one leaves."""
+    if rank > 0:
+        time.sleep(5)
 
 
 def gather_bytes(mine: bytes, device: torch.device, group: dist.ProcessGroup | None = None) -> list[bytes]:

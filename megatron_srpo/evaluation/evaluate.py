@@ -26,7 +26,7 @@ from megatron_srpo.distributed.layout import Layout, joined
 from megatron_srpo.distributed.processes import rank_from_environment
 from megatron_srpo.evaluation.scoreboard import Outcome, result_of, write_result
 from megatron_srpo.evaluation.scores import interval
-from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.model.hf_folder import HFFolder, naming_key
 from megatron_srpo.preflight import check_evaluation
 from megatron_srpo.rollout.collect import Collector, exchange
 from megatron_srpo.rollout.engine import Sampling
@@ -105,6 +105,7 @@ def _label(task: Task, split: str) -> str:
 # -------------------------------------------------------------------------------------------------------
 
 
+@naming_key("model.hf_path")
 def run_evaluation(config: Config) -> Path:
     """`python -m megatron_srpo eval`: evaluate model.hf_path, or the policy of the run evaluation.checkpoint,
     on this process's share.
@@ -115,7 +116,7 @@ def run_evaluation(config: Config) -> Path:
     one, the same command is another evaluation.
     """
     folder = HFFolder(config.model.hf_path)
-    folder.file_of, folder.tokenizer  # noqa: B018  (both check what they read)
+    folder.validate()
     if (path := config.evaluation.checkpoint) is not None:
         if not is_of_a_run(path):
             raise ConfigError(

@@ -1,49 +1,106 @@
-"""The one table HF ↔ Megatron, for every architecture: a model has the mappings whose parameters it has.
+"""One line of the table HF ↔ Megatron: a Megatron parameter and the Hugging Face tensors that it is made of.
 
-Each mapping maps one Megatron parameter to the HF tensors it is made of. Every HF tensor is sharded over
-tensor-parallel ranks by contiguous slices along one dimension; a rank's parameter is then a local arrangement
-of its own slices. So both directions, at any TP, are: slice ↔ concatenate, and `merge` ↔ `split`.
+Every HF tensor is sharded over tensor-parallel ranks by contiguous slices along one dimension; a rank's
+parameter is then a local arrangement of its own slices. So both directions, at any TP, are: slice ↔
+concatenate, and `Fusion.merge` ↔ `Fusion.split`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_srpo.model.hf_folder import Architecture
 
-Split = Callable[[Tensor, Architecture], list[Tensor]]
-Merge = Callable[[Sequence[Tensor], Architecture], Tensor]
+class Fusion(Protocol):
+    """How the HF tensors of a mapping, or a rank's slices of them, are arranged in one parameter."""
+
+    def merge(self, pieces: Sequence[Tensor]) -> Tensor: ...
+
+    def split(self, tensor: Tensor) -> list[Tensor]: ...
 
 
-VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")  # padded at their end in Megatron
+@dataclass(frozen=True)
+class Stacked:
+    """`count` tensors of one shape, one after another along the first dimension."""
+
+    count: int = 1
+
+    def merge(self, pieces: Sequence[Tensor]) -> Tensor:
+        return pieces[0] if self.count == 1 else torch.cat(list(pieces))
+
+    def split(self, tensor: Tensor) -> list[Tensor]:
+        return list(tensor.chunk(self.count)) if self.count > 1 else [tensor]
+
+
+@dataclass(frozen=True)
+class QueryGroups:
+    """Queries, keys and values, interleaved so that a query group's queries, key and value are neighbours.
+
+    Weights [n, H] and biases [n] alike.
+    """
+
+    queries_per_group: int
+    head_dim: int
+
+    def merge(self, pieces: Sequence[Tensor]) -> Tensor:
+        groups, inner = pieces[1].shape[0] // self.head_dim, pieces[1].shape[1:]
+        return torch.cat([piece.view(groups, -1, *inner) for piece in pieces], dim=1).reshape(-1, *inner)
+
+    def split(self, tensor: Tensor) -> list[Tensor]:
+        widths, inner = (
+            [self.queries_per_group * self.head_dim, self.head_dim, self.head_dim],
+            tensor.shape[1:],
+        )
+        grouped = tensor.view(-1, sum(widths), *inner)
+        return [piece.reshape(-1, *inner) for piece in grouped.split(widths, dim=1)]
 
 
 @dataclass(frozen=True)
 class TensorMapping:
-    """megatron: parameter name inside its layer (or model, or expert); hf: tensor names inside theirs; dim:
-    sharded dimension or None.
+    """A Megatron parameter of the model, of every layer, or of every expert of every layer.
 
-    expert: whether it belongs to one expert, and is sharded over expert-tensor-parallel ranks.
+    Args:
+        megatron: Name of the parameter, inside its layer where it has one.
+        tensors: Name in HF folders → shape; "{layer}" and "{expert}" stand for their numbers.
+        dim: Dimension that is sharded over tensor-parallel (or expert-tensor-parallel) ranks; None: replicated.
+        padded: Its first dimension is the vocabulary, which Megatron pads at the end.
+        tied_to: HF tensor that is stored in its place where the two are tied.
     """
 
     megatron: str
-    hf: tuple[str, ...]
+    tensors: dict[str, tuple[int, ...]]
     dim: int | None = None
-    merge: Merge = lambda pieces, architecture: pieces[0]
-    split: Split = lambda tensor, architecture: [tensor]
-    expert: bool = False
+    fusion: Fusion = Stacked()
+    padded: bool = False
+    tied_to: str | None = None
 
-    def cut(
-        self, tensors: Sequence, part: int, parts: int, shape: Sequence[int], architecture: Architecture
-    ) -> Tensor:
-        """The parameter, of `shape`, of tensor-parallel part `part` of `parts`.
+    @property
+    def in_layer(self) -> bool:
+        return "{layer}" in next(iter(self.tensors))
 
-        tensors: the mapping's whole HF tensors, or safetensors' slices of them, of which only this part is read.
+    @property
+    def is_expert(self) -> bool:
+        return "{expert}" in next(iter(self.tensors))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole parameter, without padding: merging adds up the first dimensions."""
+        shapes = list(self.tensors.values())
+        return sum(shape[0] for shape in shapes), *shapes[0][1:]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def cut(self, tensors: Sequence[Any], index: int, count: int, shape: Sequence[int]) -> Tensor:
+        """Make tensor-parallel shard `index` of `count`, of `shape`, from the HF tensors.
+
+        tensors: whole ones, or safetensors' slices of them, of which only this shard is read.
         """
         pieces = []
         for tensor in tensors:
@@ -51,117 +108,30 @@ class TensorMapping:
                 pieces.append(tensor[:])
                 continue
             size = (tensor.get_shape() if hasattr(tensor, "get_shape") else tensor.shape)[self.dim]
-            width = shape[0] if self.hf[0] in VOCABULARY_TENSORS else size // parts
-            span = slice(min(part * width, size), min((part + 1) * width, size))
+            width = shape[0] if self.padded else size // count
+            span = slice(min(index * width, size), min((index + 1) * width, size))
             pieces.append(tensor[span] if self.dim == 0 else tensor[:, span])
-        merged = self.merge(pieces, architecture)
+        merged = self.fusion.merge(pieces)
         if len(merged) < shape[0]:  # the vocabulary's padding
             merged = torch.cat([merged, merged.new_zeros(shape[0] - len(merged), *shape[1:])])
         return merged
 
-    def join(self, parts: Sequence[Tensor], architecture: Architecture) -> list[Tensor]:
-        """The mapping's whole HF tensors from the parameters of all tensor-parallel parts: the inverse of `cut`."""
-        pieces = zip(*(self.split(part, architecture) for part in parts), strict=True)
+    def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
+        """Make the HF tensors from all tensor-parallel shards, or the whole parameter: the inverse of `cut`."""
+        pieces = zip(*map(self.fusion.split, shards), strict=True)
         whole = [torch.cat(same, dim=self.dim) if len(same) > 1 else same[0] for same in pieces]
-        return [whole[0][: architecture.vocab_size]] if self.hf[0] in VOCABULARY_TENSORS else whole
+        return [whole[0][: self.shape[0]]] if self.padded else whole
 
 
-def _merge_qkv(pieces: Sequence[Tensor], a: Architecture) -> Tensor:
-    """Megatron keeps the heads of one query group together: its queries, its key, its value.
+class ParamLocation(NamedTuple):
+    """One parameter of the whole model: a mapping, and the layer and expert it is in (0 where it has none)."""
 
-    Weights [n, H] and biases [n] alike.
-    """
-    groups, inner = pieces[1].shape[0] // a.head_dim, pieces[1].shape[1:]
-    return torch.cat([piece.view(groups, -1, *inner) for piece in pieces], dim=1).reshape(-1, *inner)
+    mapping: TensorMapping
+    layer: int = 0
+    expert: int = 0
 
-
-def _split_qkv(tensor: Tensor, a: Architecture) -> list[Tensor]:
-    queries = a.num_attention_heads // a.num_key_value_heads * a.head_dim
-    inner = tensor.shape[1:]
-    grouped = tensor.view(-1, queries + 2 * a.head_dim, *inner)
-    return [part.reshape(-1, *inner) for part in grouped.split([queries, a.head_dim, a.head_dim], dim=1)]
-
-
-def _gate_up(prefix: str, expert: bool) -> TensorMapping:
-    names = (f"{prefix}gate_proj.weight", f"{prefix}up_proj.weight")
-    merge, split = (
-        lambda pieces, architecture: torch.cat(list(pieces)),
-        lambda tensor, architecture: list(tensor.chunk(2)),
-    )
-    return TensorMapping(f"{prefix}linear_fc1.weight", names, 0, merge, split, expert)
-
-
-def _down(prefix: str, expert: bool) -> TensorMapping:
-    return TensorMapping(f"{prefix}linear_fc2.weight", (f"{prefix}down_proj.weight",), 1, expert=expert)
-
-
-LAYER_MAPPINGS = (
-    TensorMapping("input_layernorm.weight", ("input_layernorm.weight",)),
-    TensorMapping(
-        "self_attention.linear_qkv.weight",
-        ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-        0,
-        _merge_qkv,
-        _split_qkv,
-    ),
-    TensorMapping(
-        "self_attention.linear_qkv.bias",
-        ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
-        0,
-        _merge_qkv,
-        _split_qkv,
-    ),
-    TensorMapping("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight",)),
-    TensorMapping("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",)),
-    TensorMapping("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), 1),
-    TensorMapping("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",)),
-    _gate_up("mlp.", expert=False),
-    _down("mlp.", expert=False),
-    TensorMapping("mlp.router.weight", ("mlp.gate.weight",)),
-)
-EXPERT_MAPPINGS = (_gate_up("", expert=True), _down("", expert=True))
-MODEL_MAPPINGS = (
-    TensorMapping("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), 0),
-    TensorMapping("decoder.final_layernorm.weight", ("model.norm.weight",)),
-    TensorMapping("output_layer.weight", ("lm_head.weight",), 0),
-)
-
-# Transformer Engine fuses a norm into the matrix product after it, and names its weight there.
-_FUSED_NORMS = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-}
-_BY_NAME = {mapping.megatron: mapping for mapping in LAYER_MAPPINGS + EXPERT_MAPPINGS + MODEL_MAPPINGS}
-# Local layers keep a module for each expert, Transformer Engine all experts' matrices in one, numbered at
-# their end.
-_EXPERT = re.compile(r"mlp\.experts\.(?:local_experts\.(\d+)\.)?(linear_fc[12]\.weight)(\d*)")
-
-
-def find_mapping(name: str, layer_offset: int, expert_offset: int = 0) -> tuple[TensorMapping, str]:
-    """The mapping of a chunk's parameter and the prefix of its HF names.
-
-    Args:
-        name: as in `named_parameters()` of the chunk, layers counted from the chunk's first.
-        layer_offset: the chunk's first layer in the whole model.
-        expert_offset: the rank's first expert among all.
-
-    Raises KeyError for a parameter the table does not know.
-    """
-    if not name.startswith("decoder.layers."):
-        return _BY_NAME[name], ""
-    layer, inner = name.removeprefix("decoder.layers.").split(".", 1)
-    prefix = f"model.layers.{int(layer) + layer_offset}."
-    if match := _EXPERT.fullmatch(inner):
-        module, inner, number = match.groups()
-        prefix += f"mlp.experts.{int(module or number) + expert_offset}."
-    return _BY_NAME[_FUSED_NORMS.get(inner, inner)], prefix
-
-
-def fused_name(mapping: TensorMapping, dense: bool) -> str:
-    """The mapping's parameter as Transformer Engine names it; it fuses the norm before the feed-forward in dense
-    layers only.
-    """
-    for fused, name in _FUSED_NORMS.items():
-        if name == mapping.megatron and (dense or name != "pre_mlp_layernorm.weight"):
-            return fused
-    return mapping.megatron
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the stored HF tensors that it is made of."""
+        names = [self.mapping.tied_to] if self.mapping.tied_to else self.mapping.tensors
+        return tuple(name.format(layer=self.layer, expert=self.expert) for name in names)

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from megatron_srpo.config.schema import Config, ConfigError
 from megatron_srpo.distributed.layout import data_parallel_size
-from megatron_srpo.model.hf_folder import Architecture, HFFolder
+from megatron_srpo.model.architecture import Architecture
+from megatron_srpo.model.hf_folder import HFFolder, naming_key
 from megatron_srpo.plan.layouts import Plan, Scaled, layouts, plan_for, scale, where_it_stops
 from megatron_srpo.plan.machine import MACHINES, Machine, Workload, planned_dtype
 from megatron_srpo.plan.memory import Batch, total_parameters
@@ -20,6 +21,7 @@ from megatron_srpo.plan.step import active_parameters, cache_bytes, step_flops, 
 SHOWN = 5  # layouts
 
 
+@naming_key("model.hf_path")
 def plan(config: Config, options: argparse.Namespace) -> int:
     """Print the plan; returns 0 if it fits, 1 if not.
 

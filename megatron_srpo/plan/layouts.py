@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from megatron_srpo.config.schema import Config, ConfigError, ParallelSection
 from megatron_srpo.distributed.layout import data_parallel_size
-from megatron_srpo.model.build import check_layout
-from megatron_srpo.model.hf_folder import Architecture
+from megatron_srpo.model.architecture import Architecture
+from megatron_srpo.model.settings import check_layout
 from megatron_srpo.plan.machine import Machine, Workload, planned_dtype
 from megatron_srpo.plan.memory import Batch, memory, total_parameters
 from megatron_srpo.plan.step import Servers, cache_bytes, step_seconds, total
@@ -67,7 +67,7 @@ def plan_for(
 
     Raises ConfigError for a layout that is impossible, with the reason.
     """
-    check_layout(architecture, config)
+    check_layout(architecture, config.parallel, config.megatron)
     data_parallel_size(config.parallel, gpus)
     parts = memory(architecture, config, machine, gpus, Batch.worst(config, gpus, workload))
     room, needed = _cache(architecture, config, machine, gpus, parts)

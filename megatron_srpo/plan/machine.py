@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from megatron_srpo.config.schema import Config
+from megatron_srpo.distributed.device import model_dtype
 
 
 class Machine(NamedTuple):
@@ -82,7 +83,5 @@ class Workload(NamedTuple):
 
 
 def planned_dtype(config: Config, machine: Machine) -> torch.dtype:
-    """As `model.qwen3.model_dtype` decides on that machine."""
-    if config.model.dtype == "auto":
-        return torch.bfloat16 if machine.is_gpu else torch.float32
-    return getattr(torch, config.model.dtype)
+    """Return the model's dtype on that machine."""
+    return model_dtype(config.model, machine.is_gpu)

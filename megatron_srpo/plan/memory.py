@@ -2,88 +2,69 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from typing import NamedTuple
 
 from megatron_srpo.config.schema import Config, ConfigError
 from megatron_srpo.distributed.layout import data_parallel_size
-from megatron_srpo.model.build import padded_vocab_size
-from megatron_srpo.model.hf_folder import Architecture
-from megatron_srpo.model.mapping import EXPERT_MAPPINGS, LAYER_MAPPINGS, MODEL_MAPPINGS, VOCABULARY_TENSORS
+from megatron_srpo.model.architecture import Architecture
+from megatron_srpo.model.settings import padded_vocab_size
 from megatron_srpo.plan.machine import Machine, Workload, planned_dtype
 from megatron_srpo.vocab_parallel.fused import MEMORY
 
-_MAPPINGS = {name: row for row in LAYER_MAPPINGS + MODEL_MAPPINGS for name in row.hf}
-_EXPERT_MAPPINGS = {name: row for row in EXPERT_MAPPINGS for name in row.hf}
-
 
 class Parameters(NamedTuple):
-    """Elements one rank holds: `dense` ones are replicated over data- and context-parallel ranks, `experts`
-    over fewer of them.
-    """
+    """Elements that one rank holds; experts are replicated over fewer ranks than dense parameters."""
 
     dense: int
     experts: int
 
     @property
     def total(self) -> int:
-        """Both."""
         return self.dense + self.experts
 
 
 @functools.cache
 def total_parameters(architecture: Architecture) -> int:
-    """Of the whole model, as published: every stored tensor, a tied matrix once, no padding."""
+    """Count the elements of all stored tensors: a tied matrix once, no padding."""
     return sum(math.prod(shape) for shape in architecture.tensor_shapes().values())
 
 
-@functools.cache
-def layer_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Of one layer's tensors, by their names inside it."""
-    prefix, one = "model.layers.0.", dataclasses.replace(architecture, num_hidden_layers=1).tensor_shapes()
-    return {name.removeprefix(prefix): shape for name, shape in one.items() if name.startswith(prefix)}
-
-
 def layer_parameters(architecture: Architecture, config: Config) -> Parameters:
-    """Of one layer on one rank, cut as `model.mapping` cuts it."""
+    """Count one layer's elements on one rank."""
     parallel, dense, experts = config.parallel, 0, 0
-    for name, shape in layer_shapes(architecture).items():
-        if name.startswith("mlp.experts."):
-            experts += math.prod(shape) // parallel.expert_tensor_size
+    for mapping in architecture.layer_mappings.values():
+        if mapping.is_expert:
+            experts += mapping.numel * architecture.num_experts // parallel.expert_tensor_size
         else:
-            dense += math.prod(shape) // (
-                1 if _MAPPINGS[name].dim is None else parallel.tensor_model_parallel_size
-            )
+            dense += mapping.numel // (1 if mapping.dim is None else parallel.tensor_model_parallel_size)
     return Parameters(dense, experts // parallel.expert_model_parallel_size)
 
 
 def stage_parameters(architecture: Architecture, config: Config, stage: int) -> Parameters:
-    """Of one rank of pipeline stage `stage`: its layers, the embedding on the first, final norm and output
-    matrix on the last.
+    """Count the elements on one rank of pipeline stage `stage`.
 
-    A tied matrix is held by the first and by the last stage, padded rows included. Raises ConfigError where
-    `megatron:` places layers unevenly.
+    Besides its layers, the first stage has the embedding, the last one final norm and output matrix; a tied
+    matrix is held by both, padded rows included. Raises ConfigError where `megatron:` places layers unevenly.
     """
     parallel = config.parallel
+    stages, tensor = parallel.pipeline_model_parallel_size, parallel.tensor_model_parallel_size
     if key := next((key for key in config.megatron if "pipeline" in key), None):
         raise ConfigError(f"megatron.{key}: the planner knows evenly divided layers only")
-    layers = architecture.num_hidden_layers // parallel.pipeline_model_parallel_size
-    layer, is_last = (
-        layer_parameters(architecture, config),
-        stage == parallel.pipeline_model_parallel_size - 1,
-    )
-    matrix = (
-        padded_vocab_size(architecture, config)
-        // parallel.tensor_model_parallel_size
-        * architecture.hidden_size
-    )
-    names = [VOCABULARY_TENSORS[0]] * (stage == 0)
-    if is_last and not (architecture.tie_word_embeddings and stage == 0):
-        names.append(VOCABULARY_TENSORS[1])
-    ends = matrix * len(names) + architecture.hidden_size * is_last
+    layers = architecture.num_hidden_layers // stages
+    layer, is_last = layer_parameters(architecture, config), stage == stages - 1
+    matrix = padded_rows(architecture, config) // tensor * architecture.hidden_size
+    matrices = int(stage == 0) + int(is_last and not (architecture.tie_word_embeddings and stage == 0))
+    ends = matrix * matrices + architecture.hidden_size * is_last
     return Parameters(layers * layer.dense + ends, layers * layer.experts)
+
+
+def padded_rows(architecture: Architecture, config: Config) -> int:
+    """Return the rows of the embedding and the output matrix on all tensor-parallel ranks."""
+    divisible_by = config.model.make_vocab_size_divisible_by
+    tensor = config.parallel.tensor_model_parallel_size
+    return padded_vocab_size(architecture.vocab_size, divisible_by, tensor)
 
 
 def replicas(config: Config, gpus: int) -> tuple[int, int]:
@@ -297,7 +278,7 @@ def loss_bytes(
     """
     size = planned_dtype(config, machine).itemsize
     limit = config.train.logits_memory_mib and config.train.logits_memory_mib * 2**20
-    width = padded_vocab_size(architecture, config) // config.parallel.tensor_model_parallel_size
+    width = padded_rows(architecture, config) // config.parallel.tensor_model_parallel_size
     sized = 8 + (size if machine.is_gpu else 0)  # what a tile's size is chosen by
     used = (8 if config.algorithm.uses_teacher else 4) + (size if machine.is_gpu else 0)
     tile_tokens = min(

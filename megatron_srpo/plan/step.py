@@ -9,11 +9,10 @@ from typing import NamedTuple
 
 from megatron_srpo.config.schema import Config
 from megatron_srpo.distributed.layout import data_parallel_size
-from megatron_srpo.model.hf_folder import Architecture
+from megatron_srpo.model.architecture import Architecture
 from megatron_srpo.plan.machine import Machine, Workload, planned_dtype
 from megatron_srpo.plan.memory import (
     Parameters,
-    layer_shapes,
     replicas,
     stage_parameters,
     state_bytes,
@@ -32,13 +31,12 @@ EMBEDDED_SECONDS = 1e-3  # of Python, for each layer and token of transformers' 
 
 
 def active_parameters(architecture: Architecture) -> int:
-    """Elements of the matrices a token is multiplied with in the layers: of experts, those it is sent to; no
-    embedding, no head.
-    """
-    layer = {name: math.prod(shape) for name, shape in layer_shapes(architecture).items() if len(shape) == 2}
-    experts = sum(count for name, count in layer.items() if name.startswith("mlp.experts."))
-    active = experts * architecture.num_experts_per_tok // architecture.num_experts if experts else 0
-    return architecture.num_hidden_layers * (sum(layer.values()) - experts + active)
+    """Count the elements of the layers' matrices that a token is multiplied with: of experts, the chosen."""
+    active = 0
+    for mapping in architecture.layer_mappings.values():
+        if len(mapping.shape) == 2:
+            active += mapping.numel * (architecture.num_experts_per_tok if mapping.is_expert else 1)
+    return architecture.num_hidden_layers * active
 
 
 def forward_flops(architecture: Architecture, tokens: float, document: float) -> float:
@@ -163,7 +161,9 @@ def traffic(
         found["host"] = Transfer(moved, 2, 1, machine.host_bandwidth)
     found["samples"] = Transfer(exchanged_bytes(config, workload), 2, gpus, machine.network_bandwidth)
     if tensor * stages * experts > 1:
-        tensors = a.num_hidden_layers * len(layer_shapes(a))
+        in_layer = a.layer_mappings.values()
+        tensors = sum(len(m.tensors) * (a.num_experts if m.is_expert else 1) for m in in_layer)
+        tensors *= a.num_hidden_layers
         found["export"] = Transfer(
             total_parameters(a) * size, tensors, tensor * stages, machine.network_bandwidth
         )

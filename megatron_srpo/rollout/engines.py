@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from megatron_srpo.config.schema import Config
+from megatron_srpo.distributed.device import model_dtype
 from megatron_srpo.distributed.layout import Layout
-from megatron_srpo.model.build import model_dtype
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.engine import Engine
 from megatron_srpo.rollout.transformers_engine import TransformersEngine
@@ -26,4 +26,4 @@ def create_engine(config: Config, folder: HFFolder, layout: Layout, say: Callabl
         from megatron_srpo.rollout.sglang.engine import SGLangEngine
 
         return SGLangEngine(config, folder, layout, say)
-    return TransformersEngine(folder, layout.device, model_dtype(config), config.rollout.batch_size)
+    return TransformersEngine(folder, layout.device, model_dtype(config.model), config.rollout.batch_size)

@@ -6,7 +6,7 @@ every step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ class TransformersEngine:
             .to(device)
             .eval()
         )
+        self.architecture = folder.architecture
         self.device, self.batch_size, self.version = device, batch_size, None
 
     @torch.no_grad()
@@ -37,7 +38,11 @@ class TransformersEngine:
 
         Raises ValueError when a tensor is unknown, misshapen or missing.
         """
-        own = dict(_tensors_as_on_disk(self.model))
+        own = {
+            stored: tensor
+            for name, parameter in self.model.named_parameters()
+            for stored, tensor in self.architecture.stored_tensors(name, parameter)
+        }
         for name, tensor in tensors:
             parameter = own.pop(name, None)
             if parameter is None or parameter.shape != tensor.shape:
@@ -154,24 +159,6 @@ def _broken_off(request: Request) -> Completion:
         if request.start is None
         else request.start._replace(finish_reason="abort")
     )
-
-
-def _tensors_as_on_disk(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The model's parameters by their names in safetensors files; tied matrices once, a layer's fused
-    experts one by one.
-    """
-    for name, parameter in model.named_parameters():
-        prefix, _, fused = name.rpartition(".experts.")
-        if fused == "gate_up_proj":  # [experts, 2 · width, hidden]
-            for expert, both in enumerate(parameter):
-                gate, up = both.chunk(2)
-                yield f"{prefix}.experts.{expert}.gate_proj.weight", gate
-                yield f"{prefix}.experts.{expert}.up_proj.weight", up
-        elif fused == "down_proj":  # [experts, hidden, width]
-            for expert, down in enumerate(parameter):
-                yield f"{prefix}.experts.{expert}.down_proj.weight", down
-        else:
-            yield name, parameter
 
 
 def _uniforms(seed: str, count: int) -> np.ndarray:

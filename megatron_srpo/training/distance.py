@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_srpo.model.hf_folder import Architecture
+from megatron_srpo.model.architecture import Architecture
 from megatron_srpo.training.optimizer import Optimizer
 from megatron_srpo.training.teacher import Teacher
 from megatron_srpo.weights.transfer import ParameterShard, parameters_of
@@ -26,9 +26,9 @@ def teacher_distance(
     One all-reduce of two numbers; all ranks together.
     """
     found: list[Tensor] = []
-    for position, (mapping, prefix, parameter) in enumerate(parameters_of(chunks)):
+    for position, (location, parameter) in enumerate(parameters_of(chunks, architecture)):
         shard = optimizer.shard_of(parameter)
-        if ParameterShard.of(mapping, prefix, architecture).is_primary and shard.end > shard.start:
+        if ParameterShard.of(location).is_primary and shard.end > shard.start:
             gap = shard.values - teacher.share(position, shard)
             found.append(
                 torch.stack(

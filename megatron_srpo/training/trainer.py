@@ -21,7 +21,7 @@ from megatron_srpo.data.records import Sample
 from megatron_srpo.data.update_report import UpdateReport
 from megatron_srpo.distributed.context_parallel import Context
 from megatron_srpo.distributed.layout import Layout
-from megatron_srpo.model.build import PolicyModel, build_chunks, model_dtype
+from megatron_srpo.model.build import PolicyModel, build_chunks
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.training.distance import teacher_distance
 from megatron_srpo.training.offload import HostMemory
@@ -56,7 +56,9 @@ class Trainer:
         """`is_resumed`: the weights come from a checkpoint afterwards, not from `folder`."""
         self.config, self.folder, self.layout = config, folder, layout
         self.algorithm = config.algorithm
-        chunks = build_chunks(folder.architecture, config, layout.device)
+        chunks = build_chunks(
+            folder.architecture, config.model, config.parallel, config.megatron, layout.device
+        )
         if not is_resumed:
             load(chunks, folder)
         self.chunks = wrap_data_parallel(chunks, config)
@@ -100,7 +102,7 @@ class Trainer:
     @property
     def loss_path(self) -> str:
         """How the vocabulary pass of the loss is computed, in words."""
-        kernel = kernel_name(self.layout.device, model_dtype(self.config))
+        kernel = kernel_name(self.layout.device, model_dtype(self.config.model))
         if not self.algorithm.uses_teacher:
             return f"log-probabilities: {kernel}"
         support, top_k = self.divergence.support, self.divergence.top_k
@@ -115,7 +117,13 @@ class Trainer:
         return [parameter for chunk in self.chunks for parameter in chunk.module.parameters()]
 
     def _copy_of_policy(self) -> list[PolicyModel]:
-        copies = build_chunks(self.folder.architecture, self.config, self.layout.device)
+        copies = build_chunks(
+            self.folder.architecture,
+            self.config.model,
+            self.config.parallel,
+            self.config.megatron,
+            self.layout.device,
+        )
         with torch.no_grad():
             for copy, chunk in zip(copies, self.chunks, strict=True):
                 for own, source in zip(copy.parameters(), chunk.module.parameters(), strict=True):

@@ -18,7 +18,6 @@ from megatron_srpo.distributed.byte_progress import ByteProgress
 from megatron_srpo.distributed.files import FileError, aside
 from megatron_srpo.distributed.processes import Processes
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.model.mapping import VOCABULARY_TENSORS
 from megatron_srpo.weights import safetensors_file, torch_dist
 from megatron_srpo.weights.hf_output import SHARD_BYTES, plan_shards, size_of, write_companions, write_config
 from megatron_srpo.weights.sources import (
@@ -26,7 +25,6 @@ from megatron_srpo.weights.sources import (
     Tensors,
     checkpoint_slices,
     empty_objects,
-    slice_shape,
 )
 
 
@@ -67,11 +65,10 @@ def to_megatron(
             for number in mine:
                 part = parts[number]
                 pieces = [_read(source, name, dtypes[name], progress) for name in part.names]
-                merged = part.mapping.merge(pieces, architecture)
-                shape = slice_shape(part, shapes)
-                if part.names[0] in VOCABULARY_TENSORS:
+                merged = part.mapping.fusion.merge(pieces)
+                if part.mapping.padded:
                     merged = _padded(merged, vocabulary_multiple)
-                    shape = tuple(merged.shape)
+                shape = tuple(merged.shape)
                 yield partial(
                     writer.write, part.key, merged, (*part.stacks, *shape), (*part.index, *(0 for _ in shape))
                 )

@@ -20,15 +20,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_srpo.distributed.files import FileError
-from megatron_srpo.model.hf_folder import Architecture, HFFolder
-from megatron_srpo.model.mapping import (
-    EXPERT_MAPPINGS,
-    LAYER_MAPPINGS,
-    MODEL_MAPPINGS,
-    VOCABULARY_TENSORS,
-    TensorMapping,
-    fused_name,
-)
+from megatron_srpo.model.architecture import FUSED_NORMS, Architecture
+from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.model.mapping import TensorMapping
 from megatron_srpo.weights.safetensors_file import DTYPES
 from megatron_srpo.weights.torch_dist import Folder
 
@@ -36,62 +30,56 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Tensors(Protocol):
-    """A model's tensors in HF names.
+    """A model's tensors in HF names and shapes, on the CPU, in the dtype they are stored in.
 
-    Reading one may raise FileError or ConfigError, which name file and tensor.
+    Reading one may raise FileError, which names file and tensor.
     """
 
-    def names(self) -> list[str]:
-        """All names."""
+    def names(self) -> list[str]: ...
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """As HF folders hold it."""
+    def shape(self, name: str) -> tuple[int, ...]: ...
 
-    def dtype(self, name: str) -> torch.dtype:
-        """As stored."""
+    def dtype(self, name: str) -> torch.dtype: ...
 
-    def tensor(self, name: str) -> Tensor:
-        """A CPU tensor."""
+    def tensor(self, name: str) -> Tensor: ...
 
 
 class HFTensors:
     """The tensors of a Hugging Face folder.
 
-    Raises ConfigError or FileError when one is missing, unexpected, or not of its shape.
+    Raises FileError when one is missing, unexpected, or not of the shape and dtype expected.
     """
 
     def __init__(self, folder: HFFolder):
-        self.folder, self._shapes = folder, folder.architecture.tensor_shapes()
+        self.folder = folder
+        self._shapes = folder.architecture.tensor_shapes()
         self._opened: tuple[Path, Any] | None = None
         self._dtypes: dict[str, torch.dtype] = {}
         for name, file in sorted(folder.file_of.items(), key=lambda item: item[1]):
             kind = self._open(file).get_slice(name).get_dtype()
             if DTYPES.get(kind) not in _FLOATS:
                 raise FileError(
-                    f"{file}: {name} has dtype {kind}; expected one of F32, BF16 and F16 (quantised models cannot be read)"
+                    f"{file}: {name} has dtype {kind}; expected one of F32, BF16 and F16 (quantised models"
+                    " cannot be read)"
                 )
             self._dtypes[name] = DTYPES[kind]
 
     def _open(self, file: Path) -> Any:
-        """The file, and no other: what is mapped and was read counts as this process's memory."""
+        """Keep one file open: what was read of a mapped file counts as this process's memory."""
         if self._opened is None or self._opened[0] != file:
             self._opened = file, safe_open(file, framework="pt")
         return self._opened[1]
 
     def names(self) -> list[str]:
-        """All names."""
         return list(self.folder.file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """As in the file."""
         return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        """As in the file."""
         return self._dtypes[name]
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor, mapped from the file."""
         file = self.folder.file_of[name]
         try:
             return self._open(file).get_tensor(name)
@@ -101,76 +89,56 @@ class HFTensors:
 
 @dataclass(frozen=True)
 class CheckpointSlice:
-    """One table mapping in one layer (and expert): part `index` of the tensor `key` of a Megatron checkpoint, HF
-    tensors `names`.
+    """Where a parameter lies in a Megatron checkpoint.
 
-    stacks: the sizes of the leading dimensions that `index` counts in: (), (layers,) or (layers, experts).
+    Args:
+        mapping: Says how the HF tensors are put together.
+        names: Names of these HF tensors.
+        key: Name of the checkpoint's tensor.
+        index: Its leading indices: (), (layer,) or (layer, expert).
+        stacks: Sizes of these leading dimensions.
     """
 
     mapping: TensorMapping
+    names: tuple[str, ...]
     key: str
     index: tuple[int, ...]
     stacks: tuple[int, ...]
-    names: tuple[str, ...]
 
 
 def checkpoint_slices(architecture: Architecture) -> Iterator[CheckpointSlice]:
-    """Where each tensor of the architecture lies in a Megatron checkpoint, from the model's first layer to
-    its last.
-    """
-    held, layers, experts = (
-        architecture.tensor_shapes(),
-        architecture.num_hidden_layers,
-        architecture.num_experts,
-    )
-
-    def in_model(
-        mappings: tuple[TensorMapping, ...],
-        stem: str,
-        prefix: str,
-        index: tuple[int, ...],
-        stacks: tuple[int, ...],
-    ) -> Iterator[CheckpointSlice]:
-        for mapping in mappings:
-            names = tuple(prefix + name for name in mapping.hf)
-            if names[0] in held:
-                yield CheckpointSlice(
-                    mapping, stem + fused_name(mapping, dense=not experts), index, stacks, names
-                )
-
-    yield from in_model(MODEL_MAPPINGS[:1], "", "", (), ())
-    for layer in range(layers):
-        prefix = f"model.layers.{layer}."
-        yield from in_model(LAYER_MAPPINGS, "decoder.layers.", prefix, (layer,), (layers,))
-        for expert in range(experts):
-            stem, inner = "decoder.layers.mlp.experts.experts.", f"{prefix}mlp.experts.{expert}."
-            yield from in_model(EXPERT_MAPPINGS, stem, inner, (layer, expert), (layers, experts))
-    yield from in_model(MODEL_MAPPINGS[1:], "", "", (), ())
+    """Yield where each parameter of the architecture lies in a Megatron checkpoint."""
+    layers, experts = architecture.num_hidden_layers, architecture.num_experts
+    for location in architecture.locations():
+        mapping, names = location.mapping, location.names
+        if not mapping.in_layer:
+            yield CheckpointSlice(mapping, names, mapping.megatron, (), ())
+        elif mapping.is_expert:
+            key = "decoder.layers." + mapping.megatron.replace("mlp.experts.", "mlp.experts.experts.")
+            yield CheckpointSlice(mapping, names, key, (location.layer, location.expert), (layers, experts))
+        else:
+            key = "decoder.layers." + _fused_name(mapping.megatron, dense=not experts)
+            yield CheckpointSlice(mapping, names, key, (location.layer,), (layers,))
 
 
-def slice_shape(place: CheckpointSlice, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape of the part, its vocabulary not padded: every merge lines its pieces, of HF `shapes`, up
-    along their first dimension.
-    """
-    pieces = [shapes[name] for name in place.names]
-    return sum(shape[0] for shape in pieces), *pieces[0][1:]
+def _fused_name(name: str, dense: bool) -> str:
+    """Return Transformer Engine's name of a layer's parameter; only dense layers fuse the norm before the MLP."""
+    for fused, norm in FUSED_NORMS.items():
+        if norm == name and (dense or not fused.startswith("mlp.")):
+            return fused
+    return name
 
 
 def empty_objects(architecture: Architecture) -> list[str]:
-    """Keys of the `_extra_state` objects that megatron-core's layers ask for, local and Transformer
-    Engine's; bf16 models store none.
+    """Return the keys of the `_extra_state` objects that megatron-core's layers ask for.
+
+    Local layers and Transformer Engine's ask for them; bf16 models store none.
     """
     layers, experts = architecture.num_hidden_layers, architecture.num_experts
-    modules = [
-        f"self_attention.{name}"
-        for name in ("core_attention", "linear_qkv", "linear_proj", "q_layernorm", "k_layernorm")
-    ]
+    attention = ("core_attention", "linear_qkv", "linear_proj", "q_layernorm", "k_layernorm")
+    modules = [f"self_attention.{name}" for name in attention]
     modules += ["pre_mlp_layernorm"] if experts else ["mlp.linear_fc1", "mlp.linear_fc2"]
-    keys = [
-        f"decoder.layers.{module}._extra_state/shard_{n}_{layers}"
-        for module in modules
-        for n in range(layers)
-    ]
+    keys = [f"decoder.layers.{m}._extra_state/shard_{n}_{layers}" for m in modules for n in range(layers)]
     for name in ("linear_fc1", "linear_fc2"):
         stem = f"decoder.layers.mlp.experts.experts.{name}._extra_state"
         keys += [f"{stem}/shard_{n}.{e}_{layers}.{experts}" for n in range(layers) for e in range(experts)]
@@ -178,83 +146,69 @@ def empty_objects(architecture: Architecture) -> list[str]:
 
 
 class MegatronTensors:
-    """The tensors of a torch_dist checkpoint of `architecture`, trained or converted. Optimizer states and
-    the like are ignored.
+    """The tensors of a torch_dist checkpoint of `architecture`, trained or converted.
 
-    Raises FileError when one is missing, unexpected, or not of the shape that the architecture implies.
+    Optimizer states and the like are ignored. Raises FileError when a tensor is missing, unexpected, or not of
+    the shape that the architecture implies.
     """
 
     def __init__(self, path: Path, architecture: Architecture):
         self.folder, self.architecture = Folder(path), architecture
         self._shapes = architecture.tensor_shapes()
         stored = map(self._as_stored, checkpoint_slices(architecture))
-        self._places = {name: place for place in stored for name in place.names}
+        self._slices = {name: each for each in stored for name in each.names}
         self._last: tuple[CheckpointSlice, dict[str, Tensor]] | None = None
         self._check()
 
-    def _as_stored(self, place: CheckpointSlice) -> CheckpointSlice:
-        """Megatron can keep each layer under keys of its own (`non_homogeneous_layers`), as where experts
-        are not in all of them.
-        """
-        single = (
-            place.key.replace("decoder.layers.", f"decoder.layers.{place.index[0]}.", 1)
-            if place.index
-            else place.key
-        )
-        if place.key in self.folder.chunks or single not in self.folder.chunks:
-            return place
-        return replace(place, key=single, index=place.index[1:], stacks=place.stacks[1:])
+    def _as_stored(self, each: CheckpointSlice) -> CheckpointSlice:
+        """Megatron can keep every layer under a key of its own (`non_homogeneous_layers`)."""
+        if not each.index or each.key in self.folder.chunks:
+            return each
+        key = each.key.replace("decoder.layers.", f"decoder.layers.{each.index[0]}.", 1)
+        if key not in self.folder.chunks:
+            return each
+        return replace(each, key=key, index=each.index[1:], stacks=each.stacks[1:])
 
     def _check(self) -> None:
-        held, expected = self.folder.chunks, dict.fromkeys(place.key for place in self._places.values())
-        for place in self._places.values():
-            if place.key not in held:
-                raise FileError(f"{self.folder.path}: tensor {place.key} is missing")
-            wanted, given = (*place.stacks, *slice_shape(place, self._shapes)), self.folder.shape(place.key)
-            padded = (
-                place.names[0] in VOCABULARY_TENSORS and given[1:] == wanted[1:] and given[0] >= wanted[0]
-            )
-            if given != wanted and not padded:
-                raise FileError(
-                    f"{self.folder.path}: {place.key} has shape {list(given)}, config.json implies {list(wanted)}"
-                )
-            if self.folder.dtype(place.key) not in _FLOATS:
-                raise FileError(
-                    f"{self.folder.path}: {place.key} has dtype {self.folder.dtype(place.key)}; expected a floating-point one"
-                )
+        path, held = self.folder.path, self.folder.chunks
+        expected = {each.key: each for each in self._slices.values()}
+        for key, each in expected.items():
+            if key not in held:
+                raise FileError(f"{path}: tensor {key} is missing")
+            wanted, given = (*each.stacks, *each.mapping.shape), self.folder.shape(key)
+            is_padded = each.mapping.padded and given[1:] == wanted[1:] and given[0] >= wanted[0]
+            if given != wanted and not is_padded:
+                raise FileError(f"{path}: {key} has shape {list(given)}, config.json implies {list(wanted)}")
+            if (dtype := self.folder.dtype(key)) not in _FLOATS:
+                raise FileError(f"{path}: {key} has dtype {dtype}; expected a floating-point one")
         parts = ("embedding.", "decoder.", "output_layer.")
         if unexpected := sorted(key for key in held if key.startswith(parts) and key not in expected):
             raise FileError(
-                f"{self.folder.path}: unexpected tensor {unexpected[0]} ({len(unexpected)} in all): config.json has no place for it"
+                f"{path}: unexpected tensor {unexpected[0]} ({len(unexpected)} in all): config.json has no"
+                " place for it"
             )
 
     def names(self) -> list[str]:
-        """All names."""
         return list(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Without the vocabulary's padding."""
         return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        """As stored."""
-        return self.folder.dtype(self._places[name].key)
+        return self.folder.dtype(self._slices[name].key)
 
     def tensor(self, name: str) -> Tensor:
-        """Cut from its mapping; the mapping's other tensors are kept until another mapping is asked for."""
-        place = self._places[name]
-        if self._last is None or self._last[0] != place:
+        """Read a tensor; those of the same parameter are kept until another one is asked for."""
+        each = self._slices[name]
+        if self._last is None or self._last[0] is not each:
             self._last = None  # free before reading
-            pieces = place.mapping.split(self.folder.read(place.key, place.index), self.architecture)
-            self._last = place, dict(zip(place.names, pieces, strict=True))
-        tensor = self._last[1][name]
-        return tensor[: self.architecture.vocab_size] if name in VOCABULARY_TENSORS else tensor
+            tensors = each.mapping.join([self.folder.read(each.key, each.index)])
+            self._last = each, dict(zip(each.names, tensors, strict=True))
+        return self._last[1][name]
 
 
 def checkpoint_folder(path: Path) -> Path:
-    """The folder that holds the checkpoint: `path`, or what Megatron-LM's latest_checkpointed_iteration.txt
-    in it names.
-    """
+    """Return `path`, or the folder in it that Megatron-LM's latest_checkpointed_iteration.txt names."""
     tracker = path / "latest_checkpointed_iteration.txt"
     if (path / "metadata.json").exists() or not tracker.exists():
         return path
@@ -267,10 +221,9 @@ def checkpoint_folder(path: Path) -> Path:
 
 
 def open_tensors(path: Path, reference: HFFolder | None = None) -> Tensors:
-    """The tensors of the HF or Megatron folder at `path`.
+    """Open the HF or Megatron folder at `path`. Raises FileError for a folder that is neither.
 
-    reference: says the architecture of a Megatron folder that has no config.json of its own (converted ones
-    have). Raises FileError or ConfigError for a folder that is neither.
+    reference: gives the architecture of a Megatron folder without a config.json (converted ones have one).
     """
     folder = checkpoint_folder(path)
     if not (folder / "metadata.json").exists():
@@ -279,12 +232,13 @@ def open_tensors(path: Path, reference: HFFolder | None = None) -> Tensors:
         reference = architecture_folder(path)
     if reference is None:
         raise FileError(
-            f"{folder}: has no config.json to tell its architecture; name a Hugging Face folder with --hf-reference"
+            f"{folder}: has no config.json to tell its architecture; name a Hugging Face folder with"
+            " --hf-reference"
         )
     return MegatronTensors(folder, reference.architecture)
 
 
 def architecture_folder(path: Path) -> HFFolder | None:
-    """The folder at `path`, HF or converted, as one with a config.json; None if it has none."""
+    """Return the HF or converted folder at `path` if it has a config.json."""
     folder = checkpoint_folder(path)
     return HFFolder(folder) if (folder / "config.json").exists() else None

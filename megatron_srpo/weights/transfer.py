@@ -1,6 +1,4 @@
-"""Weights into this rank's chunks from a Hugging Face folder, and out of all ranks as a stream of HF-named
-tensors.
-"""
+"""Weights from a Hugging Face folder into this rank's chunks, and from all ranks as a stream of HF tensors."""
 
 from __future__ import annotations
 
@@ -21,78 +19,67 @@ from megatron_srpo.distributed.files import aside
 from megatron_srpo.distributed.heartbeat import beat
 from megatron_srpo.distributed.megatron import get_transformer_layer_offset, parallel_state
 from megatron_srpo.distributed.processes import Processes
-from megatron_srpo.model.hf_folder import Architecture, HFFolder
-from megatron_srpo.model.mapping import TensorMapping, find_mapping
+from megatron_srpo.model.architecture import Architecture
+from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.model.mapping import ParamLocation, TensorMapping
 from megatron_srpo.weights.hf_output import SHARD_BYTES, plan_shards, write_companions
 from megatron_srpo.weights.safetensors_file import Writer
 
 
-def parameters_of(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[TensorMapping, str, Parameter]]:
-    """(mapping, prefix of HF names, parameter) of everything in this rank's chunks (wrapped or not)."""
+def parameters_of(
+    chunks: Sequence[torch.nn.Module], architecture: Architecture
+) -> Iterator[tuple[ParamLocation, Parameter]]:
+    """Yield every parameter in this rank's chunks (wrapped or not), and which one of the model it is."""
     for chunk in chunks:
         while hasattr(chunk, "module"):
             chunk = chunk.module
         config = chunk.config
         layer_offset = get_transformer_layer_offset(config, chunk.vp_stage)
-        experts = (
-            config.num_moe_experts or 0
-        ) // config.expert_model_parallel_size  # of each layer, on this rank
-        expert_offset = experts * parallel_state.get_expert_model_parallel_rank()
+        experts_per_rank = (config.num_moe_experts or 0) // config.expert_model_parallel_size
+        expert_offset = experts_per_rank * parallel_state.get_expert_model_parallel_rank()
         for name, parameter in chunk.named_parameters():
-            mapping, prefix = find_mapping(name, layer_offset, expert_offset)
-            yield mapping, prefix, parameter
+            yield architecture.locate(name, layer_offset, expert_offset), parameter
 
 
 class ParameterShard(NamedTuple):
-    """A rank's part of a parameter among the parts of its tensor-parallel ranks, and the stored tensor it is
-    a part of.
+    """A rank's shard of a parameter.
 
-    is_primary: false where a rank with a lower number holds the same, and for the last stage's copy of a
-    tied matrix.
+    Args:
+        name: The first of the HF tensors that the parameter is made of.
+        index: Which of the shards of all tensor-parallel ranks it is.
+        count: How many shards there are.
+        is_primary: False where a lower rank holds the same, and for the last stage's copy of a tied matrix.
     """
 
     name: str
-    number: int
-    parts: int
+    index: int
+    count: int
     is_primary: bool
 
     @classmethod
-    def of(cls, mapping: TensorMapping, prefix: str, architecture: Architecture) -> ParameterShard:
-        """This rank's, of the parameter that `mapping` and `prefix` stand for; `name` is its first HF tensor's."""
-        group = _tensor_group(mapping)
-        name = stored_name(prefix + mapping.hf[0], architecture)
-        is_tied_copy = name != prefix + mapping.hf[0]
-        if mapping.dim is None:
+    def of(cls, location: ParamLocation) -> ParameterShard:
+        """Find this rank's shard of the parameter at `location`."""
+        group, name = _tensor_group(location.mapping), location.names[0]
+        if location.mapping.dim is None:
             return cls(name, 0, 1, group.rank() == 0)
-        return cls(name, group.rank(), group.size(), not is_tied_copy)
-
-
-def stored_name(key: str, architecture: Architecture) -> str:
-    """The HF tensor that holds `key`: a tied matrix is stored once."""
-    return (
-        "model.embed_tokens.weight" if key == "lm_head.weight" and architecture.tie_word_embeddings else key
-    )
+        return cls(name, group.rank(), group.size(), location.mapping.tied_to is None)
 
 
 def load(chunks: Sequence[torch.nn.Module], folder: HFFolder) -> None:
     """Fill the chunks from `folder`; only this rank's slices of the files are read."""
-    architecture = folder.architecture
     with ExitStack() as stack, torch.no_grad():
-        opened = {
-            file: stack.enter_context(safe_open(file, framework="pt"))
-            for file in set(folder.file_of.values())
-        }
-        for mapping, prefix, parameter in parameters_of(chunks):
+        files = set(folder.file_of.values())
+        opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in files}
+        for location, parameter in parameters_of(chunks, folder.architecture):
             beat()
-            part = ParameterShard.of(mapping, prefix, architecture)
-            keys = [stored_name(prefix + name, architecture) for name in mapping.hf]
-            slices = [opened[folder.file_of[key]].get_slice(key) for key in keys]
-            parameter.copy_(mapping.cut(slices, part.number, part.parts, parameter.shape, architecture))
+            slices = [opened[folder.file_of[name]].get_slice(name) for name in location.names]
+            shard = ParameterShard.of(location)
+            parameter.copy_(location.mapping.cut(slices, shard.index, shard.count, parameter.shape))
 
 
 @dataclass(frozen=True)
 class Repeatable:
-    """A stream of tensors that can be iterated again: each time it is made anew, by all ranks together."""
+    """A stream of tensors that can be iterated again; all ranks do so together."""
 
     make: Callable[[], Iterator[tuple[str, Tensor]]]
 
@@ -101,7 +88,7 @@ class Repeatable:
 
 
 def export(chunks: Sequence[torch.nn.Module], architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
-    """The whole model as (HF name, full tensor), the same stream on every rank, one tensor at a time.
+    """Yield the whole model as (HF name, full tensor), the same stream on every rank, one tensor at a time.
 
     Every rank must consume it to the end: each tensor is an all-gather over tensor-parallel ranks and
     broadcasts from the expert-parallel rank and the pipeline stage that own it. Names come in a fixed order
@@ -110,84 +97,61 @@ def export(chunks: Sequence[torch.nn.Module], architecture: Architecture) -> Ite
     expert_group = parallel_state.get_expert_model_parallel_group()
     pipeline_group = parallel_state.get_pipeline_model_parallel_group()
     own = {
-        prefix + mapping.hf[0]: (mapping, parameter) for mapping, prefix, parameter in parameters_of(chunks)
+        location.names[0]: parameter
+        for location, parameter in parameters_of(chunks, architecture)
+        if location.mapping.tied_to is None
     }
-    if architecture.tie_word_embeddings:
-        own.pop("lm_head.weight", None)
-    # Of each mapping: a rank of this stage that holds it, or -1; and the rank of the stage that does, among those
-    # this one talks to.
-    me, firsts = dist.get_rank(), [first for first, _ in _tensors_by_mapping(architecture)]
-    expert_owner = _highest({first: me if first in own else -1 for first in firsts}, expert_group)
-    stage_owner = _highest(
-        {first: me if expert_owner[first] >= 0 else -1 for first in firsts}, pipeline_group
-    )
-    shapes = architecture.tensor_shapes()
-    device, dtype = next(chunks[0].parameters()).device, next(chunks[0].parameters()).dtype
-    for first, names in _tensors_by_mapping(architecture):
-        if first in own:
-            mapping, parameter = own[first]
-            full = _full_tensors(mapping, parameter.detach(), architecture)
+    # Of each parameter: a rank of this stage that holds it, or -1; and the rank of the stage that does, among
+    # those that this one communicates with.
+    me, locations = dist.get_rank(), list(architecture.locations())
+    expert_owners = _maximum([me if each.names[0] in own else -1 for each in locations], expert_group)
+    stage_owners = _maximum([me if owner >= 0 else -1 for owner in expert_owners], pipeline_group)
+    dtype, device = next((p.dtype, p.device) for chunk in chunks for p in chunk.parameters())
+    for location, expert_owner, stage_owner in zip(locations, expert_owners, stage_owners, strict=True):
+        mapping, names = location.mapping, location.names
+        if names[0] in own:
+            full = _full_tensors(mapping, own[names[0]].detach())
         else:
-            full = [torch.empty(shapes[name], dtype=dtype, device=device) for name in names]
+            full = [torch.empty(shape, dtype=dtype, device=device) for shape in mapping.tensors.values()]
         for name, tensor in zip(names, full, strict=True):
             beat()
             tensor = tensor.contiguous()
-            if ".experts." in first and expert_group.size() > 1 and expert_owner[first] >= 0:
-                dist.broadcast(tensor, expert_owner[first], group=expert_group)
+            if mapping.is_expert and expert_group.size() > 1 and expert_owner >= 0:
+                dist.broadcast(tensor, expert_owner, group=expert_group)
             if pipeline_group.size() > 1:
-                dist.broadcast(tensor, stage_owner[first], group=pipeline_group)
+                dist.broadcast(tensor, stage_owner, group=pipeline_group)
             yield name, tensor
 
 
-def _tensors_by_mapping(architecture: Architecture) -> Iterator[tuple[str, list[str]]]:
-    """(first HF name, all HF names) of each table mapping, in the order of `tensor_shapes`, q with k and v, gate
-    with up.
-    """
-    names = list(architecture.tensor_shapes())
-    together = {"q_proj": ("q_proj", "k_proj", "v_proj"), "gate_proj": ("gate_proj", "up_proj")}
-    for name in names:
-        part = name.split(".")[-2]
-        if part in ("k_proj", "v_proj", "up_proj"):
-            continue
-        yield name, [name.replace(part, other) for other in together.get(part, (part,))]
-
-
-def _highest(numbers: dict[str, int], group) -> dict[str, int]:
-    """The largest of the group's numbers under each key; one small all-reduce."""
-    device = (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
-    values = torch.tensor(list(numbers.values()), device=device)
+def _maximum(numbers: list[int], group: dist.ProcessGroup) -> list[int]:
+    """Take the maximum over the group of each number; one small all-reduce."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    values = torch.tensor(numbers, device=device)
     dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
-    return dict(zip(numbers, values.tolist(), strict=True))
+    return values.tolist()
 
 
-def _tensor_group(mapping: TensorMapping):
-    """The ranks that share the mapping's parameters."""
-    if mapping.expert:
+def _tensor_group(mapping: TensorMapping) -> dist.ProcessGroup:
+    if mapping.is_expert:
         return parallel_state.get_expert_tensor_parallel_group()
     return parallel_state.get_tensor_model_parallel_group()
 
 
-def _full_tensors(mapping: TensorMapping, local: Tensor, architecture: Architecture) -> list[Tensor]:
-    parts, group = [local], _tensor_group(mapping)
+def _full_tensors(mapping: TensorMapping, local: Tensor) -> list[Tensor]:
+    shards, group = [local], _tensor_group(mapping)
     if mapping.dim is not None and group.size() > 1:
-        parts = [torch.empty_like(local) for _ in range(group.size())]
-        dist.all_gather(parts, local.contiguous(), group=group)
-    return mapping.join(parts, architecture)
+        shards = [torch.empty_like(local) for _ in range(group.size())]
+        dist.all_gather(shards, local.contiguous(), group=group)
+    return mapping.join(shards)
 
 
 def save_hf(stream: Iterable[tuple[str, Tensor]], folder: HFFolder, output: Path, write: bool) -> None:
-    """Write the stream as an HF folder that `AutoModelForCausalLM` loads: shards, index, config and
-    tokenizer.
+    """Write the stream as an HF folder that `AutoModelForCausalLM` loads, each tensor as it comes.
 
-    Every rank consumes the stream, the one with `write` writes, each tensor as it comes. Config and tokenizer
-    are the start model's; all tensors have the first one's dtype. The folder appears under its name when it
-    is whole, in place of one that has that name already.
-
-    Raises FileError when the disk is full.
+    Every rank consumes the stream, the one with `write` writes. Config and tokenizer are those of `folder`;
+    all tensors have the first one's dtype. The folder appears under its name when it is complete, and
+    replaces one that has that name. Raises FileError when the disk is full.
     """
     if not write:
         for _ in stream:

@@ -12,7 +12,6 @@ from megatron_srpo.checkpoint.folder import DamagedCheckpoint
 from megatron_srpo.checkpoint.pieces import Piece, SavedTensors
 from megatron_srpo.checkpoint.saver import write_tensors
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.model.mapping import find_mapping
 
 QKV = "decoder.layers.1.self_attention.linear_qkv.weight"
 NAMES = [
@@ -26,7 +25,7 @@ NAMES += ["decoder.layers.0.self_attention.linear_proj.weight", "decoder.layers.
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """(architecture, HF tensors) of a model whose 261 vocabulary mappings are padded differently at every
+    """(architecture, HF tensors) of a model whose 261 vocabulary rows are padded differently at every
     layout.
     """
     hf = make_model(vocab_size=261)
@@ -37,14 +36,15 @@ def model(tmp_path_factory):
 def local(name, part, parts, model):
     """(mapping, first HF name, the parameter) of one tensor-parallel part, cut by hand."""
     architecture, tensors = model
-    mapping, prefix = find_mapping(name, layer_offset=0)
-    whole = [tensors[prefix + inner] for inner in mapping.hf]
+    location = architecture.locate(name)
+    mapping, first = location.mapping, location.names[0]
+    whole = [tensors[name] for name in location.names]
     if name == NAMES[0]:
-        mappings = -(-261 // (16 * parts)) * 16
-        padded = torch.cat([whole[0], torch.zeros(mappings * parts - 261, 64)])
-        return mapping, prefix + mapping.hf[0], padded[part * mappings : (part + 1) * mappings]
+        rows = -(-261 // (16 * parts)) * 16
+        padded = torch.cat([whole[0], torch.zeros(rows * parts - 261, 64)])
+        return mapping, first, padded[part * rows : (part + 1) * rows]
     pieces = whole if mapping.dim is None else [tensor.chunk(parts, mapping.dim)[part] for tensor in whole]
-    return mapping, prefix + mapping.hf[0], mapping.merge(pieces, architecture)
+    return mapping, first, mapping.fusion.merge(pieces)
 
 
 def write(folder, model, parts, cuts, name):
@@ -75,7 +75,7 @@ def write(folder, model, parts, cuts, name):
 def test_any_layout_reads_any_other(tmp_path, model, name, before, after):
     """Whole parameters and odd ranges of them, bit for bit."""
     files = write(tmp_path, model, before, (0.13, 0.5), name)
-    with SavedTensors(files, model[0]) as saved:
+    with SavedTensors(files) as saved:
         assert saved.kinds() == {"policy"}
         for part in range(after):
             mapping, first, parameter = local(name, part, after, model)
@@ -93,19 +93,18 @@ def test_any_layout_reads_any_other(tmp_path, model, name, before, after):
 def test_the_hugging_face_tensors_come_back(tmp_path, model, parts):
     for name in NAMES:
         (tmp_path / name).mkdir()
-        with SavedTensors(write(tmp_path / name, model, parts, (0.4,), name), model[0]) as saved:
-            mapping, prefix = find_mapping(name, layer_offset=0)
-            for inner, tensor in zip(
-                mapping.hf, saved.whole("policy", prefix + mapping.hf[0], mapping), strict=True
-            ):
-                assert torch.equal(tensor, model[1][prefix + inner])
+        with SavedTensors(write(tmp_path / name, model, parts, (0.4,), name)) as saved:
+            location = model[0].locate(name)
+            found = saved.whole("policy", location.names[0], location.mapping)
+            for stored, tensor in zip(location.names, found, strict=True):
+                assert torch.equal(tensor, model[1][stored])
 
 
 def test_a_missing_range_and_a_missing_parameter_are_named(tmp_path, model):
     files = write(tmp_path, model, 2, (0.5,), QKV)
     mapping, first, parameter = local(QKV, 0, 2, model)
     own = Piece("policy", first, 0, 2, tuple(parameter.shape), 0)
-    with SavedTensors(files[1:], model[0]) as saved:
+    with SavedTensors(files[1:]) as saved:
         half = parameter.numel() // 2
         assert torch.equal(
             saved.read(own._replace(start=half), parameter.numel(), mapping), parameter.reshape(-1)[half:]
@@ -130,7 +129,7 @@ def test_keys_are_read_back():
 def test_damaged_files_are_named(tmp_path, model, content):
     (tmp_path / "rank_00000.safetensors").write_bytes(content)
     with pytest.raises(DamagedCheckpoint, match="rank_00000.safetensors: is damaged"):
-        SavedTensors([tmp_path / "rank_00000.safetensors"], model[0])
+        SavedTensors([tmp_path / "rank_00000.safetensors"])
     write_tensors(tmp_path / "odd.safetensors", {"who|knows": torch.zeros(2)})
     with pytest.raises(DamagedCheckpoint, match="odd.safetensors: is damaged"):
-        SavedTensors([tmp_path / "odd.safetensors"], model[0])
+        SavedTensors([tmp_path / "odd.safetensors"])

@@ -32,7 +32,7 @@ def run(job: dict) -> None:
     config = load_config(Path(job["config"]), job["overrides"])
     folder = HFFolder(config.model.hf_path)
     layout = initialize(config.parallel, seed=1)
-    chunks = build_chunks(folder.architecture, config, layout.device)
+    chunks = build_chunks(folder.architecture, config.model, config.parallel, config.megatron, layout.device)
     load(chunks, folder)
     expected = [
         {name: parameter.detach().clone() for name, parameter in chunk.named_parameters()} for chunk in chunks

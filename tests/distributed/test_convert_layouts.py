@@ -31,14 +31,13 @@ ONE = Processes(rank=0, world_size=1)
 MODELS = {name: dict(family=name, tied=False) for name in FAMILIES} | {
     "qwen3-tied": dict(family="qwen3", tied=True)
 }
+DENSE = [family for family in FAMILIES if "num_experts" not in FAMILIES[family][1]]
 # layout → (overrides, the models it loads, those it saves as well); the rest of the four processes are data
 # parallel
 LAYOUTS = {
-    "tp1": ([], ["qwen3", "qwen3-tied", "qwen2"], []),
-    "tp2": ([TP2], ["qwen3", "qwen3-tied", "llama"], ["qwen3"]),
-    "pp2": ([PP2], ["qwen3", "qwen3-tied"], ["qwen3-tied"]),
-    "pp2-vpp2": ([PP2, VPP2], ["qwen3", "qwen3-tied", "qwen2"], ["qwen2"]),
-    "tp2-pp2": ([TP2, PP2], ["qwen3", "qwen3-tied", "llama"], ["llama"]),
+    "tp1": ([], ["qwen3"], []),
+    "pp2-vpp2": ([PP2, VPP2], ["qwen3-tied"], ["qwen3-tied"]),
+    "tp2-pp2": ([TP2, PP2], [*DENSE, "qwen3-tied"], DENSE),
     "ep2": ([EP2], ["qwen3_moe"], ["qwen3_moe"]),
     "tp2-sp-ep2": ([TP2, SP, EP2], ["qwen3_moe"], ["qwen3_moe"]),
 }

@@ -31,7 +31,7 @@ def run(job: dict) -> None:
     config = load_config(Path(job["config"]), job["overrides"])
     folder = HFFolder(config.model.hf_path)
     layout = initialize(config.parallel, seed=1)
-    chunks = build_chunks(folder.architecture, config, layout.device)
+    chunks = build_chunks(folder.architecture, config.model, config.parallel, config.megatron, layout.device)
     load(chunks, folder)
     # Every token is a "response" token but the first, so every position's logits but the last come back.
     documents = [Document(n, (ids[0],), tuple(ids[1:])) for n, ids in enumerate(job["documents"])]

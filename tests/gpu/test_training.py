@@ -86,7 +86,9 @@ def test_logits_are_those_of_transformers(layers, family, tmp_path):
 
     folder, layout = HFFolder(config.model.hf_path), initialize(config.parallel, seed=1)
     try:
-        chunks = build_chunks(folder.architecture, config, layout.device)
+        chunks = build_chunks(
+            folder.architecture, config.model, config.parallel, config.megatron, layout.device
+        )
         load(chunks, folder)
         run_schedule(
             chunks, [micro_batch(row, sum(d.length for d in row) + 3) for row in rows], keep, backward=False

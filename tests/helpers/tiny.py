@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaForCausalLM,
+    MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2ForCausalLM,
@@ -58,6 +59,7 @@ FAMILIES = {
     ),
     "qwen2": (Qwen2ForCausalLM, {}),
     "llama": (LlamaForCausalLM, dict(rope_parameters={**LLAMA3, "rope_theta": 1e4})),
+    "mistral": (MistralForCausalLM, dict(head_dim=24, sliding_window=None)),
 }
 
 

@@ -91,7 +91,9 @@ def test_parameters_of_every_rank(folders, model, ranks, layout):
         with simulated(rank, ranks, config.parallel) as layout_of_rank:
             built = [
                 p
-                for chunk in build_chunks(architecture, config, layout_of_rank.device)
+                for chunk in build_chunks(
+                    architecture, config.model, config.parallel, config.megatron, layout_of_rank.device
+                )
                 for p in chunk.parameters()
             ]
         experts = sum(p.numel() for p in built if not getattr(p, "allreduce", True))
@@ -165,7 +167,9 @@ def test_activations_of_a_layer(folders, model, context):
                     folders[model].parent / f"{model}-{layers}", make_model(layers=layers, **MODELS[model])
                 )
             )
-            (chunk,) = build_chunks(architecture.architecture, config, layout.device)
+            (chunk,) = build_chunks(
+                architecture.architecture, config.model, config.parallel, config.megatron, layout.device
+            )
             documents = [Document(n, (5,), (6,) * length) for n, length in enumerate(lengths)]
             row = micro_batch(documents, sum(lengths), Context(0, context))
             weights, storages, alive = {p.untyped_storage().data_ptr() for p in chunk.parameters()}, {}, []

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import make_model, save_folder
 
+from megatron_srpo.model.families import families
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.engine import EngineFailed, Request, Sampling
 from megatron_srpo.rollout.transformers_engine import TransformersEngine
@@ -293,11 +294,13 @@ def experts(tmp_path_factory):
     return model, HFFolder(path), load_file(path / "model.safetensors")
 
 
-def test_experts_arrive_one_by_one(experts):
+@pytest.mark.parametrize("family", families())
+def test_every_family_takes_the_tensors_of_its_folder(tmp_path, family):
     """The names of files and exports; log-probabilities are those of the model that was saved."""
-    model, folder, tensors = experts
+    model = make_model(family, tied=False, layers=2, seed=5).eval()
+    folder = HFFolder(save_folder(tmp_path, model))
     engine = TransformersEngine(folder, CPU, torch.float32, 64)
-    engine.update_weights(tensors.items(), "7")
+    engine.update_weights(load_file(tmp_path / "model.safetensors").items(), "7")
     assert all(map(torch.equal, engine.model.parameters(), model.parameters()))
     requests = requests_of(LENGTHS)
     for request, completion in zip(

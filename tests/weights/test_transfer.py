@@ -12,7 +12,6 @@ from tiny import FAMILIES, make_model, save_folder
 from transformers import AutoModelForCausalLM
 
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.model.mapping import EXPERT_MAPPINGS, LAYER_MAPPINGS, MODEL_MAPPINGS, find_mapping
 from megatron_srpo.weights import transfer
 
 
@@ -100,60 +99,48 @@ def test_a_rank_reads_only_its_own_slices(tmp_path, monkeypatch, family, rank):
         def get_slice(self, name):
             return Slice(self.inner.get_slice(name))
 
-    places = [(mapping, "") for mapping in MODEL_MAPPINGS] + [
-        (mapping, f"model.layers.{n}.") for n in range(4) for mapping in LAYER_MAPPINGS
-    ]
-    places += [
-        (mapping, f"model.layers.{n}.mlp.experts.{expert}.")
-        for n in range(4)
-        for expert in range(8)
-        for mapping in EXPERT_MAPPINGS
-    ]
-    mappings = [(mapping, prefix) for mapping, prefix in places if prefix + mapping.hf[0] in full]
-    assert sum(len(mapping.hf) for mapping, _ in mappings) == len(full)
+    locations = list(folder.architecture.locations())
+    assert sum(len(location.names) for location in locations) == len(full)
 
-    def own(mapping, prefix):
-        pieces = [full[prefix + name] for name in mapping.hf]
-        return mapping.merge(
-            [p if mapping.dim is None else p.chunk(size, mapping.dim)[rank] for p in pieces],
-            folder.architecture,
-        )
+    def own(location):
+        mapping, pieces = location.mapping, [full[name] for name in location.names]
+        if mapping.dim is not None:
+            pieces = [piece.chunk(size, mapping.dim)[rank] for piece in pieces]
+        return mapping.fusion.merge(pieces)
 
-    parameters = [
-        (mapping, prefix, torch.nn.Parameter(torch.zeros_like(own(mapping, prefix))))
-        for mapping, prefix in mappings
-    ]
+    parameters = [(each, torch.nn.Parameter(torch.zeros_like(own(each)))) for each in locations]
     real = transfer.safe_open
-    folder.file_of  # noqa: B018  (its own checks read headers before)
+    assert folder.file_of  # its own checks read headers before
     monkeypatch.setattr(
         transfer, "safe_open", lambda *arguments, **options: File(real(*arguments, **options))
     )
-    monkeypatch.setattr(transfer, "parameters_of", lambda chunks: parameters)
+    monkeypatch.setattr(transfer, "parameters_of", lambda chunks, architecture: parameters)
     group = SimpleNamespace(rank=lambda: rank, size=lambda: size)
     for kind in ("tensor_model", "expert_tensor"):
         monkeypatch.setattr(transfer.parallel_state, f"get_{kind}_parallel_group", lambda: group)
     transfer.load([], folder)
-    assert (
-        read
-        == sum(parameter.numel() for _, _, parameter in parameters)
-        < 0.6 * sum(t.numel() for t in full.values())
-    )
-    assert all(torch.equal(parameter, own(mapping, prefix)) for mapping, prefix, parameter in parameters)
+    assert read == sum(parameter.numel() for _, parameter in parameters)
+    assert read < 0.6 * sum(tensor.numel() for tensor in full.values())
+    assert all(torch.equal(parameter, own(location)) for location, parameter in parameters)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    """The architecture of a tiny Qwen3-MoE."""
+    return HFFolder(save_folder(tmp_path_factory.mktemp("moe"), family="qwen3_moe")).architecture
 
 
 @pytest.mark.parametrize("name", ["local_experts.3.linear_fc1.weight", "linear_fc1.weight3"])
-def test_experts_are_numbered_over_all_ranks(name):
-    """A module for each expert (local layers) or their matrices in one module (Transformer Engine): the same
-    tensors.
-    """
-    mapping, prefix = find_mapping(f"decoder.layers.1.mlp.experts.{name}", layer_offset=4, expert_offset=8)
-    assert prefix == "model.layers.5.mlp.experts.11." and mapping.expert
-    assert mapping.hf == ("gate_proj.weight", "up_proj.weight")
+def test_experts_are_numbered_over_all_ranks(experts, name):
+    """A module for each expert (local layers) or their matrices in one module (Transformer Engine)."""
+    location = experts.locate(f"decoder.layers.1.mlp.experts.{name}", layer_offset=4, expert_offset=8)
+    prefix = "model.layers.5.mlp.experts.11."
+    assert location.names == (f"{prefix}gate_proj.weight", f"{prefix}up_proj.weight")
 
 
 @pytest.mark.parametrize(
     "name", ["decoder.layers.0.mlp.router.bias", "decoder.layers.0.mlp.experts.weight1", "decoder.final_norm"]
 )
-def test_unknown_parameters_are_refused(name):
+def test_unknown_parameters_are_refused(experts, name):
     with pytest.raises(KeyError):
-        find_mapping(name, 0)
+        experts.locate(name)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from megatron_srpo.config.schema import Config, ConfigError
+from megatron_srpo.distributed.device import model_dtype
 from megatron_srpo.distributed.heartbeat import beat
 from megatron_srpo.distributed.layout import Layout
-from megatron_srpo.model.build import model_dtype
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.engine import EngineFailed, Finished, Request, Sampling
 from megatron_srpo.rollout.sglang.fleet import Launch
@@ -32,7 +32,7 @@ def launch_of(config: Config) -> Launch | None:
     settings = config.rollout
     if not settings.servers:
         return None
-    dtype, logs = str(model_dtype(config)).removeprefix("torch."), config.logging.dir / "servers"
+    dtype, logs = str(model_dtype(config.model)).removeprefix("torch."), config.logging.dir / "servers"
     return Launch(
         settings.sglang, config.model.hf_path, dtype, torch.cuda.is_available(), settings.colocated, logs
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_srpo.config.schema import Config, ConfigError
-from megatron_srpo.model.build import model_dtype
+from megatron_srpo.distributed.device import model_dtype
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.sglang.capabilities import Capabilities, inspect
 from megatron_srpo.rollout.sglang.fleet import Fleet, Launch, Member, check_version
@@ -133,7 +133,7 @@ class Publisher:
         self.fleet.close()
 
     def _transport_for(self, config: Config, device: torch.device) -> Transport:
-        settings, dtype = self.settings.sglang, model_dtype(config)
+        settings, dtype = self.settings.sglang, model_dtype(config.model)
         elements = sum(
             torch.Size(shape).numel() for shape in self.folder.architecture.tensor_shapes().values()
         )

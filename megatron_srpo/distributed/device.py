@@ -1,0 +1,27 @@
+"""What this process computes with: the dtype of the model, and whose layers."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from megatron_srpo.config.schema import ConfigError, ModelSection
+
+
+def model_dtype(model: ModelSection, on_gpu: bool | None = None) -> torch.dtype:
+    """Return the dtype of weights and activations: model.dtype, or bfloat16 on CUDA and float32 on CPU."""
+    if model.dtype == "auto":
+        on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
+        return torch.bfloat16 if on_gpu else torch.float32
+    return getattr(torch, model.dtype)
+
+
+def uses_transformer_engine(model: ModelSection) -> bool:
+    """Return whether layers are Transformer Engine's. Raises ConfigError if they must be but cannot."""
+    available = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    if model.transformer_impl == "transformer_engine" and not available:
+        raise ConfigError(
+            "model.transformer_impl: transformer_engine needs CUDA and its package installed; use auto or local"
+        )
+    return available and model.transformer_impl != "local"

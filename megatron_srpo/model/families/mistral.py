@@ -1,0 +1,26 @@
+"""Mistral without a sliding window, as from version 0.2 on."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from megatron_srpo.model.architecture import UnsupportedModel
+from megatron_srpo.model.families.llama import Decoder
+
+_WINDOW = 4096  # transformers' value where config.json has none
+
+
+class Mistral(Decoder, model_type="mistral"):
+    only: ClassVar[dict[str, Any]] = {"hidden_act": "silu"}
+    defaults: ClassVar[dict[str, Any]] = Decoder.defaults | {"num_key_value_heads": 8}
+
+    @classmethod
+    def check_config(cls, config: dict[str, Any]) -> None:
+        super().check_config(config)
+        window, positions = config.get("sliding_window", _WINDOW), config.get("max_position_embeddings")
+        numbers = isinstance(window, int) and isinstance(positions, int)
+        if window is not None and not (numbers and window >= positions):
+            raise UnsupportedModel(
+                f"sliding_window is {window!r}, max_position_embeddings {positions!r}; only a window that"
+                " reaches over all positions, or null, is supported"
+            )

@@ -1,0 +1,12 @@
+"""Qwen2 and Qwen2.5: Llama with biases of queries, keys and values."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from megatron_srpo.model.families.llama import Decoder
+
+
+class Qwen2(Decoder, model_type="qwen2"):
+    qkv_bias = True
+    only: ClassVar[dict[str, Any]] = {"hidden_act": "silu", "use_sliding_window": False}

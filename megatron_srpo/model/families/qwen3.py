@@ -1,0 +1,17 @@
+"""Qwen3, dense: Llama with normalised queries and keys."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from megatron_srpo.model.families.llama import Decoder
+
+
+class Qwen3(Decoder, model_type="qwen3"):
+    qk_norm = True
+    only: ClassVar[dict[str, Any]] = {
+        "hidden_act": "silu",
+        "use_sliding_window": False,
+        "attention_bias": False,
+    }
+    defaults: ClassVar[dict[str, Any]] = Decoder.defaults | {"head_dim": 128}
