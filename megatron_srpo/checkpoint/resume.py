@@ -12,13 +12,13 @@ import yaml
 
 from megatron_srpo.checkpoint import folder as folders
 from megatron_srpo.checkpoint.folder import Counters, DamagedCheckpoint, Manifest
-from megatron_srpo.checkpoint.pieces import SavedTensors
 from megatron_srpo.checkpoint.state import restore_generators, restore_trainer
 from megatron_srpo.config.schema import Config, ConfigError
 from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.model.architecture import Architecture
 from megatron_srpo.model.families import architecture_from_dict
 from megatron_srpo.training.trainer import Trainer
+from megatron_srpo.weights.torch_dist import Folder
 
 
 class Checkpoint(NamedTuple):
@@ -31,11 +31,6 @@ class Checkpoint(NamedTuple):
     def step(self) -> int:
         """The last step it holds."""
         return self.manifest.step
-
-    def tensors(self) -> SavedTensors:
-        """Its tensors, for a `with` statement."""
-        files = [self.folder / name for name in sorted(self.manifest.files)]
-        return SavedTensors(files)
 
 
 def check_run_folder(config: Config, architecture: Architecture) -> None:
@@ -162,7 +157,8 @@ def find(config: Config, layout: Layout, say: Callable[[str], None]) -> Checkpoi
     found = folders.newest_valid(directory, check, say)
     if found is None:
         raise ConfigError(
-            f"logging.dir: no checkpoint in {directory.resolve()} is valid; remove that folder to start the run over"
+            f"logging.dir: no checkpoint in {directory.resolve()} is valid; remove that folder to start the run"
+            " over"
         )
     return Checkpoint(*found)
 
@@ -185,10 +181,10 @@ def restore(
     if checkpoint is None:
         return Resumed()
     manifest = checkpoint.manifest
-    with checkpoint.tensors() as saved:
-        restore_trainer(trainer, saved, manifest.state)
-        if manifest.world_size == layout.world_size:
-            restore_generators(saved, layout.rank)
+    saved = Folder(checkpoint.folder)
+    restore_trainer(trainer, saved, manifest.state)
+    if manifest.world_size == layout.world_size:
+        restore_generators(saved, layout.rank)
     for name, (old, new) in differences(manifest.versions, folders.package_versions()).items():
         say(f"the checkpoint was written with {name} {old}, this is {new}")
     say(f"resuming from step {manifest.step}: {checkpoint.folder}")

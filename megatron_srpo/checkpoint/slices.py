@@ -1,7 +1,7 @@
-"""Where a rank's shards of parameters lie in a checkpoint, whose tensors have Megatron's names and global shapes.
+"""Where a rank's shards of parameters lie in a checkpoint's tensors, which have Megatron's names and shapes.
 
-A distributed optimizer holds a range of a shard's flat elements; in the global tensor, that is a few rectangles.
-A rank writes the rectangles of what it holds; at any layout, a rank reads those that it needs.
+A distributed optimizer holds a range of a shard's flat elements: in the global tensor, a few rectangles. A rank
+writes the rectangles of what it holds; at any layout, a rank reads those that it needs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class TensorSlice(NamedTuple):
 
 
 class Rectangle(NamedTuple):
-    """Flat elements first … last - 1 of a shard, which lie at `start` in the checkpoint's tensor, in `shape`."""
+    """Flat elements first … last - 1 of a shard: the part of `shape` at `start` of the checkpoint's tensor."""
 
     first: int
     last: int
@@ -74,8 +74,8 @@ class ShardLocation:
         block = rows // mapping.fusion.count if isinstance(mapping.fusion, Stacked) else rows
         while start < end:
             row, column = divmod(start, width)
-            taken = min((end - start) // width, block - row % block) if column == 0 else 0
-            if taken:
+            if column == 0 and end - start >= width:
+                taken = min((end - start) // width, block - row % block)
                 size = (taken, *self.shape[1:])
             else:
                 size = (1, min(width - column, end - start))

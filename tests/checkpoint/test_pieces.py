@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from megatron_srpo.checkpoint.pieces import Piece, SavedTensors
 from tiny import make_model, save_folder
 
 from megatron_srpo.checkpoint.folder import DamagedCheckpoint
-from megatron_srpo.checkpoint.pieces import Piece, SavedTensors
 from megatron_srpo.checkpoint.saver import write_tensors
 from megatron_srpo.model.hf_folder import HFFolder
 

@@ -21,6 +21,7 @@ from megatron_srpo.__main__ import main
 from megatron_srpo.checkpoint import folder as folders
 from megatron_srpo.rollout.ledger import history
 from megatron_srpo.rollout.transformers_engine import TransformersEngine
+from megatron_srpo.weights.torch_dist import Folder
 
 STEPS = 4
 START = (
@@ -83,14 +84,20 @@ def rows(run):
     ]
 
 
+def saved_tensors(checkpoint):
+    folder = Folder(checkpoint)
+    return {key: folder.read(key) for key in folder.chunks}
+
+
 def assert_same(run, whole):
     """Weights, metrics, samples and the last checkpoint's tensors, bit for bit; every step drawn and trained
     once.
     """
     assert rows(run) == rows(whole)
-    pairs = [("hf/model.safetensors",), ("checkpoints", f"step_{STEPS:06d}", "rank_00000.safetensors")]
-    for parts in pairs:
-        one, other = (load_file(folder.joinpath(*parts)) for folder in (run, whole))
+    for one, other in (
+        [load_file(folder / "hf" / "model.safetensors") for folder in (run, whole)],
+        [saved_tensors(folder / "checkpoints" / f"step_{STEPS:06d}") for folder in (run, whole)],
+    ):
         assert set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
     for step in range(1, STEPS + 1):
         assert (run / "rollouts" / f"step_{step:06d}.jsonl").read_bytes() == (
@@ -220,7 +227,7 @@ def test_a_finished_run_is_left_as_it_is_and_can_be_made_longer(command, whole, 
 def test_a_damaged_newest_checkpoint_is_passed_over_loudly(command, whole, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(whole, run)
-    file = run / "checkpoints" / f"step_{STEPS:06d}" / "rank_00000.safetensors"
+    file = run / "checkpoints" / f"step_{STEPS:06d}" / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:-100] + b"\1" * 100)
     status, said = command(run)
     assert (

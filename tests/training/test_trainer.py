@@ -6,18 +6,17 @@ import math
 
 import pytest
 import torch
+from checkpoints import save, state_of
 from rollouts import write_rollouts
 from small_run import trainers
 from tiny import make_model, save_folder
 
 from megatron_srpo.algorithm.routing import route_groups
-from megatron_srpo.checkpoint.pieces import GENERATOR, SavedTensors
-from megatron_srpo.checkpoint.saver import write_tensors
 from megatron_srpo.checkpoint.state import restore_trainer, scalars
-from megatron_srpo.checkpoint.state import snapshot as checkpoint
 from megatron_srpo.config.load import load_config
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.replay import replay
+from megatron_srpo.weights.torch_dist import Folder
 
 
 @pytest.fixture
@@ -189,7 +188,7 @@ def test_offloaded_state_is_on_the_device_for_updates_only_and_changes_no_bit(
             trainer,
             samples,
             [(r.losses, r.grad_norms, r.teacher_distances) for r in reports],
-            checkpoint(trainer),
+            state_of(trainer),
         )
 
     _, _, reports, saved = run()
@@ -227,8 +226,8 @@ def test_a_checkpoint_is_restored_into_what_is_parked(make_trainer, tmp_path, wh
     """
     trainer, samples = make_trainer("model.dtype=bfloat16")
     step(trainer, samples)
-    saved, state = checkpoint(trainer), scalars(trainer)
-    write_tensors(tmp_path / "rank_00000.safetensors", saved)
+    saved, state = state_of(trainer), scalars(trainer)
+    save(tmp_path, trainer)
     trainer, samples = make_trainer(
         "model.dtype=bfloat16", "rollout.engine=sglang", "rollout.servers=1", where
     )
@@ -236,12 +235,10 @@ def test_a_checkpoint_is_restored_into_what_is_parked(make_trainer, tmp_path, wh
     step(trainer, samples)  # from the start model: other numbers
     trainer.make_room()
     assert set(sizes(trainer.optimizer.state())) == {0}
-    restore_trainer(
-        trainer, SavedTensors([tmp_path / "rank_00000.safetensors"], trainer.folder.architecture), state
-    )
+    restore_trainer(trainer, Folder(tmp_path), state)
     trainer.make_room()
-    found = checkpoint(trainer)
-    assert all(torch.equal(found[key], saved[key]) for key in saved if not key.startswith(GENERATOR))
+    found = state_of(trainer)
+    assert found.keys() == saved.keys() and all(torch.equal(found[key], saved[key]) for key in saved)
 
 
 def test_servers_on_the_same_device_have_all_memory_but_the_policys(make_trainer):
@@ -263,7 +260,7 @@ def test_servers_on_the_same_device_have_all_memory_but_the_policys(make_trainer
                 )
             )
             left[-1] += sum(sizes(teacher_parameters(trainer)))
-        return reports, left, checkpoint(trainer), dict(trainer.export())
+        return reports, left, state_of(trainer), dict(trainer.export())
 
     reports, left, saved, policy = run()
     found, empty, parked, same = run(*colocated)
