@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from megatron_srpo.checkpoint.resume import check_run_folder
 from megatron_srpo.config.schema import Config, ConfigError
 from megatron_srpo.data.rollout_file import step_file
-from megatron_srpo.distributed.device import uses_transformer_engine
-from megatron_srpo.distributed.layout import data_parallel_size
+from megatron_srpo.distributed.device import model_dtype, uses_transformer_engine
+from megatron_srpo.distributed.layout import Layout, data_parallel_size
 from megatron_srpo.distributed.processes import rank_from_environment, world_size_from_environment
 from megatron_srpo.model.hf_folder import HFFolder, naming_key
 from megatron_srpo.model.settings import check_layout, transformer_config
@@ -48,6 +48,23 @@ def preflight(config: Config) -> HFFolder:
                     f"rollout.replay: {step_file(config.rollout.replay, step)} is missing, but train.steps is {config.train.steps}"
                 )
     return folder
+
+
+def describe_setup(config: Config, folder: HFFolder, layout: Layout) -> list[str]:
+    """Return lines about the run for the terminal: device, dtype and layers; a warning about long sequences."""
+    layers = "local layers, torch SDPA attention"
+    if uses_transformer_engine(config.model):
+        layers = "Transformer Engine"
+    lines = [f"{layout.device.type}, {str(model_dtype(config.model)).removeprefix('torch.')}, {layers}"]
+    prompt = config.rollout.max_prompt_tokens
+    if config.algorithm.uses_teacher:
+        prompt = max(prompt, config.teacher.max_prompt_tokens)
+    longest = prompt + config.rollout.max_response_tokens
+    positions = folder.architecture.max_position_embeddings
+    if longest > positions:
+        keys = "rollout.max_*_tokens, teacher.max_prompt_tokens"
+        lines.append(f"sequences may reach {longest} tokens ({keys}); the model was made for {positions}")
+    return lines
 
 
 def _check_watchdog(config: Config) -> None:

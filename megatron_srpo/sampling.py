@@ -14,11 +14,10 @@ from megatron_srpo.distributed.heartbeat import PROGRESS
 from megatron_srpo.distributed.layout import Layout, joined
 from megatron_srpo.evaluation.evaluate import stored_weights
 from megatron_srpo.model.hf_folder import HFFolder, naming_key
-from megatron_srpo.observe.logs import open_run_folder, rank_log
 from megatron_srpo.observe.metrics import MetricsFile, rollout_metrics
+from megatron_srpo.observe.session import run_session
 from megatron_srpo.observe.stopwatch import Stopwatch
 from megatron_srpo.observe.terminal import Terminal
-from megatron_srpo.observe.watchdog import Watchdog
 from megatron_srpo.preflight import preflight
 from megatron_srpo.rollout.collect import exchange
 from megatron_srpo.rollout.route import route
@@ -42,16 +41,12 @@ def sample(config: Config) -> Path:
             "rollout.async_steps: 1 overlaps sampling with training; the sample command does not train: set 0"
         )
     folder = preflight(config.model_copy(update={"resume": ResumeSection(mode="never")}))
-    directory, limit = config.logging.dir, config.logging.watchdog_minutes
-    with joined(config.parallel, config.train.seed) as layout:
-        session = open_run_folder(directory, layout)
-        with (
-            rank_log(directory, layout),
-            Watchdog(directory / "watchdog", layout, limit, session),
-            Terminal(f"sampling · {folder.path.name}", config.train.steps, layout.rank == 0) as terminal,
-        ):
-            _sample_steps(config, folder, layout, terminal)
-    return directory
+    with (
+        joined(config.parallel, config.train.seed) as layout,
+        run_session(config.logging, f"sampling · {folder.path.name}", config.train.steps, layout) as terminal,
+    ):
+        _sample_steps(config, folder, layout, terminal)
+    return config.logging.dir
 
 
 def _sample_steps(config: Config, folder: HFFolder, layout: Layout, terminal: Terminal) -> None:
@@ -73,7 +68,6 @@ def _sample_steps(config: Config, folder: HFFolder, layout: Layout, terminal: Te
             PROGRESS.step = step
             with watch("rollout"):
                 groups = rollouts.collect(step)
-            with watch("verify"):
                 groups = exchange(route(groups, step, config, folder), layout)
                 if is_first:
                     dump(groups, directory / "rollouts", step)

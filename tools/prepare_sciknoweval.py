@@ -50,13 +50,10 @@ def prepare(raw: Path, output: Path) -> list[str]:
             line += f" (the papers have {expected[0]} and {expected[1]}: this is another version of the data)"
         report.append(line)
         if leaked := leaks(train, test):
-            texts, ids = (
-                len({choice.question for choice in leaked}),
-                ", ".join(choice.id for choice in leaked),
-            )
-            report.append(
-                f"  {len(leaked)} test questions ({texts} different texts) stand in the training set, too: ids {ids}"
-            )
+            texts = len({choice.question for choice in leaked})
+            ids = ", ".join(choice.id for choice in leaked)
+            leak = f"{len(leaked)} test questions ({texts} different texts) are in the training set, too"
+            report.append(f"  {leak}: ids {ids}")
     return report
 
 

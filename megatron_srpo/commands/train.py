@@ -20,7 +20,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _train(config: Config) -> int:
     from megatron_srpo.checkpoint.saver import SaveFailed
-    from megatron_srpo.train import TrainingInterrupted, TrainingStopped, train
+    from megatron_srpo.observe.reporter import TrainingStopped
+    from megatron_srpo.train import TrainingInterrupted, train
 
     try:
         train(config)

@@ -60,7 +60,7 @@ class Rollouts:
         if self.collector is None:
             return self._replay(step)
         ahead, self._ahead = self._ahead, None
-        self.drawn = self.drawing.draw(step, self.version) if ahead is None else ahead.result()
+        self.drawn = self.drawing.draw(step, self.version, self.watch) if ahead is None else ahead.result()
         if self.config.rollout.async_steps and step < self.config.train.steps:
             self._ahead = self._thread.submit(self.drawing.draw, step + 1, self.version)
         return self.drawn.groups
@@ -78,7 +78,8 @@ class Rollouts:
 
         The stream is left alone when replaying.
         """
-        self.settle()
+        with self.watch("rollout"):
+            self.settle()
         self.version = str(step)
         if self.collector is not None:
             self.collector.engine.update_weights(tensors, self.version)

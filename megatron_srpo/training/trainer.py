@@ -20,6 +20,7 @@ from megatron_srpo.data import histogram as quantiles
 from megatron_srpo.data.records import Sample
 from megatron_srpo.data.update_report import UpdateReport
 from megatron_srpo.distributed.context_parallel import Context
+from megatron_srpo.distributed.device import model_dtype
 from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.model.build import PolicyModel, build_chunks
 from megatron_srpo.model.hf_folder import HFFolder

@@ -16,11 +16,12 @@ import torch
 from safetensors.torch import load_file
 from tiny import save_folder
 
-from megatron_srpo import train as driver
 from megatron_srpo.__main__ import main
 from megatron_srpo.checkpoint import folder as folders
 from megatron_srpo.rollout.ledger import history
+from megatron_srpo.rollout.source import Rollouts
 from megatron_srpo.rollout.transformers_engine import TransformersEngine
+from megatron_srpo.training import step_dump as driver
 from megatron_srpo.weights.torch_dist import Folder
 
 STEPS = 4
@@ -172,7 +173,7 @@ def test_samples_of_an_unfinished_step_are_used_again(command, whole, tmp_path, 
     """Killed when two of step 3's three batches are done: what was finished, of a partial group too, is not
     sampled again. A batch that was not written whole is: fewer rows would be rounded otherwise.
     """
-    run, real = tmp_path / "run", driver.Rollouts.collect
+    run, real = tmp_path / "run", Rollouts.collect
 
     class Killed(BaseException):
         pass
@@ -190,7 +191,7 @@ def test_samples_of_an_unfinished_step_are_used_again(command, whole, tmp_path, 
             monkeypatch.setattr(self.ledger, "keep", die_after_two)
         return real(self, step)
 
-    monkeypatch.setattr(driver.Rollouts, "collect", collect)
+    monkeypatch.setattr(Rollouts, "collect", collect)
     with pytest.raises(Killed):
         command(run)
     monkeypatch.undo()

@@ -8,9 +8,9 @@ from small_run import QUICKSTART, small_run
 from megatron_srpo.config.load import load_config
 from megatron_srpo.data.records import Verdict
 from megatron_srpo.observe.alarms import Limits, alarms
+from megatron_srpo.observe.reporter import TrainingStopped
 from megatron_srpo.rollout.transformers_engine import TransformersEngine
 from megatron_srpo.tasks.pool import Pool
-from megatron_srpo.train import TrainingStopped
 from megatron_srpo.training.teacher import Teacher
 
 LIMITS = Limits(dead_group_share=0.9, logprob_gap=0.05, ema_rate=0.05, weighs_entropy=True)

@@ -1,23 +1,20 @@
 #!/usr/bin/env python3
-"""How long conversion takes, against copying the same files, and the memory it needs beside.
+"""How long conversion takes, against copying the same files, and the memory it needs.
 
     python tools/bench/bench_convert.py --shape 0.6b --folder DIR --json
 
 Makes a random bf16 Qwen3 of the shape in a temporary folder under DIR, copies it (read, write, fsync),
 converts it to Megatron and back, compares the result with the original bit for bit, and removes everything.
-Disk: three times the model, and 4 GB. Each row is measured in a process of its own, from the moment its
-imports are done; `ratio` is to the copy of as many bytes.
+Needs three times the model plus 4 GB of disk. Each row runs in a process of its own and is measured after
+its imports; `ratio` is to the copy of as many bytes.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
+import functools
 import json
 import multiprocessing
 import os
-import platform
-import re
 import shutil
 import sys
 import tempfile
@@ -25,6 +22,9 @@ import time
 from pathlib import Path
 
 import torch
+from _memory import peak_resident_bytes, reset_peak
+from _models import SHARED, SIZES, qwen3_config
+from _report import Row, add_ratios, cpu_name, make_parser, publish
 
 from megatron_srpo.distributed.byte_progress import ByteProgress
 from megatron_srpo.distributed.processes import Processes
@@ -35,52 +35,23 @@ from megatron_srpo.weights.hf_output import SHARD_BYTES, plan_shards, write_comp
 from megatron_srpo.weights.safetensors_file import Writer
 from megatron_srpo.weights.sources import HFTensors, MegatronTensors
 
-SHARED = {
-    "model_type": "qwen3",
-    "architectures": ["Qwen3ForCausalLM"],
-    "vocab_size": 151_936,
-    "head_dim": 128,
-    "num_key_value_heads": 8,
-}
-SHARED |= {
-    "max_position_embeddings": 40_960,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "hidden_act": "silu",
-    "attention_bias": False,
-}
-SHAPES = {
-    "tiny": dict(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        tie_word_embeddings=True,
-    ),
-    "0.6b": dict(
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_hidden_layers=28,
-        num_attention_heads=16,
-        tie_word_embeddings=True,
-    ),
-    "8b": dict(
-        hidden_size=4096,
-        intermediate_size=12_288,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        tie_word_embeddings=False,
-    ),
+TINY = {
+    **SHARED,
+    "vocab_size": 1000,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "tie_word_embeddings": True,
 }
 ONE = Processes(rank=0, world_size=1)
 
 
 def make_model(shape: str, folder: Path) -> None:
-    """A folder of the shape with random bf16 weights, streamed."""
+    """Write a folder of the shape with random bf16 weights, a tensor at a time."""
     folder.mkdir()
-    (folder / "config.json").write_text(
-        json.dumps(SHARED | SHAPES[shape] | ({"vocab_size": 1000} if shape == "tiny" else {}))
-    )
+    config = TINY if shape == "tiny" else qwen3_config(shape)
+    (folder / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(0)
     reference = HFFolder(folder)
     tensors = {
@@ -97,7 +68,7 @@ def make_model(shape: str, folder: Path) -> None:
 
 
 def copy(source: Path, output: Path) -> None:
-    """What converting is compared with: each file copied and flushed."""
+    """Copy and flush each file: what converting is compared with."""
     output.mkdir()
     for file in source.iterdir():
         shutil.copyfile(file, output / file.name)
@@ -105,36 +76,26 @@ def copy(source: Path, output: Path) -> None:
             os.fsync(written.fileno())
 
 
-def convert_there(source: Path, output: Path) -> None:
-    """HF → Megatron."""
+def hf_to_megatron(source: Path, output: Path) -> None:
     folder = HFFolder(source)
     to_megatron(HFTensors(folder), folder, output, ONE)
 
 
-def convert_back(source: Path, output: Path) -> None:
-    """Megatron → HF; the config beside the checkpoint is the reference."""
+def megatron_to_hf(source: Path, output: Path) -> None:
+    """Convert; the config beside the checkpoint is the reference."""
     reference = HFFolder(source)
     to_hf(MegatronTensors(source, reference.architecture), reference, output, ONE)
 
 
-WORK = {"copy": copy, "HF to Megatron": convert_there, "Megatron to HF": convert_back}
-
-
-def memory(most: bool = False) -> int:
-    """Bytes this process has in memory, files mapped into it included; `most`: since the last call without
-    it.
-    """
-    if not most:
-        Path("/proc/self/clear_refs").write_text("5")
-    return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+WORK = {"copy": copy, "HF to Megatron": hf_to_megatron, "Megatron to HF": megatron_to_hf}
 
 
 def back_memory(scratch: Path, size: int) -> None:
     """Fill and free twice `size` bytes of page cache, at most 4 GB.
 
-    A virtual machine hands free memory back to its host, within a second. What is written first afterwards
-    pays for getting it again: 32 MB took 105 ms instead of 8 ms here (all of it system time), which says
-    nothing of converting.
+    A virtual machine returns free memory to its host within a second, and what is written first afterwards
+    pays for getting it back: 32 MB took 105 ms instead of 8 ms here, all of it system time, which says
+    nothing about converting.
     """
     piece = bytes(2**25)
     with scratch.open("wb", buffering=0) as file:
@@ -143,21 +104,26 @@ def back_memory(scratch: Path, size: int) -> None:
     scratch.unlink()
 
 
-def measured(name: str, source: Path, output: Path, answer) -> None:
-    """Run in a process of its own: sends (seconds, extra bytes)."""
+def run_measured(name: str, source: Path, output: Path, answer) -> None:
+    """Run in a process of its own; send (seconds, extra bytes)."""
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (progress; it lives as long as the process)
-    back_memory(output.with_name("scratch"), sum(file.stat().st_size for file in source.iterdir()))
-    before = memory()
+    back_memory(output.with_name("scratch"), folder_bytes(source))
+    reset_peak()
+    before = peak_resident_bytes()
     start = time.perf_counter()
     WORK[name](source, output)
-    answer.send((time.perf_counter() - start, memory(most=True) - before))
+    answer.send((time.perf_counter() - start, peak_resident_bytes() - before))
 
 
-def measure(name: str, source: Path, output: Path) -> dict:
-    """One row. Raises RuntimeError when the process failed."""
+def folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def measure(name: str, source: Path, output: Path) -> Row:
+    """Return one row without its ratio. Raises RuntimeError when the process failed."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=measured, args=(name, source, output, sender))
+    process = context.Process(target=run_measured, args=(name, source, output, sender))
     process.start()
     sender.close()
     try:
@@ -169,35 +135,41 @@ def measure(name: str, source: Path, output: Path) -> dict:
 
 
 def check_round_trip(original: Path, back: Path) -> None:
-    """Raises RuntimeError unless the two folders hold the same bits."""
-    first, second = (HFTensors(HFFolder(path)) for path in (original, back))
-    if found := next(compare_tensors(first, second, ByteProgress("", 0, enabled=False)), None):
-        raise RuntimeError(f"the round trip is not exact: {found}")
+    """Raise RuntimeError unless the two folders hold the same bits."""
+    first, second = HFTensors(HFFolder(original)), HFTensors(HFFolder(back))
+    difference = next(compare_tensors(first, second, ByteProgress("", 0, enabled=False)), None)
+    if difference is not None:
+        raise RuntimeError(f"the round trip is not exact: {difference}")
 
 
-def table(shape: str, folder: Path, repeats: int) -> list[dict]:
-    """The rows, each the fastest of `repeats`, in turn."""
+def measure_all(shape: str, folder: Path, rounds: int) -> list[Row]:
+    """Return the rows, each the fastest of `rounds`; the rows take turns."""
     make_model(shape, folder / "hf")
-    convert_there(folder / "hf", folder / "megatron")
-    rows: dict[str, list[dict]] = {name: [] for name in WORK}
-    for _ in range(repeats):
+    hf_to_megatron(folder / "hf", folder / "megatron")
+    best: dict[str, Row] = {}
+    for _ in range(rounds):
         for name in WORK:
             os.sync()
             source = "megatron" if name == "Megatron to HF" else "hf"
-            rows[name].append(measure(name, folder / source, folder / "output"))
+            row = measure(name, folder / source, folder / "output")
+            if name not in best or row["seconds"] < best[name]["seconds"]:
+                best[name] = row
             if name == "Megatron to HF":
                 check_round_trip(folder / "hf", folder / "output")
             shutil.rmtree(folder / "output")
-    best = [min(measurements, key=lambda row: row["seconds"]) for measurements in rows.values()]
-    return [row | {"ratio": round(row["seconds"] / best[0]["seconds"], 2)} for row in best]
+    rows = list(best.values())
+    add_ratios(rows)
+    return rows
+
+
+def format_row(row: Row, size: int) -> str:
+    rate, extra = f"{size / row['seconds'] / 1e6:6.0f} MB/s", f"+{row['extra_bytes'] / 2**20:6.0f} MiB"
+    return f"{row['name']:>16}  {row['seconds']:8.2f} s  {rate}  {row['ratio']:5.2f}  {extra}"
 
 
 def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--shape", choices=list(SHAPES), default="0.6b")
+    parser = make_parser(__doc__, rounds=3)
+    parser.add_argument("--shape", choices=["tiny", *SIZES], default="0.6b")
     parser.add_argument(
         "--folder",
         type=Path,
@@ -205,30 +177,13 @@ def main() -> None:
         metavar="DIR",
         help="where the files are made",
     )
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="append the JSON object to FILE, as one line"
-    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="bench_convert-") as folder:
-        rows = table(options.shape, Path(folder), options.repeats)
-        size = sum(file.stat().st_size for file in (Path(folder) / "hf").iterdir())
-    device = f"{platform.machine()} CPU, {os.cpu_count()} cores"
-    shape = {"name": options.shape, "bytes": size, "repeats": options.repeats}
-    report = {"device": device, "date": datetime.date.today().isoformat(), "shape": shape, "rows": rows}
-    if options.output:
-        with options.output.open("a") as file:
-            file.write(json.dumps(report) + "\n")
-    if options.json:
-        print(json.dumps(report))
-        return
-    print(f"{device}, {report['date']}, {options.shape}: {size / 1e9:.2f} GB")
-    for row in rows:
-        rate = size / row["seconds"] / 1e6
-        print(
-            f"{row['name']:>16}  {row['seconds']:8.2f} s  {rate:6.0f} MB/s  {row['ratio']:5.2f}  +{row['extra_bytes'] / 2**20:6.0f} MiB"
-        )
+        rows = measure_all(options.shape, Path(folder), options.rounds)
+        size = folder_bytes(Path(folder) / "hf")
+    shape = {"name": options.shape, "bytes": size, "rounds": options.rounds}
+    device = f"{cpu_name()}, {os.cpu_count()} cores"
+    publish(options, device, shape, rows, functools.partial(format_row, size=size))
 
 
 if __name__ == "__main__":

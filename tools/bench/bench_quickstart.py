@@ -1,22 +1,19 @@
-"""A whole step of the quick start on a CPU (sampling, verifying, training), beside TRL's trainers on the same
-model and batch.
+"""A complete step of the quick start on a CPU (sampling, verifying, training), beside TRL's trainers.
 
     python tools/bench/bench_quickstart.py [--steps 10] [--json] [--output FILE]
 
-16 prompts × 8 samples of at most 64 tokens, one thread. Every row is a process of its own; rows take turns,
-`--rounds` times, because a busy machine changes from minute to minute: `seconds` is the best step of all
-rounds, `median` the median. `ratio` is to TRL's trainer of the same algorithm (ours srpo: to its SDPO). Our
-steps also publish weights and write metrics. TRL (`pip install trl`) is named under `skipped` where it cannot
-be imported.
+Same model and batch: 16 prompts × 8 samples of at most 64 tokens, one thread. Each row runs in a process of
+its own; rows take turns, `--rounds` times, because a busy machine changes from minute to minute: `seconds` is
+the best step of all rounds, `median` the median. `ratio` is to TRL's trainer of the same algorithm (ours
+srpo: to its SDPO). Our steps also publish weights and write metrics. TRL (`pip install trl`) is named under
+`skipped` where it cannot be imported.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,38 +21,31 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from _report import QUICKSTART, ROOT, Row, cpu_name, make_parser, publish
+
 ROWS = {"ours grpo": "grpo", "TRL grpo": "grpo", "ours sdpo": "sdpo", "TRL sdpo": "sdpo", "ours srpo": "srpo"}
 WARM_UP = 2  # steps that are not counted
 
 
 def ours(algorithm: str, steps: int) -> list[float]:
-    """Seconds of each step, by metrics.jsonl."""
+    """Return the seconds of each step, by metrics.jsonl."""
     with tempfile.TemporaryDirectory() as folder:
         settings = [
             f"algorithm.name={algorithm}",
             f"train.steps={steps}",
             "evaluation.every=0",
             f"logging.dir={folder}/run",
+            "checkpoint.save_interval=0",
+            "algorithm.mini_batch_prompts=null",
         ]
-        settings += ["checkpoint.save_interval=0", "algorithm.mini_batch_prompts=null"]
-        command = [
-            sys.executable,
-            "-m",
-            "megatron_srpo",
-            "train",
-            "examples/quickstart/config.yaml",
-            *settings,
-        ]
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        return [
-            json.loads(line)["seconds"]
-            for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
-        ]
+        command = [sys.executable, "-m", "megatron_srpo", "train", "examples/quickstart/config.yaml"]
+        subprocess.run([*command, *settings], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["seconds"] for line in lines]
 
 
 def theirs(algorithm: str, steps: int) -> list[float]:
-    """Seconds of each step, between the trainer's callbacks."""
+    """Return the seconds of each step, between the trainer's callbacks."""
     import datasets
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
@@ -73,7 +63,7 @@ def theirs(algorithm: str, steps: int) -> list[float]:
             begun.append(time.perf_counter())
 
     begun: list[float] = []
-    start, task = ROOT / "examples" / "quickstart" / "start", Addition(1)
+    start, task = QUICKSTART / "start", Addition(1)
     prompts = [task.prompt("train", number) for number in range(16 * steps)]
     rows = [{"prompt": list(prompt.messages), "answer": prompt.answer} for prompt in prompts]
     if algorithm == "sdpo":
@@ -112,22 +102,8 @@ def theirs(algorithm: str, steps: int) -> list[float]:
     return [after - before for before, after in zip(begun, begun[1:], strict=False)]
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=8, help="of each row in each round, after two others")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="append the JSON object to FILE, as one line"
-    )
-    parser.add_argument("--row", choices=list(ROWS), help=argparse.SUPPRESS)  # in its own process
-    options = parser.parse_args()
-    if options.row:
-        work = ours if options.row.startswith("ours") else theirs
-        print(json.dumps(work(ROWS[options.row], WARM_UP + options.steps)[WARM_UP:]))
-        return
+def measure_all(options: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Return {row: seconds of each step, all rounds} and {row of TRL: reason why it cannot run}."""
     seconds: dict[str, list[float]] = {}
     skipped: dict[str, str] = {}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -143,32 +119,32 @@ def main() -> None:
                 raise SystemExit(done.stderr[-3000:])
             else:
                 seconds.setdefault(name, []).extend(json.loads(done.stdout.splitlines()[-1]))
-    rows = [
-        {"name": name, "seconds": min(found), "median": statistics.median(found)}
-        for name, found in seconds.items()
-    ]
-    for row in rows:
-        peer = f"TRL {'grpo' if row['name'].endswith('grpo') else 'sdpo'}"
-        row["ratio"] = row["seconds"] / min(seconds[peer]) if peer in seconds else None
-    shape = {"steps": options.steps, "rounds": options.rounds, "load_average": os.getloadavg()[0]}
-    report = {
-        "device": f"{platform.machine()} CPU, 1 thread",
-        "date": datetime.date.today().isoformat(),
-        "shape": shape,
-    }
-    report |= {"rows": rows, "skipped": skipped}
-    if options.output:
-        with options.output.open("a") as file:
-            file.write(json.dumps(report) + "\n")
-    if options.json:
-        print(json.dumps(report))
+    return seconds, skipped
+
+
+def format_row(row: Row) -> str:
+    ratio = f"  {row['ratio']:.2f} of TRL's" if row["ratio"] else ""
+    return f"{row['name']:>12}  {row['seconds']:.3f} s, median {row['median']:.3f} s{ratio}"
+
+
+def main() -> None:
+    parser = make_parser(__doc__, rounds=2)
+    parser.add_argument("--steps", type=int, default=8, help="of each row in each round, after two others")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--row", choices=list(ROWS), help=argparse.SUPPRESS)  # in its own process
+    options = parser.parse_args()
+    if options.row:
+        measure = ours if options.row.startswith("ours") else theirs
+        print(json.dumps(measure(ROWS[options.row], WARM_UP + options.steps)[WARM_UP:]))
         return
-    print(f"{report['device']}, {report['date']}, {shape}")
-    for row in rows:
-        ratio = f"  {row['ratio']:.2f} of TRL's" if row["ratio"] else ""
-        print(f"{row['name']:>12}  {row['seconds']:.3f} s, median {row['median']:.3f} s{ratio}")
-    for name, reason in skipped.items():
-        print(f"{name:>12}  skipped: {reason}")
+    seconds, skipped = measure_all(options)
+    rows = []
+    for name, found in seconds.items():
+        peer = "TRL grpo" if name.endswith("grpo") else "TRL sdpo"
+        ratio = min(found) / min(seconds[peer]) if peer in seconds else None
+        rows.append({"name": name, "seconds": min(found), "median": statistics.median(found), "ratio": ratio})
+    shape = {"steps": options.steps, "rounds": options.rounds, "load_average": os.getloadavg()[0]}
+    publish(options, cpu_name(threads=1), shape, rows, format_row, skipped)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,23 @@
-"""Verdicts a second of the verifier pool, against the same verifiers called one after another in this
-process.
+"""Verdicts a second of the verifier pool, against the same verifiers called one after another in-process.
 
     python tools/bench/bench_verifiers.py [--workers 2] [--questions 500] [--json] [--output FILE]
 
-Made responses of some hundred tokens, a group of eight a question, half of them right; for mathematics half
-of the answers are integers and half LaTeX that no two questions share, so every one is parsed. `ratio` is
-pool time to loop time (below 1: faster than the loop); `extra_bytes` is the workers' resident memory. A
-verifier that is not installed is named under `skipped`.
+Generated responses of some hundred tokens, eight to a question, half of them right; for mathematics half of
+the answers are integers and half LaTeX that no two questions share, so every one is parsed. `ratio` is the
+pool's time to the loop's; `extra_bytes` is the workers' resident memory. A verifier that is not installed is
+named under `skipped`.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import json
-import platform
 import random
 import time
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
+
+from _memory import status_bytes
+from _report import Row, cpu_name, make_parser, publish
 
 from megatron_srpo.config.schema import TaskSection
 from megatron_srpo.tasks import VERIFIERS
@@ -31,41 +30,34 @@ LOOP_JOBS = 400  # the loop is timed on so many
 
 
 def choice_answer(rng: random.Random, right: bool) -> tuple[str, str]:
-    """(answer, response) of a multiple-choice question."""
+    """Return (answer, response) of a multiple-choice question."""
     answer = rng.choice("ABCD")
     given = answer if right else "ABCD"[("ABCD".index(answer) + 1) % 4]
     return answer, f"<reasoning>\n{THOUGHT}\n</reasoning>\n<answer>\n{given}\n</answer>"
 
 
 def call_answer(rng: random.Random, right: bool) -> tuple[str, str]:
-    """(answer, response) of a tool-use question with two calls, one of them nested."""
+    """Return (answer, response) of a tool-use question with two calls, one of them nested."""
+    names = ("search", "update")
     inputs = [
         json.dumps({"query": str(rng.random()), "page": 1}),
         json.dumps({"id": rng.randrange(99), "data": {"tags": ["a", "b"]}}),
     ]
-    gold = json.dumps(
-        [
-            {"Action": name, "Action_Input": text}
-            for name, text in zip(("search", "update"), inputs, strict=True)
-        ]
+    answer = json.dumps(
+        [{"Action": name, "Action_Input": text} for name, text in zip(names, inputs, strict=True)]
     )
-    shown = inputs if right else inputs[::-1][:1] + ["{}"]
-    calls = "".join(
-        f"Action: {name}\nAction Input: {text}\n"
-        for name, text in zip(("search", "update"), shown, strict=True)
-    )
-    return gold, f"Thought: {THOUGHT}\n{calls}"
+    given = inputs if right else [inputs[1], "{}"]
+    calls = [f"Action: {name}\nAction Input: {text}\n" for name, text in zip(names, given, strict=True)]
+    return answer, f"Thought: {THOUGHT}\n{''.join(calls)}"
 
 
 def math_answer(rng: random.Random, right: bool) -> tuple[str, str]:
-    """(answer, response) of a mathematics question."""
+    """Return (answer, response) of a mathematics question."""
     top, bottom = rng.randrange(1, 10**6), rng.randrange(2, 10**6)
+    given = top if right else top + 1
     if rng.random() < 0.5:
-        return str(top), f"{THOUGHT} \\boxed{{{top if right else top + 1}}}"
-    return (
-        f"\\frac{{{top}}}{{{bottom}}}",
-        f"{THOUGHT} \\boxed{{\\frac{{{top if right else top + 1}}}{{{bottom}}}}}",
-    )
+        return str(top), f"{THOUGHT} \\boxed{{{given}}}"
+    return f"\\frac{{{top}}}{{{bottom}}}", f"{THOUGHT} \\boxed{{\\frac{{{given}}}{{{bottom}}}}}"
 
 
 ANSWERS: dict[str, Callable[[random.Random, bool], tuple[str, str]]] = {
@@ -76,7 +68,7 @@ ANSWERS: dict[str, Callable[[random.Random, bool], tuple[str, str]]] = {
 
 
 def make_jobs(kind: str, questions: int) -> list[tuple[Job, bool]]:
-    """Eight responses to each question and whether they are right."""
+    """Return eight responses to each question and whether they are right."""
     rng = random.Random(kind)
     jobs = []
     for _ in range(questions):
@@ -87,19 +79,19 @@ def make_jobs(kind: str, questions: int) -> list[tuple[Job, bool]]:
     return jobs
 
 
-def measure(kind: str, jobs: list[tuple[Job, bool]], workers: int) -> dict:
-    """One row. Raises ConfigError when the verifier is not installed, ValueError when a verdict is wrong."""
+def measure(kind: str, jobs: list[tuple[Job, bool]], workers: int) -> Row:
+    """Return one row. Raises ValueError when a verdict is wrong."""
     reference = VERIFIERS[kind]["paper"]
-    pool = Pool({kind: reference}, TaskSection(verifier_workers=workers))
+    pool = Pool({kind: reference}, TaskSection.model_validate({"verifier_workers": workers}))
     pool.verify([job for job, _ in jobs[: GROUP * workers]])  # imports
     start = time.perf_counter()
     verdicts = pool.verify([job for job, _ in jobs])
     seconds = time.perf_counter() - start
-    memory = sum(resident_bytes(worker.process.pid) for worker in pool.workers)
+    memory = sum(status_bytes(worker.process.pid, "VmRSS") for worker in pool.workers)
     pool.close()
     if [verdict.correct for verdict in verdicts] != [right for _, right in jobs]:
         raise ValueError(f"{kind}: a verdict is wrong")
-    verifier = load_attribute(reference)
+    verifier: Any = load_attribute(reference)
     few = [job for job, _ in jobs[-LOOP_JOBS:]]
     verifier(few[0].answer, few[0].text)
     start = time.perf_counter()
@@ -116,22 +108,15 @@ def measure(kind: str, jobs: list[tuple[Job, bool]], workers: int) -> dict:
     }
 
 
-def resident_bytes(pid: int) -> int:
-    """Resident memory of a process; 0 where there is no /proc."""
-    status = Path(f"/proc/{pid}/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS")), 0)
+def format_row(row: Row) -> str:
+    speed, memory = f"{row['verdicts_per_second']:9.0f} verdicts/s", f"{row['extra_bytes'] / 2**20:.0f} MiB"
+    return f"{row['name']:>16}  {speed}  {row['ratio']:.2f} of the loop's time  {memory}"
 
 
 def main() -> None:
-    """Measure every verifier and print a table or one JSON object."""
-    parser = argparse.ArgumentParser(description="Verdicts a second of the verifier pool.")
+    parser = make_parser(__doc__)
     parser.add_argument("--workers", type=int, default=2, help="worker processes")
     parser.add_argument("--questions", type=int, default=500, help="questions of eight responses each")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="append the JSON object to FILE, as one line"
-    )
     options = parser.parse_args()
     rows, skipped = [], {}
     for kind in ANSWERS:
@@ -147,28 +132,7 @@ def main() -> None:
         "group": GROUP,
         "characters": len(THOUGHT),
     }
-    device = f"{platform.machine()} CPU"
-    report = {
-        "device": device,
-        "date": datetime.date.today().isoformat(),
-        "shape": shape,
-        "rows": rows,
-        "skipped": skipped,
-    }
-    if options.output:
-        with options.output.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(report) + "\n")
-    if options.json:
-        print(json.dumps(report))
-        return
-    print(f"{device}, {report['date']}, {shape}")
-    for row in rows:
-        memory = f"{row['extra_bytes'] / 2**20:.0f} MiB"
-        print(
-            f"{row['name']:16s} {row['verdicts_per_second']:9.0f} verdicts a second  {row['ratio']:.2f} of the loop's time  {memory}"
-        )
-    for kind, reason in skipped.items():
-        print(f"{kind:16s} skipped: {reason}")
+    publish(options, cpu_name(), shape, rows, format_row, skipped)
 
 
 if __name__ == "__main__":

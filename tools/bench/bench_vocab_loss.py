@@ -1,10 +1,10 @@
-"""The routed loss's vocabulary pass against its bare matrix products and other ways to compute it, side by
-side in one run.
+"""The routed loss's vocabulary pass against its bare matrix products and other ways to compute it.
 
     python tools/bench/bench_vocab_loss.py --tokens 512 --hidden 1024 --vocab 151936 [--tensor-parallel 2]
-    [--threads 1] [--json]
-    python tools/bench/bench_vocab_loss.py --sweep-tokens 2048 4096 8192      # `ours` only: its memory does not
-    grow with the tokens
+        [--threads 1] [--json]
+    python tools/bench/bench_vocab_loss.py --sweep-tokens 2048 4096 8192
+
+The second form measures `ours` only, whose memory does not grow with the tokens.
 
 Every token is distilled (JSD of student and teacher plus the log-probability of the target), forward and
 backward to hidden states and weight. `ratio` is to the four bare matrix products; `extra_bytes` is peak
@@ -16,24 +16,21 @@ rows; a row that cannot run is named under `skipped`, with the reason.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import datetime
 import functools
 import gc
 import importlib
-import json
 import math
-import platform
-import re
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from _memory import peak_resident_bytes, reset_peak, return_freed_above, trim_heap, trim_heap_above
+from _report import Row, add_ratios, device_name, make_parser, publish
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from megatron_srpo.vocab_parallel.divergence import Divergence
 from megatron_srpo.vocab_parallel.fused import fused_objective
@@ -48,9 +45,7 @@ TRL, LIGER = "trl.experimental.sdpo.loss_utils", "liger_kernel.transformers.fuse
 
 
 class Inputs(NamedTuple):
-    """hidden, teacher_hidden [T, H]; weight, teacher_weight [padded_width, H], the shard's rows; targets
-    [T].
-    """
+    """hidden, teacher_hidden [T, H]; weight, teacher_weight [padded_width, H] of the shard; targets [T]."""
 
     hidden: Tensor
     weight: Tensor
@@ -60,13 +55,19 @@ class Inputs(NamedTuple):
     shard: VocabShard
 
 
-Result = tuple[Tensor | None, Tensor, Tensor]  # loss, dHidden, dWeight
+class Result(NamedTuple):
+    """Loss (None where only products are made), dHidden [T, H] and dWeight [padded_width, H]."""
+
+    loss: Tensor | None
+    hidden_grad: Tensor
+    weight_grad: Tensor
+
+
+Prepare = Callable[[Inputs, int | None], Callable[[], Result]]  # (inputs, tokens a tile) → the call
 
 
 def bare_gemms(x: Inputs, chunk: int | None) -> Callable[[], Result]:
-    """The four products any method needs, into buffers that exist: student and teacher logits, dHidden,
-    dWeight.
-    """
+    """Return the call of the four products any method needs: both logits, dHidden, dWeight, into buffers."""
     chunk = min(chunk or GEMM_TOKENS[x.hidden.device.type], len(x.hidden))
     tile = x.hidden.new_empty(chunk, len(x.weight))
     hidden_grad, weight_grad = torch.zeros_like(x.hidden), torch.zeros_like(x.weight)
@@ -80,28 +81,34 @@ def bare_gemms(x: Inputs, chunk: int | None) -> Callable[[], Result]:
             torch.mm(x.teacher_hidden[rows], x.teacher_weight.t(), out=logits)
             torch.mm(logits, x.weight, out=hidden_grad[rows])
             weight_grad.addmm_(logits.t(), hidden)
-        return None, hidden_grad, weight_grad
+        return Result(None, hidden_grad, weight_grad)
 
     return call
 
 
 def ours(
-    x: Inputs, chunk: int | None, divergence: Divergence = Divergence(), weight_grad: Tensor | None = None
-) -> Tensor:  # noqa: B008
+    x: Inputs, chunk: int | None, divergence: Divergence | None = None, weight_grad: Tensor | None = None
+) -> Tensor:
     """megatron_srpo.vocab_parallel.fused; without a chunk, in tiles of its own choice."""
 
     def objective(rows, of_tile) -> Tensor:
         return (of_tile.divergence - LOG_PROB * of_tile.logprob).sum() / len(x.hidden)
 
     student, teacher = Projection(x.hidden, x.weight), Projection(x.teacher_hidden, x.teacher_weight)
-    options = {"teacher": teacher, "divergence": divergence, "tile_tokens": chunk, "weight_grad": weight_grad}
-    return fused_objective(student, x.targets, objective, x.shard, **options)[0]
+    return fused_objective(
+        student,
+        x.targets,
+        objective,
+        x.shard,
+        teacher=teacher,
+        divergence=divergence or Divergence(),
+        tile_tokens=chunk,
+        weight_grad=weight_grad,
+    )[0]
 
 
 def into_main_grad(x: Inputs, chunk: int | None) -> Callable[[], Result]:
-    """`ours` as the trainer calls it: dWeight is added to a buffer that exists, as that of the bare products
-    does.
-    """
+    """Return the call of `ours` as the trainer makes it: dWeight is added to an existing buffer."""
     weight_grad = torch.zeros_like(x.weight, dtype=torch.float32)
 
     def call() -> Result:
@@ -109,7 +116,8 @@ def into_main_grad(x: Inputs, chunk: int | None) -> Callable[[], Result]:
         weight_grad.zero_()
         value = ours(own, chunk, weight_grad=weight_grad)
         value.backward()
-        return value.detach(), own.hidden.grad, weight_grad
+        assert own.hidden.grad is not None
+        return Result(value.detach(), own.hidden.grad, weight_grad)
 
     return call
 
@@ -159,36 +167,31 @@ def _top_k_jsd(logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return _jsd(buckets(logits), buckets(teacher_logits))
 
 
-def differentiated(
-    loss: Callable[..., Tensor], **options
-) -> Callable[[Inputs, int | None], Callable[[], Result]]:
-    """(inputs, chunk) -> the call that makes the loss and its gradients, and keeps nothing for the next one."""
+def differentiated(loss: Callable[..., Tensor], **options) -> Prepare:
+    """Return how to prepare the call that makes the loss and its gradients and keeps nothing."""
 
     def call(x: Inputs, chunk: int | None) -> Result:
         x = x._replace(hidden=x.hidden.detach().requires_grad_(), weight=x.weight.detach().requires_grad_())
         value = loss(x, chunk, **options)
         value.backward()
-        return value.detach(), x.hidden.grad, x.weight.grad
+        assert x.hidden.grad is not None and x.weight.grad is not None
+        return Result(value.detach(), x.hidden.grad, x.weight.grad)
 
     return lambda x, chunk: functools.partial(call, x, chunk)
 
 
 class Method(NamedTuple):
-    """How a row's result is made, its loss as `exact` can compute it, the module it needs, and where it can
-    run.
-    """
+    """How to prepare a row's call, its loss as `exact` computes it, the module it needs, where it runs."""
 
-    prepare: Callable[[Inputs, int | None], Callable[[], Result]]
+    prepare: Prepare
     loss: Callable[..., Tensor] | None
     module: str = "torch"
     sharded: bool = False
     cuda_only: bool = False
 
 
-FULL, TOP = (
-    functools.partial(autograd, divergence=_full_jsd),
-    functools.partial(autograd, divergence=_top_k_jsd),
-)
+FULL = functools.partial(autograd, divergence=_full_jsd)
+TOP = functools.partial(autograd, divergence=_top_k_jsd)
 JSD_ALONE = functools.partial(autograd, divergence=_full_jsd, log_prob=0.0)
 TOP_OURS = Divergence(support="student_topk", top_k=TOP_K)
 TOP_TRL = {
@@ -196,8 +199,8 @@ TOP_TRL = {
     "distillation_topk": TOP_K,
     "distillation_add_tail": True,
 }
-# "top-100 + tail" is the papers' approximation, another loss: the student's likeliest ids and a bucket for
-# the rest
+# "top-100 + tail" is the papers' approximation, another loss: the student's most likely ids and a bucket for
+# the rest.
 METHODS = {
     "gemms": Method(bare_gemms, None, sharded=True),
     "ours": Method(differentiated(ours), FULL, sharded=True),
@@ -226,42 +229,47 @@ def why_not(name: str, options: argparse.Namespace) -> str | None:
 
 
 def make_inputs(tokens: int, options: argparse.Namespace, device: torch.device) -> Inputs:
-    """Random states whose softmax is peaked as a language model's; the teacher is near the student.
+    """Return random states, over the whole vocabulary.
 
-    The whole vocabulary.
+    The softmax is peaked as a language model's, and the teacher is near the student.
     """
     hidden, vocab, dtype = options.hidden, options.vocab, getattr(torch, options.dtype)
     generator = torch.Generator(device).manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, device=device)  # noqa: E731
-    student, weight = draw(tokens, hidden), draw(vocab, hidden) * (3 / math.sqrt(hidden))
-    teacher, teacher_weight = (
-        student + 0.3 * draw(tokens, hidden),
-        weight + draw(vocab, hidden) * (0.3 / math.sqrt(hidden)),
-    )
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    student = draw(tokens, hidden)
+    weight = draw(vocab, hidden) * (3 / math.sqrt(hidden))
+    teacher = student + 0.3 * draw(tokens, hidden)
+    teacher_weight = weight + draw(vocab, hidden) * (0.3 / math.sqrt(hidden))
     targets = torch.randint(0, vocab, (tokens,), generator=generator, device=device)
+    shard = VocabShard(0, vocab, vocab)
     return Inputs(
-        *(tensor.to(dtype) for tensor in (student, weight, teacher, teacher_weight)),
-        targets,
-        VocabShard(0, vocab, vocab),
+        student.to(dtype), weight.to(dtype), teacher.to(dtype), teacher_weight.to(dtype), targets, shard
     )
 
 
-def own_part(full: Inputs) -> Inputs:
-    """This rank's rows of the weights, padded to the same number on every rank."""
+def shard_inputs(full: Inputs) -> Inputs:
+    """Return this rank's rows of the weights, padded to the same number on every rank."""
     if not dist.is_initialized():
         return full
     padded_width = -(-full.shard.vocab_size // dist.get_world_size())
     shard = VocabShard.of_rank(dist.get_rank(), padded_width, full.shard.vocab_size, dist.group.WORLD)
-    own = lambda w: torch.nn.functional.pad(
-        w[shard.start : shard.start + shard.width], (0, 0, 0, padded_width - shard.width)
-    )  # noqa: E731
-    return full._replace(weight=own(full.weight), teacher_weight=own(full.teacher_weight), shard=shard)
+
+    def own_rows(weight: Tensor) -> Tensor:
+        rows = weight[shard.start : shard.start + shard.width]
+        return torch.nn.functional.pad(rows, (0, 0, 0, padded_width - shard.width))
+
+    return full._replace(
+        weight=own_rows(full.weight), teacher_weight=own_rows(full.teacher_weight), shard=shard
+    )
 
 
 def exact(full: Inputs, loss: Callable[..., Tensor]) -> Result:
-    """Float64 over the whole vocabulary, a chunk of tokens at a time."""
+    """Return float64 results over the whole vocabulary, computed a chunk of tokens at a time."""
     weight, teacher_weight = full.weight.double().requires_grad_(), full.teacher_weight.double()
-    total, hidden_grads = 0.0, []
+    total, hidden_grads = weight.new_zeros(()), []
     for start in range(0, len(full.hidden), EXACT_TOKENS):
         rows = slice(start, start + EXACT_TOKENS)
         hidden, teacher_hidden = (
@@ -273,206 +281,185 @@ def exact(full: Inputs, loss: Callable[..., Tensor]) -> Result:
         part_loss.backward()
         total = total + part_loss.detach()
         hidden_grads.append(hidden.grad)
-    return total, torch.cat(hidden_grads), weight.grad
+    assert weight.grad is not None
+    return Result(total, torch.cat(hidden_grads), weight.grad)
 
 
-def error_of(result: Result, wanted: Result, shard: VocabShard) -> float:
-    """Largest relative error of the loss, of dHidden summed over the ranks, and of this rank's rows of
-    dWeight.
-    """
-    loss, hidden_grad, weight_grad = (tensor.double() for tensor in result)
+def error_of(result: Result, expected: Result, shard: VocabShard) -> float:
+    """Return the largest relative error of loss, dHidden summed over ranks, and own rows of dWeight."""
+    assert result.loss is not None and expected.loss is not None
+    hidden_grad = result.hidden_grad.double()
     all_reduce(hidden_grad, shard.group)
     own_rows = slice(shard.start, shard.start + shard.width)
-    pairs = ((loss, wanted[0]), (hidden_grad, wanted[1]), (weight_grad[: shard.width], wanted[2][own_rows]))
-    return (
-        torch.stack([(found - expected).norm() / expected.norm() for found, expected in pairs]).max().item()
+    return max(
+        relative_error(result.loss, expected.loss),
+        relative_error(hidden_grad, expected.hidden_grad),
+        relative_error(result.weight_grad[: shard.width], expected.weight_grad[own_rows]),
     )
 
 
-def memory(device: torch.device, most: bool = False) -> int:
-    """Bytes in use, or the most in use since the last call without `most`."""
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def start_peak(device: torch.device) -> int:
+    """Forget the peak so far, and return the bytes in use; freed tensors no longer hide what is allocated."""
+    gc.collect()
     if device.type == "cuda":
-        if not most:
-            gc.collect()
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated()
-    libc, mmap_threshold, trim_threshold = ctypes.CDLL(None), -3, -1
-    if most:  # the largest that glibc comes to by itself, so that timings are the usual ones
-        libc.mallopt(mmap_threshold, 32 * 2**20)
-        libc.mallopt(trim_threshold, 64 * 2**20)
-    else:
-        gc.collect()
-        libc.mallopt(
-            mmap_threshold, 2**20
-        )  # tensors go back to the system when freed, not into the holes of a heap
-        libc.malloc_trim(0)  # else what earlier rows freed would be used again without being counted
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is what is in use
-    return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    return_freed_above(2**20)
+    trim_heap()
+    reset_peak()
+    return peak_resident_bytes()
 
 
-def measure(name: str, x: Inputs, chunk: int | None, repeats: int, wanted: Result | None = None) -> dict:
-    """One row, of the worst rank: best of `repeats` after one warm-up, peak memory without the gradients,
-    error.
+def read_peak(device: torch.device) -> int:
+    """Return the most bytes in use since `start_peak`; timings are the usual ones from here on."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return_freed_above(32 * 2**20)  # the largest that glibc comes to by itself
+    trim_heap_above(64 * 2**20)
+    return peak_resident_bytes()
+
+
+def measure(name: str, x: Inputs, chunk: int | None, rounds: int, expected: Result | None = None) -> Row:
+    """Return one row, of the worst rank.
+
+    Best of `rounds` after one warm-up (with no rounds: that one); peak memory without the gradients; error.
     """
     prepare, device = METHODS[name].prepare, x.hidden.device
-    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
     def timed() -> tuple[Result, float]:
         if x.shard.is_split:
             dist.barrier()
-        synchronise()
+        synchronise(device)
         start = time.perf_counter()
-        result = method()
-        synchronise()
+        result = call()
+        synchronise(device)
         return result, time.perf_counter() - start
 
-    few = x._replace(**{key: getattr(x, key)[:16] for key in ("hidden", "teacher_hidden", "targets")})
+    few = x._replace(hidden=x.hidden[:16], teacher_hidden=x.teacher_hidden[:16], targets=x.targets[:16])
     prepare(few, chunk)()  # the libraries' code and workspaces are no part of any method's memory
-    before = memory(device)
-    method = prepare(x, chunk)
+    before = start_peak(device)
+    call = prepare(x, chunk)
     result, first = timed()
-    extra_bytes = (
-        memory(device, most=True)
-        - before
-        - sum(tensor.numel() * tensor.element_size() for tensor in result[1:])
-    )
-    error = 0.0 if wanted is None else error_of(result, wanted, x.shard)
+    gradients = sum(tensor.nbytes for tensor in (result.hidden_grad, result.weight_grad))
+    extra_bytes = read_peak(device) - before - gradients
+    error = 0.0 if expected is None else error_of(result, expected, x.shard)
     del result
-    seconds = [timed()[1] for _ in range(repeats)] or [first]
+    seconds = [timed()[1] for _ in range(rounds)] or [first]
     numbers = torch.tensor([max(0, extra_bytes), error, *seconds], dtype=torch.float64, device=device)
     extra_bytes, error, *seconds = all_reduce(numbers, x.shard.group, dist.ReduceOp.MAX).tolist()
     row = {"name": name, "seconds": min(seconds), "extra_bytes": int(extra_bytes)}
-    return row if wanted is None else row | {"error": error}
+    return row if expected is None else row | {"error": error}
 
 
-def table(options: argparse.Namespace, device: torch.device) -> tuple[list[dict], dict[str, str]]:
-    """The rows, the bare products first, and why others are missing."""
-    names = list(dict.fromkeys(["gemms", *options.methods]))
-    skipped = {name: reason for name in names if (reason := why_not(name, options))}
-    names = [name for name in names if name not in skipped]
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure_all(options: argparse.Namespace, device: torch.device) -> tuple[list[Row], dict[str, str]]:
+    """Return the rows, the bare products first, and {name: reason} of those that cannot run."""
+    skipped: dict[str, str] = {}
+    names = []
+    for name in dict.fromkeys(["gemms", *options.methods]):
+        if reason := why_not(name, options):
+            skipped[name] = reason
+        else:
+            names.append(name)
     x = make_inputs(options.tokens, options, device)
-    losses = set() if options.no_error else {METHODS[name].loss for name in names} - {None}
-    wanted = {loss: exact(x, loss) for loss in losses}
-    x = own_part(x)
+    expected: dict[Callable[..., Tensor], Result] = {}
+    for name in names:
+        loss = METHODS[name].loss
+        if loss is not None and loss not in expected and not options.no_error:
+            expected[loss] = exact(x, loss)
+    x = shard_inputs(x)
     rows = []
     for name in names:
+        loss = METHODS[name].loss
+        known = expected.get(loss) if loss is not None else None
         try:
-            rows.append(measure(name, x, options.chunk, options.repeats, wanted.get(METHODS[name].loss)))
-        except torch.OutOfMemoryError as error:  # what holds whole logits may not fit where the others do
+            rows.append(measure(name, x, options.chunk, options.rounds, known))
+        except torch.OutOfMemoryError as error:  # complete logits may not fit where tiles do
             if METHODS[name].sharded:
                 raise
             skipped[name] = str(error)
-    return [row | {"ratio": row["seconds"] / rows[0]["seconds"]} for row in rows], skipped
+    add_ratios(rows)
+    return rows, skipped
 
 
-def sweep(options: argparse.Namespace, device: torch.device) -> list[dict]:
-    """`ours` at several numbers of tokens, once each."""
-    one = lambda tokens: measure(
-        "ours", own_part(make_inputs(tokens, options, device)), options.chunk, repeats=0
-    )  # noqa: E731
-    return [one(tokens) | {"name": f"ours T={tokens}"} for tokens in options.sweep_tokens]
+def sweep(options: argparse.Namespace, device: torch.device) -> list[Row]:
+    """Measure `ours` at several numbers of tokens, once each."""
+    rows = []
+    for tokens in options.sweep_tokens:
+        x = shard_inputs(make_inputs(tokens, options, device))
+        rows.append(measure("ours", x, options.chunk, rounds=0) | {"name": f"ours T={tokens}"})
+    return rows
 
 
-def show(
-    options: argparse.Namespace, device: torch.device, rows: list[dict], skipped: dict[str, str]
-) -> None:
-    """Print, and append to --output."""
-    names = ("tokens", "hidden", "vocab", "tensor_parallel", "chunk", "dtype", "threads")
-    shape = {name: getattr(options, name) for name in names} | (
-        {"tokens": options.sweep_tokens} if options.sweep_tokens else {}
-    )
-    name = (
-        torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else f"{platform.machine()} CPU, {options.threads} threads"
-    )
-    report = {
-        "device": name,
-        "date": datetime.date.today().isoformat(),
-        "shape": shape,
-        "rows": rows,
-        "skipped": skipped,
-    }
-    if options.output:
-        with options.output.open("a") as file:
-            file.write(json.dumps(report) + "\n")
-    if options.json:
-        print(json.dumps(report))
-        return
-    print(f"{name}, {report['date']}, {shape}")
-    for row in rows:
-        ratio = f"{row['ratio']:5.2f}" if "ratio" in row else ""
-        error = f"  error {row['error']:.1e}" if "error" in row else ""
-        print(
-            f"{row['name']:>20}  {row['seconds']:8.3f} s  {ratio}  +{row['extra_bytes'] / 2**20:7.0f} MiB{error}"
-        )
-    for name, reason in skipped.items():
-        print(f"{name:>20}  skipped: {reason}")
+def format_row(row: Row) -> str:
+    ratio = f"{row['ratio']:5.2f}" if "ratio" in row else ""
+    error = f"  error {row['error']:.1e}" if "error" in row else ""
+    memory = f"+{row['extra_bytes'] / 2**20:7.0f} MiB"
+    return f"{row['name']:>20}  {row['seconds']:8.3f} s  {ratio}  {memory}{error}"
 
 
-def run(rank: int, options: argparse.Namespace, meeting: str | None = None) -> None:
-    """One rank's measurements; the first rank shows them.
+def run(rank: int, options: argparse.Namespace, rendezvous: str | None = None) -> None:
+    """Measure on one rank; the first rank publishes.
 
-    The ranks of a tensor-parallel group meet at the file `meeting`.
+    Args:
+        rank: Of the tensor-parallel group.
+        options: The command line.
+        rendezvous: File through which the ranks of the group find each other; None for one process.
     """
     torch.set_num_threads(options.threads)
     device = torch.device("cuda", rank) if options.device == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if meeting is not None:
+    if rendezvous is not None:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, init_method=f"file://{meeting}", rank=rank, world_size=options.tensor_parallel
-        )
-    rows, skipped = (sweep(options, device), {}) if options.sweep_tokens else table(options, device)
+        method = f"file://{rendezvous}"
+        dist.init_process_group(backend, init_method=method, rank=rank, world_size=options.tensor_parallel)
+    rows, skipped = (sweep(options, device), {}) if options.sweep_tokens else measure_all(options, device)
     if rank == 0:
-        show(options, device, rows, skipped)
-    if meeting is not None:
+        names = ("tokens", "hidden", "vocab", "tensor_parallel", "chunk", "dtype", "threads")
+        shape = {name: getattr(options, name) for name in names}
+        if options.sweep_tokens:
+            shape["tokens"] = options.sweep_tokens
+        device_label = device_name(device.type == "cuda", options.threads)
+        publish(options, device_label, shape, rows, format_row, skipped)
+    if rendezvous is not None:
         dist.destroy_process_group()
 
 
+def parse_options() -> argparse.Namespace:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = make_parser(__doc__, rounds=2)
+    add = parser.add_argument
+    add("--tokens", type=int, default=512)
+    add("--hidden", type=int, default=1024)
+    add("--vocab", type=int, default=151_936)
+    add("--tensor-parallel", type=int, default=1, metavar="N", help="processes, each with a vocabulary shard")
+    add("--chunk", type=int, help=f"tokens a tile (default: the library's; bare products: {GEMM_TOKENS})")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32")
+    add("--device", choices=["cpu", "cuda"], default=device)
+    add("--threads", type=int, default=torch.get_num_threads(), help="of each process")
+    add("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    add("--sweep-tokens", type=int, nargs="+", metavar="T", help="instead of the rows: `ours` once at each T")
+    add("--no-error", action="store_true", help="skip the float64 reference")
+    return parser.parse_args()
+
+
 def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--vocab", type=int, default=151_936)
-    parser.add_argument(
-        "--tensor-parallel",
-        type=int,
-        default=1,
-        metavar="N",
-        help="N processes, each with its vocabulary shard",
-    )
-    parser.add_argument(
-        "--chunk",
-        type=int,
-        help=f"tokens a tile (the library's own choice; for the bare products {GEMM_TOKENS})",
-    )
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument(
-        "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each process")
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument(
-        "--sweep-tokens", type=int, nargs="+", metavar="T", help="instead of the rows: `ours` once at each T"
-    )
-    parser.add_argument("--no-error", action="store_true", help="skip the float64 reference")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="append the JSON object to FILE, as one line"
-    )
-    options = parser.parse_args()
-    if options.tensor_parallel > 1:
-        with tempfile.TemporaryDirectory() as folder:
-            torch.multiprocessing.spawn(
-                run, args=(options, f"{folder}/meeting"), nprocs=options.tensor_parallel
-            )
-    else:
+    options = parse_options()
+    if options.tensor_parallel == 1:
         run(0, options)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(run, args=(options, f"{folder}/rendezvous"), nprocs=options.tensor_parallel)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ SGLang imports both at module level and calls neither on its CPU path. What is m
 modules: any attribute is there, any call does nothing. Without SGLANG_USE_CPU_ENGINE=1 nothing happens.
 """
 
+import importlib.abc
 import importlib.machinery
 import importlib.util
 import os
@@ -64,7 +65,7 @@ class _HollowModule(types.ModuleType):
         return False
 
 
-class _Finder:
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds and loads hollow modules, but for those who only ask whether the package is there."""
 
     def __init__(self, packages):
@@ -79,8 +80,8 @@ class _Finder:
     def create_module(self, spec):
         module = _HollowModule(spec.name)
         if spec.name == "triton":  # the two functions that the CPU path does call
-            module.cdiv = lambda a, b: -(-a // b)
-            module.next_power_of_2 = lambda n: 1 << max(n - 1, 0).bit_length()
+            module.__dict__["cdiv"] = lambda a, b: -(-a // b)
+            module.__dict__["next_power_of_2"] = lambda n: 1 << max(n - 1, 0).bit_length()
         return module
 
     def exec_module(self, module):

@@ -1,0 +1,160 @@
+"""What a training run reports: metrics.jsonl, trackers, terminal, alarms, and the checks that stop a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_srpo.config.schema import Config
+from megatron_srpo.data.records import Group
+from megatron_srpo.data.update_report import UpdateReport
+from megatron_srpo.distributed.layout import Layout
+from megatron_srpo.observe.alarms import REMEMBERED, Alarm, Limits, alarms
+from megatron_srpo.observe.metrics import MetricsFile, rollout_metrics, update_metrics, version_metrics
+from megatron_srpo.observe.report import write_report
+from megatron_srpo.observe.terminal import Terminal
+from megatron_srpo.observe.trackers import Trackers, start_trackers
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot continue; the message says why and what to look at."""
+
+
+class Reporter:
+    """Writes one row a step and one an evaluation; only the first rank's reach the disk.
+
+    All ranks compute the same rows, so that all of them stop at the same step.
+    """
+
+    def __init__(self, config: Config, layout: Layout, terminal: Terminal):
+        self._config = config
+        self._layout = layout
+        self._terminal = terminal
+        self._limits = Limits.of(config)
+        self._rows: list[dict[str, Any]] = []  # of the last training steps
+        self._is_first = layout.rank == 0
+        self._metrics = MetricsFile(
+            config.logging.dir / "metrics.jsonl" if self._is_first else Path(os.devnull)
+        )
+        self._trackers = Trackers([], terminal.say)
+        self.skipped_in_a_row = 0
+
+    def resume(self, step: int, is_evaluated: bool, skipped_in_a_row: int) -> None:
+        """Drop rows written after `step` and continue from there. All ranks together.
+
+        Args:
+            step: the last completed step, 0 at the start.
+            is_evaluated: keep the evaluation after `step`, too.
+            skipped_in_a_row: updates skipped in a row up to `step`.
+        """
+        rows = self._metrics.rewind(step, is_evaluated)
+        self._terminal.recall(rows)
+        if self._is_first:
+            trackers = start_trackers(self._config, step)
+            self._trackers = Trackers(trackers, lambda text: self._terminal.say(text, "bold red"))
+        recent = [row for row in rows if "loss" in row][-REMEMBERED:]
+        self._rows = self._layout.broadcast(recent)  # only the first rank has read them
+        self.skipped_in_a_row = skipped_in_a_row
+
+    def step(self, step: int, groups: Sequence[Group], report: UpdateReport, extra: dict[str, Any]) -> None:
+        """Write a step's row and line, raise its alarms.
+
+        Args:
+            step: from 1.
+            groups: all ranks' routed groups.
+            report: of the step's updates.
+            extra: further metrics: those of the rollouts, and the seconds of each phase.
+
+        Raises:
+            TrainingStopped: an alarm of logging.stop_on, too large a log-prob gap, too many skipped updates.
+        """
+        row = {"step": step, **update_metrics(report), **rollout_metrics(groups)}
+        row |= version_metrics(groups, step) | extra
+        before = self._rows[-1].get("alarms", []) if self._rows else []
+        self._rows = [*self._rows, row][-REMEMBERED:]
+        raised = alarms(self._rows, self._limits)
+        row["alarms"] = [alarm.name for alarm in raised]
+        self._write(row)
+        self._terminal.step(row)
+        self._raise_alarms(step, raised, before)
+        self._check_logprob_gap(step, row["engine_logprob_gap"])
+        self._check_skipped_updates(step, report)
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The rows of all evaluations so far."""
+        return self._metrics.evaluations()
+
+    def evaluation(self, step: int, scores: dict[str, Any]) -> dict[str, Any]:
+        """Write the row of an evaluation after `step`, and return it."""
+        row = {"step": step, **scores}
+        self._write(row)
+        self._terminal.evaluation(row)
+        return row
+
+    def summary(self) -> None:
+        """Say how far the run came, and write report.html."""
+        evaluations = self._metrics.evaluations()
+        if evaluations:
+            key = next(key for key in evaluations[-1] if "/avg@" in key)
+            values = [row[key] for row in evaluations if key in row]  # a resumed run may evaluate otherwise
+            change = f"{values[0]:.3f} before, {values[-1]:.3f} after"
+            self._terminal.say(f"{key.removeprefix('eval/')}: {change}", "bold green")
+        directory = self._config.logging.dir
+        contents = "report.html, metrics.jsonl, rollouts/; the trained model is in hf/"
+        self._terminal.say(f"run folder: {directory}  ({contents})")
+        if self._is_first:
+            try:
+                write_report([directory], directory / "report.html")
+            except (OSError, ValueError) as error:  # the run itself is complete
+                self._terminal.say(f"report.html could not be written: {error}", "bold red")
+
+    def close_trackers(self) -> None:
+        """Flush the trackers; nothing is sent to them afterwards."""
+        self._trackers.close()
+
+    def close(self) -> None:
+        """Close metrics.jsonl."""
+        self._metrics.close()
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self._metrics.write(row)
+        self._trackers.write(row)
+
+    def _raise_alarms(self, step: int, raised: list[Alarm], before: list[str]) -> None:
+        """Say alarms that were not there a step ago; stop at one of logging.stop_on."""
+        self._terminal.alarms = raised
+        for alarm in raised:
+            if alarm.name not in before:
+                text = f"step {step}: alarm {alarm.name}: {alarm.finding}\n    {alarm.advice}"
+                self._terminal.say(text, "bold yellow")
+        for alarm in raised:
+            if alarm.name in self._config.logging.stop_on:
+                raise TrainingStopped(f"step {step}: alarm {alarm.name} (logging.stop_on): {alarm.finding}")
+
+    def _check_logprob_gap(self, step: int, gap: float) -> None:
+        """Stop when trainer and engine disagree about what was sampled; replayed samples are another policy's."""
+        settings = self._config.rollout
+        if (
+            settings.replay is not None
+            or settings.logprob_gap_stop is None
+            or gap < settings.logprob_gap_stop
+        ):
+            return
+        raise TrainingStopped(
+            f"step {step}: trainer's and engine's log-probabilities are {gap:.3g} nats a token apart"
+            " (rollout.logprob_gap_stop); does the engine have the published weights?"
+        )
+
+    def _check_skipped_updates(self, step: int, report: UpdateReport) -> None:
+        for loss, norm in report.skipped_updates:
+            text = f"step {step}: an update was skipped: loss {loss}, gradient norm {norm}"
+            self._terminal.say(text, "bold red")
+        self.skipped_in_a_row = report.skipped_in_a_row(self.skipped_in_a_row)
+        if self.skipped_in_a_row >= self._config.train.max_skipped_updates:
+            raise TrainingStopped(
+                f"step {step}: {self.skipped_in_a_row} updates in a row had a non-finite loss or gradient norm"
+                " (train.max_skipped_updates); hf/ holds the weights of the last finite update"
+            )

@@ -1,0 +1,37 @@
+"""A start of a run in its folder: lock, logs, watchdog and terminal, opened and closed together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from megatron_srpo.config.schema import LoggingSection
+from megatron_srpo.distributed.layout import Layout
+from megatron_srpo.observe.logs import alone, open_run_folder, rank_log
+from megatron_srpo.observe.terminal import Terminal
+from megatron_srpo.observe.watchdog import Watchdog
+
+
+@contextmanager
+def run_session(settings: LoggingSection, title: str, steps: int, layout: Layout) -> Iterator[Terminal]:
+    """Open the run folder settings.dir for this process and yield its terminal. All ranks together.
+
+    Args:
+        settings: the logging section.
+        title: heading of the live view; the number of processes is added.
+        steps: training steps of the run, for the progress bar.
+        layout: this process's layout.
+
+    Raises:
+        ConfigError: another start works in the folder, or a rank does not see it.
+    """
+    directory = settings.dir
+    session = open_run_folder(directory, layout)
+    title += f" · {layout.world_size} process{'es' * (layout.world_size > 1)}"
+    with (
+        alone(directory, layout),
+        rank_log(directory, layout),
+        Watchdog(directory / "watchdog", layout, settings.watchdog_minutes, session),
+        Terminal(title, steps, layout.rank == 0) as terminal,
+    ):
+        yield terminal
