@@ -12,6 +12,7 @@ import warnings
 from megatron_srpo.commands.common import is_first_rank
 from megatron_srpo.config.schema import ConfigError
 from megatron_srpo.distributed.files import FileError
+from megatron_srpo.distributed.processes import rank_from_environment, wait_for_first_rank
 
 COMMANDS = ("train", "sample", "eval", "plan", "compare", "report", "inspect", "config")
 
@@ -32,8 +33,6 @@ def main() -> int:
             print("interrupted", file=sys.stderr)
         status = 130
     except (ConfigError, FileError) as error:
-        from megatron_srpo.distributed.processes import rank_from_environment, wait_for_first_rank
-
         if is_first_rank():
             kind = "configuration error" if isinstance(error, ConfigError) else "error"
             print(f"{kind}: {error}", file=sys.stderr, flush=True)

@@ -13,7 +13,7 @@ from megatron_srpo.data.rollout_file import dump
 from megatron_srpo.distributed.heartbeat import PROGRESS
 from megatron_srpo.distributed.layout import Layout, joined
 from megatron_srpo.evaluation.evaluate import stored_weights
-from megatron_srpo.model.hf_folder import HFFolder, naming_key
+from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.observe.metrics import MetricsFile, rollout_metrics
 from megatron_srpo.observe.session import run_session
 from megatron_srpo.observe.stopwatch import Stopwatch
@@ -24,7 +24,6 @@ from megatron_srpo.rollout.route import route
 from megatron_srpo.rollout.source import Rollouts
 
 
-@naming_key("model.hf_path")
 def sample(config: Config) -> Path:
     """Sample and dump train.steps batches by model.hf_path, or by the run evaluation.checkpoint.
 

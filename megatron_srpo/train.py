@@ -13,7 +13,7 @@ from megatron_srpo.distributed.heartbeat import PROGRESS
 from megatron_srpo.distributed.layout import Layout, joined
 from megatron_srpo.distributed.stop import StopRequest
 from megatron_srpo.evaluation.evaluator import Evaluator, create_evaluator
-from megatron_srpo.model.hf_folder import HFFolder, naming_key
+from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.observe.profiler import StepProfiler
 from megatron_srpo.observe.reporter import Reporter, TrainingStopped
 from megatron_srpo.observe.session import run_session
@@ -32,7 +32,6 @@ class TrainingInterrupted(RuntimeError):
     """The run was asked to end and has saved itself; the same command resumes it."""
 
 
-@naming_key("model.hf_path")
 def train(config: Config) -> Path:
     """Train on this process's share of the work, from the start or the newest checkpoint. All ranks together.
 

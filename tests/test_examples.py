@@ -16,8 +16,8 @@ import yaml
 
 from megatron_srpo.config.load import load_config
 from megatron_srpo.config.schema import Config, RolloutSection
-from megatron_srpo.model.settings import transformer_config
 from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.model.settings import transformer_config
 from megatron_srpo.plan.layouts import plan_for
 from megatron_srpo.plan.machine import MACHINES, Workload
 from megatron_srpo.plan.memory import total_parameters

@@ -30,11 +30,13 @@ def add_overrides(parser: argparse.ArgumentParser, help_text: str) -> None:
 
 def run_configured(arguments: argparse.Namespace, body: Callable[[Config], int]) -> int:
     """Load the configuration and run `body`; return 1 after a failed engine or a full disk."""
+    from megatron_srpo.model.hf_folder import naming_key
     from megatron_srpo.rollout.engine import EngineFailed
 
     config = load_config(arguments.config, arguments.overrides)
     try:
-        return body(config)
+        with naming_key("model.hf_path"):
+            return body(config)
     except EngineFailed as error:  # on any rank alone
         print(f"stopped: {error}", file=sys.stderr)
         return 1

@@ -1,6 +1,4 @@
-"""Bytes done, rate and time left: a bar where there is a terminal, a plain line a tenth (two seconds apart)
-where there is none.
-"""
+"""Progress over bytes: a bar on a terminal, elsewhere a plain line a tenth, at least two seconds apart."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ from rich.text import Text
 
 
 class ByteProgress:
-    """Progress over `total` bytes on standard error. `enabled` is False on every rank but the first."""
+    """Shows progress over `total` bytes on standard error; `enabled` is False on all ranks but the first."""
 
     def __init__(self, title: str, total: int, enabled: bool = True):
         self.console = Console(stderr=True, quiet=not enabled, highlight=False)
@@ -48,7 +46,7 @@ class ByteProgress:
         self.bar.stop()
 
     def advance(self, size: int) -> None:
-        """`size` bytes more are done."""
+        """Count `size` more bytes as done."""
         self.done += size
         self.bar.update(self.task, completed=self.done)
         now, tenths = time.perf_counter(), 10 * self.done // max(1, self.total)
@@ -61,11 +59,11 @@ class ByteProgress:
             )
 
     def say(self, message: str) -> None:
-        """One line that stays."""
+        """Print one line that stays."""
         self.console.print(Text(message), soft_wrap=True)
 
     def warn(self, message: str) -> None:
-        """One line that stays, from whatever rank."""
+        """Print a warning that stays, from any rank."""
         if self.console.quiet:
             print(f"warning: {message}", file=sys.stderr, flush=True)
         else:

@@ -14,6 +14,7 @@ import functools
 import importlib.abc
 import sys
 import types
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -86,14 +87,11 @@ class _NoStream:
         return False
 
 
-def _to_cpu(device):
-    is_cuda = (
-        isinstance(device, str)
-        and device.startswith("cuda")
-        or isinstance(device, torch.device)
-        and device.type == "cuda"
-    )
-    return _CPU if is_cuda else device
+def _to_cpu(device: Any) -> Any:
+    """Return the CPU for a CUDA device or its name, anything else as it is."""
+    if isinstance(device, torch.device):
+        return _CPU if device.type == "cuda" else device
+    return _CPU if isinstance(device, str) and device.startswith("cuda") else device
 
 
 def _on_cpu(factory):
@@ -165,7 +163,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
         loader.exec_module = exec_module
 
-    def _patch(self, module: types.ModuleType) -> None:
+    def _patch(self, module: Any) -> None:
         if vars(module).get("torch") is torch:
             module.torch = self.torch
         name = module.__name__.removeprefix("megatron.core.")
@@ -185,19 +183,14 @@ class _Finder(importlib.abc.MetaPathFinder):
         elif name == "optimizer.distrib_optimizer":
             optimizer = module.DistributedOptimizer
             optimizer.__init__ = _with_cuda_type_names(optimizer.__init__)
-            module.HAVE_APEX_OR_TE, module.USING_APEX_OPTIMIZER = (
-                True,
-                True,
-            )  # our Adam has Apex's state layout
+            module.HAVE_APEX_OR_TE = module.USING_APEX_OPTIMIZER = True  # our Adam has Apex's state layout
             module.Adam = FusedAdam
         elif name == "optimizer":
             module.Adam, module.USING_PYTORCH_OPTIMIZER = FusedAdam, False
 
 
 def _all_gather(outputs: list[Tensor], tensor: Tensor, group) -> None:
-    """NCCL gathers tensors of unequal length, as experts under tensor parallelism need it; gloo only
-    exchanges them.
-    """
+    """Gather tensors of unequal length, as NCCL can and experts need; gloo can only exchange them."""
     lengths, size = [len(output) for output in outputs], len(outputs)
     gathered = tensor.new_empty(sum(lengths), *tensor.shape[1:])
     dist.all_to_all_single(gathered, torch.cat([tensor] * size), lengths, [len(tensor)] * size, group=group)
@@ -206,7 +199,7 @@ def _all_gather(outputs: list[Tensor], tensor: Tensor, group) -> None:
 
 
 def _reduce_scatter(output: Tensor, tensors: list[Tensor], group) -> None:
-    """The backward of `_all_gather`: each rank sums what the others have for it."""
+    """Sum what the ranks have for each other: the backward of `_all_gather`."""
     size = len(tensors)
     parts = output.new_empty(size, *output.shape)
     dist.all_to_all_single(
@@ -220,16 +213,12 @@ def _reduce_scatter(output: Tensor, tensors: list[Tensor], group) -> None:
 
 
 def _already_on_cpu(tensor, as_numpy: bool = False, record_stream: bool = False):
-    """The token dispatcher's copy to the host, where split sizes become numpy arrays only on their way from
-    a GPU.
-    """
+    """Replace the token dispatcher's copy to the host, which makes numpy arrays of CUDA tensors only."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def _with_cuda_type_names(function):
-    """megatron-core's optimizers compare `param.type()` with 'torch.cuda.FloatTensor': let the CPU say so,
-    inside.
-    """
+    """Let `Tensor.type()` name CUDA types inside `function`: megatron-core's optimizers compare with them."""
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
@@ -250,8 +239,7 @@ def _with_cuda_type_names(function):
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """AdamW with the state layout of Apex and Transformer Engine, which core's distributed checkpoints
-    expect.
+    """AdamW with the state layout of Apex and Transformer Engine, as core's distributed checkpoints expect.
 
     The step count lives in the param group, `exp_avg` and `exp_avg_sq` per parameter. (torch.optim.AdamW
     keeps the step per parameter: such checkpoints can be saved but not loaded.)

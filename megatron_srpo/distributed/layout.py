@@ -21,7 +21,7 @@ from megatron_srpo.distributed.processes import gather_bytes, world_size_from_en
 
 @dataclass(frozen=True)
 class Layout:
-    """Where this process stands. `device` is where its tensors live."""
+    """This process's ranks in its groups, and the device of its tensors."""
 
     rank: int
     world_size: int
@@ -42,12 +42,12 @@ class Layout:
 
     @property
     def tensor_parallel_group(self) -> dist.ProcessGroup:
-        """Ranks that share this rank's layers and tokens, each with a shard of every matrix."""
+        """The ranks that share layers and tokens with this one, each with a shard of every matrix."""
         return parallel_state.get_tensor_model_parallel_group()
 
     @property
     def data_parallel_group(self) -> dist.ProcessGroup:
-        """Ranks with the same shard of the model and other tokens: data- and context-parallel ones."""
+        """The ranks with the same model shard and other tokens: data- and context-parallel ones."""
         return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
     def sum_over_data_parallel(self, values: torch.Tensor) -> torch.Tensor:
@@ -61,7 +61,7 @@ class Layout:
         return values
 
     def from_last_stage(self, values: torch.Tensor) -> torch.Tensor:
-        """In place: what the last pipeline stage holds, on every stage."""
+        """Broadcast in place from the last pipeline stage to every stage."""
         if self.pipeline_parallel_size > 1:
             dist.broadcast(
                 values,
@@ -113,24 +113,25 @@ class Layout:
 
 
 def replica_group(parameter: torch.nn.Parameter) -> dist.ProcessGroup:
-    """Ranks that hold the same elements of `parameter`: data- and context-parallel ones, fewer for experts
-    that are shared out.
-    """
+    """Return the ranks that hold the same elements: data- and context-parallel ones, fewer for experts."""
     if getattr(parameter, "allreduce", True):  # Megatron's mark
         return parallel_state.get_data_parallel_group(with_context_parallel=True)
     return parallel_state.get_expert_data_parallel_group()
 
 
 def data_parallel_size(parallel: ParallelSection, world_size: int) -> int:
-    """Groups of ranks, in `world_size` processes, that train other samples. Raises ConfigError when they, or
-    the experts' ranks, do not divide.
+    """Return how many groups of `world_size` ranks train different samples.
+
+    Raises:
+        ConfigError: the parallel sizes do not divide the number of processes.
     """
     replica = parallel.replica_size
     if world_size % replica:
         context = " × context_parallel_size" if parallel.context_parallel_size > 1 else ""
+        product = f"tensor_model_parallel_size × pipeline_model_parallel_size{context} = {replica}"
         raise ConfigError(
-            f"parallel: tensor_model_parallel_size × pipeline_model_parallel_size{context} = {replica} does not divide the"
-            f" {world_size} processes that were started (torchrun --nproc-per-node × --nnodes)"
+            f"parallel: {product} does not divide the {world_size} processes that were started"
+            " (torchrun --nproc-per-node × --nnodes)"
         )
     experts = (
         parallel.expert_tensor_size
@@ -138,17 +139,16 @@ def data_parallel_size(parallel: ParallelSection, world_size: int) -> int:
         * parallel.pipeline_model_parallel_size
     )
     if world_size % experts:
+        names = "expert_tensor_parallel_size × expert_model_parallel_size × pipeline_model_parallel_size"
         raise ConfigError(
-            f"parallel: expert_tensor_parallel_size × expert_model_parallel_size × pipeline_model_parallel_size = {experts} does not"
-            f" divide the {world_size} processes that were started; experts are shared out over data- and context-parallel ranks"
+            f"parallel: {names} = {experts} does not divide the {world_size} processes that were started;"
+            " experts are shared out over data- and context-parallel ranks"
         )
     return world_size // replica
 
 
 def initialize(parallel: ParallelSection, seed: int) -> Layout:
-    """Join the process group (NCCL with CUDA, gloo without), build Megatron's groups and seed every
-    generator.
-    """
+    """Join the process group (NCCL with CUDA, else gloo), build Megatron's groups, seed every generator."""
     world_size = world_size_from_environment()
     data_parallel_size(parallel, world_size)
     if torch.cuda.is_available():
@@ -194,9 +194,7 @@ def initialize(parallel: ParallelSection, seed: int) -> Layout:
 
 
 def random_states() -> dict[str, torch.Tensor]:
-    """The state of every generator of this process, by name: torch's on the CPU, CUDA's, and Megatron's
-    named ones.
-    """
+    """Return the states of all generators by name: torch's on the CPU, CUDA's, and Megatron's named ones."""
     tracker = tensor_parallel.random.get_cuda_rng_tracker()
     states = {f"megatron|{name}": state for name, state in tracker.get_states().items()}
     states["cpu"] = torch.get_rng_state()
@@ -206,12 +204,9 @@ def random_states() -> dict[str, torch.Tensor]:
 
 
 def restore_random_states(states: dict[str, torch.Tensor]) -> None:
-    """The inverse of `random_states`."""
-    named = {
-        name.removeprefix("megatron|"): state
-        for name, state in states.items()
-        if name.startswith("megatron|")
-    }
+    """Restore what `random_states` returned."""
+    prefix = "megatron|"
+    named = {name.removeprefix(prefix): state for name, state in states.items() if name.startswith(prefix)}
     tensor_parallel.random.get_cuda_rng_tracker().set_states(named)
     torch.set_rng_state(states["cpu"])
     if torch.cuda.is_available() and "cuda" in states:
@@ -242,9 +237,9 @@ def joined(
 
 
 def shut_down(layout: Layout) -> None:
-    """Leave Megatron's groups, and the process group if `initialize` made it."""
+    """Destroy Megatron's groups, and the process group if `initialize` made it."""
     parallel_state.destroy_model_parallel()
     if layout.owns_process_group:
         dist.destroy_process_group()
-    # a gloo group has three threads, which end with its last holder: often a cycle of the finished trainer's
+    # A gloo group has three threads, which end with its last reference: often a cycle of the trainer's.
     gc.collect()

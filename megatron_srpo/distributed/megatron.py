@@ -11,7 +11,8 @@ from megatron_srpo.distributed import cpu_shim
 cpu_shim.install()
 
 # ruff: noqa: E402
-from megatron.core import parallel_state, tensor_parallel
+import megatron.core.parallel_state as parallel_state
+import megatron.core.tensor_parallel as tensor_parallel
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,

@@ -1,4 +1,4 @@
-"""Processes without Megatron: how many torchrun started, and plain bytes between them."""
+"""Processes without Megatron: how many torchrun started, and exchanging bytes between them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch.distributed as dist
 
 
 def world_size_from_environment() -> int:
-    """Number of processes torchrun started; 1 without torchrun."""
+    """Return the number of processes that torchrun started; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank_from_environment() -> int:
-    """This process's rank; 0 without torchrun."""
+    """Return this process's rank; 0 without torchrun."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -28,7 +28,7 @@ def wait_for_first_rank(rank: int) -> None:
 
 
 def gather_bytes(mine: bytes, device: torch.device, group: dist.ProcessGroup | None = None) -> list[bytes]:
-    """Every rank's bytes, in rank order, on every rank of the group (default: all). No pickle."""
+    """Return every rank's bytes, in rank order, on every rank of the group (default: all). No pickle."""
     world_size = dist.get_world_size()
     sizes = torch.zeros(world_size, dtype=torch.long, device=device)
     sizes[dist.get_rank()] = len(mine)
@@ -53,18 +53,17 @@ class Processes:
 
     @classmethod
     def join(cls, timeout: datetime.timedelta = datetime.timedelta(hours=1)) -> Processes:
-        """Meet the other processes, if there are any. A rank waits for the slowest at most `timeout`."""
+        """Join the other processes, if there are any; wait at most `timeout` for the slowest."""
         rank, world_size = rank_from_environment(), world_size_from_environment()
         if world_size > 1 and not dist.is_initialized():
             dist.init_process_group("gloo", timeout=timeout)
         return cls(rank, world_size)
 
     def gather(self, mine: bytes) -> list[bytes]:
-        """Every rank's bytes, in rank order, on every rank."""
+        """Return every rank's bytes, in rank order, on every rank."""
         return [mine] if self.world_size == 1 else gather_bytes(mine, torch.device("cpu"))
 
     def barrier(self) -> None:
-        """Wait for all."""
         if self.world_size > 1:
             dist.barrier()
 

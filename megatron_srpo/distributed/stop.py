@@ -1,4 +1,4 @@
-"""Leaving in good order: a signal or the clock asks, all ranks leave after the same step."""
+"""Ending a run early: a signal or the time limit asks, all ranks end after the same step."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ _CLOCK = 1 << 16  # above any signal's number
 
 
 class StopRequest:
-    """Catches SIGTERM, SIGUSR1 and Ctrl-C, and watches the time, while it is entered; a second Ctrl-C
-    interrupts at once.
+    """Catches SIGTERM, SIGUSR1 and Ctrl-C while entered; a second Ctrl-C interrupts at once.
 
-    limit_minutes: of wall-clock time since it was made, by the first rank's clock; None: no limit.
+    Args:
+        layout: this process's layout.
+        limit_minutes: wall-clock time from now on, by the first rank's clock; None for no limit.
     """
 
     def __init__(self, layout: Layout, limit_minutes: float | None):
@@ -39,18 +40,13 @@ class StopRequest:
         self._received = number
 
     def reason(self) -> str | None:
-        """Why to leave now, the same on every rank, or None.
-
-        A small all-reduce: call it at the same place on all.
-        """
+        """Return why to end now, the same on every rank, or None. All ranks together (one small all-reduce)."""
         late = self.layout.rank == 0 and self._deadline is not None and time.monotonic() >= self._deadline
         asked = torch.tensor(_CLOCK if late else self._received, device=self.layout.device)
         if self.layout.world_size > 1:
             dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         if (number := int(asked)) == 0:
             return None
-        return (
-            "checkpoint.exit_duration_in_mins is over"
-            if number == _CLOCK
-            else f"{signal.Signals(number).name} was received"
-        )
+        if number == _CLOCK:
+            return "checkpoint.exit_duration_in_mins is over"
+        return f"{signal.Signals(number).name} was received"

@@ -32,7 +32,8 @@ from megatron_srpo.training.schedule import run_schedule
 from megatron_srpo.training.teacher import Teacher, TeacherTargets
 from megatron_srpo.training.token_values import TokenValues
 from megatron_srpo.vocab_parallel.divergence import Divergence
-from megatron_srpo.vocab_parallel.fused import Statistics, fused_objective, kernel_name, score
+from megatron_srpo.vocab_parallel.fused import Statistics, fused_objective, score
+from megatron_srpo.vocab_parallel.kernels.choice import kernel_name
 from megatron_srpo.vocab_parallel.logits import Projection, Rows
 from megatron_srpo.weights.transfer import Repeatable, export, load
 

@@ -1,3 +1,1 @@
-"""Log-probabilities, entropies and divergences over a vocabulary split across ranks, without ever gathering
-it.
-"""
+"""Log-probs, entropies and divergences over a vocabulary sharded across ranks, which is never gathered."""

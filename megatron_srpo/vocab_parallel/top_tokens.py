@@ -1,6 +1,4 @@
-"""The likeliest tokens of every position, over all shards of the vocabulary: for people to look at, not for
-the loss.
-"""
+"""The likeliest tokens of every position over all vocabulary shards: for reports, not for the loss."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ _TILE_TOKENS = 128
 
 
 class TopTokens(NamedTuple):
-    """ids: [T, k], the likeliest first. logprobs: [T, k] of these, nats. target_logprob: [T] of the targets."""
+    """ids [T, k], the likeliest first, logprobs [T, k] of these (nats), target_logprob [T] of the targets."""
 
     ids: Tensor
     logprobs: Tensor
@@ -34,38 +32,43 @@ class TopTokens(NamedTuple):
 def top_tokens(
     source: Teacher, targets: Tensor, shard: VocabShard, k: int, temperature: float = 1.0
 ) -> TopTokens:
-    """The k likeliest ids (all, where the vocabulary has fewer) and their exact log-probabilities, the same
-    on every rank.
+    """Find the k likeliest ids (all, if the vocabulary has fewer) and their exact log-probs, on every rank.
 
     Args:
-        source: logits of T tokens, or what they are made of. targets: [T] ids.
-        temperature: logits are divided by it.
+        source: Source of T tokens' logits.
+        targets: [T] ids.
+        temperature: The logits are divided by it.
+
+    Raises:
+        ValueError: source and shard do not fit each other; on all ranks together.
 
     One product a token and five small collectives a tile of 128 tokens; memory: three fp32 tiles of this
-    shard's width. Raises ValueError when source and shard do not fit each other.
+    shard's width.
     """
-    own, k = source.tensor, min(k, shard.vocab_size)
-    check_consistent(source.problem("source", shard), shard, {"tokens": len(own), "k": k}, own.device)
-    parts = []
-    for start in range(0, len(own), _TILE_TOKENS):
-        rows = slice(start, min(start + _TILE_TOKENS, len(own)))
-        logits = torch.empty(
-            rows.stop - start, shard.width, dtype=accumulation_dtype(own.dtype), device=own.device
-        )
+    like, k, error = source.tensor, min(k, shard.vocab_size), None
+    try:
+        source.validate("source", shard)
+    except ValueError as exception:
+        error = exception
+    check_consistent(error, shard, {"tokens": len(like), "k": k}, like.device)
+    dtype = accumulation_dtype(like.dtype)
+    empty = like.new_empty((0, k), dtype=dtype)
+    tiles = [TopTokens(empty.long(), empty, empty.sum(1))]
+    for start in range(0, len(like), _TILE_TOKENS):
+        rows = slice(start, min(start + _TILE_TOKENS, len(like)))
+        logits = like.new_empty((rows.stop - start, shard.width), dtype=dtype)
         source.write(rows, logits, 1.0 / temperature)
         logprobs = logits - log_sum_exp(logits, shard.group)[:, None]
         ids = top_ids(logprobs, k, shard)
-        parts.append((ids, _at(ids, logprobs, shard), _at(targets[rows, None], logprobs, shard)[:, 0]))
-    if not parts:
-        empty = torch.empty(0, k, dtype=accumulation_dtype(own.dtype), device=own.device)
-        return TopTokens(empty.long(), empty, empty[:, 0])
-    return TopTokens(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        target_logprob = _gather_logprobs(targets[rows, None], logprobs, shard)[:, 0]
+        tiles.append(TopTokens(ids, _gather_logprobs(ids, logprobs, shard), target_logprob))
+    return TopTokens(*(torch.cat(column) for column in zip(*tiles, strict=True)))
 
 
-def _at(ids: Tensor, logprobs: Tensor, shard: VocabShard) -> Tensor:
-    """The log-probabilities of ids [n, k], whoever holds them."""
-    mine, column = local_columns(ids, shard)
-    values = (
-        torch.where(mine, logprobs.gather(1, column), 0.0) if shard.width else logprobs.new_zeros(ids.shape)
-    )
+def _gather_logprobs(ids: Tensor, logprobs: Tensor, shard: VocabShard) -> Tensor:
+    """Return the log-probs of ids [n, k] from the shards that hold them."""
+    values = logprobs.new_zeros(ids.shape)
+    if shard.width:
+        is_local, columns = local_columns(ids, shard)
+        values = torch.where(is_local, logprobs.gather(1, columns), 0.0)
     return all_reduce(values, shard.group)

@@ -39,6 +39,7 @@ _FORMAT = {
     "common_backend_version": 1,
 }
 METADATA_FILES = (".metadata", "common.pt", "metadata.json")
+_BUFFER_BYTES = 2**16
 _ALIGNMENT = 64  # bytes, as torch.save aligns elements within its stream: they can be mapped from the file
 _DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 
@@ -61,19 +62,38 @@ class Chunk:
 
 
 class _Stream(io.RawIOBase):
-    """The end of a DurableFile as `torch.save` wants it. crc32: of all that was written."""
+    """The end of a DurableFile as `torch.save` wants it; its many small writes are collected.
+
+    end: bytes so far. crc32: of all that was drained.
+    """
 
     def __init__(self, file: DurableFile):
         self.file, self.end, self.crc32 = file, 0, 0
+        self._pending, self._drained = bytearray(), 0
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
-        self.file.write_at(data, self.end)
-        self.crc32 = zlib.crc32(data, self.crc32)
         self.end += len(data)
+        if len(data) >= _BUFFER_BYTES:
+            self.drain()
+            self._put(data)
+        else:
+            self._pending += data
+            if len(self._pending) >= _BUFFER_BYTES:
+                self.drain()
         return len(data)
+
+    def drain(self) -> None:
+        """Write what was collected."""
+        pending, self._pending = self._pending, bytearray()
+        self._put(pending)
+
+    def _put(self, data: Any) -> None:
+        self.file.write_at(data, self._drained)
+        self.crc32 = zlib.crc32(data, self.crc32)
+        self._drained += len(data)
 
 
 class Writer:
@@ -130,6 +150,7 @@ class Writer:
 
     def close(self) -> list[Chunk]:
         """Wait until the file is on disk; return its tensors' chunks."""
+        self._stream.drain()
         self._file.close()
         return self._chunks
 
@@ -424,7 +445,7 @@ def _chunk(
 
 
 def _start_of_data(stream: _Slice) -> int:
-    """Find where in a `torch.save` stream its one tensor starts, in bytes. Raises ValueError or BadZipFile."""
+    """Find the byte of a `torch.save` stream where its one tensor starts. Raises ValueError or BadZipFile."""
     stream.seek(0)
     records = zipfile.ZipFile(stream).infolist()
     [record] = [record for record in records if record.filename.endswith("/data/0")]

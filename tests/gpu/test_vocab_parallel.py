@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from megatron_srpo.vocab_parallel.divergence import Divergence
-from megatron_srpo.vocab_parallel.fused import fused_objective, kernel_name, score
+from megatron_srpo.vocab_parallel.fused import fused_objective, score
+from megatron_srpo.vocab_parallel.kernels.choice import kernel_name
 from megatron_srpo.vocab_parallel.logits import InterpolatedLogits, Projection
 from megatron_srpo.vocab_parallel.shard import VocabShard
 

@@ -1,1 +1,1 @@
-"""Kernels that compute the statistics and logit gradients of one tile of tokens; `fused` chooses among them."""
+"""Kernels: the statistics of one tile of tokens and the gradient with respect to its logits."""

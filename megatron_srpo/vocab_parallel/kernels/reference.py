@@ -1,7 +1,4 @@
-"""The tile, written plainly: any device, dtype, divergence and support.
-
-Faster kernels are tested against it.
-"""
+"""One tile in plain torch, for any device and dtype; faster kernels are tested against it."""
 
 from __future__ import annotations
 
@@ -12,70 +9,62 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_srpo.vocab_parallel.divergence import Divergence, on_tile
+from megatron_srpo.vocab_parallel.divergence import Divergence, divergence_on_tile
+from megatron_srpo.vocab_parallel.kernels.base import Statistics, StatisticsGrad
 from megatron_srpo.vocab_parallel.shard import VocabShard, all_reduce, local_columns
 
 
 class ReferenceKernel:
-    """Same interface and results as `ExactKernel`.
+    """`Kernel` that holds log p, log q and dD/dz of the last tile and some temporaries of its size.
 
-    Holds log p, log q and dD/dz of the last tile and some temporaries of its size.
+    All-reduces a tile: two, and those of the divergence (see `divergence_on_tile`).
     """
 
-    name = "plain torch"
     gradient_is_separate = True
 
     def __init__(self, shard: VocabShard, divergence: Divergence):
         self.shard, self.divergence = shard, divergence
 
     def statistics(
-        self, tiles: list[Tensor], targets: Tensor | None, meanwhile: Callable[[], None]
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """log p(target) (zeros without targets), entropy of p and D (None without a teacher), [n] each.
-
-        All-reduces: two, and those of the divergence (see `on_tile`).
-        """
+        self, tiles: list[Tensor], targets: Tensor | None, while_waiting: Callable[[], None]
+    ) -> Statistics:
         logps, self.entropy, logprobs = _log_softmax(tiles, targets, self.shard)
         self.targets, self.logp, divergence = targets, logps[0], None
-        if len(tiles) == 2:
-            if self.divergence.support == "sampled":
-                divergence = logprobs[0] - logprobs[1]
-                self.divergence_grad = divergence[:, None] * self._logprob_grad(torch.ones_like(divergence))
-            else:
-                divergence, self.divergence_grad = on_tile(*logps, self.divergence, self.shard)
-        return logprobs[0], self.entropy, divergence
+        if len(tiles) == 2 and self.divergence.support == "sampled":
+            divergence = logprobs[0] - logprobs[1]
+            self.divergence_grad = divergence[:, None] * self._logprob_grad(torch.ones_like(divergence))
+        elif len(tiles) == 2:
+            divergence, self.divergence_grad = divergence_on_tile(
+                logps[0], logps[1], self.divergence, self.shard
+            )
+        return Statistics(logprobs[0], self.entropy, divergence)
 
-    def logits_grad(
-        self, logprob_grad: Tensor | None, entropy_grad: Tensor | None, divergence_grad: Tensor | None
-    ) -> Tensor:
-        """[n, width] gradient with respect to the last tile's logits, from those of its statistics, [n] or
-        None for zeros.
-        """
-        gradient = torch.zeros_like(self.logp) if logprob_grad is None else self._logprob_grad(logprob_grad)
-        if entropy_grad is not None:
+    def logits_grad(self, grads: StatisticsGrad) -> Tensor:
+        gradient = torch.zeros_like(self.logp)
+        if grads.logprob is not None:
+            gradient = self._logprob_grad(grads.logprob)
+        if grads.entropy is not None:
             p, logp = self.logp.exp(), self.logp.clamp(min=-1e30)
-            gradient.addcmul_(p * (logp + self.entropy[:, None]), -entropy_grad[:, None])
-        if divergence_grad is not None:
-            gradient.addcmul_(self.divergence_grad, divergence_grad[:, None])
+            gradient.addcmul_(p * (logp + self.entropy[:, None]), -grads.entropy[:, None])
+        if grads.divergence is not None:
+            gradient.addcmul_(self.divergence_grad, grads.divergence[:, None])
         return gradient
 
     def _logprob_grad(self, scale: Tensor) -> Tensor:
-        """scale · (1[v = y] - p_v), [n, width]."""
+        """Return scale · (1[v = y] - p_v), [n, width]."""
         gradient = self.logp.exp().mul_(-scale[:, None])
         if self.targets is not None and self.shard.width:
-            mine, column = local_columns(self.targets, self.shard)
-            gradient.scatter_add_(1, column[:, None], (scale * mine)[:, None])
+            is_local, columns = local_columns(self.targets, self.shard)
+            gradient.scatter_add_(1, columns[:, None], (scale * is_local)[:, None])
         return gradient
 
 
 def _log_softmax(
     logits: list[Tensor], targets: Tensor | None, shard: VocabShard
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-    """log softmax over all shards of each tensor, the first one's entropy, and each one's log-probability of
-    the targets.
+    """Compute log softmax over all shards, the first tensor's entropy, and the log-probs of the targets.
 
-    Two all-reduces in all: the row maxima, then sums of exponentials, the entropy's numerator and target
-    logits.
+    Two all-reduces: the row maxima, then sums of exponentials, the entropy's numerator and target logits.
     """
     empty = shard.width == 0
     maxima = torch.stack([z.new_full((len(z),), -math.inf) if empty else z.amax(1) for z in logits])
@@ -85,9 +74,9 @@ def _log_softmax(
     weighted = exponentials[0].mul(shifted[0].clamp(min=-1e30)).sum(1)  # 0 · -inf would be NaN
     target_logits = torch.zeros_like(maxima)
     if targets is not None and not empty:
-        mine, column = local_columns(targets, shard)
+        is_local, columns = local_columns(targets, shard)
         for z, logit in zip(shifted, target_logits, strict=True):
-            logit.copy_(z.gather(1, column[:, None])[:, 0].masked_fill(~mine, 0.0))
+            logit.copy_(z.gather(1, columns[:, None])[:, 0].masked_fill(~is_local, 0.0))
     sums = all_reduce(torch.stack([*(e.sum(1) for e in exponentials), weighted, *target_logits]), shard.group)
     totals, weighted, target_logits = sums[: len(logits)], sums[len(logits)], sums[len(logits) + 1 :]
     logps = [z.sub_(total.log()[:, None]) for z, total in zip(shifted, totals, strict=True)]

@@ -1,8 +1,7 @@
-"""The elementwise passes as Triton kernels: each reads a tile once, one program a row (a block of a row for
-the gradient).
+"""`TileOps` as Triton kernels: each reads a tile once, one program a row (a block of a row for the gradient).
 
-Nothing is kept between them but the tiles themselves: p, q and m are worked out anew, which costs less than
-storing them. Under TRITON_INTERPRET=1 they run on a CPU, which is how tests see them where there is no GPU.
+Nothing is kept between them but the tiles themselves: p, q and m are recomputed, which costs less than
+storing them. With TRITON_INTERPRET=1 they run on a CPU; so the tests run them where there is no GPU.
 """
 
 from __future__ import annotations
@@ -13,22 +12,21 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_srpo.vocab_parallel.divergence import Divergence
-from megatron_srpo.vocab_parallel.kernels.exact import FLOOR as _FLOOR
+from megatron_srpo.vocab_parallel.kernels import base
+from megatron_srpo.vocab_parallel.kernels.base import GradientScales
 
-FLOOR = tl.constexpr(_FLOOR)
-TINY = tl.constexpr(1e-37)  # for logarithms of 0 and of 0/0, where the factor before them is 0
+FLOOR, TINY = tl.constexpr(base.FLOOR), tl.constexpr(base.TINY)
 JSD, REVERSE, FORWARD, NONE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-_KINDS = {"jsd": 0, "reverse": 1, "forward": 2}
+_DIVERGENCES = {"jsd": 0, "reverse": 1, "forward": 2}
 _BLOCK, _WARPS = 4096, 8
 
 
-class TritonPasses:
-    """For fp32 tiles.
+class TritonTileOps:
+    """`TileOps` for fp32 tiles.
 
-    Extra memory: the gradient, [tile_tokens, width] in the dtype its products are made in.
+    Extra memory: the gradient, [tile_tokens, width] in the dtype its products are computed in.
     """
 
-    name = "Triton"
     gradient_is_separate = True
 
     def __init__(
@@ -38,19 +36,17 @@ class TritonPasses:
         self.gradient_buffer = torch.empty(tile_tokens, width, dtype=dtype, device=device)
 
     def row_sums(self, tiles: list[Tensor], sums: Tensor) -> None:
-        """See `Passes`."""
-        self.tiles, self.distilled = tiles, False
-        for number, tile in enumerate(tiles):
-            rows = sums[:, number]
-            _row_sums[(len(tile),)](
-                tile, rows, rows.stride(0), tile.shape[1], tile.stride(0), WEIGHTED=number == 0, **_LAUNCH
+        self.tiles = tiles
+        for index, tile in enumerate(tiles):
+            rows = sums[:, index]
+            _row_sums[(len(tile),)](  # pyright: ignore[reportIndexIssue]
+                tile, rows, rows.stride(0), tile.shape[1], tile.stride(0), WEIGHTED=index == 0, **_LAUNCH
             )
 
     def divergence_sums(self, tiles: list[Tensor], maximum: Tensor, total: Tensor) -> Tensor:
-        """See `Passes`."""
-        self.distilled, (student, teacher) = True, tiles
+        student, teacher = tiles
         sums = student.new_empty(2, len(student))
-        _divergence_sums[(len(student),)](
+        _divergence_sums[(len(student),)](  # pyright: ignore[reportIndexIssue]
             student,
             teacher,
             maximum,
@@ -60,40 +56,41 @@ class TritonPasses:
             student.shape[1],
             student.stride(0),
             ALPHA=self.divergence.alpha,
-            KIND=_KINDS[self.divergence.name],
+            DIVERGENCE=_DIVERGENCES[self.divergence.name],
             **_LAUNCH,
         )
         return sums
 
     def gradient(
         self,
-        scales: tuple[Tensor | None, Tensor, Tensor | None],
+        scales: GradientScales,
         maximum: Tensor,
         total: Tensor,
-        column: Tensor,
-        of_target: Tensor,
+        target_columns: Tensor,
+        target_grad: Tensor,
     ) -> Tensor:
-        """See `Passes`. In a buffer of its own."""
-        student, of_pf, of_p, of_plogp = self.tiles[0], *scales
+        """See `TileOps`. Returns a buffer of its own."""
+        student, teacher = self.tiles[0], self.tiles[-1]
         gradient = self.gradient_buffer[: len(student)]
-        _gradient[(len(student), triton.cdiv(max(student.shape[1], 1), _BLOCK))](
+        grid = (len(student), triton.cdiv(max(student.shape[1], 1), _BLOCK))
+        _gradient[grid](  # pyright: ignore[reportIndexIssue]
             student,
-            self.tiles[-1],
+            teacher,
             gradient,
             maximum,
             total,
-            of_p if of_pf is None else of_pf,
-            of_p,
-            of_p if of_plogp is None else of_plogp,
-            column,
-            of_target,
+            scales.p if scales.pf is None else scales.pf,
+            scales.p,
+            scales.p if scales.plogp is None else scales.plogp,
+            target_columns,
+            target_grad,
             len(student),
             student.shape[1],
             student.stride(0),
             gradient.stride(0),
             ALPHA=self.divergence.alpha,
-            KIND=3 if of_pf is None else _KINDS[self.divergence.name],
-            ENTROPY=of_plogp is not None,
+            DIVERGENCE=NONE.value if scales.pf is None else _DIVERGENCES[self.divergence.name],
+            ENTROPY=scales.plogp is not None,
             **_LAUNCH,
         )
         return gradient
@@ -104,21 +101,18 @@ _LAUNCH = {"BLOCK": _BLOCK, "num_warps": _WARPS}
 
 @triton.jit
 def _load(row_start, columns, width):
-    """Logits with -inf and what lies beyond the row as FLOOR; NaN stays NaN."""
+    """Load logits, with FLOOR for -inf and beyond the end of the row; NaN stays NaN."""
     z = tl.load(row_start + columns, mask=columns < width, other=FLOOR)
     return tl.where(z < FLOOR, FLOOR, z)
 
 
 @triton.jit
 def _row_sums(logits, sums, sums_stride, width, stride, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
-    """One row's running maximum m, Σ exp(z - m) and Σ exp(z - m)(z - m), rescaled whenever m grows."""
+    """Store one row's m = max z, Σ exp(z - m) and Σ exp(z - m)(z - m), rescaled whenever m grows."""
     row = tl.program_id(0).to(tl.int64)
     row_start = logits + row * stride
-    maximum, total, weighted = (
-        tl.full((), FLOOR, tl.float32),
-        tl.full((), 0.0, tl.float32),
-        tl.full((), 0.0, tl.float32),
-    )
+    maximum = tl.full((), FLOOR, tl.float32)
+    total, weighted = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         z = _load(row_start, columns, width)
@@ -135,23 +129,22 @@ def _row_sums(logits, sums, sums_stride, width, stride, WEIGHTED: tl.constexpr, 
 
 
 @triton.jit
-def _log_ratios(x, y, p, q, shift, ALPHA: tl.constexpr, KIND: tl.constexpr):
-    """p·f (without JSD's 1-α), and the teacher's addend. log(p/m) and not log p - log m: exactly 0 where p =
-    q.
+def _divergence_terms(x, y, p, q, shift, ALPHA: tl.constexpr, DIVERGENCE: tl.constexpr):
+    """Return p·f (without JSD's 1-α) and the teacher's term; log p - log q = x - y - shift.
 
-    log p - log q = x - y - shift.
+    log(p/m) and not log p - log m: exactly 0 where p = q.
     """
-    if KIND == JSD:
+    if DIVERGENCE == JSD:
         m = p + ALPHA * (q - p) + TINY
-        of_student = p * tl.log(tl.div_rn(p + TINY, m))
-        of_teacher = q * tl.log(tl.div_rn(q + TINY, m))
-    elif KIND == REVERSE:
-        of_student = p * (x - y - shift)
-        of_teacher = of_student
+        student_term = p * tl.log(tl.div_rn(p + TINY, m))
+        teacher_term = q * tl.log(tl.div_rn(q + TINY, m))
+    elif DIVERGENCE == REVERSE:
+        student_term = p * (x - y - shift)
+        teacher_term = student_term
     else:
-        of_student = p - q
-        of_teacher = q * (y - x + shift)
-    return of_student, of_teacher
+        student_term = p - q
+        teacher_term = q * (y - x + shift)
+    return student_term, teacher_term
 
 
 @triton.jit
@@ -165,7 +158,7 @@ def _divergence_sums(
     width,
     stride,
     ALPHA: tl.constexpr,
-    KIND: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -179,9 +172,9 @@ def _divergence_sums(
         y = _load(teacher + row * stride, columns, width) - max_q
         p = tl.where(columns < width, tl.div_rn(tl.exp(x), total_p), 0.0)
         q = tl.where(columns < width, tl.div_rn(tl.exp(y), total_q), 0.0)
-        of_student, of_teacher = _log_ratios(x, y, p, q, shift, ALPHA, KIND)
-        sum_student += tl.sum(of_student, 0)
-        sum_teacher += tl.sum(of_teacher, 0)
+        student_term, teacher_term = _divergence_terms(x, y, p, q, shift, ALPHA, DIVERGENCE)
+        sum_student += tl.sum(student_term, 0)
+        sum_teacher += tl.sum(teacher_term, 0)
     tl.store(sums + row, sum_student)
     tl.store(sums + count + row, sum_teacher)
 
@@ -193,17 +186,17 @@ def _gradient(
     gradient,
     maximum,
     total,
-    of_pf,
-    of_p,
-    of_plogp,
-    column,
-    of_target,
+    pf_scale,
+    p_scale,
+    plogp_scale,
+    target_columns,
+    target_grad,
     count,
     width,
     stride,
     gradient_stride,
     ALPHA: tl.constexpr,
-    KIND: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
     ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -212,18 +205,16 @@ def _gradient(
     total_p = tl.load(total + row)
     x = _load(student + row * stride, columns, width) - tl.load(maximum + row)
     p = tl.div_rn(tl.exp(x), total_p)
-    result = p * tl.load(of_p + row)
-    if KIND != NONE:
+    result = p * tl.load(p_scale + row)
+    if DIVERGENCE != NONE:
         total_q = tl.load(total + count + row)
         y = _load(teacher + row * stride, columns, width) - tl.load(maximum + count + row)
         q = tl.div_rn(tl.exp(y), total_q)
-        of_student, _ = _log_ratios(x, y, p, q, tl.log(total_p) - tl.log(total_q), ALPHA, KIND)
-        result += of_student * tl.load(of_pf + row)
+        student_term, _ = _divergence_terms(x, y, p, q, tl.log(total_p) - tl.log(total_q), ALPHA, DIVERGENCE)
+        result += student_term * tl.load(pf_scale + row)
     if ENTROPY:
-        result += p * (x - tl.log(total_p)) * tl.load(of_plogp + row)
-    result += tl.where(
-        columns == tl.load(column + row), tl.load(of_target + row), 0.0
-    )  # before it is rounded to bf16
-    tl.store(
-        gradient + row * gradient_stride + columns, result.to(gradient.dtype.element_ty), mask=columns < width
-    )
+        result += p * (x - tl.log(total_p)) * tl.load(plogp_scale + row)
+    # the target's gradient is added before the sum is rounded to bf16
+    result += tl.where(columns == tl.load(target_columns + row), tl.load(target_grad + row), 0.0)
+    result = result.to(gradient.dtype.element_ty)
+    tl.store(gradient + row * gradient_stride + columns, result, mask=columns < width)

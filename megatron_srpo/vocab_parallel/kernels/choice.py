@@ -1,0 +1,50 @@
+"""Chooses the kernel for given inputs."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_srpo.vocab_parallel.divergence import Divergence
+from megatron_srpo.vocab_parallel.kernels.base import Kernel
+from megatron_srpo.vocab_parallel.kernels.cpu_ops import CpuTileOps
+from megatron_srpo.vocab_parallel.kernels.exact import ExactKernel
+from megatron_srpo.vocab_parallel.kernels.reference import ReferenceKernel
+from megatron_srpo.vocab_parallel.kernels.topk import TopKKernel
+from megatron_srpo.vocab_parallel.shard import VocabShard, accumulation_dtype
+
+KernelName = Literal["cpu", "triton", "reference"]
+_DESCRIPTIONS = {"cpu": "CPU, row by row in cache", "triton": "Triton", "reference": "plain torch"}
+
+
+def kernel_name(device: torch.device, dtype: torch.dtype) -> str:
+    """Describe the kernel that computes inputs like these, for the log."""
+    return _DESCRIPTIONS[_fastest(device, dtype)]
+
+
+def _fastest(device: torch.device, dtype: torch.dtype) -> KernelName:
+    if device.type == "cpu":
+        return "cpu"
+    has_triton = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return "triton" if has_triton and dtype != torch.float64 else "reference"
+
+
+def create_kernel(
+    name: KernelName | None, tile_tokens: int, shard: VocabShard, divergence: Divergence, like: Tensor
+) -> Kernel:
+    """Create the kernel of this name, or the fastest one for inputs of `like`'s dtype and device."""
+    name = name or _fastest(like.device, like.dtype)
+    if name == "reference":
+        return ReferenceKernel(shard, divergence)
+    if name == "cpu":
+        ops = CpuTileOps(shard.width, accumulation_dtype(like.dtype), divergence)
+    else:
+        from megatron_srpo.vocab_parallel.kernels.triton_ops import TritonTileOps
+
+        ops = TritonTileOps(tile_tokens, shard.width, like.dtype, divergence, like.device)
+    if divergence.has_tail(shard.vocab_size):
+        return TopKKernel(ops, shard, divergence)
+    return ExactKernel(ops, shard, divergence)

@@ -1,0 +1,513 @@
+"""Each function against float64 autograd over whole logits, in both forms, with both kernels."""
+
+import itertools
+import math
+
+import exact_vocab
+import pytest
+import torch
+from exact_vocab import WIDE, norm_error
+from pairwise import pairwise
+from torch.utils._python_dispatch import TorchDispatchMode
+from vocab_inputs import (
+    DIVERGENCES,
+    ENTROPY,
+    FORMS,
+    KERNELS,
+    LOG_PROB,
+    SAMPLED_KL,
+    SORTS,
+    SUPPORTS,
+    Inputs,
+    check,
+    whole_logits,
+)
+
+from megatron_srpo.vocab_parallel import functional
+from megatron_srpo.vocab_parallel.fused import IGNORED, fused_objective
+from megatron_srpo.vocab_parallel.logits import InterpolatedLogits, Logits, Projection
+from megatron_srpo.vocab_parallel.shard import VocabShard
+
+JSD, FORWARD, REVERSE = DIVERGENCES[0], DIVERGENCES[3], DIVERGENCES[4]
+both_forms = pytest.mark.parametrize("form", FORMS)
+each_sort = pairwise(function=SORTS, form=FORMS, kernel=KERNELS)
+
+
+def on_supports(*top_ks):
+    """Return all functions: each divergence on all supports, with each of the K."""
+    cases = itertools.product(DIVERGENCES, itertools.product(SUPPORTS[1:], top_ks))
+    functions = [*DIVERGENCES, *(function.on(*support) for function, support in cases)]
+    return [LOG_PROB, ENTROPY, SAMPLED_KL, *functions]
+
+
+@pairwise(
+    function=on_supports(1, 6, 28),
+    form=FORMS,
+    kernel=KERNELS,
+    setting=[(1.0, None, None), (0.7, 3, 0.3)],
+)
+def test_value_and_gradient(function, form, kernel, setting):
+    temperature, tile_tokens, interpolation = setting
+    inputs = Inputs(form, interpolation=interpolation)
+    options = {"temperature": temperature, "tile_tokens": tile_tokens, "kernel": kernel}
+    check(inputs, inputs.weighted(function), 1e-11, **options)
+
+
+@each_sort
+def test_no_tokens(function, form, kernel):
+    inputs = Inputs(form, tokens=0)
+    check(inputs, inputs.weighted(function), 0, kernel=kernel)
+
+
+@pairwise(function=SORTS[2:], form=FORMS, kernel=KERNELS, distilled=[0, 1, 4], tile_tokens=[1, 3, None])
+def test_teacher_of_the_first_tokens_only(function, form, kernel, distilled, tile_tokens):
+    inputs = Inputs(form, distilled=distilled, interpolation=0.4)
+    check(inputs, inputs.weighted(function), 1e-11, tile_tokens=tile_tokens, kernel=kernel)
+
+
+def _clipped(f):
+    ratio = (f(LOG_PROB) + 3.3).exp()
+    return torch.minimum(ratio, ratio.clamp(0.8, 1.2)) - 0.1 * f(ENTROPY)
+
+
+def _gated(f):
+    return f(FORWARD) * torch.sigmoid(f(REVERSE) - 1) + f(DIVERGENCES[1]).sqrt() / f(ENTROPY)
+
+
+EXPRESSIONS = {
+    "log_prob.exp * jsd": lambda f: f(LOG_PROB).exp() * f(JSD),
+    "clipped": _clipped,
+    "gated": _gated,
+    "one twice": lambda f: f(JSD) * f(JSD) - f(JSD).log(),
+}
+
+
+@pairwise(expression=EXPRESSIONS, form=FORMS)
+def test_inside_expressions(expression, form):
+    check(Inputs(form), EXPRESSIONS[expression], 1e-11, temperature=0.7, tile_tokens=3)
+
+
+@pairwise(function=DIVERGENCES, form=FORMS, kernel=KERNELS, support=SUPPORTS[1:], top_k=[29, 30, 1000])
+def test_top_k_of_the_whole_vocabulary_is_the_full_support(function, form, kernel, support, top_k):
+    inputs = Inputs(form)
+    full = inputs.ours(inputs.weighted(function), kernel=kernel)
+    found = inputs.ours(inputs.weighted(function.on(support, top_k)), kernel=kernel)
+    torch.testing.assert_close(found, full, rtol=1e-12, atol=1e-13)
+
+
+@pairwise(form=FORMS, kernel=KERNELS)
+def test_samples_are_unbiased(form, kernel):
+    """Weighted with the probability of each y, values and gradients add up to those of the reverse KL."""
+    inputs = Inputs(form)
+    logp, logq = (torch.log_softmax(whole_logits(x, 29), -1) for x in (inputs.student, inputs.teacher))
+    value, total = torch.zeros(7, dtype=WIDE), [torch.zeros_like(x) for x in inputs.student]
+    for y in range(29):
+        inputs.targets = torch.full((7,), y)
+        found, gradients = inputs.ours(lambda f, y=y: f(SAMPLED_KL) * logp[:, y].exp(), kernel=kernel)
+        value += found
+        total = [a + b for a, b in zip(total, gradients, strict=True)]
+        if form == "logits":
+            is_y = (torch.arange(29) == y).to(WIDE)
+            closed = (logp.exp() * (logp - logq))[:, y, None] * (is_y - logp.exp())
+            assert norm_error(gradients[0][:, :29], closed) < 1e-12
+    expected, gradients = inputs.exact(lambda f: f(REVERSE))
+    assert norm_error(value, expected) < 1e-11
+    assert all(norm_error(ours, theirs) < 1e-11 for ours, theirs in zip(total, gradients, strict=True))
+
+
+@pairwise(function=on_supports(100), form=FORMS, kernel=KERNELS)
+def test_fp32(function, form, kernel):
+    inputs = Inputs(form, 12, 5000, 5056, width=32, dtype=torch.float32, scale=0.35, interpolation=0.25)
+    check(inputs, inputs.weighted(function), 2e-6, tile_tokens=5, kernel=kernel)
+
+
+@pairwise(function=[*SORTS, JSD.on("teacher_topk", 20)], form=FORMS, kernel=KERNELS)
+def test_bf16(function, form, kernel):
+    """Products in fp32; 8300 columns are more than are upcast at a time."""
+    inputs = Inputs(form, 6, 8300, 8320, width=32, dtype=torch.bfloat16, scale=0.35, interpolation=0.25)
+    if form == "logits":  # no ties among the top K
+        for start, tensor in zip((0, 15, 15), (*inputs.student, *inputs.teacher_tensors), strict=True):
+            tensor[:, :8300].clamp_(max=7)
+            tensor[:, start : start + 40] = 8 + torch.arange(40) / 16
+    check(inputs, inputs.weighted(function), 1e-5, 1e-2, tile_tokens=4, kernel=kernel)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forms_and_dtypes_of_student_and_teacher_may_differ(dtype):
+    logits, projection = (Inputs(form, 7, 60, 64, dtype=dtype) for form in FORMS)
+    projection.teacher = InterpolatedLogits(logits.teacher, Logits(logits.student.logits), 0.5)
+    check(projection, projection.weighted(JSD), 1e-5, 1e-2)
+    logits.teacher = Projection(*(x.float() for x in projection.student))
+    check(logits, logits.weighted(JSD), 1e-5, 1e-2)
+
+
+@pairwise(
+    form=FORMS,
+    interpolation=[0.0, 0.3, 1.0],
+    temperature=[1.0, 0.7],
+    tile_tokens=[1, 3, None],
+    ignores=[False, True],
+)
+def test_entropy_of_a_teacher_is_a_constant(form, interpolation, temperature, tile_tokens, ignores):
+    inputs = Inputs(form, interpolation=interpolation)
+    logits = whole_logits(inputs.teacher, 29)
+    expected = exact_vocab.entropy(torch.log_softmax(logits / temperature, -1))
+    for tensor in inputs.teacher_tensors:
+        tensor.requires_grad_()
+    targets = None
+    if ignores:
+        targets = torch.tensor([1, IGNORED, 2, 3, 4, 5, IGNORED])
+        expected = expected * (targets != IGNORED)
+    options = {"targets": targets, "temperature": temperature, "tile_tokens": tile_tokens}
+    found = functional.entropy(inputs.teacher, inputs.shard, **options)
+    assert norm_error(found, expected) < 1e-11 and not found.requires_grad
+
+
+@pairwise(function=SORTS[2:], form=FORMS, interpolation=[0.0, 1.0], is_broken=[False, True])
+def test_interpolation_of_0_and_1(function, form, interpolation, is_broken):
+    """The source that has no part may even hold -inf."""
+    inputs = Inputs(form, interpolation=interpolation)
+    reference, policy, _ = inputs.teacher
+    pure, spare = (reference, policy) if interpolation == 0 else (policy, reference)
+    inputs.teacher = pure
+    expected = inputs.ours(inputs.weighted(function))
+    if is_broken:
+        spare[-1][:, 1::2] = -math.inf
+    pair = (pure, spare) if interpolation == 0 else (spare, pure)
+    inputs.teacher = InterpolatedLogits(*pair, interpolation)
+    torch.testing.assert_close(inputs.ours(inputs.weighted(function)), expected, rtol=0, atol=0)
+
+
+@pairwise(function=SORTS[2:], form=FORMS, kernel=KERNELS, interpolation=[None, 0.3])
+def test_no_gradient_flows_to_a_teacher(function, form, kernel, interpolation):
+    inputs = Inputs(form, interpolation=interpolation)
+    for tensor in inputs.teacher_tensors:
+        tensor.requires_grad_()
+    inputs.ours(inputs.weighted(function), kernel=kernel)
+    assert all(tensor.grad is None for tensor in inputs.teacher_tensors)
+    student = inputs.leaves()  # its own teacher: only the student's gradient, which is 0
+    function.ours(student, student, inputs.targets, inputs.shard, kernel=kernel).sum().backward()
+    assert all((x.grad == 0).all() for x in student)
+
+
+def _ignoring(form, skipped, distilled, dtype=WIDE):
+    """Return inputs in which `skipped` is ignored and all NaN, inputs without it, and the other tokens."""
+    kept = [t for t in range(7) if t not in skipped]
+    few = [t for t in kept if t < distilled]
+    inputs, rest = (Inputs(form, distilled=distilled, dtype=dtype) for _ in range(2))
+    field = rest.student._fields[0]
+    rest.student = rest.student._replace(**{field: rest.student.tensor[kept]})
+    rest.teacher = rest.teacher._replace(**{field: rest.teacher.tensor[few]})
+    rest.targets, rest.upstream = rest.targets[kept], rest.upstream[kept]
+    inputs.targets[skipped] = IGNORED
+    for tensor in (inputs.student.tensor, inputs.teacher.tensor, inputs.upstream):
+        tensor[[t for t in skipped if t < len(tensor)]] = math.nan
+    return inputs, rest, kept
+
+
+SKIPS = [[1, 4], [0, 1, 2, 3], list(range(1, 7)), list(range(7))]
+
+
+@pairwise(
+    function=SORTS,
+    skipped=SKIPS,
+    form=FORMS,
+    kernel=KERNELS,
+    distilled=[7, 4],
+    dtype=[WIDE, torch.bfloat16],
+)
+def test_ignored_tokens(function, skipped, form, kernel, distilled, dtype):
+    inputs, rest, kept = _ignoring(form, skipped, distilled, dtype)
+    options = {"tile_tokens": 3, "kernel": kernel}
+    value, _ = inputs.ours(lambda f: f(function), **options)
+    weighted, gradients = inputs.ours(inputs.weighted(function), **options)
+    expected, expected_gradients = rest.ours(rest.weighted(function), **options)
+    is_kept = inputs.targets[: len(value)] != IGNORED
+    assert (value[~is_kept] == 0).all() and (gradients[0][skipped] == 0).all()
+    found = [weighted[is_kept], gradients[0][kept], *gradients[1:]]
+    torch.testing.assert_close(found, [expected, *expected_gradients])
+
+
+def _objective_on(inputs, divergence, kernel):
+    """Return loss, gradients, statistics and the tokens of each tile of an objective."""
+    tiles, c = [], inputs.upstream
+
+    def objective(rows, tile):
+        tiles.append(rows)
+        loss = (c[rows] * tile.logprob.exp() * (1 + tile.entropy)).sum()
+        return loss if tile.divergence is None else loss + (c[rows] * tile.divergence).square().sum()
+
+    student = inputs.leaves()
+    options = {"teacher": inputs.teacher, "divergence": divergence, "tile_tokens": 2, "kernel": kernel}
+    loss, statistics = fused_objective(student, inputs.targets, objective, inputs.shard, **options)
+    loss.backward()
+    return loss.detach(), [x.grad for x in student], statistics, tiles
+
+
+@pairwise(function=SORTS[2:], skipped=SKIPS, form=FORMS, kernel=KERNELS)
+def test_ignored_tokens_of_an_objective(function, skipped, form, kernel):
+    inputs, rest, kept = _ignoring(form, skipped, 4)
+    loss, gradients, statistics, tiles = _objective_on(inputs, function.divergence, kernel)
+    expected, expected_gradients, expected_statistics, _ = _objective_on(rest, function.divergence, kernel)
+    assert all(isinstance(rows, torch.Tensor) for rows in tiles)
+    assert sorted(t for rows in tiles for t in rows.tolist()) == kept
+    assert (gradients[0][skipped] == 0).all()
+    found = [loss, gradients[0][kept], *gradients[1:]]
+    torch.testing.assert_close(found, [expected, *expected_gradients])
+    for ours, theirs in zip(statistics, expected_statistics, strict=True):
+        is_kept = inputs.targets[: len(ours)] != IGNORED
+        assert (ours[~is_kept] == 0).all()
+        torch.testing.assert_close(ours[is_kept], theirs)
+
+
+def _extreme_logits():
+    """Logits of ±10⁴: mixed, or all on one id (hot), or on all but one (cold); and ordinary ones."""
+    generator, ids = torch.Generator().manual_seed(1), torch.arange(20)
+    signs = [torch.randint(-1, 2, (20, 20), generator=generator) for _ in range(2)]
+    return {
+        "mixed": 1e4 * signs[0] + ids / 32,
+        "mixed otherwise": 1e4 * signs[1] + (ids - 7) / 32,
+        "hot": torch.where(ids == ids[:, None] % 20, 1e4, 0.0) - (ids + 1) / 32,
+        "hot elsewhere": torch.where(ids == ids[:, None] % 4, 1e4, 0.0) - (ids + 1) / 32,
+        "cold": torch.where(ids == ids[:, None], -1e4, ids / 32),
+        "plain": torch.randint(-40, 40, (20, 20), generator=generator) / 16 + ids / 1024,
+    }
+
+
+EXTREMES = _extreme_logits()
+
+
+@pairwise(
+    student=EXTREMES,
+    teacher=EXTREMES,
+    function=[LOG_PROB, ENTROPY, SAMPLED_KL, *DIVERGENCES],
+    support=SUPPORTS,
+    dtype=[torch.float32, WIDE],
+    kernel=KERNELS,
+)
+def test_huge_logits(student, teacher, function, support, dtype, kernel):
+    if function in DIVERGENCES:
+        function = function.on(support)
+    inputs = Inputs("logits", 20, 20, 21, dtype=dtype)
+    inputs.student.logits[:, :20], inputs.teacher.logits[:, :20] = EXTREMES[student], EXTREMES[teacher]
+    value, (gradient,) = inputs.ours(inputs.weighted(function), kernel=kernel)
+    expected, (expected_gradient,) = inputs.exact(inputs.weighted(function))
+    assert value.isfinite().all() and gradient.isfinite().all()
+    is_fp32_kl = function.name.endswith("kl") and dtype == torch.float32
+    rounding = 2e-3 if is_fp32_kl else 1e-5  # a unit in the last place of 2·10⁴
+    found = [value.to(WIDE), gradient.to(WIDE)]
+    torch.testing.assert_close(found, [expected, expected_gradient], rtol=1e-5, atol=rounding)
+    if function.name == "jsd":
+        alpha = function.divergence.alpha
+        largest = -(alpha * math.log(alpha) + (1 - alpha) * math.log(1 - alpha))
+        value, _ = inputs.ours(lambda f: f(function), kernel=kernel)
+        assert (value >= -1e-6).all() and (value <= largest * (1 + 1e-6)).all()
+
+
+@pairwise(
+    function=[x for x in on_supports(6) if x not in (LOG_PROB, ENTROPY)],
+    form=FORMS,
+    kernel=KERNELS,
+    dtype=[torch.bfloat16, torch.float32, WIDE],
+    setting=[(0.6, None), (0.6, 3), (6.0, 1), (6.0, 3)],
+)
+def test_student_equal_to_teacher_has_value_and_gradient_zero(function, form, kernel, dtype, setting):
+    scale, tile_tokens = setting
+    inputs = Inputs(form, dtype=dtype, scale=scale)
+    inputs.teacher = type(inputs.student)(*(x.clone() for x in inputs.student))
+    options = {"tile_tokens": tile_tokens, "temperature": 0.7, "kernel": kernel}
+    value, gradients = inputs.ours(inputs.weighted(function), **options)
+    assert (value == 0).all() and all((x == 0).all() for x in gradients)
+
+
+@pairwise(
+    function=[*SORTS, JSD, FORWARD, REVERSE],
+    kernel=KERNELS,
+    dtype=[torch.float32, WIDE],
+    impossible=[([], [4, 5, 6, 7, 8]), ([3, 4, 5, 6], []), ([3, 4, 5, 6], [4, 5, 6, 7, 8])],
+)
+def test_ids_of_probability_0(function, kernel, dtype, impossible):
+    """Columns of -inf, for the student, the teacher or both, as long as the divergence is finite."""
+    of_student, of_teacher = impossible
+    is_infinite = {
+        "forward_kl": set(of_student) - set(of_teacher),
+        "reverse_kl": set(of_teacher) - set(of_student),
+    }
+    if is_infinite.get(function.name):
+        of_student = of_teacher = [4, 5, 6]
+    inputs, clear = Inputs("logits", dtype=dtype), Inputs("logits", dtype=dtype)
+    inputs.targets = clear.targets = torch.tensor([0, 1, 2, 9, 10, 11, 28])
+    for x, logit in ((inputs, -math.inf), (clear, -1e4)):
+        x.student.logits[:, of_student] = x.teacher.logits[:, of_teacher] = logit
+    value, (gradient,) = inputs.ours(inputs.weighted(function), tile_tokens=3, kernel=kernel)
+    expected, (expected_gradient,) = clear.exact(clear.weighted(function))
+    tolerance = 2e-6 if dtype == torch.float32 else 1e-11
+    assert value.isfinite().all() and gradient.isfinite().all()
+    assert norm_error(value, expected) <= tolerance and norm_error(gradient, expected_gradient) <= tolerance
+    both = of_student
+    if function not in (LOG_PROB, ENTROPY):
+        both = [v for v in of_student if v in of_teacher]
+    assert (gradient[:, both] == 0).all()
+
+
+@pairwise(function=DIVERGENCES, support=SUPPORTS[1:], top_k=[2, 3, 4, 28], kernel=KERNELS)
+def test_head_that_holds_every_possible_id(function, support, top_k, kernel):
+    """The tail bucket is empty, or the head has ids of probability 0."""
+    inputs = Inputs("logits")
+    inputs.student.logits[:, 3:] = inputs.teacher.logits[:, 3:] = -math.inf
+    inputs.targets %= 3
+    full, (full_gradient,) = inputs.ours(inputs.weighted(function), kernel=kernel)
+    value, (gradient,) = inputs.ours(inputs.weighted(function.on(support, top_k)), kernel=kernel)
+    torch.testing.assert_close([value, gradient], [full, full_gradient], rtol=1e-11, atol=1e-13)
+    assert (gradient[:, 3:] == 0).all()
+
+
+@pairwise(function=[LOG_PROB, ENTROPY, *DIVERGENCES[1:]], support=SUPPORTS, form=FORMS, kernel=KERNELS)
+def test_gradcheck(function, support, form, kernel):
+    if function in DIVERGENCES:
+        function = function.on(support, 2)
+    inputs = Inputs(form, 3, 5, 6, width=2, interpolation=0.3)
+    options = {"temperature": 0.8, "tile_tokens": 2, "kernel": kernel}
+    # finite differences of padded columns too
+    tensors = [x.nan_to_num(1.0, 1.0, -1.0).clamp(-5, 5).requires_grad_() for x in inputs.student]
+
+    def values(*tensors):
+        student = type(inputs.student)(*tensors)
+        return function.ours(student, inputs.teacher, inputs.targets, inputs.shard, **options)
+
+    assert torch.autograd.gradcheck(values, tensors)
+
+
+@each_sort
+def test_a_graph_can_be_differentiated_again_but_not_twice_over(function, form, kernel):
+    inputs = Inputs(form)
+    student, options = inputs.leaves(), {"tile_tokens": 3, "kernel": kernel}
+    values = function.ours(student, inputs.teacher, inputs.targets, inputs.shard, **options)
+    value = (values * inputs.upstream[: len(values)]).sum()
+    once, again = (torch.autograd.grad(value, tuple(student), retain_graph=True) for _ in range(2))
+    third = torch.autograd.grad(-2.0 * value, tuple(student), retain_graph=True)
+    assert all(torch.equal(x, y) for x, y in zip(once, again, strict=True))
+    torch.testing.assert_close([-2.0 * x for x in once], list(third))
+    for loss in (value, value.square()):
+        with pytest.raises(RuntimeError):
+            gradients = torch.autograd.grad(loss, tuple(student), retain_graph=True, create_graph=True)
+            (loss + sum(x.square().sum() for x in gradients)).backward()
+
+
+@pytest.mark.parametrize("changed", ["student", "teacher", "targets"])
+def test_a_change_in_place_before_backward_is_an_error(changed):
+    inputs = Inputs("projection")
+    student = inputs.leaves()
+    value = sum(x.ours(student, inputs.teacher, inputs.targets, inputs.shard).sum() for x in SORTS)
+    tensors = {"student": student.hidden, "teacher": inputs.teacher.hidden, "targets": inputs.targets}
+    with torch.no_grad():
+        tensors[changed].zero_()
+    with pytest.raises(RuntimeError):
+        value.backward()
+
+
+def _loss_of(student, inputs):
+    return fused_objective(
+        student, inputs.targets, lambda rows, tile: tile.logprob.exp().sum(), inputs.shard
+    )[0]
+
+
+def test_an_objective_cannot_be_differentiated_again():
+    """Its gradients exist once: a second backward is a RuntimeError, never a wrong gradient."""
+    inputs = Inputs("projection")
+    loss = _loss_of(inputs.leaves(), inputs)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError):
+        loss.backward()
+    student = inputs.leaves()
+    gradients = torch.autograd.grad(_loss_of(student, inputs).square(), tuple(student), create_graph=True)
+    with pytest.raises(RuntimeError):
+        sum(x.square().sum() for x in gradients).backward()
+
+
+class _Largest(TorchDispatchMode):
+    """Record the elements of the largest tensor that any operation creates."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.numel())
+        return result
+
+
+@pairwise(function=SORTS, kernel=KERNELS)
+def test_nothing_of_size_tokens_times_vocabulary_is_created(function, kernel):
+    inputs = Inputs("projection", tokens=250, vocab_size=3000, padded=3008, interpolation=0.3)
+    with _Largest() as largest:
+        inputs.ours(inputs.weighted(function), tile_tokens=10, kernel=kernel)
+    assert 0 < largest.elements < 250 * 3000 / 1.5
+
+
+@each_sort
+def test_strides_do_not_matter_and_inputs_are_not_changed(function, form, kernel):
+    inputs, options = Inputs(form, interpolation=0.3), {"tile_tokens": 3, "kernel": kernel}
+    tensors = [*inputs.student, *inputs.teacher_tensors, inputs.targets]
+    before = [x.clone() for x in tensors]
+    expected = inputs.ours(inputs.weighted(function), **options)
+    inputs.student = type(inputs.student)(*(x.t().contiguous().t() for x in inputs.student))
+    found = inputs.ours(inputs.weighted(function), **options)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(tensors, before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weight_gradient_into_a_buffer(dtype):
+    inputs, before = Inputs("projection", dtype=dtype), torch.randn(32, 6)
+
+    def objective(rows, tile):
+        return (inputs.upstream[rows].float() * tile.logprob.exp() + tile.divergence).sum()
+
+    def run(**more):
+        student, options = inputs.leaves(), {"teacher": inputs.teacher, "tile_tokens": 3}
+        return student, fused_objective(student, inputs.targets, objective, inputs.shard, **options, **more)[
+            0
+        ]
+
+    (plain, loss), buffer = run(), before.clone()
+    loss.backward()
+    for micro_batches in (1, 2):
+        student, same_loss = run(weight_grad=buffer)
+        same_loss.backward()
+        assert student.weight.grad is None and torch.equal(loss, same_loss)
+        assert torch.equal(student.hidden.grad, plain.hidden.grad)
+        assert torch.equal(buffer[29:], before[29:])
+        expected = micro_batches * plain.weight.grad.to(WIDE)
+        assert norm_error(buffer - before, expected) < (1e-5 if dtype == torch.float32 else 5e-3)
+    for factor in (0.5, -1.0, 0.0):
+        with pytest.raises(RuntimeError):
+            (factor * run(weight_grad=before.clone())[1]).backward()
+
+
+GOOD, SHARD, IDS = Logits(torch.zeros(3, 8)), VocabShard(0, 7, 7), torch.zeros(3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    "function, arguments, options, message",
+    [
+        ("log_prob", (GOOD, IDS + 7, SHARD), {}, "targets: ids from 7 to 7 at 3 positions"),
+        ("log_prob", (GOOD, None, SHARD), {}, r"targets: None; expected \[T\] int64"),
+        ("entropy", (GOOD, SHARD), {"temperature": -1.0}, "temperature -1.0"),
+        (
+            "entropy",
+            (InterpolatedLogits(GOOD, Logits(torch.zeros(2, 8)), 0.5), SHARD),
+            {},
+            "reference and .*policy",
+        ),
+        ("reverse_kl", (GOOD, GOOD, SHARD), {"support": "sampled"}, "targets: None"),
+        ("forward_kl", (GOOD, GOOD, SHARD), {"support": "sampled", "targets": IDS}, "forward on sampled"),
+        ("jsd", (GOOD, GOOD, SHARD), {"alpha": 0.0}, "alpha 0.0"),
+        ("jsd", (GOOD, GOOD, SHARD), {"support": "teacher_topk", "top_k": 0}, "top_k 0"),
+        ("jsd", (GOOD, None, SHARD), {}, "teacher: None; expected Logits"),
+    ],
+)
+def test_invalid_arguments_are_named(function, arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(functional, function)(*arguments, **options)
