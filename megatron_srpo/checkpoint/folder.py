@@ -130,9 +130,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise DamagedCheckpoint(f"{file}: is damaged: {error.errors()[0]['msg']}") from None
     if manifest.format != FORMAT:
         raise DamagedCheckpoint(
-            f"{file}: has format {manifest.format}, and this version reads format {FORMAT}; resume the run with"
-            " the version of megatron_srpo that saved it (named in that file), or start a new run from the"
-            " Hugging Face folder that this version's convert_megatron_to_hf.py makes of it"
+            f"{file}: has format {manifest.format}, and this version reads format {FORMAT}; resume the run"
+            " with the version of megatron_srpo that saved it (named in that file), or start a new run from"
+            " the Hugging Face folder that that version's convert_megatron_to_hf.py makes of it"
         )
     return manifest
 

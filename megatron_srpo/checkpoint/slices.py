@@ -1,7 +1,7 @@
 """Where a rank's shards of parameters lie in a checkpoint's tensors, which have Megatron's names and shapes.
 
-A distributed optimizer holds a range of a shard's flat elements: in the global tensor, a few rectangles. A rank
-writes the rectangles of what it holds; at any layout, a rank reads those that it needs.
+A distributed optimizer holds a range of a shard's flat elements: in the global tensor, a few rectangles. A
+rank writes the rectangles of what it holds; at any layout, a rank reads those that it needs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class TensorSlice(NamedTuple):
 
 
 class Rectangle(NamedTuple):
-    """Flat elements first … last - 1 of a shard: the part of `shape` at `start` of the checkpoint's tensor."""
+    """Flat elements first … last - 1 of a shard: in the checkpoint's tensor, the part of `shape` at `start`."""
 
     first: int
     last: int

@@ -17,7 +17,7 @@ import yaml
 from safetensors import safe_open
 from torch import Tensor
 
-from megatron_srpo.checkpoint.resume import check_writable
+from megatron_srpo.checkpoint.run_folder import check_writable
 from megatron_srpo.checkpoint.weights import RunTensors, checkpoint_of, is_of_a_run
 from megatron_srpo.config.load import load_config, save_config
 from megatron_srpo.config.schema import Config, ConfigError, EvaluationSection, ParallelSection
@@ -267,7 +267,7 @@ def stored_weights(config: Config, folder: HFFolder) -> Iterator[tuple[str, Tens
         policy = RunTensors(path, "policy")
         if policy.architecture != folder.architecture:
             raise ConfigError(
-                f"evaluation.checkpoint: {policy.folder} holds another model than model.hf_path ({folder.path})"
+                f"evaluation.checkpoint: {policy.folder.path} holds another model than model.hf_path ({folder.path})"
             )
         yield from ((name, policy.tensor(name).to(policy.dtype(name))) for name in policy.names())
         return

@@ -55,7 +55,7 @@ def shard(model, name, index, count):
 
 
 def save(folder, model, name, count, cuts=(0.13, 0.5)):
-    """Write the parameter from `count` tensor-parallel ranks × the ranges of flat elements that `cuts` end."""
+    """Write the parameter from `count` tensor-parallel ranks × ranges of flat elements that `cuts` end."""
     ranks = []
     for index in range(count):
         location, values = shard(model, name, index, count)
