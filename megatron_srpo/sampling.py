@@ -11,8 +11,8 @@ from megatron_srpo.config.load import save_config
 from megatron_srpo.config.schema import Config, ConfigError, ResumeSection
 from megatron_srpo.data.rollout_file import dump
 from megatron_srpo.distributed.heartbeat import PROGRESS
-from megatron_srpo.distributed.layout import Layout, joined
-from megatron_srpo.evaluation.evaluate import stored_weights
+from megatron_srpo.distributed.layout import Layout, process_group
+from megatron_srpo.evaluation.run import stored_weights
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.observe.metrics import MetricsFile, rollout_metrics
 from megatron_srpo.observe.session import run_session
@@ -41,7 +41,7 @@ def sample(config: Config) -> Path:
         )
     folder = preflight(config.model_copy(update={"resume": ResumeSection(mode="never")}))
     with (
-        joined(config.parallel, config.train.seed) as layout,
+        process_group(config.parallel, config.train.seed) as layout,
         run_session(config.logging, f"sampling · {folder.path.name}", config.train.steps, layout) as terminal,
     ):
         _sample_steps(config, folder, layout, terminal)

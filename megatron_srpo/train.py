@@ -10,7 +10,7 @@ from megatron_srpo.checkpoint.saver import Saver
 from megatron_srpo.config.load import save_config
 from megatron_srpo.config.schema import Config
 from megatron_srpo.distributed.heartbeat import PROGRESS
-from megatron_srpo.distributed.layout import Layout, joined
+from megatron_srpo.distributed.layout import Layout, process_group
 from megatron_srpo.distributed.stop import StopRequest
 from megatron_srpo.evaluation.evaluator import Evaluator, create_evaluator
 from megatron_srpo.model.hf_folder import HFFolder
@@ -24,7 +24,7 @@ from megatron_srpo.rollout.collect import exchange
 from megatron_srpo.rollout.route import route
 from megatron_srpo.rollout.source import Rollouts
 from megatron_srpo.training.step_dump import StepDump
-from megatron_srpo.training.trainer import Trainer
+from megatron_srpo.training.trainer import Trainer, TrainerSettings
 from megatron_srpo.weights.transfer import save_hf
 
 
@@ -46,7 +46,9 @@ def train(config: Config) -> Path:
     """
     folder = preflight(config)
     with (
-        joined(config.parallel, config.train.seed, alike=(TrainingStopped, TrainingInterrupted)) as layout,
+        process_group(
+            config.parallel, config.train.seed, collective_errors=(TrainingStopped, TrainingInterrupted)
+        ) as layout,
         run_session(
             config.logging, f"{config.algorithm.name} · {folder.path.name}", config.train.steps, layout
         ) as terminal,
@@ -73,9 +75,8 @@ class Training:
             save_config(config, self.directory / "config.yaml")
         for line in describe_setup(config, folder, layout):
             terminal.say(line)
-        self.trainer = Trainer(config, folder, layout, is_resumed=self.checkpoint is not None)
-        terminal.say(self.trainer.loss_path)
-        self.trainer.make_room()
+        self.trainer = Trainer(TrainerSettings.of(config), folder, layout, self.checkpoint is not None)
+        terminal.say(self.trainer.describe_loss())
         self.watch = Stopwatch(terminal.phase)
         self.rollouts = Rollouts(config, folder, layout, terminal.say, self.watch)
         self.evaluator: Evaluator | None = create_evaluator(config, self.rollouts, terminal.say)
@@ -132,21 +133,20 @@ class Training:
             groups = exchange(route(groups, step, self.config, self.folder), self.layout)
             rollouts.make_room()
             self.dump.samples(step, groups)
-        trainer.take_room()
-        with watch("teacher"):
-            batches = trainer.pack([sample for group in groups for sample in group])
-            scores = trainer.score_teacher(batches)
-        with watch("update"):
-            values = self.dump.token_values(step, groups)
-            report = trainer.update(batches, scores, values)
-            self.dump.tokens(step, groups, values)
+        with trainer.onloaded():
+            with watch("teacher"):
+                batches = trainer.pack(groups)
+                scores = trainer.score_teacher(batches)
+            with watch("update"):
+                values = self.dump.token_values(step, groups)
+                report = trainer.update(batches, scores, values)
+                self.dump.tokens(step, groups, values)
         rollouts.ledger.trained(step, [group[0].prompt.id for group in groups])
         self._publish(step)
         self.reporter.step(step, groups, report, {**rollouts.drawn.numbers, **watch.read()})
 
     def _publish(self, step: int) -> None:
         with self.watch("publish"):
-            self.trainer.make_room()
             self.rollouts.publish(self.trainer.export(), step)
 
     def _evaluate(self, step: int) -> dict | None:

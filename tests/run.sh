@@ -20,4 +20,5 @@ export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 .venv/bin/python -m ruff check .
 .venv/bin/python -m ruff format --check .
 .venv/bin/lint-imports --no-cache
+.venv/bin/pyright --threads 2
 exec .venv/bin/python -m pytest "$@"

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from megatron_srpo.config.load import load_config
-from megatron_srpo.config.schema import Config, RolloutSection
+from megatron_srpo.config.schema import Config
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.model.settings import transformer_config
 from megatron_srpo.plan.layouts import plan_for
@@ -63,8 +63,6 @@ MODELS = {
         ),
     ),
 }
-SERVER_KEYS = ("engine", "urls", "servers", "colocated", "sglang")
-HAS_SERVERS = "sglang" in RolloutSection.model_fields
 VARIANTS = {
     "srpo": (["algorithm.name=srpo"], 5e-6, 32),
     "grpo": (["algorithm.name=grpo"], 1e-6, 8),
@@ -79,22 +77,9 @@ def load(name: str, tmp_path: Path, *overrides: str) -> Config:
     model, file = tmp_path / "model", EXAMPLES / name / "config.yaml"
     model.mkdir(exist_ok=True)
     (model / "config.json").write_text(json.dumps(MODELS[name][2]))
-    if (
-        not HAS_SERVERS
-    ):  # nothing is sampled then: the planner leaves the engine out, and the rest is checked all the same
-        tree = yaml.safe_load(file.read_text())
-        for key in SERVER_KEYS:
-            tree["rollout"].pop(key, None)
-        file = tmp_path / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(tree))
-        overrides = (*overrides, "rollout.replay=elsewhere")
     return load_config(file, [f"hf_path={model}", *overrides])
 
 
-@pytest.mark.skipif(
-    not HAS_SERVERS,
-    reason="rollout.engine: sglang is not in this tree: its keys in the examples are not checked",
-)
 @pytest.mark.parametrize("name", list(MODELS))
 def test_server_keys(name, tmp_path):
     assert load(name, tmp_path).rollout.engine == "sglang"
@@ -124,18 +109,6 @@ def test_example_fits(name, variant, tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", list(MODELS))
-def test_readme_has_the_planners_memory(name, tmp_path):
-    """Of the fullest GPU, to a GB, but for what a sleeping server keeps."""
-    config, gpus = load(name, tmp_path), MODELS[name][0]
-    plan = plan_for(
-        HFFolder(config.model.hf_path).architecture, config, MACHINES["h100"], gpus, Workload.expected(config)
-    )
-    said = float(re.search(r"while training \| (\d+) GB", (EXAMPLES / name / "README.md").read_text())[1])
-    asleep = 2e9 if not HAS_SERVERS and name != "qwen3_30b_a3b" else 0
-    assert said == pytest.approx((plan.bytes + asleep) / 1e9, abs=1)
-
-
 SCRIPTS = sorted([*EXAMPLES.rglob("*.sh"), *EXAMPLES.rglob("*.sbatch")])
 
 
@@ -145,7 +118,7 @@ def test_script_is_bash(script):
 
 
 def test_manifest():
-    """A PyTorchJob whose nodes are alike, whose container has the operator's name and whose example exists."""
+    """A PyTorchJob of equal nodes, whose container has the operator's name and whose example exists."""
     job = yaml.safe_load((EXAMPLES / "cluster" / "pytorchjob.yaml").read_text())
     nodes = job["spec"]["pytorchReplicaSpecs"]
     assert job["kind"] == "PyTorchJob" and set(nodes) == {"Master", "Worker"}

@@ -23,7 +23,7 @@ from megatron_srpo.rollout.ledger import Ledger
 from megatron_srpo.rollout.replay import replay
 from megatron_srpo.training import packing
 from megatron_srpo.training.packing import PackingRules, pack
-from megatron_srpo.training.trainer import Trainer
+from megatron_srpo.training.trainer import Trainer, TrainerSettings
 
 PROMPTS = 64  # of a step: one a rank, where there are 64
 
@@ -38,7 +38,8 @@ def start(tmp_path_factory):
     file = root / "config.yaml"
     file.write_text(
         f"model: {{hf_path: {folder.path}, dtype: float32}}\n"
-        f"rollout: {{prompts_per_step: {PROMPTS}, samples_per_prompt: 2, max_prompt_tokens: 128, max_response_tokens: 64}}\n"
+        f"rollout: {{prompts_per_step: {PROMPTS}, samples_per_prompt: 2, max_prompt_tokens: 128,\n"
+        "  max_response_tokens: 64}\n"
         "train: {steps: 3, micro_batch_tokens: 400}\nlogging: {dir: unused}\n"
     )
     config = load_config(file, [])
@@ -79,19 +80,19 @@ def test_exchange(start, ranks):
 
 
 def test_packing_builds_only_what_its_rank_trains(start, monkeypatch):
-    """No collective, and tensors for this rank's documents alone."""
+    """No collective, and tensors for this rank's sequences alone."""
     built, build = [], packing.micro_batch
     monkeypatch.setattr(
         packing,
         "micro_batch",
-        lambda documents, *rest: built.append(len(documents)) or build(documents, *rest),
+        lambda sequences, *rest: built.append(len(sequences)) or build(sequences, *rest),
     )
     for ranks in (4, 64):
         built.clear()
         with simulated(1, ranks), Collectives() as collectives:
             batch = pack(samples_of(start[2]), 1, ranks, PackingRules(400), "token_mean")
         own = [*batch.micro_batches, *batch.teacher_micro_batches]
-        assert built == [len(row.documents) for row in own] and not collectives.seen
+        assert built == [len(row.sequences) for row in own] and not collectives.seen
         assert (
             0 < sum(built) <= 2 * 2 * PROMPTS * 2 // ranks
         )  # students and teachers; the balance is of tokens, so up to twice the mean
@@ -128,11 +129,11 @@ def collectives_of_a_step(start, ranks: int) -> list[tuple[str, int]]:
     """Of a whole update, the teacher, the stop request and an export, on a rank in the middle."""
     folder, config, groups = start
     with simulated(ranks // 2, ranks) as layout:
-        trainer = Trainer(config, folder, layout)
+        trainer = Trainer(TrainerSettings.of(config), folder, layout)
         with Collectives() as collectives:
-            batches = trainer.pack(samples_of(groups))
-            targets = trainer.score_teacher(batches)
-            trainer.update(batches, targets)
+            batches = trainer.pack(groups)
+            scores = trainer.score_teacher(batches)
+            trainer.update(batches, scores)
             StopRequest(layout, None).reason()
             for _ in trainer.export():
                 pass
@@ -155,7 +156,9 @@ def test_export_talks_within_a_replica(start):
     counts = []
     for ranks in (4, 64):
         with simulated(0, ranks, parallel := ParallelSection(tensor_model_parallel_size=2)) as layout:
-            trainer = Trainer(config.model_copy(update={"parallel": parallel}), folder, layout)
+            trainer = Trainer(
+                TrainerSettings.of(config.model_copy(update={"parallel": parallel})), folder, layout
+            )
             with Collectives() as collectives, torch.no_grad():
                 for _ in trainer.export():
                     pass

@@ -1,4 +1,4 @@
-"""The command line in this process: what it refuses before any work, how it stops, what a run leaves behind."""
+"""The command line in this process: what it refuses before any work, how it stops, what a run leaves."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def start(tmp_path_factory):
     config = root / "config.yaml"
     config.write_text(
         f"model: {{hf_path: {folder.path}, dtype: float32}}\n"
-        "rollout: {prompts_per_step: 4, samples_per_prompt: 4, max_prompt_tokens: 128, max_response_tokens: 32}\n"
+        "rollout: {prompts_per_step: 4, samples_per_prompt: 4, max_prompt_tokens: 128,\n"
+        "  max_response_tokens: 32}\n"
         "teacher: {max_prompt_tokens: 200}\n"
         "train: {steps: 2, micro_batch_tokens: 400}\n"
         "optimizer: {lr: 1.0e-3, lr_warmup_steps: 0}\n"
@@ -123,10 +124,10 @@ def test_a_full_disk_ends_the_run_with_a_line(start, command, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
-    assert (
-        status == 1
-        and error
-        == f"stopped: logging.dir: {tmp_path / 'run'}: File too large; free some space and run the same command again\n"
+    assert status == 1
+    assert error == (
+        f"stopped: logging.dir: {tmp_path / 'run'}: File too large; "
+        "free some space and run the same command again\n"
     )
 
 
@@ -178,10 +179,11 @@ def test_a_run_leaves_its_folder_and_replays_itself(start, command, tmp_path):
     assert all(row["engine_logprob_gap_max"] < 1e-4 for row in steps)
     assert [row["weight_version"] for row in steps] == ["0", "1"]
     documented = (
-        "step loss grad_norm lr reward_mean pass_rate response_tokens_mean truncated_share format_rate sdpo_sample_share"
-        " sdpo_token_share teacherless_failed_share zero_advantage_share policy_entropy teacher_entropy distillation_divergence"
-        " entropy_weight_std engine_logprob_gap importance_clip_share tokens seconds seconds_rollout seconds_verify seconds_teacher"
-        " seconds_update seconds_publish weight_version"
+        "step loss grad_norm lr reward_mean pass_rate response_tokens_mean truncated_share format_rate "
+        "sdpo_sample_share sdpo_token_share teacherless_failed_share zero_advantage_share policy_entropy "
+        "teacher_entropy distillation_divergence entropy_weight_std engine_logprob_gap "
+        "importance_clip_share tokens seconds seconds_rollout seconds_verify seconds_teacher seconds_update "
+        "seconds_publish weight_version "
     )
     assert set(documented.split()) <= set(steps[0])
     line = sample_rows(sampled / "rollouts" / "step_000002.jsonl")[0]

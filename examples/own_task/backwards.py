@@ -19,7 +19,7 @@ class Backwards:
         return None
 
     def prompt(self, split: str, index: int) -> Prompt:
-        """Prompt `index` of "train", "validation" or "test": a function of the seed and its arguments alone."""
+        """Return prompt `index` of "train", "validation" or "test": a function of seed, split and index."""
         rng = random.Random(f"{self.seed}/{split}/{index}")
         first = [syllable for syllable in SYLLABLES if (syllable[0] in "tv") == (split != "train")]
         word = rng.choice(first) + "".join(rng.choices(SYLLABLES, k=self.syllables - 1))

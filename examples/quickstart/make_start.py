@@ -33,11 +33,15 @@ from megatron_srpo.tasks.addition import DIGITS, Addition, verify
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHATML = """\
-{%- for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{% endfor -%}
+{%- for message in messages %}{{ \
+'<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{% endfor -%}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif -%}
 """
 # Qwen's: words with the sign before them, one token a digit, runs of punctuation, line ends, other spaces
-PRE_TOKEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PRE_TOKEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 VOCABULARY = 384  # at most; the model's embedding has this many rows
 
 STEPS, BATCH = 550, 64
@@ -262,9 +266,8 @@ def measure(path: Path, task: Addition) -> None:
                 demonstration = clean_demonstration(texts[rng.choice(siblings)])
                 taught.append(folder.encode(teacher_messages(prompts[n].messages, demonstration)))
     mixed = len({n // GROUP for n in failed})
-    print(
-        f"  {mixed} of {TEST_PROMPTS} groups of {GROUP} are mixed; {len(failed)} failed samples have a right sibling"
-    )
+    print(f"  {mixed} of {TEST_PROMPTS} groups of {GROUP} are mixed")
+    print(f"  {len(failed)} failed samples have a right sibling")
     if failed:
         alone, shown = mean(attempt(failed, [asked[n] for n in failed])[2]), mean(attempt(failed, taught)[2])
         print(f"  those sampled again: {alone:.3f} right alone, {shown:.3f} with the sibling's solution")

@@ -1,6 +1,4 @@
-"""Per-token loss terms and entropy weights (METHOD.md §1–3) on [T] vectors: plain torch, differentiated by
-autograd.
-"""
+"""Per-token loss terms and entropy weights (docs/method.md, sections 1–3): plain torch on [T] vectors."""
 
 from __future__ import annotations
 
@@ -13,11 +11,12 @@ from megatron_srpo.algorithm.settings import Algorithm
 
 
 class TokenTerms(NamedTuple):
-    """What the objective knows of T response tokens; all [T], the loss's numerators already divided by its
-    denominator.
+    """The objective's inputs for T policy tokens, each [T].
 
-    old_logprob: log π_old, or None when the policy has not moved since the batch was sampled (one optimizer
-    step).
+    Attributes:
+        policy_weight, distillation_weight: z^GRPO, and z^SDPO · w, divided by the loss's denominator.
+        engine_logprob: log π_roll.
+        old_logprob: log π_old; None if the policy has not changed since sampling (one optimizer step).
     """
 
     advantage: Tensor
@@ -27,28 +26,24 @@ class TokenTerms(NamedTuple):
     old_logprob: Tensor | None
 
     def rows(self, rows: slice) -> TokenTerms:
-        """The same for some of the tokens."""
+        """Return the terms of some of the tokens."""
         return TokenTerms(*(None if field is None else field[rows] for field in self))
 
 
 def truncated_importance(old_logprob: Tensor, engine_logprob: Tensor, cap: float | None) -> Tensor:
-    """ρ = min(π_old / π_roll, cap), [T], detached; ones when `cap` is None."""
+    """Return ρ = min(π_old / π_roll, cap), [T], detached; ones if `cap` is None."""
     if cap is None:
         return torch.ones_like(old_logprob)
     return (old_logprob - engine_logprob).detach().exp().clamp(max=cap)
 
 
 def _ratio(logprob: Tensor, old_logprob: Tensor) -> Tensor:
-    """π_θ/π_old, [T], held within e^±20: beyond, fp32 would overflow and 0 · inf make NaN of tokens that
-    weigh nothing.
-    """
+    """Return π_θ/π_old, [T], within e^±20: beyond, fp32 overflows, and 0 · inf is NaN for weightless tokens."""
     return (logprob - old_logprob).clamp(-20.0, 20.0).exp()
 
 
 def policy_term(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, algorithm: Algorithm) -> Tensor:
-    """- min(w A, clip(w, 1 - ε_low, 1 + ε_high) A) with w = π_θ/π_old, [T]; with dual clip c, at most -c·A
-    where A < 0.
-    """
+    """Return -min(w A, clip(w, 1 - ε_low, 1 + ε_high) A), w = π_θ/π_old, [T]; where A < 0, at most -c·A."""
     ratio = _ratio(logprob, old_logprob)
     clipped = ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high)
     loss = -torch.minimum(ratio * advantage, clipped * advantage)
@@ -60,13 +55,13 @@ def policy_term(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, algorit
 def routed_objective(
     logprob: Tensor, divergence: Tensor | None, terms: TokenTerms, algorithm: Algorithm
 ) -> Tensor:
-    """Σ_t policy_weight · ρ · ℓ^GRPO + distillation_weight · ρ · min(sg[w], cap) · ℓ^SDPO, a scalar; without
-    a cap ρ and sg[w] are 1.
+    """Return Σ_t policy_weight · ρ · ℓ^GRPO + distillation_weight · ρ · min(sg[π_θ/π_old], cap) · ℓ^SDPO.
+
+    Without a cap, ρ and sg[π_θ/π_old] are 1.
 
     Args:
         logprob: [T] log π_θ(y_t) of the sampled tokens, with gradient.
-        divergence: [T] student–teacher divergence, with gradient; None when none of these tokens is
-            distilled.
+        divergence: [T] between student and teacher, with gradient; None if no token is distilled.
     """
     old = logprob.detach() if terms.old_logprob is None else terms.old_logprob
     importance = truncated_importance(old, terms.engine_logprob, algorithm.importance_cap)
@@ -79,16 +74,19 @@ def routed_objective(
     return loss
 
 
-def raw_entropy_weights(teacher_entropy: Tensor, beta: float) -> Tensor:
-    """w̃ = exp(-β H), [T] float64 (in fp32 all would be 0 from β H = 104 on), from the teacher's
-    full-vocabulary entropies in nats.
-    """
-    return torch.exp(-beta * teacher_entropy.detach().double())
+def entropy_weights(
+    teacher_entropy: Tensor, beta: float, mean: Tensor | float = 1.0, cap: float | None = None
+) -> Tensor:
+    """Weight each distilled token by the teacher's certainty (docs/method.md, section 3).
 
+    Args:
+        teacher_entropy: [D] over the full vocabulary, in nats.
+        beta: Sharpness; 0 gives weight 1 everywhere.
+        mean: Of exp(-beta · entropy) over Ω, every distilled token of the optimizer batch on all ranks.
+        cap: Upper bound of the weights, applied last.
 
-def entropy_weights(raw: Tensor, mean: Tensor, cap: float | None = None) -> Tensor:
-    """w = w̃ / mean over Ω, [T]; Ω is every distilled token of the optimizer batch on all ranks, so `mean`
-    is given.
+    Returns:
+        [D] float64 (in fp32 all would be 0 from beta · entropy = 104), detached; their mean over Ω is 1.
     """
-    weights = raw / mean
+    weights = torch.exp(-beta * teacher_entropy.detach().double()) / mean
     return weights if cap is None else weights.clamp(max=cap)

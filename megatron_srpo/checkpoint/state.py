@@ -58,7 +58,11 @@ def scalars(trainer: Trainer) -> dict[str, int]:
 @torch.no_grad()
 def restore_trainer(trainer: Trainer, saved: Folder, state: dict[str, int]) -> None:
     """Restore policy, optimizer, schedule and teacher at any layout. Raises FileError for what is missing."""
-    trainer.fetch_state()
+    with trainer.onloaded(), trainer.update_state_onloaded():
+        _restore(trainer, saved, state)
+
+
+def _restore(trainer: Trainer, saved: Folder, state: dict[str, int]) -> None:
     optimizer, teacher = trainer.optimizer, trainer.teacher
     optimizer.schedule.num_steps, optimizer.updates = state["schedule_steps"], state["optimizer_updates"]
     for parameter, location in _parameters(trainer):

@@ -159,6 +159,18 @@ class Sample(_Record):
         return tuple(spans)
 
     @property
+    def judged(self) -> Verdict:
+        """The verdict of a sample that has one."""
+        assert self.verdict is not None
+        return self.verdict
+
+    @property
+    def routed(self) -> Route:
+        """The route of a sample that has one."""
+        assert self.route is not None
+        return self.route
+
+    @property
     def _policy_segments(self) -> list[Segment]:
         return [segment for segment in self.segments if segment.author == "policy"]
 

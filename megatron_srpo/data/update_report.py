@@ -2,41 +2,115 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from megatron_srpo.data import histogram as quantiles
+import torch
+from torch import Tensor
+
+from megatron_srpo.data.histogram import BINS
 
 
-@dataclass
-class UpdateReport:
-    """One training step's updates. `sums` are token sums over all ranks (see `_SUMS`), `gap_max` the largest
-    log-prob gap.
+class TokenSums(NamedTuple):
+    """Sums over policy tokens, the last six over distilled tokens only; float64 scalars, in nats.
 
-    teacher_entropies: of all distilled tokens, counted as in algorithm/quantiles.py.
-    teacher_distances: ‖θ - θ'‖ / ‖θ‖ before and after the teacher followed; None without a teacher that has
-    weights of its own.
+    Attributes:
+        loss: Terms of the objective, each divided by the optimizer batch's denominator.
+        gap: |log π_old - log π_roll|.
+        clipped: Tokens whose importance weight was above its cap.
+        importance: Capped importance weights.
+        weight: Entropy weights.
+        entropy_counts: Teacher entropies by bin (`data.histogram`), [BINS].
     """
 
-    losses: list[float]
-    grad_norms: list[float]
-    moved: list[bool]
-    lr: float
-    sums: dict[str, float]
-    gap_max: float
-    teacher_entropies: list[float] = field(default_factory=lambda: [0.0] * quantiles.BINS)
-    teacher_distances: tuple[float, float] | None = None
+    loss: Tensor
+    tokens: Tensor
+    entropy: Tensor
+    gap: Tensor
+    clipped: Tensor
+    importance: Tensor
+    distilled: Tensor
+    divergence: Tensor
+    teacher_entropy: Tensor
+    weight: Tensor
+    weight_squared: Tensor
+    entropy_counts: Tensor
 
     @property
-    def skipped_updates(self) -> list[tuple[float, float]]:
-        """(loss, gradient norm) of the updates that were not made."""
-        return [
-            (loss, norm)
-            for loss, norm, moved in zip(self.losses, self.grad_norms, self.moved, strict=True)
-            if not moved
-        ]
+    def vector(self) -> Tensor:
+        """All sums as one float64 vector, as `zeros` has and `from_vector` takes; vectors can be added."""
+        return torch.cat([torch.stack(self[:-1]), self.entropy_counts])
+
+    @classmethod
+    def zeros(cls, device: torch.device | None = None) -> Tensor:
+        """Return the vector of no tokens."""
+        return torch.zeros(len(cls._fields) - 1 + BINS, dtype=torch.float64, device=device)
+
+    @classmethod
+    def from_vector(cls, vector: Tensor) -> TokenSums:
+        scalars = vector[:-BINS].unbind()
+        return cls(*scalars, entropy_counts=vector[-BINS:])
+
+
+class OptimizerUpdate(NamedTuple):
+    """One optimizer update, the same on every rank.
+
+    Attributes:
+        grad_norm: Before clipping.
+        applied: False if loss or gradient norm was not finite, so that the update was skipped.
+        sums: Over all ranks, on the CPU.
+        gap_max: Largest |log π_old - log π_roll| of a token, in nats.
+    """
+
+    loss: float
+    grad_norm: float
+    applied: bool
+    sums: TokenSums
+    gap_max: float
+
+
+class UpdateReport(NamedTuple):
+    """One training step's updates.
+
+    Attributes:
+        teacher_distances: ‖θ - θ'‖ / ‖θ‖ before and after the teacher's own update; None without a teacher
+            that has weights of its own.
+    """
+
+    updates: Sequence[OptimizerUpdate]
+    lr: float
+    teacher_distances: tuple[float, float] | None
+
+    @property
+    def losses(self) -> list[float]:
+        return [update.loss for update in self.updates]
+
+    @property
+    def grad_norms(self) -> list[float]:
+        return [update.grad_norm for update in self.updates]
+
+    @property
+    def applied(self) -> list[bool]:
+        return [update.applied for update in self.updates]
+
+    @property
+    def sums(self) -> TokenSums:
+        """Token sums of all updates."""
+        total = TokenSums.zeros()
+        for update in self.updates:
+            total += update.sums.vector
+        return TokenSums.from_vector(total)
+
+    @property
+    def gap_max(self) -> float:
+        return max((update.gap_max for update in self.updates), default=0.0)
+
+    @property
+    def skipped_updates(self) -> list[OptimizerUpdate]:
+        return [update for update in self.updates if not update.applied]
 
     def skipped_in_a_row(self, before: int) -> int:
-        """Skipped updates since the last one made, when `before` had been skipped before this step."""
-        for moved in self.moved:
-            before = 0 if moved else before + 1
+        """Return the skipped updates since the last applied one; `before` were skipped before this step."""
+        for applied in self.applied:
+            before = 0 if applied else before + 1
         return before

@@ -1,8 +1,8 @@
-"""Context parallelism: which tokens of a packed row, and which response tokens of the loss, belong to a rank.
+"""Context parallelism: which tokens of a packed row, and which policy tokens of the loss, belong to a rank.
 
-Every document is padded to a multiple of 2·C tokens, of C context-parallel ranks, and cut into 2·C chunks;
-rank r holds chunks r and 2·C - 1 - r, so that causal attention costs all ranks the same. It is the order that
-Megatron's rotary embeddings and Transformer Engine's attention take for granted.
+Every sequence is padded to a multiple of 2·C tokens, of C context-parallel ranks, and cut into 2·C chunks;
+rank r holds chunks r and 2·C - 1 - r, so that causal attention costs all ranks the same. Megatron's rotary
+embeddings and Transformer Engine's attention take this order for granted.
 """
 
 from __future__ import annotations
@@ -13,41 +13,35 @@ import torch
 from torch import Tensor
 
 
-class Context(NamedTuple):
-    """A rank among those that share each document."""
+class ContextParallel(NamedTuple):
+    """A rank among those that share each sequence."""
 
     rank: int = 0
     size: int = 1
 
     @property
     def multiple(self) -> int:
-        """What the length of a document must be a multiple of."""
+        """What the length of a sequence must be a multiple of."""
         return 2 * self.size if self.size > 1 else 1
 
     def padded(self, length: int) -> int:
-        """`length` rounded up to it."""
+        """Round `length` up to `multiple`."""
         return -(-length // self.multiple) * self.multiple
 
     def share(self, count: int) -> slice:
-        """Those of a document's `count` response tokens that this rank's loss is made of.
-
-        Too few for all ranks: some get none.
-        """
+        """Return which of a sequence's `count` policy tokens this rank's loss takes; none if they are few."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
-    def held(self, place: Tensor) -> Tensor:
-        """[T / size] the row's tokens on this rank, in its order, by the row's `places`."""
-        return place.argsort().view(self.size, -1)[self.rank]
+    def local_tokens(self, positions: Tensor) -> Tensor:
+        """Return the row's tokens on this rank, in its order, by the row's `gathered_positions`: [T / size]."""
+        return positions.argsort().view(self.size, -1)[self.rank]
 
 
-ALONE = Context()
+def gathered_positions(bounds: Tensor, size: int) -> Tensor:
+    """Return where each token of a row is once the parts of `size` > 1 ranks are concatenated: [T].
 
-
-def places(bounds: Tensor, size: int) -> Tensor:
-    """[T] where each token of a row is found once the parts of `size` > 1 ranks are gathered, one after
-    another.
-
-    bounds: [documents + 1] integers, where the padded documents begin and the last one ends.
+    Args:
+        bounds: [sequences + 1] integers, where the padded sequences begin and the last one ends.
     """
     total, lengths = int(bounds[-1]), bounds.diff()
     start, chunk = (

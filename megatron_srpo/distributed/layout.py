@@ -214,19 +214,18 @@ def restore_random_states(states: dict[str, torch.Tensor]) -> None:
 
 
 @contextmanager
-def joined(
-    parallel: ParallelSection, seed: int, alike: tuple[type[BaseException], ...] = ()
+def process_group(
+    parallel: ParallelSection, seed: int, collective_errors: tuple[type[BaseException], ...] = ()
 ) -> Iterator[Layout]:
-    """`initialize`, and `shut_down` when all ranks get there: without an error, or with one of `alike`, which
-    all raise together.
+    """`initialize`, then `shut_down` without an error or on one of `collective_errors`, raised by all ranks.
 
-    A rank that fails alone leaves its groups as they are: NCCL would wait for ranks that wait for it, and
-    nobody would hear why.
+    A rank that fails alone leaves its groups as they are: NCCL would wait for ranks that wait for it, and the
+    error would never be printed.
     """
     layout = initialize(parallel, seed)
     try:
         yield layout
-    except alike:
+    except collective_errors:
         shut_down(layout)
         raise
     except BaseException:

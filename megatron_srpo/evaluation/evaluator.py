@@ -54,7 +54,7 @@ class Evaluator:
 
 
 def create_evaluator(config: Config, rollouts: Rollouts, say: Callable[[str, str], None]) -> Evaluator | None:
-    """Create the run's evaluator; None when it has no evaluations. A replayed run has no engine to evaluate with."""
+    """Create the run's evaluator, or None without evaluations: replayed runs have no engine for them."""
     if config.evaluation.every == 0:
         return None
     if rollouts.collector is None:

@@ -5,13 +5,14 @@ packed documents.
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from megatron_srpo.distributed.context_parallel import places
+from megatron_srpo.distributed.context_parallel import gathered_positions
 from megatron_srpo.distributed.megatron import MegatronModule, parallel_state, tensor_parallel
 
 
@@ -27,7 +28,7 @@ class RMSNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(
             torch.ones(hidden_size, dtype=config.params_dtype, device=torch.get_default_device())
         )
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] in, the same out."""
@@ -94,7 +95,7 @@ class PackedAttention(MegatronModule):
         both = tensor_parallel.gather_from_sequence_parallel_region(
             torch.stack([key, value], dim=1), group=group
         )
-        key, value = both[places(cu_seqlens, size)].unbind(1)
+        key, value = both[gathered_positions(cu_seqlens, size)].unbind(1)
         outputs, done = [], 0
         for start, end in itertools.pairwise(cu_seqlens.tolist()):
             chunk = (end - start) // (2 * size)
@@ -110,7 +111,7 @@ class PackedAttention(MegatronModule):
         The last query sees all keys, the one before it all but the last, …
         """
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        causal = {"is_causal": True}
+        causal: dict[str, Any] = {"is_causal": True}
         if (length := query.shape[2]) < (keys := key.shape[2]):
             on_gpu = query.is_cuda  # whose flash kernel needs no mask in memory
             mask = (

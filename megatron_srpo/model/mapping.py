@@ -118,9 +118,16 @@ class TensorMapping:
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
         """Make the HF tensors from all tensor-parallel shards, or the whole parameter: the inverse of `cut`."""
-        pieces = zip(*map(self.fusion.split, shards), strict=True)
-        whole = [torch.cat(same, dim=self.dim) if len(same) > 1 else same[0] for same in pieces]
-        return [whole[0][: self.shape[0]]] if self.padded else whole
+        joined = []
+        for (rows, *_), pieces in zip(
+            self.tensors.values(), zip(*map(self.fusion.split, shards), strict=True), strict=True
+        ):
+            whole = pieces[0]
+            if len(pieces) > 1:
+                assert self.dim is not None
+                whole = torch.cat(pieces, dim=self.dim)
+            joined.append(whole[:rows] if self.padded else whole)
+        return joined
 
 
 class ParamLocation(NamedTuple):

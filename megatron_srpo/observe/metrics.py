@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from megatron_srpo.data.histogram import quantile
 from megatron_srpo.data.records import Group, Sample
 from megatron_srpo.data.update_report import UpdateReport
@@ -18,6 +20,10 @@ from megatron_srpo.distributed.files import write_text
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
+
+
+def _ratio(total: Tensor, count: Tensor) -> float:
+    return float(total) / float(count) if count else 0.0
 
 
 def _tokens(samples: Sequence[Sample]) -> int:
@@ -95,29 +101,25 @@ def version_metrics(groups: Sequence[Group], step: int) -> dict[str, Any]:
 def update_metrics(report: UpdateReport) -> dict[str, float]:
     """What the step's updates say. Means over no token (nothing distilled) are 0: see sdpo_token_share."""
     sums = report.sums
-    per_token = lambda name: sums[name] / sums["tokens"] if sums["tokens"] else 0.0  # noqa: E731
-    per_distilled = lambda name: sums[name] / sums["distilled"] if sums["distilled"] else 0.0  # noqa: E731
-    variance = per_distilled("weight_squared") - per_distilled("weight") ** 2
+    mean_weight = _ratio(sums.weight, sums.distilled)
+    variance = _ratio(sums.weight_squared, sums.distilled) - mean_weight**2
     return {
         "loss": _mean(report.losses),
         "grad_norm": _mean(report.grad_norms),
         "lr": report.lr,
         "updates": len(report.losses),
         "updates_skipped": len(report.skipped_updates),
-        "policy_entropy": per_token("entropy"),
-        "teacher_entropy": per_distilled("teacher_entropy"),
-        **{
-            f"teacher_entropy_p{share}": quantile(report.teacher_entropies, share / 100)
-            for share in (10, 50, 90)
-        },
-        "distillation_divergence": per_distilled("divergence"),
-        "entropy_weight_mean": per_distilled("weight"),
+        "policy_entropy": _ratio(sums.entropy, sums.tokens),
+        "teacher_entropy": _ratio(sums.teacher_entropy, sums.distilled),
+        **{f"teacher_entropy_p{share}": quantile(sums.entropy_counts, share / 100) for share in (10, 50, 90)},
+        "distillation_divergence": _ratio(sums.divergence, sums.distilled),
+        "entropy_weight_mean": mean_weight,
         "entropy_weight_std": math.sqrt(max(variance, 0.0)) if math.isfinite(variance) else variance,
-        "engine_logprob_gap": per_token("gap"),
+        "engine_logprob_gap": _ratio(sums.gap, sums.tokens),
         "engine_logprob_gap_max": report.gap_max,
-        "importance_mean": per_token("importance"),
-        "importance_clip_share": per_token("clipped"),
-        "tokens": int(sums["tokens"]),
+        "importance_mean": _ratio(sums.importance, sums.tokens),
+        "importance_clip_share": _ratio(sums.clipped, sums.tokens),
+        "tokens": int(sums.tokens),
         **_teacher_metrics(report.teacher_distances),
     }
 

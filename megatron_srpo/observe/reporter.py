@@ -149,8 +149,9 @@ class Reporter:
         )
 
     def _check_skipped_updates(self, step: int, report: UpdateReport) -> None:
-        for loss, norm in report.skipped_updates:
-            text = f"step {step}: an update was skipped: loss {loss}, gradient norm {norm}"
+        for update in report.skipped_updates:
+            numbers = f"loss {update.loss}, gradient norm {update.grad_norm}"
+            text = f"step {step}: an update was skipped: {numbers}"
             self._terminal.say(text, "bold red")
         self.skipped_in_a_row = report.skipped_in_a_row(self.skipped_in_a_row)
         if self.skipped_in_a_row >= self._config.train.max_skipped_updates:

@@ -203,11 +203,10 @@ def where_it_stops(rows: list[Scaled]) -> list[str]:
     each.
     """
     said = []
-    for before, after in itertools.pairwise([row for row in rows if row.strong is not None]):
-        if (gain := before.strong.step / after.strong.step) < 1.4:
-            said.append(
-                f"same batch: {after.gpus} GPUs are {gain:.2f} times as fast as {before.gpus}; {_most_of(after.strong)}"
-            )
+    strong = [(row.gpus, row.strong) for row in rows if row.strong is not None]
+    for (fewer, before), (more, after) in itertools.pairwise(strong):
+        if (gain := before.step / after.step) < 1.4:
+            said.append(f"same batch: {more} GPUs are {gain:.2f} times as fast as {fewer}; {_most_of(after)}")
             break
     growing = [row.weak for row in rows if row.weak is not None]
     for plan in growing:

@@ -1,4 +1,1 @@
-"""One optimizer step: packing, pipeline schedule, routed loss, optimizer, teacher.
-
-Nothing here samples or verifies.
-"""
+"""One optimizer step: packing, pipeline schedule, routed loss, optimizer, teacher. No sampling or verifying."""

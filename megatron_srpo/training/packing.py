@@ -1,8 +1,7 @@
 """From routed samples to packed micro-batches, the same number on every data-parallel rank.
 
-Every rank knows every sample (rollouts are exchanged before), so every rank computes the whole plan and no
-collective is
-needed: which samples a rank trains, how its micro-batches are filled, and the one denominator of the loss.
+Every rank knows every sample (rollouts are exchanged before), so every rank computes the complete plan
+without a collective: which samples it trains, how its micro-batches are filled, and the loss's denominator.
 """
 
 from __future__ import annotations
@@ -18,35 +17,48 @@ from torch import Tensor
 
 from megatron_srpo.algorithm.objective import TokenTerms
 from megatron_srpo.data.records import Sample
-from megatron_srpo.distributed.context_parallel import ALONE, Context, places
+from megatron_srpo.distributed.context_parallel import ContextParallel, gathered_positions
 
 
-class Document(NamedTuple):
-    """One sequence of a packed micro-batch. `key` is the sample's place in its optimizer batch."""
+class PackedSequence(NamedTuple):
+    """One sequence of a micro-batch.
+
+    Attributes:
+        key: The sample's index in its optimizer batch.
+        policy_positions: Which of `response_ids` the policy wrote; only they are predicted.
+    """
 
     key: int
-    prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...]
+    prompt_ids: Sequence[int]
+    response_ids: Sequence[int]
+    policy_positions: Sequence[int]
+
+    @classmethod
+    def of(cls, key: int, prompt_ids: Sequence[int], sample: Sample) -> PackedSequence:
+        positions = [position for position, is_policy in enumerate(sample.loss_mask) if is_policy]
+        return cls(key, prompt_ids, sample.response_ids, positions)
 
     @property
     def length(self) -> int:
-        """Input tokens: the last response token predicts nothing that is trained, so it is not fed."""
-        return len(self.prompt_ids) + len(self.response_ids) - 1
+        """Input tokens; the last policy token and what follows it predict nothing, so they are not fed."""
+        return len(self.prompt_ids) + self.policy_positions[-1]
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Documents in one row of T tokens, a part of which is this rank's; its R response tokens in document
-    order.
+    """Sequences in one row of T tokens, of which this rank holds a part; R policy tokens in their order.
 
-    ids, positions: [T / context-parallel size] long. cu_seqlens: [documents + 1] int32, of the whole row, a
-    padding document included.
-    predicts: [R] where the hidden state that predicts `targets` [R] is found, with the context-parallel
-    ranks' parts one after another.
-    shares: of each document, which of its response tokens are this rank's.
+    Attributes:
+        distilled: How many of the sequences are distilled; they come first.
+        ids, positions: [T / context-parallel size] int64.
+        cu_seqlens: [sequences + 1] int32, of the complete row, including a padding sequence.
+        predicts: [R] where the hidden state that predicts `targets` [R] is found, with the context-parallel
+            ranks' parts of the row concatenated.
+        shares: Of each sequence, which of its policy tokens are this rank's.
     """
 
-    documents: tuple[Document, ...]
+    sequences: tuple[PackedSequence, ...]
+    distilled: int
     ids: Tensor
     positions: Tensor
     cu_seqlens: Tensor
@@ -56,120 +68,133 @@ class MicroBatch:
     shares: tuple[slice, ...]
 
     @property
-    def response_lengths(self) -> list[int]:
-        """This rank's response tokens of each document."""
+    def target_counts(self) -> list[int]:
+        """This rank's policy tokens of each sequence."""
         return [share.stop - share.start for share in self.shares]
+
+    @property
+    def distilled_keys(self) -> list[int]:
+        return [sequence.key for sequence in self.sequences[: self.distilled]]
 
 
 @dataclass(frozen=True)
 class OptimizerBatch:
-    """What this rank does for one optimizer step.
+    """One optimizer step's work of this rank.
 
-    `samples` are all ranks' samples; the micro-batches are this rank's.
+    Attributes:
+        samples: All ranks' samples; the micro-batches are this rank's.
+        loss_scale: For each sample, the factor of each of its tokens' terms.
+        distilled_tokens: |Ω|, over all ranks.
     """
 
     samples: tuple[Sample, ...]
     micro_batches: list[MicroBatch]
     teacher_micro_batches: list[MicroBatch]
-    loss_scale: tuple[float, ...]  # per sample: what one of its tokens' terms is multiplied by
-    distilled_tokens: int  # |Ω|, over all ranks
+    loss_scale: tuple[float, ...]
+    distilled_tokens: int
 
-    def terms(self, micro_batch: MicroBatch, device: torch.device) -> TokenTerms:
-        """The objective's per-token inputs for `micro_batch`, [R] fp32; entropy weights not yet applied."""
-        keys = [document.key for document in micro_batch.documents]
-        lengths = torch.tensor(micro_batch.response_lengths, dtype=torch.long)
+    def terms(
+        self,
+        micro_batch: MicroBatch,
+        entropy_weights: Tensor,
+        old_logprobs: Tensor | None,
+        device: torch.device,
+    ) -> TokenTerms:
+        """Return the objective's inputs for the R policy tokens of `micro_batch`, float32.
+
+        Args:
+            entropy_weights: [D] of its distilled tokens, which come first.
+            old_logprobs: [R] log π_old; None if the policy has not changed since sampling.
+        """
+        counts = torch.tensor(micro_batch.target_counts, dtype=torch.long)
 
         def per_token(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float64).repeat_interleave(lengths).float().to(device)
+            return torch.tensor(values, dtype=torch.float64).repeat_interleave(counts).float().to(device)
 
-        routes = [self.samples[key].route for key in keys]
-        scales = [self.loss_scale[key] for key in keys]
-        own = (self.samples[key].logprobs[share] for key, share in zip(keys, micro_batch.shares, strict=True))
-        engine = list(itertools.chain.from_iterable(own))
+        advantages: list[float] = []
+        policy_weights: list[float] = []
+        distillation_weights: list[float] = []
+        engine_logprobs: list[float] = []
+        for sequence, share in zip(micro_batch.sequences, micro_batch.shares, strict=True):
+            sample, scale = self.samples[sequence.key], self.loss_scale[sequence.key]
+            advantages.append(sample.routed.advantage)
+            policy_weights.append(sample.routed.policy_weight * scale)
+            distillation_weights.append(sample.routed.distillation_weight * scale)
+            engine_logprobs.extend(sample.logprobs[share])
+        distillation = per_token(distillation_weights)
+        distillation[: len(entropy_weights)] *= entropy_weights
         return TokenTerms(
-            advantage=per_token([route.advantage for route in routes]),
-            policy_weight=per_token(
-                [route.policy_weight * scale for route, scale in zip(routes, scales, strict=True)]
-            ),
-            distillation_weight=per_token(
-                [route.distillation_weight * scale for route, scale in zip(routes, scales, strict=True)]
-            ),
-            engine_logprob=torch.tensor(engine, dtype=torch.float32, device=device),
-            old_logprob=None,
-        )
-
-    def distilled_count(self, micro_batch: MicroBatch) -> int:
-        """Documents of `micro_batch` that are distilled; they come first."""
-        return sum(
-            self.samples[document.key].route.distillation_weight > 0 for document in micro_batch.documents
+            advantage=per_token(advantages),
+            policy_weight=per_token(policy_weights),
+            distillation_weight=distillation,
+            engine_logprob=torch.tensor(engine_logprobs, dtype=torch.float32, device=device),
+            old_logprob=old_logprobs,
         )
 
 
 class PackingRules(NamedTuple):
-    """How rows are filled. length_multiple: tensor-parallel size under sequence parallelism. uniform:
-    pipelines send one shape. count_multiple: interleaved pipelines want micro-batches in multiples of their
-    stages. context: who shares the rows.
+    """How rows are filled.
+
+    Attributes:
+        token_budget: Tokens of a row, of all context-parallel ranks together.
+        length_multiple: The tensor-parallel size under sequence parallelism.
+        uniform: Pipelines send tensors of one shape.
+        count_multiple: Interleaved pipelines want micro-batches in multiples of their stages.
     """
 
     token_budget: int
     length_multiple: int = 1
     uniform: bool = False
     count_multiple: int = 1
-    context: Context = ALONE
+    context: ContextParallel = ContextParallel()
 
 
 def loss_scales(samples: Sequence[Sample], aggregation: str) -> tuple[float, ...]:
-    """1 / (the loss's one denominator) for every sample.
+    """Return 1 / (the loss's one denominator) for every sample; 0 for a sample that is routed nowhere.
 
-    token_mean: 1 / (valid response tokens of all routed samples). seq_mean: 1 / (routed samples · own
-    length). A sample routed nowhere counts neither way.
+    token_mean: 1 / (policy tokens of all routed samples). seq_mean: 1 / (routed samples · own policy tokens).
     """
-    routed = [sample.route.branch != "none" for sample in samples]
-    lengths = [len(sample.response_ids) for sample in samples]
+    lengths = [sample.policy_tokens if sample.routed.branch != "none" else 0 for sample in samples]
     if aggregation == "seq_mean":
-        return tuple(
-            1.0 / (sum(routed) * length) if is_routed else 0.0
-            for is_routed, length in zip(routed, lengths, strict=True)
-        )
-    tokens = sum(length for is_routed, length in zip(routed, lengths, strict=True) if is_routed)
-    return tuple(1.0 / tokens if is_routed else 0.0 for is_routed in routed)
+        routed = sum(length > 0 for length in lengths)
+        return tuple(1.0 / (routed * length) if length else 0.0 for length in lengths)
+    return tuple(1.0 / sum(lengths) if length else 0.0 for length in lengths)
 
 
 def pack(
     samples: Sequence[Sample], data_rank: int, data_size: int, rules: PackingRules, aggregation: str
 ) -> OptimizerBatch:
-    """The optimizer batch of data-parallel rank `data_rank` of `data_size`."""
-    students = [Document(key, sample.prompt.ids, sample.response_ids) for key, sample in enumerate(samples)]
-    teachers = {
-        key: Document(key, sample.route.teacher_ids, sample.response_ids)
-        for key, sample in enumerate(samples)
-        if sample.route.distillation_weight > 0
-    }
+    """Return the optimizer batch of data-parallel rank `data_rank` of `data_size`."""
+    students: list[PackedSequence] = []
+    teachers: dict[int, PackedSequence] = {}
+    for key, sample in enumerate(samples):
+        students.append(PackedSequence.of(key, sample.prompt.ids, sample))
+        if sample.routed.distillation_weight > 0:
+            assert sample.routed.teacher_ids is not None
+            teachers[key] = PackedSequence.of(key, sample.routed.teacher_ids, sample)
     # Forward and backward of the student cost three forwards; the teacher adds one.
     costs = [
-        3 * student.length + (teachers[key].length if key in teachers else 0)
-        for key, student in enumerate(students)
+        3 * student.length + (teachers[student.key].length if student.key in teachers else 0)
+        for student in students
     ]
     keys_of_rank = balance(costs, data_size)
     student_rows = _fill_all([[students[key] for key in keys] for keys in keys_of_rank], rules)
     teacher_rows = _fill_all(
         [[teachers[key] for key in keys if key in teachers] for keys in keys_of_rank], rules
     )
-    distilled_first = [
-        sorted(row, key=lambda document: document.key not in teachers) for row in student_rows[data_rank]
-    ]
     return OptimizerBatch(
         samples=tuple(samples),
-        micro_batches=_rows_to_micro_batches(distilled_first, rules),
-        teacher_micro_batches=_rows_to_micro_batches(teacher_rows[data_rank], rules) if teachers else [],
+        micro_batches=_micro_batches(student_rows[data_rank], teachers, rules),
+        teacher_micro_batches=_micro_batches(teacher_rows[data_rank], teachers, rules) if teachers else [],
         loss_scale=loss_scales(samples, aggregation),
-        distilled_tokens=sum(len(document.response_ids) for document in teachers.values()),
+        distilled_tokens=sum(len(teacher.policy_positions) for teacher in teachers.values()),
     )
 
 
 def balance(costs: Sequence[int], bins: int) -> list[list[int]]:
-    """Items to bins, the dearest first and each to the cheapest bin so far; ties to the lowest bin."""
-    loads, contents = [0] * bins, [[] for _ in range(bins)]
+    """Distribute items to bins, the largest first and each to the least loaded bin; ties to the lowest."""
+    loads: list[int] = [0] * bins
+    contents: list[list[int]] = [[] for _ in range(bins)]
     for item in sorted(range(len(costs)), key=lambda item: (-costs[item], item)):
         cheapest = loads.index(min(loads))
         loads[cheapest] += costs[item]
@@ -177,78 +202,91 @@ def balance(costs: Sequence[int], bins: int) -> list[list[int]]:
     return contents
 
 
-def _fill_all(documents_of_rank: list[list[Document]], rules: PackingRules) -> list[list[list[Document]]]:
-    """Rows of at most the token budget for every rank, then empty rows until all ranks have the same number."""
-    rows_of_rank = [_fill(documents, rules.token_budget, rules.context) for documents in documents_of_rank]
+def _fill_all(
+    sequences_of_rank: list[list[PackedSequence]], rules: PackingRules
+) -> list[list[list[PackedSequence]]]:
+    """Fill every rank's rows, then add empty rows until all ranks have the same number of them."""
+    rows_of_rank = [_fill(sequences, rules.token_budget, rules.context) for sequences in sequences_of_rank]
     count = max(max(len(rows) for rows in rows_of_rank), 1)
     count = -(-count // rules.count_multiple) * rules.count_multiple
     return [rows + [[] for _ in range(count - len(rows))] for rows in rows_of_rank]
 
 
-def _fill(documents: list[Document], budget: int, context: Context) -> list[list[Document]]:
-    """First fit, longest first. A document longer than the budget gets a row of its own."""
-    rows: list[list[Document]] = []
+def _fill(
+    sequences: list[PackedSequence], budget: int, context: ContextParallel
+) -> list[list[PackedSequence]]:
+    """First fit, longest first. A sequence longer than the budget gets a row of its own."""
+    rows: list[list[PackedSequence]] = []
     room: list[int] = []
-    for document in sorted(documents, key=lambda document: (-document.length, document.key)):
-        length = context.padded(document.length)
+    for sequence in sorted(sequences, key=lambda sequence: (-sequence.length, sequence.key)):
+        length = context.padded(sequence.length)
         for index, free in enumerate(room):
             if length <= free:
-                rows[index].append(document)
+                rows[index].append(sequence)
                 room[index] -= length
                 break
         else:
-            rows.append([document])
+            rows.append([sequence])
             room.append(budget - length)
     return rows
 
 
-def _rows_to_micro_batches(rows: list[list[Document]], rules: PackingRules) -> list[MicroBatch]:
+def _micro_batches(
+    rows: list[list[PackedSequence]], teachers: dict[int, PackedSequence], rules: PackingRules
+) -> list[MicroBatch]:
+    """Build the rows' micro-batches, of one length if the rules say so; distilled sequences come first."""
     context = rules.context
     multiple = math.lcm(context.multiple, context.size * rules.length_multiple)
-    lengths = [max(sum(context.padded(document.length) for document in row), 1) for row in rows]
+    lengths = [max(sum(context.padded(sequence.length) for sequence in row), 1) for row in rows]
     if rules.uniform:
         lengths = [max(lengths)] * len(rows)
-    return [
-        micro_batch(row, -(-length // multiple) * multiple, context)
-        for row, length in zip(rows, lengths, strict=True)
-    ]
+    built: list[MicroBatch] = []
+    for row, length in zip(rows, lengths, strict=True):
+        ordered = sorted(row, key=lambda sequence: sequence.key not in teachers)
+        distilled = sum(sequence.key in teachers for sequence in row)
+        built.append(micro_batch(ordered, -(-length // multiple) * multiple, context, distilled))
+    return built
 
 
-def micro_batch(documents: list[Document], total: int, context: Context = ALONE) -> MicroBatch:
-    """The rank's part of one row of `total` tokens that holds the documents, and a padding document.
-    Documents may be none.
+def micro_batch(
+    sequences: Sequence[PackedSequence],
+    total: int,
+    context: ContextParallel = ContextParallel(),  # noqa: B008  (immutable)
+    distilled: int = 0,
+) -> MicroBatch:
+    """Build this rank's part of one row of `total` tokens: the sequences, if any, and a padding sequence.
 
-    `total` is a multiple of the context's.
+    `total` is a multiple of the context's; the first `distilled` sequences are the distilled ones.
     """
     ids: list[int] = []
-    bounds, predicts, targets = [0], [], []
-    shares = tuple(context.share(len(document.response_ids)) for document in documents)
-    for document, share in zip(documents, shares, strict=True):
-        sequence = (*document.prompt_ids, *document.response_ids)[: document.length]
-        first = (
-            len(ids) + len(document.prompt_ids) - 1
-        )  # the last prompt token predicts the first response token
-        predicts.extend(range(first + share.start, first + share.stop))
-        targets.extend(document.response_ids[share])
-        ids.extend(sequence)
-        ids.extend(
-            [0] * (context.padded(document.length) - document.length)
-        )  # at the end, where causality hides it
+    bounds = [0]
+    predicts: list[int] = []
+    targets: list[int] = []
+    shares = tuple(context.share(len(sequence.policy_positions)) for sequence in sequences)
+    for sequence, share in zip(sequences, shares, strict=True):
+        first = len(ids) + len(sequence.prompt_ids) - 1  # a token is predicted from the position before it
+        for position in sequence.policy_positions[share]:
+            predicts.append(first + position)
+            targets.append(sequence.response_ids[position])
+        ids.extend([*sequence.prompt_ids, *sequence.response_ids][: sequence.length])
+        ids.extend([0] * (context.padded(sequence.length) - sequence.length))  # causality hides the end
         bounds.append(len(ids))
-    if len(ids) < total:  # padding is one more document, with nothing to predict
+    if len(ids) < total:
         bounds.append(total)
         ids.extend([0] * (total - len(ids)))
     lengths = [end - start for start, end in itertools.pairwise(bounds)]
-    row = torch.tensor(ids), torch.cat([torch.arange(length) for length in lengths])
-    cu_seqlens, predicting = torch.tensor(bounds, dtype=torch.int32), torch.tensor(predicts, dtype=torch.long)
+    row_ids, predicting = torch.tensor(ids), torch.tensor(predicts, dtype=torch.long)
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
     if context.size > 1:
-        place = places(cu_seqlens, context.size)
-        held = context.held(place)
-        row, predicting = tuple(values[held] for values in row), place[predicting]
+        gathered = gathered_positions(cu_seqlens, context.size)
+        local = context.local_tokens(gathered)
+        row_ids, positions, predicting = row_ids[local], positions[local], gathered[predicting]
     return MicroBatch(
-        documents=tuple(documents),
-        ids=row[0],
-        positions=row[1],
+        sequences=tuple(sequences),
+        distilled=distilled,
+        ids=row_ids,
+        positions=positions,
         cu_seqlens=cu_seqlens,
         max_seqlen=max(lengths),
         predicts=predicting,

@@ -1,10 +1,9 @@
-"""Megatron's pipeline schedules over packed micro-batches: one call for forward only and for
-forward-backward.
-"""
+"""Megatron's pipeline schedules over packed micro-batches: forward only, or forward and backward."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,8 +12,7 @@ from megatron_srpo.distributed.megatron import get_forward_backward_func
 from megatron_srpo.model.build import PolicyModel, packed_params
 from megatron_srpo.training.packing import MicroBatch
 
-# on_output(number of the micro-batch, its final hidden states at response positions [R, H], the model) ->
-# partial loss
+# on_output(number of the micro-batch, final hidden states that predict its targets [R, H], model) → loss
 OnOutput = Callable[[int, Tensor, PolicyModel], Tensor]
 
 
@@ -26,8 +24,8 @@ def run_schedule(
 ) -> None:
     """Send the micro-batches through the pipeline; `on_output` is called for each on the last stage.
 
-    The partial losses must already be divided by the batch's denominator: nothing is scaled on the way, and
-    the gradients summed over micro-batches and data-parallel ranks are those of their sum.
+    The losses must already be divided by the batch's denominator: nothing is scaled here, and the gradients
+    summed over micro-batches and data-parallel ranks are those of their sum.
     """
     if not micro_batches:
         return
@@ -41,28 +39,28 @@ def run_schedule(
             None,
             packed_seq_params=packed_params(batch.cu_seqlens.to(device), batch.max_seqlen),
         )
-
-        def loss(output: Tensor):
-            inner = model
-            while hasattr(inner, "module"):
-                inner = inner.module
-            hidden = inner.final_hidden(output)[batch.predicts.to(device)]
-            value = on_output(number, hidden, inner)
-            return value, torch.zeros((), dtype=torch.int, device=device), {}
-
-        return output, loss
+        return output, partial(_loss, on_output, number, batch.predicts.to(device), model)
 
     iterators = [iter(list(enumerate(micro_batches))) for _ in chunks]
-    pipelined = len(chunks) > 1
+    interleaved = len(chunks) > 1
     with torch.set_grad_enabled(backward):
         get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iterators if pipelined else iterators[0],
-            model=list(chunks) if pipelined else chunks[0],
+            data_iterator=iterators if interleaved else iterators[0],
+            model=list(chunks) if interleaved else chunks[0],
             num_microbatches=len(micro_batches),
-            seq_length=int(
-                micro_batches[0].cu_seqlens[-1]
-            ),  # pipelines get rows of one length (PackingRules.uniform)
+            seq_length=int(micro_batches[0].cu_seqlens[-1]),  # a pipeline's rows have one length
             micro_batch_size=1,
             forward_only=not backward,
         )
+
+
+def _loss(
+    on_output: OnOutput, number: int, predicts: Tensor, model: torch.nn.Module, output: Tensor
+) -> tuple[Tensor, Tensor, dict]:
+    """Return the loss and, as Megatron wants, a number of tokens that is not used, and nothing to log."""
+    while hasattr(model, "module"):
+        model = model.module
+    assert isinstance(model, PolicyModel)
+    value = on_output(number, model.final_hidden(output)[predicts], model)
+    return value, torch.zeros((), dtype=torch.int, device=output.device), {}

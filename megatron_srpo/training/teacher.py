@@ -1,9 +1,8 @@
-"""The self-teacher: whose weights it has, and its scores of the students' own responses (METHOD.md §2,
-"Teacher").
-"""
+"""The self-teacher: its weights, and its scores of the students' responses (docs/method.md, section 2)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from megatron_srpo.config.schema import TeacherSection
 from megatron_srpo.distributed.layout import replica_group
+from megatron_srpo.model.architecture import Architecture
 from megatron_srpo.model.build import PolicyModel
 from megatron_srpo.training.offload import HostMemory
 from megatron_srpo.training.optimizer import Optimizer, Shard
@@ -20,17 +20,19 @@ from megatron_srpo.training.packing import OptimizerBatch
 from megatron_srpo.training.schedule import run_schedule
 from megatron_srpo.vocab_parallel.fused import score
 from megatron_srpo.vocab_parallel.logits import InterpolatedLogits, Projection
+from megatron_srpo.weights.transfer import ParameterShard, parameters_of
 
 
 @dataclass
-class TeacherTargets:
-    """The teacher's view of one optimizer batch's distilled samples of this rank, by sample key; filled on
-    the last stage.
+class TeacherScores:
+    """The teacher's scores of one optimizer batch's distilled samples on this rank; only on the last stage.
 
-    hidden: of each of the teacher's models, [R, H] final hidden states that predict the response, in the
-    model's dtype.
-    weights: of each, [padded vocabulary / TP, H] its output matrix. entropy: [R] nats, full vocabulary.
-    interpolation: the second model's share of the logits, where there are two.
+    Attributes:
+        hidden: By sample key, for each of the teacher's models, [R, H] final hidden states that predict the
+            sample's policy tokens, in the model's dtype.
+        entropy: By sample key, [R] nats, over the full vocabulary.
+        weights: Of each model, [padded vocabulary / TP, H] its output matrix.
+        interpolation: The second model's share of the logits, where there are two.
     """
 
     hidden: dict[int, list[Tensor]] = field(default_factory=dict)
@@ -39,18 +41,20 @@ class TeacherTargets:
     interpolation: float = 0.0
 
     def logits(self, keys: Sequence[int]) -> Projection | InterpolatedLogits:
-        """The teacher's logits for these samples' response tokens, one after another."""
+        """Return the teacher's logits for these samples' policy tokens, concatenated."""
         states = [torch.cat(parts) for parts in zip(*(self.hidden[key] for key in keys), strict=True)]
         models = [Projection(*pair) for pair in zip(states, self.weights, strict=True)]
-        return models[0] if len(models) == 1 else InterpolatedLogits(*models, self.interpolation)
+        if len(models) == 1:
+            return models[0]
+        first, second = models
+        return InterpolatedLogits(first, second, self.interpolation)
 
 
 class Teacher:
-    """Weights by `teacher.kind`: `ema` and `frozen` hold a copy of the model, `live` is the policy itself,
-    `trust_region` is both.
+    """The teacher. `ema` and `frozen` hold a copy of the model, `live` is the policy, `trust_region` both.
 
-    The EMA is kept in fp32, every rank of a parameter's replica group a share of each parameter (the
-    distributed optimizer's own where there is one); the copy it scores with has the model's dtype and is
+    The EMA is kept in fp32 `shares`: of each parameter, every rank of its replica group keeps a part (the
+    distributed optimizer's own where there is one). The copy that scores has the model's dtype and is
     refreshed from the shares after every step.
     """
 
@@ -63,9 +67,11 @@ class Teacher:
         policy_chunks: Sequence[torch.nn.Module],
         copy_of_policy: Callable[[], Sequence[PolicyModel]],
     ):
-        """`copy_of_policy()` builds chunks with the policy's present weights; it is not called for `live`."""
+        """`copy_of_policy` builds chunks with the policy's present weights; it is not called for `live`."""
         self.settings = settings
-        self.temperature, self.logits_memory, self.host = temperature, logits_memory, host
+        self.temperature = temperature
+        self.logits_memory = logits_memory
+        self.host = host
         self.policy_chunks = policy_chunks
         self.chunks: Sequence[PolicyModel] = [] if settings.kind == "live" else copy_of_policy()
         self.shares: list[Tensor] = []
@@ -74,13 +80,16 @@ class Teacher:
 
     @property
     def has_weights(self) -> bool:
-        """Whether there are weights besides the policy's."""
+        """True if there are weights besides the policy's."""
         return self.settings.kind != "live"
 
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Parameters of the copy."""
+        return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
+
     def share(self, position: int, shard: Shard) -> Tensor:
-        """Its flat weights of `shard`'s range, of the parameter at `position` in its order: what a
-        checkpoint keeps.
-        """
+        """Return the flat weights of `shard`'s range of the parameter at `position`, for checkpoints."""
         if self.shares:
             return self.host.values(self.shares[position])
         return self.host.values(self.parameters[position]).view(-1)[shard.start : shard.end]
@@ -92,71 +101,87 @@ class Teacher:
         for parameter, (values, shard) in zip(self.parameters, weights, strict=True):
             parameter.view(-1).copy_(values)
             if self.settings.kind == "ema":
-                self.shares.append(
-                    values[shard.start : shard.end].to(parameter.device, torch.float32, copy=True)
-                )
+                own = values[shard.start : shard.end]
+                self.shares.append(own.to(parameter.device, torch.float32, copy=True))
 
-    @property
-    def parameters(self) -> list[torch.nn.Parameter]:
-        """Those of the copy it scores with."""
-        return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
+    def score(self, batch: OptimizerBatch) -> TeacherScores:
+        """Score the distilled samples, packed on their own with the teacher's longer prompts.
 
-    def score(self, batch: OptimizerBatch) -> TeacherTargets:
-        """A forward pass over the distilled samples, packed on their own, with the teacher's longer prompts;
-        two of `trust_region`.
+        One forward pass; two for `trust_region`.
         """
-        targets = TeacherTargets(interpolation=self.settings.interpolation)
-        if self.settings.kind in ("ema", "frozen", "trust_region"):
-            self._forward(self.chunks, batch, targets, is_last=self.settings.kind != "trust_region")
-        if self.settings.kind in ("live", "trust_region"):
-            self._forward(self.policy_chunks, batch, targets, is_last=True)
-        return targets
+        scores = TeacherScores(interpolation=self.settings.interpolation)
+        models = {"live": [self.policy_chunks], "trust_region": [self.chunks, self.policy_chunks]}
+        passes = models.get(self.settings.kind, [self.chunks])
+        for chunks in passes:
+            self._forward(chunks, batch, scores, is_last=chunks is passes[-1])
+        return scores
 
     def _forward(
-        self, chunks: Sequence[torch.nn.Module], batch: OptimizerBatch, targets: TeacherTargets, is_last: bool
+        self, chunks: Sequence[torch.nn.Module], batch: OptimizerBatch, scores: TeacherScores, is_last: bool
     ) -> None:
-        """Add one model's hidden states and output matrix to `targets`, and after the last model the
-        entropies.
-        """
-        position = len(targets.weights)
+        """Add one model's hidden states and output matrix to `scores`, and with the last one the entropies."""
+        position = len(scores.weights)
 
         def keep(number: int, hidden: Tensor, model: PolicyModel) -> Tensor:
             micro_batch = batch.teacher_micro_batches[number]
-            if len(targets.weights) == position:  # the live policy's own matrix moves between mini-batches
+            if len(scores.weights) == position:  # the live policy's own matrix moves between mini-batches
                 weight = model.output_weight.detach()
-                targets.weights.append(weight.clone() if chunks is self.policy_chunks else weight)
-            keys, lengths = [document.key for document in micro_batch.documents], micro_batch.response_lengths
-            for key, rows in zip(keys, hidden.split(lengths), strict=True):
-                targets.hidden.setdefault(key, []).append(rows)
+                scores.weights.append(weight.clone() if chunks is self.policy_chunks else weight)
+            keys, counts = micro_batch.distilled_keys, micro_batch.target_counts
+            for key, rows in zip(keys, hidden.split(counts), strict=True):
+                scores.hidden.setdefault(key, []).append(rows)
             if is_last and keys:
-                options = {"temperature": self.temperature, "memory": self.logits_memory}
-                entropy = score(targets.logits(keys), None, model.vocab_shard, **options).entropy
-                targets.entropy.update(zip(keys, entropy.split(lengths), strict=True))
+                teacher, shard = scores.logits(keys), model.vocab_shard
+                statistics = score(
+                    teacher, None, shard, temperature=self.temperature, memory=self.logits_memory
+                )
+                scores.entropy.update(zip(keys, statistics.entropy.split(counts), strict=True))
             return hidden.new_zeros(())
 
         run_schedule(chunks, batch.teacher_micro_batches, keep, backward=False)
 
     @torch.no_grad()
     def follow(self, optimizer: Optimizer, policy_parameters: Sequence[torch.nn.Parameter]) -> None:
-        """θ' ← (1 - ema_rate) θ' + ema_rate θ in fp32; nothing to do for other kinds.
+        """Move an EMA toward the policy in fp32: θ' ← (1 - ema_rate) θ' + ema_rate θ; once per step.
 
-        `policy_parameters` are in the order of the teacher's own. Call once per training step, not when it
-        was skipped.
+        `policy_parameters` are in the order of the teacher's own.
         """
         if self.settings.kind != "ema":
             return
         own = self.parameters
         shards = [optimizer.shard_of(parameter) for parameter in policy_parameters]
         if not self.shares:  # the copy still holds the initial weights exactly
-            self.shares = [
-                p.view(-1)[s.start : s.end].to(torch.float32, copy=True)
-                for p, s in zip(own, shards, strict=True)
-            ]
+            for parameter, shard in zip(own, shards, strict=True):
+                initial = parameter.view(-1)[shard.start : shard.end]
+                self.shares.append(initial.to(torch.float32, copy=True))
         for parameter, share, shard in zip(own, self.shares, shards, strict=True):
             share.lerp_(shard.values.float(), self.settings.ema_rate)
             flat = parameter.view(-1)
-            if (group := replica_group(parameter)).size() == 1:
+            group = replica_group(parameter)
+            if group.size() == 1:
                 flat.copy_(share)
-            else:  # every rank adds its own part to zeros: exact, and blind to how the parts are cut
+            else:  # every rank adds its own part to zeros: exact, however the parts are cut
                 flat.zero_()[shard.start : shard.end] = share.to(flat.dtype)
                 dist.all_reduce(flat, group=group)
+
+    @torch.no_grad()
+    def distance(self, optimizer: Optimizer, architecture: Architecture) -> float | None:
+        """Return ‖θ - θ'‖ / ‖θ‖ over all weights, the same on every rank; None for `live`.
+
+        One all-reduce of two numbers, over all ranks.
+        """
+        if not self.has_weights:
+            return None
+        sums = torch.zeros(2, dtype=torch.float64, device=next(self.policy_chunks[0].parameters()).device)
+        found: list[Tensor] = []
+        for position, (location, parameter) in enumerate(parameters_of(self.policy_chunks, architecture)):
+            shard = optimizer.shard_of(parameter)
+            if ParameterShard.of(location).is_primary and shard.end > shard.start:
+                gap = shard.values - self.share(position, shard)
+                norms = [torch.linalg.vector_norm(v, dtype=torch.float64) for v in (gap, shard.values)]
+                found.append(torch.stack(norms))
+        if found:
+            sums = torch.stack(found).square().sum(0)
+        dist.all_reduce(sums)
+        gap, norm = sums.tolist()
+        return math.sqrt(gap / norm) if norm else 0.0

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,8 @@ def parameters_of(
     chunks: Sequence[torch.nn.Module], architecture: Architecture
 ) -> Iterator[tuple[ParamLocation, Parameter]]:
     """Yield every parameter in this rank's chunks (wrapped or not), and which one of the model it is."""
-    for chunk in chunks:
+    for wrapped in chunks:
+        chunk: Any = wrapped
         while hasattr(chunk, "module"):
             chunk = chunk.module
         config = chunk.config

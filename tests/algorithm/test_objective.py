@@ -17,7 +17,6 @@ from megatron_srpo.algorithm.objective import (
     TokenTerms,
     entropy_weights,
     policy_term,
-    raw_entropy_weights,
     routed_objective,
     truncated_importance,
 )
@@ -215,14 +214,13 @@ def test_batch_without_distillation_is_plain_grpo():
         routed = route_groups(groups, algorithm, encode_bytes, 5, "s")
         batch = pack([sample for group in routed for sample in group], 0, 1, PackingRules(1000), "token_mean")
         (micro_batch,) = batch.micro_batches
-        assert (
-            batch.distilled_tokens == batch.distilled_count(micro_batch) == 0
-            and batch.teacher_micro_batches == []
-        )
+        assert batch.distilled_tokens == micro_batch.distilled == 0 and batch.teacher_micro_batches == []
         own = logprob.clone().requires_grad_()
-        loss = routed_objective(own, None, batch.terms(micro_batch, torch.device("cpu")), algorithm)
+        loss = routed_objective(
+            own, None, batch.terms(micro_batch, torch.empty(0), None, torch.device("cpu")), algorithm
+        )
         loss.backward()
-        results.append((loss.item(), own.grad, [document.key for document in micro_batch.documents]))
+        results.append((loss.item(), own.grad, [sequence.key for sequence in micro_batch.sequences]))
     (loss, gradient, keys), other = results
     assert (loss, keys) == (other[0], other[2])
     assert torch.equal(gradient, other[1]) and gradient.abs().max() > 0
@@ -238,37 +236,28 @@ def test_batch_without_distillation_is_plain_grpo():
 @given(st.lists(st.floats(0, 12), min_size=1, max_size=30), st.floats(0, 3))
 @settings(deadline=None, max_examples=100)
 def test_entropy_weights_closed_form(entropies, beta):
-    raw = raw_entropy_weights(tensor(*entropies), beta)
-    weights = entropy_weights(raw, raw.mean())
+    mean = entropy_weights(tensor(*entropies), beta).mean()
+    weights = entropy_weights(tensor(*entropies), beta, mean)
     expected = np.exp(-beta * np.array(entropies))
     np.testing.assert_allclose(weights, expected / expected.mean(), rtol=1e-9)
     assert weights.mean().item() == pytest.approx(1)
+    order = torch.tensor(entropies).argsort()
+    assert (weights[order].diff() <= 0).all()  # uncertain tokens weigh less
 
 
 def test_beta_zero_gives_weight_one():
-    raw = raw_entropy_weights(tensor(0.0, 1.0, 7.0), 0.0)
-    assert entropy_weights(raw, raw.mean()).tolist() == [1.0, 1.0, 1.0]
+    assert entropy_weights(tensor(0.0, 1.0, 7.0), 0.0).tolist() == [1.0, 1.0, 1.0]
 
 
 def test_an_unsure_teacher_and_a_large_beta_give_finite_weights():
     """Teachers' entropies are fp32, in which exp(-20 · 6) is 0."""
-    raw = raw_entropy_weights(torch.tensor([6.0, 6.0, 6.5]), 20.0)
-    np.testing.assert_allclose(
-        entropy_weights(raw, raw.mean()), np.array([1, 1, math.exp(-10)]) * 3 / (2 + math.exp(-10))
-    )
+    entropies = torch.tensor([6.0, 6.0, 6.5])
+    weights = entropy_weights(entropies, 20.0, entropy_weights(entropies, 20.0).mean())
+    np.testing.assert_allclose(weights, np.array([1, 1, math.exp(-10)]) * 3 / (2 + math.exp(-10)))
 
 
-def test_entropy_weights_keep_the_mean_they_are_given():
+def test_entropy_weights_keep_the_mean_they_are_given_and_are_capped():
     """Ω is larger than one micro-batch: the mean comes from outside."""
-    np.testing.assert_allclose(entropy_weights(tensor(0.5, 1.0), torch.tensor(0.25, dtype=WIDE)), [2.0, 4.0])
-
-
-def test_entropy_weight_cap():
-    np.testing.assert_allclose(
-        entropy_weights(tensor(0.1, 0.5, 0.9), torch.tensor(0.5, dtype=WIDE), cap=1.5), [0.2, 1.0, 1.5]
-    )
-
-
-def test_uncertain_tokens_weigh_less():
-    raw = raw_entropy_weights(tensor(0.1, 1.0, 5.0), SRPO().entropy_beta)
-    assert raw.tolist() == sorted(raw.tolist(), reverse=True) and raw[0] > raw[2]
+    entropies, mean = -tensor(0.1, 0.5, 0.9).log(), tensor(0.5)
+    np.testing.assert_allclose(entropy_weights(entropies, 1.0, mean), [0.2, 1.0, 1.8])
+    np.testing.assert_allclose(entropy_weights(entropies, 1.0, mean, cap=1.5), [0.2, 1.0, 1.5])

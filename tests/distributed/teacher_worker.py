@@ -20,11 +20,11 @@ def run(job: dict) -> None:
     from megatron_srpo.config.load import load_config
     from megatron_srpo.distributed.layout import initialize, shut_down
     from megatron_srpo.model.hf_folder import HFFolder
-    from megatron_srpo.training.trainer import Trainer
+    from megatron_srpo.training.trainer import Trainer, TrainerSettings
 
     config = load_config(Path(job["config"]), job["overrides"])
     layout = initialize(config.parallel, seed=1)
-    trainer = Trainer(config, HFFolder(config.model.hf_path), layout)
+    trainer = Trainer(TrainerSettings.of(config), HFFolder(config.model.hf_path), layout)
     teacher = [parameter for chunk in trainer.teacher.chunks for parameter in chunk.parameters()]
     with torch.no_grad():
         for parameter in teacher:

@@ -1,6 +1,4 @@
-"""A run that goes on at another layout, step after step, has the losses and weights of the run that one
-process trains.
-"""
+"""A run resumed at another layout after each step has the losses and weights of one process's run."""
 
 from __future__ import annotations
 
@@ -31,10 +29,9 @@ CHAINS = {
     "untied": {2: [[CP], [], [PP + "2"]], 4: [[CP, NO_DO], [TP + "2", NO_DO], [TP + "4"]]},
     "moe": {2: [[EP + "2"], []], 4: [[EP + "2"], [TP + "2", SP, EP + "2"]]},
     "llama": {2: [[TP + "2"], []], 4: [[PP + "2"]]},
-    "trust_region": {2: [[TP + "2"], []], 4: [[PP + "2"]]},
 }
 FAMILY = {"moe": "qwen3_moe", "llama": "llama"}
-OVERRIDES = {"trust_region": ["teacher.kind=trust_region", "teacher.interpolation=0.4"]}
+OVERRIDES = {"llama": ["teacher.kind=trust_region", "teacher.interpolation=0.4"]}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +42,8 @@ def runs(tmp_path_factory):
     config.write_text(
         "model: {hf_path: set, dtype: float32}\n"
         "parallel: {distributed_timeout_minutes: 1}\n"
-        "rollout: {prompts_per_step: 4, samples_per_prompt: 4, max_prompt_tokens: 128, max_response_tokens: 64}\n"
+        "rollout: {prompts_per_step: 4, samples_per_prompt: 4, max_prompt_tokens: 128,\n"
+        "  max_response_tokens: 64}\n"
         "teacher: {max_prompt_tokens: 160}\n"
         "train: {steps: 1, micro_batch_tokens: 4000}\n"
         "optimizer: {lr: 1.0e-3, lr_warmup_steps: 4}\n"

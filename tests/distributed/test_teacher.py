@@ -1,4 +1,4 @@
-"""The EMA teacher on several layouts, sharded over data-parallel ranks, in fp32 whatever the model's dtype."""
+"""The EMA teacher on several layouts: sharded over data-parallel ranks, fp32 whatever the model's dtype."""
 
 from __future__ import annotations
 
@@ -46,16 +46,12 @@ def reports(tmp_path_factory):
 
 
 @pytest.mark.parametrize("layout", list(JOBS))
-def test_distance_to_a_constant_student_shrinks_by_its_rate(reports, layout):
-    """METHOD §7 (g): by 0.95 a step; the bf16 copy shows it to bf16's precision."""
-    precision = 5e-3 if "bf16" in layout else 1e-5
-    assert reports[layout]["ratios"] == pytest.approx([0.95] * 3, rel=precision)
+def test_teacher_follows_by_its_rate_in_fp32_and_keeps_each_number_once(reports, layout):
+    """The distance to a constant student shrinks by 0.95 a step (METHOD §7 (g)), to the dtype's precision.
 
-
-@pytest.mark.parametrize("layout", list(JOBS))
-def test_ema_is_fp32_and_each_number_is_kept_once(reports, layout):
-    """Sharded: all data-parallel ranks together hold each parameter element once, the experts of all of them
-    included.
+    All data-parallel ranks together hold each fp32 element once, all experts included.
     """
     report = reports[layout]
+    precision = 5e-3 if "bf16" in layout else 1e-5
+    assert report["ratios"] == pytest.approx([0.95] * 3, rel=precision)
     assert report["fp32"] and report["elements"] == report["parameters"]

@@ -1,4 +1,4 @@
-"""Weights from Hugging Face and back at several layouts: logits equal transformers', exports are bit exact."""
+"""Weights from Hugging Face and back at several layouts: transformers' logits, bit-exact exports."""
 
 from __future__ import annotations
 

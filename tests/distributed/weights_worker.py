@@ -24,7 +24,7 @@ def run(job: dict) -> None:
     from megatron_srpo.distributed.layout import initialize, shut_down
     from megatron_srpo.model.build import build_chunks
     from megatron_srpo.model.hf_folder import HFFolder
-    from megatron_srpo.training.packing import Document, micro_batch
+    from megatron_srpo.training.packing import PackedSequence, micro_batch
     from megatron_srpo.training.schedule import run_schedule
     from megatron_srpo.weights.transfer import export, load
 
@@ -34,7 +34,9 @@ def run(job: dict) -> None:
     chunks = build_chunks(folder.architecture, config.model, config.parallel, config.megatron, layout.device)
     load(chunks, folder)
     # Every token is a "response" token but the first, so every position's logits but the last come back.
-    documents = [Document(n, (ids[0],), tuple(ids[1:])) for n, ids in enumerate(job["documents"])]
+    documents = [
+        PackedSequence(n, ids[:1], ids[1:], range(len(ids) - 1)) for n, ids in enumerate(job["documents"])
+    ]
     total = -(-sum(document.length for document in documents) // 4) * 4
     results = {}
 

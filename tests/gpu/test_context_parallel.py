@@ -34,8 +34,12 @@ def start(tmp_path_factory):
     file = root / "config.yaml"
     file.write_text(
         f"model: {{hf_path: {folder.path}, dtype: bfloat16}}\n"
-        f"rollout: {{prompts_per_step: 4, samples_per_prompt: 4, max_response_tokens: 600, replay: {root / 'rollouts'}}}\n"
-        "train: {steps: 2, micro_batch_tokens: 2000}\noptimizer: {lr_warmup_steps: 0}\nevaluation: {every: 0}\nlogging: {dir: set}\n"
+        "rollout: {prompts_per_step: 4, samples_per_prompt: 4, max_response_tokens: 600,\n"
+        f"  replay: {root / 'rollouts'}}}\n"
+        "train: {steps: 2, micro_batch_tokens: 2000}\n"
+        "optimizer: {lr_warmup_steps: 0}\n"
+        "evaluation: {every: 0}\n"
+        "logging: {dir: set}\n"
     )
     return file
 

@@ -30,7 +30,7 @@ from megatron_srpo.distributed.layout import initialize, shut_down
 from megatron_srpo.model.build import build_chunks
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.replay import replay
-from megatron_srpo.training.packing import Document, micro_batch
+from megatron_srpo.training.packing import PackedSequence, micro_batch
 from megatron_srpo.training.schedule import run_schedule
 from megatron_srpo.weights.torch_dist import Folder
 from megatron_srpo.weights.transfer import load
@@ -48,7 +48,7 @@ LAYERS = [
 
 
 def overrides_of(layers):
-    """rope_fusion: Transformer Engine's layers and its rotary embeddings, which read packed documents, too."""
+    """rope_fusion: Transformer Engine's layers and its rotary embeddings, which read packed documents too."""
     if layers == "rope_fusion":
         return ["model.transformer_impl=transformer_engine", "megatron.apply_rope_fusion=true"]
     return [f"model.transformer_impl={layers}"]
@@ -59,7 +59,8 @@ def configured(root, folder):
     file = root / "config.yaml"
     file.write_text(
         f"model: {{hf_path: {folder}, dtype: bfloat16}}\n"
-        "rollout: {prompts_per_step: 4, samples_per_prompt: 4, max_prompt_tokens: 128, max_response_tokens: 300}\n"
+        "rollout: {prompts_per_step: 4, samples_per_prompt: 4, max_prompt_tokens: 128,\n"
+        "  max_response_tokens: 300}\n"
         "teacher: {max_prompt_tokens: 400}\ntrain: {steps: 3, micro_batch_tokens: 1000}\n"
         "optimizer: {lr: 1.0e-3, lr_warmup_steps: 0}\nlogging: {dir: unused}\n"
     )
@@ -78,7 +79,12 @@ def test_logits_are_those_of_transformers(layers, family, tmp_path):
     found, rows = [], []
     for lengths in ((300, 290), (2, 400, 30), (1,)):
         texts = [torch.randint(3, 270, (length + 1,), generator=generator).tolist() for length in lengths]
-        rows.append([Document(number, (ids[0],), tuple(ids[1:])) for number, ids in enumerate(texts)])
+        rows.append(
+            [
+                PackedSequence(number, ids[:1], ids[1:], range(len(ids) - 1))
+                for number, ids in enumerate(texts)
+            ]
+        )
 
     def keep(number, hidden, chunk):
         found.append((hidden @ chunk.output_weight.t()).float().cpu()[:, :270])
@@ -134,8 +140,9 @@ def train(trainer, world, step):
     groups = route_groups(
         replay(routed, step, 4, folder), trainer.algorithm, folder.encode, 400, seed=f"1/{step}"
     )
-    batches = trainer.pack([sample for group in groups for sample in group])
-    return trainer.update(batches, trainer.score_teacher(batches))
+    with trainer.onloaded():
+        batches = trainer.pack(groups)
+        return trainer.update(batches, trainer.score_teacher(batches))
 
 
 @pytest.mark.parametrize("layers", LAYERS)
@@ -145,7 +152,7 @@ def test_two_steps_are_those_of_float64(layers, world, make_trainer):
     Gradients are summed, and weights kept, in fp32.
     """
     trainer = make_trainer(*overrides_of(layers))
-    assert "Triton" in trainer.loss_path
+    assert "Triton" in trainer.describe_loss()
     exact = Reference(world[1].path, lr=1e-3, warmup=0, beta=trainer.algorithm.entropy_beta)
     for step in (1, 2):
         report = train(trainer, world, step)
@@ -161,28 +168,29 @@ def test_two_steps_are_those_of_float64(layers, world, make_trainer):
 
 
 @pytest.mark.parametrize("optimizer", ["true", "false"])
-def test_state_is_the_same_to_the_bit_parked_and_from_a_checkpoint(optimizer, world, make_trainer, tmp_path):
+def test_state_is_the_same_to_the_bit_offloaded_and_from_a_checkpoint(
+    optimizer, world, make_trainer, tmp_path
+):
     """And training goes on with either."""
     shared = f"parallel.use_distributed_optimizer={optimizer}"
     colocated = ("rollout.engine=sglang", "rollout.servers=1", "rollout.colocated=true")
     trainer = make_trainer(shared, *colocated)
-    trainer.make_room()
-    trainer.take_room()
     train(trainer, world, 1)
-    saved, state = state_of(trainer), scalars(trainer)
-    held = [
-        *trainer.optimizer.state(),
-        *trainer.optimizer.gradients(),
-        *trainer.teacher.shares,
-        *trainer.teacher.parameters,
-    ]
-    size, before = sum(tensor.untyped_storage().nbytes() for tensor in held), torch.cuda.memory_allocated()
-    trainer.make_room()
+    with trainer.onloaded():
+        saved, state = state_of(trainer), scalars(trainer)
+        held = [
+            *trainer.optimizer.state(),
+            *trainer.optimizer.gradients(),
+            *trainer.teacher.shares,
+            *trainer.teacher.parameters,
+        ]
+        size = sum(tensor.untyped_storage().nbytes() for tensor in held)
+        before = torch.cuda.memory_allocated()
     assert 0 < size <= before - torch.cuda.memory_allocated()
-    parked = state_of(trainer)
-    assert saved.keys() == parked.keys() and all(torch.equal(saved[key], parked[key]) for key in saved)
+    offloaded = state_of(trainer)
+    assert saved.keys() == offloaded.keys()
+    assert all(torch.equal(saved[key], offloaded[key]) for key in saved)
     save(tmp_path, trainer)
-    trainer.take_room()
     wanted = train(trainer, world, 2)
 
     trainer = make_trainer(shared, "optimizer.optimizer_cpu_offload=true")

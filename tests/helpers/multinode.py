@@ -125,10 +125,12 @@ class Hosts:
                 words, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
             )
         url = launch.urls(1)[0]
-        ask = [sys.executable, "-c", f"import httpx; httpx.get({url!r} + '/health').raise_for_status()"]
-        answers = lambda: (
-            not subprocess.run(["ip", "netns", "exec", self.names[2], *ask], capture_output=True).returncode
-        )  # noqa: E731
+        program = f"import httpx; httpx.get({url!r} + '/health').raise_for_status()"
+        ask = ["ip", "netns", "exec", self.names[2], sys.executable, "-c", program]
+
+        def answers() -> bool:
+            return subprocess.run(ask, capture_output=True).returncode == 0
+
         try:
             wait_for(lambda: job.poll() is not None or answers(), 300, "the server's start")
             assert job.poll() is None, log.read_text()[-3000:]
@@ -281,9 +283,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         found = run(options.folder or Path(scratch), options.steps, sglang=options.sglang)
     scores = [row["eval/addition/avg@4"] for row in found if "eval/addition/avg@4" in row]
-    print(
-        f"{sum('loss' in row for row in found)} steps; addition/avg@4: {scores[0]:.3f} before, {scores[-1]:.3f} after"
-    )
+    steps = sum("loss" in row for row in found)
+    print(f"{steps} steps; addition/avg@4: {scores[0]:.3f} before, {scores[-1]:.3f} after")
     assert scores[-1] >= 0.80 or options.steps < 30
 
 

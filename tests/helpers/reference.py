@@ -46,7 +46,7 @@ def _divergence(logp, logq, response, kind, alpha, support, top_k):
 
 
 class Reference:
-    """AdamW on the HF model in float64 with the routed loss; `run(step_file)` returns (loss, gradient norm)."""
+    """AdamW on the HF model in float64 with the routed loss; `run(step_file)` gives (loss, gradient norm)."""
 
     def __init__(
         self,

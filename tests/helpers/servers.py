@@ -45,7 +45,7 @@ def free_ports(count: int) -> int:
 def listening(
     answer: Callable[[BaseHTTPRequestHandler, bytes], tuple[int, bytes]],
 ) -> Iterator[ThreadingHTTPServer]:
-    """An HTTP server on loopback. answer: of a request, with its body, what is sent back: (status, content)."""
+    """Serve HTTP on loopback. answer: called with a request and its body, returns (status, content)."""
 
     class Handler(BaseHTTPRequestHandler):
         def reply(self):

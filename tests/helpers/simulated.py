@@ -42,7 +42,7 @@ class _Zeros(TorchDispatchMode):
 
 
 class Collectives(TorchDispatchMode):
-    """While entered, notes every collective of this process: (operation, bytes of its tensors on this rank)."""
+    """Record every collective of this process while entered: (operation, bytes of its tensors)."""
 
     def __init__(self):
         super().__init__()

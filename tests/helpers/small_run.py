@@ -13,7 +13,7 @@ from megatron_srpo.config.schema import Config
 from megatron_srpo.distributed.layout import initialize, shut_down
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.train import train
-from megatron_srpo.training.trainer import Trainer
+from megatron_srpo.training.trainer import Trainer, TrainerSettings
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 
@@ -58,7 +58,7 @@ def trainers() -> Iterator[Callable[[Config], Trainer]]:
     def make(config: Config) -> Trainer:
         leave()
         layout = initialize(config.parallel, seed=1)
-        made.append((layout, Trainer(config, HFFolder(config.model.hf_path), layout)))
+        made.append((layout, Trainer(TrainerSettings.of(config), HFFolder(config.model.hf_path), layout)))
         return made[-1][1]
 
     yield make

@@ -114,7 +114,8 @@ def kill_once(processes: list[int], run: Path, dice: random.Random, seconds_a_st
     victims = processes if everyone else [dice.choice(processes)]
     for victim in victims:
         os.kill(victim, signal.SIGKILL)
-    return f"{'all ranks' if everyone else 'one rank'}{' during a save' if during_save else ''}, after {steps_done(run)} steps"
+    who, when = "all ranks" if everyone else "one rank", " during a save" if during_save else ""
+    return f"{who}{when}, after {steps_done(run)} steps"
 
 
 def comparable(run: Path) -> dict[str, object]:

@@ -16,7 +16,7 @@ from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.plan.machine import MACHINES, Workload
 from megatron_srpo.plan.step import exchanged_bytes, forward_flops, step_flops, traffic
 from megatron_srpo.rollout.replay import replay
-from megatron_srpo.training.trainer import Trainer
+from megatron_srpo.training.trainer import Trainer, TrainerSettings
 
 RANKS = 4
 
@@ -88,11 +88,11 @@ def collectives_of_an_update(start, config, ranks):
         groups = route_groups(
             replay(rollouts, 1, 4, folder), config.algorithm, folder.encode, 160, seed="1/1"
         )
-        trainer = Trainer(config, folder, layout)
-        batches = trainer.pack([sample for group in groups for sample in group])
-        targets = trainer.score_teacher(batches)
+        trainer = Trainer(TrainerSettings.of(config), folder, layout)
+        batches = trainer.pack(groups)
+        scores = trainer.score_teacher(batches)
         with Collectives() as collectives:
-            assert trainer.update(batches, targets).moved == [True]
+            assert trainer.update(batches, scores).applied == [True]
     ring = {
         "reduce_scatter": ranks - 1,
         "allgather": (ranks - 1) / ranks,

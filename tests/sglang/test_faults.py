@@ -137,10 +137,8 @@ def test_a_run_without_servers_stops_and_says_why(servers):
         engine.update_weights(list(servers.model.named_parameters()), str(servers.version))
         server.shutdown()
         server.server_close()
-        with pytest.raises(
-            EngineFailed,
-            match=f"no SGLang server is left: none has come back in 1 s .*{server.url}: /health: ConnectError",
-        ):
+        left = f"no SGLang server is left: none has come back in 1 s .*{server.url}: /health: ConnectError"
+        with pytest.raises(EngineFailed, match=left):
             sample(engine, servers.requests(4), servers.sampling())
         engine.close()
 

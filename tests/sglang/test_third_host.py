@@ -1,6 +1,4 @@
-"""tests/helpers/multinode.py with a server on a host of its own: nothing is shared with it but a network, and the
-start model's files.
-"""
+"""tests/helpers/multinode.py with a server on its own host: shared are a network and the model's files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory that is parked and fetched: values, views, what is forgotten."""
+"""Offloaded and onloaded memory: values, views, what is not kept."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def tensors():
 
 def test_views_are_whole_again_and_values_are_readable_meanwhile(tensors):
     host, wanted = HostMemory(), [tensor.clone() for tensor in tensors]
-    host.park(tensors[1:])  # the buffer goes with its views
+    host.offload(tensors[1:])  # the buffer goes with its views
     assert [tensor.untyped_storage().nbytes() for tensor in tensors] == [0] * 4
     assert all(torch.equal(host.values(tensor), copy) for tensor, copy in zip(tensors, wanted, strict=True))
-    host.park(tensors)  # parked already: nothing is lost
-    host.fetch(tensors)
+    host.offload(tensors)  # offloaded already: nothing is lost
+    host.onload(tensors)
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, wanted, strict=True))
     assert all(host.values(tensor) is tensor for tensor in tensors)
 
@@ -30,14 +30,14 @@ def test_the_next_stay_has_the_next_values(tensors):
     host = HostMemory()
     for number in range(3):
         tensors[0].fill_(number)
-        host.park(tensors)
-        host.fetch(tensors)
-        host.fetch(tensors)
+        host.offload(tensors)
+        host.onload(tensors)
+        host.onload(tensors)
         assert torch.equal(tensors[0], torch.full((24,), float(number)))
 
 
 def test_what_is_not_kept_comes_back_as_zeros(tensors):
     host = HostMemory()
-    host.park(tensors[:1], keep=False)
-    host.fetch(tensors)
+    host.offload(tensors[:1], keep=False)
+    host.onload(tensors)
     assert not tensors[2].any() and tensors[3].any()

@@ -9,11 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megatron.core.models.common.embeddings.rope_utils import _get_thd_freqs_on_this_cp_rank
 from samples import make_sample
 
 from megatron_srpo.data.records import Route
-from megatron_srpo.distributed.context_parallel import Context
+from megatron_srpo.distributed.context_parallel import ContextParallel
 from megatron_srpo.training.packing import PackingRules, balance, loss_scales, pack
 
 ROUTES = {  # branch -> (z^GRPO, z^SDPO)
@@ -61,7 +60,9 @@ all_rules = st.builds(
     length_multiple=st.sampled_from([1, 2, 4]),
     uniform=st.booleans(),
     count_multiple=st.sampled_from([1, 2, 3]),
-    context=st.sampled_from([Context(rank, size) for size in (1, 1, 2, 3, 4) for rank in range(size)]),
+    context=st.sampled_from(
+        [ContextParallel(rank, size) for size in (1, 1, 2, 3, 4) for rank in range(size)]
+    ),
 )
 
 
@@ -69,9 +70,9 @@ def rounded(length, multiple):
     return -(-length // multiple) * multiple
 
 
-def padded(document, context):
-    """Tokens a document takes: Transformer Engine wants a multiple of twice the context-parallel ranks."""
-    return rounded(document.length, 2 * context.size if context.size > 1 else 1)
+def padded(sequence, context):
+    """Tokens a sequence takes: Transformer Engine wants a multiple of twice the context-parallel ranks."""
+    return rounded(sequence.length, 2 * context.size if context.size > 1 else 1)
 
 
 def rows_of_all(samples, rank, data_size, rules):
@@ -79,7 +80,8 @@ def rows_of_all(samples, rank, data_size, rules):
     prompt ids by sample).
     """
     everyone = [
-        rules._replace(context=Context(number, rules.context.size)) for number in range(rules.context.size)
+        rules._replace(context=ContextParallel(number, rules.context.size))
+        for number in range(rules.context.size)
     ]
     batches = [pack(samples, rank, data_size, own, "token_mean") for own in everyone]
     for name, prompt_of in (
@@ -118,7 +120,7 @@ def test_invariants(samples, data_size, rules):
     )
     for part, keys in (("micro_batches", range(len(samples))), ("teacher_micro_batches", distilled)):
         of_rank = [getattr(batch, part) for batch in packed]
-        found = [document.key for rows in of_rank for row in rows for document in row.documents]
+        found = [sequence.key for rows in of_rank for row in rows for sequence in row.sequences]
         assert sorted(found) == list(keys)  # every sample exactly once
         assert len({len(rows) for rows in of_rank}) == 1  # the same number on every rank
         if part == "micro_batches" or distilled:
@@ -126,20 +128,20 @@ def test_invariants(samples, data_size, rules):
         else:
             assert of_rank[0] == []
         for row in itertools.chain.from_iterable(of_rank):
-            tokens = sum(padded(document, context) for document in row.documents)
-            assert tokens <= rules.token_budget or len(row.documents) == 1  # an over-long document is alone
+            tokens = sum(padded(sequence, context) for sequence in row.sequences)
+            assert tokens <= rules.token_budget or len(row.sequences) == 1  # an over-long sequence is alone
             assert len(row.ids) % rules.length_multiple == 0
             if not rules.uniform:
                 assert len(row.ids) == rounded(max(tokens, 1), multiple) // context.size
         for rows in of_rank if rules.uniform else []:
             assert len({len(row.ids) for row in rows}) <= 1
             longest = max(
-                (sum(padded(document, context) for document in row.documents) for row in rows), default=1
+                (sum(padded(sequence, context) for sequence in row.sequences) for row in rows), default=1
             )
             assert all(len(row.ids) == rounded(max(longest, 1), multiple) // context.size for row in rows)
     for batch in packed:
-        student_keys = {document.key for row in batch.micro_batches for document in row.documents}
-        teacher_keys = {document.key for row in batch.teacher_micro_batches for document in row.documents}
+        student_keys = {sequence.key for row in batch.micro_batches for sequence in row.sequences}
+        teacher_keys = {sequence.key for row in batch.teacher_micro_batches for sequence in row.sequences}
         assert teacher_keys == student_keys & set(distilled)  # a rank scores for itself
         assert batch.distilled_tokens == sum(len(samples[key].response_ids) for key in distilled)
         assert batch.loss_scale == packed[0].loss_scale and batch.samples == tuple(samples)
@@ -156,34 +158,36 @@ def test_student_and_teacher_predict_the_same_ids_from_the_right_places(samples,
             found = {}  # (sample, t): how often some rank predicts it
             for part in parts:
                 places, targets = part.predicts.tolist(), part.targets.tolist()
-                assert len(places) == len(targets) == sum(part.response_lengths)
+                assert len(places) == len(targets) == sum(part.target_counts)
                 cursor = 0
-                for document, share, start in zip(part.documents, part.shares, starts, strict=False):
-                    sample = samples[document.key]
+                for sequence, share, start in zip(part.sequences, part.shares, starts, strict=False):
+                    sample = samples[sequence.key]
                     prompt, response = prompt_of(sample), sample.response_ids
                     whole = (*prompt, *response)
                     for t in range(len(response))[share]:
                         place = where[places[cursor]]
                         assert targets[cursor] == response[t]
                         assert place - start == len(prompt) - 1 + t
-                        # every id the model sees up to here, in this document, is the true context of token t
+                        # every id the model sees up to here, in this sequence, is the true context of token t
                         assert ids[start : place + 1] == list(whole[: len(prompt) + t])
-                        found[document.key, t] = found.get((document.key, t), 0) + 1
+                        found[sequence.key, t] = found.get((sequence.key, t), 0) + 1
                         cursor += 1
                 assert cursor == len(places)
             assert found == {
-                (document.key, t): 1
-                for document in parts[0].documents
-                for t in range(len(document.response_ids))
+                (sequence.key, t): 1
+                for sequence in parts[0].sequences
+                for t in range(len(sequence.response_ids))
             }
 
 
 @given(batches, all_rules)
 @settings(deadline=None, max_examples=60)
 def test_context_parallel_ranks_hold_what_megatron_rotates(samples, rules):
-    """Megatron's rotary embedding takes a rank's positions in each document from the document's length
-    alone.
-    """
+    """Megatron's rotary embedding takes a rank's positions from the length of each sequence alone."""
+    import megatron_srpo.distributed.megatron  # noqa: F401  (first: it installs the CPU shim)
+    # isort: split
+    from megatron.core.models.common.embeddings.rope_utils import _get_thd_freqs_on_this_cp_rank
+
     for parts, _ in rows_of_all(samples, 0, 1, rules):
         for rank, part in enumerate(parts):
             bounds, size = part.cu_seqlens.tolist(), len(parts)
@@ -198,7 +202,7 @@ def test_context_parallel_ranks_hold_what_megatron_rotates(samples, rules):
 @given(st.integers(0, 40), st.integers(1, 8))
 def test_shares_of_a_response(count, size):
     """In order, each token once, and no rank has more than one token more than another."""
-    shares = [range(count)[Context(rank, size).share(count)] for rank in range(size)]
+    shares = [range(count)[ContextParallel(rank, size).share(count)] for rank in range(size)]
     assert [token for share in shares for token in share] == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -206,7 +210,7 @@ def test_shares_of_a_response(count, size):
 @given(batches, st.integers(1, 3), all_rules)
 @settings(deadline=None, max_examples=60)
 def test_documents_are_bounded(samples, data_size, rules):
-    """cu_seqlens cuts the row into its documents (and one of padding); positions restart at each."""
+    """cu_seqlens cuts the row into its sequences (and one of padding); positions restart at each."""
     for rank in range(data_size):
         for row in pack(samples, rank, data_size, rules, "token_mean").micro_batches:
             bounds, size = row.cu_seqlens.tolist(), rules.context.size
@@ -217,7 +221,7 @@ def test_documents_are_bounded(samples, data_size, rules):
                 and bounds == sorted(set(bounds))
             )
             lengths = [end - start for start, end in itertools.pairwise(bounds)]
-            own = [padded(document, rules.context) for document in row.documents]
+            own = [padded(sequence, rules.context) for sequence in row.sequences]
             assert lengths[: len(own)] == own and len(lengths) - len(own) in (0, 1)
             assert row.max_seqlen == max(lengths)
             if size == 1:
@@ -231,9 +235,9 @@ def test_distilled_documents_come_first(samples, data_size, rules):
     for rank in range(data_size):
         batch = pack(samples, rank, data_size, rules, "token_mean")
         for row in batch.micro_batches:
-            is_distilled = [samples[document.key].route.distillation_weight > 0 for document in row.documents]
+            is_distilled = [samples[sequence.key].route.distillation_weight > 0 for sequence in row.sequences]
             assert is_distilled == sorted(is_distilled, reverse=True)
-            assert batch.distilled_count(row) == sum(is_distilled)
+            assert row.distilled == sum(is_distilled)
 
 
 @given(batches, st.integers(1, 3), all_rules, st.sampled_from(["token_mean", "seq_mean"]))
@@ -244,11 +248,11 @@ def test_terms_belong_to_their_tokens(samples, data_size, rules, aggregation):
     for rank in range(data_size):
         batch = pack(samples, rank, data_size, rules, aggregation)
         for row in batch.micro_batches:
-            terms = batch.terms(row, torch.device("cpu"))
+            terms = batch.terms(row, torch.empty(0), None, torch.device("cpu"))
             assert terms.old_logprob is None and all(field.dtype == torch.float32 for field in terms[:4])
             expected = []
-            for document in row.documents:
-                sample, route = samples[document.key], samples[document.key].route
+            for sequence in row.sequences:
+                sample, route = samples[sequence.key], samples[sequence.key].route
                 if aggregation == "token_mean":
                     denominator = sum(len(other.response_ids) for other in routed)
                 else:
@@ -294,11 +298,11 @@ def test_balance(costs, bins):
 
 
 def test_row_by_hand():
-    """Two documents and padding, every number written out."""
+    """Two sequences and padding, every number written out."""
     samples = samples_of(("grpo", 2, 3, 1), ("sdpo", 1, 2, 4))
     batch = pack(samples, 0, 1, PackingRules(token_budget=20, length_multiple=8), "token_mean")
     (row,) = batch.micro_batches
-    assert [document.key for document in row.documents] == [1, 0]  # distilled first
+    assert [sequence.key for sequence in row.sequences] == [1, 0]  # distilled first
     # sample 0: prompt 1 2, response 3 4 5. sample 1: its ids are drawn teacher first
     teacher, prompt, response = samples[1].route.teacher_ids, samples[1].prompt.ids, samples[1].response_ids
     assert row.ids.tolist() == [*prompt, response[0], 1, 2, 3, 4, 0, 0]
@@ -314,14 +318,14 @@ def test_row_by_hand():
 
 
 def test_row_by_hand_on_two_context_parallel_ranks():
-    """The same two documents, padded to 4 and 4 tokens, and padding; each rank's numbers written out."""
+    """The same two sequences, padded to 4 and 4 tokens, and padding; each rank's numbers written out."""
     samples = samples_of(("grpo", 2, 3, 1), ("sdpo", 1, 2, 4))
     distilled, response = samples[1].prompt.ids[0], samples[1].response_ids
     for rank, ids, positions, predicts, targets in (
         (0, [distilled, 0, 1, 4, 0, 0], [0, 3, 0, 3, 0, 3], [0, 8], [response[0], 3]),
         (1, [response[0], 0, 2, 3, 0, 0], [1, 2, 1, 2, 1, 2], [6, 9, 3], [response[1], 4, 5]),
     ):
-        rules = PackingRules(token_budget=20, length_multiple=3, context=Context(rank, 2))
+        rules = PackingRules(token_budget=20, length_multiple=3, context=ContextParallel(rank, 2))
         (row,) = pack(samples, 0, 1, rules, "token_mean").micro_batches
         assert row.cu_seqlens.tolist() == [0, 4, 8, 12] and row.max_seqlen == 4
         assert (row.ids.tolist(), row.positions.tolist()) == (ids, positions)
@@ -331,7 +335,7 @@ def test_row_by_hand_on_two_context_parallel_ranks():
 def test_document_longer_than_the_budget_has_a_row_of_its_own():
     samples = samples_of(("grpo", 2, 3, 1), ("grpo", 30, 20, 1), ("grpo", 3, 3, 1))
     rows = pack(samples, 0, 1, PackingRules(token_budget=12), "token_mean").micro_batches
-    assert sorted([document.key for document in row.documents] for row in rows) == [[1], [2, 0]]
+    assert sorted([sequence.key for sequence in row.sequences] for row in rows) == [[1], [2, 0]]
     assert sorted(len(row.ids) for row in rows) == [9, 49]
 
 
@@ -340,9 +344,12 @@ def test_ranks_with_nothing_to_do_still_take_part():
     samples = samples_of(("sdpo", 2, 3, 5))
     idle = pack(samples, 1, 2, PackingRules(token_budget=50, length_multiple=4), "token_mean")
     for (row,) in (idle.micro_batches, idle.teacher_micro_batches):
-        assert row.documents == () and row.ids.tolist() == [0, 0, 0, 0] and row.cu_seqlens.tolist() == [0, 4]
+        assert row.sequences == () and row.ids.tolist() == [0, 0, 0, 0] and row.cu_seqlens.tolist() == [0, 4]
         assert len(row.predicts) == len(row.targets) == 0
-    assert [len(field) for field in idle.terms(idle.micro_batches[0], torch.device("cpu"))[:4]] == [
+    assert [
+        len(field)
+        for field in idle.terms(idle.micro_batches[0], torch.empty(0), None, torch.device("cpu"))[:4]
+    ] == [
         0,
         0,
         0,
@@ -368,7 +375,7 @@ def test_dearest_samples_are_spread():
     samples = samples_of(distilled, plain, distilled, plain, plain, plain)
     for rank in range(2):
         batch = pack(samples, rank, 2, PackingRules(token_budget=1000), "token_mean")
-        assert [len(rows[0].documents) for rows in (batch.micro_batches, batch.teacher_micro_batches)] == [
+        assert [len(rows[0].sequences) for rows in (batch.micro_batches, batch.teacher_micro_batches)] == [
             3,
             1,
         ]
@@ -377,5 +384,5 @@ def test_dearest_samples_are_spread():
 def test_plan_is_deterministic():
     samples = samples_of(*[("sdpo", 3, 5, 9), ("grpo", 3, 5, 1)] * 4)
     plans = [pack(samples, 0, 2, PackingRules(token_budget=15), "token_mean").micro_batches for _ in range(2)]
-    keys = [[[document.key for document in row.documents] for row in plan] for plan in plans]
+    keys = [[[sequence.key for sequence in row.sequences] for row in plan] for plan in plans]
     assert keys[0] == keys[1] and len(keys[0]) > 1

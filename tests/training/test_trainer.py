@@ -1,4 +1,4 @@
-"""The trainer in one process: non-finite updates, bf16, teacher kinds, state that waits on the host."""
+"""The trainer in one process: non-finite updates, bf16, teacher kinds, offloaded state."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tiny import make_model, save_folder
 from megatron_srpo.algorithm.routing import route_groups
 from megatron_srpo.checkpoint.state import restore_trainer, scalars
 from megatron_srpo.config.load import load_config
+from megatron_srpo.data.records import Route
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.replay import replay
 from megatron_srpo.weights.torch_dist import Folder
@@ -21,16 +22,14 @@ from megatron_srpo.weights.torch_dist import Folder
 
 @pytest.fixture
 def make_trainer(tmp_path):
-    """make_trainer(*overrides) → (trainer, routed samples of one step); Megatron's groups are taken down
-    afterwards.
-    """
+    """make_trainer(*overrides) → (trainer, routed groups of one step)."""
     model = make_model()
     folder = HFFolder(save_folder(tmp_path / "hf", model))
     rollouts = write_rollouts(tmp_path / "rollouts", folder, model, steps=1)
     config = tmp_path / "config.yaml"
     config.write_text(
         f"model: {{hf_path: {folder.path}, dtype: float32}}\n"
-        "rollout: {prompts_per_step: 4, samples_per_prompt: 4, max_prompt_tokens: 128, max_response_tokens: 64}\n"
+        "rollout: {prompts_per_step: 4, samples_per_prompt: 4}\n"
         "teacher: {max_prompt_tokens: 160}\n"
         "train: {steps: 3, micro_batch_tokens: 400}\n"
         "optimizer: {lr: 1.0e-3, lr_warmup_steps: 0}\n"
@@ -41,16 +40,17 @@ def make_trainer(tmp_path):
         groups = route_groups(
             replay(rollouts, 1, 4, folder), trainer.algorithm, folder.encode, 160, seed="1/1"
         )
-        return trainer, [sample for group in groups for sample in group]
+        return trainer, groups
 
     with trainers() as make:
         yield lambda *overrides: routed(make(load_config(config, list(overrides))))
 
 
-def step(trainer, samples):
+def step(trainer, groups):
     """One training step; returns its report."""
-    batches = trainer.pack(samples)
-    return trainer.update(batches, trainer.score_teacher(batches))
+    with trainer.onloaded():
+        batches = trainer.pack(groups)
+        return trainer.update(batches, trainer.score_teacher(batches))
 
 
 def snapshot(parameters):
@@ -63,101 +63,99 @@ def teacher_parameters(trainer):
     return [parameter for chunk in trainer.teacher.chunks for parameter in chunk.parameters()]
 
 
-def poisoned(samples):
-    """The same samples, one of them with an infinite advantage: the loss is not finite."""
-    victim = next(sample for sample in samples if sample.route.policy_weight and sample.route.advantage)
-    bad = victim.model_copy(update={"route": victim.route.model_copy(update={"advantage": math.inf})})
-    return [bad if sample is victim else sample for sample in samples]
+def poisoned(groups):
+    """The same groups, one sample with an infinite advantage: the loss is not finite."""
+    bad = Route(branch="grpo", policy_weight=1.0, distillation_weight=0.0, advantage=math.inf)
+    (first, *rest), *others = groups
+    return [(first.model_copy(update={"route": bad}), *rest), *others]
 
 
 @pytest.mark.parametrize("optimizer", ["true", "false"])
 def test_a_non_finite_update_is_skipped_and_leaves_weights_and_teacher_alone(make_trainer, optimizer):
-    trainer, samples = make_trainer(f"parallel.use_distributed_optimizer={optimizer}")
-    step(trainer, samples)
+    trainer, groups = make_trainer(f"parallel.use_distributed_optimizer={optimizer}")
+    step(trainer, groups)
     policy, teacher = snapshot(trainer.parameters), snapshot(teacher_parameters(trainer))
-    report = step(trainer, poisoned(samples))
-    assert report.moved == [False] and report.skipped_in_a_row(2) == 3
+    report = step(trainer, poisoned(groups))
+    assert report.applied == [False] and report.skipped_in_a_row(2) == 3
     assert all(map(torch.equal, policy, trainer.parameters))
     assert all(map(torch.equal, teacher, teacher_parameters(trainer)))
-    report = step(trainer, samples)  # and the run goes on
-    assert report.moved == [True] and report.skipped_in_a_row(3) == 0
+    report = step(trainer, groups)  # and the run goes on
+    assert report.applied == [True] and report.skipped_in_a_row(3) == 0
     assert not all(map(torch.equal, policy, trainer.parameters))
     assert all(torch.isfinite(parameter).all() for parameter in trainer.parameters)
 
 
-def test_teacher_kinds(make_trainer):
-    """frozen keeps the initial weights, live is the policy, ema lies 5 % of the way."""
-    trainer, samples = make_trainer("teacher.kind=ema")
+def test_ema_teacher_follows_by_its_rate(make_trainer):
+    """After a step it lies 5 % of the way from the initial weights to the policy."""
+    trainer, groups = make_trainer("teacher.kind=ema")
     start = snapshot(trainer.parameters)
-    step(trainer, samples)
+    step(trainer, groups)
     for slow, fast, first in zip(teacher_parameters(trainer), trainer.parameters, start, strict=True):
         torch.testing.assert_close(slow, 0.95 * first + 0.05 * fast, atol=1e-7, rtol=1e-6)
         assert not torch.equal(fast, first)
 
 
 def test_frozen_teacher_stays(make_trainer):
-    trainer, samples = make_trainer("teacher.kind=frozen")
+    trainer, groups = make_trainer("teacher.kind=frozen")
     start = snapshot(trainer.parameters)
-    step(trainer, samples)
+    step(trainer, groups)
     assert all(map(torch.equal, start, teacher_parameters(trainer)))
 
 
 def test_live_teacher_is_the_policy(make_trainer):
-    trainer, samples = make_trainer("teacher.kind=live", "algorithm.mini_batch_prompts=2")
+    trainer, groups = make_trainer("teacher.kind=live", "algorithm.mini_batch_prompts=2")
     assert teacher_parameters(trainer) == []  # no copy
-    targets = trainer.score_teacher(trainer.pack(samples))
-    (before,) = (weight.clone() for weight in targets[0].weights)
+    scores = trainer.score_teacher(trainer.pack(groups))
+    (before,) = (weight.clone() for weight in scores[0].weights)
     assert torch.equal(before, trainer.chunks[-1].module.output_weight)
-    step(trainer, samples)
-    assert torch.equal(
-        targets[0].weights[0], before
-    )  # a later mini-batch sees the weights that made the hidden states
+    step(trainer, groups)
+    assert torch.equal(scores[0].weights[0], before)  # those that made the hidden states of all mini-batches
 
 
 def test_trust_region_teacher_is_between_the_initial_model_and_the_policy(make_trainer):
     """Before the first update both are one; the initial one stays; entropies are those of the interpolated
     logits.
     """
-    trainer, samples = make_trainer("teacher.kind=trust_region", "teacher.interpolation=0.3")
+    trainer, groups = make_trainer("teacher.kind=trust_region", "teacher.interpolation=0.3")
     start = snapshot(trainer.parameters)
-    step(trainer, samples)
+    step(trainer, groups)
     assert all(map(torch.equal, start, teacher_parameters(trainer)))
-    (targets,) = trainer.score_teacher(trainer.pack(samples))
-    initial, policy = targets.weights
+    (scores,) = trainer.score_teacher(trainer.pack(groups))
+    initial, policy = scores.weights
     assert torch.equal(policy, trainer.chunks[-1].module.output_weight) and not torch.equal(initial, policy)
-    for key, (of_initial, of_policy) in targets.hidden.items():
+    for key, (of_initial, of_policy) in scores.hidden.items():
         logits = (
             0.7 * of_initial.double() @ initial.double().t() + 0.3 * of_policy.double() @ policy.double().t()
         )
         logq = logits[:, : trainer.folder.architecture.vocab_size].log_softmax(1)
         torch.testing.assert_close(
-            targets.entropy[key].double(), -(logq.exp() * logq).sum(1), rtol=1e-5, atol=1e-5
+            scores.entropy[key].double(), -(logq.exp() * logq).sum(1), rtol=1e-5, atol=1e-5
         )
 
 
 def test_output_weight_gradient_goes_straight_to_main_grad(make_trainer):
     """No .grad is left behind (that the tied matrix has its embedding's part too, test_invariance sees)."""
-    trainer, samples = make_trainer()
+    trainer, groups = make_trainer()
     weight = trainer.chunks[-1].module.output_weight
     trainer.optimizer.zero_grad()
     assert weight.main_grad.abs().max() == 0 and weight.main_grad.dtype == torch.float32
-    step(trainer, samples)
+    step(trainer, groups)
     assert weight.grad is None and weight.main_grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("optimizer", ["true", "false"])
 def test_bf16_has_fp32_main_gradients_and_stays_near_fp32(make_trainer, optimizer):
-    exact, samples = make_trainer()
-    wanted = step(exact, samples)
-    trainer, samples = make_trainer("model.dtype=bfloat16", f"parallel.use_distributed_optimizer={optimizer}")
-    report = step(trainer, samples)
+    exact, groups = make_trainer()
+    wanted = step(exact, groups)
+    trainer, groups = make_trainer("model.dtype=bfloat16", f"parallel.use_distributed_optimizer={optimizer}")
+    report = step(trainer, groups)
     assert all(
         parameter.dtype == torch.bfloat16 and parameter.main_grad.dtype == torch.float32
         for parameter in trainer.parameters
     )
     assert report.losses[0] == pytest.approx(wanted.losses[0], rel=0.05)
     assert report.grad_norms[0] == pytest.approx(wanted.grad_norms[0], rel=0.05)
-    assert report.moved == [True]
+    assert report.applied == [True]
 
 
 def sizes(tensors):
@@ -182,19 +180,19 @@ def test_offloaded_state_is_on_the_device_for_updates_only_and_changes_no_bit(
     ]
 
     def run(*more):
-        trainer, samples = make_trainer(*overrides, *more)
-        reports = [step(trainer, samples) for _ in range(3)]
+        trainer, groups = make_trainer(*overrides, *more)
+        reports = [step(trainer, groups) for _ in range(3)]
         return (
             trainer,
-            samples,
+            groups,
             [(r.losses, r.grad_norms, r.teacher_distances) for r in reports],
             state_of(trainer),
         )
 
     _, _, reports, saved = run()
-    trainer, samples, found, parked = run("optimizer.optimizer_cpu_offload=true")
+    trainer, groups, found, offloaded = run("optimizer.optimizer_cpu_offload=true")
     assert found == reports
-    assert saved.keys() == parked.keys() and all(torch.equal(saved[key], parked[key]) for key in saved)
+    assert saved.keys() == offloaded.keys() and all(torch.equal(saved[key], offloaded[key]) for key in saved)
     states = state_of_updates(trainer)
     assert all(tensors and set(sizes(tensors)) == {0} for tensors in states.values())
     moments, masters = 2 * len(trainer.parameters), len(trainer.parameters) * (dtype == "bfloat16")
@@ -215,28 +213,24 @@ def test_offloaded_state_is_on_the_device_for_updates_only_and_changes_no_bit(
         "step",
         lambda: (during.append(sum(sizes(trainer.optimizer.state()))), update()),
     )
-    step(trainer, samples)
+    step(trainer, groups)
     assert len(during) == 4 and during[0] == during[2] == 0 < during[1] == during[3]
 
 
 @pytest.mark.parametrize("where", ["optimizer.optimizer_cpu_offload=true", "rollout.colocated=true"])
-def test_a_checkpoint_is_restored_into_what_is_parked(make_trainer, tmp_path, where):
-    """The numbers of a run that parks nothing, put into a trainer that has parked them, are the numbers it
-    has then.
-    """
-    trainer, samples = make_trainer("model.dtype=bfloat16")
-    step(trainer, samples)
+def test_a_checkpoint_is_restored_into_what_is_offloaded(make_trainer, tmp_path, where):
+    """A trainer that offloads its state has the saved numbers of one that does not, bit for bit."""
+    trainer, groups = make_trainer("model.dtype=bfloat16")
+    step(trainer, groups)
     saved, state = state_of(trainer), scalars(trainer)
     save(tmp_path, trainer)
-    trainer, samples = make_trainer(
+    trainer, groups = make_trainer(
         "model.dtype=bfloat16", "rollout.engine=sglang", "rollout.servers=1", where
     )
-    trainer.take_room()
-    step(trainer, samples)  # from the start model: other numbers
-    trainer.make_room()
+    step(trainer, groups)  # from the start model: other numbers
     assert set(sizes(trainer.optimizer.state())) == {0}
     restore_trainer(trainer, Folder(tmp_path), state)
-    trainer.make_room()
+    assert set(sizes(trainer.optimizer.state())) == {0}
     found = state_of(trainer)
     assert found.keys() == saved.keys() and all(torch.equal(found[key], saved[key]) for key in saved)
 
@@ -246,12 +240,10 @@ def test_servers_on_the_same_device_have_all_memory_but_the_policys(make_trainer
     colocated = ("rollout.engine=sglang", "rollout.servers=1", "rollout.colocated=true")
 
     def run(*more):
-        trainer, samples = make_trainer("model.dtype=bfloat16", *more)
+        trainer, groups = make_trainer("model.dtype=bfloat16", *more)
         reports, left = [], []
         for _ in range(2):
-            trainer.take_room()
-            reports.append(step(trainer, samples).losses)
-            trainer.make_room()
+            reports.append(step(trainer, groups).losses)
             left.append(
                 sum(
                     sizes(
@@ -263,9 +255,9 @@ def test_servers_on_the_same_device_have_all_memory_but_the_policys(make_trainer
         return reports, left, state_of(trainer), dict(trainer.export())
 
     reports, left, saved, policy = run()
-    found, empty, parked, same = run(*colocated)
+    found, empty, offloaded, same = run(*colocated)
     assert found == reports and empty == [0, 0] and min(left) > 0
-    assert all(torch.equal(saved[key], parked[key]) for key in saved)
+    assert all(torch.equal(saved[key], offloaded[key]) for key in saved)
     assert all(torch.equal(policy[key], same[key]) for key in policy)
 
 
@@ -274,7 +266,7 @@ def test_gradients_are_reduced_during_the_backward_pass(make_trainer, monkeypatc
     pass ends.
     """
     overlap = [f"parallel.overlap_{what}=true" for what in ("grad_reduce", "param_gather")]
-    trainer, samples = make_trainer(*overlap, "parallel.ddp_bucket_size=2000")
+    trainer, groups = make_trainer(*overlap, "parallel.ddp_bucket_size=2000")
     (chunk,), begun = trainer.chunks, []
     finish = chunk.finish_grad_sync
 
@@ -282,7 +274,7 @@ def test_gradients_are_reduced_during_the_backward_pass(make_trainer, monkeypatc
         begun.extend(group.grad_reduce_handle for group in chunk.bucket_groups)
         finish(**options)
 
-    step(trainer, samples)
+    step(trainer, groups)
     monkeypatch.setattr(chunk, "finish_grad_sync", note)
-    step(trainer, samples)
+    step(trainer, groups)
     assert len(begun) == len(chunk.bucket_groups) > 3 and None not in begun

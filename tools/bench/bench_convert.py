@@ -121,7 +121,8 @@ def folder_bytes(folder: Path) -> int:
 
 def measure(name: str, source: Path, output: Path) -> Row:
     """Return one row without its ratio. Raises RuntimeError when the process failed."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # so that imports are done once, before measuring
+    context.set_forkserver_preload(["megatron_srpo.weights.convert"])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=run_measured, args=(name, source, output, sender))
     process.start()

@@ -147,7 +147,7 @@ def measure(model: dict, algorithm: str, shape: Shape, options: argparse.Namespa
     from megatron_srpo.plan.machine import Workload
     from megatron_srpo.plan.memory import Batch
     from megatron_srpo.plan.step import step_flops
-    from megatron_srpo.training.trainer import Trainer
+    from megatron_srpo.training.trainer import Trainer, TrainerSettings
 
     with tempfile.TemporaryDirectory() as name:
         config = make_config(Path(name), model, algorithm, shape, options.overrides)
@@ -158,7 +158,7 @@ def measure(model: dict, algorithm: str, shape: Shape, options: argparse.Namespa
         gc.collect()
         return_freed_above(2**16)
         before = peak_bytes(layout.device)
-        trainer = Trainer(config, folder, layout, is_resumed=True)
+        trainer = Trainer(TrainerSettings.of(config), folder, layout, is_resumed=True)
         steps, extra_bytes, batches = [], 0, []
         for number in range(WARM_UP + options.rounds):
             if number == WARM_UP:  # Adam's states exist: the peak is known, and timings may be the usual ones
@@ -166,11 +166,11 @@ def measure(model: dict, algorithm: str, shape: Shape, options: argparse.Namespa
                 return_freed_above(2**25)
             watch, start = Stopwatch(layout.device), time.perf_counter()
             with watch.phase("pack"):
-                batches = trainer.pack(samples)
+                batches = trainer.pack(groups)
             with watch.phase("teacher"):
-                targets = trainer.score_teacher(batches)
+                scores = trainer.score_teacher(batches)
             with watch.phase("update"):
-                trainer.update(batches, targets)
+                trainer.update(batches, scores)
             steps.append({"seconds": time.perf_counter() - start, **watch.seconds})
         shut_down(layout)
     best = min(steps[WARM_UP:], key=lambda step: step["seconds"])

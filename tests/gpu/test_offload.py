@@ -1,4 +1,4 @@
-"""What only a GPU can show of parking: its memory is free meanwhile, the copy is pinned, and work in flight
+"""What only a GPU can show of offloading: its memory is free meanwhile, the copy is pinned, and work in flight
 is waited for.
 """
 
@@ -13,18 +13,18 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUD
 SIZE = 2**26  # fp32 numbers: 256 MiB
 
 
-def test_parked_memory_is_free_and_comes_back_bit_for_bit():
+def test_offloaded_memory_is_free_and_comes_back_bit_for_bit():
     tensor, host = torch.randn(SIZE, device="cuda"), HostMemory()
     view, wanted, before = tensor[5:25], tensor.cpu(), torch.cuda.memory_allocated()
     for _ in range(2):
-        host.park([tensor])
+        host.offload([tensor])
         assert torch.cuda.memory_allocated() <= before - 4 * SIZE
         assert host.values(view).is_pinned() and torch.equal(host.values(view), wanted[5:25])
-        host.fetch([tensor])
+        host.onload([tensor])
         assert torch.cuda.memory_allocated() == before and torch.equal(tensor.cpu(), wanted)
 
 
-def test_what_is_still_being_computed_is_parked_whole():
+def test_what_is_still_being_computed_is_offloaded_whole():
     """Kernels run behind the call that started them; the copy and the freeing must come after."""
     host, tensor = HostMemory(), torch.ones(4096, 4096, device="cuda")
     for _ in range(50):
@@ -32,5 +32,5 @@ def test_what_is_still_being_computed_is_parked_whole():
     expected = torch.ones(()).cuda()
     for _ in range(50):
         expected.mul_(1.01)
-    host.park([tensor])
+    host.offload([tensor])
     assert torch.equal(host.values(tensor), expected.cpu().expand_as(tensor))

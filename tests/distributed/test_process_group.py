@@ -18,22 +18,22 @@ from megatron_srpo.rollout.source import Rollouts
 ROOT = Path(__file__).parents[2]
 
 
-class Alike(Exception):
+class Collective(Exception):
     """What all ranks raise together."""
 
 
 @pytest.mark.parametrize(
-    "ranks, error, leaves", [(2, None, True), (2, Alike, True), (2, OSError, False), (1, OSError, True)]
+    "ranks, error, leaves", [(2, None, True), (2, Collective, True), (2, OSError, False), (1, OSError, True)]
 )
 def test_a_rank_that_fails_alone_does_not_wait_for_those_that_wait_for_it(monkeypatch, ranks, error, leaves):
     left = []
     monkeypatch.setattr(parallel, "initialize", lambda *_: SimpleNamespace(world_size=ranks))
     monkeypatch.setattr(parallel, "shut_down", left.append)
     try:
-        with parallel.joined(ParallelSection(), 1, alike=(Alike,)):
+        with parallel.process_group(ParallelSection(), 1, collective_errors=(Collective,)):
             if error is not None:
                 raise error
-    except (Alike, OSError) as caught:
+    except (Collective, OSError) as caught:
         assert type(caught) is error
     assert len(left) == leaves
 

@@ -1,0 +1,139 @@
+"""The routed loss of an optimizer batch, micro-batch by micro-batch on the last pipeline stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_srpo.algorithm.objective import TokenTerms, entropy_weights, routed_objective
+from megatron_srpo.algorithm.settings import Algorithm
+from megatron_srpo.data import histogram
+from megatron_srpo.data.update_report import TokenSums
+from megatron_srpo.distributed.megatron import DistributedDataParallel
+from megatron_srpo.model.build import PolicyModel
+from megatron_srpo.training.optimizer import gradient_is_ready
+from megatron_srpo.training.packing import OptimizerBatch
+from megatron_srpo.training.teacher import TeacherScores
+from megatron_srpo.training.token_values import TokenValues
+from megatron_srpo.vocab_parallel.divergence import Divergence
+from megatron_srpo.vocab_parallel.fused import Statistics, fused_objective
+from megatron_srpo.vocab_parallel.logits import Projection, Rows
+
+
+class LossSettings(NamedTuple):
+    algorithm: Algorithm
+    divergence: Divergence
+    temperature: float
+    logits_memory: int | None  # bytes of the tiles of logits; None: the device's default
+
+
+class RoutedLoss:
+    """Called with each micro-batch's hidden states; adds up token sums over the micro-batches.
+
+    Attributes:
+        sums: Vector of `TokenSums`, of this rank so far.
+        gap_max: Largest |log π_old - log π_roll| of this rank so far, in nats.
+    """
+
+    def __init__(
+        self,
+        settings: LossSettings,
+        batch: OptimizerBatch,
+        scores: TeacherScores,
+        mean_entropy_weight: Tensor,
+        old_logprobs: Mapping[int, Tensor] | None,
+        last_chunk: DistributedDataParallel,
+        token_values: TokenValues | None,
+    ):
+        """`old_logprobs`: log π_old [R] by number of the micro-batch; None if the policy has not changed."""
+        self.settings = settings
+        self.batch = batch
+        self.scores = scores
+        self.mean_entropy_weight = mean_entropy_weight
+        self.old_logprobs = old_logprobs
+        self.last_chunk = last_chunk
+        self.token_values = token_values
+        device = mean_entropy_weight.device
+        self.sums = TokenSums.zeros(device)
+        self.gap_max = torch.zeros((), device=device)
+
+    def __call__(self, number: int, hidden: Tensor, model: PolicyModel) -> Tensor:
+        """Return the loss of micro-batch `number`, a partial sum of the batch's, with its gradients made.
+
+        Args:
+            hidden: [R, H] final hidden states that predict its policy tokens.
+        """
+        settings, micro_batch = self.settings, self.batch.micro_batches[number]
+        algorithm, device = settings.algorithm, hidden.device
+        keys = micro_batch.distilled_keys
+        teacher_entropy, teacher = torch.empty(0, device=device), None
+        if keys:
+            # Student and teacher must have scored the same tokens, though their prompts differ in length.
+            counts = [len(self.scores.entropy[key]) for key in keys]
+            assert counts == micro_batch.target_counts[: len(keys)]
+            teacher_entropy = torch.cat([self.scores.entropy[key] for key in keys])
+            teacher = self.scores.logits(keys)
+        weights = entropy_weights(
+            teacher_entropy, algorithm.entropy_beta, self.mean_entropy_weight, algorithm.entropy_weight_cap
+        ).float()
+        old_logprobs = None if self.old_logprobs is None else self.old_logprobs[number]
+        terms = self.batch.terms(micro_batch, weights, old_logprobs, device)
+        if hidden.requires_grad:
+            hidden.register_hook(lambda _: gradient_is_ready(self.last_chunk, model.output_weight))
+        policy = Projection(hidden, model.output_weight.detach())  # its gradient goes past autograd
+        loss, statistics = fused_objective(
+            policy,
+            micro_batch.targets.to(device),
+            _TileObjective(terms, algorithm),
+            model.vocab_shard,
+            weight_grad=model.output_weight.main_grad,
+            teacher=teacher,
+            divergence=settings.divergence,
+            temperature=settings.temperature,
+            memory=settings.logits_memory,
+        )
+        if self.token_values is not None:
+            self.token_values.record(
+                self.batch, micro_batch, policy, model.vocab_shard, statistics, weights, self.scores
+            )
+        self._add(loss, statistics, terms, weights, teacher_entropy)
+        return loss
+
+    def _add(
+        self, loss: Tensor, statistics: Statistics, terms: TokenTerms, weights: Tensor, entropy: Tensor
+    ) -> None:
+        assert statistics.divergence is not None
+        old = statistics.logprob if terms.old_logprob is None else terms.old_logprob
+        gap = old - terms.engine_logprob
+        importance, cap = gap.exp(), self.settings.algorithm.importance_cap
+        capped = importance if cap is None else importance.clamp(max=cap)
+        sums = TokenSums(
+            loss=loss.detach().double(),
+            tokens=torch.ones_like(gap).double().sum(),
+            entropy=statistics.entropy.double().sum(),
+            gap=gap.abs().double().sum(),
+            clipped=(importance > capped).double().sum(),
+            importance=capped.double().sum(),
+            distilled=torch.ones_like(weights).double().sum(),
+            divergence=statistics.divergence.double().sum(),
+            teacher_entropy=entropy.double().sum(),
+            weight=weights.double().sum(),
+            weight_squared=weights.square().double().sum(),
+            entropy_counts=histogram.counts(entropy),
+        )
+        self.sums += sums.vector
+        if len(gap):
+            torch.maximum(self.gap_max, gap.abs().max().float(), out=self.gap_max)
+
+
+class _TileObjective(NamedTuple):
+    """The objective of a tile of a micro-batch's tokens."""
+
+    terms: TokenTerms
+    algorithm: Algorithm
+
+    def __call__(self, rows: Rows, tile: Statistics) -> Tensor:
+        return routed_objective(tile.logprob, tile.divergence, self.terms.rows(rows), self.algorithm)
