@@ -56,7 +56,7 @@ def main() -> int:
                 )
         elif options.weights == "teacher":
             raise FileError(
-                f"--weights teacher: {options.checkpoint} is no training run's folder, which alone has a teacher"
+                f"--weights teacher: {options.checkpoint} is no training run's folder: it has no teacher"
             )
         else:
             source = MegatronTensors(checkpoint_folder(options.checkpoint), reference.architecture)

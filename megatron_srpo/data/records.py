@@ -179,10 +179,8 @@ SampleKey = tuple[str, int]  # prompt id, index in its group
 Group = tuple[Sample, ...]  # the samples of one prompt, by index
 
 
-class Unfinished(_Record):
-    """A prompt that is not yet a group: what has been sampled of it, whole responses and broken-off ones
-    ("abort").
-    """
+class PartialGroup(_Record):
+    """A partially sampled group: finished and aborted responses so far."""
 
     prompt: Prompt
     samples: tuple[Sample, ...] = ()

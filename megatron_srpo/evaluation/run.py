@@ -55,7 +55,7 @@ def run_evaluation(config: Config) -> Path:
     check_evaluation(config, folder, tasks)
     check_files(config, tasks)
     if rank_from_environment() == 0:
-        check_engine(config)
+        check_engine(config, trains=False)
         open_folder(config)
         check_answered(config, tasks)
     # Every process holds an engine of its own.

@@ -127,7 +127,7 @@ def checkpoint_slice(location: ParamLocation, architecture: Architecture) -> Che
 
 
 def _fused_name(name: str, dense: bool) -> str:
-    """Return Transformer Engine's name of a layer's parameter; only dense layers fuse the norm before the MLP."""
+    """Return Transformer Engine's name; it fuses the norm before the MLP in dense layers only."""
     for fused, norm in FUSED_NORMS.items():
         if norm == name and (dense or not fused.startswith("mlp.")):
             return fused
@@ -153,8 +153,8 @@ def empty_objects(architecture: Architecture) -> list[str]:
 class MegatronTensors:
     """The tensors of a torch_dist checkpoint of `architecture`, trained or converted.
 
-    Optimizer states and the like are ignored. Raises FileError when a tensor is missing, unexpected, or not of
-    the shape that the architecture implies.
+    Optimizer states and the like are ignored. Raises FileError when a tensor is missing, unexpected, or has
+    another shape than the architecture implies.
     """
 
     def __init__(self, path: Path, architecture: Architecture, prefix: str = ""):

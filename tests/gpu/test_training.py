@@ -171,7 +171,7 @@ def test_two_steps_are_those_of_float64(layers, world, make_trainer):
 def test_state_is_the_same_to_the_bit_offloaded_and_from_a_checkpoint(
     optimizer, world, make_trainer, tmp_path
 ):
-    """And training goes on with either."""
+    """Training resumes with either."""
     shared = f"parallel.use_distributed_optimizer={optimizer}"
     colocated = ("rollout.engine=sglang", "rollout.servers=1", "rollout.colocated=true")
     trainer = make_trainer(shared, *colocated)
@@ -206,7 +206,7 @@ def test_state_is_the_same_to_the_bit_offloaded_and_from_a_checkpoint(
 
 
 def test_a_run_with_the_embedded_engine_and_its_resumption(tmp_path):
-    """Two steps of the quick start in bf16, the first one profiled; then the same command goes on to the
+    """Two steps of the quick start in bf16, the first one profiled; then the same command resumes to the
     third.
     """
     settings = [

@@ -185,6 +185,7 @@ def test_student_and_teacher_predict_the_same_ids_from_the_right_places(samples,
 def test_context_parallel_ranks_hold_what_megatron_rotates(samples, rules):
     """Megatron's rotary embedding takes a rank's positions from the length of each sequence alone."""
     import megatron_srpo.distributed.megatron  # noqa: F401  (first: it installs the CPU shim)
+
     # isort: split
     from megatron.core.models.common.embeddings.rope_utils import _get_thd_freqs_on_this_cp_rank
 
