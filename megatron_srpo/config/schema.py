@@ -225,7 +225,7 @@ class ServerSection(_Section):
     return_timeout: float = Field(
         180,
         ge=0,
-        description="seconds that publications wait for restarting servers, and sampling for any server at all",
+        description="seconds that publications wait for restarting servers, and sampling for any server",
     )
     update_timeout: float = Field(
         300,
@@ -658,14 +658,15 @@ class Config(_Section):
                 raise ValueError(f"resume.override: {key!r} is no key and no section of the configuration")
         if rollout.async_steps > rollout.max_staleness:
             raise ValueError(
-                f"rollout.max_staleness: {rollout.max_staleness}, but rollout.async_steps: 1 makes every"
-                " sample one version old"
+                f"rollout.max_staleness: {rollout.max_staleness}, but rollout.async_steps: 1 makes"
+                " every sample one version old"
             )
         continues = rollout.over_sampling > 1 or rollout.dynamic_filtering
         if rollout.async_steps and rollout.max_staleness < 2 and continues:
             raise ValueError(
                 f"rollout.max_staleness: {rollout.max_staleness}, but what over_sampling and"
-                " dynamic_filtering carry into the next step is two versions old with rollout.async_steps: 1, and would all be"
+                " dynamic_filtering carry into the next step is two versions old with"
+                " rollout.async_steps: 1, and would all be"
                 " discarded: set 2"
             )
         if rollout.prompts_per_step % self.mini_batch_prompts:

@@ -184,7 +184,7 @@ def test_stopping_closes_running_requests(tmp_path):
 
 
 def test_weights_are_written_and_loaded_by_every_server(tmp_path):
-    """The body of the reload call names folder and version; a server that fails gets no requests until the next."""
+    """The reload call names folder and version; a server that fails gets no requests until the next one."""
     fails = Event()
     load = lambda body: (500, b"no") if fails.is_set() else (200, {})  # noqa: E731
     weights = load_file(START / "model.safetensors")
