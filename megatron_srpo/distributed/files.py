@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:  # torch, which most readers of files do not need
     from megatron_srpo.distributed.processes import Processes
@@ -31,7 +32,7 @@ class DurableFile:
         self._start = self._end = 0  # the range that is written, but whose write-back has not started
 
     def write_at(self, data: memoryview | bytes, offset: int) -> None:
-        """Write `data` at `offset` (bytes), without the GIL. Raises FileError, for example for a full disk."""
+        """Write `data` at `offset` (bytes), without the GIL. Raises FileError, such as for a full disk."""
         data = memoryview(data)
         if offset != self._end:
             self._write_back(offset)
@@ -131,6 +132,35 @@ def write_text(file: Path, text: str) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+class JsonLines(NamedTuple):
+    """The objects of a JSONL file, their line numbers (from 1), and what is wrong with the other lines."""
+
+    rows: list[dict[str, Any]]
+    numbers: list[int]
+    problems: list[str]
+
+
+def read_jsonl(file: Path) -> JsonLines:
+    """Read the JSON objects of a JSONL file, NaN and Infinity as None; none if the file does not exist.
+
+    Lines that are no objects, such as one that a kill has torn, are named in `problems` by file and line.
+    """
+    found = JsonLines([], [], [])
+    for number, line in enumerate(file.read_bytes().split(b"\n") if file.is_file() else (), 1):
+        try:
+            if not line:
+                continue
+            row = json.loads(line, parse_constant=lambda name: None)
+            if not isinstance(row, dict):
+                raise ValueError("not a JSON object")
+        except ValueError as error:
+            found.problems.append(f"{file}:{number}: is damaged ({error})")
+        else:
+            found.rows.append(row)
+            found.numbers.append(number)
+    return found
 
 
 def append_line(file: Path, line: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from megatron_srpo.checkpoint.resume import check_writable
+from megatron_srpo.checkpoint.run_folder import check_writable
 from megatron_srpo.config.load import load_config, save_config
 from megatron_srpo.config.schema import Config, ConfigError
 from megatron_srpo.data.records import Group, Sample

@@ -125,7 +125,7 @@ def stored_weights(config: Config, folder: HFFolder) -> Iterator[tuple[str, Tens
         policy = RunTensors(path, "policy")
         if policy.architecture != folder.architecture:
             raise ConfigError(
-                f"evaluation.checkpoint: {policy.folder} holds another model than model.hf_path"
+                f"evaluation.checkpoint: {policy.folder.path} holds another model than model.hf_path"
                 f" ({folder.path})"
             )
         yield from ((name, policy.tensor(name).to(policy.dtype(name))) for name in policy.names())

@@ -35,7 +35,7 @@ class PolicyModel(GPTModel):
     unpadded_vocab_size: int  # rows of the output matrix that are real tokens; set by `build_chunks`
 
     def _postprocess(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-        # With overlap_param_gather the weights arrive before a module's forward pass, which this one has none of.
+        # overlap_param_gather waits for weights before their module's forward pass; the loss reads these.
         if self.post_process:
             for wait in self.output_layer._forward_pre_hooks.values():
                 wait(self.output_layer)

@@ -67,7 +67,7 @@ class TensorMapping:
     Args:
         megatron: Name of the parameter, inside its layer where it has one.
         tensors: Name in HF folders → shape; "{layer}" and "{expert}" stand for their numbers.
-        dim: Dimension that is sharded over tensor-parallel (or expert-tensor-parallel) ranks; None: replicated.
+        dim: Dimension sharded over tensor-parallel (experts: expert-tensor-parallel) ranks, or None.
         padded: Its first dimension is the vocabulary, which Megatron pads at the end.
         tied_to: HF tensor that is stored in its place where the two are tied.
     """
@@ -117,7 +117,7 @@ class TensorMapping:
         return merged
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        """Make the HF tensors from all tensor-parallel shards, or the whole parameter: the inverse of `cut`."""
+        """Make the HF tensors from all tensor-parallel shards, or from the whole parameter."""
         joined = []
         for (rows, *_), pieces in zip(
             self.tensors.values(), zip(*map(self.fusion.split, shards), strict=True), strict=True
@@ -131,7 +131,7 @@ class TensorMapping:
 
 
 class ParamLocation(NamedTuple):
-    """One parameter of the whole model: a mapping, and the layer and expert it is in (0 where it has none)."""
+    """One parameter of the whole model: a mapping, and its layer and expert (0 where it has none)."""
 
     mapping: TensorMapping
     layer: int = 0

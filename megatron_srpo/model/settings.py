@@ -37,8 +37,8 @@ def check_layout(architecture: Architecture, parallel: ParallelSection, megatron
         divided["intermediate_size"] = tensor
         if parallel.expert_model_parallel_size > 1:
             raise ConfigError(
-                f"parallel.expert_model_parallel_size: {parallel.expert_model_parallel_size}, but the model has"
-                " no experts: set it to 1"
+                f"parallel.expert_model_parallel_size: {parallel.expert_model_parallel_size}, but the model"
+                " has no experts: set it to 1"
             )
     for name, (key, size) in divided.items():
         if (value := getattr(architecture, name)) % size:

@@ -126,14 +126,12 @@ def layouts(
         changed = {
             "tensor_model_parallel_size": tensor,
             "pipeline_model_parallel_size": pipeline,
-            "expert_model_parallel_size": expert,
-        }
-        changed |= {
-            "context_parallel_size": context,
             "virtual_pipeline_model_parallel_size": None,
+            "context_parallel_size": context,
+            "expert_model_parallel_size": expert,
+            "expert_tensor_parallel_size": 1 if expert > 1 else None,
             "sequence_parallel": tensor > 1,
         }
-        changed |= {"expert_tensor_parallel_size": 1 if expert > 1 else None}
         parallel = ParallelSection(**{**config.parallel.model_dump(), **changed})
         others = {key: value for key, value in config.megatron.items() if not key.startswith("recompute_")}
         recomputing = (

@@ -1,4 +1,4 @@
-"""Weights from a Hugging Face folder into this rank's chunks, and from all ranks as a stream of HF tensors."""
+"""Weights from a Hugging Face folder into this rank's chunks, and out again as a stream of HF tensors."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from megatron_srpo.checkpoint import folder as folders
 from megatron_srpo.rollout.source import LiveRollouts
 from megatron_srpo.rollout.transformers.engine import TransformersEngine
 from megatron_srpo.training import step_dump as driver
+from megatron_srpo.weights.torch_dist import Folder
 
 STEPS = 4
 START = (
@@ -37,7 +38,8 @@ def config(tmp_path_factory):
     file = root / "config.yaml"
     file.write_text(
         f"model: {{hf_path: {START}, dtype: float32}}\n"
-        "rollout: {prompts_per_step: 2, samples_per_prompt: 4, max_prompt_tokens: 64, max_response_tokens: 48, batch_size: 3}\n"
+        "rollout: {prompts_per_step: 2, samples_per_prompt: 4, max_prompt_tokens: 64, max_response_tokens: 48,"
+        " batch_size: 3}\n"
         "teacher: {max_prompt_tokens: 200}\n"
         f"train: {{steps: {STEPS}}}\n"
         "optimizer: {lr: 2.0e-4, lr_warmup_steps: 3}\n"
@@ -83,13 +85,19 @@ def rows(run):
     ]
 
 
+def saved_tensors(checkpoint):
+    folder = Folder(checkpoint)
+    return {key: folder.read(key) for key in folder.chunks}
+
+
 def assert_same(run, whole):
     """Weights, metrics, samples and the last checkpoint's tensors, bit for bit; steps, bit for bit.
     """
     assert rows(run) == rows(whole)
-    pairs = [("hf/model.safetensors",), ("checkpoints", f"step_{STEPS:06d}", "rank_00000.safetensors")]
-    for parts in pairs:
-        one, other = (load_file(folder.joinpath(*parts)) for folder in (run, whole))
+    for one, other in (
+        [load_file(folder / "hf" / "model.safetensors") for folder in (run, whole)],
+        [saved_tensors(folder / "checkpoints" / f"step_{STEPS:06d}") for folder in (run, whole)],
+    ):
         assert set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
     for step in range(1, STEPS + 1):
         assert (run / "rollouts" / f"step_{step:06d}.jsonl").read_bytes() == (
@@ -218,7 +226,7 @@ def test_a_finished_run_is_left_as_it_is_and_can_be_made_longer(command, whole, 
 def test_a_damaged_newest_checkpoint_is_passed_over_loudly(command, whole, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(whole, run)
-    file = run / "checkpoints" / f"step_{STEPS:06d}" / "rank_00000.safetensors"
+    file = run / "checkpoints" / f"step_{STEPS:06d}" / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:-100] + b"\1" * 100)
     status, said = command(run)
     assert (
@@ -235,9 +243,7 @@ def test_without_a_whole_checkpoint_nothing_is_begun_anew_in_silence(command, wh
         (run / "checkpoints" / f"step_{step:06d}" / "manifest.json").write_text("")
     before = rows(run)
     status, said = command(run)
-    assert (
-        status == 2 and "is valid; remove that folder to start the run over" in said and rows(run) == before
-    )
+    assert status == 2 and "remove that folder to start the run over" in said and rows(run) == before
 
 
 @pytest.mark.parametrize(
@@ -320,7 +326,7 @@ def test_a_run_without_checkpoints_cannot_go_on(command, tmp_path):
     assert command(run, "checkpoint.save_interval=0", "train.steps=1", "evaluation.every=0")[0] == 0
     assert not (run / "checkpoints").exists() and not list((run / "ledger").iterdir())
     status, said = command(run, "checkpoint.save_interval=0", "train.steps=2", "evaluation.every=0")
-    assert status == 2 and "without a checkpoint to go on from" in said
+    assert status == 2 and "without a checkpoint to resume from" in said
 
 
 @pytest.mark.parametrize("is_async", ["true", "false"])

@@ -29,7 +29,6 @@ from megatron_srpo.vocab_parallel.logits import InterpolatedLogits, Logits, Proj
 from megatron_srpo.vocab_parallel.shard import VocabShard
 
 JSD, FORWARD, REVERSE = DIVERGENCES[0], DIVERGENCES[3], DIVERGENCES[4]
-both_forms = pytest.mark.parametrize("form", FORMS)
 # each of SORTS once, form and kernel in turn
 each_sort = pytest.mark.parametrize(
     "function, form, kernel",
