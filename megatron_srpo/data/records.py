@@ -18,9 +18,7 @@ class _Record(BaseModel):
 class Prompt(_Record):
     """One question as the policy sees it."""
 
-    id: str = Field(
-        description="task/split/…, unique in a run: a question's next epoch is another prompt; the same for the same seed"
-    )
+    id: str = Field(description="task/split/…, unique in a run: a question's next epoch is another prompt")
     task: str = Field(description="the task's name; says which verifier judges the response")
     messages: tuple[dict[str, str], ...] = Field(description="chat messages: role, content")
     answer: str = Field(description="ground truth, read by the verifier alone")
@@ -34,14 +32,14 @@ class Verdict(_Record):
     """What the verifier says of one response."""
 
     reward: float = Field(allow_inf_nan=False)
-    correct: bool = Field(description="c_i of METHOD.md: reward >= 0.5")
+    correct: bool = Field(description="c_i of docs/method.md: reward >= 0.5")
     format_ok: bool
     feedback: str | None = Field(
         default=None, description="what the environment says of this attempt; never the ground truth"
     )
     verifier_failed: str | None = Field(
         default=None,
-        description="why nobody could judge it: timeout, died, memory, or error: and what the verifier raised",
+        description="why there is no verdict: timeout, died, memory, or error: and what the verifier raised",
     )
     excluded: bool = Field(
         default=False, description="takes no part in its group: neither learns nor counts nor is shown"
@@ -57,7 +55,7 @@ class Verdict(_Record):
 
 
 class Route(_Record):
-    """What the algorithm makes of one sample; the two weights are z^GRPO and z^SDPO (METHOD.md §3)."""
+    """What one sample learns; the two weights are z^GRPO and z^SDPO (docs/method.md, section 3)."""
 
     branch: Literal["grpo", "sdpo", "mixed", "none"]
     policy_weight: float
@@ -72,7 +70,7 @@ class Route(_Record):
 
 
 class Segment(_Record):
-    """Consecutive response tokens of one author. Only the policy's tokens have log-probabilities and are trained."""
+    """Consecutive response tokens of one author. Only the policy's have log-probabilities and are trained."""
 
     author: Literal["policy", "environment"] = "policy"
     ids: tuple[int, ...] = Field(min_length=1)
@@ -92,7 +90,7 @@ class Segment(_Record):
 class Sample(_Record):
     """One rollout: the prompt and what follows it, in segments.
 
-    Everything that counts or trains tokens reads the policy's segments: `loss_mask`, `policy_ids`, `logprobs`.
+    All that counts or trains tokens reads the policy's segments: `loss_mask`, `policy_ids`, `logprobs`.
     """
 
     prompt: Prompt

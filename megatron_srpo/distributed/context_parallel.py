@@ -33,7 +33,7 @@ class ContextParallel(NamedTuple):
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def local_tokens(self, positions: Tensor) -> Tensor:
-        """Return the row's tokens on this rank, in its order, by the row's `gathered_positions`: [T / size]."""
+        """Return the row's tokens on this rank, in its order, by its `gathered_positions`: [T / size]."""
         return positions.argsort().view(self.size, -1)[self.rank]
 
 
