@@ -27,6 +27,7 @@ setup(
         "rich>=13.9",
         "filelock>=3.13",
         "httpx>=0.27",
+        "psutil>=6.0",
         "sniffio>=1.3",  # httpx looks for it four times a request, which costs more where it is missing
     ],
     extras_require={

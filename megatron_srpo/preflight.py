@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megatron_srpo.checkpoint.resume import check_run_folder
+from megatron_srpo.checkpoint.run_folder import check_run_folder
 from megatron_srpo.config.schema import Config, ConfigError
 from megatron_srpo.data.rollout_file import step_file
 from megatron_srpo.distributed.device import model_dtype, uses_transformer_engine
@@ -19,13 +19,12 @@ from megatron_srpo.tasks import Task, evaluation_tasks, question_count, training
 
 
 @naming_key("model.hf_path")
-def preflight(config: Config) -> HFFolder:
+def preflight(config: Config, trains: bool = True) -> HFFolder:
     """Check the configuration against the model folder, the processes and the disk; returns the folder.
 
-    Raises ConfigError.
+    trains: False if the weights stay as they are. Raises ConfigError.
     """
     check_trackers(config)
-    _check_watchdog(config)
     folder = HFFolder(config.model.hf_path)
     check_layout(folder.architecture, config.parallel, config.megatron)
     data_parallel_size(config.parallel, world_size_from_environment())
@@ -39,7 +38,8 @@ def preflight(config: Config) -> HFFolder:
     if config.evaluation.every > 0 and config.rollout.replay is None:
         check_evaluation(config, folder, evaluation_tasks(config))
     if rank_from_environment() == 0:
-        check_engine(config)
+        if config.rollout.replay is None:
+            check_engine(config, trains)
         check_run_folder(config, folder.architecture)
     if config.rollout.replay is not None:
         for step in range(1, config.train.steps + 1):
@@ -65,16 +65,6 @@ def describe_setup(config: Config, folder: HFFolder, layout: Layout) -> list[str
         keys = "rollout.max_*_tokens, teacher.max_prompt_tokens"
         lines.append(f"sequences may reach {longest} tokens ({keys}); the model was made for {positions}")
     return lines
-
-
-def _check_watchdog(config: Config) -> None:
-    """A server's answer to a publication must be waited for as long as configured. Raises ConfigError."""
-    minutes, seconds = config.logging.watchdog_minutes, config.rollout.sglang.update_timeout
-    if config.rollout.engine == "sglang" and minutes is not None and seconds >= 60 * minutes:
-        raise ConfigError(
-            f"logging.watchdog_minutes: {minutes:g} minutes would end a run that waits for rollout.sglang.update_timeout ({seconds:g} s);"
-            " set more"
-        )
 
 
 def check_evaluation(config: Config, folder: HFFolder, tasks: Mapping[str, Task]) -> None:

@@ -12,7 +12,7 @@ from megatron_srpo.config.schema import Config, ConfigError, ResumeSection
 from megatron_srpo.data.rollout_file import dump
 from megatron_srpo.distributed.heartbeat import PROGRESS
 from megatron_srpo.distributed.layout import Layout, process_group
-from megatron_srpo.evaluation.evaluate import stored_weights
+from megatron_srpo.evaluation.run import stored_weights
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.observe.metrics import MetricsFile, rollout_metrics
 from megatron_srpo.observe.session import run_session
@@ -21,7 +21,7 @@ from megatron_srpo.observe.terminal import Terminal
 from megatron_srpo.preflight import preflight
 from megatron_srpo.rollout.collect import exchange
 from megatron_srpo.rollout.route import route
-from megatron_srpo.rollout.source import Rollouts
+from megatron_srpo.rollout.source import open_rollouts
 
 
 def sample(config: Config) -> Path:
@@ -39,7 +39,7 @@ def sample(config: Config) -> Path:
         raise ConfigError(
             "rollout.async_steps: 1 overlaps sampling with training; the sample command does not train: set 0"
         )
-    folder = preflight(config.model_copy(update={"resume": ResumeSection(mode="never")}))
+    folder = preflight(config.model_copy(update={"resume": ResumeSection(mode="never")}), trains=False)
     with (
         process_group(config.parallel, config.train.seed) as layout,
         run_session(config.logging, f"sampling · {folder.path.name}", config.train.steps, layout) as terminal,
@@ -58,10 +58,10 @@ def _sample_steps(config: Config, folder: HFFolder, layout: Layout, terminal: Te
         update={**stays, "checkpoint": config.checkpoint.model_copy(update={"save_interval": 0})}
     )
     watch = Stopwatch(terminal.phase)
-    rollouts = Rollouts(config, folder, layout, terminal.say, watch)
+    rollouts = open_rollouts(config, folder, layout, terminal.say, watch)
     metrics = MetricsFile(directory / "metrics.jsonl" if is_first else Path(os.devnull))
     try:
-        rollouts.go_on(0, 0)
+        rollouts.resume(0, 0)
         rollouts.publish(stored_weights(config, folder), 0)
         for step in range(1, config.train.steps + 1):
             PROGRESS.step = step
@@ -70,7 +70,7 @@ def _sample_steps(config: Config, folder: HFFolder, layout: Layout, terminal: Te
                 groups = exchange(route(groups, step, config, folder), layout)
                 if is_first:
                     dump(groups, directory / "rollouts", step)
-            row = {"step": step, **rollout_metrics(groups), **rollouts.drawn.numbers, **watch.read()}
+            row = {"step": step, **rollout_metrics(groups), **rollouts.metrics, **watch.read()}
             metrics.write(row)
             terminal.say(
                 f"step {step:>4}/{config.train.steps}  pass {row['pass_rate']:.3f}"

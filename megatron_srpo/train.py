@@ -22,7 +22,7 @@ from megatron_srpo.observe.terminal import Terminal
 from megatron_srpo.preflight import describe_setup, preflight
 from megatron_srpo.rollout.collect import exchange
 from megatron_srpo.rollout.route import route
-from megatron_srpo.rollout.source import Rollouts
+from megatron_srpo.rollout.source import open_rollouts
 from megatron_srpo.training.step_dump import StepDump
 from megatron_srpo.training.trainer import Trainer, TrainerSettings
 from megatron_srpo.weights.transfer import save_hf
@@ -78,7 +78,7 @@ class Training:
         self.trainer = Trainer(TrainerSettings.of(config), folder, layout, self.checkpoint is not None)
         terminal.say(self.trainer.describe_loss())
         self.watch = Stopwatch(terminal.phase)
-        self.rollouts = Rollouts(config, folder, layout, terminal.say, self.watch)
+        self.rollouts = open_rollouts(config, folder, layout, terminal.say, self.watch)
         self.evaluator: Evaluator | None = create_evaluator(config, self.rollouts, terminal.say)
         self.reporter = Reporter(config, layout, terminal)
         self.dump = StepDump(config.logging, layout, config.rollout.temperature, folder.tokenizer.decode)
@@ -88,7 +88,7 @@ class Training:
             config.checkpoint,
             layout,
             RunInfo.of(config, folder.architecture, layout),
-            self.rollouts.ledger.saved,
+            self.rollouts.saved,
         )
 
     def run(self) -> None:
@@ -131,7 +131,7 @@ class Training:
         with watch("rollout"):
             groups = rollouts.collect(step)
             groups = exchange(route(groups, step, self.config, self.folder), self.layout)
-            rollouts.make_room()
+            rollouts.release_memory()
             self.dump.samples(step, groups)
         with trainer.onloaded():
             with watch("teacher"):
@@ -141,9 +141,8 @@ class Training:
                 values = self.dump.token_values(step, groups)
                 report = trainer.update(batches, scores, values)
                 self.dump.tokens(step, groups, values)
-        rollouts.ledger.trained(step, [group[0].prompt.id for group in groups])
         self._publish(step)
-        self.reporter.step(step, groups, report, {**rollouts.drawn.numbers, **watch.read()})
+        self.reporter.step(step, groups, report, {**rollouts.metrics, **watch.read()})
 
     def _publish(self, step: int) -> None:
         with self.watch("publish"):
@@ -162,7 +161,7 @@ class Training:
             self.checkpoint, self.trainer, self.layout, self.terminal.say
         )
         self.reporter.resume(step, is_evaluated, counters.skipped_in_a_row)
-        self.rollouts.go_on(step, counters.next_prompt)
+        self.rollouts.resume(step, counters.next_prompt)
         return step, is_evaluated
 
     def _save(self, step: int, evaluation: dict | None, reason: str | None) -> None:

@@ -36,7 +36,7 @@ def main() -> int:
         type=int,
         default=field.default,
         metavar="N",
-        help="pad the vocabulary to a multiple of N (default %(default)s); megatron-core loads it at any other padding",
+        help="pad the vocabulary to a multiple of N (default %(default)s); megatron-core loads any padding",
     )
     options = parser.parse_args()
     if options.make_vocab_size_divisible_by < 1:

@@ -52,11 +52,11 @@ def main() -> int:
             source = RunTensors(options.checkpoint, options.weights)
             if source.architecture != reference.architecture:
                 raise FileError(
-                    f"{options.hf_reference}: its config.json is not that of the model in {source.folder}"
+                    f"{options.hf_reference}: its config.json is not that of the model in {source.folder.path}"
                 )
         elif options.weights == "teacher":
             raise FileError(
-                f"--weights teacher: {options.checkpoint} is no training run's folder, which alone has a teacher"
+                f"--weights teacher: {options.checkpoint} is no training run's folder: it has no teacher"
             )
         else:
             source = MegatronTensors(checkpoint_folder(options.checkpoint), reference.architecture)

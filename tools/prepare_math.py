@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+from _prepare import print_report
 
 from megatron_srpo.config.schema import ConfigError
 from megatron_srpo.tasks.mathematics import published_row
 from megatron_srpo.tasks.questions import read_objects, write_questions
 
 
-def prepare(raw: Path, output: Path) -> str:
-    """Write the questions; what to print.
+def prepare(raw: Path, output: Path) -> Iterator[str]:
+    """Write the questions; yield lines to print.
 
     Raises ConfigError when the file cannot be read or no row can be used.
     """
@@ -35,23 +38,18 @@ def prepare(raw: Path, output: Path) -> str:
     if not rows:
         raise ConfigError(f"{raw}: no row can be used; the first: {left_out[0]}")
     write_questions(rows, output)
-    return "\n".join([f"{output}: {len(rows)} questions; left out: {len(left_out)}", *left_out[:10]])
+    yield f"{output}: {len(rows)} questions; left out: {len(left_out)}"
+    yield from left_out[:10]
 
 
 def main() -> int:
-    """Returns the exit status: 2 when the data cannot be used."""
     parser = argparse.ArgumentParser(
         description="A mathematics benchmark as published → questions with short answers."
     )
     parser.add_argument("--raw", type=Path, required=True, help="JSONL file")
     parser.add_argument("--output", type=Path, required=True, help="JSONL file to write")
     options = parser.parse_args()
-    try:
-        print(prepare(options.raw, options.output))
-    except ConfigError as error:
-        print(f"error: {str(error).removeprefix('task.path: ')}", file=sys.stderr)
-        return 2
-    return 0
+    return print_report(prepare(options.raw, options.output))
 
 
 if __name__ == "__main__":

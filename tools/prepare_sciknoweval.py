@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from _prepare import print_report
 
 from megatron_srpo.config.schema import ConfigError
 from megatron_srpo.tasks.questions import write_questions
@@ -28,15 +30,14 @@ DOMAINS = {
 }
 
 
-def prepare(raw: Path, output: Path) -> list[str]:
-    """Write every domain that `raw` holds; one line to print for each.
+def prepare(raw: Path, output: Path) -> Iterator[str]:
+    """Write every domain that `raw` holds; yield lines to print for each.
 
     Raises ConfigError for data that is not as published.
     """
     found = [domain for domain in DOMAINS if (raw / domain).is_dir()]
     if not found:
         raise ConfigError(f"--raw: {raw.resolve()} has none of the folders {', '.join(DOMAINS)}")
-    report = []
     for domain in found:
         name, *expected = DOMAINS[domain]
         train, test = split(read_domain(raw / domain))
@@ -48,13 +49,12 @@ def prepare(raw: Path, output: Path) -> list[str]:
         line = f"{name}: {len(train)} training and {len(test)} test questions"
         if [len(train), len(test)] != expected:
             line += f" (the papers have {expected[0]} and {expected[1]}: this is another version of the data)"
-        report.append(line)
+        yield line
         if leaked := leaks(train, test):
             texts = len({choice.question for choice in leaked})
             ids = ", ".join(choice.id for choice in leaked)
             leak = f"{len(leaked)} test questions ({texts} different texts) are in the training set, too"
-            report.append(f"  {leak}: ids {ids}")
-    return report
+            yield f"  {leak}: ids {ids}"
 
 
 def leaks(train: Sequence[Choice], test: Sequence[Choice]) -> list[Choice]:
@@ -64,7 +64,6 @@ def leaks(train: Sequence[Choice], test: Sequence[Choice]) -> list[Choice]:
 
 
 def main() -> int:
-    """Returns the exit status: 2 when the data cannot be used."""
     parser = argparse.ArgumentParser(
         description="SciKnowEval as published → training and test questions of each science."
     )
@@ -75,12 +74,7 @@ def main() -> int:
         "--output", type=Path, required=True, help="folder to write chemistry/, physics/, … into"
     )
     options = parser.parse_args()
-    try:
-        print("\n".join(prepare(options.raw, options.output)))
-    except ConfigError as error:
-        print(f"error: {str(error).removeprefix('task.path: ')}", file=sys.stderr)
-        return 2
-    return 0
+    return print_report(prepare(options.raw, options.output))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from _prepare import print_report
+
 from megatron_srpo.config.schema import ConfigError
 from megatron_srpo.tasks.questions import write_questions
 from megatron_srpo.tasks.tool_use import read_toolalpaca
@@ -42,7 +44,6 @@ def prepare(file: Path, output: Path) -> str:
 
 
 def main() -> int:
-    """Returns the exit status: 2 when the data cannot be used."""
     parser = argparse.ArgumentParser(description="ToolAlpaca as published → training and test questions.")
     parser.add_argument("--train", type=Path, help="train_data.json")
     parser.add_argument("--test", type=Path, help="eval_simulated.json or eval_real.json")
@@ -52,14 +53,10 @@ def main() -> int:
     options = parser.parse_args()
     if options.train is None and options.test is None:
         parser.error("--train or --test: name at least one file")
-    try:
-        for name in ("train", "test"):
-            if (file := getattr(options, name)) is not None:
-                print(prepare(file, options.output / f"{name}.jsonl"))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    files = {"train": options.train, "test": options.test}
+    return print_report(
+        prepare(file, options.output / f"{name}.jsonl") for name, file in files.items() if file is not None
+    )
 
 
 if __name__ == "__main__":

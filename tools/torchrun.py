@@ -1,12 +1,11 @@
-"""torchrun whose exit status is the first failed rank's: 75 for a run that was asked to leave, where torchrun
-itself says 1.
+"""torchrun with the first failed rank's exit status: 75 for an interrupted run, where torchrun exits with 1.
 
-    python tools/torchrun.py --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m
-    megatron_srpo train CONFIG
+    python tools/torchrun.py --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
+        -m megatron_srpo train CONFIG
 
-SIGUSR1 is left to the ranks, each of which Slurm signals, too: they save themselves and leave, and torchrun
-with them. SIGTERM, which Kubernetes sends to this process alone, is handed to the ranks, which take the time
-they need: torchrun itself would kill them after 30 seconds.
+SIGUSR1 is ignored here: Slurm signals each rank as well, the ranks save and exit, and torchrun with them.
+SIGTERM, which Kubernetes sends to this process alone, is forwarded to the ranks, which take the time they
+need: torchrun itself would kill them after 30 seconds.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
 
-def hand_to_ranks(number: int, frame) -> None:
-    """Signal the ranks and go on waiting for them; where there are none yet, leave."""
+def forward_to_ranks(number: int, frame) -> None:
+    """Signal the ranks and keep waiting for them; exit if there are none yet."""
     ranks = [
         int(word) for file in Path("/proc/self/task").glob("*/children") for word in file.read_text().split()
     ]
@@ -32,11 +31,9 @@ def hand_to_ranks(number: int, frame) -> None:
 
 
 def run() -> int:
-    """Returns the exit status."""
-    signal.signal(
-        signal.SIGUSR1, signal.SIG_IGN
-    )  # it would end torchrun; the ranks set a handler of their own
-    signal.signal(signal.SIGTERM, hand_to_ranks)
+    """Run torchrun; return the exit status."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it would end torchrun; the ranks set their own handler
+    signal.signal(signal.SIGTERM, forward_to_ranks)
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGINT,SIGHUP,SIGQUIT"  # torchrun's own handlers
     try:
         main()

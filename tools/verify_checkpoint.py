@@ -87,9 +87,8 @@ def main() -> int:
         given = options.hf_reference and HFFolder(options.hf_reference)
         reference = given or architecture_folder(options.first) or architecture_folder(options.second)
         if reference is None:
-            raise FileError(
-                f"{options.first} and {options.second} have no config.json; name a Hugging Face folder with --hf-reference"
-            )
+            folders = f"{options.first} and {options.second}"
+            raise FileError(f"{folders} have no config.json; name a Hugging Face folder with --hf-reference")
         first, second = (
             RunTensors(path, options.weights) if is_of_a_run(path) else open_tensors(path, reference)
             for path in (options.first, options.second)

@@ -1,38 +1,36 @@
-"""The folder of a run's checkpoints: which are whole, which is the newest, which may go.
+"""The folder of a run's checkpoints: which are valid, which is the newest, which may be removed.
 
-    RUN/checkpoints/step_000010/rank_00000.safetensors …   each rank's tensors (see `pieces.py`)
-                                manifest.json              step, configuration, versions, state, and every
-                                file's size and checksum
-                    latest                                 the newest's name
+    RUN/checkpoints/step_000010/__0_0.distcp …   each rank's tensors, in megatron-core's format torch_dist
+                                .metadata, common.pt, metadata.json   the same format's
+                                manifest.json    step, configuration, versions, counters, and every file's
+                                                 size and checksum
+                    latest                       the newest one's name
 
-A checkpoint is written beside (`.step_000010.…`), synced, and renamed when it is whole: what has the name
-`step_…` is whole unless the disk damaged it, which the checksums tell.
+A checkpoint is written in `.step_000010.…`, synced, and renamed when it is complete: what is called `step_…`
+is complete, and its checksums tell whether the disk has damaged it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from megatron_srpo.config.schema import Config
 from megatron_srpo.distributed.device import model_dtype
 from megatron_srpo.distributed.files import FileError, sync, write_text
 from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.model.architecture import Architecture
-from megatron_srpo.weights.safetensors_file import bytes_of
 
-FORMAT = 1
+FORMAT = 2  # 1: safetensors files with ranges of the ranks' shards
+_READ_BYTES = 16 * 2**20
 _PACKAGES = ("megatron-core", "megatron_srpo", "safetensors", "torch", "transformers")
 _NAME = re.compile(r"step_(\d{6,})")
 
@@ -75,7 +73,8 @@ class RunInfo(BaseModel):
 class Counters(NamedTuple):
     """What a checkpoint holds besides the trainer's state.
 
-    skipped_in_a_row: updates skipped since the last finite one. next_prompt: position in the training prompts.
+    skipped_in_a_row: updates skipped since the last finite one.
+    next_prompt: position in the training prompts.
     """
 
     skipped_in_a_row: int = 0
@@ -130,14 +129,21 @@ def read_manifest(folder: Path) -> Manifest:
     except ValidationError as error:
         raise DamagedCheckpoint(f"{file}: is damaged: {error.errors()[0]['msg']}") from None
     if manifest.format != FORMAT:
-        raise DamagedCheckpoint(f"{file}: has format {manifest.format}; this version reads {FORMAT}")
+        raise DamagedCheckpoint(
+            f"{file}: has format {manifest.format}, and this version reads format {FORMAT}; resume the run"
+            " with the version of megatron_srpo that saved it (named in that file), or start a new run from"
+            " the Hugging Face folder that that version's convert_megatron_to_hf.py makes of it"
+        )
     return manifest
 
 
-def checksum(tensors: Iterable[tuple[str, Tensor]]) -> int:
-    """One number for a file: the CRC-32 of its tensors' names and CRC-32s."""
-    of_tensors = {key: zlib.crc32(bytes_of(tensor)) for key, tensor in tensors}
-    return zlib.crc32(json.dumps(sorted(of_tensors.items())).encode())
+def describe(file: Path) -> SavedFile:
+    """Read a file to its end. Raises OSError."""
+    size, crc32 = 0, 0
+    with file.open("rb") as content:
+        while block := content.read(_READ_BYTES):
+            size, crc32 = size + len(block), zlib.crc32(block, crc32)
+    return SavedFile(bytes=size, crc32=crc32)
 
 
 def check_files(folder: Path, manifest: Manifest, share: slice = slice(None)) -> None:
@@ -147,11 +153,10 @@ def check_files(folder: Path, manifest: Manifest, share: slice = slice(None)) ->
         try:
             if (size := file.stat().st_size) != expected.bytes:
                 raise DamagedCheckpoint(f"{file}: has {size} bytes, the manifest says {expected.bytes}")
-            with safe_open(file, framework="pt") as tensors:
-                found = checksum((key, tensors.get_tensor(key)) for key in tensors.keys())  # noqa: SIM118  (not a dict)
-        except (OSError, SafetensorError) as error:
-            raise DamagedCheckpoint(f"{file}: cannot be read: {error}") from None
-        if found != expected.crc32:
+            found = describe(file)
+        except OSError as error:
+            raise DamagedCheckpoint(f"{file}: cannot be read: {error.strerror}") from None
+        if found.crc32 != expected.crc32:
             raise DamagedCheckpoint(f"{file}: its content has changed since it was written (CRC-32)")
 
 

@@ -11,23 +11,25 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from megatron_srpo.checkpoint import folder as folders
 from megatron_srpo.checkpoint.folder import Counters, Manifest, RunInfo, SavedFile
+from megatron_srpo.checkpoint.slices import TensorSlice
 from megatron_srpo.checkpoint.state import scalars, snapshot
 from megatron_srpo.config.schema import CheckpointSection, ConfigError
 from megatron_srpo.distributed.files import write_text
 from megatron_srpo.distributed.heartbeat import beat
 from megatron_srpo.distributed.layout import Layout
+from megatron_srpo.model.families import architecture_from_dict
 from megatron_srpo.training.trainer import Trainer
-from megatron_srpo.weights.safetensors_file import Writer
+from megatron_srpo.weights import torch_dist
+from megatron_srpo.weights.sources import empty_objects
 
 _POLL_SECONDS = 0.05
+_NOTE = "rank_{:05d}.note"
 
 
 class SaveFailed(RuntimeError):
@@ -59,11 +61,12 @@ class Saver:
         self.session = layout.broadcast(f"{time.time_ns():x}")
         if not directory.parent.is_dir():
             raise ConfigError(
-                f"logging.dir: {directory.parent} was made by the first rank, but rank {layout.rank} does not see it"
+                f"logging.dir: {directory.parent} was made by the first rank, but rank {layout.rank} does not"
+                " see it; all ranks need the same folder"
             )
         self._thread: threading.Thread | None = None
         self._problem: str | None = None  # of the last checkpoint
-        self._untold: str | None = None
+        self._unreported: str | None = None
 
     def save(
         self, step: int, trainer: Trainer, counters: Counters, evaluation: dict[str, Any] | None
@@ -85,10 +88,10 @@ class Saver:
         self._join()
         self._start(snapshot(trainer), manifest)
 
-    def _start(self, tensors: dict[str, Tensor], manifest: Manifest) -> None:
+    def _start(self, slices: Sequence[TensorSlice], manifest: Manifest) -> None:
         partial = self.directory / f".step_{manifest.step:06d}.{self.session}"
         self._thread = threading.Thread(
-            target=self._write, args=(partial, tensors, manifest), name="checkpoint", daemon=True
+            target=self._write, args=(partial, slices, manifest), name="checkpoint", daemon=True
         )
         self._thread.start()
         if not self.settings.async_save:
@@ -96,8 +99,8 @@ class Saver:
 
     def news(self) -> str | None:
         """What went wrong since the last call, if anything did."""
-        untold, self._untold = self._untold, None
-        return untold
+        problem, self._unreported = self._unreported, None
+        return problem
 
     def finish(self) -> None:
         """Wait for the last checkpoint. Raises SaveFailed when it could not be written."""
@@ -110,54 +113,73 @@ class Saver:
             self._thread.join()
             self._thread = None
 
-    def _write(self, partial: Path, tensors: dict[str, Tensor], manifest: Manifest) -> None:
-        name, self._problem = f"rank_{self.layout.rank:05d}.safetensors", None
+    def _write(self, partial: Path, slices: Sequence[TensorSlice], manifest: Manifest) -> None:
+        """Write this rank's file and a note for the first rank, which then makes the checkpoint."""
+        self._problem, rank = None, self.layout.rank
         try:
             partial.mkdir(parents=True, exist_ok=True)
             try:
-                note: dict[str, Any] = write_tensors(partial / name, tensors).model_dump()
-            except Exception as error:  # a full disk, a quota: the first rank will say it
-                (partial / name).unlink(
-                    missing_ok=True
-                )  # or there would be no room for the note that the first rank waits for
-                note = {"error": f"rank {self.layout.rank}: {error}"}
-            write_text(partial / f"{name}.note", json.dumps(note))
-            if self.layout.rank == 0:
+                note = write_slices(partial, rank, slices).model_dump()
+            except Exception as error:  # a full disk, a quota: the first rank reports it
+                for file in partial.glob(f"__{rank}_0.distcp"):
+                    file.unlink()  # makes room for the note
+                note = {"error": f"rank {rank}: {error}"}
+            write_text(partial / _NOTE.format(rank), json.dumps(note))
+            if rank == 0:
                 self._finish(partial, manifest)
         except Exception as error:  # the first rank's own, or a rank that cannot even leave a note
-            self._problem = self._untold = (
-                f"the checkpoint of step {manifest.step} could not be written: {error}"
-            )
+            self._problem = f"the checkpoint of step {manifest.step} could not be written: {error}"
+            self._unreported = self._problem
 
     def _finish(self, partial: Path, manifest: Manifest) -> None:
-        """On the first rank: wait for all ranks' notes, then give the checkpoint its name and remove old
-        ones.
-        """
-        problems = []
-        for rank in range(self.layout.world_size):
-            name = f"rank_{rank:05d}.safetensors"
-            note = partial / f"{name}.note"
-            while not note.exists():
-                time.sleep(_POLL_SECONDS)
-            said = json.loads(note.read_text())
-            if "error" in said:
-                problems.append(said["error"])
-            else:
-                manifest.files[name] = SavedFile.model_validate(said)
-            note.unlink()
-        if problems:
-            shutil.rmtree(partial)  # what was written takes room, and is of no use
+        """On the first rank: wait for all ranks' notes, then commit the checkpoint and remove old ones."""
+        notes = [_await_note(partial / _NOTE.format(rank)) for rank in range(self.layout.world_size)]
+        if problems := [note["error"] for note in notes if "error" in note]:
+            shutil.rmtree(partial)  # what was written takes space, and is of no use
             raise OSError("; ".join(problems))
+        written = [RankFile.model_validate(note) for note in notes]
+        chunks = [chunk for file in written for chunk in torch_dist.chunks_from_json(file.chunks)]
+        [empty] = torch_dist.chunks_from_json(written[0].empty)
+        architecture = architecture_from_dict(manifest.architecture)
+        torch_dist.write_metadata(partial, chunks, empty, empty_objects(architecture))
+        for file in written:
+            manifest.files[file.name] = SavedFile(bytes=file.bytes, crc32=file.crc32)
+        for name in torch_dist.METADATA_FILES:
+            manifest.files[name] = folders.describe(partial / name)
         folders.commit(partial, manifest, self.directory)
         folders.retain(self.directory, self.settings.keep_last, self.settings.keep_best)
         self.on_commit(manifest.step)
 
 
-def write_tensors(file: Path, tensors: dict[str, Tensor]) -> SavedFile:
-    """One safetensors file, on the disk when this returns."""
-    writer = Writer(file, {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()})
-    for key, tensor in tensors.items():
+class RankFile(SavedFile):
+    """What a rank notes of the file that it wrote; chunks and empty: see `torch_dist.chunks_to_json`."""
+
+    name: str
+    chunks: str
+    empty: str
+
+
+def write_slices(folder: Path, rank: int, slices: Iterable[TensorSlice]) -> RankFile:
+    """Write a rank's file; it is on the disk when this returns."""
+    writer = torch_dist.Writer(folder, rank)
+    empty = writer.write_nothing()
+    for part in slices:
         beat()
-        writer.write(key, tensor)
-    writer.close()
-    return SavedFile(bytes=file.stat().st_size, crc32=folders.checksum(tensors.items()))
+        writer.write(*part)
+    chunks = writer.close()
+    return RankFile(
+        bytes=writer.size,
+        crc32=writer.crc32,
+        name=writer.name,
+        chunks=torch_dist.chunks_to_json(chunks).decode(),
+        empty=torch_dist.chunks_to_json([empty]).decode(),
+    )
+
+
+def _await_note(file: Path) -> dict[str, Any]:
+    """Wait for a rank's note, read it and remove it."""
+    while not file.exists():
+        time.sleep(_POLL_SECONDS)
+    note = json.loads(file.read_text())
+    file.unlink()
+    return note

@@ -1,39 +1,50 @@
-"""Between the trainer's live state and a checkpoint: what is saved of it, and how it is put back."""
+"""Between the trainer's live state and a checkpoint: what is saved of it, and how it is restored."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron_srpo.checkpoint.pieces import GENERATOR, Piece, SavedTensors
+from megatron_srpo.checkpoint.slices import PREFIXES, ShardLocation, TensorSlice
 from megatron_srpo.distributed.layout import random_states, restore_random_states
-from megatron_srpo.model.mapping import TensorMapping
-from megatron_srpo.training.optimizer import MOMENTS
+from megatron_srpo.training.optimizer import MOMENTS, Shard
 from megatron_srpo.training.trainer import Trainer
+from megatron_srpo.weights.sources import checkpoint_slice
+from megatron_srpo.weights.torch_dist import Folder
 from megatron_srpo.weights.transfer import ParameterShard, parameters_of
 
 
-def snapshot(trainer: Trainer) -> dict[str, Tensor]:
-    """This rank's tensors by their names in its file: copies on the CPU, so that training can go on.
+class _Parameter(NamedTuple):
+    """One of this rank's parameters, and where its shard lies in a checkpoint."""
+
+    value: Parameter
+    location: ShardLocation
+
+
+def snapshot(trainer: Trainer) -> list[TensorSlice]:
+    """Copy this rank's part of a checkpoint to the CPU.
 
     Every element of every parameter is in exactly one rank's snapshot.
     """
-    tensors: dict[str, Tensor] = {}
+    slices: list[TensorSlice] = []
     teacher = trainer.teacher if trainer.teacher is not None and trainer.teacher.has_weights else None
-    for position, (_, parameter, part) in enumerate(_parameters(trainer)):
+    for position, (parameter, location) in enumerate(_parameters(trainer)):
         shard = trainer.optimizer.shard_of(parameter)
-        if not part.is_primary or shard.start == shard.end:
+        if not location.shard.is_primary or shard.start == shard.end:
             continue
         kinds = {"policy": shard.values, **shard.moments}
         if teacher is not None:
             kinds["teacher"] = teacher.share(position, shard)
         for kind, values in kinds.items():
-            piece = Piece(kind, part.name, part.index, part.count, tuple(parameter.shape), shard.start)
-            tensors[piece.key] = values.detach().to("cpu", copy=True).contiguous()
-    return tensors | {f"{GENERATOR}{name}": state for name, state in random_states().items()}
+            slices += location.cut(PREFIXES[kind], values, shard.start)
+    for name, state in random_states().items():
+        key, shape = _generator_key(trainer.layout.rank, name), tuple(state.shape)
+        slices.append(TensorSlice(key, state, shape, (0,) * len(shape)))
+    return slices
 
 
 def scalars(trainer: Trainer) -> dict[str, int]:
@@ -45,47 +56,45 @@ def scalars(trainer: Trainer) -> dict[str, int]:
 
 
 @torch.no_grad()
-def restore_trainer(trainer: Trainer, saved: SavedTensors, state: dict[str, int]) -> None:
-    """Put policy, optimizer, schedule and teacher back, on whatever layout.
-
-    Raises DamagedCheckpoint for what is missing.
-    """
+def restore_trainer(trainer: Trainer, saved: Folder, state: dict[str, int]) -> None:
+    """Restore policy, optimizer, schedule and teacher at any layout. Raises FileError for what is missing."""
     with trainer.onloaded(), trainer.update_state_onloaded():
         _restore(trainer, saved, state)
 
 
-def _restore(trainer: Trainer, saved: SavedTensors, state: dict[str, int]) -> None:
+def _restore(trainer: Trainer, saved: Folder, state: dict[str, int]) -> None:
     optimizer, teacher = trainer.optimizer, trainer.teacher
     optimizer.schedule.num_steps, optimizer.updates = state["schedule_steps"], state["optimizer_updates"]
-
-    def read(
-        kind: str, start: int, end: int, mapping: TensorMapping, parameter: Parameter, part: ParameterShard
-    ) -> Tensor:
-        return saved.read(
-            Piece(kind, part.name, part.index, part.count, tuple(parameter.shape), start), end, mapping
-        )
-
-    for where in _parameters(trainer):
-        parameter = where[1]
-        policy = read("policy", 0, parameter.numel(), *where)
+    for parameter, location in _parameters(trainer):
+        policy = location.read(saved, PREFIXES["policy"], 0, parameter.numel())
         parameter.view(-1).copy_(policy)
         start, end = optimizer.held_range(parameter)
-        optimizer.restore(
-            parameter, policy[start:end], {name: read(name, start, end, *where) for name in MOMENTS}
-        )
+        moments = {name: location.read(saved, PREFIXES[name], start, end) for name in MOMENTS}
+        optimizer.restore(parameter, policy[start:end], moments)
     if teacher is not None and teacher.has_weights:
-        everything = (
-            (read("teacher", 0, w[1].numel(), *w), optimizer.shard_of(w[1])) for w in _parameters(trainer)
-        )
-        teacher.restore(everything)
+        teacher.restore(_teacher_weights(trainer, saved))
 
 
-def restore_generators(saved: SavedTensors, rank: int) -> None:
-    """The random generators of rank `rank` of as many ranks as saved them."""
-    restore_random_states(saved.generators(rank))
+def _teacher_weights(trainer: Trainer, saved: Folder) -> Iterator[tuple[Tensor, Shard]]:
+    for parameter, location in _parameters(trainer):
+        weights = location.read(saved, PREFIXES["teacher"], 0, parameter.numel())
+        yield weights, trainer.optimizer.shard_of(parameter)
 
 
-def _parameters(trainer: Trainer) -> Iterator[tuple[TensorMapping, Parameter, ParameterShard]]:
-    """(mapping, parameter, where its part belongs) of this rank's policy."""
-    for location, parameter in parameters_of(trainer.chunks, trainer.folder.architecture):
-        yield location.mapping, parameter, ParameterShard.of(location)
+def restore_generators(saved: Folder, rank: int) -> None:
+    """Restore the random states that rank `rank` saved."""
+    prefix = _generator_key(rank, "")
+    keys = [key for key in saved.chunks if key.startswith(prefix)]
+    restore_random_states({key.removeprefix(prefix): saved.read(key).clone() for key in keys})
+
+
+def _generator_key(rank: int, name: str) -> str:
+    return f"generators.rank_{rank:05d}.{name}"
+
+
+def _parameters(trainer: Trainer) -> Iterator[_Parameter]:
+    """Yield this rank's parameters of the policy, in a fixed order."""
+    architecture = trainer.folder.architecture
+    for location, parameter in parameters_of(trainer.chunks, architecture):
+        place, shard = checkpoint_slice(location, architecture), ParameterShard.of(location)
+        yield _Parameter(parameter, ShardLocation(place, shard, tuple(parameter.shape)))

@@ -17,7 +17,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(config: Config) -> int:
-    from megatron_srpo.evaluation.evaluate import run_evaluation
+    from megatron_srpo.evaluation.run import run_evaluation
 
     directory = run_evaluation(config)
     if is_first_rank():

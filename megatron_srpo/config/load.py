@@ -1,4 +1,4 @@
-"""The configuration from a YAML file and dotted overrides; what is wrong with it by file, line and key."""
+"""Load the configuration from a YAML file and dotted overrides; errors name file, line and key."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import re
 from pathlib import Path
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from megatron_srpo.algorithm import METHODS
 from megatron_srpo.config.schema import Config, ConfigError, TaskSource
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-6 as text; everybody means the number."""
+    """Reads 1e-6 as a number; YAML 1.1 makes text of it."""
 
 
 _Loader.add_implicit_resolver(
@@ -22,17 +23,15 @@ _Loader.add_implicit_resolver(
 )
 
 
-SHORT = {
-    "hf_path": "model.hf_path",
-    "checkpoint": "evaluation.checkpoint",
-}  # what overrides may call by its last name
+# Keys that overrides may call by their last name.
+SHORT = {"hf_path": "model.hf_path", "checkpoint": "evaluation.checkpoint"}
 
 
 def load_config(path: Path, overrides: list[str]) -> Config:
-    """The configuration in YAML file `path` with `section.key=value` overrides applied (values are YAML too).
+    """Load YAML file `path` and apply `section.key=value` overrides, whose values are YAML, too.
 
-    Raises ConfigError naming every wrong key with its file and line (or the override), and the nearest valid
-    name.
+    Raises:
+        ConfigError: Names every wrong key with its file and line (or override), and the nearest valid name.
     """
     tree, places = _read_yaml(path)
     for override in overrides:
@@ -70,9 +69,10 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def _read_yaml(path: Path) -> tuple[dict, dict[str, str]]:
-    """The file's tree and the place ("file:line") of every dotted key.
+    """Return the file's tree and the place ("file:line") of every dotted key.
 
-    Raises ConfigError for bad YAML or repeated keys.
+    Raises:
+        ConfigError: Bad YAML or a repeated key.
     """
     places: dict[str, str] = {}
 
@@ -104,35 +104,26 @@ def _read_yaml(path: Path) -> tuple[dict, dict[str, str]]:
     }, places
 
 
-def _explain(problem: dict, path: Path, places: dict[str, str]) -> str:
-    """One line for one pydantic error: place, key, what is wrong, nearest valid name."""
+def _explain(problem: ErrorDetails, path: Path, places: dict[str, str]) -> str:
+    """Describe a pydantic error in one line: place, key, what is wrong, nearest valid name."""
     location = [str(part) for part in problem["loc"]]
     if location[:1] == ["algorithm"] and len(location) > 1:  # pydantic inserts the union's tag
         location = ["algorithm", *location[2:]]
     key = ".".join(location)
     message = problem["msg"].removeprefix("Value error, ")
     name, _, rest = message.partition(": ")
-    for named in (
-        name,
-        f"{key}.{name}",
-    ):  # a check over several keys names the one to change, in its section or whole
+    for named in (name, f"{key}.{name}"):  # a check of several keys names the one to change
         if named in places:
             key, message = named, rest
     place = next((places[nearest] for nearest in _and_above(key) if nearest in places), str(path))
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(location[-1], known := _known_names(location[:-1], problem), n=1)
-        message = "unknown key; " + (
-            f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
-        )
+        known = sorted(_known_names(location[:-1], problem))
+        message = f"unknown key; {_nearest(location[-1], known)}"
     elif problem["type"] == "missing":
         message = "is required"
     elif problem["type"] == "union_tag_invalid":
-        key, known = "algorithm.name", list(METHODS)
-        given = str(problem["ctx"]["tag"])
-        near = difflib.get_close_matches(given, known, n=1)
-        message = f"unknown algorithm {given!r}; " + (
-            f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-        )
+        key, given = "algorithm.name", str(problem.get("ctx", {})["tag"])
+        message = f"unknown algorithm {given!r}; {_nearest(given, list(METHODS))}"
         place = places.get(key, place)
     elif problem["type"] != "value_error":
         message = f"{message}, not {problem['input']!r}"
@@ -140,20 +131,24 @@ def _explain(problem: dict, path: Path, places: dict[str, str]) -> str:
 
 
 def _and_above(key: str) -> list[str]:
-    """A dotted key and the sections it is in, the innermost first."""
+    """Return a dotted key and the sections it is in, innermost first."""
     return [key, *(key[:end] for end in range(len(key) - 1, 0, -1) if key[end] == ".")]
 
 
-def _known_names(section: list[str], problem: dict) -> list[str]:
-    if not section:
-        return list(Config.model_fields)
-    if section[0] == "algorithm":
+def _known_names(section: list[str], problem: ErrorDetails) -> list[str]:
+    """Return the keys of a section (its dotted name, split)."""
+    if section[:1] == ["algorithm"]:
         return list(METHODS[str(problem["loc"][1])].model_fields)
-    if (
-        section[0] in ("task", "evaluation") and len(section) > 1
-    ):  # an entry of task.mixture or evaluation.tasks
+    if section[:1] in (["task"], ["evaluation"]) and len(section) > 1:  # an entry of a list of tasks
         return list(TaskSource.model_fields)
-    model = Config
+    model: type[BaseModel] = Config
     for name in section:
-        model = model.model_fields[name].annotation
+        annotation = model.model_fields[name].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        model = annotation
     return list(model.model_fields)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"

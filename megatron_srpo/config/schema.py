@@ -27,55 +27,61 @@ class _Section(BaseModel):
 
 class ModelSection(_Section):
     hf_path: Path = Field(
-        description="Hugging Face folder (config.json, safetensors, tokenizer); the architecture is read from it"
+        description="Hugging Face folder (config.json, safetensors, tokenizer); the architecture is read"
+        " from it"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 on CUDA, float32 on CPU"
+        default="auto", description="auto: bfloat16 on CUDA, float32 on CPU"
     )
     transformer_impl: Literal["auto", "local", "transformer_engine"] = Field(
-        "auto",
+        default="auto",
         description="auto: Transformer Engine where it is installed and CUDA is there, else local layers",
     )
     make_vocab_size_divisible_by: int = Field(
-        16, gt=0, description="pad the vocabulary to a multiple of this times TP"
+        default=16, gt=0, description="pad the vocabulary to a multiple of this times TP"
     )
 
 
 class ParallelSection(_Section):
-    tensor_model_parallel_size: int = Field(1, gt=0)
-    pipeline_model_parallel_size: int = Field(1, gt=0)
+    tensor_model_parallel_size: int = Field(default=1, gt=0)
+    pipeline_model_parallel_size: int = Field(default=1, gt=0)
     virtual_pipeline_model_parallel_size: int | None = Field(
-        None, gt=1, description="model chunks per pipeline rank (interleaved 1F1B)"
+        default=None, gt=1, description="model chunks per pipeline rank (interleaved 1F1B)"
     )
     context_parallel_size: int = Field(
-        1,
+        default=1,
         gt=0,
-        description="ranks that share every sequence, for long ones: each holds a part of its tokens and activations",
+        description="ranks that share every sequence, for long ones: each holds a part of its tokens and"
+        " activations",
     )
     expert_model_parallel_size: int = Field(
-        1, gt=0, description="ranks that share a layer's experts; they have other tokens"
+        default=1, gt=0, description="ranks that share a layer's experts; they have other tokens"
     )
     expert_tensor_parallel_size: int | None = Field(
-        None, gt=0, description="ranks that share each expert's matrices; null: tensor_model_parallel_size"
+        default=None,
+        gt=0,
+        description="ranks that share each expert's matrices; null: tensor_model_parallel_size",
     )
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = Field(
-        True, description="shard the optimizer's state over the data-parallel ranks"
+        default=True, description="shard the optimizer's state over the data-parallel ranks"
     )
     overlap_grad_reduce: bool | None = Field(
-        None, description="reduce gradients during the backward pass; null: on CUDA"
+        default=None, description="reduce gradients during the backward pass; null: on CUDA"
     )
     overlap_param_gather: bool | None = Field(
-        None,
-        description="gather updated weights during the next mini-batch's forward pass; null: on CUDA with the distributed optimizer",
+        default=None,
+        description="gather updated weights during the next mini-batch's forward pass; null: on CUDA with"
+        " the distributed optimizer",
     )
     ddp_bucket_size: int | None = Field(
-        None,
+        default=None,
         gt=0,
-        description="parameters whose gradients are reduced together while overlapping; null: Megatron's 40 million or more",
+        description="parameters whose gradients are reduced together while overlapping; null: Megatron's 40"
+        " million or more",
     )
     distributed_timeout_minutes: float = Field(
-        10, gt=0, description="a collective that waits longer ends the run"
+        default=10, gt=0, description="a collective that waits longer ends the run"
     )
 
     @property
@@ -98,18 +104,21 @@ class ParallelSection(_Section):
             raise ValueError("virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size > 1")
         if self.overlap_param_gather and not self.use_distributed_optimizer:
             raise ValueError(
-                "overlap_param_gather: true needs use_distributed_optimizer: without it no weights are gathered"
+                "overlap_param_gather: true needs use_distributed_optimizer: without it no weights are"
+                " gathered"
             )
         if self.overlap_param_gather and self.overlap_grad_reduce is False:
             raise ValueError(
-                "overlap_param_gather: true needs overlap_grad_reduce: Megatron overlaps both or the reduction alone"
+                "overlap_param_gather: true needs overlap_grad_reduce: Megatron overlaps both or the"
+                " reduction alone"
             )
         if self.expert_model_parallel_size == 1 and self.expert_tensor_parallel_size not in (
             None,
             self.tensor_model_parallel_size,
         ):
             raise ValueError(
-                "expert_tensor_parallel_size other than tensor_model_parallel_size needs expert_model_parallel_size > 1"
+                "expert_tensor_parallel_size other than tensor_model_parallel_size needs"
+                " expert_model_parallel_size > 1"
             )
         return self
 
@@ -121,35 +130,43 @@ class TaskSource(_Section):
     """
 
     name: str = Field(
-        "addition",
+        default="addition",
         pattern=r"^\w[\w.-]*(/\w[\w.-]*)?$",
-        description="addition, reasoning_gym/DATASET, or what the task in `path` is called in metrics (default: as that file or folder)",
+        description="addition, reasoning_gym/DATASET, or what the task in `path` is called in metrics"
+        " (default: as that file or folder)",
     )
     path: Path | None = Field(
-        None,
-        description="folder with train.jsonl, test.jsonl (validation.jsonl); one .jsonl file; or a .py file with your own task class",
+        default=None,
+        description="folder with train.jsonl, test.jsonl (validation.jsonl); one .jsonl file; or a .py file"
+        " with your own task class",
     )
     verifier: Literal["exact", "multiple_choice", "tool_calls", "math"] | None = Field(
-        None,
+        default=None,
         description="who judges answers to the questions in `path`; null: by the task's name (README, Tasks)",
     )
     rule: Literal["paper", "strict"] = Field(
-        "paper", description="multiple_choice and tool_calls: as in the papers, or ours"
+        default="paper", description="multiple_choice and tool_calls: as in the papers, or ours"
     )
     options: dict[str, Any] = Field(
         default_factory=dict, description="passed to the reasoning_gym dataset or to your own class"
     )
     weight: float = Field(
-        1.0, gt=0, description="share of the training prompts in a mixture, relative to the other tasks'"
+        default=1.0,
+        gt=0,
+        description="share of the training prompts in a mixture, relative to the other tasks'",
     )
     test_share: float | None = Field(
-        None,
+        default=None,
         ge=0,
         le=1,
-        description="of one .jsonl file, the questions that are the test; null: a tenth, or all in evaluation.tasks if none is trained on",
+        description="of one .jsonl file, the questions that are the test; null: a tenth, or all in"
+        " evaluation.tasks if none is trained on",
     )
     validation_share: float = Field(
-        0.0, ge=0, lt=1, description="of the training questions, those held out where no validation.jsonl is"
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="of the training questions, those held out where no validation.jsonl is",
     )
 
     @model_validator(mode="before")
@@ -164,15 +181,16 @@ class TaskSource(_Section):
 
 class TaskSection(TaskSource):
     mixture: list[TaskSource] | None = Field(
-        None, min_length=1, description="several tasks, instead of name and path"
+        default=None, min_length=1, description="several tasks, instead of name and path"
     )
-    verifier_workers: int = Field(2, gt=0, description="verifier processes of each rank")
+    verifier_workers: int = Field(default=2, gt=0, description="verifier processes of each rank")
     verifier_seconds: float = Field(
-        10.0, gt=0, description="a verdict that takes longer is given up and its process killed"
+        default=10.0, gt=0, description="a verdict that takes longer is given up and its process killed"
     )
-    verifier_memory_mib: int = Field(2048, ge=256, description="memory of a verifier process")
+    verifier_memory_mib: int = Field(default=2048, ge=256, description="memory of a verifier process")
     verifier_failed: Literal["exclude", "zero"] = Field(
-        "exclude", description="a sample nobody could judge is left out of its group, or counts as wrong"
+        default="exclude",
+        description="a sample nobody could judge is left out of its group, or counts as wrong",
     )
 
     @property
@@ -194,7 +212,8 @@ class TaskSection(TaskSource):
                 key for key, value in given.items() if key in default and value != default[key]
             ):
                 raise ValueError(
-                    f"task.mixture: beside it stands task.{beside[0]}, which belongs to one of its tasks (or task.mixture: null)"
+                    f"task.mixture: beside it stands task.{beside[0]}, which belongs to one of its tasks (or"
+                    f" task.mixture: null)"
                 )
         return given
 
@@ -203,7 +222,8 @@ class TaskSection(TaskSource):
         names = [source.name for source in self.sources]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(
-                f"task.mixture: two tasks are called {repeated[0]}; give each a name of its own (and a verifier)"
+                f"task.mixture: two tasks are called {repeated[0]}; give each a name of its own (and a"
+                f" verifier)"
             )
         if self.mixture is None and self.weight != 1:
             raise ValueError("task.weight: says a task's share of task.mixture, but there is no mixture")
@@ -216,19 +236,22 @@ class ServerSection(_Section):
     key: ClassVar[str]
 
     api_key_env: str | None = Field(
-        None, description="name of the environment variable that holds the servers' API key"
+        default=None, description="name of the environment variable that holds the servers' API key"
     )
-    concurrency: int = Field(512, gt=0, description="requests running at once")
-    retries: int = Field(4, ge=0, description="how often a failed request is retried")
-    request_timeout: float = Field(1800, gt=0, description="seconds until a request counts as failed")
-    health_timeout: float = Field(30, gt=0, description="seconds a server has to answer a health check")
+    concurrency: int = Field(default=512, gt=0, description="requests running at once")
+    retries: int = Field(default=4, ge=0, description="how often a failed request is retried")
+    request_timeout: float = Field(default=1800, gt=0, description="seconds until a request counts as failed")
+    health_timeout: float = Field(
+        default=30, gt=0, description="seconds a server has to answer a health check"
+    )
     return_timeout: float = Field(
-        180,
+        default=180,
         ge=0,
-        description="seconds that publications wait for restarting servers, and sampling for any server at all",
+        description="seconds that publications wait for restarting servers, and sampling for any server at"
+        " all",
     )
     update_timeout: float = Field(
-        300,
+        default=300,
         gt=0,
         description="seconds a server has for each call of a publication; less than logging.watchdog_minutes",
     )
@@ -240,34 +263,36 @@ class SGLangSection(ServerSection):
     key: ClassVar[str] = "rollout.sglang"
 
     python: str = Field(
-        ".venv-sglang/bin/python",
+        default=".venv-sglang/bin/python",
         description="interpreter of the environment that has SGLang, for our own servers",
     )
     arguments: tuple[str, ...] = Field(
-        (), description="added to our servers' command line: [--attention-backend, fa3]"
+        default=(), description="added to our servers' command line: [--attention-backend, fa3]"
     )
     environment: dict[str, str] = Field(
         default_factory=dict, description="environment variables of our servers, in addition to the trainer's"
     )
-    host: str = Field("127.0.0.1", description="address our servers listen on")
-    port: int = Field(30000, gt=1023, lt=65536, description="of our first server; the others' follow")
-    tensor_parallel_size: int = Field(1, gt=0, description="GPUs of each of our servers")
-    base_gpu_id: int = Field(0, ge=0, description="first GPU of our first server; the others' follow")
-    start_timeout: float = Field(900, gt=0, description="seconds a server has to start")
+    host: str = Field(default="127.0.0.1", description="address our servers listen on")
+    port: int = Field(default=30000, gt=1023, lt=65536, description="of our first server; the others' follow")
+    tensor_parallel_size: int = Field(default=1, gt=0, description="GPUs of each of our servers")
+    base_gpu_id: int = Field(default=0, ge=0, description="first GPU of our first server; the others' follow")
+    start_timeout: float = Field(default=900, gt=0, description="seconds a server has to start")
     max_restarts: int = Field(
-        3, ge=0, description="failed starts in a row after which one of our servers is marked failed"
+        default=3, ge=0, description="failed starts in a row after which one of our servers is marked failed"
     )
     update: Literal["disk", "distributed", "tensor"] = Field(
-        "disk",
+        default="disk",
         description="how weights get to the servers. disk: through files in the run folder, which they must"
         " see; distributed: broadcast (NCCL, gloo on CPUs); tensor: memory shared with servers on the same"
         " GPUs, or on this machine's CPUs",
     )
     bucket_mib: int = Field(
-        512, gt=0, description="size of the buckets that weights are sent in; a larger tensor has its own"
+        default=512,
+        gt=0,
+        description="size of the buckets that weights are sent in; a larger tensor has its own",
     )
     trainer_host: str | None = Field(
-        None,
+        default=None,
         description="update: distributed: the first rank's address for servers;"
         " null: loopback for those here, else its host name",
     )
@@ -276,7 +301,8 @@ class SGLangSection(ServerSection):
     def _not_open_to_the_network(self):
         if not is_loopback(self.host) and self.api_key_env is None:
             raise ValueError(
-                f"rollout.sglang.host: {self.host} can be reached from other machines; set rollout.sglang.api_key_env"
+                f"rollout.sglang.host: {self.host} can be reached from other machines; set"
+                f" rollout.sglang.api_key_env"
             )
         return self
 
@@ -291,9 +317,11 @@ class OpenAISection(ServerSection):
 
     key: ClassVar[str] = "rollout.openai"
 
-    model: str | None = Field(None, description="model name in requests; null: the one the server lists")
+    model: str | None = Field(
+        default=None, description="model name in requests; null: the one the server lists"
+    )
     reload_path: str | None = Field(
-        None,
+        default=None,
         pattern="^/",
         description="POST path of each server that loads weights from a folder, such as"
         " /update_weights_from_disk; null: the servers keep their weights, and train is refused",
@@ -306,61 +334,66 @@ class OpenAISection(ServerSection):
 
 class RolloutSection(_Section):
     engine: EngineName = Field(
-        "transformers",
+        default="transformers",
         description="transformers: its model in this process; sglang: SGLang servers;"
         " openai: servers with a compatible /v1/completions (experimental)",
     )
     urls: tuple[str, ...] = Field(
-        (), description="engines of servers: URLs of externally managed servers, [http://host:port, …]"
+        default=(),
+        description="engines of servers: URLs of externally managed servers, [http://host:port, …]",
     )
     servers: int = Field(
-        0,
+        default=0,
         ge=0,
         description="engine: sglang: servers to start beside the first rank, and to stop with the run",
     )
     colocated: bool = Field(
-        False,
+        default=False,
         description="engine: sglang: servers share the trainer's GPUs and release memory while it trains",
     )
     sglang: SGLangSection = SGLangSection()
     openai: OpenAISection = OpenAISection()
-    prompts_per_step: int = Field(32, gt=0)
-    samples_per_prompt: int = Field(8, gt=0, description="G, the group size")
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    max_prompt_tokens: int = Field(2048, gt=0)
-    max_response_tokens: int = Field(8192, gt=0)
-    enable_thinking: bool = Field(False, description="passed to the chat template")
-    batch_size: int = Field(256, gt=0, description="sequences the embedded engine samples at once")
+    prompts_per_step: int = Field(default=32, gt=0)
+    samples_per_prompt: int = Field(default=8, gt=0, description="G, the group size")
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_prompt_tokens: int = Field(default=2048, gt=0)
+    max_response_tokens: int = Field(default=8192, gt=0)
+    enable_thinking: bool = Field(default=False, description="passed to the chat template")
+    batch_size: int = Field(default=256, gt=0, description="sequences the embedded engine samples at once")
     over_sampling: float = Field(
-        1.0,
+        default=1.0,
         ge=1,
         description="over-sampling factor; partial rollouts of the slowest prompts continue in the next step",
     )
     dynamic_filtering: bool = Field(
-        False,
+        default=False,
         description="leave out groups that teach nothing (equal rewards, no teacher); sample others instead",
     )
     filter_rounds: int = Field(
-        4, gt=0, description="rounds of sampling after which the batch is filled with groups without signal"
+        default=4,
+        gt=0,
+        description="rounds of sampling after which the batch is filled with groups without signal",
     )
     max_staleness: int = Field(
-        1,
+        default=1,
         ge=0,
         description="most weight versions that a continued partial rollout may be older than the policy",
     )
     async_steps: Literal[0, 1] = Field(
-        0, description="1: the next batch is sampled while one trains, by weights one version older"
+        default=0, description="1: the next batch is sampled while one trains, by weights one version older"
     )
     logprob_gap_warning: float = Field(
-        0.05,
+        default=0.05,
         gt=0,
         description="mean |log π_trainer - log π_engine|, nats a token, that raises an alarm;"
         " async_steps adds the policy's move",
     )
-    logprob_gap_stop: float | None = Field(0.5, gt=0, description="… and from which it stops; null: never")
+    logprob_gap_stop: float | None = Field(
+        default=0.5, gt=0, description="… and from which it stops; null: never"
+    )
     replay: Path | None = Field(
-        None,
+        default=None,
         description="train on the rollouts dumped by this run (its folder or rollouts/), without an engine",
     )
 
@@ -425,75 +458,90 @@ def _refuse_key(key: str, engine: str, engines: list[EngineName]) -> None:
 
 class TeacherSection(_Section):
     kind: Literal["ema", "frozen", "live", "trust_region"] = Field(
-        "ema",
-        description="ema: θ' ← (1-rate) θ' + rate θ after each step, fp32; frozen: the initial model; live: the policy;"
+        default="ema",
+        description="ema: θ' ← (1-rate) θ' + rate θ after each step, fp32; frozen: the initial model; live:"
+        " the policy;"
         " trust_region: softmax of (1-a) z_initial + a z_policy",
     )
-    ema_rate: float = Field(0.05, gt=0, le=1)
+    ema_rate: float = Field(default=0.05, gt=0, le=1)
     interpolation: float = Field(
-        0.05, gt=0, lt=1, description="a of trust_region: the policy's share of the logits"
+        default=0.05, gt=0, lt=1, description="a of trust_region: the policy's share of the logits"
     )
-    max_prompt_tokens: int = Field(10240, gt=0, description="the demonstration is shortened to fit")
+    max_prompt_tokens: int = Field(default=10240, gt=0, description="the demonstration is shortened to fit")
     feedback: Literal["off", "without_solution", "always"] = Field(
-        "off",
-        description="show a failed sample's environment feedback to its teacher: never; where no sibling is correct; or beside the"
+        default="off",
+        description="show a failed sample's environment feedback to its teacher: never; where no sibling is"
+        " correct; or beside the"
         " solution, too. Feedback in your data is shown as it is: it may hold the answer",
     )
 
 
 class OptimizerSection(_Section):
-    lr: float | None = Field(None, gt=0, description="null: the algorithm's own")
-    lr_warmup_steps: int = Field(10, ge=0, description="training steps of linear warm-up, then constant")
-    weight_decay: float = Field(0.01, ge=0)
-    clip_grad: float = Field(1.0, gt=0, description="global gradient norm")
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
-    adam_eps: float = Field(1e-8, gt=0)
+    lr: float | None = Field(default=None, gt=0, description="null: the algorithm's own")
+    lr_warmup_steps: int = Field(
+        default=10, ge=0, description="training steps of linear warm-up, then constant"
+    )
+    weight_decay: float = Field(default=0.01, ge=0)
+    clip_grad: float = Field(default=1.0, gt=0, description="global gradient norm")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    adam_eps: float = Field(default=1e-8, gt=0)
     optimizer_cpu_offload: bool = Field(
-        False,
-        description="fp32 weights, Adam's moments and the fp32 EMA wait in host memory and visit the GPU for updates only",
+        default=False,
+        description="fp32 weights, Adam's moments and the fp32 EMA wait in host memory and visit the GPU for"
+        " updates only",
     )
 
 
 class TrainSection(_Section):
     steps: int = Field(gt=0)
-    seed: int = Field(1, ge=0)
+    seed: int = Field(default=1, ge=0)
     micro_batch_tokens: int = Field(
-        20480,
+        default=20480,
         gt=0,
-        description="tokens of a packed micro-batch on one rank (context-parallel ranks share as many times more);"
+        description="tokens of a packed micro-batch on one rank (context-parallel ranks share as many times"
+        " more);"
         " a longer sequence gets a micro-batch of its own",
     )
     logits_memory_mib: int | None = Field(
-        None,
+        default=None,
         gt=0,
-        description="memory for tiles of logits; null: 320 on CPU, 2048 on CUDA. Speed only: results do not depend on it",
+        description="memory for tiles of logits; null: 320 on CPU, 2048 on CUDA. Speed only: results do not"
+        " depend on it",
     )
-    max_skipped_updates: int = Field(3, gt=0, description="stop after this many non-finite updates in a row")
+    max_skipped_updates: int = Field(
+        default=3, gt=0, description="stop after this many non-finite updates in a row"
+    )
 
 
 class EvaluationSection(_Section):
     every: int = Field(
-        5, ge=0, description="steps between evaluations, also before the first and after the last; 0: never"
+        default=5,
+        ge=0,
+        description="steps between evaluations, also before the first and after the last; 0: never",
     )
     tasks: list[TaskSource] | None = Field(
-        None,
-        description="what is evaluated: tasks as in task.mixture, or names of training tasks; null: the training tasks",
+        default=None,
+        description="what is evaluated: tasks as in task.mixture, or names of training tasks; null: the"
+        " training tasks",
     )
     splits: list[Literal["test", "validation"]] = Field(
-        ["test"], min_length=1, description="validation: held out of the training questions"
+        default=["test"], min_length=1, description="validation: held out of the training questions"
     )
     prompts: int | None = Field(
-        64, gt=0, description="questions of each task and split, the first of them; null: all"
+        default=64, gt=0, description="questions of each task and split, the first of them; null: all"
     )
-    samples: int = Field(16, gt=0, description="samples a prompt: K of avg@K and pass@K")
-    temperature: float = Field(0.6, ge=0, description="0: greedy")
-    top_p: float = Field(0.95, gt=0, le=1)
+    samples: int = Field(default=16, gt=0, description="samples a prompt: K of avg@K and pass@K")
+    temperature: float = Field(default=0.6, ge=0, description="0: greedy")
+    top_p: float = Field(default=0.95, gt=0, le=1)
     checkpoint: Path | None = Field(
-        None,
-        description="the eval command takes the weights from this run (its newest checkpoint, or one of them), not from model.hf_path",
+        default=None,
+        description="the eval command takes the weights from this run (its newest checkpoint, or one of"
+        " them), not from model.hf_path",
     )
-    greedy: bool = Field(True, description="the eval command also takes one greedy answer to each question")
+    greedy: bool = Field(
+        default=True, description="the eval command also takes one greedy answer to each question"
+    )
 
     @model_validator(mode="after")
     def _greedy_once(self):
@@ -506,25 +554,25 @@ class EvaluationSection(_Section):
 
 class CheckpointSection(_Section):
     save_interval: int = Field(
-        10, ge=0, description="steps between checkpoints, also after the last step; 0: never"
+        default=10, ge=0, description="steps between checkpoints, also after the last step; 0: never"
     )
-    async_save: bool = Field(True, description="write them while training goes on")
-    keep_last: int = Field(2, gt=0, description="the newest checkpoints that stay")
+    async_save: bool = Field(default=True, description="write them while training goes on")
+    keep_last: int = Field(default=2, gt=0, description="the newest checkpoints that stay")
     keep_best: int = Field(
-        1, ge=0, description="besides, those with the best evaluation (the first task's avg@K) stay"
+        default=1, ge=0, description="besides, those with the best evaluation (the first task's avg@K) stay"
     )
     exit_duration_in_mins: float | None = Field(
-        None, gt=0, description="save and leave when the run has lasted this long"
+        default=None, gt=0, description="save and leave when the run has lasted this long"
     )
 
 
 class ResumeSection(_Section):
     mode: Literal["auto", "never"] = Field(
-        "auto",
+        default="auto",
         description="auto: a run folder that holds this run already is gone on with; never: it is refused",
     )
     override: tuple[str, ...] = Field(
-        (
+        default=(
             *(
                 "parallel",
                 "optimizer.lr",
@@ -550,33 +598,41 @@ AlarmName = Literal["collapse", "dead_groups", "teacher_still", "uniform_weights
 
 class LoggingSection(_Section):
     dir: Path = Field(description="the run folder")
-    rollouts: bool = Field(True, description="dump every sample, one file a step (replayable)")
-    tensorboard: bool = Field(False, description="event files in RUN/tensorboard")
+    rollouts: bool = Field(default=True, description="dump every sample, one file a step (replayable)")
+    tensorboard: bool = Field(default=False, description="event files in RUN/tensorboard")
     wandb_project: str | None = Field(
-        None, description="Weights & Biases project to log to; null: not at all"
+        default=None, description="Weights & Biases project to log to; null: not at all"
     )
-    wandb_exp_name: str | None = Field(None, description="the run's name there; null: that of the run folder")
+    wandb_exp_name: str | None = Field(
+        default=None, description="the run's name there; null: that of the run folder"
+    )
     wandb_mode: Literal["online", "offline"] = Field(
-        "online", description="offline: kept in RUN/wandb, for `wandb sync`"
+        default="online", description="offline: kept in RUN/wandb, for `wandb sync`"
     )
     profile_steps: tuple[int, int] | None = Field(
-        None, description="first and last step under torch's profiler, into RUN/profile"
+        default=None, description="first and last step under torch's profiler, into RUN/profile"
     )
-    profile_ranks: tuple[int, ...] = Field((0,), description="ranks that are profiled")
+    profile_ranks: tuple[int, ...] = Field(default=(0,), description="ranks that are profiled")
     tokens_every: int = Field(
-        10, ge=0, description="steps between dumps of single tokens' values, also of the first step; 0: never"
+        default=10,
+        ge=0,
+        description="steps between dumps of single tokens' values, also of the first step; 0: never",
     )
-    tokens_samples: int = Field(8, gt=0, description="samples whose tokens are dumped then")
+    tokens_samples: int = Field(default=8, gt=0, description="samples whose tokens are dumped then")
     dead_group_share: float = Field(
-        0.9, gt=0, le=1, description="share of groups without a difference in reward that raises dead_groups"
+        default=0.9,
+        gt=0,
+        le=1,
+        description="share of groups without a difference in reward that raises dead_groups",
     )
     stop_on: tuple[AlarmName, ...] = Field(
-        (), description="alarms that stop the run (README, Alarms); all of them are told"
+        default=(), description="alarms that stop the run (README, Alarms); all of them are told"
     )
     watchdog_minutes: float | None = Field(
-        8.0,
+        default=8.0,
         gt=0,
-        description="without progress on any rank, after which stacks are written and the run ends; null: never. Less than"
+        description="without progress on any rank, after which stacks are written and the run ends; null:"
+        " never. Less than"
         " parallel.distributed_timeout_minutes, or that speaks first, of one rank",
     )
 
@@ -602,7 +658,7 @@ class Config(_Section):
     train: TrainSection
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
-    resume: ResumeSection = Field(ResumeSection(), description="short form: resume: auto | never")
+    resume: ResumeSection = Field(default=ResumeSection(), description="short form: resume: auto | never")
     logging: LoggingSection
     megatron: dict[str, Any] = Field(
         default_factory=dict, description="passed to megatron-core's TransformerConfig, by field name"
@@ -651,7 +707,8 @@ class Config(_Section):
         rollout = self.rollout
         if rollout.samples_per_prompt < 2:
             raise ValueError(
-                f"rollout.samples_per_prompt: {self.algorithm.name} compares the samples of a group, so it needs at least 2, not 1"
+                f"rollout.samples_per_prompt: {self.algorithm.name} compares the samples of a group, so it"
+                f" needs at least 2, not 1"
             )
         for key in self.resume.override:
             if not _is_key(self, key):
@@ -665,12 +722,14 @@ class Config(_Section):
         if rollout.async_steps and rollout.max_staleness < 2 and continues:
             raise ValueError(
                 f"rollout.max_staleness: {rollout.max_staleness}, but what over_sampling and"
-                " dynamic_filtering carry into the next step is two versions old with rollout.async_steps: 1, and would all be"
+                " dynamic_filtering carry into the next step is two versions old with rollout.async_steps:"
+                " 1, and would all be"
                 " discarded: set 2"
             )
         if rollout.prompts_per_step % self.mini_batch_prompts:
             raise ValueError(
-                f"rollout.prompts_per_step: {rollout.prompts_per_step} is not a multiple of algorithm.mini_batch_prompts"
+                f"rollout.prompts_per_step: {rollout.prompts_per_step} is not a multiple of"
+                f" algorithm.mini_batch_prompts"
                 f" ({self.mini_batch_prompts}; null: one optimizer step per batch)"
             )
         return self

@@ -21,7 +21,7 @@ class ContextParallel(NamedTuple):
 
     @property
     def multiple(self) -> int:
-        """What the length of a sequence must be a multiple of."""
+        """The divisor of every padded sequence length."""
         return 2 * self.size if self.size > 1 else 1
 
     def padded(self, length: int) -> int:
@@ -33,7 +33,7 @@ class ContextParallel(NamedTuple):
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def local_tokens(self, positions: Tensor) -> Tensor:
-        """Return the row's tokens on this rank, in its order, by its `gathered_positions`: [T / size]."""
+        """Return this rank's tokens of a row, in its order, from its `gathered_positions`: [T / size]."""
         return positions.argsort().view(self.size, -1)[self.rank]
 
 
@@ -44,10 +44,8 @@ def gathered_positions(bounds: Tensor, size: int) -> Tensor:
         bounds: [sequences + 1] integers, where the padded sequences begin and the last one ends.
     """
     total, lengths = int(bounds[-1]), bounds.diff()
-    start, chunk = (
-        values.repeat_interleave(lengths, output_size=total).long()
-        for values in (bounds[:-1], lengths // (2 * size))
-    )
+    start = bounds[:-1].repeat_interleave(lengths, output_size=total).long()
+    chunk = (lengths // (2 * size)).repeat_interleave(lengths, output_size=total).long()
     within = torch.arange(total, device=bounds.device) - start
     number = within // chunk
     rank = number.minimum(2 * size - 1 - number)

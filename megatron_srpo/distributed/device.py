@@ -21,7 +21,6 @@ def uses_transformer_engine(model: ModelSection) -> bool:
     """Return whether layers are Transformer Engine's. Raises ConfigError if they must be but cannot."""
     available = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
     if model.transformer_impl == "transformer_engine" and not available:
-        raise ConfigError(
-            "model.transformer_impl: transformer_engine needs CUDA and its package installed; use auto or local"
-        )
+        needs = "transformer_engine needs CUDA and its package installed"
+        raise ConfigError(f"model.transformer_impl: {needs}; use auto or local")
     return available and model.transformer_impl != "local"

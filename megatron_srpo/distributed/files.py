@@ -1,13 +1,14 @@
-"""Files and folders that a kill, a full disk or a power cut leaves whole: written aside, synced, renamed."""
+"""Files and folders that survive a kill, a full disk or a power cut: written apart, synced, then renamed."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:  # torch, which most readers of files do not need
     from megatron_srpo.distributed.processes import Processes
@@ -22,20 +23,16 @@ class FileError(ValueError):
 class DurableFile:
     """A new file for large writes, on disk when `close` returns.
 
-    What has been written starts on its way to disk while the next piece is being made: the system's own
-    write-back begins late, and closing would wait for most of the file.
+    Write-back starts while later data is being made: the system starts late, and `close` would wait.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self._file = path.open("xb", buffering=0)
-        self._start = self._end = 0  # written one after the other, not yet on its way
+        self._start = self._end = 0  # the range that is written, but whose write-back has not started
 
     def write_at(self, data: memoryview | bytes, offset: int) -> None:
-        """Put `data` at `offset` (bytes).
-
-        Releases the GIL. Raises FileError when it cannot, such as for a full disk.
-        """
+        """Write `data` at `offset` (bytes), without the GIL. Raises FileError, such as for a full disk."""
         data = memoryview(data)
         if offset != self._end:
             self._write_back(offset)
@@ -49,7 +46,7 @@ class DurableFile:
             raise self._failure(error) from None
 
     def close(self) -> None:
-        """Wait until everything is on disk. Raises FileError when that fails."""
+        """Wait until everything is on disk. Raises FileError."""
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
@@ -58,11 +55,10 @@ class DurableFile:
             self._file.close()
 
     def _write_back(self, next_offset: int) -> None:
-        """Start it, without waiting: on Linux, advice that pages will not be read again does that."""
+        """Start write-back without waiting: on Linux, POSIX_FADV_DONTNEED does."""
         if hasattr(os, "posix_fadvise") and self._end - self._start >= _WRITE_BACK_BYTES:
-            os.posix_fadvise(
-                self._file.fileno(), self._start, self._end - self._start, os.POSIX_FADV_DONTNEED
-            )
+            size = self._end - self._start
+            os.posix_fadvise(self._file.fileno(), self._start, size, os.POSIX_FADV_DONTNEED)
         self._start = self._end = next_offset
 
     def _failure(self, error: OSError) -> FileError:
@@ -70,12 +66,13 @@ class DurableFile:
 
 
 @contextmanager
-def aside(output: Path, processes: Processes, replace: bool = False) -> Iterator[Path]:
-    """The folder in which the processes write before it is renamed to `output`, all together; after an error
-    it is gone.
+def atomic_directory(output: Path, processes: Processes, replace: bool = False) -> Iterator[Path]:
+    """Yield a folder to write to, and rename it to `output` at the end; remove it after an error.
 
-    With `replace`, an `output` that holds something and a former attempt's folder make way. Without, they
-    raise FileError.
+    Args:
+        output: the final folder.
+        processes: those that write together.
+        replace: remove an `output` that exists and an earlier attempt's folder; otherwise raise FileError.
     """
     partial, is_first = output.with_name(output.name + ".partial"), processes.rank == 0
     if is_first:
@@ -115,7 +112,7 @@ def _make(partial: Path, output: Path | None) -> None:
 
 
 def sync(path: Path) -> None:
-    """Make a file's content, or a folder's entries, survive a power cut."""
+    """Flush a file's content, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -124,7 +121,7 @@ def sync(path: Path) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a small file so that it appears whole or not at all."""
+    """Write a small file atomically."""
     partial = file.with_name(f".{file.name}.partial")
     try:
         with partial.open("w", encoding="utf-8") as out:
@@ -135,6 +132,35 @@ def write_text(file: Path, text: str) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+class JsonLines(NamedTuple):
+    """The objects of a JSONL file, their line numbers (from 1), and what is wrong with the other lines."""
+
+    rows: list[dict[str, Any]]
+    numbers: list[int]
+    problems: list[str]
+
+
+def read_jsonl(file: Path) -> JsonLines:
+    """Read the JSON objects of a JSONL file, NaN and Infinity as None; none if the file does not exist.
+
+    Lines that are no objects, such as one that a kill has torn, are named in `problems` by file and line.
+    """
+    found = JsonLines([], [], [])
+    for number, line in enumerate(file.read_bytes().split(b"\n") if file.is_file() else (), 1):
+        try:
+            if not line:
+                continue
+            row = json.loads(line, parse_constant=lambda name: None)
+            if not isinstance(row, dict):
+                raise ValueError("not a JSON object")
+        except ValueError as error:
+            found.problems.append(f"{file}:{number}: is damaged ({error})")
+        else:
+            found.rows.append(row)
+            found.numbers.append(number)
+    return found
 
 
 def append_line(file: Path, line: str) -> None:

@@ -62,10 +62,18 @@ class Progress:
 PROGRESS = Progress()
 beat = PROGRESS.beat
 
-# Looked up in torch.distributed at run time; a function imported by name earlier is not seen, which is harmless.
+# Looked up in torch.distributed at run time. A function imported by name earlier is not seen: harmless.
 _COLLECTIVES = (
     *("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_single", "reduce_scatter_tensor"),
-    *("reduce_scatter_single", "broadcast", "all_to_all_single", "barrier", "batch_isend_irecv", "send", "recv"),
+    *(
+        "reduce_scatter_single",
+        "broadcast",
+        "all_to_all_single",
+        "barrier",
+        "batch_isend_irecv",
+        "send",
+        "recv",
+    ),
 )
 
 

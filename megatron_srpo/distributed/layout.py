@@ -21,24 +21,22 @@ from megatron_srpo.distributed.processes import gather_bytes, world_size_from_en
 
 @dataclass(frozen=True)
 class Layout:
-    """This process's ranks in its groups, and the device of its tensors."""
+    """This process's ranks in its groups, and the device of its tensors. The default is one process."""
 
-    rank: int
-    world_size: int
-    device: torch.device
-    data_parallel_rank: int
-    data_parallel_size: int
-    context_parallel_rank: int
-    context_parallel_size: int
-    tensor_parallel_rank: int
-    tensor_parallel_size: int
-    pipeline_parallel_size: int
-    is_first_stage: bool
-    is_last_stage: bool
-    owns_process_group: bool
-    background_group: (
-        dist.ProcessGroup | None
-    )  # all ranks, gloo: its collectives may overlap those of training
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")
+    data_parallel_rank: int = 0
+    data_parallel_size: int = 1
+    context_parallel_rank: int = 0
+    context_parallel_size: int = 1
+    tensor_parallel_rank: int = 0
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    is_first_stage: bool = True
+    is_last_stage: bool = True
+    owns_process_group: bool = False
+    background_group: dist.ProcessGroup | None = None  # all ranks, gloo: may overlap collectives of training
 
     @property
     def tensor_parallel_group(self) -> dist.ProcessGroup:
@@ -90,26 +88,6 @@ class Layout:
     def broadcast(self, value: Any) -> Any:
         """Return the first rank's JSON value on every rank; the others' is ignored. All ranks together."""
         return self.gather_json(value if self.rank == 0 else None)[0]
-
-    @classmethod
-    def single(cls) -> Layout:
-        """Return the layout of one process on the CPU that is in no process group."""
-        return cls(
-            rank=0,
-            world_size=1,
-            device=torch.device("cpu"),
-            data_parallel_rank=0,
-            data_parallel_size=1,
-            context_parallel_rank=0,
-            context_parallel_size=1,
-            tensor_parallel_rank=0,
-            tensor_parallel_size=1,
-            pipeline_parallel_size=1,
-            is_first_stage=True,
-            is_last_stage=True,
-            owns_process_group=False,
-            background_group=None,
-        )
 
 
 def replica_group(parameter: torch.nn.Parameter) -> dist.ProcessGroup:

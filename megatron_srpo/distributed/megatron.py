@@ -6,12 +6,14 @@ Every other module imports megatron-core from here, never directly.
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatron_srpo.distributed import cpu_shim
 
 cpu_shim.install()
 
 # ruff: noqa: E402
-import megatron.core.parallel_state as parallel_state
+import megatron.core.parallel_state as _parallel_state
 import megatron.core.tensor_parallel as tensor_parallel
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -38,6 +40,8 @@ if not hasattr(
     moe_utils, "te_general_gemm"
 ):  # megatron-core 0.16's router reads it without Transformer Engine, too
     moe_utils.te_general_gemm = None
+
+parallel_state: Any = _parallel_state  # it says that a group may be an int, a list or None
 
 __all__ = [
     "DistributedDataParallel",

@@ -10,7 +10,7 @@ from megatron_srpo.config.schema import Config, EvaluationSection
 from megatron_srpo.evaluation.evaluate import evaluate
 from megatron_srpo.evaluation.scores import with_history
 from megatron_srpo.rollout.collect import Collector
-from megatron_srpo.rollout.source import Rollouts
+from megatron_srpo.rollout.source import LiveRollouts, Rollouts
 from megatron_srpo.tasks import Task
 
 
@@ -54,10 +54,10 @@ class Evaluator:
 
 
 def create_evaluator(config: Config, rollouts: Rollouts, say: Callable[[str, str], None]) -> Evaluator | None:
-    """Create the run's evaluator; None when it has no evaluations. A replayed run has no engine to evaluate with."""
+    """Create the run's evaluator, or None without evaluations: replayed runs have no engine for them."""
     if config.evaluation.every == 0:
         return None
-    if rollouts.collector is None:
+    if not isinstance(rollouts, LiveRollouts):
         say("replaying: there is no engine, so there are no evaluations", "yellow")
         return None
     limit, seed, last = config.rollout.max_response_tokens, config.train.seed, config.train.steps

@@ -59,15 +59,13 @@ def _task_result(outcome: Outcome) -> dict[str, Any]:
     samples = [sample for group in outcome.samples for sample in group]
     k = len(outcome.samples[0])
     correct = {
-        group[0].prompt.id: sum(sample.verdict.correct for sample in group) for group in outcome.samples
+        group[0].prompt.id: sum(sample.judged.correct for sample in group) for group in outcome.samples
     }
     ks = sorted({2**power for power in range(k.bit_length()) if 2**power <= k} | {k})
     questions = {f"avg@{k}": {name: c / k for name, c in correct.items()}}
     questions |= {f"pass@{j}": {name: pass_at_k(k, c, j) for name, c in correct.items()} for j in ks if j > 1}
     if outcome.greedy is not None:
-        questions["greedy"] = {
-            group[0].prompt.id: float(group[0].verdict.correct) for group in outcome.greedy
-        }
+        questions["greedy"] = {group[0].prompt.id: float(group[0].judged.correct) for group in outcome.greedy}
     scores: dict[str, Any] = {}
     for key, values in questions.items():
         mean, low, high = interval([list(values.values())])
@@ -78,9 +76,9 @@ def _task_result(outcome: Outcome) -> dict[str, Any]:
         "question_count": len(outcome.samples),
         "samples": k,
         "response_tokens_mean": tokens / len(samples),
-        "format_rate": sum(sample.verdict.format_ok for sample in samples) / len(samples),
+        "format_rate": sum(sample.judged.format_ok for sample in samples) / len(samples),
         "truncated_share": sum(sample.finish_reason == "length" for sample in samples) / len(samples),
-        "verifier_failed_share": sum(sample.verdict.verifier_failed is not None for sample in samples)
+        "verifier_failed_share": sum(sample.judged.verifier_failed is not None for sample in samples)
         / len(samples),
         "seconds": outcome.seconds,
         "tokens_per_second": tokens / outcome.seconds,
@@ -108,18 +106,15 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     for name, row in rows:
         cells = [name, str(row.get("question_count", ""))]
-        cells += [
-            f"{100 * row[key]:.1f} [{100 * row[f'{key}/interval'][0]:.1f}, {100 * row[f'{key}/interval'][1]:.1f}]"
-            for key in scores
-        ]
+        for key in scores:
+            low, high = row[f"{key}/interval"]
+            cells.append(f"{100 * row[key]:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
         cells += [f"{row['response_tokens_mean']:.0f}" if "samples" in row else ""]
         cells += [f"{100 * row[key]:.1f} %" if key in row else "" for key in shares]
         lines.append(_row(cells))
     overall = result["overall"]
-    lines += [
-        "",
-        f"{overall['tokens']} tokens in {overall['seconds']:.1f} s: {overall['tokens_per_second']:.0f} tokens a second",
-    ]
+    rate = f"{overall['tokens_per_second']:.0f} tokens a second"
+    lines += ["", f"{overall['tokens']} tokens in {overall['seconds']:.1f} s: {rate}"]
     return "\n".join(lines)
 
 
@@ -147,9 +142,8 @@ def compare(directories: Sequence[Path]) -> str:
     lines = []
     for directory, other in zip(directories[1:], others, strict=True):
         if set(base["tasks"]) != set(other["tasks"]):
-            raise ConfigError(
-                f"{directory}: has the tasks {sorted(other['tasks'])}, {directories[0]} has {sorted(base['tasks'])}"
-            )
+            tasks = [sorted(result["tasks"]) for result in (other, base)]
+            raise ConfigError(f"{directory}: has the tasks {tasks[0]}, {directories[0]} has {tasks[1]}")
         lines += [f"base `{directories[0]}` ({base['model']}), other `{directory}` ({other['model']})", ""]
         lines += [_row(header), _row(["---"] * len(header))]
         shared = _shared([*base["tasks"].values(), *other["tasks"].values()])

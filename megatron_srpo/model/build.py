@@ -35,7 +35,7 @@ class PolicyModel(GPTModel):
     unpadded_vocab_size: int  # rows of the output matrix that are real tokens; set by `build_chunks`
 
     def _postprocess(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-        # With overlap_param_gather the weights arrive before a module's forward pass, which this one has none of.
+        # overlap_param_gather waits for weights before their module's forward pass; the loss reads these.
         if self.post_process:
             for wait in self.output_layer._forward_pre_hooks.values():
                 wait(self.output_layer)
@@ -46,7 +46,9 @@ class PolicyModel(GPTModel):
         """This rank's rows of the output matrix, on the last stage. [padded vocabulary / TP, H]."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
+        weight = self.output_layer.weight
+        assert weight is not None
+        return weight
 
     @property
     def vocab_shard(self) -> VocabShard:
@@ -89,9 +91,10 @@ def build_chunks(
     virtual = parallel.virtual_pipeline_model_parallel_size
     chunks = []
     for stage in range(virtual) if virtual else (None,):
+        spec: Any = _transformer_engine_spec(core) if use_transformer_engine else _local_spec(core, stage)
         chunk = PolicyModel(
             core,
-            _transformer_engine_spec(core) if use_transformer_engine else _local_spec(core, stage),
+            spec,
             vocab_size=vocab_size,
             max_sequence_length=architecture.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
@@ -104,19 +107,22 @@ def build_chunks(
         chunk.unpadded_vocab_size = architecture.vocab_size
         if architecture.rope_scaling is not None:  # GPTModel takes the factor, but not the other three
             scaling = dataclasses.asdict(architecture.rope_scaling)
-            rotary = chunk.rotary_pos_emb
+            rotary: Any = chunk.rotary_pos_emb
             rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **scaling)
         chunks.append(chunk.to(device))
     return chunks
 
 
 def _transformer_engine_spec(core: TransformerConfig) -> ModuleSpec:
-    experts = dict(num_experts=core.num_moe_experts, moe_grouped_gemm=core.moe_grouped_gemm)
-    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=core.qk_layernorm, **experts)
+    return get_gpt_layer_with_transformer_engine_spec(
+        num_experts=core.num_moe_experts,
+        moe_grouped_gemm=core.moe_grouped_gemm,
+        qk_layernorm=core.qk_layernorm,
+    )
 
 
 def _local_spec(core: TransformerConfig, stage: int | None) -> TransformerBlockSubmodules:
-    layer = get_gpt_layer_local_spec(
+    layer: Any = get_gpt_layer_local_spec(
         num_experts=core.num_moe_experts, qk_layernorm=core.qk_layernorm, normalization="RMSNorm"
     )
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
@@ -128,7 +134,7 @@ def _local_spec(core: TransformerConfig, stage: int | None) -> TransformerBlockS
         layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
     attention.core_attention = PackedAttention
     layers = get_num_layers_to_build(core, vp_stage=stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)  # pyright: ignore[reportArgumentType]
 
 
 def packed_params(cu_seqlens: Tensor, max_seqlen: int) -> PackedSeqParams:
@@ -141,7 +147,7 @@ def packed_params(cu_seqlens: Tensor, max_seqlen: int) -> PackedSeqParams:
         cu_seqlens: Bounds of the documents in tokens of the whole row. [documents + 1], int32.
         max_seqlen: Length of the longest document.
     """
-    padded = cu_seqlens if parallel_state.get_context_parallel_world_size() > 1 else None
+    padded: Any = cu_seqlens if parallel_state.get_context_parallel_world_size() > 1 else None
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,

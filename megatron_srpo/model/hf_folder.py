@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
@@ -16,9 +16,6 @@ from megatron_srpo.config.schema import ConfigError
 from megatron_srpo.distributed.files import FileError
 from megatron_srpo.model.architecture import Architecture, UnsupportedModel
 from megatron_srpo.model.families import architecture_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class FolderError(FileError):
@@ -111,7 +108,7 @@ class HFFolder:
         return [self.path / name for name in names]
 
     @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> Any:
         """The folder's tokenizer, with a chat template and no token beyond the embedding."""
         from transformers import AutoTokenizer
 

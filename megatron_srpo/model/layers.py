@@ -5,6 +5,7 @@ packed documents.
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ class RMSNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(
             torch.ones(hidden_size, dtype=config.params_dtype, device=torch.get_default_device())
         )
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] in, the same out."""
@@ -110,7 +111,7 @@ class PackedAttention(MegatronModule):
         The last query sees all keys, the one before it all but the last, …
         """
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        causal = {"is_causal": True}
+        causal: dict[str, Any] = {"is_causal": True}
         if (length := query.shape[2]) < (keys := key.shape[2]):
             on_gpu = query.is_cuda  # whose flash kernel needs no mask in memory
             mask = (

@@ -67,7 +67,7 @@ class TensorMapping:
     Args:
         megatron: Name of the parameter, inside its layer where it has one.
         tensors: Name in HF folders → shape; "{layer}" and "{expert}" stand for their numbers.
-        dim: Dimension that is sharded over tensor-parallel (or expert-tensor-parallel) ranks; None: replicated.
+        dim: Dimension sharded over tensor-parallel (experts: expert-tensor-parallel) ranks, or None.
         padded: Its first dimension is the vocabulary, which Megatron pads at the end.
         tied_to: HF tensor that is stored in its place where the two are tied.
     """
@@ -117,14 +117,21 @@ class TensorMapping:
         return merged
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        """Make the HF tensors from all tensor-parallel shards, or the whole parameter: the inverse of `cut`."""
-        pieces = zip(*map(self.fusion.split, shards), strict=True)
-        whole = [torch.cat(same, dim=self.dim) if len(same) > 1 else same[0] for same in pieces]
-        return [whole[0][: self.shape[0]]] if self.padded else whole
+        """Make the HF tensors from all tensor-parallel shards, or from the whole parameter."""
+        joined = []
+        for (rows, *_), pieces in zip(
+            self.tensors.values(), zip(*map(self.fusion.split, shards), strict=True), strict=True
+        ):
+            whole = pieces[0]
+            if len(pieces) > 1:
+                assert self.dim is not None
+                whole = torch.cat(pieces, dim=self.dim)
+            joined.append(whole[:rows] if self.padded else whole)
+        return joined
 
 
 class ParamLocation(NamedTuple):
-    """One parameter of the whole model: a mapping, and the layer and expert it is in (0 where it has none)."""
+    """One parameter of the whole model: a mapping, and its layer and expert (0 where it has none)."""
 
     mapping: TensorMapping
     layer: int = 0

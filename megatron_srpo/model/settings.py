@@ -24,7 +24,7 @@ def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: 
 def check_layout(architecture: Architecture, parallel: ParallelSection, megatron: Mapping[str, Any]) -> None:
     """Raise ConfigError when heads, feed-forward width, experts or layers do not divide over the ranks."""
     tensor = "tensor_model_parallel_size", parallel.tensor_model_parallel_size
-    divided = {"num_attention_heads": tensor, "num_key_value_heads": tensor}
+    divided: dict[str, tuple[str, int]] = {"num_attention_heads": tensor, "num_key_value_heads": tensor}
     if architecture.num_experts:
         divided["num_experts"] = "expert_model_parallel_size", parallel.expert_model_parallel_size
         divided["moe_intermediate_size"] = "expert_tensor_parallel_size", parallel.expert_tensor_size
@@ -37,8 +37,8 @@ def check_layout(architecture: Architecture, parallel: ParallelSection, megatron
         divided["intermediate_size"] = tensor
         if parallel.expert_model_parallel_size > 1:
             raise ConfigError(
-                f"parallel.expert_model_parallel_size: {parallel.expert_model_parallel_size}, but the model has"
-                " no experts: set it to 1"
+                f"parallel.expert_model_parallel_size: {parallel.expert_model_parallel_size}, but the model"
+                " has no experts: set it to 1"
             )
     for name, (key, size) in divided.items():
         if (value := getattr(architecture, name)) % size:

@@ -1,4 +1,4 @@
-"""What goes wrong silently in post-training, as pure functions of the last rows of metrics.jsonl."""
+"""Alarms about silent failures of post-training, as pure functions of the last rows of metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -12,20 +12,15 @@ Row = Mapping[str, Any]  # a training step's line of metrics.jsonl
 
 LASTS = 3  # steps in a row that show a fault before most alarms are raised: one bad batch is none
 REMEMBERED = 25  # rows that any alarm looks at
-_FALLS = {
-    "response_tokens_mean": 0.4,
-    "policy_entropy": 0.6,
-    "format_rate": 0.2,
-}  # shares of what it was that count as a fall
+# Relative falls that count.
+_FALLS = {"response_tokens_mean": 0.4, "policy_entropy": 0.6, "format_rate": 0.2}
 _RISE = 0.05  # of the pass rate, that makes shorter and surer responses a success
-_WEIGHT_STD, _CERTAIN = (
-    0.02,
-    0.05,
-)  # entropy weights nearly uniform; nats a token below which a teacher is certain everywhere
+_WEIGHT_STD = 0.02  # of nearly uniform entropy weights
+_CERTAIN = 0.05  # nats per token, below which a teacher is certain everywhere
 
 
 class Alarm(NamedTuple):
-    """What is wrong now. finding: with the figures. advice: what it means and what to try."""
+    """What is wrong now (`finding`, with figures), and what it means and what to try (`advice`)."""
 
     name: AlarmName
     finding: str
@@ -33,7 +28,7 @@ class Alarm(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What alarms need to know of a run's configuration."""
+    """What the alarms need of a run's configuration."""
 
     dead_group_share: float
     logprob_gap: float | None  # None: what is trained on was sampled by another policy
@@ -42,7 +37,6 @@ class Limits(NamedTuple):
 
     @classmethod
     def of(cls, config: Config) -> Limits:
-        """This run's."""
         algorithm = config.algorithm
         return cls(
             config.logging.dead_group_share,
@@ -53,9 +47,7 @@ class Limits(NamedTuple):
 
 
 def alarms(rows: Sequence[Row], limits: Limits) -> list[Alarm]:
-    """The alarms that hold after the last of `rows` (training steps, oldest first); `REMEMBERED` of them are
-    enough.
-    """
+    """Return the alarms raised at the last of `rows` (training steps, oldest first, `REMEMBERED` at most)."""
     raised = []
     for name, (finds, advice) in _ALARMS.items():
         finding = finds(rows, limits) if rows else None
@@ -86,7 +78,10 @@ def _dead_groups(rows: Sequence[Row], limits: Limits) -> str | None:
     which = (
         "all of them right" if rate == 1 else "none right" if rate == 0 else f"{rate:.0%} of samples right"
     )
-    return f"{_mean(now, 'zero_advantage_share'):.0%} of groups had no difference in reward in {LASTS} steps ({which})"
+    return (
+        f"{_mean(now, 'zero_advantage_share'):.0%} of groups had no difference in reward in {LASTS} steps"
+        f" ({which})"
+    )
 
 
 def _teacher_still(rows: Sequence[Row], limits: Limits) -> str | None:
@@ -100,7 +95,10 @@ def _teacher_still(rows: Sequence[Row], limits: Limits) -> str | None:
     followed = max(_number(row, "teacher_followed") for row in now)
     if followed >= limits.ema_rate / 2:
         return None
-    return f"the teacher went {followed:.2g} of its way to the policy in a step; teacher.ema_rate is {limits.ema_rate:g}"
+    return (
+        f"the teacher went {followed:.2g} of its way to the policy in a step; teacher.ema_rate is"
+        f" {limits.ema_rate:g}"
+    )
 
 
 def _uniform_weights(rows: Sequence[Row], limits: Limits) -> str | None:
@@ -112,24 +110,30 @@ def _uniform_weights(rows: Sequence[Row], limits: Limits) -> str | None:
         for row in now
     ):
         return None
-    return f"entropy weights lie within {_mean(now, 'entropy_weight_std'):.2g} of 1, at {_mean(now, 'teacher_entropy'):.2f} nats a token"
+    return (
+        f"entropy weights lie within {_mean(now, 'entropy_weight_std'):.2g} of 1, at"
+        f" {_mean(now, 'teacher_entropy'):.2f} nats a token"
+    )
 
 
 def _logprob_gap(rows: Sequence[Row], limits: Limits) -> str | None:
     gap = _number(rows[-1], "engine_logprob_gap")
     if limits.logprob_gap is None or gap < limits.logprob_gap:
         return None
-    return f"trainer's and engine's log-probabilities are {gap:.3g} nats a token apart (rollout.logprob_gap_warning)"
+    return (
+        f"trainer's and engine's log-probabilities are {gap:.3g} nats a token apart"
+        f" (rollout.logprob_gap_warning)"
+    )
 
 
 def _number(row: Row, key: str) -> float:
-    """What is not finite (null in metrics.jsonl) counts as infinite."""
+    """Return a number of the row; null, which stands for a non-finite one, counts as infinite."""
     value = row.get(key)
     return math.inf if value is None or math.isnan(value) else value
 
 
 def _mean(rows: Sequence[Row], key: str) -> float:
-    """Of what is finite; NaN, which compares as neither less nor more, where nothing is."""
+    """Average the finite values; NaN, which compares as neither less nor more, if there are none."""
     values = [value for row in rows if math.isfinite(value := _number(row, key))]
     return sum(values) / len(values) if values else math.nan
 
@@ -137,27 +141,33 @@ def _mean(rows: Sequence[Row], key: str) -> float:
 _ALARMS: dict[AlarmName, tuple[Callable[[Sequence[Row], Limits], str | None], str]] = {
     "collapse": (
         _collapse,
-        "The policy gets shorter, surer or less well-formed without getting better. Look at its samples; go back to an earlier"
+        "The policy gets shorter, surer or less well-formed without getting better. Look at its samples; go"
+        " back to an earlier"
         " checkpoint with a lower optimizer.lr, or algorithm.name: srpo where sdpo collapsed.",
     ),
     "dead_groups": (
         _dead_groups,
-        "Such groups teach GRPO nothing. All right: the task is too easy, or the verifier says yes to everything. None right: too"
-        " hard, or the format is not understood. Read some samples; try other questions, rollout.dynamic_filtering or more samples.",
+        "Such groups teach GRPO nothing. All right: the task is too easy, or the verifier says yes to"
+        " everything. None right: too"
+        " hard, or the format is not understood. Read some samples; try other questions,"
+        " rollout.dynamic_filtering or more samples.",
     ),
     "teacher_still": (
         _teacher_still,
-        "The EMA teacher does not follow the policy as teacher.ema_rate says. An EMA held in bf16, or never called, looks like this;"
+        "The EMA teacher does not follow the policy as teacher.ema_rate says. An EMA held in bf16, or never"
+        " called, looks like this;"
         " if it should stand still, say teacher.kind: frozen.",
     ),
     "uniform_weights": (
         _uniform_weights,
-        "Entropy weighting does nothing: the teacher is equally unsure everywhere. Are its entropies over the full vocabulary? Look at"
+        "Entropy weighting does nothing: the teacher is equally unsure everywhere. Are its entropies over"
+        " the full vocabulary? Look at"
         " the teacher's prompts (inspect), and try a larger algorithm.entropy_beta.",
     ),
     "logprob_gap": (
         _logprob_gap,
-        "What is trained is not what was sampled. Does the engine have the published weights, the same dtype and temperature? A step"
+        "What is trained is not what was sampled. Does the engine have the published weights, the same dtype"
+        " and temperature? A step"
         " of staleness adds to the gap; importance weights correct a small one.",
     ),
 }

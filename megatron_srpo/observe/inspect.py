@@ -1,6 +1,4 @@
-"""One sample in the terminal: prompt, verdict, route, what its teacher saw, its tokens by divergence, and
-their top five.
-"""
+"""Show a sample in the terminal: prompt, verdict, route, what its teacher saw, and its tokens."""
 
 from __future__ import annotations
 
@@ -25,17 +23,15 @@ _NUMBERS = ("logprob", "teacher_logprob", "entropy", "teacher_entropy", "diverge
 
 
 def visible(text: str) -> str:
-    """`text` with control characters, and those that turn its direction, by their names: a terminal obeys
-    none of them.
-    """
+    """Replace control and direction characters, which a terminal would obey, by their code points."""
     return _HIDDEN.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text)
 
 
 def inspect(path: Path, step: int, number: int | None, console: Console) -> None:
-    """Show sample `number` (from 0, as in the file and the report) of a step, or without it the step's
-    samples, a line each.
+    """Show sample `number` (from 0, as in the file and the report) of a step, or list the step's samples.
 
-    Raises ConfigError when there is no such run, step or sample.
+    Raises:
+        ConfigError: There is no such run, step or sample.
     """
     run = RunFolder.read(path)
     rows, values = run.samples(step), read_tokens(path, step)
@@ -76,7 +72,10 @@ def _list(rows: list[dict], values: dict, console: Console) -> None:
     for number, row in enumerate(rows):
         route, length = row["route"], policy_tokens(row)
         values_of = "tokens" if (row["prompt"]["id"], row["index"]) in values else ""
-        line = f"{number:>6}  {_verdict(row):<7}  {route['branch']:<5}  {route['advantage']:>+9.3f}  {length:>6}  {row['finish_reason']:<6}"
+        line = (
+            f"{number:>6}  {_verdict(row):<7}  {route['branch']:<5}  {route['advantage']:>+9.3f} "
+            f" {length:>6}  {row['finish_reason']:<6}"
+        )
         console.print(
             Text(f"{line}  {values_of:<6}  {visible(row['text'][:60].replace(chr(10), ' '))}"), soft_wrap=True
         )
@@ -96,8 +95,14 @@ def _facts(row: dict, step: int, number: int, console: Console) -> None:
             style="bold",
         )
     )
-    line = f"{_verdict(row)}, reward {row['verdict']['reward']:g}, format {'ok' if row['verdict']['format_ok'] else 'not ok'}; route"
-    line += f" {route['branch']}{why}, advantage {route['advantage']:+.3f}; {policy_tokens(row)} tokens ({row['finish_reason']})"
+    line = (
+        f"{_verdict(row)}, reward {row['verdict']['reward']:g}, format"
+        f" {'ok' if row['verdict']['format_ok'] else 'not ok'}; route"
+    )
+    line += (
+        f" {route['branch']}{why}, advantage {route['advantage']:+.3f}; {policy_tokens(row)} tokens"
+        f" ({row['finish_reason']})"
+    )
     console.print(Text(line))
     console.print(Text(f"ground truth: {visible(row['prompt']['answer'])}"))
 
@@ -108,7 +113,7 @@ def _section(title: str, text: str, console: Console) -> None:
 
 
 def _tokens(values: dict[str, Any], console: Console) -> None:
-    """The response, redder where student and teacher diverge more; then a line a token."""
+    """Show the response, redder where student and teacher diverge more, then one line per token."""
     divergences = values.get("divergence", [0.0] * len(values["tokens"]))
     text = Text()
     for token, divergence in zip(values["tokens"], divergences, strict=True):
@@ -146,7 +151,7 @@ def _sibling(row: dict, rows: list[dict]) -> dict | None:
 
 
 def _decoded(run: RunFolder, ids: list[int]) -> str:
-    """By the model's tokenizer, where that is still there."""
+    """Decode by the model's tokenizer, if it still exists."""
     from transformers import AutoTokenizer
 
     for folder in (run.config.model.hf_path, run.path / "hf"):

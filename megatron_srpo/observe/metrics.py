@@ -1,6 +1,4 @@
-"""The numbers of one step, and metrics.jsonl: one JSON object a line, the source of everything that is
-drawn.
-"""
+"""The numbers of one step, and metrics.jsonl: one JSON object per line, the source of every curve."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from torch import Tensor
 from megatron_srpo.data.histogram import quantile
 from megatron_srpo.data.records import Group, Sample
 from megatron_srpo.data.update_report import UpdateReport
-from megatron_srpo.distributed.files import write_text
+from megatron_srpo.distributed.files import read_jsonl, write_text
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -31,59 +29,57 @@ def _tokens(samples: Sequence[Sample]) -> int:
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """What the routed groups of a step say; shares are of samples unless named otherwise.
+    """Compute a step's numbers from its routed groups; shares are of samples unless named otherwise.
 
-    Samples that nobody could judge and that are excluded count in response_tokens_mean, truncated_share and
-    verifier_failed_share only. With several tasks also pass_rate/<task> and the like.
+    Excluded samples (the verifier failed) count in response_tokens_mean, truncated_share and
+    verifier_failed_share only. Several tasks add pass_rate/<task> and the like.
     """
     samples = [sample for group in groups for sample in group]
-    judged = [sample for sample in samples if not sample.verdict.excluded]
-    judged_groups = [group for group in groups if not all(sample.verdict.excluded for sample in group)]
+    judged = [sample for sample in samples if not sample.judged.excluded]
+    judged_groups = [group for group in groups if not all(sample.judged.excluded for sample in group)]
     lengths = [sample.policy_tokens for sample in samples]
-    distilled = [sample for sample in judged if sample.route.distillation_weight > 0]
-    failed = [sample for sample in judged if not sample.verdict.correct]
+    distilled = [sample for sample in judged if sample.routed.distillation_weight > 0]
+    failed = [sample for sample in judged if not sample.judged.correct]
     return {
-        "reward_mean": _mean([sample.verdict.reward for sample in judged]),
-        "pass_rate": _mean([float(sample.verdict.correct) for sample in judged]),
+        "reward_mean": _mean([sample.judged.reward for sample in judged]),
+        "pass_rate": _mean([float(sample.judged.correct) for sample in judged]),
         "response_tokens_mean": _mean(lengths),
         "truncated_share": _mean([float(sample.finish_reason == "length") for sample in samples]),
-        "format_rate": _mean([float(sample.verdict.format_ok) for sample in judged]),
+        "format_rate": _mean([float(sample.judged.format_ok) for sample in judged]),
         "verifier_failed_share": _mean(
-            [float(sample.verdict.verifier_failed is not None) for sample in samples]
+            [float(sample.judged.verifier_failed is not None) for sample in samples]
         ),
         "sdpo_sample_share": len(distilled) / max(len(judged), 1),
         "sdpo_token_share": _tokens(distilled) / max(_tokens(judged), 1),
-        "teacherless_failed_share": _mean([float(sample.route.no_teacher is not None) for sample in failed]),
-        "teacher_prompts_cut": sum(sample.route.demonstration_cut for sample in samples),
-        "teacher_prompts_empty": sum(sample.route.no_teacher == "nothing_to_show" for sample in samples),
+        "teacherless_failed_share": _mean([float(sample.routed.no_teacher is not None) for sample in failed]),
+        "teacher_prompts_cut": sum(sample.routed.demonstration_cut for sample in samples),
+        "teacher_prompts_empty": sum(sample.routed.no_teacher == "nothing_to_show" for sample in samples),
         "zero_advantage_share": _mean(
-            [float(all(sample.route.advantage == 0 for sample in group)) for group in judged_groups]
+            [float(all(sample.routed.advantage == 0 for sample in group)) for group in judged_groups]
         ),
         **_by_task(samples),
     }
 
 
 def _by_task(samples: Sequence[Sample]) -> dict[str, float]:
-    """The most telling numbers of each task, when there are several."""
+    """Compute the most telling numbers of each task if there are several."""
     rows: dict[str, float] = {}
-    if len(names := sorted({sample.prompt.task for sample in samples})) > 1:
-        for name in names:
-            own = [sample for sample in samples if sample.prompt.task == name]
-            judged = [sample for sample in own if not sample.verdict.excluded]
-            rows |= {
-                f"prompt_share/{name}": len(own) / len(samples),
-                f"pass_rate/{name}": _mean([float(sample.verdict.correct) for sample in judged]),
-                f"format_rate/{name}": _mean([float(sample.verdict.format_ok) for sample in judged]),
-                f"truncated_share/{name}": _mean([float(sample.finish_reason == "length") for sample in own]),
-                f"response_tokens_mean/{name}": _mean([sample.policy_tokens for sample in own]),
-            }
+    names = sorted({sample.prompt.task for sample in samples})
+    for name in names if len(names) > 1 else ():
+        own = [sample for sample in samples if sample.prompt.task == name]
+        judged = [sample for sample in own if not sample.judged.excluded]
+        rows |= {
+            f"prompt_share/{name}": len(own) / len(samples),
+            f"pass_rate/{name}": _mean([float(sample.judged.correct) for sample in judged]),
+            f"format_rate/{name}": _mean([float(sample.judged.format_ok) for sample in judged]),
+            f"truncated_share/{name}": _mean([float(sample.finish_reason == "length") for sample in own]),
+            f"response_tokens_mean/{name}": _mean([sample.policy_tokens for sample in own]),
+        }
     return rows
 
 
 def version_metrics(groups: Sequence[Group], step: int) -> dict[str, Any]:
-    """The newest weights that sampled the step's groups, and how many versions the oldest token of a sample
-    is behind the policy.
-    """
+    """Return the newest weight version that sampled the groups, and the age of each sample's oldest token."""
     versions = [
         [int(version) for version, _, _ in sample.versions if version.isdigit()]
         for group in groups
@@ -99,7 +95,7 @@ def version_metrics(groups: Sequence[Group], step: int) -> dict[str, Any]:
 
 
 def update_metrics(report: UpdateReport) -> dict[str, float]:
-    """What the step's updates say. Means over no token (nothing distilled) are 0: see sdpo_token_share."""
+    """Compute the numbers of a step's updates; means over no token (nothing distilled) are 0."""
     sums = report.sums
     mean_weight = _ratio(sums.weight, sums.distilled)
     variance = _ratio(sums.weight_squared, sums.distilled) - mean_weight**2
@@ -125,9 +121,7 @@ def update_metrics(report: UpdateReport) -> dict[str, float]:
 
 
 def _teacher_metrics(distances: tuple[float, float] | None) -> dict[str, float]:
-    """Where the teacher is, and the share of its way to the policy it went in this step; nothing without
-    weights of its own.
-    """
+    """Return the teacher's distance to the policy, and the share of it covered in this step."""
     if distances is None:
         return {}
     before, after = distances
@@ -142,7 +136,6 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
-        """One line."""
         clean = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in row.items()
@@ -151,9 +144,7 @@ class MetricsFile:
         self._file.flush()
 
     def rewind(self, step: int, with_evaluation: bool) -> list[dict[str, Any]]:
-        """Drop what was written of steps after `step`, or of its evaluation, and a line that a kill tore;
-        returns what stays.
-        """
+        """Drop later steps than `step` (or its evaluation, too) and a torn line; return the other rows."""
         rows = [
             row
             for row in self._rows()
@@ -167,18 +158,10 @@ class MetricsFile:
         return rows
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """The rows of evaluations, in their order."""
         return [row for row in self._rows() if "loss" not in row]
 
     def _rows(self) -> list[dict[str, Any]]:
-        rows = []
-        for line in self.path.read_bytes().split(b"\n") if self.path.is_file() else ():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                continue  # the empty rest of the file, or a torn line
-        return rows
+        return read_jsonl(self.path).rows
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()

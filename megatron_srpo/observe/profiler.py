@@ -29,12 +29,12 @@ class StepProfiler:
 
     @contextmanager
     def __call__(self, step: int) -> Iterator[None]:
-        """One training step."""
+        """Profile `step` if it is in the window."""
         if self.steps is not None and self.steps[0] <= step <= self.steps[1] and self._profile is None:
             self._begin()
         yield
-        if self._profile is not None and step >= self.steps[1]:
-            self._end()
+        if self._profile is not None and self.steps is not None and step >= self.steps[1]:
+            self._end(self._profile)
 
     def _begin(self) -> None:
         cuda = self.layout.device.type == "cuda"
@@ -45,15 +45,14 @@ class StepProfiler:
         )
         self._profile.start()
 
-    def _end(self) -> None:
-        self._profile.stop()
+    def _end(self, profiler: profile) -> None:
+        profiler.stop()
         self.directory.mkdir(exist_ok=True)
         prefix = str(self.directory / f"rank_{self.layout.rank:05d}")
-        self._profile.export_chrome_trace(f"{prefix}.trace.json.gz")
+        profiler.export_chrome_trace(f"{prefix}.trace.json.gz")
         by = "self_cuda_time_total" if self.layout.device.type == "cuda" else "self_cpu_time_total"
-        Path(f"{prefix}.table.txt").write_text(
-            self._profile.key_averages().table(sort_by=by, row_limit=50), encoding="utf-8"
-        )
+        table = profiler.key_averages().table(sort_by=by, row_limit=50)
+        Path(f"{prefix}.table.txt").write_text(table, encoding="utf-8")
         if self.layout.device.type == "cuda":
             torch.cuda.memory._dump_snapshot(f"{prefix}.memory.pickle")
             torch.cuda.memory._record_memory_history(enabled=None)

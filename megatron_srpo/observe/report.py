@@ -1,5 +1,4 @@
-"""The report: one HTML file, without any network, with the curves of one or more runs and a browser of their
-samples.
+"""The report: one HTML file that works offline, with the curves of one or more runs and their samples.
 
 Everything shown is one JSON object in the page, whose text the page's script only ever inserts as text.
 """
@@ -28,7 +27,7 @@ _PAGE = Path(__file__).with_name("page")
 
 
 def write_report(paths: Sequence[Path], output: Path, samples: int = SAMPLES) -> None:
-    """Write the page of these run folders to `output`. Raises ConfigError when one is no run's folder."""
+    """Write the page about these run folders; raise ConfigError if one is no run's folder."""
     page = {
         name: (_PAGE / name).read_text(encoding="utf-8")
         for name in ("page.html", "page.css", "charts.js", "samples.js")
@@ -47,7 +46,7 @@ def write_report(paths: Sequence[Path], output: Path, samples: int = SAMPLES) ->
 
 
 def report_data(paths: Sequence[Path], samples: int) -> dict[str, Any]:
-    """What the page shows."""
+    """Collect what the page shows, with at most `samples` samples."""
     runs = [RunFolder.read(path) for path in paths]
     names = _names(paths)
     data: dict[str, Any] = {
@@ -66,7 +65,7 @@ def report_data(paths: Sequence[Path], samples: int) -> dict[str, Any]:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """The folders' names, with as much of the path before as tells them apart."""
+    """Name the folders, with as much of the path as tells them apart."""
     resolved = [path.resolve() for path in paths]
     for depth in range(1, 9):
         names = ["/".join(path.parts[-depth:]) for path in resolved]
@@ -87,7 +86,8 @@ def _run_data(run: RunFolder, name: str) -> dict[str, Any]:
     seconds = np.cumsum([(row.get("seconds") or 0.0) + evaluate.get(row["step"], 0.0) for row in run.steps])
     return {
         "name": name,
-        "what": f"{config.algorithm.name}, lr {config.lr:g}, {config.rollout.prompts_per_step} × {config.rollout.samples_per_prompt}"
+        "what": f"{config.algorithm.name}, lr {config.lr:g}, {config.rollout.prompts_per_step} ×"
+        f" {config.rollout.samples_per_prompt}"
         f" samples a step, {config.model.hf_path.name}",
         "columns": {key: [_short(row.get(key)) for row in run.steps] for key in keys},
         "hours": [_short(value / 3600) for value in seconds.tolist()],
@@ -99,7 +99,7 @@ def _run_data(run: RunFolder, name: str) -> dict[str, Any]:
 
 
 def _evaluations(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The curves of every avg@K and pass@K; avg@K with its interval where the run wrote one."""
+    """Collect the curves of every avg@K and pass@K; avg@K with its interval if the run wrote one."""
     curves = []
     for key in dict.fromkeys(key for row in rows for key in row if "/avg@" in key or "/pass@" in key):
         found = [row for row in rows if row.get(key) is not None]
@@ -116,7 +116,7 @@ def _evaluations(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _weight_quantiles(run: RunFolder) -> dict[str, Any]:
-    """Quantiles of the dumped tokens' entropy weights, by step."""
+    """Compute quantiles of the dumped tokens' entropy weights, by step."""
     steps, quantiles = [], []
     for step in run.sampled_steps:
         weights = [
@@ -135,9 +135,7 @@ def _weight_quantiles(run: RunFolder) -> dict[str, Any]:
 
 
 def alarm_history(run: RunFolder) -> list[dict[str, str]]:
-    """Every stretch of steps in which an alarm holds, by the rows alone: a run from before there were alarms
-    has them, too.
-    """
+    """Find every stretch of steps in which an alarm holds, from the rows alone."""
     limits, stretches, held = Limits.of(run.config), [], {}
     steps = [row for row in run.steps if "loss" in row]  # what was only sampled has no alarms
     for place, row in enumerate(steps):
@@ -162,7 +160,7 @@ def alarm_history(run: RunFolder) -> list[dict[str, str]]:
 
 
 def _add_samples(data: dict[str, Any], run: RunFolder, number: int, name: str, limit: int) -> None:
-    """Whole steps, evenly spread, those with token values first, until `limit` samples."""
+    """Add whole steps, evenly spread, those with token values first, up to `limit` samples."""
     steps, prompts, taken = run.sampled_steps, {}, 0
     with_tokens = [step for step in steps if tokens_file(run.path, step).is_file()]
     order = _spread(with_tokens) + _spread([step for step in steps if step not in set(with_tokens)])
@@ -180,20 +178,20 @@ def _add_samples(data: dict[str, Any], run: RunFolder, number: int, name: str, l
                 sample = _sample(row, place, values, data["prompts"], prompts)
             except (KeyError, TypeError) as error:
                 run.problems.append(
-                    f"{name}: step {step}, sample {place}: is no sample as runs dump them and left out: {error!r}"
+                    f"{name}: step {step}, sample {place}: is no sample as runs dump them and left out:"
+                    f" {error!r}"
                 )
                 continue
             data["samples"].append({"run": number, "step": step, **sample})
     if len(chosen) < len(steps):
         data["notes"].append(
-            f"{name}: the samples of {len(chosen)} of {len(steps)} steps are in this page; all are in its rollouts/."
+            f"{name}: the samples of {len(chosen)} of {len(steps)} steps are in this page; all are in its"
+            f" rollouts/."
         )
 
 
 def _spread(steps: list[int]) -> list[int]:
-    """The same steps in an order whose every beginning is spread over all of them: last, first, then halves,
-    quarters …
-    """
+    """Order the steps so that any first few are spread over all: last, first, then halves, quarters …"""
     if not steps:
         return []
     places, stride = [len(steps) - 1, 0], len(steps)
@@ -243,5 +241,5 @@ def _cut(text: str) -> str:
 
 
 def _short(value: float | None) -> float | None:
-    """Five digits; None for what is no finite number."""
+    """Round to five digits; None for what is no finite number."""
     return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")

@@ -1,8 +1,7 @@
-"""Reading a run's folder back, also one that a kill has cut off: what is whole is read, what is not is said."""
+"""Reading a run's folder, also after a kill: whole lines are read, damaged ones are reported."""
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +12,14 @@ from pydantic import ValidationError
 
 from megatron_srpo.config.schema import Config, ConfigError
 from megatron_srpo.data.rollout_file import step_file
+from megatron_srpo.distributed.files import read_jsonl
 
 _STEP = re.compile(r"step_(\d{6,})\.jsonl")
 
 
 @dataclass
 class RunFolder:
-    """steps, evaluations: the rows of metrics.jsonl. config: as run. problems: lines that could not be read."""
+    """A run's configuration, its rows of metrics.jsonl, and the lines that could not be read (`problems`)."""
 
     path: Path
     config: Config
@@ -29,7 +29,7 @@ class RunFolder:
 
     @classmethod
     def read(cls, path: Path) -> RunFolder:
-        """Raises ConfigError when `path` is not a run's folder."""
+        """Read config.yaml and metrics.jsonl; raise ConfigError if `path` is not a run's folder."""
         file = path / "metrics.jsonl"
         if not file.is_file():
             raise ConfigError(f"{path}: is not a run's folder: there is no metrics.jsonl in it")
@@ -47,13 +47,13 @@ class RunFolder:
 
     @property
     def sampled_steps(self) -> list[int]:
-        """The steps whose samples are there, in order."""
+        """The steps whose samples were dumped, in order."""
         folder = step_file(self.path, 0).parent
         found = (_STEP.fullmatch(file.name) for file in folder.iterdir()) if folder.name == "rollouts" else ()
         return sorted(int(match[1]) for match in found if match)
 
     def samples(self, step: int) -> list[dict[str, Any]]:
-        """The rows of a step's samples, in the order of the file. Raises ConfigError when there are none."""
+        """Read the rows of a step's samples; raise ConfigError if there are none."""
         file = step_file(self.path, step)
         if not file.is_file():
             steps = self.sampled_steps
@@ -62,14 +62,6 @@ class RunFolder:
         return self._lines(file)
 
     def _lines(self, file: Path) -> list[dict[str, Any]]:
-        rows = []
-        for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
-            try:
-                if line:
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise ValueError("not a JSON object")
-                    rows.append(row)
-            except ValueError as error:
-                self.problems.append(f"{file}:{number}: not readable and left out: {error}")
-        return rows
+        found = read_jsonl(file)
+        self.problems += [f"{problem} and left out" for problem in found.problems]
+        return found.rows

@@ -1,4 +1,4 @@
-"""The terminal: a calm live view where there is a terminal, one plain line a step where there is none."""
+"""The terminal: a live view, or one plain line per step where the output is no terminal."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 def sparkline(values: list[float], width: int = 40) -> str:
-    """The last `width` values of [0, 1] as block characters."""
+    """Draw the last `width` values of [0, 1] as block characters."""
     return "".join(
         _BLOCKS[min(len(_BLOCKS) - 1, int(max(value, 0.0) * len(_BLOCKS)))] for value in values[-width:]
     )
 
 
 class Terminal:
-    """Shows progress. `enabled` is False on every rank but the first."""
+    """Shows progress if `enabled` (on rank 0)."""
 
     def __init__(self, title: str, steps: int, enabled: bool):
         self.console = Console(quiet=not enabled, highlight=False)
@@ -67,36 +67,37 @@ class Terminal:
             self.live.stop()
 
     def say(self, message: str, style: str = "") -> None:
-        """One line that stays."""
+        """Print and log one line."""
         LOG.info("%s", message)
         self.console.print(Text(message, style=style), soft_wrap=True)
 
     def phase(self, name: str) -> None:
-        """What the run does now."""
+        """Show and log that phase `name` of the step begins."""
         self.phase_name = name
         PROGRESS.enter(name)
         LOG.info("step %d: %s", PROGRESS.step, name)
 
     def recall(self, rows: list[dict[str, Any]]) -> None:
-        """The rows of metrics.jsonl before a run that goes on."""
+        """Take over the rows of metrics.jsonl of a resumed run."""
         steps = [row for row in rows if "pass_rate" in row]
         self.pass_rates = [row["pass_rate"] for row in steps]
         self.progress.update(self.task, completed=len(steps))
 
     def step(self, row: dict[str, Any]) -> None:
-        """A finished training step (its metrics.jsonl row)."""
+        """Show a finished training step by its row of metrics.jsonl."""
         self.row = row
         self.pass_rates.append(row["pass_rate"])
         self.progress.update(self.task, completed=row["step"])
         if not self.is_live:
             self.say(
-                f"step {row['step']:>4}/{self.steps}  pass {row['pass_rate']:.3f}  sdpo {row['sdpo_sample_share']:.2f}"
-                f"  length {row['response_tokens_mean']:.1f}  loss {row['loss']:+.4f}  grad {row['grad_norm']:.3f}"
-                f"  entropy {row['policy_entropy']:.3f}  gap {row['engine_logprob_gap']:.1e}  {row['seconds']:.2f} s"
+                f"step {row['step']:>4}/{self.steps}  pass {row['pass_rate']:.3f}"
+                f"  sdpo {row['sdpo_sample_share']:.2f}  length {row['response_tokens_mean']:.1f}"
+                f"  loss {row['loss']:+.4f}  grad {row['grad_norm']:.3f}  entropy {row['policy_entropy']:.3f}"
+                f"  gap {row['engine_logprob_gap']:.1e}  {row['seconds']:.2f} s"
             )
 
     def evaluation(self, row: dict[str, Any]) -> None:
-        """A finished evaluation (its metrics.jsonl row)."""
+        """Print a finished evaluation by its row of metrics.jsonl."""
         scores = "  ".join(
             f"{key.removeprefix('eval/')} {value:.3f}" for key, value in row.items() if "@" in key
         )

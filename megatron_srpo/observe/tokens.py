@@ -11,19 +11,18 @@ from typing import Any
 from megatron_srpo.config.schema import ConfigError
 from megatron_srpo.data.records import Group, Sample, SampleKey
 from megatron_srpo.data.rollout_file import step_file
-from megatron_srpo.distributed.files import write_text
+from megatron_srpo.distributed.files import read_jsonl, write_text
 
 
 def choose(groups: Sequence[Group], count: int) -> list[SampleKey]:
-    """Up to `count` samples, by turns distilled, failed without a teacher, and right; of as many prompts as
-    there are.
-    """
+    """Choose `count` samples: in turn distilled, failed without a teacher, and right; of many prompts."""
     kinds: tuple[list[Sample], ...] = ([], [], [])
     for group in groups:
         for sample in group:
-            kinds[0 if sample.route.distillation_weight > 0 else 2 if sample.verdict.correct else 1].append(
-                sample
-            )
+            if sample.routed.distillation_weight > 0:
+                kinds[0].append(sample)
+            else:
+                kinds[2 if sample.judged.correct else 1].append(sample)
     turns = (_prompt_after_prompt(kind) for kind in kinds)
     chosen = [sample for turn in zip_longest(*turns) for sample in turn if sample is not None]
     return [(sample.prompt.id, sample.index) for sample in chosen[:count]]
@@ -37,7 +36,6 @@ def _prompt_after_prompt(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def tokens_file(folder: Path, step: int) -> Path:
-    """Beside the step's samples."""
     return step_file(folder, step).with_suffix(".tokens.jsonl")
 
 
@@ -48,9 +46,7 @@ def write_tokens(
     folder: Path,
     step: int,
 ) -> None:
-    """Write the rows of `TokenValues.gather`, ids replaced by the text `decode` makes of each; whole or not
-    at all.
-    """
+    """Write the rows of `TokenValues.gather`, each token id replaced by its text, in one atomic file."""
     ids_of = {(sample.prompt.id, sample.index): sample.policy_ids for group in groups for sample in group}
     texts: dict[int, str] = {}
 
@@ -71,18 +67,16 @@ def write_tokens(
 
 
 def read_tokens(folder: Path, step: int) -> dict[SampleKey, dict[str, Any]]:
-    """The rows of a step, None for what is no finite number; empty where none were written.
+    """Read the rows of a step, by sample; empty if none were written.
 
-    Raises ConfigError naming file and line for a damaged one.
+    Raises:
+        ConfigError: A line is damaged.
     """
-    file, rows = tokens_file(folder, step), {}
-    for number, line in enumerate(file.read_bytes().split(b"\n") if file.is_file() else (), 1):
-        if line:
-            try:
-                row = json.loads(line, parse_constant=lambda name: None)
-                rows[row["prompt_id"], row["index"]] = row
-            except (ValueError, KeyError, TypeError) as error:
-                raise ConfigError(
-                    f"{file}:{number}: is damaged ({error}); remove the file, which nothing else needs"
-                ) from None
-    return rows
+    found = read_jsonl(tokens_file(folder, step))
+    try:
+        if found.problems:
+            raise ValueError(found.problems[0])
+        return {(row["prompt_id"], row["index"]): row for row in found.rows}
+    except (ValueError, KeyError) as error:
+        file = tokens_file(folder, step)
+        raise ConfigError(f"{file}: {error}; remove the file, which nothing else needs") from None

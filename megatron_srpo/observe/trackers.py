@@ -13,17 +13,15 @@ from megatron_srpo.distributed.files import write_text
 
 
 class Tracker(Protocol):
-    """Where rows of metrics.jsonl are sent besides."""
+    """Where the numbers in rows of metrics.jsonl are sent as well."""
 
-    def write(self, row: Mapping[str, Any]) -> None:
-        """One row; what is no number in it is left out."""
+    def write(self, row: Mapping[str, Any]) -> None: ...
 
-    def close(self) -> None:
-        """All that was written is kept."""
+    def close(self) -> None: ...
 
 
 def check_trackers(config: Config) -> None:
-    """Raises ConfigError when one is asked for that is not installed."""
+    """Raise ConfigError if a configured tracker is not installed."""
     wanted = {"tensorboard": config.logging.tensorboard, "wandb": config.logging.wandb_project is not None}
     for package, is_wanted in wanted.items():
         if is_wanted and importlib.util.find_spec(package) is None:
@@ -32,20 +30,15 @@ def check_trackers(config: Config) -> None:
 
 
 class Trackers:
-    """All of a run.
-
-    One that fails, such as for a lost connection, is told by `say` and let go: metrics.jsonl has everything.
-    """
+    """All trackers of a run; one that fails is reported by `say` and disabled (metrics.jsonl has all)."""
 
     def __init__(self, trackers: list[Tracker], say: Callable[[str], None]):
         self._trackers, self._say = trackers, say
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """See `Tracker`."""
         self._each(lambda tracker: tracker.write(row))
 
     def close(self) -> None:
-        """See `Tracker`."""
         self._each(lambda tracker: tracker.close())
 
     def _each(self, do: Callable[[Tracker], None]) -> None:
@@ -53,12 +46,12 @@ class Trackers:
             try:
                 do(tracker)
             except Exception as error:  # whatever the packages raise
-                self._say(f"{type(tracker).__name__} is given up: {type(error).__name__}: {error}")
+                self._say(f"disabling {type(tracker).__name__}: {type(error).__name__}: {error}")
                 self._trackers.remove(tracker)
 
 
 def start_trackers(config: Config, step: int) -> list[Tracker]:
-    """The trackers asked for, for a run that goes on after `step`."""
+    """Start the configured trackers, for a run that resumes after `step`."""
     trackers: list[Tracker] = []
     if config.logging.tensorboard:
         trackers.append(TensorBoard(config.logging.dir / "tensorboard", step))
@@ -72,7 +65,7 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 class TensorBoard:
-    """Event files in RUN/tensorboard. What an earlier start wrote of steps after `step` is hidden."""
+    """Event files in RUN/tensorboard; what an earlier start wrote about steps after `step` is hidden."""
 
     def __init__(self, directory: Path, step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -80,26 +73,23 @@ class TensorBoard:
         self.writer = SummaryWriter(str(directory), purge_step=step + 1 if step else None)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """See `Tracker`."""
         for key, value in _numbers(row).items():
             self.writer.add_scalar(key, value, row["step"])
         self.writer.flush()
 
     def close(self) -> None:
-        """See `Tracker`."""
         self.writer.close()
 
 
 class WandB:
-    """One W&B run for a run folder (its id is kept in RUN/wandb_id), also over several starts.
+    """One W&B run per run folder, also over several starts; its id is kept in RUN/wandb_id.
 
-    W&B's own step may only grow, and what comes below it is dropped; a run that goes on from a checkpoint
-    comes back to steps it had. So `step` is a number like the others, named as the x axis of all: such steps
-    have two points.
+    W&B drops rows below its own newest step, but a resumed run repeats steps. So `step` is logged as a number
+    and defined as the x axis of all others: a repeated step has two points.
     """
 
     def __init__(self, config: Config):
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         settings, file = config.logging, config.logging.dir / "wandb_id"
         if not file.is_file():
@@ -118,9 +108,7 @@ class WandB:
         self.run.define_metric("*", step_metric="step")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """See `Tracker`."""
         self.run.log({"step": row["step"], **_numbers(row)})
 
     def close(self) -> None:
-        """See `Tracker`."""
         self.run.finish()

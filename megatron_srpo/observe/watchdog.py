@@ -1,14 +1,13 @@
-"""No silent hang: when no rank makes progress, every rank leaves its state and its stacks in the run folder
-and exits.
+"""The watchdog: when no rank makes progress, every rank dumps its state and stacks to the run and exits.
 
-Each rank's thread writes what its process is doing (`progress.py`) to watchdog/rank_NNNNN.txt. The first
-rank's looks at all of
-them: a rank that waits for another is fine while the other gets on. Stalled is a run in which nobody does.
+Each rank's thread writes what its process is doing (`distributed/heartbeat.py`) to watchdog/rank_NNNNN.txt,
+and rank 0's thread reads all of them. A rank may wait for another one as long as any rank makes progress.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import socket
 import sys
@@ -25,19 +24,24 @@ _GRACE_SECONDS = 10  # a stalled run's first rank waits so long for the other ra
 
 
 class Watchdog:
-    """Watches while it is entered. minutes: without any rank's progress, after which the run ends; None:
-    never.
+    """Watches while it is entered.
 
-    session: of this start of the run, the same on all ranks.
+    Args:
+        minutes: The run ends after this time without progress on any rank; None: never.
+        session: The name of this start of the run, the same on all ranks.
     """
 
     def __init__(self, folder: Path, layout: Layout, minutes: float | None, session: str):
-        self.folder, self.layout, self.session = folder, layout, session
-        self.limit = None if minutes is None else 60 * minutes
-        self._stop, self._thread, self._collectives = threading.Event(), None, collectives_noted()
+        self.folder = folder
+        self.layout = layout
+        self.session = session
+        self.limit = math.inf if minutes is None else 60 * minutes
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._collectives = collectives_noted()
 
     def __enter__(self) -> Watchdog:
-        if self.limit is not None:
+        if self.limit < math.inf:
             self.folder.mkdir(exist_ok=True)
             self._collectives.__enter__()
             PROGRESS.enter("start")
@@ -64,26 +68,25 @@ class Watchdog:
         return self.folder / f"stalled-{self.session}.txt"
 
     def _watch(self) -> None:
-        told, seen, moved_at = None, None, time.monotonic()
+        written: int | None = None
+        seen: list[str] = []
+        moved_at = time.monotonic()
         while not self._stop.wait(self._interval):
-            # The interpreter's own clock, which needs no lock of it: for a process whose main thread never
-            # lets a thread run.
+            # The interpreter's timer, which does not need the GIL: for a main thread that never releases it.
             faulthandler.dump_traceback_later(self.limit + _GRACE_SECONDS, exit=True, file=self._log)
-            if told != PROGRESS.beats:
-                told = PROGRESS.beats
-                write_text(self._file(self.layout.rank), f"{self.session} {told}\n{self._describe()}\n")
+            if written != PROGRESS.beats:
+                written = PROGRESS.beats
+                write_text(self._file(self.layout.rank), f"{self.session} {written}\n{self._describe()}\n")
             if self._verdict.exists():
-                self._leave()
+                self._dump_and_exit()
             if self.layout.rank == 0:
                 states = [self._read(rank) for rank in range(self.layout.world_size)]
                 if states != seen:
                     seen, moved_at = states, time.monotonic()
                 elif time.monotonic() - moved_at >= self.limit:
-                    write_text(
-                        self._verdict,
-                        f"no rank made progress for {self.limit / 60:g} minutes (logging.watchdog_minutes)\n",
-                    )
-                    self._leave()
+                    minutes = f"{self.limit / 60:g} minutes (logging.watchdog_minutes)"
+                    write_text(self._verdict, f"no rank made progress for {minutes}\n")
+                    self._dump_and_exit()
 
     def _read(self, rank: int) -> str:
         try:
@@ -96,31 +99,24 @@ class Watchdog:
             f"rank {self.layout.rank} on {socket.gethostname()}, process {os.getpid()}: {PROGRESS.describe()}"
         )
 
-    def _leave(self) -> None:
-        """State and stacks to the disk; then end this process, whatever its main thread waits for."""
+    def _dump_and_exit(self) -> None:
+        """Write state and stacks, then end this process, whatever its main thread waits for."""
         faulthandler.dump_traceback(self._log, all_threads=True)
         self._log.flush()
         write_text(self._file(self.layout.rank), f"{self.session} stalled\n{self._describe()}\n")
         end = time.monotonic() + _GRACE_SECONDS + self._interval
         if self.layout.rank == 0:
             ranks = range(self.layout.world_size)
-            while time.monotonic() < end and not all(
-                self._read(r).startswith(f"{self.session} stalled") for r in ranks
-            ):
+            stalled = f"{self.session} stalled"
+            while time.monotonic() < end and not all(self._read(rank).startswith(stalled) for rank in ranks):
                 time.sleep(0.05)
-            states = [
-                self._read(rank).partition("\n")[2].strip() or f"rank {rank}: said nothing" for rank in ranks
-            ]
-            text = "\n".join(
-                [
-                    self._verdict.read_text(encoding="utf-8").strip(),
-                    *states,
-                    f"stacks: {self.folder}/rank_*.stacks.txt",
-                ]
-            )
+            lines = [self._verdict.read_text(encoding="utf-8").strip()]
+            for rank in ranks:
+                lines.append(self._read(rank).partition("\n")[2].strip() or f"rank {rank}: said nothing")
+            text = "\n".join([*lines, f"stacks: {self.folder}/rank_*.stacks.txt"])
             print(f"stopped: {text}", file=sys.stderr, flush=True)
             write_text(self._verdict, text + "\n")
-        else:  # let the first rank speak: torchrun ends all when one leaves
+        else:  # rank 0 prints first: torchrun ends all ranks when one exits
             while time.monotonic() < end and "stacks:" not in self._verdict.read_text(encoding="utf-8"):
                 time.sleep(0.05)
         os._exit(STALLED)

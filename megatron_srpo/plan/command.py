@@ -39,7 +39,8 @@ def plan(config: Config, options: argparse.Namespace) -> int:
     if own.cache_room is not None and problem is None:
         tokens = own.cache_room / cache_bytes(architecture, planned_dtype(config, machine).itemsize)
         console.print(
-            f"while it samples, the engine has {own.cache_room / 1e9:.1f} GB of a GPU for keys and values: {tokens:,.0f} tokens"
+            f"while it samples, the engine has {own.cache_room / 1e9:.1f} GB of a GPU for keys and values:"
+            f" {tokens:,.0f} tokens"
         )
     console.print(*_best(architecture, config, machine, options.gpus, workload))
     if options.scale:
@@ -90,10 +91,13 @@ def _title(
     )
     return (
         f"{config.model.hf_path.name}: {each}; {str(planned_dtype(config, machine)).removeprefix('torch.')}\n"
-        f"{gpus} × {machine.name} ({machine.memory / 1e9:.0f} GB, {machine.peak / 1e12:.0f} TFLOPS, MFU {machine.mfu:.2f} assumed):"
+        f"{gpus} × {machine.name} ({machine.memory / 1e9:.0f} GB, {machine.peak / 1e12:.0f} TFLOPS, MFU"
+        f" {machine.mfu:.2f} assumed):"
         f" {_describe(config, gpus)}\n"
-        f"{config.algorithm.name}: {config.rollout.prompts_per_step} × {config.rollout.samples_per_prompt} samples of"
-        f" {workload.prompt_tokens} + {workload.response_tokens} tokens on average, {workload.distilled_share:.0%} distilled;"
+        f"{config.algorithm.name}: {config.rollout.prompts_per_step} × {config.rollout.samples_per_prompt}"
+        f" samples of"
+        f" {workload.prompt_tokens} + {workload.response_tokens} tokens on average,"
+        f" {workload.distilled_share:.0%} distilled;"
         f" fullest micro-batch {batch.tokens:,} tokens a GPU"
     )
 
@@ -152,7 +156,10 @@ def _best(
     architecture: Architecture, config: Config, machine: Machine, gpus: int, workload: Workload
 ) -> list:
     fitting, impossible, too_large = layouts(architecture, config, machine, gpus, workload)
-    said = f"left out: {impossible} layouts that do not divide the model or the GPUs, {too_large} that do not fit"
+    said = (
+        f"left out: {impossible} layouts that do not divide the model or the GPUs, {too_large} that do"
+        f" not fit"
+    )
     if not fitting:
         return [f"[bold red]no layout of {gpus} GPUs fits[/]; {said}"]
     table = Table("the fastest layouts that fit", "seconds", "GB")

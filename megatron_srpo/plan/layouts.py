@@ -126,14 +126,12 @@ def layouts(
         changed = {
             "tensor_model_parallel_size": tensor,
             "pipeline_model_parallel_size": pipeline,
-            "expert_model_parallel_size": expert,
-        }
-        changed |= {
-            "context_parallel_size": context,
             "virtual_pipeline_model_parallel_size": None,
+            "context_parallel_size": context,
+            "expert_model_parallel_size": expert,
+            "expert_tensor_parallel_size": 1 if expert > 1 else None,
             "sequence_parallel": tensor > 1,
         }
-        changed |= {"expert_tensor_parallel_size": 1 if expert > 1 else None}
         parallel = ParallelSection(**{**config.parallel.model_dump(), **changed})
         others = {key: value for key, value in config.megatron.items() if not key.startswith("recompute_")}
         recomputing = (
@@ -203,11 +201,10 @@ def where_it_stops(rows: list[Scaled]) -> list[str]:
     each.
     """
     said = []
-    for before, after in itertools.pairwise([row for row in rows if row.strong is not None]):
-        if (gain := before.strong.step / after.strong.step) < 1.4:
-            said.append(
-                f"same batch: {after.gpus} GPUs are {gain:.2f} times as fast as {before.gpus}; {_most_of(after.strong)}"
-            )
+    strong = [(row.gpus, row.strong) for row in rows if row.strong is not None]
+    for (fewer, before), (more, after) in itertools.pairwise(strong):
+        if (gain := before.step / after.step) < 1.4:
+            said.append(f"same batch: {more} GPUs are {gain:.2f} times as fast as {fewer}; {_most_of(after)}")
             break
     growing = [row.weak for row in rows if row.weak is not None]
     for plan in growing:

@@ -73,11 +73,8 @@ def replicas(config: Config, gpus: int) -> tuple[int, int]:
     Raises ConfigError when they do not divide.
     """
     parallel = config.parallel
-    experts = (
-        parallel.expert_tensor_size
-        * parallel.expert_model_parallel_size
-        * parallel.pipeline_model_parallel_size
-    )
+    experts = parallel.expert_tensor_size * parallel.expert_model_parallel_size
+    experts *= parallel.pipeline_model_parallel_size
     return data_parallel_size(parallel, gpus) * parallel.context_parallel_size, gpus // experts
 
 
@@ -96,11 +93,8 @@ class Batch(NamedTuple):
 
         Responses may be nearly all of it.
         """
-        rollout, size, context = (
-            config.rollout,
-            data_parallel_size(config.parallel, gpus),
-            config.parallel.context_parallel_size,
-        )
+        rollout, size = config.rollout, data_parallel_size(config.parallel, gpus)
+        context = config.parallel.context_parallel_size
         longest = math.ceil((rollout.max_prompt_tokens + rollout.max_response_tokens) / context)
         samples = rollout.prompts_per_step * rollout.samples_per_prompt
         distilled = math.ceil(samples / size) * workload.response_tokens * workload.distilled_share / context
@@ -132,21 +126,19 @@ def _of_stage(
     tiles, rows = loss_bytes(architecture, config, machine, batch) if is_last else (0.0, 0.0)
     kept, transient = activation_bytes(architecture, config, machine, batch, stage)
     parts = state_bytes(architecture, config, machine, gpus, stage)
-    visitors = (
-        parts.pop("optimizer") + parts.pop("EMA", 0.0) if config.optimizer.optimizer_cpu_offload else 0.0
-    )
-    parts["activations"] = (
-        kept + rows + max(0.0, transient - tiles)
-    )  # tiles are gone when the backward pass begins
+    visitors = 0.0
+    if config.optimizer.optimizer_cpu_offload:
+        visitors = parts.pop("optimizer") + parts.pop("EMA", 0.0)
+    # Tiles are gone when the backward pass begins.
+    parts["activations"] = kept + rows + max(0.0, transient - tiles)
     parts["loss tiles"] = tiles
     if config.algorithm.uses_teacher and is_last:
         models = 2 if config.teacher.kind == "trust_region" else 1
         parts["teacher's hidden states"] = models * batch.distilled * (architecture.hidden_size * size + 4)
     parts["packed batch"] = batch.tokens * 44
     if visitors:  # activations and tiles are gone when they come
-        parts["optimizer on its visits, beyond activations"] = max(
-            0.0, visitors - parts["activations"] - tiles
-        )
+        beyond = visitors - parts["activations"] - tiles
+        parts["optimizer on its visits, beyond activations"] = max(0.0, beyond)
     parts["reserve"] = machine.reserve
     return parts
 
@@ -187,10 +179,8 @@ def activation_bytes(
     whole while it is computed again. Selective recompute is not counted: it only saves.
     """
     parallel, size = config.parallel, planned_dtype(config, machine).itemsize
-    layers, stages = (
-        architecture.num_hidden_layers // parallel.pipeline_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-    )
+    stages = parallel.pipeline_model_parallel_size
+    layers = architecture.num_hidden_layers // stages
     in_flight = float(stages - stage)
     if virtual := parallel.virtual_pipeline_model_parallel_size:
         in_flight = ((virtual - 1) * stages + 2 * (stages - stage - 1) + 1) / virtual
@@ -233,11 +223,8 @@ def layer_bytes(
     and their places, 8·C bytes; as many gradients backward. Transformer Engine passes keys and values on
     instead.
     """
-    a, size, tensor = (
-        architecture,
-        planned_dtype(config, machine).itemsize,
-        config.parallel.tensor_model_parallel_size,
-    )
+    a, size = architecture, planned_dtype(config, machine).itemsize
+    tensor = config.parallel.tensor_model_parallel_size
     is_local, is_wide = config.model.transformer_impl == "local" or not machine.is_gpu, size > 2
     heads, key_heads, head = a.num_attention_heads / tensor, a.num_key_value_heads / tensor, a.head_dim
     queries, keys, hidden = heads * head, key_heads * head, a.hidden_size / _sequence_shards(config)

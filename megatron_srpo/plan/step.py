@@ -45,13 +45,8 @@ def forward_flops(architecture: Architecture, tokens: float, document: float) ->
     Two a parameter and token; attention, 4·A for each pair of query and key (scores and values, A = heads ·
     d), of which causality leaves half of document² (Chowdhery et al., arXiv 2204.02311, appendix B).
     """
-    attention = (
-        2
-        * architecture.num_attention_heads
-        * architecture.head_dim
-        * document
-        * architecture.num_hidden_layers
-    )
+    width = architecture.num_attention_heads * architecture.head_dim
+    attention = 2 * width * document * architecture.num_hidden_layers
     return tokens * (2 * active_parameters(architecture) + attention)
 
 

@@ -1,15 +1,15 @@
-"""From prompt numbers to verified groups: this rank's share of a step, and the exchange that shows every
-rank all of them.
-"""
+"""From prompts to verified groups: this rank's share, and the exchange that gives every rank all groups."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, nullcontext
+from threading import Event
+
+from pydantic import TypeAdapter
 
 from megatron_srpo.config.schema import ConfigError, RolloutSection
-from megatron_srpo.data.records import Group, Prompt, Sample, Segment, Unfinished, Verdict
+from megatron_srpo.data.records import Group, PartialGroup, Prompt, Sample, SampleKey, Segment, Verdict
 from megatron_srpo.distributed.heartbeat import beat
 from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.model.hf_folder import HFFolder
@@ -17,179 +17,175 @@ from megatron_srpo.observe.stopwatch import Stopwatch
 from megatron_srpo.rollout.engine import Completion, Engine, Request, Sampling
 from megatron_srpo.tasks.pool import Job, Pool
 
+_GROUPS = TypeAdapter(list[Group])
+
 
 def encode_prompt(prompt: Prompt, folder: HFFolder, settings: RolloutSection) -> Prompt:
-    """The prompt with its token ids. Raises ConfigError when it is longer than rollout.max_prompt_tokens."""
+    """Return the prompt with token ids. Raises ConfigError if it exceeds rollout.max_prompt_tokens."""
     ids = tuple(folder.encode(list(prompt.messages), settings.enable_thinking))
     if len(ids) > settings.max_prompt_tokens:
         raise ConfigError(
-            f"rollout.max_prompt_tokens: {settings.max_prompt_tokens}, but prompt {prompt.id} has {len(ids)} tokens; raise it"
+            f"rollout.max_prompt_tokens: {settings.max_prompt_tokens}, but prompt {prompt.id} has {len(ids)}"
+            " tokens; raise it"
         )
     return prompt.model_copy(update={"ids": ids})
 
 
+class PendingGroups:
+    """Groups that are being sampled: the samples so far, and which are missing.
+
+    Args:
+        partial: the prompts in order, each with the finished and aborted samples so far.
+        size: samples a group.
+    """
+
+    def __init__(self, partial: Sequence[PartialGroup], size: int):
+        self.prompts = [group.prompt for group in partial]
+        self.size = size
+        self._samples: dict[SampleKey, Sample] = {}
+        self._missing = {prompt.id: size for prompt in self.prompts}
+        self.recovered = self.add(sample for group in partial for sample in group.samples)
+
+    def add(self, samples: Iterable[Sample]) -> list[Group]:
+        """Record new samples. Returns the groups that are complete with them, not yet verified."""
+        complete = []
+        for sample in samples:
+            prompt_id = sample.prompt.id
+            self._samples[prompt_id, sample.index] = sample
+            if sample.finish_reason != "abort":
+                self._missing[prompt_id] -= 1
+                if not self._missing[prompt_id]:
+                    complete.append(tuple(self._samples[prompt_id, index] for index in range(self.size)))
+        return complete
+
+    def missing(self) -> Iterator[tuple[Prompt, int, Sample | None]]:
+        """Yield (prompt, index, aborted sample or None) of every sample that is not finished."""
+        for prompt in self.prompts:
+            for index in range(self.size):
+                sample = self._samples.get((prompt.id, index))
+                if sample is None or sample.finish_reason == "abort":
+                    yield prompt, index, sample
+
+    def incomplete(self) -> list[PartialGroup]:
+        """Return the prompts with missing samples, in order."""
+        groups = []
+        for prompt in self.prompts:
+            if self._missing[prompt.id]:
+                keys = [(prompt.id, index) for index in range(self.size)]
+                samples = tuple(self._samples[key] for key in keys if key in self._samples)
+                groups.append(PartialGroup(prompt=prompt, samples=samples))
+        return groups
+
+
 class Collector:
-    """Samples prompts with this rank's engine and has the responses judged."""
+    """Samples prompts with this rank's engine and verifies the responses."""
 
     def __init__(
         self, verifiers: Pool, engine: Engine, folder: HFFolder, layout: Layout, settings: RolloutSection
     ):
-        self.verifiers, self.engine, self.folder, self.layout, self.settings = (
-            verifiers,
-            engine,
-            folder,
-            layout,
-            settings,
-        )
+        self.verifiers = verifiers
+        self.engine = engine
+        self.folder = folder
+        self.layout = layout
+        self.settings = settings
 
     def prompts(self, prompt: Callable[[int], Prompt], numbers: range) -> list[Prompt]:
-        """This rank's share of the prompts of `numbers`, with their token ids: every world_size-th, from its
-        rank on.
-        """
+        """Return this rank's share of the prompts `numbers`, with token ids: every world_size-th."""
         mine = numbers[self.layout.rank :: self.layout.world_size]
         return [encode_prompt(prompt(number), self.folder, self.settings) for number in mine]
 
-    def sample(
-        self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: Sampling, seed: str
-    ) -> list[Group]:
-        """Verified groups of `samples_per_prompt` responses.
-
-        A sample's randomness is (seed, prompt id, index) alone.
-        """
-        return self.collect(
-            [Unfinished(prompt=prompt) for prompt in prompts], samples_per_prompt, sampling, seed
-        )[0]
+    def sample(self, prompts: Sequence[Prompt], size: int, sampling: Sampling, seed: str) -> list[Group]:
+        """Return a verified group of `size` responses for each prompt, in order."""
+        pending = PendingGroups([PartialGroup(prompt=prompt) for prompt in prompts], size)
+        groups = {group[0].prompt.id: group for group in self.collect(pending, sampling, seed, Event())}
+        return [groups[prompt.id] for prompt in prompts]
 
     def collect(
         self,
-        begun: Sequence[Unfinished],
-        samples_per_prompt: int,
+        pending: PendingGroups,
         sampling: Sampling,
         seed: str,
-        is_enough: Callable[[Group], bool] = lambda group: False,
-        keep: Callable[[Sequence[Sample]], None] = lambda samples: None,
+        stop: Event,
+        persist: Callable[[list[Sample]], None] | None = None,
         watch: Stopwatch | None = None,
-    ) -> tuple[list[Group], list[Unfinished]]:
-        """Groups with their verdicts, and the prompts that were broken off, in the order of `begun`.
+    ) -> Iterator[Group]:
+        """Yield each group, verified, as soon as its last sample is finished, while others still run.
 
-        A group is verified as soon as its last sample is finished, while others still run.
+        A sample's randomness depends on (seed, prompt id, index) alone.
 
         Args:
-            begun: prompts, with what has been sampled of them before: that is not sampled again.
-            is_enough: called with each group when it is verified; True: the rest is broken off.
-            keep: called with new samples as soon as they are finished, with those that the engine hands over
-                together.
-            watch: counts the seconds of verification as phase `verify`.
+            pending: the groups; after the iteration `pending.incomplete()` holds what was aborted.
+            sampling: the sampling parameters.
+            seed: of this step.
+            stop: set by the consumer when it has enough groups: the rest is aborted.
+            persist: stores finished samples before they are verified, one engine batch a call.
+            watch: counts the seconds of verification as phase `verify`; None in a background thread.
         """
-        samples = {
-            (sample.prompt.id, sample.index): sample for unfinished in begun for sample in unfinished.samples
-        }
-        missing = [
-            (unfinished.prompt, index)
-            for unfinished in begun
-            for index in range(samples_per_prompt)
-            if (sample := samples.get((unfinished.prompt.id, index))) is None
-            or sample.finish_reason == "abort"
-        ]
-        open_places = Counter(prompt.id for prompt, _ in missing)
-        groups: dict[str, Group] = {}
-
-        def finish_groups(prompt_ids: Sequence[str]) -> bool:
-            whole = [
-                tuple(samples[prompt_id, index] for index in range(samples_per_prompt))
-                for prompt_id in prompt_ids
-            ]
-            new = dict(zip(prompt_ids, self.verify(whole, watch), strict=True))
-            groups.update(new)
-            return any([is_enough(group) for group in new.values()])  # asked of each: it counts them
-
-        def finished(completions: Mapping[int, Completion]) -> bool:
+        yield from self.verify(pending.recovered, watch)
+        if stop.is_set():
+            return
+        for samples in self._generate(pending, sampling, seed, stop):
             beat()
-            done, whole = [], []
-            for number, completion in completions.items():
-                prompt, index = missing[number]
-                if completion.ids:
-                    samples[prompt.id, index] = self._sample(prompt, index, completion)
-                if completion.finish_reason != "abort":
-                    done.append(samples[prompt.id, index])
-                    open_places[prompt.id] -= 1
-                    whole += [prompt.id] * (open_places[prompt.id] == 0)
-            if done:
-                keep(done)
-            return finish_groups(whole)
+            finished = [sample for sample in samples if sample.finish_reason != "abort"]
+            if persist is not None and finished:
+                persist(finished)
+            yield from self.verify(pending.add(samples), watch)
 
-        had_enough = finish_groups(
-            [one.prompt.id for one in begun if not open_places[one.prompt.id]]
-        )  # nothing of them is missing
-        requests = [self._request(prompt, index, samples, seed) for prompt, index in missing]
-        if not had_enough:
-            self.engine.generate(requests, sampling, finished)
-        indices = range(samples_per_prompt)
-        left = [
-            Unfinished(
-                prompt=one.prompt,
-                samples=tuple(sample for i in indices if (sample := samples.get((one.prompt.id, i)))),
-            )
-            for one in begun
-            if one.prompt.id not in groups
-        ]
-        return [groups[one.prompt.id] for one in begun if one.prompt.id in groups], left
-
-    def _request(
-        self, prompt: Prompt, index: int, samples: Mapping[tuple[str, int], Sample], seed: str
-    ) -> Request:
-        before = samples.get((prompt.id, index))
-        start = (
-            None
-            if before is None
-            else Completion([*before.response_ids], [*before.logprobs], [*before.versions], "abort")
-        )
-        return Request(prompt.ids, f"{seed}/{prompt.id}/{index}", start)
+    def _generate(
+        self, pending: PendingGroups, sampling: Sampling, seed: str, stop: Event
+    ) -> Iterator[list[Sample]]:
+        """Yield the samples of each engine batch; aborted ones only if they have tokens."""
+        missing = list(pending.missing())
+        requests = []
+        for prompt, index, aborted in missing:
+            start = None
+            if aborted is not None:
+                start = Completion([*aborted.response_ids], [*aborted.logprobs], [*aborted.versions], "abort")
+            requests.append(Request(prompt.ids, f"{seed}/{prompt.id}/{index}", start))
+        with closing(self.engine.generate(requests, sampling, stop)) as deliveries:
+            for completions in deliveries:
+                samples = []
+                for number, completion in completions.items():
+                    if completion.ids:
+                        prompt, index, _ = missing[number]
+                        samples.append(self._sample(prompt, index, completion))
+                yield samples
 
     def _sample(self, prompt: Prompt, index: int, completion: Completion) -> Sample:
+        segment = Segment(
+            ids=tuple(completion.ids),
+            logprobs=tuple(completion.logprobs),
+            versions=tuple(completion.versions),
+        )
         return Sample(
             prompt=prompt,
             index=index,
-            segments=(
-                Segment(
-                    ids=tuple(completion.ids),
-                    logprobs=tuple(completion.logprobs),
-                    versions=tuple(completion.versions),
-                ),
-            ),
+            segments=(segment,),
             finish_reason=completion.finish_reason,
             text=self.folder.tokenizer.decode(completion.ids, skip_special_tokens=True),
         )
 
     def verify(self, groups: Sequence[Group], watch: Stopwatch | None = None) -> list[Group]:
-        """Every sample with its verdict; a failed one of a prompt that carries feedback has that as its
-        feedback.
-        """
+        """Return the groups with verdicts; failed samples get the feedback of their prompt if it has one."""
+        if not groups:
+            return []
         samples = [sample for group in groups for sample in group]
         jobs = [Job(sample.prompt.task, sample.prompt.answer, sample.text) for sample in samples]
         with watch("verify") if watch else nullcontext():
             verdicts = iter(self.verifiers.verify(jobs))
-        return [tuple(_judged(sample, next(verdicts)) for sample in group) for group in groups]
+        return [tuple(_with_verdict(sample, next(verdicts)) for sample in group) for group in groups]
 
 
-def _judged(sample: Sample, verdict: Verdict) -> Sample:
+def _with_verdict(sample: Sample, verdict: Verdict) -> Sample:
     if sample.prompt.feedback and not verdict.correct and not verdict.verifier_failed:
         verdict = verdict.model_copy(update={"feedback": sample.prompt.feedback})
     return sample.model_copy(update={"verdict": verdict})
 
 
 def exchange(groups: Sequence[Group], layout: Layout) -> list[Group]:
-    """Every rank's groups on every rank, in the order of their prompts (rank r holds every world_size-th)."""
+    """Return every rank's groups on every rank, in prompt order (rank r holds every world_size-th)."""
     if layout.world_size == 1:
         return list(groups)
-    lines = "\n".join(sample.model_dump_json() for group in groups for sample in group)
-    size = len(groups[0]) if groups else 0
-    by_rank = []
-    for payload in layout.gather_bytes(f"{size}\n{lines}".encode()):
-        header, *rows = payload.decode().split("\n")
-        samples = [Sample.model_validate_json(row) for row in rows if row]
-        by_rank.append(
-            [tuple(samples[i : i + int(header)]) for i in range(0, len(samples), int(header) or 1)]
-        )
-    longest = max(map(len, by_rank))
-    return [share[place] for place in range(longest) for share in by_rank if place < len(share)]
+    shares = [_GROUPS.validate_json(part) for part in layout.gather_bytes(_GROUPS.dump_json(list(groups)))]
+    longest = max(map(len, shares))
+    return [share[place] for place in range(longest) for share in shares if place < len(share)]

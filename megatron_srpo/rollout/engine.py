@@ -1,17 +1,16 @@
-"""The engine protocol: token ids in, token ids with log-probabilities out, weights as a stream of HF-named
-tensors.
-"""
+"""The engine protocol: token ids in, token ids with log-probabilities out, weights as HF-named tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from threading import Event
 from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
 
 class Sampling(NamedTuple):
-    """How to sample. temperature 0 is greedy."""
+    """Sampling parameters. temperature 0 is greedy."""
 
     temperature: float
     top_p: float
@@ -20,9 +19,14 @@ class Sampling(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """One response. A stop token stays in `ids`. `logprobs` are those of the full softmax at the sampling
-    temperature (temperature 1 when greedy); top_p does not renormalise them. `versions`: half-open spans
-    (weight version, start, end). finish_reason "abort": broken off, and possibly empty.
+    """One response.
+
+    Attributes:
+        ids: token ids; a stop token is included.
+        logprobs: one a token, in nats, of the full softmax at the sampling temperature (temperature 1 when
+            greedy); top_p does not renormalise them.
+        versions: half-open spans (weight version, start, end) of `ids`.
+        finish_reason: "abort" marks a partial rollout, possibly empty.
     """
 
     ids: list[int]
@@ -31,23 +35,28 @@ class Completion(NamedTuple):
     finish_reason: Literal["stop", "length", "abort"]
 
 
-class Request(NamedTuple):
-    """One response wanted. `seed` alone decides its randomness, whatever else is sampled beside it.
+EMPTY = Completion([], [], [], "abort")
 
-    start: what an earlier attempt that was broken off has of it; the response goes on from there.
+
+class Request(NamedTuple):
+    """One response to sample.
+
+    Attributes:
+        seed: decides the randomness of the response alone, whatever else is in its batch.
+        start: a partial rollout of an earlier attempt, which the response continues.
     """
 
     prompt_ids: tuple[int, ...]
     seed: str
     start: Completion | None = None
 
+    def aborted(self) -> Completion:
+        """Return what is there without sampling more."""
+        return (self.start or EMPTY)._replace(finish_reason="abort")
 
-# finished({number of a request: its completion}) -> whether that is enough. Called in the thread that called
-# `generate`, with what is
-# done, in any order. What an engine computes together it hands over together: then what is left is computed
-# as it would have been.
-# After "enough" the others are broken off and handed over too ("abort"), with what they have.
-Finished = Callable[[Mapping[int, Completion]], bool]
+
+Completions = Mapping[int, Completion]  # by the request's index
+CompletionStream = Generator[Completions, None, None]
 
 
 class EngineFailed(RuntimeError):
@@ -55,13 +64,24 @@ class EngineFailed(RuntimeError):
 
 
 class Engine(Protocol):
-    """What samples. Implementations: `transformers_engine` (in this process), `sglang` (servers)."""
+    """Samples with the policy's weights. Each implementation is a folder of rollout/ (see engines.py)."""
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling, finished: Finished) -> None:
-        """One completion a request, handed to `finished` while others still run."""
+    def generate(self, requests: Sequence[Request], sampling: Sampling, stop: Event) -> CompletionStream:
+        """Yield the completion of every request once, in any order, while others still run.
+
+        Completions of one engine batch are yielded together: a resumed run re-batches the rest identically.
+        Once the consumer has set `stop`, what still runs is aborted, and the rest is yielded as it is
+        (finish_reason "abort"). A consumer that needs no rest may close the iterator instead.
+
+        Raises EngineFailed.
+        """
+        ...
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
-        """Take the whole stream and sample with it from now on, as `version`."""
+        """Consume the stream of tensors and sample with them from now on. All ranks together."""
+
+    def release_memory(self) -> None:
+        """Give GPU memory to the trainer until the next update. All ranks together, when none samples."""
 
     def close(self) -> None:
-        """Let go of what the engine holds; it is not used again."""
+        """Release all resources. May be called on one rank alone."""

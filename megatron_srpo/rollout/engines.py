@@ -1,29 +1,48 @@
-"""Which engine samples, by `rollout.engine`."""
+"""The engine named by `rollout.engine`: module `engine` of the folder with that name."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from typing import Protocol
 
 from megatron_srpo.config.schema import Config
-from megatron_srpo.distributed.device import model_dtype
 from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.engine import Engine
-from megatron_srpo.rollout.transformers_engine import TransformersEngine
 
 
-def check_engine(config: Config) -> None:
-    """What can be found wrong with the engine before anything starts. Raises ConfigError."""
-    if config.rollout.engine == "sglang":
-        from megatron_srpo.rollout.sglang.engine import check_settings
+class EngineModule(Protocol):
+    """What the module `engine` of an engine's folder defines."""
 
-        check_settings(config)
+    def check(self, config: Config, trains: bool) -> None:
+        """Check what can be found wrong before anything starts. Raises ConfigError.
+
+        Args:
+            config: the run's configuration.
+            trains: False for commands that never update the weights after the first time.
+        """
+
+    def create(self, config: Config, folder: HFFolder, layout: Layout, say: Callable[[str], None]) -> Engine:
+        """Return the engine, still without weights. All ranks together.
+
+        Args:
+            config: the run's configuration.
+            folder: the model's architecture and tokenizer.
+            layout: this rank's place.
+            say: prints a line to terminal and log of the first rank.
+        """
+        ...
+
+
+def engine_module(config: Config) -> EngineModule:
+    module: EngineModule = importlib.import_module(f"megatron_srpo.rollout.{config.rollout.engine}.engine")  # pyright: ignore[reportAssignmentType]
+    return module
+
+
+def check_engine(config: Config, trains: bool) -> None:
+    engine_module(config).check(config, trains)
 
 
 def create_engine(config: Config, folder: HFFolder, layout: Layout, say: Callable[[str], None]) -> Engine:
-    """The engine, without weights yet; all ranks together. `say`: tells the user, on the first rank."""
-    if config.rollout.engine == "sglang":
-        from megatron_srpo.rollout.sglang.engine import SGLangEngine
-
-        return SGLangEngine(config, folder, layout, say)
-    return TransformersEngine(folder, layout.device, model_dtype(config.model), config.rollout.batch_size)
+    return engine_module(config).create(config, folder, layout, say)

@@ -2,120 +2,187 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
-from megatron_srpo.config.schema import Config, ConfigError
+from megatron_srpo.algorithm.routing import has_signal
+from megatron_srpo.config.schema import Config, ConfigError, RolloutSection
 from megatron_srpo.data.records import Group
 from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.observe.stopwatch import Stopwatch
+from megatron_srpo.rollout.batch import Batch, BatchBuilder
 from megatron_srpo.rollout.collect import Collector
-from megatron_srpo.rollout.drawing import Drawing, Drawn
 from megatron_srpo.rollout.engines import create_engine
 from megatron_srpo.rollout.ledger import Ledger
 from megatron_srpo.rollout.replay import replay
-from megatron_srpo.tasks import evaluation_tasks, training_tasks
+from megatron_srpo.tasks import Task, evaluation_tasks, training_tasks
 from megatron_srpo.tasks.mixture import Mixture
 from megatron_srpo.tasks.pool import Pool
 
 
-class Rollouts:
-    """`collector` is None when replaying: then nothing is sampled, published or evaluated. `evaluated`: tasks
-    by name.
+class Rollouts(Protocol):
+    """The source of verified groups. All ranks call it together, but for `saved` and `close`.
 
-    With `rollout.async_steps: 1` the batch of the next step is sampled, by a thread, while a step trains: by
-    weights one version older.
+    Attributes:
+        metrics: what metrics.jsonl says about the selection of the groups that were collected last.
     """
 
-    def __init__(
-        self, config: Config, folder: HFFolder, layout: Layout, say: Callable[[str], None], watch: Stopwatch
-    ):
-        settings = config.rollout
-        self.config, self.folder, self.layout, self.watch = config, folder, layout, watch
-        self.version, self.collector, self.drawn = "0", None, Drawn([], {})
-        self.ledger = Ledger(
-            config.logging.dir / "ledger", layout, keeps_samples=config.checkpoint.save_interval > 0
-        )
-        self._thread = ThreadPoolExecutor(1, "rollouts")
-        self._ahead: Future[Drawn] | None = None
-        if settings.replay is None:
-            engine = create_engine(config, folder, layout, say)
-            trained = training_tasks(config)
-            self.evaluated = evaluation_tasks(config) if config.evaluation.every > 0 else {}
-            mixture = Mixture(trained, {source.name: source.weight for source in config.task.sources})
-            verifiers = Pool(
-                {name: task.verifier for name, task in {**trained, **self.evaluated}.items()}, config.task
-            )
-            self.collector = Collector(verifiers, engine, folder, layout, settings)
-            self.drawing = Drawing(config, self.collector, mixture.prompt, self.ledger, layout)
+    metrics: dict[str, float]
 
     def collect(self, step: int) -> list[Group]:
-        """This rank's share of the step's verified groups.
+        """Return this rank's share of the step's verified groups. Raises ConfigError, EngineFailed."""
+        ...
 
-        Raises ConfigError for a dumped step that does not fit.
-        """
-        if self.collector is None:
-            return self._replay(step)
-        ahead, self._ahead = self._ahead, None
-        self.drawn = self.drawing.draw(step, self.version, self.watch) if ahead is None else ahead.result()
-        if self.config.rollout.async_steps and step < self.config.train.steps:
-            self._ahead = self._thread.submit(self.drawing.draw, step + 1, self.version)
-        return self.drawn.groups
-
-    def settle(self) -> None:
-        """Wait until nothing is being sampled.
-
-        Raises what went wrong there: other ranks may wait for this one's part.
-        """
-        if self._ahead is not None:
-            self._ahead.result()
+    def release_memory(self) -> None:
+        """With rollout.colocated: give the engine's memory to the trainer until weights are published."""
 
     def publish(self, tensors: Iterable[tuple[str, Tensor]], step: int) -> None:
-        """The policy's weights to the engine, as version `step`; all ranks together.
-
-        The stream is left alone when replaying.
-        """
-        with self.watch("rollout"):
-            self.settle()
-        self.version = str(step)
-        if self.collector is not None:
-            self.collector.engine.update_weights(tensors, self.version)
-
-    def make_room(self) -> None:
-        """With rollout.colocated: the engine's memory is the trainer's until weights are published. All ranks
-        together, when all have their groups.
-        """
-        if self.collector is not None and self.config.rollout.colocated:
-            self.collector.engine.release_memory()
+        """Bring the policy's weights to the engine, as version `step`, once nothing is being sampled."""
 
     @property
     def next_prompt(self) -> int:
         """The first training prompt that belongs to none of the steps trained so far."""
-        return 0 if self.collector is None else self.drawing.place(int(self.version) + 1)
+        ...
 
-    def go_on(self, step: int, next_prompt: int) -> None:
-        """As after `step`; what came later is taken back."""
-        self.ledger.resume(step)
-        if self.collector is not None:
-            self.drawing.go_on(step + 1, next_prompt)
+    def resume(self, step: int, next_prompt: int) -> None:
+        """Restore the state after `step`; what came later is discarded."""
+
+    def saved(self, step: int) -> None:
+        """Remove samples up to `step`, which a checkpoint holds. For one rank to call, at any time."""
 
     def close(self) -> None:
-        """Let go of the engine and of the verifiers."""
-        self._thread.shutdown()
-        self.ledger.close()
-        if self.collector is not None:
-            self.collector.engine.close()
-            self.collector.verifiers.close()
+        """Stop engine and verifiers."""
 
-    def _replay(self, step: int) -> list[Group]:
-        settings = self.config.rollout
-        groups = replay(settings.replay, step, settings.samples_per_prompt, self.folder)
-        if len(groups) != settings.prompts_per_step:
+
+def open_rollouts(
+    config: Config, folder: HFFolder, layout: Layout, say: Callable[[str], None], watch: Stopwatch
+) -> LiveRollouts | ReplayedRollouts:
+    """Return the source of groups that `config` names; an engine has no weights yet.
+
+    Args:
+        config: the run's configuration.
+        folder: the model's architecture and tokenizer.
+        layout: this rank's place.
+        say: prints a line to terminal and log of the first rank.
+        watch: counts the seconds of phases `rollout` and `verify`.
+    """
+    settings = config.rollout
+    if settings.replay is not None:
+        return ReplayedRollouts(settings.replay, settings, folder, layout)
+    ledger = Ledger(config.logging.dir / "ledger", layout, keeps_samples=config.checkpoint.save_interval > 0)
+    engine = create_engine(config, folder, layout, say)
+    trained = training_tasks(config)
+    evaluated = evaluation_tasks(config) if config.evaluation.every > 0 else {}
+    verifiers = {name: task.verifier for name, task in {**trained, **evaluated}.items()}
+    collector = Collector(Pool(verifiers, config.task), engine, folder, layout, settings)
+    mixture = Mixture(trained, {source.name: source.weight for source in config.task.sources})
+    is_useful = partial(has_signal, algorithm=config.algorithm, feedback=config.teacher.feedback)
+    builder = BatchBuilder(collector, mixture.prompt, ledger, settings, config.train.seed, is_useful)
+    last_step_ahead = config.train.steps if settings.async_steps else 0
+    return LiveRollouts(builder, watch, last_step_ahead, evaluated)
+
+
+class LiveRollouts:
+    """Groups sampled by an engine with the policy's weights.
+
+    Args:
+        builder: samples a step's batch.
+        watch: see `open_rollouts`.
+        last_step_ahead: steps up to this one are sampled by a thread while the step before trains
+            (rollout.async_steps: 1), with weights one version older; 0: none.
+        evaluated: evaluation tasks by name, for the collector.
+    """
+
+    def __init__(
+        self,
+        builder: BatchBuilder,
+        watch: Stopwatch,
+        last_step_ahead: int = 0,
+        evaluated: Mapping[str, Task] | None = None,
+    ):
+        self.builder = builder
+        self.collector = builder.collector
+        self.evaluated = evaluated or {}
+        self.metrics: dict[str, float] = {}
+        self._watch = watch
+        self._last_step_ahead = last_step_ahead
+        self._published = 0  # step
+        self._thread = ThreadPoolExecutor(1, "rollouts")
+        self._ahead: Future[Batch] | None = None
+
+    def collect(self, step: int) -> list[Group]:
+        ahead, self._ahead = self._ahead, None
+        batch = self.builder.build(step, self._watch) if ahead is None else ahead.result()
+        if step < self._last_step_ahead:
+            self._ahead = self._thread.submit(self.builder.build, step + 1)
+        self.metrics = batch.metrics
+        return batch.groups
+
+    def release_memory(self) -> None:
+        self.collector.engine.release_memory()
+
+    def publish(self, tensors: Iterable[tuple[str, Tensor]], step: int) -> None:
+        if self._ahead is not None:
+            with self._watch("rollout"):
+                self._ahead.result()  # raises the thread's error before other ranks wait for this one
+        self._published = step
+        self.collector.engine.update_weights(tensors, str(step))
+
+    @property
+    def next_prompt(self) -> int:
+        return self.builder.first_prompt(self._published + 1)
+
+    def resume(self, step: int, next_prompt: int) -> None:
+        self.builder.ledger.resume(step)
+        self.builder.resume(step + 1, next_prompt)
+
+    def saved(self, step: int) -> None:
+        self.builder.ledger.saved(step)
+
+    def close(self) -> None:
+        self._thread.shutdown()
+        self.builder.ledger.close()
+        self.collector.engine.close()
+        self.collector.verifiers.close()
+
+
+class ReplayedRollouts:
+    """Groups dumped by another run (rollout.replay). Nothing is sampled, published or evaluated."""
+
+    def __init__(self, directory: Path, settings: RolloutSection, folder: HFFolder, layout: Layout):
+        self.directory = directory
+        self.settings = settings
+        self.folder = folder
+        self.layout = layout
+        self.metrics: dict[str, float] = {}
+        self.next_prompt = 0
+
+    def collect(self, step: int) -> list[Group]:
+        groups = replay(self.directory, step, self.settings.samples_per_prompt, self.folder)
+        if len(groups) != self.settings.prompts_per_step:
             raise ConfigError(
-                f"rollout.replay: step {step} holds {len(groups)} groups; rollout.prompts_per_step is {settings.prompts_per_step}"
+                f"rollout.replay: step {step} holds {len(groups)} groups;"
+                f" rollout.prompts_per_step is {self.settings.prompts_per_step}"
             )
-        self.ledger.drawn(step, self.version, [group[0].prompt.id for group in groups])
         return groups[self.layout.rank :: self.layout.world_size]
+
+    def release_memory(self) -> None:
+        pass
+
+    def publish(self, tensors: Iterable[tuple[str, Tensor]], step: int) -> None:
+        pass
+
+    def resume(self, step: int, next_prompt: int) -> None:
+        pass
+
+    def saved(self, step: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

@@ -104,9 +104,7 @@ def _bare(answer: str) -> str:
 
 
 def _equal(answer: str, given: str) -> bool:
-    if _INTEGER.fullmatch(answer) and _INTEGER.fullmatch(
-        given
-    ):  # most answers; the parser takes milliseconds
+    if _INTEGER.fullmatch(answer) and _INTEGER.fullmatch(given):  # most answers; parsing takes milliseconds
         return int(answer) == int(given)
     from math_verify import verify as equal
 
@@ -117,4 +115,6 @@ def _equal(answer: str, given: str) -> bool:
 def _parsed(answer: str) -> tuple[Any, ...]:
     from math_verify import LatexExtractionConfig, parse
 
-    return tuple(parse(f"${answer}$", extraction_config=[LatexExtractionConfig()], parsing_timeout=None))
+    extraction = [LatexExtractionConfig()]
+    no_limit: Any = None  # the pool limits the time; the library's own limit needs the main thread's signals
+    return tuple(parse(f"${answer}$", extraction_config=extraction, parsing_timeout=no_limit))

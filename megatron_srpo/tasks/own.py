@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import inspect
+from typing import TYPE_CHECKING, Any
 
 from megatron_srpo.config.schema import ConfigError, TaskSource
 from megatron_srpo.tasks.worker import load_attribute
 
+if TYPE_CHECKING:
+    from megatron_srpo.tasks import Task
 
-def create_own_task(source: TaskSource, seed: int):
-    """The only class of the file that has prompt and verify: `MyTask(name, seed, **options)`, see `Task` and
-    examples/own_task.
+
+def create_own_task(source: TaskSource, seed: int) -> Task:
+    """Create `MyTask(name, seed, **options)`, the file's class with prompt and verify (examples/own_task).
 
     Its `verify(answer, text) -> Verdict` is a static method; it runs in worker processes, which import the
-    file too. Raises ConfigError when the file cannot be run or has no such class.
+    file too.
+
+    Raises:
+        ConfigError: The file cannot be run or has no such class.
     """
+    assert source.path is not None
     file = source.path.resolve()
     if not file.is_file():
         raise ConfigError(f"task.path: {file} does not exist")
@@ -31,7 +38,7 @@ def create_own_task(source: TaskSource, seed: int):
         raise ConfigError(
             f"task.path: {file}: expected one class with size, prompt and verify, found {len(classes)}"
         )
-    own = classes[0]
+    own: Any = classes[0]
     if not isinstance(inspect.getattr_static(own, "verify"), staticmethod):
         raise ConfigError(
             f"task.path: {file}: {own.__name__}.verify must be a @staticmethod (answer, text) -> Verdict"

@@ -1,33 +1,32 @@
-"""The verifier pool: worker processes that can be killed, so that no response can hang a run, exhaust its
-memory or end it.
+"""The verifier pool: worker processes that can be killed, so that no response can hang, exhaust or end a run.
 
-JSON lines over pipes, no pickle. A worker answers its jobs in order, so the job that hung or killed it is the
-first without an answer: that one is given up, the rest go to its replacement.
+JSON messages, no pickle, over one connection per worker. A worker judges its jobs in order, so the job that
+hung or killed it is the first without an answer: only that one fails, the others go back to the queue.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
-import selectors
+import select
 import signal
 import subprocess
 import sys
 import time
 import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing import connection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_srpo.config.schema import ConfigError, TaskSection
 from megatron_srpo.data.records import Verdict
 
 START_SECONDS = 120  # to import a verifier, on the busiest machine
-LARGEST_CHUNK = (
-    32  # jobs a worker holds at once: enough that it never waits, few enough to share the work evenly
-)
+LARGEST_CHUNK = 32  # jobs a worker holds at once: it never waits, and the work is still shared evenly
 CHUNK_BYTES = 1 << 20
 _PACKAGE = Path(__file__).parents[2]
 
@@ -40,198 +39,166 @@ class Job(NamedTuple):
     text: str
 
 
-class Pool:
-    """`settings.verifier_workers` processes, each with every task's verifier.
+class _Numbered(NamedTuple):
+    """A job and its index among the jobs of one call of `Pool.verify`."""
 
-    They end with the pool or by `close()`.
-    """
+    index: int
+    job: Job
+
+
+class Pool:
+    """Processes that have every task's verifier; they end with the pool or by `close()`."""
 
     def __init__(self, verifiers: Mapping[str, str], settings: TaskSection):
-        """`verifiers`: task name → reference (see `Task`).
+        """Start the workers and wait until they have loaded the verifiers.
 
-        Raises ConfigError when a verifier cannot be loaded.
+        Args:
+            verifiers: Task name → reference (see `Task`).
+
+        Raises:
+            ConfigError: A verifier cannot be loaded.
         """
-        self.verifiers, self.settings = dict(verifiers), settings
+        self.verifiers = dict(verifiers)
+        self.settings = settings
         self.workers = [_Worker(self.verifiers, settings) for _ in range(settings.verifier_workers)]
-        self.close = weakref.finalize(
-            self, _end, self.workers
-        )  # at the latest when nobody holds the pool, or at exit
+        self.close = weakref.finalize(self, _kill_all, self.workers)
         for worker in self.workers:
             worker.wait_until_ready()
 
     def verify(self, jobs: Sequence[Job]) -> list[Verdict]:
-        """One verdict a job, in order.
+        """Judge the jobs and return their verdicts in order.
 
-        A job that nobody could judge has `verifier_failed`, reward 0, and is `excluded` as configured.
+        A job whose verifier failed has `verifier_failed`, reward 0, and is `excluded` as configured.
         """
-        waiting = deque(enumerate(jobs))
-        verdicts: list[Verdict | None] = [None] * len(jobs)
+        waiting = deque(_Numbered(index, job) for index, job in enumerate(jobs))
+        verdicts: dict[int, Verdict] = {}
         chunk = min(LARGEST_CHUNK, math.ceil(len(jobs) / len(self.workers)))
         try:
-            while waiting or any(worker.held for worker in self.workers):
+            while len(verdicts) < len(jobs):
                 self._hand_out(waiting, chunk)
-                self._exchange()
-                self._take_in(waiting, verdicts)
-        except BaseException:  # answers still to come belong to nobody
-            for place, worker in enumerate(self.workers):
+                self._collect(waiting, verdicts)
+        except BaseException:  # the answers still to come belong to no later job
+            for index, worker in enumerate(self.workers):
                 if worker.held:
-                    self._replace(place)
+                    self._replace(index)
             raise
-        return verdicts
+        return [verdicts[index] for index in range(len(jobs))]
 
-    def _hand_out(self, waiting: deque[tuple[int, Job]], chunk: int) -> None:
-        """A chunk of jobs to every worker that has none."""
-        for place, worker in enumerate(self.workers):
+    def _hand_out(self, waiting: deque[_Numbered], chunk: int) -> None:
+        """Send a chunk of jobs to every idle worker."""
+        for index, worker in enumerate(self.workers):
             if waiting and not worker.held:
-                if worker.process.poll() is not None:  # while it had nothing to do
-                    worker = self._replace(place)
-                worker.give(waiting, chunk)
+                if worker.process.poll() is not None:  # it died while it was idle
+                    worker = self._replace(index)
+                if worker.ready:
+                    worker.give(waiting, chunk)
 
-    def _take_in(self, waiting: deque[tuple[int, Job]], verdicts: list[Verdict | None]) -> None:
-        """The answers that have come; what a lost worker held goes back, but for the job that lost it."""
-        for place, worker in enumerate(self.workers):
-            answers = worker.take_answers()
-            for number, row in answers:
-                verdicts[number] = self._verdict(row)
-            is_lost = any(row.get("failed") == "memory" for _, row in answers)  # it leaves after that
-            if worker.held and not is_lost and (failure := worker.failure()):
-                number, _ = worker.held.popleft()
-                verdicts[number] = self._verdict({"failed": failure})
-                is_lost = True
-            if is_lost:
+    def _collect(self, waiting: deque[_Numbered], verdicts: dict[int, Verdict]) -> None:
+        """Wait for an answer or a deadline; queue a lost worker's jobs again, except the one that failed."""
+        active = [worker for worker in self.workers if worker.held or not worker.ready]
+        seconds = min(worker.deadline for worker in active) - time.monotonic()
+        connection.wait([worker.connection for worker in active], max(seconds, 0))
+        for index, worker in enumerate(self.workers):
+            if worker not in active:
+                continue
+            out_of_memory = False  # then the worker exits after its answer
+            for row in worker.answers():
+                verdicts[worker.held.popleft().index] = self._verdict(row)
+                out_of_memory = row.get("failed") == "memory"
+            failure = None if out_of_memory else worker.failure()
+            if failure and (worker.held or waiting):
+                lost = (worker.held or waiting).popleft()
+                verdicts[lost.index] = self._verdict({"failed": failure})
+            if failure or out_of_memory:
                 waiting.extendleft(reversed(worker.held))
-                self._replace(place)
+                self._replace(index)
 
-    def _replace(self, place: int) -> _Worker:
-        self.workers[place].kill()
-        self.workers[place] = _Worker(self.verifiers, self.settings)
-        return self.workers[place]
+    def _replace(self, index: int) -> _Worker:
+        self.workers[index].kill()
+        self.workers[index] = _Worker(self.verifiers, self.settings)
+        return self.workers[index]
 
-    def _exchange(self) -> None:
-        """Wait until a pipe can take or give something, or a deadline passes; move what can be moved without
-        waiting.
-        """
-        with selectors.DefaultSelector() as selector:
-            for worker in self.workers:
-                if worker.held:
-                    selector.register(worker.process.stdout, selectors.EVENT_READ, worker.read)
-                    if worker.unsent:
-                        selector.register(worker.process.stdin, selectors.EVENT_WRITE, worker.write)
-            deadline = min(
-                (worker.deadline for worker in self.workers if worker.held), default=time.monotonic()
-            )
-            for key, _ in selector.select(max(deadline - time.monotonic(), 0)):
-                key.data()
-
-    def _verdict(self, row: dict) -> Verdict:
+    def _verdict(self, row: dict[str, Any]) -> Verdict:
         if "failed" not in row:
             return Verdict.model_validate(row)
-        excluded = self.settings.verifier_failed == "exclude"
-        return Verdict(
-            reward=0.0, correct=False, format_ok=False, verifier_failed=row["failed"], excluded=excluded
-        )
+        excluded, why = self.settings.verifier_failed == "exclude", row["failed"]
+        return Verdict(reward=0.0, correct=False, format_ok=False, verifier_failed=why, excluded=excluded)
 
 
-def _end(workers: Sequence[_Worker]) -> None:
+def _kill_all(workers: Sequence[_Worker]) -> None:
     for worker in workers:
         worker.kill()
 
 
 class _Worker:
-    """One process. `held`: jobs given and not answered, oldest first."""
+    """One process. `held`: unanswered jobs, oldest first; `deadline`: of the oldest one, or of the start."""
 
     def __init__(self, verifiers: Mapping[str, str], settings: TaskSection):
+        self.connection, remote = multiprocessing.Pipe()
         path = os.pathsep.join(filter(None, [str(_PACKAGE), os.environ.get("PYTHONPATH")]))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_srpo.tasks.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            [sys.executable, "-m", "megatron_srpo.tasks.worker", str(remote.fileno())],
+            pass_fds=[remote.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         )
-        for pipe in (self.process.stdin, self.process.stdout):
-            os.set_blocking(pipe.fileno(), False)
+        remote.close()
+        self._poller = select.poll()  # Connection.poll makes a selector per call
+        self._poller.register(self.connection.fileno(), select.POLLIN)
         self.seconds = settings.verifier_seconds
-        start = {
-            "verifiers": verifiers,
-            "memory_bytes": settings.verifier_memory_mib << 20,
-            "seconds": settings.verifier_seconds + 5,
-        }
-        self.unsent = memoryview(json.dumps(start).encode() + b"\n")
-        self.received = b""
-        self.held: deque[tuple[int, Job]] = deque()
-        self.ready, self.ended = False, False
+        self.held: deque[_Numbered] = deque()
+        self.ready = self.ended = False
         self.deadline = time.monotonic() + START_SECONDS
+        memory = settings.verifier_memory_mib << 20
+        self._send({"verifiers": verifiers, "memory_bytes": memory, "seconds": self.seconds + 5})
 
     def wait_until_ready(self) -> None:
-        """Returns when the verifiers are loaded. Raises ConfigError when they cannot be."""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.process.stdout, selectors.EVENT_READ)
-            while not self.ready:
-                self.write()
-                selector.select(max(self.deadline - time.monotonic(), 0))
-                self.read()
-                self.take_answers()
-                if not self.ready and (failure := self.failure()):
-                    self.kill()
-                    raise ConfigError(f"task.verifier: a verifier process did not start ({failure})")
+        """Return when the verifiers are loaded; raise ConfigError if they cannot be."""
+        self.connection.poll(max(self.deadline - time.monotonic(), 0))
+        list(self.answers())  # none, but it reads the answer to the start message
+        if not self.ready:
+            failure = self.failure() or "timeout"
+            self.kill()
+            raise ConfigError(f"task.verifier: a verifier process did not start ({failure})")
 
-    def give(self, waiting: deque[tuple[int, Job]], chunk: int) -> None:
-        """Take at most `chunk` jobs from `waiting`, to be answered within `seconds` each."""
-        lines: list[bytes] = []
-        while waiting and len(lines) < chunk and sum(map(len, lines)) < CHUNK_BYTES:
+    def give(self, waiting: deque[_Numbered], chunk: int) -> None:
+        """Send at most `chunk` jobs of `waiting`, as one message, which the idle worker reads at once."""
+        size = 0
+        while waiting and len(self.held) < chunk and size < CHUNK_BYTES:
             self.held.append(waiting.popleft())
-            lines.append(json.dumps(self.held[-1][1]).encode() + b"\n")
-        self.unsent = memoryview(bytes(self.unsent) + b"".join(lines))
-        if self.ready:
-            self.deadline = time.monotonic() + self.seconds
+            size += len(self.held[-1].job.text)
+        self._send([numbered.job for numbered in self.held])
+        self.deadline = time.monotonic() + self.seconds
 
-    def write(self) -> None:
-        """Send what the pipe takes now."""
+    def _send(self, message: object) -> None:
         try:
-            while self.unsent:
-                self.unsent = self.unsent[os.write(self.process.stdin.fileno(), self.unsent) :]
-                if self.ready:  # it is reading, so it is not stuck
-                    self.deadline = time.monotonic() + self.seconds
-        except BlockingIOError:
-            pass
-        except BrokenPipeError:
-            self.unsent = memoryview(b"")  # it is dead; reading will tell
-
-    def read(self) -> None:
-        """Receive what the pipe holds now."""
-        try:
-            while data := os.read(self.process.stdout.fileno(), 1 << 16):
-                self.received += data
+            self.connection.send_bytes(json.dumps(message).encode())
+        except OSError:
             self.ended = True
-        except BlockingIOError:
-            pass
 
-    def take_answers(self) -> list[tuple[int, dict]]:
-        """(job number, row) of every job answered since the last call.
-
-        Raises ConfigError when the verifiers cannot be loaded.
-        """
-        *lines, self.received = self.received.split(b"\n")
-        answers = []
-        for line in lines:
-            row = json.loads(line)
-            if not self.ready:
-                if "refused" in row:
+    def answers(self) -> Iterator[dict[str, Any]]:
+        """Yield the verdicts that have come, as plain data; raise ConfigError if loading failed."""
+        try:
+            while self._poller.poll(0):
+                row = json.loads(self.connection.recv_bytes())
+                self.deadline = time.monotonic() + self.seconds
+                if self.ready:
+                    yield row
+                elif "refused" in row:
                     self.kill()
                     raise ConfigError(f"task.verifier: a verifier cannot be loaded: {row['refused']}")
                 self.ready = True
-            else:
-                answers.append((self.held.popleft()[0], row))
-            self.deadline = time.monotonic() + self.seconds
-        return answers
+        except (EOFError, ConnectionError):
+            self.ended = True
 
     def failure(self) -> str | None:
-        """Why the oldest job will never be answered, if so."""
+        """Return why the oldest job will never be answered, or None."""
         if self.ended:
             try:
                 return "timeout" if self.process.wait(1) == -signal.SIGALRM else "died"
-            except subprocess.TimeoutExpired:  # it only closed its output
+            except subprocess.TimeoutExpired:  # it only closed its connection
                 return "died"
         return "timeout" if time.monotonic() > self.deadline else None
 
@@ -239,5 +206,4 @@ class _Worker:
         """End the process and wait until it is gone."""
         self.process.kill()
         self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
+        self.connection.close()

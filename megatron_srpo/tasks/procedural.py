@@ -41,7 +41,7 @@ class Procedural:
     verifier = "megatron_srpo.tasks.procedural:verify"
 
     def __init__(self, source: TaskSource, seed: int):
-        """Raises ConfigError for an unknown dataset, wrong options, or when reasoning-gym is not installed."""
+        """Raise ConfigError for an unknown dataset, wrong options, or without reasoning-gym."""
         try:
             from reasoning_gym.factory import DATASETS
         except ImportError as error:
@@ -52,7 +52,8 @@ class Procedural:
         self.dataset = source.name.removeprefix(PREFIX)
         if self.dataset not in DATASETS:
             raise ConfigError(
-                f"task.name: reasoning-gym has no dataset {self.dataset!r}; known: {', '.join(sorted(DATASETS))}"
+                f"task.name: reasoning-gym has no dataset {self.dataset!r}; known:"
+                f" {', '.join(sorted(DATASETS))}"
             )
         self._create = lru_cache(maxsize=4)(
             lambda number: _dataset(self.dataset, self.options, seed=number, size=SIZE)
@@ -85,11 +86,13 @@ class Procedural:
         pool.close()
         if not all(verdict.correct for verdict in verdicts[: len(right)]):
             raise ConfigError(
-                f"task.name: {self.name} cannot be verified: reasoning-gym does not accept its own answers, or would evaluate them as code"
+                f"task.name: {self.name} cannot be verified: reasoning-gym does not accept its own answers,"
+                f" or would evaluate them as code"
             )
         if any(verdict.correct or verdict.verifier_failed for verdict in verdicts[len(right) :]):
             raise ConfigError(
-                f"task.name: {self.name} cannot be verified: reasoning-gym takes nonsense for right, or cannot judge it"
+                f"task.name: {self.name} cannot be verified: reasoning-gym takes nonsense for right, or"
+                f" cannot judge it"
             )
 
     def size(self, split: str) -> None:

@@ -45,7 +45,8 @@ def read_questions(path: Path, phrase: Callable[[str], str] = str) -> list[Quest
         question = _question(row, number, where, phrase)
         if question.id in line_of:
             raise ConfigError(
-                f"{where}: id: {question.id!r} stands in line {line_of[question.id]} already; ids must be unique"
+                f"{where}: id: {question.id!r} stands in line {line_of[question.id]} already; ids must be"
+                f" unique"
             )
         line_of[question.id] = number
         questions.append(question)
@@ -198,6 +199,7 @@ class QuestionFile:
 def read_splits(source: TaskSource, phrase: Callable[[str], str]) -> dict[str, list[Question]]:
     """train, validation and test of a folder or of one file. Raises ConfigError."""
     path = source.path
+    assert path is not None
     if path.is_dir():
         splits = {
             name: read_questions(file, phrase) if (file := path / f"{name}.jsonl").is_file() else []

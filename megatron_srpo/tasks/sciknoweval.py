@@ -24,8 +24,8 @@ Given a question and four options, please select the right answer. Respond in th
 ...
 </answer>
 
-For the answer, only output the letter corresponding to the correct option (A, B, C, or D), and nothing else. Do not restate the \
-answer text. For example, if the answer is "A", just output:
+For the answer, only output the letter corresponding to the correct option (A, B, C, or D), and nothing \
+else. Do not restate the answer text. For example, if the answer is "A", just output:
 <answer>
 A
 </answer>
@@ -84,10 +84,11 @@ def _choice(row: dict[str, Any], identifier: str, where: str) -> Choice:
         labels != list(LETTERS[:count]) or not isinstance(texts, list) or len(texts) < count
     ):  # one published row has a text too many
         raise ConfigError(
-            f"{where}: choices: expected the labels {', '.join(LETTERS[:count])} and a text for each, not {choices}"
+            f"{where}: choices: expected the labels {', '.join(LETTERS[:count])} and a text for each, not"
+            f" {choices}"
         )
-    if answer not in labels:
-        raise ConfigError(f"{where}: answerKey: is {answer!r}; expected one of {', '.join(labels)}")
+    if not isinstance(answer, str) or answer not in LETTERS[:count]:
+        raise ConfigError(f"{where}: answerKey: is {answer!r}; expected one of {', '.join(LETTERS[:count])}")
     return Choice(identifier, question, tuple(str(text) for text in texts[:count]), answer)
 
 

@@ -8,7 +8,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from json.decoder import WHITESPACE
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +24,8 @@ Documentation:
 Use the following format:
 Thought: you should always think about what to do
 Action: the action to take, should be one of the tool names.
-Action Input: the input to the action, must be in JSON format. All of the action input must be realistic and from the user.
+Action Input: the input to the action, must be in JSON format. All of the action input must be realistic \
+and from the user.
 
 Begin!
 Question: {question}"""
@@ -33,6 +33,7 @@ OPTIONAL = "[Optional]"  # stands before the name of a gold call that may be lef
 
 _LABEL = re.compile(r"Action(?: Input)?:")
 _LINE_LABEL = re.compile(r"^[ \t]*(Action(?: Input)?):", re.MULTILINE)
+_NOT_BLANK = re.compile(r"[^ \t\n\r]")  # JSON's white space
 _NAME = re.compile(r"(?:(?!Action Input:)[^\n])*")  # both labels may stand on one line
 
 
@@ -173,6 +174,7 @@ def parse_calls(text: str, strict: bool = False) -> Calls:
             if strict and len(names) > len(inputs):
                 return Calls(names, inputs, f"call {len(names)} has no Action Input")
             name = _NAME.match(text, place)
+            assert name is not None  # it matches nothing, too
             place = name.end()
             names.append(name.group().strip())
             continue
@@ -193,11 +195,11 @@ def parse_calls(text: str, strict: bool = False) -> Calls:
 
 
 def _read_object(text: str, place: int, strict: bool) -> tuple[dict[str, Any], int]:
-    """The JSON object at `place` and where it ends. Raises ValueError or RecursionError."""
-    start = WHITESPACE.match(text, place).end()
-    if text[start : start + 1] != "{":
+    """Return the JSON object after `place` and its end; raise ValueError or RecursionError."""
+    first = _NOT_BLANK.search(text, place)
+    if first is None or first[0] != "{":
         raise ValueError("no object")
-    return (_STRICT if strict else _LENIENT).raw_decode(text, start)
+    return (_STRICT if strict else _LENIENT).raw_decode(text, first.start())
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,8 +1,6 @@
-"""A verifier process: jobs in on standard input, verdicts out on standard output, one JSON line each. Started
-by `pool`.
+"""A verifier process of the `pool`: JSON messages with jobs come in, one with a verdict per job goes out.
 
-Model output is data here: verifiers parse it, and an audit hook refuses whatever would evaluate it. No torch
-in these processes.
+Model output is data here: verifiers parse it, an audit hook refuses to evaluate it. Workers import no torch.
 """
 
 from __future__ import annotations
@@ -10,14 +8,16 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from multiprocessing.connection import Connection
+from operator import attrgetter
 from pathlib import Path
 from types import CodeType
+from typing import Any
 
 from megatron_srpo.data.records import Verdict
 
@@ -28,41 +28,38 @@ NUMERALS = {
     "Rational",
     "sympy",
     "*",
-}  # names in the code by which sympy makes a number of a numeral
-PLACE_FOR_OWN_CODE = (
-    "megatron_srpo_own_tasks"  # the module name of a user's file, so that its dataclasses can be looked up
-)
+}  # by which sympy makes a number
+OWN_MODULE = "megatron_srpo_own_tasks"  # of a user's file, so that its dataclasses can be looked up
 
 
-def load_attribute(reference: str) -> object:
-    """`module:name.name` or `path/file.py:name.name`.
+def load_attribute(reference: str) -> Any:
+    """Import `module:name.name` or `path/file.py:name.name`.
 
-    Raises ImportError or AttributeError, or whatever the user's file raises.
+    Raises:
+        ImportError, AttributeError: It does not exist; and whatever the user's file raises.
     """
     source, _, name = reference.rpartition(":")
     if source.endswith(".py"):
         file = Path(source)
-        spec = importlib.util.spec_from_file_location(f"{PLACE_FOR_OWN_CODE}.{file.stem}", file)
+        spec = importlib.util.spec_from_file_location(f"{OWN_MODULE}.{file.stem}", file)
+        assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
         spec.loader.exec_module(module)
     else:
         module = importlib.import_module(source)
-    found: object = module
-    for part in filter(None, name.split(".")):
-        found = getattr(found, part)
-    return found
+    return attrgetter(name)(module) if name else module
 
 
-def judge(verifier: Verifier, answer: str, text: str) -> dict:
-    """The verdict as plain data, or {"failed": why}."""
+def judge(verifier: Verifier, answer: str, text: str) -> dict[str, Any]:
+    """Return the verdict as plain data, or {"failed": why}."""
     try:
         verdict = verifier(answer, text)
         if not isinstance(verdict, Verdict):
             raise TypeError(f"the verifier returned {type(verdict).__name__}, not a Verdict")
         return json.loads(
             verdict.model_dump_json()
-        )  # which refuses halves of surrogate pairs, as the run's files would
+        )  # refuses halves of surrogate pairs, as the run's files do
     except MemoryError:
         return {"failed": "memory"}
     except Exception as error:  # a verifier's bug must not end the run, and is counted
@@ -70,48 +67,51 @@ def judge(verifier: Verifier, answer: str, text: str) -> dict:
 
 
 def main() -> None:
-    """First line in: {"verifiers": {task: reference}, "memory_bytes", "seconds"}; first line out: {} or
-    {"refused": why}.
+    """Judge jobs until the connection closes; its file descriptor is the only argument.
 
-    Then [task, answer, text] in and a verdict out, in order, until the input ends. A job that takes longer
-    than `seconds` ends the process by itself, in case nobody is left to kill it; so does one that ran out of
-    memory.
+    First message in: {"verifiers": {task: reference}, "memory_bytes", "seconds"}; first message out: {} or
+    {"refused": why}. Then lists of [task, answer, text] in, and a verdict per job out, in order. The process
+    ends itself when a job takes longer than `seconds`, should no pool be left to kill it, and after a
+    MemoryError.
     """
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what a verifier prints must not stand between the answers
-    for number in (signal.SIGINT, signal.SIGUSR1):  # Ctrl-C and Slurm's warning are the run's to handle
+    pool = Connection(int(sys.argv[1]))
+    for number in (signal.SIGINT, signal.SIGUSR1):  # Ctrl-C and Slurm's warning are for the run to handle
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    jobs = (json.loads(line) for line in sys.stdin.buffer)
-    settings = next(jobs)
+    settings = json.loads(pool.recv_bytes())
     judging = threading.Event()
     sys.addaudithook(partial(_refuse_evaluation, judging))
-
-    def say(row: dict) -> None:
-        answers.write(json.dumps(row) + "\n")
-        answers.flush()
-
     try:
         verifiers = {task: load_attribute(reference) for task, reference in settings["verifiers"].items()}
     except Exception as error:
-        say({"refused": f"{type(error).__name__}: {error}"})
+        pool.send_bytes(json.dumps({"refused": f"{type(error).__name__}: {error}"}).encode())
         return
     _limit_memory(settings["memory_bytes"])
-    say({})
-    for task, answer, text in jobs:
+    pool.send_bytes(b"{}")
+    for task, answer, text in _jobs(pool):
         signal.setitimer(signal.ITIMER_REAL, settings["seconds"])
         judging.set()
         row = judge(verifiers[task], answer, text)
         judging.clear()
         signal.setitimer(signal.ITIMER_REAL, 0)
-        say(row)
+        pool.send_bytes(json.dumps(row).encode())
         if row.get("failed") == "memory":
             return
 
 
+def _jobs(pool: Connection) -> Iterator[tuple[str, str, str]]:
+    while True:
+        try:
+            message = pool.recv_bytes()
+        except (EOFError, ConnectionError):
+            return
+        yield from json.loads(message)
+
+
 def _refuse_evaluation(judging: threading.Event, event: str, arguments: tuple) -> None:
-    """Audit hook: no verifier, nor a library under it, runs a string as code. What classes, sympy's numbers
-    and its arithmetic of monomials are made by may.
+    """Refuse, as an audit hook, that a verifier or a library under it runs a string as code.
+
+    Allowed is the code that makes classes, sympy's numbers and its arithmetic of monomials.
     """
     if event != "exec" or not judging.is_set():
         return

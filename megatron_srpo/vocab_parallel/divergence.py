@@ -51,13 +51,10 @@ class Divergence(NamedTuple):
             )
         if self.name == "jsd" and not 0 < self.alpha < 1:
             raise ValueError(
-                f"divergence: alpha {self.alpha}: expected 0 < α < 1 (the limits are 0; for KL use forward or"
-                " reverse)"
+                f"divergence: alpha {self.alpha}: expected 0 < α < 1; for KL use forward or reverse"
             )
         if self.support == "sampled" and self.name != "reverse":
-            raise ValueError(
-                f"divergence: {self.name} on sampled tokens: one sample estimates the reverse KL only"
-            )
+            raise ValueError(f"divergence: {self.name} on sampled tokens: expected reverse")
         if self.support.endswith("topk") and self.top_k < 1:
             raise ValueError(f"divergence: top_k {self.top_k}: expected at least 1")
 

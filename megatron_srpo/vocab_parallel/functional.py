@@ -18,8 +18,6 @@ weight it is complete. No gradient flows to a teacher. All raise ValueError, on 
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
@@ -28,8 +26,6 @@ from megatron_srpo.vocab_parallel.fused import PassInputs, TiledPass
 from megatron_srpo.vocab_parallel.kernels.base import StatisticsGrad
 from megatron_srpo.vocab_parallel.logits import InterpolatedLogits, Student, Teacher
 from megatron_srpo.vocab_parallel.shard import VocabShard
-
-_Statistic = Literal["logprob", "entropy", "divergence"]
 
 
 def log_prob(source: Student, targets: Tensor, shard: VocabShard, **options) -> Tensor:
@@ -50,13 +46,7 @@ def entropy(source: Teacher, shard: VocabShard, *, targets: Tensor | None = None
 
 
 def forward_kl(
-    source: Student,
-    teacher: Teacher,
-    shard: VocabShard,
-    *,
-    support: Support = "full",
-    top_k: int = 100,
-    **options,
+    source: Student, teacher: Teacher, shard: VocabShard, *, support: Support = "full", top_k=100, **options
 ) -> Tensor:
     """Compute KL(q‖p) = Σ_v q_v (log q_v - log p_v), p the student and q the teacher.
 
@@ -67,13 +57,7 @@ def forward_kl(
 
 
 def reverse_kl(
-    source: Student,
-    teacher: Teacher,
-    shard: VocabShard,
-    *,
-    support: Support = "full",
-    top_k: int = 100,
-    **options,
+    source: Student, teacher: Teacher, shard: VocabShard, *, support: Support = "full", top_k=100, **options
 ) -> Tensor:
     """Compute KL(p‖q) = Σ_v p_v (log p_v - log q_v), p the student and q the teacher.
 
@@ -112,20 +96,20 @@ def _divergence(
     return _per_token("divergence", inputs)
 
 
-def _per_token(name: _Statistic, inputs: PassInputs) -> Tensor:
+def _per_token(name: str, inputs: PassInputs) -> Tensor:
     if isinstance(inputs.student, InterpolatedLogits):
         with torch.no_grad():
             return _compute(name, inputs)
     return _PerToken.apply(name, inputs, *inputs.student)
 
 
-def _compute(name: _Statistic, inputs: PassInputs) -> Tensor:
+def _compute(name: str, inputs: PassInputs) -> Tensor:
     return getattr(TiledPass(inputs).all_statistics(distilled_only=name == "divergence"), name)
 
 
 class _PerToken(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, name: _Statistic, inputs: PassInputs, *student: Tensor):
+    def forward(ctx, name: str, inputs: PassInputs, *student: Tensor):
         ctx.name, ctx.inputs, ctx.source = name, inputs._replace(student=None), type(inputs.student)
         targets = [] if inputs.targets is None else [inputs.targets]
         # all saved by torch, so that a change in place before backward is an error

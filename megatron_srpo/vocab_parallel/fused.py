@@ -51,12 +51,10 @@ class PassInputs(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """The number of tokens T."""
         return len(self.student.tensor)
 
     @property
     def distilled(self) -> int:
-        """The number of distilled tokens D."""
         return 0 if self.teacher is None else len(self.teacher.tensor)
 
     def validate(self) -> None:
@@ -313,9 +311,7 @@ class _FusedObjective(torch.autograd.Function):
     def backward(ctx, loss_grad: Tensor, *_):
         gradients, ctx.gradients = ctx.gradients, None  # no other owner, so scaled in place: no second [V, H]
         if gradients is None:
-            raise RuntimeError(
-                "fused_objective: backward ran already and its gradients were freed; call it again"
-            )
+            raise RuntimeError("fused_objective: backward ran already and freed the gradients; call it again")
         if ctx.must_be_one:
             torch._assert_async(loss_grad == 1)  # dWeight is in weight_grad already
         elif loss_grad.is_cuda or loss_grad != 1:

@@ -70,11 +70,9 @@ class Projection(NamedTuple):
 
     @property
     def tensor(self) -> Tensor:
-        """The tensor that defines this source's number of tokens, dtype and device."""
         return self.hidden
 
     def validate(self, name: str, shard: VocabShard) -> None:
-        """Raise ValueError if shapes, dtypes, devices or shard do not fit; `name` is the argument's."""
         hidden, weight = self
         prefix = f"{name}." if name else ""
         if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
@@ -107,12 +105,7 @@ class Projection(NamedTuple):
                 torch.addmm(block, hidden, upcast.t(), beta=beta, alpha=scale, out=block)
 
     def gradients(self, needed: tuple[bool, ...], weight_grad: Tensor | None = None) -> ProjectionGradient:
-        """Create the accumulator of this source's gradients.
-
-        Args:
-            needed: For which of (hidden, weight).
-            weight_grad: A buffer to which dWeight is added; see `fused_objective`.
-        """
+        """Create the accumulator of dHidden and dWeight; `weight_grad`: see `fused_objective`."""
         return ProjectionGradient(self, needed, weight_grad)
 
 
@@ -128,11 +121,9 @@ class InterpolatedLogits(NamedTuple):
 
     @property
     def tensor(self) -> Tensor:
-        """The tensor that defines this source's number of tokens, dtype and device."""
         return self.reference.tensor
 
     def validate(self, name: str, shard: VocabShard) -> None:
-        """Raise ValueError if either part is invalid, or if they do not fit together."""
         if not 0 <= self.interpolation <= 1:
             raise ValueError(f"{name}.interpolation {self.interpolation}: expected 0 … 1")
         self.reference.validate(f"{name}.reference", shard)

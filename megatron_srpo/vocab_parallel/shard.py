@@ -91,11 +91,9 @@ def check_consistent(
         ranks = ", ".join(str(rank) for rank, value in enumerate(has_error) if value)
         raise ValueError(f"tensor-parallel rank {ranks} has invalid inputs; its own error names them")
     _check_shards(starts, widths, vocab_sizes)
-    for name, values_of_ranks in zip(settings, values, strict=True):
-        if len(set(values_of_ranks)) > 1:
-            raise ValueError(
-                f"{name}: the tensor-parallel ranks have {values_of_ranks}; expected equal values on all"
-            )
+    for name, of_ranks in zip(settings, values, strict=True):
+        if len(set(of_ranks)) > 1:
+            raise ValueError(f"{name}: the tensor-parallel ranks have {of_ranks}; expected one value")
     return max(widths)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ def logits(source: Tensors, config_folder: Path, seed: int = 0) -> Tensor:
     disable_progress_bar()
     config = AutoConfig.from_pretrained(config_folder, local_files_only=True)
     weights = {name: source.tensor(name).float() for name in source.names()}
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model = kind.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32).eval()
     ids = torch.randint(0, config.vocab_size, LOGIT_TOKENS, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():

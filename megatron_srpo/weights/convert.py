@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_srpo.distributed.byte_progress import ByteProgress
-from megatron_srpo.distributed.files import FileError, aside
+from megatron_srpo.distributed.files import FileError, atomic_directory
 from megatron_srpo.distributed.processes import Processes
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.weights import safetensors_file, torch_dist
@@ -55,7 +55,7 @@ def to_megatron(
     sizes = [sum(size_of(tensors[name]) for name in part.names) for part in parts]
     mine = _share(sizes, processes)
     with (
-        aside(output, processes) as folder,
+        atomic_directory(output, processes) as folder,
         ByteProgress("Hugging Face → Megatron", sum(sizes[n] for n in mine), processes.rank == 0) as progress,
     ):
         writer = torch_dist.Writer(folder, processes.rank)
@@ -100,7 +100,7 @@ def to_hf(
     sizes = [sum(size_of(tensors[name]) for name in shards[file]) for file in files]
     mine = _share(sizes, processes)
     with (
-        aside(output, processes) as folder,
+        atomic_directory(output, processes) as folder,
         ByteProgress("Megatron → Hugging Face", sum(sizes[n] for n in mine), processes.rank == 0) as progress,
     ):
 

@@ -10,6 +10,7 @@ import struct
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,9 +36,8 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 class Writer:
     """Writes the file at `path`, which must not exist.
 
-    tensors: {name: (dtype, shape)} of everything the file will hold. Tensors lie in it by falling element
-    size, then in this order, so that each is aligned. Raises ValueError for a dtype that safetensors does not
-    know.
+    tensors: {name: (dtype, shape)} of everything the file will hold; written by falling element size, then in
+    this order, so that each is aligned. Raises ValueError for a dtype that safetensors does not know.
 
         writer = Writer(path, {"a": (torch.float32, (2, 3))})
         writer.write("a", tensor)
@@ -64,8 +64,7 @@ class Writer:
         self._file.write_at(struct.pack("<Q", len(text)) + text, 0)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor, in any order of names, each once; copies nothing if it is contiguous and on the
-        CPU.
+        """Write one tensor, in any order of names; a contiguous one on the CPU is not copied.
 
         Raises ValueError for a name, dtype or shape other than announced, FileError when the disk is full.
         """
@@ -86,9 +85,8 @@ class Writer:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The elements of a contiguous CPU tensor as they lie in memory, without a copy."""
-    return (
-        memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
-        if tensor.numel()
-        else memoryview(b"")
-    )
+    """Return the elements of a contiguous CPU tensor as they are in memory, without a copy."""
+    if not tensor.numel():
+        return memoryview(b"")
+    elements: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(elements)

@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_srpo.distributed.files import FileError
 from megatron_srpo.model.architecture import FUSED_NORMS, Architecture
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.model.mapping import TensorMapping
+from megatron_srpo.model.mapping import ParamLocation, TensorMapping
 from megatron_srpo.weights.safetensors_file import DTYPES
 from megatron_srpo.weights.torch_dist import Folder
 
@@ -108,21 +108,26 @@ class CheckpointSlice:
 
 def checkpoint_slices(architecture: Architecture) -> Iterator[CheckpointSlice]:
     """Yield where each parameter of the architecture lies in a Megatron checkpoint."""
-    layers, experts = architecture.num_hidden_layers, architecture.num_experts
     for location in architecture.locations():
-        mapping, names = location.mapping, location.names
-        if not mapping.in_layer:
-            yield CheckpointSlice(mapping, names, mapping.megatron, (), ())
-        elif mapping.is_expert:
-            key = "decoder.layers." + mapping.megatron.replace("mlp.experts.", "mlp.experts.experts.")
-            yield CheckpointSlice(mapping, names, key, (location.layer, location.expert), (layers, experts))
-        else:
-            key = "decoder.layers." + _fused_name(mapping.megatron, dense=not experts)
-            yield CheckpointSlice(mapping, names, key, (location.layer,), (layers,))
+        yield checkpoint_slice(location, architecture)
+
+
+def checkpoint_slice(location: ParamLocation, architecture: Architecture) -> CheckpointSlice:
+    """Find where a parameter lies in a Megatron checkpoint; a tied matrix is there once, as the embedding."""
+    layers, experts = architecture.num_hidden_layers, architecture.num_experts
+    mapping, names = location.mapping, location.names
+    if not mapping.in_layer:
+        key = mapping.megatron if mapping.tied_to is None else "embedding.word_embeddings.weight"
+        return CheckpointSlice(mapping, names, key, (), ())
+    if mapping.is_expert:
+        key = "decoder.layers." + mapping.megatron.replace("mlp.experts.", "mlp.experts.experts.")
+        return CheckpointSlice(mapping, names, key, (location.layer, location.expert), (layers, experts))
+    key = "decoder.layers." + _fused_name(mapping.megatron, dense=not experts)
+    return CheckpointSlice(mapping, names, key, (location.layer,), (layers,))
 
 
 def _fused_name(name: str, dense: bool) -> str:
-    """Return Transformer Engine's name of a layer's parameter; only dense layers fuse the norm before the MLP."""
+    """Return Transformer Engine's name; it fuses the norm before the MLP in dense layers only."""
     for fused, norm in FUSED_NORMS.items():
         if norm == name and (dense or not fused.startswith("mlp.")):
             return fused
@@ -148,14 +153,16 @@ def empty_objects(architecture: Architecture) -> list[str]:
 class MegatronTensors:
     """The tensors of a torch_dist checkpoint of `architecture`, trained or converted.
 
-    Optimizer states and the like are ignored. Raises FileError when a tensor is missing, unexpected, or not of
-    the shape that the architecture implies.
+    Optimizer states and the like are ignored. Raises FileError when a tensor is missing, unexpected, or has
+    another shape than the architecture implies.
     """
 
-    def __init__(self, path: Path, architecture: Architecture):
-        self.folder, self.architecture = Folder(path), architecture
+    def __init__(self, path: Path, architecture: Architecture, prefix: str = ""):
+        """prefix: what the keys begin with, where they are not those of Megatron's model."""
+        self.folder, self.architecture, self.prefix = Folder(path), architecture, prefix
         self._shapes = architecture.tensor_shapes()
-        stored = map(self._as_stored, checkpoint_slices(architecture))
+        prefixed = (replace(each, key=prefix + each.key) for each in checkpoint_slices(architecture))
+        stored = map(self._as_stored, prefixed)
         self._slices = {name: each for each in stored for name in each.names}
         self._last: tuple[CheckpointSlice, dict[str, Tensor]] | None = None
         self._check()
@@ -181,7 +188,7 @@ class MegatronTensors:
                 raise FileError(f"{path}: {key} has shape {list(given)}, config.json implies {list(wanted)}")
             if (dtype := self.folder.dtype(key)) not in _FLOATS:
                 raise FileError(f"{path}: {key} has dtype {dtype}; expected a floating-point one")
-        parts = ("embedding.", "decoder.", "output_layer.")
+        parts = tuple(self.prefix + part for part in ("embedding.", "decoder.", "output_layer."))
         if unexpected := sorted(key for key in held if key.startswith(parts) and key not in expected):
             raise FileError(
                 f"{path}: unexpected tensor {unexpected[0]} ({len(unexpected)} in all): config.json has no"

@@ -18,6 +18,7 @@ import os
 import pickle
 import struct
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata, planner
 
-from megatron_srpo.distributed.files import DurableFile, FileError
+from megatron_srpo.distributed.files import DurableFile, FileError, sync
 
 _FORMAT = {
     "sharded_backend": "torch_dist",
@@ -37,6 +38,8 @@ _FORMAT = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
+METADATA_FILES = (".metadata", "common.pt", "metadata.json")
+_BUFFER_BYTES = 2**16
 _ALIGNMENT = 64  # bytes, as torch.save aligns elements within its stream: they can be mapped from the file
 _DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 
@@ -58,23 +61,39 @@ class Chunk:
     length: int
 
 
-# ---- writing
-# ---------------------------------------------------------------------------------------------------------
-
-
 class _Stream(io.RawIOBase):
-    """The end of a DurableFile as `torch.save` wants it."""
+    """The end of a DurableFile as `torch.save` wants it; its many small writes are collected.
+
+    end: bytes so far. crc32: of all that was drained.
+    """
 
     def __init__(self, file: DurableFile):
-        self.file, self.end = file, 0
+        self.file, self.end, self.crc32 = file, 0, 0
+        self._pending, self._drained = bytearray(), 0
 
     def writable(self) -> bool:
         return True
 
-    def write(self, data) -> int:
-        self.file.write_at(data, self.end)
+    def write(self, data: Any) -> int:
         self.end += len(data)
+        if len(data) >= _BUFFER_BYTES:
+            self.drain()
+            self._put(data)
+        else:
+            self._pending += data
+            if len(self._pending) >= _BUFFER_BYTES:
+                self.drain()
         return len(data)
+
+    def drain(self) -> None:
+        """Write what was collected."""
+        pending, self._pending = self._pending, bytearray()
+        self._put(pending)
+
+    def _put(self, data: Any) -> None:
+        self.file.write_at(data, self._drained)
+        self.crc32 = zlib.crc32(data, self.crc32)
+        self._drained += len(data)
 
 
 class Writer:
@@ -86,10 +105,20 @@ class Writer:
     """
 
     def __init__(self, folder: Path, rank: int):
-        self._name = f"__{rank}_0.distcp"
-        self._file = DurableFile(folder / self._name)
+        self.name = f"__{rank}_0.distcp"
+        self._file = DurableFile(folder / self.name)
         self._stream = _Stream(self._file)
         self._chunks: list[Chunk] = []
+
+    @property
+    def size(self) -> int:
+        """Bytes written so far."""
+        return self._stream.end
+
+    @property
+    def crc32(self) -> int:
+        """CRC-32 of the bytes written so far."""
+        return self._stream.crc32
 
     def write(self, key: str, tensor: Tensor, tensor_shape: Sequence[int], start: Sequence[int]) -> None:
         """Append `tensor`, a CPU tensor, as the chunk of `key` at `start`, in elements.
@@ -101,54 +130,48 @@ class Writer:
         tensor = tensor.detach().contiguous()
         if tensor.untyped_storage().nbytes() != tensor.nbytes:  # torch.save writes whole storages
             tensor = tensor.clone()
-        self._stream.end += -self._stream.end % _ALIGNMENT
+        self._stream.write(bytes(-self._stream.end % _ALIGNMENT))
         offset = self._stream.end
         try:
             torch.save(tensor.view(shape), self._stream)
         except RuntimeError as error:
-            if isinstance(
-                error.__context__, FileError
-            ):  # torch ends its zip file all the same, and trips over the missing bytes
+            if isinstance(error.__context__, FileError):  # torch ends its zip file, and misses the lost bytes
                 raise error.__context__ from None
             raise
         length = self._stream.end - offset
-        self._chunks.append(
-            Chunk(
-                key, str(tensor.dtype), tuple(tensor_shape), tuple(start), shape, self._name, offset, length
-            )
-        )
+        place = self.name, offset, length
+        self._chunks.append(Chunk(key, str(tensor.dtype), tuple(tensor_shape), tuple(start), shape, *place))
 
     def write_nothing(self) -> Chunk:
-        """Append an empty object, megatron-core's `_extra_state` of layers that have none; many keys may
-        stand for it.
-        """
+        """Append an empty object; many keys may refer to it, as `_extra_state` of layers that have none."""
         offset = self._stream.end
         torch.save([None], self._stream)
-        return Chunk("", "", (), (), (), self._name, offset, self._stream.end - offset)
+        return Chunk("", "", (), (), (), self.name, offset, self._stream.end - offset)
 
     def close(self) -> list[Chunk]:
-        """Wait until the file is on disk; returns its tensors' chunks."""
+        """Wait until the file is on disk; return its tensors' chunks."""
+        self._stream.drain()
         self._file.close()
         return self._chunks
 
 
 def write_metadata(folder: Path, chunks: Sequence[Chunk], empty: Chunk, empty_keys: Sequence[str]) -> None:
-    """Write `.metadata`, `common.pt` and `metadata.json` for all ranks' chunks. `empty_keys`: objects that
-    hold nothing, all at `empty`.
+    """Write `.metadata`, `common.pt` and `metadata.json` for all ranks' chunks.
 
-    `common.pt` is empty: what `dist_checkpointing.load` returns is then exactly what it was asked for.
+    `common.pt` is empty: `dist_checkpointing.load` then returns exactly what it was asked for. empty_keys: of
+    objects that hold nothing, all at `empty`.
     """
     tensors: dict[str, metadata.TensorStorageMetadata | metadata.BytesStorageMetadata] = {}
     places: dict[metadata.MetadataIndex, filesystem._StorageInfo] = {}
+    pieces: dict[str, list[metadata.ChunkStorageMetadata]] = {}
     for chunk in chunks:
         if chunk.key not in tensors:
             properties = metadata.TensorProperties(dtype=_DTYPES[chunk.dtype])
-            tensors[chunk.key] = metadata.TensorStorageMetadata(
-                properties, torch.Size(chunk.tensor_shape), []
-            )
-        pieces = tensors[chunk.key].chunks
-        pieces.append(metadata.ChunkStorageMetadata(torch.Size(chunk.start), torch.Size(chunk.shape)))
-        index = metadata.MetadataIndex(chunk.key, chunk.start, len(pieces) - 1)
+            size, pieces[chunk.key] = torch.Size(chunk.tensor_shape), []
+            tensors[chunk.key] = metadata.TensorStorageMetadata(properties, size, pieces[chunk.key])
+        piece = metadata.ChunkStorageMetadata(torch.Size(chunk.start), torch.Size(chunk.shape))
+        index = metadata.MetadataIndex(chunk.key, chunk.start, len(pieces[chunk.key]))
+        pieces[chunk.key].append(piece)
         places[index] = filesystem._StorageInfo(chunk.file, chunk.offset, chunk.length)
     for key in empty_keys:
         tensors[key] = metadata.BytesStorageMetadata()
@@ -160,79 +183,67 @@ def write_metadata(folder: Path, chunks: Sequence[Chunk], empty: Chunk, empty_ke
         (folder / ".metadata").write_bytes(pickle.dumps(whole))
         torch.save({}, folder / "common.pt")
         (folder / "metadata.json").write_text(json.dumps(_FORMAT))
+        for name in METADATA_FILES:
+            sync(folder / name)
     except (OSError, RuntimeError) as error:
         raise FileError(f"{folder}: cannot be written: {error}") from None
 
 
 def chunks_to_json(chunks: Sequence[Chunk]) -> bytes:
-    """What one rank tells another."""
+    """Describe a rank's chunks to another rank; `chunks_from_json` is the inverse."""
     return json.dumps([asdict(chunk) for chunk in chunks]).encode()
 
 
-def chunks_from_json(text: bytes) -> list[Chunk]:
-    """The inverse of `chunks_to_json`."""
-    return [
-        Chunk(**{key: tuple(v) if isinstance(v, list) else v for key, v in chunk.items()})
-        for chunk in json.loads(text)
-    ]
-
-
-# ---- reading
-# ---------------------------------------------------------------------------------------------------------
+def chunks_from_json(text: str | bytes) -> list[Chunk]:
+    chunks = json.loads(text)
+    for chunk in chunks:
+        for name in ("tensor_shape", "start", "shape"):
+            chunk[name] = tuple(chunk[name])
+    return [Chunk(**chunk) for chunk in chunks]
 
 
 class _Ignored:
-    """Stands for objects in `.metadata` that say nothing of tensors."""
+    """Takes the place of objects in `.metadata` that say nothing of tensors."""
 
     def __init__(self, *_, **__):
         pass
 
 
-_PLAIN = {
-    (kind.__module__, kind.__name__): kind
-    for kind in (
-        *(
-            metadata.Metadata,
-            metadata.TensorStorageMetadata,
-            metadata.BytesStorageMetadata,
-            metadata.ChunkStorageMetadata,
-        ),
-        *(
-            metadata.TensorProperties,
-            metadata.MetadataIndex,
-            metadata.StorageMeta,
-            metadata._MEM_FORMAT_ENCODING,
-        ),
-        *(filesystem._StorageInfo, planner.WriteItemType, torch.Size),
-    )
+_TYPES = (
+    metadata.Metadata,
+    metadata.TensorStorageMetadata,
+    metadata.BytesStorageMetadata,
+    metadata.ChunkStorageMetadata,
+    metadata.TensorProperties,
+    metadata.MetadataIndex,
+    metadata.StorageMeta,
+    metadata._MEM_FORMAT_ENCODING,
+    filesystem._StorageInfo,
+    planner.WriteItemType,
+    torch.Size,
+)
+# Megatron keeps its ranks' plans in it; torch pickles the folder's path as it was, and the layout by name.
+_IGNORED = {
+    planner.__name__: ("SavePlan", "WriteItem", "TensorWriteData", "BytesIOWriteData"),
+    "megatron.core.dist_checkpointing.strategies.torch": ("MCoreMetadata", "MCoreSavePlan"),
+    "pathlib": ("PosixPath", "PurePosixPath", "Path"),
+    "pathlib._local": ("PosixPath", "PurePosixPath", "Path"),  # Python 3.13
+    "torch.serialization": ("_get_layout",),
 }
-# Megatron keeps the plans of its ranks beside; torch pickles the folder's path as it was and the layout by
-# name.
-_PLAIN |= {
-    (planner.__name__, name): _Ignored
-    for name in ("SavePlan", "WriteItem", "TensorWriteData", "BytesIOWriteData")
-}
-_PLAIN |= {
-    ("megatron.core.dist_checkpointing.strategies.torch", name): _Ignored
-    for name in ("MCoreMetadata", "MCoreSavePlan")
-}
-_PLAIN |= {("pathlib", name): _Ignored for name in ("PosixPath", "PurePosixPath", "Path")}
-_PLAIN |= {
-    ("pathlib._local", name): _Ignored for name in ("PosixPath", "PurePosixPath", "Path")
-}  # Python 3.13
-_PLAIN |= {("torch.serialization", "_get_layout"): _Ignored}
+_ALLOWED: dict[tuple[str, str], Any] = {(kind.__module__, kind.__name__): kind for kind in _TYPES}
+_ALLOWED |= {(module, name): _Ignored for module, names in _IGNORED.items() for name in names}
 
 
 class _Unpickler(pickle.Unpickler):
     """Knows the format's dataclasses and torch's dtypes; refuses everything else before it is imported."""
 
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _PLAIN:
-            return _PLAIN[module, name]
-        if module == "torch" and f"torch.{name}" in _DTYPES:
-            return _DTYPES[f"torch.{name}"]
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        if (module_name, global_name) in _ALLOWED:
+            return _ALLOWED[module_name, global_name]
+        if module_name == "torch" and f"torch.{global_name}" in _DTYPES:
+            return _DTYPES[f"torch.{global_name}"]
         raise pickle.UnpicklingError(
-            f"it asks for {module}.{name}, which has no place in a checkpoint's metadata"
+            f"it asks for {module_name}.{global_name}, which has no place in a checkpoint's metadata"
         )
 
 
@@ -252,12 +263,11 @@ class _Slice(io.RawIOBase):
         return self.position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self.position = (
-            offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.length}[whence]
-        )
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.length}[whence]
+        self.position = base + offset
         return self.position
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer)[: max(0, self.length - self.position)]
         read = os.preadv(self.file.fileno(), [view], self.offset + self.position)
         self.position += read
@@ -265,10 +275,7 @@ class _Slice(io.RawIOBase):
 
 
 class Folder:
-    """A torch_dist checkpoint at `path`.
-
-    Raises FileError, naming file and key, for whatever is wrong with it.
-    """
+    """A torch_dist checkpoint at `path`. Raises FileError, which names file and key, for damage."""
 
     def __init__(self, path: Path):
         self.path = Path(path)
@@ -279,28 +286,31 @@ class Folder:
         """The chunks of every tensor. Checks that the files are there and long enough."""
         whole = self._read_metadata()
         found: dict[str, list[Chunk]] = {}
-        ends: dict[str, tuple[int, str]] = {}
         try:
             for key, tensor in whole.state_dict_metadata.items():
                 if isinstance(tensor, metadata.TensorStorageMetadata):
                     if not tensor.chunks:
                         raise ValueError(f"{key} has no chunks")
-                    found[key] = [
-                        self._chunk(whole.storage_data, key, tensor, piece) for piece in tensor.chunks
-                    ]
+                    places = whole.storage_data
+                    found[key] = [_chunk(places, key, tensor, piece) for piece in tensor.chunks]
         except (AttributeError, TypeError, KeyError, ValueError) as error:
-            raise FileError(
-                f"{self.path / '.metadata'}: is not the metadata of a checkpoint: {error!r}"
-            ) from None
-        for chunk in (chunk for chunks in found.values() for chunk in chunks):
-            ends[chunk.file] = max(ends.get(chunk.file, (0, "")), (chunk.offset + chunk.length, chunk.key))
+            file = self.path / ".metadata"
+            raise FileError(f"{file}: is not the metadata of a checkpoint: {error!r}") from None
+        self._check_files(found)
+        return found
+
+    def _check_files(self, chunks_by_key: dict[str, list[Chunk]]) -> None:
+        ends: dict[str, tuple[int, str]] = {}
+        for chunks in chunks_by_key.values():
+            for chunk in chunks:
+                end = chunk.offset + chunk.length, chunk.key
+                ends[chunk.file] = max(ends.get(chunk.file, (0, "")), end)
         for name, (end, key) in ends.items():
             file = self.path / name
             if Path(name).name != name or not file.is_file():
-                raise FileError(f"{file}: is missing ({key} lies in it)")
+                raise FileError(f"{file}: is missing; it should hold {key}")
             if (size := file.stat().st_size) < end:
                 raise FileError(f"{file}: is truncated: it has {size} bytes, but {key} ends at {end}")
-        return found
 
     def _read_metadata(self) -> metadata.Metadata:
         file = self.path / "metadata.json"
@@ -324,79 +334,65 @@ class Folder:
             raise FileError(f"{file}: is not the metadata of a checkpoint but a {type(whole).__name__}")
         return whole
 
-    def _chunk(
-        self,
-        places: dict,
-        key: str,
-        tensor: metadata.TensorStorageMetadata,
-        piece: metadata.ChunkStorageMetadata,
-    ) -> Chunk:
-        place = places[metadata.MetadataIndex(key, piece.offsets)]
-        if getattr(place, "transform_descriptors", None):
-            raise ValueError(f"{key} is stored with {place.transform_descriptors}, which cannot be read")
-        dtype = str(tensor.properties.dtype)
-        chunk = Chunk(
-            *(key, dtype, tuple(tensor.size), tuple(piece.offsets), tuple(piece.sizes)),
-            *(place.relative_path, place.offset, place.length),
-        )
-        bounds = zip(chunk.start, chunk.shape, chunk.tensor_shape, strict=True)
-        lies_inside = all(0 <= start <= start + size <= whole for start, size, whole in bounds)
-        if (
-            not lies_inside
-            or dtype not in _DTYPES
-            or not isinstance(chunk.file, str)
-            or min(chunk.offset, chunk.length) < 0
-        ):
-            raise ValueError(f"{key} has an impossible chunk, {chunk}")
-        return chunk
-
     def dtype(self, key: str) -> torch.dtype:
-        """The dtype of tensor `key`."""
         return _DTYPES[self.chunks[key][0].dtype]
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """The global shape of tensor `key`."""
+        """Return the global shape of tensor `key`."""
         return self.chunks[key][0].tensor_shape
 
     def read(self, key: str, index: tuple[int, ...] = ()) -> Tensor:
-        """Tensor `key`, or the part of it at `index` of its leading dimensions, put together from its
-        chunks.
+        """Read tensor `key`, or the part of it at `index` of its leading dimensions."""
+        shape = self.shape(key)[len(index) :]
+        start, ones = (*index, *(0 for _ in shape)), (1,) * len(index)
+        return self.read_region(key, start, (*ones, *shape)).view(shape)
+
+    def read_region(self, key: str, start: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        """Read the rectangle of `shape` at `start` of tensor `key`, from as many chunks as have a part of it.
+
+        The result may be mapped from the file.
         """
-        depth, shape = len(index), self.shape(key)[len(index) :]
         whole, filled = None, 0
-        for chunk in self.chunks[key]:
-            if any(
-                not start <= i < start + n
-                for i, start, n in zip(index, chunk.start, chunk.shape, strict=False)
-            ):
+        for chunk in self._chunks_near(key, start, shape):
+            spans = list(zip(start, shape, chunk.start, chunk.shape, strict=True))
+            bounds = [(max(s, c), min(s + n, c + m)) for s, n, c, m in spans]
+            if any(low >= high for low, high in bounds):
                 continue
-            piece = self._load(chunk)[tuple(i - start for i, start in zip(index, chunk.start, strict=False))]
+            inside = tuple(slice(lo - c, hi - c) for (lo, hi), c in zip(bounds, chunk.start, strict=True))
+            piece = self._load(chunk)[inside]
             if piece.shape == shape:
                 return piece
             if whole is None:
                 whole = torch.empty(shape, dtype=piece.dtype)
-            whole[
-                tuple(
-                    slice(start, start + n) for start, n in zip(chunk.start[depth:], piece.shape, strict=True)
-                )
-            ] = piece
+            whole[tuple(slice(lo - s, hi - s) for (lo, hi), s in zip(bounds, start, strict=True))] = piece
             filled += piece.numel()
-        if filled != prod(shape):
-            raise FileError(
-                f"{self.path}: {key}: its chunks hold {filled} of {prod(shape)} elements"
-                + (f" at {index}" if index else "")
-            )
+        if whole is None or filled != whole.numel():
+            region = f" of the part at {list(start)}" if any(start) or shape != self.shape(key) else ""
+            raise FileError(f"{self.path}: {key}: its chunks hold {filled} of {prod(shape)} elements{region}")
         return whole
 
+    def _chunks_near(self, key: str, start: tuple[int, ...], shape: tuple[int, ...]) -> list[Chunk]:
+        """Return the chunks that can overlap a region: of a stack of layers, those of its one layer."""
+        if len(shape) < 3 or shape[0] != 1:
+            return self.chunks[key]
+        return self._chunks_by_layer[key].get(start[0], [])
+
+    @cached_property
+    def _chunks_by_layer(self) -> dict[str, dict[int, list[Chunk]]]:
+        found: dict[str, dict[int, list[Chunk]]] = {}
+        for key, chunks in self.chunks.items():
+            layers = found.setdefault(key, {})
+            for chunk in chunks if len(chunks[0].shape) >= 3 else ():
+                for layer in range(chunk.start[0], chunk.start[0] + chunk.shape[0]):
+                    layers.setdefault(layer, []).append(chunk)
+        return found
+
     def _load(self, chunk: Chunk) -> Tensor:
-        """The chunk, mapped from the file where it lies there plainly, as Megatron's and ours do."""
+        """Map the chunk from the file where it is stored contiguously, as Megatron's and ours are."""
         file = self.path / chunk.file
         if chunk.file not in self._files:
-            size = file.stat().st_size
-            self._files[chunk.file] = (
-                file.open("rb", buffering=0),
-                torch.from_file(str(file), size=size, dtype=torch.uint8),
-            )
+            content = torch.from_file(str(file), size=file.stat().st_size, dtype=torch.uint8)
+            self._files[chunk.file] = file.open("rb", buffering=0), content
         opened, content = self._files[chunk.file]
         stream = _Slice(opened, chunk.offset, chunk.length)
         try:
@@ -404,40 +400,59 @@ class Folder:
             start = chunk.offset + _start_of_data(stream)
         except Exception as error:  # zip and pickle readers raise whatever damaged bytes make of them
             raise FileError(f"{file}: {chunk.key} at byte {chunk.offset} is damaged: {error}") from None
-        if (
-            not isinstance(tensor, Tensor)
-            or str(tensor.dtype) != chunk.dtype
-            or tensor.numel() != prod(chunk.shape)
-        ):
-            given = (
-                f"{tensor.dtype} {list(tensor.shape)}"
-                if isinstance(tensor, Tensor)
-                else type(tensor).__name__
-            )
-            said = f"{chunk.dtype} {list(chunk.shape)}"
-            raise FileError(f"{file}: {chunk.key} at byte {chunk.offset} is {given}, .metadata says {said}")
-        if not tensor.is_contiguous() or tensor.storage_offset():
+        given = type(tensor).__name__
+        if isinstance(tensor, Tensor):
+            given = f"{tensor.dtype} {list(tensor.shape)}"
+            if str(tensor.dtype) == chunk.dtype and tensor.numel() == prod(chunk.shape):
+                return self._map(chunk, stream, content, tensor, start)
+        expected = f"{chunk.dtype} {list(chunk.shape)}"
+        raise FileError(f"{file}: {chunk.key} at byte {chunk.offset} is {given}, .metadata says {expected}")
+
+    @staticmethod
+    def _map(chunk: Chunk, stream: _Slice, content: Tensor, like: Tensor, start: int) -> Tensor:
+        if not like.is_contiguous() or like.storage_offset():
+            stream.seek(0)
             return torch.load(stream, weights_only=True).reshape(chunk.shape)
-        data = content[start : start + tensor.nbytes]
-        if start % tensor.itemsize:
+        data = content[start : start + like.nbytes]
+        if start % like.itemsize:
             data = data.clone()
-        return data.view(tensor.dtype).view(chunk.shape)
+        return data.view(like.dtype).view(chunk.shape)
+
+
+def _chunk(
+    places: Any, key: str, tensor: metadata.TensorStorageMetadata, piece: metadata.ChunkStorageMetadata
+) -> Chunk:
+    """Join what `.metadata` says of a chunk in two places. Raises ValueError, KeyError or TypeError."""
+    place = places[metadata.MetadataIndex(key, piece.offsets)]
+    if getattr(place, "transform_descriptors", None):
+        raise ValueError(f"{key} is stored with {place.transform_descriptors}, which cannot be read")
+    chunk = Chunk(
+        key=key,
+        dtype=str(tensor.properties.dtype),
+        tensor_shape=tuple(tensor.size),
+        start=tuple(piece.offsets),
+        shape=tuple(piece.sizes),
+        file=place.relative_path,
+        offset=place.offset,
+        length=place.length,
+    )
+    bounds = zip(chunk.start, chunk.shape, chunk.tensor_shape, strict=True)
+    is_inside = all(0 <= start <= start + size <= whole for start, size, whole in bounds)
+    is_known = chunk.dtype in _DTYPES and isinstance(chunk.file, str)
+    if not is_inside or not is_known or min(chunk.offset, chunk.length) < 0:
+        raise ValueError(f"{key} has an impossible chunk, {chunk}")
+    return chunk
 
 
 def _start_of_data(stream: _Slice) -> int:
-    """Where in a `torch.save` stream the elements of its one tensor start.
-
-    Raises ValueError or BadZipFile.
-    """
+    """Find the byte of a `torch.save` stream where its one tensor starts. Raises ValueError or BadZipFile."""
     stream.seek(0)
-    [record] = [
-        record for record in zipfile.ZipFile(stream).infolist() if record.filename.endswith("/data/0")
-    ]
+    records = zipfile.ZipFile(stream).infolist()
+    [record] = [record for record in records if record.filename.endswith("/data/0")]
     stream.seek(record.header_offset)
     header = stream.read(30)
-    if record.compress_type != zipfile.ZIP_STORED or len(header) < 30:
+    if record.compress_type != zipfile.ZIP_STORED or header is None or len(header) < 30:
         raise ValueError("its elements are compressed")
     stream.seek(0)
-    return (
-        record.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
-    )  # after the lengths: the name, the extra field
+    name_length, extra_length = struct.unpack("<HH", header[26:])
+    return record.header_offset + 30 + name_length + extra_length

@@ -1,4 +1,4 @@
-"""Weights from a Hugging Face folder into this rank's chunks, and from all ranks as a stream of HF tensors."""
+"""Weights from a Hugging Face folder into this rank's chunks, and out again as a stream of HF tensors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron_srpo.distributed.files import aside
+from megatron_srpo.distributed.files import atomic_directory
 from megatron_srpo.distributed.heartbeat import beat
 from megatron_srpo.distributed.megatron import get_transformer_layer_offset, parallel_state
 from megatron_srpo.distributed.processes import Processes
@@ -30,7 +30,8 @@ def parameters_of(
     chunks: Sequence[torch.nn.Module], architecture: Architecture
 ) -> Iterator[tuple[ParamLocation, Parameter]]:
     """Yield every parameter in this rank's chunks (wrapped or not), and which one of the model it is."""
-    for chunk in chunks:
+    for wrapped in chunks:
+        chunk: Any = wrapped
         while hasattr(chunk, "module"):
             chunk = chunk.module
         config = chunk.config
@@ -161,7 +162,7 @@ def save_hf(stream: Iterable[tuple[str, Tensor]], folder: HFFolder, output: Path
     first = next(stream)
     tensors = {name: (first[1].dtype, shape) for name, shape in folder.architecture.tensor_shapes().items()}
     shards = plan_shards(tensors, SHARD_BYTES)
-    with aside(output, Processes(rank=0, world_size=1), replace=True) as partial:
+    with atomic_directory(output, Processes(rank=0, world_size=1), replace=True) as partial:
         writers = {
             file: Writer(partial / file, {name: tensors[name] for name in names})
             for file, names in shards.items()

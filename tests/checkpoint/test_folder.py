@@ -6,20 +6,21 @@ import json
 
 import pytest
 import torch
+from checkpoints import write
 
 from megatron_srpo.checkpoint import folder as folders
-from megatron_srpo.checkpoint.folder import DamagedCheckpoint, Manifest
-from megatron_srpo.checkpoint.saver import write_tensors
+from megatron_srpo.checkpoint.folder import DamagedCheckpoint, Manifest, SavedFile
+from megatron_srpo.checkpoint.slices import TensorSlice
+from megatron_srpo.weights.torch_dist import METADATA_FILES
 
 
 def make(directory, step, score=None, value=0.0):
     """A checkpoint of two ranks' files; returns its folder."""
     partial = directory / f".step_{step:06d}.test"
     partial.mkdir(parents=True)
-    files = {
-        f"rank_{r:05d}.safetensors": write_tensors(partial / f"rank_{r:05d}.safetensors", tensors(value))
-        for r in range(2)
-    }
+    ranks = write(partial, slices(value, 0), slices(value, 4))
+    files = {file.name: SavedFile(bytes=file.bytes, crc32=file.crc32) for file in ranks}
+    files |= {name: folders.describe(partial / name) for name in METADATA_FILES}
     evaluation = (
         None
         if score is None
@@ -41,16 +42,19 @@ def make(directory, step, score=None, value=0.0):
     return folders.commit(partial, manifest, directory)
 
 
-def tensors(value):
-    return {"policy|a|0/1|4|0": torch.full((4,), value), "rng|cpu": torch.arange(100, dtype=torch.uint8)}
+def slices(value, start):
+    return [TensorSlice("weights", torch.full((4,), value), (8,), (start,))]
 
 
 def test_a_checkpoint_appears_whole_and_latest_names_it(tmp_path):
     folder = make(tmp_path, 10)
     assert folder.name == "step_000010" and sorted(file.name for file in folder.iterdir()) == [
+        ".metadata",
+        "__0_0.distcp",
+        "__1_0.distcp",
+        "common.pt",
         "manifest.json",
-        "rank_00000.safetensors",
-        "rank_00001.safetensors",
+        "metadata.json",
     ]
     assert (tmp_path / "latest").read_text() == "step_000010\n"
     make(tmp_path, 20)
@@ -68,33 +72,27 @@ def test_one_of_the_same_step_is_replaced(tmp_path):
     )
 
 
-@pytest.mark.parametrize("where", ["header", "first number", "last number"])
-def test_every_flipped_bit_is_found(tmp_path, where):
+@pytest.mark.parametrize("name", ["__1_0.distcp", ".metadata", "common.pt", "metadata.json"])
+def test_every_flipped_bit_is_found(tmp_path, name):
     folder = make(tmp_path, 10)
-    file = folder / "rank_00001.safetensors"
-    content = bytearray(file.read_bytes())
-    start = 8 + int.from_bytes(content[:8], "little")
-    content[
-        {"header": content.index(b"policy"), "first number": start, "last number": len(content) - 1}[where]
-    ] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(DamagedCheckpoint, match="rank_00001.safetensors"):
-        folders.check_files(folder, folders.read_manifest(folder))
-    folders.check_files(
-        folder, folders.read_manifest(folder), slice(0, None, 2)
-    )  # the other rank's share is whole
+    manifest, file = folders.read_manifest(folder), folder / name
+    content, number = file.read_bytes(), sorted(manifest.files).index(name)
+    for position in (0, len(content) // 2, len(content) - 1):
+        file.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
+        with pytest.raises(DamagedCheckpoint, match=name):
+            folders.check_files(folder, manifest)
+        folders.check_files(folder, manifest, slice(0, number))  # the other ranks' shares
+        folders.check_files(folder, manifest, slice(number + 1, None))
 
 
 def test_truncated_and_missing_files_are_named(tmp_path):
     folder = make(tmp_path, 10)
-    manifest, file = folders.read_manifest(folder), folder / "rank_00000.safetensors"
+    manifest, file = folders.read_manifest(folder), folder / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(
-        DamagedCheckpoint, match=r"rank_00000.safetensors: has \d+ bytes, the manifest says \d+"
-    ):
+    with pytest.raises(DamagedCheckpoint, match=r"__0_0.distcp: has \d+ bytes, the manifest says \d+"):
         folders.check_files(folder, manifest)
     file.unlink()
-    with pytest.raises(DamagedCheckpoint, match="rank_00000.safetensors: cannot be read"):
+    with pytest.raises(DamagedCheckpoint, match="__0_0.distcp: cannot be read"):
         folders.check_files(folder, manifest)
 
 
@@ -117,7 +115,7 @@ def test_the_newest_valid_one_is_used_and_the_damaged_are_said(tmp_path):
         make(tmp_path, step)
     (tmp_path / "step_000030" / "manifest.json").write_text("half")
     said = []
-    check = lambda folder, manifest: "rank_00000.safetensors: torn" if manifest.step == 20 else None  # noqa: E731
+    check = lambda folder, manifest: "__0_0.distcp: torn" if manifest.step == 20 else None  # noqa: E731
     folder, manifest = folders.newest_valid(tmp_path, check, said.append)
     assert folder.name == "step_000010" and manifest.step == 10
     assert (
@@ -156,7 +154,7 @@ def test_a_damaged_one_of_a_step_taken_back_is_not_the_newest(tmp_path):
 def test_what_killed_saves_leave_is_removed(tmp_path):
     make(tmp_path, 10)
     (tmp_path / ".step_000020.abc").mkdir()
-    (tmp_path / ".step_000020.abc" / "rank_00000.safetensors").write_text("half")
+    (tmp_path / ".step_000020.abc" / "__0_0.distcp").write_text("half")
     assert folders.steps(tmp_path) == [10]
     folders.tidy(tmp_path)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["latest", "step_000010"]

@@ -1,4 +1,4 @@
-"""A short soak (see tests/helpers/soak.py): two ranks, killed at most five times, as the run may be over before."""
+"""A short soak (see tests/helpers/soak.py): two ranks, killed at most five times."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def launch(ranks: int, script: str, jobs: list[dict], file: Path, timeout: float
     fork.set_forkserver_preload(
         [
             "megatron_srpo.train",
-            "megatron_srpo.evaluation.evaluate",
+            "megatron_srpo.evaluation.run",
             "transformers.models.qwen3.modeling_qwen3",
         ]
     )

@@ -14,7 +14,7 @@ from worker import each_job
 def run(job: dict) -> None:
     """One training or evaluation."""
     from megatron_srpo.config.load import load_config
-    from megatron_srpo.evaluation.evaluate import run_evaluation
+    from megatron_srpo.evaluation.run import run_evaluation
     from megatron_srpo.train import train
 
     {"train": train, "eval": run_evaluation}[job["command"]](

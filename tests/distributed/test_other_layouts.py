@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ CP, SP, NO_DO = (
     "parallel.sequence_parallel=true",
     "parallel.use_distributed_optimizer=false",
 )
+SINGLE = [TP + "1", PP + "1", VPP + "null", EP + "1", "parallel.sequence_parallel=false"]
 # model → the layout of each step in turn, on two ranks and then on four
 CHAINS = {
     "tied": {2: [[TP + "2"], [NO_DO], [PP + "2", VPP + "2"]], 4: [[TP + "4", SP], [TP + "2", PP + "2"], []]},
@@ -97,7 +99,7 @@ def test_layouts_in_turn_train_as_one_process_does(runs, name):
 
 @pytest.mark.parametrize("name", ["moe", "llama"])
 def test_the_last_checkpoint_is_the_run_s_model(runs, name):
-    """Policy in HF names, put together from four ranks' pieces: the bits of the exported folder, and its
+    """Policy in HF names, put together from four ranks' slices: the bits of the exported folder, and its
     architecture.
     """
     _, chain = runs[name]
@@ -105,3 +107,22 @@ def test_the_last_checkpoint_is_the_run_s_model(runs, name):
     assert saved.architecture == HFFolder(chain.folder / "hf").architecture
     assert set(saved.names()) == set(chain.weights)
     assert all(torch.equal(saved.tensor(key), tensor) for key, tensor in chain.weights.items())
+
+
+def test_megatron_loads_a_run_s_checkpoint(runs, tmp_path):
+    """`dist_checkpointing.load` fills a model of any layout and dtype with the weights of hf/, bit for bit."""
+    layouts = {"tied": [TP + "2"], "moe": [EP + "2"], "llama": [PP + "2", "model.dtype=bfloat16"]}
+    jobs = []
+    for name, layout in layouts.items():
+        run = runs[name][1].folder
+        [checkpoint] = (run / "checkpoints").glob("step_*")
+        job = {"config": str(run / "config.yaml"), "save": None, "output": str(tmp_path / name)}
+        jobs.append(
+            job
+            | {"overrides": SINGLE + [f"model.hf_path={run / 'hf'}", *layout], "checkpoint": str(checkpoint)}
+        )
+    launch(2, "convert_worker.py", jobs, tmp_path / "jobs.json")
+    for name in layouts:
+        reports = json.loads((tmp_path / name).read_text())
+        assert [report["wrong"] for report in reports] == [[], []]
+        assert all(report["compared"] > 10 and report["beside"] == [] for report in reports)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +12,9 @@ from soak import free_port
 
 from megatron_srpo.config.schema import ParallelSection
 from megatron_srpo.distributed import layout as parallel
-from megatron_srpo.rollout.source import Rollouts
+from megatron_srpo.observe.stopwatch import Stopwatch
+from megatron_srpo.rollout.batch import Batch
+from megatron_srpo.rollout.source import LiveRollouts
 
 ROOT = Path(__file__).parents[2]
 
@@ -72,11 +73,16 @@ def test_its_error_is_printed_and_its_process_ends():
             process.communicate()
 
 
-def test_what_fails_beside_the_training_is_heard_before_the_next_publication():
-    """With overlap: the others' threads wait for this rank's groups, and their ranks for them; its own must
+def test_an_error_of_the_sampling_thread_is_raised_before_the_next_publication():
+    """With async_steps the others' threads wait for this rank's groups, and their ranks for them; its own must
     not wait, too.
     """
-    with ThreadPoolExecutor(1) as thread:
-        ahead = thread.submit(lambda: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            Rollouts.settle(SimpleNamespace(_ahead=ahead))
+    engine = SimpleNamespace(update_weights=lambda *_: pytest.fail("published"))
+    builder = SimpleNamespace(
+        collector=SimpleNamespace(engine=engine),
+        build=lambda step, watch=None: Batch([], {}) if step == 1 else 1 / 0,
+    )
+    rollouts = LiveRollouts(builder, Stopwatch(lambda name: None), last_step_ahead=9)
+    rollouts.collect(1)
+    with pytest.raises(ZeroDivisionError):
+        rollouts.publish(iter(()), 1)

@@ -13,7 +13,7 @@ import pytest
 from samples import sample_rows
 
 from megatron_srpo.__main__ import main
-from megatron_srpo.evaluation import evaluate
+from megatron_srpo.evaluation import answers, run
 
 ROOT = Path(__file__).parents[2]
 START = ROOT / "examples/quickstart/start"
@@ -98,10 +98,10 @@ def test_a_command_cut_off_goes_on(evaluation, tmp_path, monkeypatch):
 
     The same command then gives what an uncut one gives.
     """
-    monkeypatch.setattr(evaluate, "CHUNK_SEQUENCES", 8)
+    monkeypatch.setattr(run, "CHUNK_SEQUENCES", 8)
     small = ["evaluation.greedy=false", "evaluation.prompts=6"]
     assert evaluation(tmp_path / "whole", *small)[0] == 0
-    append, appended = evaluate.Answers.append, []
+    append, appended = answers.Answers.append, []
 
     def cut(answers, groups, seconds):
         append(answers, groups, seconds)
@@ -111,7 +111,7 @@ def test_a_command_cut_off_goes_on(evaluation, tmp_path, monkeypatch):
             answers.path.write_bytes(content[: len(content) - 700])
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate.Answers, "append", cut)
+    monkeypatch.setattr(answers.Answers, "append", cut)
     assert evaluation(tmp_path / "cut", *small)[0] == 130
     assert not (tmp_path / "cut/result.json").exists()
     assert evaluation(tmp_path / "cut", *small, "rollout.batch_size=5")[0] == 0

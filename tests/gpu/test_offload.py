@@ -1,6 +1,4 @@
-"""What only a GPU can show of offloading: its memory is free meanwhile, the copy is pinned, and work in flight
-is waited for.
-"""
+"""What only a GPU can show of offloading: freed memory, a pinned copy, and waiting for work in flight."""
 
 from __future__ import annotations
 

@@ -16,15 +16,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import save, state_of
 from reference import Reference
 from rollouts import write_rollouts
 from small_run import trainers
 from tiny import make_model, save_folder
 
 from megatron_srpo.algorithm.routing import route_groups
-from megatron_srpo.checkpoint.pieces import SavedTensors
-from megatron_srpo.checkpoint.saver import write_tensors
-from megatron_srpo.checkpoint.state import restore_generators, restore_trainer, scalars, snapshot
+from megatron_srpo.checkpoint.state import restore_generators, restore_trainer, scalars
 from megatron_srpo.config.load import load_config
 from megatron_srpo.data.rollout_file import dump
 from megatron_srpo.distributed.layout import initialize, shut_down
@@ -33,6 +32,7 @@ from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.replay import replay
 from megatron_srpo.training.packing import PackedSequence, micro_batch
 from megatron_srpo.training.schedule import run_schedule
+from megatron_srpo.weights.torch_dist import Folder
 from megatron_srpo.weights.transfer import load
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -171,13 +171,13 @@ def test_two_steps_are_those_of_float64(layers, world, make_trainer):
 def test_state_is_the_same_to_the_bit_offloaded_and_from_a_checkpoint(
     optimizer, world, make_trainer, tmp_path
 ):
-    """And training goes on with either."""
+    """Training resumes with either."""
     shared = f"parallel.use_distributed_optimizer={optimizer}"
     colocated = ("rollout.engine=sglang", "rollout.servers=1", "rollout.colocated=true")
     trainer = make_trainer(shared, *colocated)
     train(trainer, world, 1)
     with trainer.onloaded():
-        saved, state = snapshot(trainer), scalars(trainer)
+        saved, state = state_of(trainer), scalars(trainer)
         held = [
             *trainer.optimizer.state(),
             *trainer.optimizer.gradients(),
@@ -187,17 +187,16 @@ def test_state_is_the_same_to_the_bit_offloaded_and_from_a_checkpoint(
         size = sum(tensor.untyped_storage().nbytes() for tensor in held)
         before = torch.cuda.memory_allocated()
     assert 0 < size <= before - torch.cuda.memory_allocated()
-    offloaded = snapshot(trainer)
+    offloaded = state_of(trainer)
     assert saved.keys() == offloaded.keys()
     assert all(torch.equal(saved[key], offloaded[key]) for key in saved)
-    write_tensors(tmp_path / "rank_00000.safetensors", saved)
+    save(tmp_path, trainer)
     wanted = train(trainer, world, 2)
 
     trainer = make_trainer(shared, "optimizer.optimizer_cpu_offload=true")
-    with SavedTensors([tmp_path / "rank_00000.safetensors"]) as tensors:
-        restore_trainer(trainer, tensors, state)
-        restore_generators(tensors, 0)
-    found = snapshot(trainer)
+    restore_trainer(trainer, Folder(tmp_path), state)
+    restore_generators(Folder(tmp_path), 0)
+    found = state_of(trainer)
     assert saved.keys() == found.keys() and all(torch.equal(saved[key], found[key]) for key in saved)
     report = train(trainer, world, 2)
     assert report.losses[0] == pytest.approx(
@@ -207,7 +206,7 @@ def test_state_is_the_same_to_the_bit_offloaded_and_from_a_checkpoint(
 
 
 def test_a_run_with_the_embedded_engine_and_its_resumption(tmp_path):
-    """Two steps of the quick start in bf16, the first one profiled; then the same command goes on to the
+    """Two steps of the quick start in bf16, the first one profiled; then the same command resumes to the
     third.
     """
     settings = [

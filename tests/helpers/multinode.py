@@ -7,7 +7,7 @@ The quick start trains on one rank a host; with --sglang an SGLang server on a t
 its weights over the network. After the first checkpoint the second host's cable is pulled: both ranks must
 end with an error within the collectives' time-out, and the first host's torchrun with status 1. The other's,
 which has lost the store that torchruns meet at, lingers for
-minutes: it is killed, as `srun --wait` does. The cable is put back, the same command goes on from the
+minutes: it is killed, as `srun --wait` does. The cable is put back, the same command resumes from the
 checkpoint and must reach the quick start's pass rate. Needs root and iproute2 (`ip netns`);
 tests/test_multinode.py and tests/sglang/test_third_host.py run short ones where they can.
 """
@@ -27,7 +27,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from megatron_srpo.config.load import load_config
-from megatron_srpo.rollout.sglang.fleet import Launch
+from megatron_srpo.rollout.sglang.server import launch_of
 
 ROOT = Path(__file__).parents[2]
 KEY = "SRPO_MULTINODE_KEY"  # the environment variable with the third host's API key
@@ -108,15 +108,8 @@ class Hosts:
             f"rollout.sglang.api_key_env={KEY}",
             f"rollout.sglang.python={python}",
         ]
-        config = load_config(SERVED, overrides)
-        launch = Launch(
-            config.rollout.sglang,
-            config.model.hf_path,
-            "float32",
-            has_gpus=False,
-            saves_memory=False,
-            logs=log.parent,
-        )
+        config = load_config(SERVED, [*overrides, "rollout.servers=1", f"logging.dir={log.parent}"])
+        launch = launch_of(config)
         environment = {**os.environ, **config.rollout.sglang.environment, "GLOO_SOCKET_IFNAME": "cable"}
         environment.pop("PYTHONPATH", None)
         with log.open("w") as out:

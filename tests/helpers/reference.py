@@ -2,7 +2,7 @@
 Face model.
 
 Knows nothing of shards, tiles, packing or closed forms. Reads the samples' routes (tested on their own) from
-a run's dumped rollouts; everything numeric is done anew from METHOD's equations, sample by sample.
+a run's dumped rollouts; everything numeric is computed here from METHOD's equations, sample by sample.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import contextlib
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -26,11 +26,11 @@ ROOT = Path(__file__).parents[2]
 START = ROOT / "examples/quickstart/start"
 QUICKSTART = ROOT / "examples/quickstart/sglang.yaml"
 KEY = "SRPO_TEST_KEY"  # the environment variable with the servers' API key
-ALONE = Layout.single()
+ALONE = Layout()
 
 
 def free_ports(count: int) -> int:
-    """The first of `count` ports in a row that nobody listens on, below those that the system gives away by
+    """The first of `count` ports in a row that are free, below those that the system gives away by
     itself.
     """
     for first in range(20000 + os.getpid() % 1000 * 10, 32000, 10):
@@ -107,6 +107,11 @@ class Servers:
         self.engine.update_weights(weights.items(), str(self.version))
         return str(self.version)
 
+    def forget_updates(self) -> None:
+        """The next publication is version "0" and counts as the first one."""
+        self.version = -1
+        self.engine.publisher.forget()
+
     def requests(self, count: int) -> list[Request]:
         """Different questions."""
         texts = [f"Compute {100 + 37 * number % 900} + {100 + 91 * number % 900}." for number in range(count)]
@@ -136,16 +141,15 @@ class Servers:
 def sample(
     engine, requests: list[Request], sampling: Sampling, enough=lambda done: False, seen=lambda done: None
 ) -> list[Completion]:
-    """All completions in the requests' order, each handed over exactly once; enough(number done so far)
-    breaks the rest off.
+    """All completions in the requests' order, each yielded exactly once; enough(number done so far) aborts the
+    rest.
     """
     done: dict[int, Completion] = {}
-
-    def finished(completions: Mapping[int, Completion]) -> bool:
+    stop = threading.Event()
+    for completions in engine.generate(requests, sampling, stop):
         assert not set(completions) & set(done)
         done.update(completions)
         seen(len(done))
-        return enough(len(done))
-
-    engine.generate(requests, sampling, finished)
+        if enough(len(done)):
+            stop.set()
     return [done[number] for number in range(len(requests))]

@@ -9,7 +9,7 @@ from megatron_srpo.config.load import load_config
 from megatron_srpo.data.records import Verdict
 from megatron_srpo.observe.alarms import Limits, alarms
 from megatron_srpo.observe.reporter import TrainingStopped
-from megatron_srpo.rollout.transformers_engine import TransformersEngine
+from megatron_srpo.rollout.transformers.engine import TransformersEngine
 from megatron_srpo.tasks.pool import Pool
 from megatron_srpo.training.teacher import Teacher
 

@@ -28,8 +28,10 @@ HERE = Path(__file__).parent
 QUICKSTART = HERE.parents[1] / "examples" / "quickstart" / "config.yaml"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = (
-    "hostile </script><script>window.ran = 1</script><img src=x onerror='window.ran = 2'><!-- <b>bold</b> &amp; "
-    "\u202eright-to-left\u202c \u05d0\u05d1 nul \x00 escape \x1b[31m \u2028 separator /*JS*/ /*DATA*/ {{x}} ${1}"
+    "hostile </script><script>window.ran = 1</script><img src=x onerror='window.ran = 2'><!-- <b>bold</b>"
+    " &amp; "
+    "\u202eright-to-left\u202c \u05d0\u05d1 nul \x00 escape \x1b[31m \u2028 separator /*JS*/ /*DATA*/ {{x}}"
+    " ${1}"
 )
 STEPS, PROMPTS, GROUP = 20, 32, 4  # of each of two runs: 5,120 samples
 
@@ -176,9 +178,11 @@ def browse(page: str, folder: Path, width: int, probe: str) -> dict:
     console or the network.
     """
     watch = (
-        "<script>window.problems = []; addEventListener('error', (e) => problems.push(String(e.message)), true);"
+        "<script>window.problems = []; addEventListener('error', (e) => problems.push(String(e.message)),"
+        " true);"
         "addEventListener('securitypolicyviolation', (e) => problems.push(e.blockedURI));"
-        "for (const kind of ['error', 'warn']) console[kind] = (...all) => problems.push(all.join(' '));</script>"
+        "for (const kind of ['error', 'warn']) console[kind] = (...all) => problems.push(all.join('"
+        " '));</script>"
     )
     file = folder / f"probed-{width}.html"
     file.write_text(
@@ -280,8 +284,14 @@ def test_the_probe_would_notice(tmp_path):
     """An error, a console message and a request are all found in a page that has them."""
     page = '<html><head><meta charset="utf-8"></head><body><img src="http://localhost:1/x">'
     page += '<script>console.error("told"); missing();</script></body>'
-    probe = "addEventListener('load', () => setTimeout(() => { document.body.append(Object.assign(document.createElement('pre'), { id: 'probe',"
-    probe += " textContent: btoa(JSON.stringify({ problems, requests: performance.getEntriesByType('resource').length })) })); }, 200));"
+    probe = (
+        "addEventListener('load', () => setTimeout(() => {"
+        " document.body.append(Object.assign(document.createElement('pre'), { id: 'probe',"
+    )
+    probe += (
+        " textContent: btoa(JSON.stringify({ problems, requests:"
+        " performance.getEntriesByType('resource').length })) })); }, 200));"
+    )
     found = browse(page, tmp_path, 1280, probe)
     assert any("told" in problem for problem in found["problems"]) and any(
         "missing" in problem for problem in found["problems"]
@@ -330,7 +340,9 @@ def test_a_cut_off_run_is_read_to_its_last_whole_line(folders):
     data = report_data([folders[1]], 10_000)
     assert data["runs"][0]["columns"]["step"] == list(range(1, STEPS + 1))
     assert len(data["samples"]) == STEPS * PROMPTS * GROUP
-    assert len(data["notes"]) == 2 and all("not readable and left out" in note for note in data["notes"])
+    assert len(data["notes"]) == 2 and all(
+        "is damaged" in note and note.endswith("left out") for note in data["notes"]
+    )
 
 
 def test_a_row_that_is_no_sample_is_left_out(folders, tmp_path):

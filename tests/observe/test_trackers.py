@@ -95,7 +95,7 @@ def test_one_that_fails_is_told_once_and_the_others_go_on():
     group.write({"step": 2})
     group.close()
     assert rows == [{"step": 1}, {"step": 1}, {"step": 2}, {"step": 2}, "closed"]
-    assert said == ["SimpleNamespace is given up: ConnectionResetError: gone"] * 2
+    assert said == ["disabling SimpleNamespace: ConnectionResetError: gone"] * 2
 
 
 def test_weights_and_biases_keeps_the_steps_of_a_run_that_goes_back(tmp_path):

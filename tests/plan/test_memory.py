@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from simulated import simulated
-from tiny import make_model, save_folder
+from tiny import FAMILIES, make_model, save_folder
 
 from megatron_srpo.config.load import load_config
 from megatron_srpo.config.schema import Config, ConfigError, ParallelSection
@@ -42,13 +42,7 @@ TP, PP, VPP, EP, ETP = (
     for name in ("tensor_model", "pipeline_model", "virtual_pipeline_model", "expert_model", "expert_tensor")
 )
 SP = "parallel.sequence_parallel=true"
-MODELS = {
-    "tied": dict(tied=True),
-    "untied": dict(tied=False),
-    "qwen3_moe": dict(family="qwen3_moe", tied=False),
-    "qwen2": dict(family="qwen2", tied=True),
-    "llama": dict(family="llama", tied=False),
-}
+MODELS = {family: dict(family=family, tied=False) for family in FAMILIES} | {"tied": dict(tied=True)}
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +67,9 @@ def configure(folder: Path, *overrides: str) -> Config:
 @pytest.mark.parametrize(
     ("model", "ranks", "layout"),
     [
-        *((model, 2, [PP + "2"]) for model in MODELS),
         *((model, 4, [TP + "2", SP, PP + "2", VPP + "2"]) for model in MODELS),
         ("tied", 1, []),
+        ("tied", 2, [PP + "2"]),
         ("qwen2", 4, [TP + "4"]),
         ("qwen3_moe", 2, [EP + "2"]),
         ("qwen3_moe", 4, [PP + "2", EP + "2"]),
@@ -122,8 +116,8 @@ def test_states_of_a_rank_of_four(folders, dtype, distributed, context):
         f"parallel.use_distributed_optimizer={distributed}",
         f"parallel.context_parallel_size={context}",
     ]
-    config = configure(folders["untied"], f"model.dtype={dtype}", *layout)
-    folder = HFFolder(folders["untied"])
+    config = configure(folders["qwen3"], f"model.dtype={dtype}", *layout)
+    folder = HFFolder(folders["qwen3"])
     with simulated(1, 4, config.parallel) as layout:
         trainer = Trainer(TrainerSettings.of(config), folder, layout)
         size, buffer = trainer.parameters[0].element_size(), trainer.chunks[0].buffers[0]
@@ -133,17 +127,20 @@ def test_states_of_a_rank_of_four(folders, dtype, distributed, context):
         trainer.teacher.follow(trainer.optimizer, trainer.parameters)
         held = [trainer.optimizer.held_range(p) for p in trainer.parameters]
         own = sum(end - start for start, end in held)
+        inner = [one.optimizer for one in trainer.optimizer.inner.chained_optimizers]
+        states = [state for one in inner for state in one.state.values()]
+        moments = sum(state["exp_avg"].nbytes + state["exp_avg_sq"].nbytes for state in states)
+        optimized = [p for one in inner for group in one.param_groups for p in group["params"]]
+        weights = {p.untyped_storage().data_ptr() for p in trainer.parameters}
+        masters = sum(p.nbytes for p in optimized if p.untyped_storage().data_ptr() not in weights)
+        assert moments == own * 8 and (masters > 0) == (dtype == "bfloat16")
         found = {
             "weights": sum(p.nbytes for p in trainer.parameters),
             "gradients": buffer.grad_data.nbytes,
-            "optimizer": own * (8 if dtype == "float32" else 12),
+            "optimizer": moments + masters,
             "teacher": sum(p.nbytes for p in trainer.teacher.parameters),
             "EMA": sum(share.nbytes for share in trainer.teacher.shares),
         }
-        states = [
-            s for one in trainer.optimizer.inner.chained_optimizers for s in one.optimizer.state.values()
-        ]
-        assert sum(s["exp_avg"].nbytes + s["exp_avg_sq"].nbytes for s in states) == own * 8
         assert size == {"float32": 4, "bfloat16": 2}[dtype]
     expected = state_bytes(folder.architecture, config, CPU, 4, stage=0)
     embedded = expected.pop("embedded engine")
@@ -216,8 +213,8 @@ def test_layers_in_flight_are_megatrons_warm_up_and_one(folders, virtual):
         get_pp_rank_microbatches,  # after the package, which makes it importable
     )
 
-    architecture = dataclasses.replace(HFFolder(folders["untied"]).architecture, num_hidden_layers=16)
-    config, batch = configure(folders["untied"], f"{PP}4", f"{VPP}{virtual}"), Batch(1000, 10, 0)
+    architecture = dataclasses.replace(HFFolder(folders["qwen3"]).architecture, num_hidden_layers=16)
+    config, batch = configure(folders["qwen3"], f"{PP}4", f"{VPP}{virtual}"), Batch(1000, 10, 0)
     layer, _ = layer_bytes(architecture, config, CPU, batch)
     for stage in range(4):
         group = SimpleNamespace(size=lambda: 4, rank=lambda stage=stage: stage)

@@ -3,6 +3,7 @@ a cache.
 """
 
 from collections import Counter
+from threading import Event
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from tiny import make_model, save_folder
 from megatron_srpo.model.families import families
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.engine import EngineFailed, Request, Sampling
-from megatron_srpo.rollout.transformers_engine import TransformersEngine
+from megatron_srpo.rollout.transformers.engine import TransformersEngine
 
 NEVER = (269,)  # a stop id; the tests below make it improbable, or ask for others
 CPU = torch.device("cpu")
@@ -35,15 +36,11 @@ def folder(tmp_path_factory, hf):
 
 
 def sample(engine, requests, sampling):
-    """All completions, in the requests' order; each is handed over once."""
+    """All completions, in the requests' order; each is yielded once."""
     completions = {}
-
-    def finished(done):
+    for done in engine.generate(requests, sampling, Event()):
         assert not set(done) & set(completions)
         completions.update(done)
-        return False
-
-    engine.generate(requests, sampling, finished)
     return [completions[number] for number in range(len(requests))]
 
 

@@ -58,12 +58,12 @@ def servers(tmp_path_factory):
 def updating(servers):
     """updating(way): the servers take weights that way until the test ends."""
     publisher = servers.engine.publisher
-    before, settings = publisher._transport, publisher.settings
+    before, settings = publisher.transport, publisher.settings
 
     def use(way: str, *overrides: str) -> None:
         config = config_of(servers.run, "rollout.servers=2", f"rollout.sglang.update={way}", *overrides)
         publisher.settings = config.rollout
-        publisher._transport = publisher._transport_for(config, servers.engine.layout.device)
+        publisher.transport = publisher.transport_for(config.rollout)
 
     yield use
-    publisher._transport, publisher.settings = before, settings
+    publisher.transport, publisher.settings = before, settings

@@ -1,5 +1,5 @@
 """The engine on two real servers, against Hugging Face's model in fp32: log-probabilities, updates of all
-kinds, broken-off rollouts.
+kinds, partial rollouts.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ import pytest
 from servers import sample
 
 from megatron_srpo.rollout.engine import EngineFailed, Request
-from megatron_srpo.rollout.sglang.http import Server, ServerFailed
+from megatron_srpo.rollout.servers.http import ServerFailed
+from megatron_srpo.rollout.sglang.server import SGLangServer
 
 pytestmark = pytest.mark.needs_sglang
 
@@ -18,13 +19,13 @@ def test_the_first_update_must_leave_the_start_model_as_it_was(servers):
     there is exact.
     """
     servers.publish(seed=None)
-    servers.version, servers.engine.publisher._version = -1, None  # as before the first update
+    servers.forget_updates()
     with pytest.raises(EngineFailed, match="changed the start model's weights on http.*checksums"):
         servers.publish(seed=5)
     servers.publish(seed=None)
-    servers.version, servers.engine.publisher._version = -1, None
+    servers.forget_updates()
     assert servers.publish(seed=None) == "0"
-    assert all(target.out is None for target in servers.engine.generation.targets)
+    assert all(target.quarantined is None for target in servers.engine.generation.targets)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -48,14 +49,14 @@ def test_every_kind_of_update_brings_every_server_to_the_weights(servers, updati
     """
     for seed, bucket in ((1, 512), (2, 1)):
         updating(way, f"rollout.sglang.bucket_mib={bucket}")
-        transport = servers.engine.publisher._transport
+        transport = servers.engine.publisher.transport
         if bucket == 1 and way != "disk":
             transport.limit = 100_000  # bytes: the embedding is larger, the norms are not
         version = servers.publish(seed)
         for target in servers.engine.generation.targets:
             others = [other for other in servers.engine.generation.targets if other is not target]
             for other in others:
-                other.out = "left out by the test"
+                other.quarantined = "left out by the test"
             requests = servers.requests(6)
             completions = sample(servers.engine, requests, servers.sampling())
             assert servers.gap(requests, completions) < 1e-4
@@ -63,18 +64,18 @@ def test_every_kind_of_update_brings_every_server_to_the_weights(servers, updati
                 completion.versions == [(version, 0, len(completion.ids))] for completion in completions
             )
             for other in others:
-                other.out = None
+                other.quarantined = None
 
 
-def test_enough_breaks_the_rest_off_and_it_can_be_gone_on_with(servers):
+def test_stopping_aborts_the_rest_which_can_be_continued(servers):
     """Of 40 long responses six are waited for; the others come back as they are, queued ones empty, and are
     finished later.
     """
     servers.publish(seed=3)
     requests, sampling = servers.requests(40), servers.sampling(max_tokens=60, stops=False)
     few = sampling._replace(max_tokens=45)
-    for member in servers.engine.publisher.fleet.members:
-        member.server.post("/slow_down", {"forward_sleep_time": 0.04})
+    for handle in servers.engine.publisher.fleet.handles:
+        handle.server.post("/slow_down", {"forward_sleep_time": 0.04})
     servers.engine.generation.concurrency = 24
     try:
         begun = sample(servers.engine, requests[:8], few)
@@ -85,8 +86,8 @@ def test_enough_breaks_the_rest_off_and_it_can_be_gone_on_with(servers):
         # the eight have 45 tokens already, so they are the first to have all 60
         broken = sample(servers.engine, longer, sampling, enough=lambda done: done == 6)
     finally:
-        for member in servers.engine.publisher.fleet.members:
-            member.server.post("/slow_down", {"forward_sleep_time": None})
+        for handle in servers.engine.publisher.fleet.handles:
+            handle.server.post("/slow_down", {"forward_sleep_time": None})
         servers.engine.generation.concurrency = 64
     assert sum(completion.finish_reason == "length" for completion in broken) < 20
     partial = [completion for completion in broken if completion.finish_reason == "abort"]
@@ -135,7 +136,7 @@ def test_ids_outside_the_vocabulary_are_not_sent(servers):
 
 def test_without_the_key_servers_answer_nothing(servers):
     settings = servers.engine.publisher.settings.sglang.model_copy(update={"api_key_env": None})
-    stranger = Server(servers.engine.generation.targets[0].url, settings)
+    stranger = SGLangServer(servers.engine.generation.targets[0].url, settings)
     for path, body in (
         ("/generate", {"input_ids": [5]}),
         ("/update_weights_from_disk", {"model_path": "x"}),
@@ -157,9 +158,9 @@ def test_memory_is_given_back_and_taken_again(servers, updating):
     """
     publisher = servers.engine.publisher
     publisher.release_memory()
-    assert len(publisher._released) == 2 and publisher.fleet.holds_back
+    assert len(publisher.released) == 2 and not publisher.fleet.starts_allowed
     updating("tensor")
     servers.publish(seed=4)
-    assert not publisher._released and not publisher.fleet.holds_back
+    assert not publisher.released and publisher.fleet.starts_allowed
     requests = servers.requests(4)
     assert servers.gap(requests, sample(servers.engine, requests, servers.sampling())) < 1e-4

@@ -114,11 +114,11 @@ def test_a_lying_server_is_taken_out_and_the_other_does_its_work(servers, fault)
                 if engine.generation.targets[0].url == bad.url
                 else engine.generation.targets[::-1]
             )
-            assert reason in out.out and used.out is None
+            assert reason in out.quarantined and used.quarantined is None
             assert any(bad.url in line and reason in line for line in said)
             # one that answers 500 may be better next time; a liar is not asked again
             engine.update_weights(list(servers.model.named_parameters()), str(servers.version))
-            assert (out.out is None) == (fault == "answers 500")
+            assert (out.quarantined is None) == (fault == "answers 500")
         finally:
             engine.close()
 
@@ -137,7 +137,7 @@ def test_a_run_without_servers_stops_and_says_why(servers):
         engine.update_weights(list(servers.model.named_parameters()), str(servers.version))
         server.shutdown()
         server.server_close()
-        left = f"no SGLang server is left: none has come back in 1 s .*{server.url}: /health: ConnectError"
+        left = f"no server is left: none has come back in 1 s .*{server.url}: /health: ConnectError"
         with pytest.raises(EngineFailed, match=left):
             sample(engine, servers.requests(4), servers.sampling())
         engine.close()
@@ -154,13 +154,13 @@ def tree(process: int) -> list[int]:
 
 def signal_server(servers, number: int, what: signal.Signals) -> None:
     """To a server's whole process tree, but not to its guard."""
-    for process in tree(servers.engine.publisher.fleet.members[number].process.pid)[1:]:
+    for process in tree(servers.engine.publisher.fleet.handles[number].process.pid)[1:]:
         os.kill(process, what)
 
 
 def slow_down(servers, seconds: float) -> None:
-    for member in servers.engine.publisher.fleet.members:
-        member.server.post("/slow_down", {"forward_sleep_time": seconds})
+    for handle in servers.engine.publisher.fleet.handles:
+        handle.server.post("/slow_down", {"forward_sleep_time": seconds})
 
 
 def test_a_server_killed_while_it_samples(servers):
@@ -169,17 +169,17 @@ def test_a_server_killed_while_it_samples(servers):
     """
     servers.publish(seed=7)
     slow_down(servers, 0.01)
-    before = [member.server.incarnation for member in servers.engine.publisher.fleet.members]
+    before = [handle.server.incarnation for handle in servers.engine.publisher.fleet.handles]
     requests = servers.requests(64)
     kill = lambda done: signal_server(servers, 1, signal.SIGKILL) if done == 8 else None  # noqa: E731
     completions = sample(servers.engine, requests, servers.sampling(), seen=kill)
     assert servers.gap(requests, completions) < 1e-4
     version = servers.publish(seed=8)
-    after = [member.server.incarnation for member in servers.engine.publisher.fleet.members]
+    after = [handle.server.incarnation for handle in servers.engine.publisher.fleet.handles]
     assert after[0] == before[0] and after[1] > before[1], (
         servers.said
     )  # a start may fail, and is tried again
-    assert all(target.out is None for target in servers.engine.generation.targets)
+    assert all(target.quarantined is None for target in servers.engine.generation.targets)
     completions = sample(servers.engine, requests, servers.sampling())
     assert servers.gap(requests, completions) < 1e-4
     assert {span[0] for completion in completions for span in completion.versions} == {version}
@@ -211,7 +211,7 @@ def test_a_server_killed_while_weights_are_broadcast(servers, updating):
     """
     updating("distributed")
     servers.publish(seed=10)
-    servers.engine.publisher._transport.limit = 100_000
+    servers.engine.publisher.transport.limit = 100_000
     weights = {name: tensor.clone() for name, tensor in servers.model.named_parameters()}
     iterations = []
 
@@ -227,15 +227,15 @@ def test_a_server_killed_while_weights_are_broadcast(servers, updating):
     assert len(iterations) == 2
     requests, usable = (
         servers.requests(12),
-        [target for target in servers.engine.generation.targets if target.out is None],
+        [target for target in servers.engine.generation.targets if target.quarantined is None],
     )
-    assert servers.engine.publisher.fleet.members[0].server.url in {target.url for target in usable}
+    assert servers.engine.publisher.fleet.handles[0].server.url in {target.url for target in usable}
     completions = sample(servers.engine, requests, servers.sampling())
     assert servers.gap(requests, completions) < 1e-4
     fleet = servers.engine.publisher.fleet
     fleet.wait(300)
-    assert [member.state for member in fleet.members] == ["ready", "ready"]
-    assert [member.server.version() for member in fleet.members] == [str(servers.version)] * 2
+    assert [handle.state for handle in fleet.handles] == ["ready", "ready"]
+    assert [handle.server.version() for handle in fleet.handles] == [str(servers.version)] * 2
 
 
 def test_servers_that_a_dead_trainer_left_in_the_middle_of_an_update(servers):
@@ -243,9 +243,9 @@ def test_servers_that_a_dead_trainer_left_in_the_middle_of_an_update(servers):
     are.
     """
     servers.publish(seed=11)
-    for member in servers.engine.publisher.fleet.members:
-        member.server.post("/pause_generation", {"mode": "retract"})
-        member.server.post("/begin_weight_update", {})
+    for handle in servers.engine.publisher.fleet.handles:
+        handle.server.post("/pause_generation", {"mode": "retract"})
+        handle.server.post("/begin_weight_update", {})
     urls = ",".join(target.url for target in servers.engine.generation.targets)
     given = [
         "rollout.servers=0",
@@ -258,7 +258,7 @@ def test_servers_that_a_dead_trainer_left_in_the_middle_of_an_update(servers):
         engine.update_weights(list(servers.model.named_parameters()), str(servers.version))
         requests = servers.requests(8)
         assert servers.gap(requests, sample(engine, requests, servers.sampling())) < 1e-4
-        assert all(target.out is None for target in engine.generation.targets)
+        assert all(target.quarantined is None for target in engine.generation.targets)
     finally:
         engine.close()
 
@@ -273,7 +273,7 @@ def test_a_server_that_cannot_be_started_is_told_with_its_last_words(servers, tm
     )
     with pytest.raises(
         ConfigError,
-        match=r"server 0 could not be started: its process ended with status 2; .*server_0.log(.|\n)*no-such",
+        match=r"server 0 could not be started: exited with status 2; .*server_0.log(.|\n)*no-such",
     ):
         create_engine(config, servers.folder, ALONE, lambda text: None)
 
@@ -283,7 +283,7 @@ def test_no_server_outlives_a_killed_trainer(servers, tmp_path):
     config = config_of(tmp_path, "rollout.servers=1", f"rollout.sglang.port={free_ports(1)}")
     code = (
         "import sys, time; from pathlib import Path; from megatron_srpo.config.load import load_config;"
-        "from megatron_srpo.rollout.sglang.engine import launch_of;"
+        "from megatron_srpo.rollout.sglang.server import launch_of;"
         "launch = launch_of(load_config(Path(sys.argv[1]), sys.argv[2:])); launch.logs.mkdir(parents=True);"
         "print(launch.start(0).pid, flush=True); time.sleep(600)"
     )

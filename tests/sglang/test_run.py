@@ -43,7 +43,7 @@ def run(servers, tmp_path_factory):
         f"rollout.sglang.api_key_env={KEY}",
     ]
     done = run_jobs(2, QUICKSTART, {"tp2": overrides}, root)["tp2"]
-    servers.engine.publisher._version = None  # they have had other weights since
+    servers.engine.publisher.forget()  # the servers have had other weights since
     return done
 
 

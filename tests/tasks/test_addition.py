@@ -4,6 +4,7 @@ import re
 import signal
 
 import pytest
+from tables import each_row
 
 from megatron_srpo.tasks.addition import Addition, verify
 
@@ -43,7 +44,7 @@ def test_prompt_holds_a_sum_and_its_answer():
     assert len(ids) == 100
 
 
-@pytest.mark.parametrize(
+@each_row(
     "text, correct, format_ok",
     [
         ("<answer>579</answer>", True, True),

@@ -12,6 +12,7 @@ import signal
 
 import pytest
 from paper_cases import NESTED, said
+from tables import each_row
 
 from megatron_srpo.config.schema import TaskSection
 from megatron_srpo.tasks import addition, mathematics, procedural, sciknoweval, tool_use
@@ -143,7 +144,7 @@ TRICKS = [  # what models have tried; the truth is D, 579341 and NESTED
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", TRICKS)
+@each_row("text", TRICKS)
 def test_known_tricks_do_not_work(text):
     for verify, answer in WRONG.values():
         assert not verify(answer, text).correct

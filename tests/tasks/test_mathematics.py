@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tables import each_row
 
 from megatron_srpo.config.schema import ConfigError, TaskSource
 from megatron_srpo.tasks import create_task
@@ -18,7 +19,7 @@ from megatron_srpo.tasks.questions import read_questions
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(
+@each_row(
     "text, expected",
     [
         (r"\boxed{5}", "5"),
@@ -59,7 +60,7 @@ def test_final_answer(text, expected):
     assert last_answer_block("<answer>6</answer>") == "6"
 
 
-@pytest.mark.parametrize(
+@each_row(
     "gold, text, right",
     [
         ("933", "<answer>933</answer>", True),  # math-verify alone finds nothing here
@@ -100,7 +101,7 @@ def test_comparison(gold, text, right):
     assert verdict.correct or gold not in verdict.feedback
 
 
-@pytest.mark.parametrize(
+@each_row(
     "row, expected",
     [
         ({"question": "Q", "answer": "She has 2 + 3 = <<2+3=5>>5.\n#### 1,005"}, ("Q", "1005")),  # GSM8K

@@ -67,7 +67,8 @@ def test_what_fails_is_marked_and_nothing_else_is_lost(pool):
         "recurse": "error: RecursionError: maximum recursion depth exceeded",
         "nothing": "error: TypeError: the verifier returned NoneType, not a Verdict",
         "nan": "error: ValidationError",
-        "contradict": "error: ValidationError: 1 validation error for Verdict\n  Value error, correct: False, but reward is 0.9",
+        "contradict": "error: ValidationError: 1 validation error for Verdict\n"
+        "  Value error, correct: False, but reward is 0.9",
         "surrogate": "error: PydanticSerializationError",
     }
     check_among_good_ones(pool, kinds)
@@ -125,15 +126,19 @@ def test_large_texts_in_both_directions(pool):
     assert [v.correct for v in verdicts] == [False] * 6 + [True]
 
 
-def test_an_interrupted_verification_leaves_no_answers_behind(pool, monkeypatch):
-    """The next jobs must not get the verdicts of those that were given up."""
-    taken = pool._take_in
-    monkeypatch.setattr(pool, "_take_in", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+def test_an_interrupted_verification_leaves_no_answers_behind(pool):
+    """The next jobs must not get the verdicts of those that were abandoned."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
     with pytest.raises(KeyboardInterrupt):
-        pool.verify(jobs(*["right"] * 100))
-    monkeypatch.setattr(pool, "_take_in", taken)
-    (verdict,) = pool.verify(jobs("wrong"))
-    assert verdict.verifier_failed is None and not verdict.correct
+        pool.verify(jobs(*["hang", "right", "right"] * 10))
+    signal.signal(signal.SIGALRM, before)
+    verdicts = pool.verify(jobs("wrong", "wrong"))
+    assert [(verdict.verifier_failed, verdict.correct) for verdict in verdicts] == [(None, False)] * 2
 
 
 def test_zero_instead_of_excluded():
@@ -178,7 +183,7 @@ def test_a_worker_left_alone_ends_by_itself():
     """Its input closes when the run is gone, however it went."""
     pool = Pool({"bad": BAD}, TaskSection(verifier_workers=1))
     process = pool.workers[0].process
-    process.stdin.close()
+    pool.workers[0].connection.close()
     deadline = time.monotonic() + 30
     while process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)

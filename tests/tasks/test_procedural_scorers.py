@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 
 import pytest
+from tables import each_row
 
 from megatron_srpo.tasks.procedural_scorers import SCORERS, expression
 
@@ -15,7 +16,7 @@ PRODUCT = {"answer": "x**2*y - x*y - 2*y", "metadata": {}}
 LIST = {"answer": "['2', '1.5', '-3']", "metadata": {"direction": "descending"}}
 
 
-@pytest.mark.parametrize(
+@each_row(
     "dataset, entry, answer, right",
     [
         ("simple_integration", INTEGRAL, "x**3 + sin(2*x)/2 + C", True),
@@ -43,7 +44,7 @@ def test_right_and_wrong(dataset, entry, answer, right):
     assert bool(SCORERS[dataset](answer, entry)) == right
 
 
-@pytest.mark.parametrize(
+@each_row(
     "text",
     [
         *(
@@ -82,8 +83,8 @@ ENTRIES = {
 }
 
 
-@pytest.mark.parametrize("dataset", SCORERS)
-@pytest.mark.parametrize("text", ["", "zzz zzz", "[1, 2", "{}", "None", "0xyz", "\x00", "[null]", "[[]]"])
+@each_row("dataset", SCORERS)
+@each_row("text", ["", "zzz zzz", "[1, 2", "{}", "None", "0xyz", "\x00", "[null]", "[[]]"])
 def test_text_without_form_is_wrong_or_raises_what_is_caught(dataset, text):
     with contextlib.suppress(ValueError, TypeError):
         assert not SCORERS[dataset](text, ENTRIES[dataset])

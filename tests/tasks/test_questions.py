@@ -50,7 +50,8 @@ def refusal(tmp_path):
         ),
         (
             GOOD + b'\n{"answer": "x"}\n',
-            "data.jsonl:3: question: is missing or empty; expected messages, or question (or prompt) as a string",
+            "data.jsonl:3: question: is missing or empty; expected messages, or question (or prompt) as a"
+            " string",
         ),
         (
             b'{"question": "x", "answer": "1", "id": 7}\n{"question": "y", "answer": "1", "id": "7"}\n',
@@ -121,7 +122,8 @@ def test_accepted_shapes(tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_text(
         '{"question": "2 + 2?", "answer": 4, "level": "easy"}\r\n\n'
-        '{"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}], "answer": "x", "feedback": "no: y"}\n'
+        '{"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}], "answer": "x",'
+        ' "feedback": "no: y"}\n'
         '{"prompt": "P", "system": null, "idx": 4046, "answer": [{"Action": "é"}], "kind": "tooluse"}'
     )
     first, second, third = read_questions(file, phrase=lambda text: f"Q: {text}")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from paper_cases import CHOICE_CASES
 from real_data import real_data
+from tables import each_row
 
 from megatron_srpo.config.schema import ConfigError
 from megatron_srpo.tasks.questions import read_questions
@@ -62,9 +63,12 @@ def test_prompt_word_for_word():
     system, user = Choice("0", "What is H2O?", ("water", "gold\n", "air", "fire"), "A").messages
     assert system["role"] == "system" and user["role"] == "user"
     assert system["content"] == (
-        "\nGiven a question and four options, please select the right answer. Respond in the following format:\n<reasoning>\n...\n"
-        "</reasoning>\n<answer>\n...\n</answer>\n\nFor the answer, only output the letter corresponding to the correct option (A, B, C, "
-        'or D), and nothing else. Do not restate the answer text. For example, if the answer is "A", just output:\n<answer>\nA\n</answer>\n'
+        "\nGiven a question and four options, please select the right answer. Respond in the following"
+        " format:\n<reasoning>\n...\n"
+        "</reasoning>\n<answer>\n...\n</answer>\n\nFor the answer, only output the letter corresponding to"
+        " the correct option (A, B, C, "
+        'or D), and nothing else. Do not restate the answer text. For example, if the answer is "A", just'
+        " output:\n<answer>\nA\n</answer>\n"
     )
     assert (
         user["content"] == "What is H2O?\n\nA: water\nB: gold\n\nC: air\nD: fire\nPlease reason step by step."
@@ -134,14 +138,14 @@ def test_a_text_too_many_is_survived(tmp_path):
     assert choice.options == ("note", "x", "y", "z")
 
 
-@pytest.mark.parametrize("gold, text, right", CHOICE_CASES)
+@each_row("gold, text, right", CHOICE_CASES)
 def test_paper_rule_agrees_with_the_table(gold, text, right):
     verdict = verify(gold, text)
     assert (verdict.correct, verdict.reward) == (right, float(right))
     assert (verdict.feedback is None) == right
 
 
-@pytest.mark.parametrize(
+@each_row(
     "text, right",
     [
         ("<reasoning>x</reasoning>\n<answer>\nB\n</answer>\n", True),
@@ -159,7 +163,7 @@ def test_strict_rule(text, right):
     assert verify_strict("B", text).correct == right
 
 
-@pytest.mark.parametrize(
+@each_row(
     "text, ok",
     [
         ("<answer>A</answer>", True),

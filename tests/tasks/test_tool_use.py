@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from paper_cases import NESTED, NONE, ONE, OPTIONAL, SAME, TOOL_CASES, TWO, said
 from real_data import real_data
+from tables import each_row
 
 from megatron_srpo.config.schema import ConfigError
 from megatron_srpo.tasks.questions import read_questions
@@ -83,22 +84,26 @@ TRAINING = {
 }
 UNTOUCHED = {"Name": "No documentation", "Description": "", "Instances": []}
 PROMPT = (
-    "Your task is to answer the user's question using available tools. \nYou have access to the following tools:\nName: Cats\n"
-    "Description: All about cats\nDocumentation:\ngetCat: One cat.\nParameters: {}\n\nUse the following format:\n"
-    "Thought: you should always think about what to do\nAction: the action to take, should be one of the tool names.\n"
-    "Action Input: the input to the action, must be in JSON format. All of the action input must be realistic and from the user.\n\n"
+    "Your task is to answer the user's question using available tools. \nYou have access to the following"
+    " tools:\nName: Cats\n"
+    "Description: All about cats\nDocumentation:\ngetCat: One cat.\nParameters: {}\n\nUse the following"
+    " format:\n"
+    "Thought: you should always think about what to do\nAction: the action to take, should be one of the"
+    " tool names.\n"
+    "Action Input: the input to the action, must be in JSON format. All of the action input must be"
+    " realistic and from the user.\n\n"
     "Begin!\nQuestion: Show me a cat."
 )
 
 
-@pytest.mark.parametrize("gold, text, right", TOOL_CASES)
+@each_row("gold, text, right", TOOL_CASES)
 def test_paper_rule_agrees_with_the_table(gold, text, right):
     verdict = verify(gold, text)
     assert (verdict.correct, verdict.reward) == (right, float(right))
     assert (verdict.feedback is None) == right
 
 
-@pytest.mark.parametrize(
+@each_row(
     "gold, text, right",
     [
         (TWO, said(("login", '{"user": "ann"}'), ("list", '{"limit": 5}')), True),
@@ -149,8 +154,8 @@ def test_parser():
     assert parse_calls("hello").malformed and not verify(ONE, "hello").format_ok
 
 
-@pytest.mark.parametrize("rule", [verify, verify_strict])
-@pytest.mark.parametrize("depth", [100, 400, 600, 800, 950, 5_000])
+@each_row("rule", [verify, verify_strict])
+@each_row("depth", [100, 400, 600, 800, 950, 5_000])
 def test_inputs_of_any_depth_are_judged(rule, depth):
     """An exception would leave the sample out of its group instead of counting it as wrong."""
     assert not rule(ONE, said(("search", '{"q": ' * depth + "1" + "}" * depth))).correct
@@ -173,7 +178,8 @@ def test_prepare_evaluation_and_training_files(tmp_path):
     train, test = done.stdout.splitlines()
     assert test.endswith("1 questions; left out: a call needs an earlier call's result 1, no calls 1")
     assert train.endswith(
-        "2 questions; left out: the simulation failed 2, a call's input is no JSON object 1, a call asks the user back 1,"
+        "2 questions; left out: the simulation failed 2, a call's input is no JSON object 1, a call asks the"
+        " user back 1,"
         " a call is to no tool of the API 1, a call failed 1, no calls 1"
     )
     for name, gold in (
@@ -197,11 +203,13 @@ def test_prepare_evaluation_and_training_files(tmp_path):
         ('[{"Name": "x", "Description": "", "NLDocumentation": ""}]', "neither Golden_Answers nor Instances"),
         ("[1]", "API 0: expected an object"),
         (
-            '[{"Name": "x", "Description": "", "NLDocumentation": "", "Golden_Answers": [[]], "Instructions": []}]',
+            '[{"Name": "x", "Description": "", "NLDocumentation": "", "Golden_Answers": [[]],'
+            ' "Instructions": []}]',
             "expected one answer for each instruction",
         ),
         (
-            '[{"Name": "x", "Description": "", "NLDocumentation": "", "Instances": [{"intermediate_steps": [1]}]}]',
+            '[{"Name": "x", "Description": "", "NLDocumentation": "", "Instances": [{"intermediate_steps":'
+            " [1]}]}]",
             r"Instances: intermediate_steps: expected \[\[tool, input, log\], observation\]",
         ),
     ],

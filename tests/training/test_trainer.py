@@ -6,19 +6,18 @@ import math
 
 import pytest
 import torch
+from checkpoints import save, state_of
 from rollouts import write_rollouts
 from small_run import trainers
 from tiny import make_model, save_folder
 
 from megatron_srpo.algorithm.routing import route_groups
-from megatron_srpo.checkpoint.pieces import GENERATOR, SavedTensors
-from megatron_srpo.checkpoint.saver import write_tensors
 from megatron_srpo.checkpoint.state import restore_trainer, scalars
-from megatron_srpo.checkpoint.state import snapshot as checkpoint
 from megatron_srpo.config.load import load_config
 from megatron_srpo.data.records import Route
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.replay import replay
+from megatron_srpo.weights.torch_dist import Folder
 
 
 @pytest.fixture
@@ -187,7 +186,7 @@ def test_offloaded_state_is_on_the_device_for_updates_only_and_changes_no_bit(
             trainer,
             groups,
             [(r.losses, r.grad_norms, r.teacher_distances) for r in reports],
-            checkpoint(trainer),
+            state_of(trainer),
         )
 
     _, _, reports, saved = run()
@@ -223,17 +222,17 @@ def test_a_checkpoint_is_restored_into_what_is_offloaded(make_trainer, tmp_path,
     """A trainer that offloads its state has the saved numbers of one that does not, bit for bit."""
     trainer, groups = make_trainer("model.dtype=bfloat16")
     step(trainer, groups)
-    saved, state = checkpoint(trainer), scalars(trainer)
-    write_tensors(tmp_path / "rank_00000.safetensors", saved)
+    saved, state = state_of(trainer), scalars(trainer)
+    save(tmp_path, trainer)
     trainer, groups = make_trainer(
         "model.dtype=bfloat16", "rollout.engine=sglang", "rollout.servers=1", where
     )
     step(trainer, groups)  # from the start model: other numbers
     assert set(sizes(trainer.optimizer.state())) == {0}
-    restore_trainer(trainer, SavedTensors([tmp_path / "rank_00000.safetensors"]), state)
+    restore_trainer(trainer, Folder(tmp_path), state)
     assert set(sizes(trainer.optimizer.state())) == {0}
-    found = checkpoint(trainer)
-    assert all(torch.equal(found[key], saved[key]) for key in saved if not key.startswith(GENERATOR))
+    found = state_of(trainer)
+    assert found.keys() == saved.keys() and all(torch.equal(found[key], saved[key]) for key in saved)
 
 
 def test_servers_on_the_same_device_have_all_memory_but_the_policys(make_trainer):
@@ -253,7 +252,7 @@ def test_servers_on_the_same_device_have_all_memory_but_the_policys(make_trainer
                 )
             )
             left[-1] += sum(sizes(teacher_parameters(trainer)))
-        return reports, left, checkpoint(trainer), dict(trainer.export())
+        return reports, left, state_of(trainer), dict(trainer.export())
 
     reports, left, saved, policy = run()
     found, empty, offloaded, same = run(*colocated)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from exact_vocab import WIDE, norm_error
 from pairwise import combinations
-from vocab_inputs import DIVERGENCES, ENTROPY, KERNELS, LOG_PROB, SAMPLED_KL, SUPPORTS, Inputs
+from vocab_inputs import DIVERGENCES, ENTROPY, KERNELS, LOG_PROB, SAMPLED_KL, Inputs
 
 from megatron_srpo.vocab_parallel import functional
 from megatron_srpo.vocab_parallel.fused import IGNORED, fused_objective
@@ -31,12 +31,15 @@ BARRED = {  # columns of -inf: all that a rank has in the last layout; all but f
     "scarce": slice(60, 3001),
 }
 FORMS = ("logits", "projection", *BARRED)
+JSD, FORWARD, REVERSE = DIVERGENCES[0], DIVERGENCES[3], DIVERGENCES[4]
 FUNCTIONS = [
     LOG_PROB,
     ENTROPY,
     SAMPLED_KL,
-    DIVERGENCES[1],
-    *(x.on(support, 100) for x in (DIVERGENCES[0], *DIVERGENCES[3:]) for support in SUPPORTS),
+    JSD,
+    JSD.on("student_topk", 100),
+    FORWARD.on("teacher_topk", 100),
+    REVERSE.on("student_topk", 100),
 ]
 TOLERANCE = {torch.float32: 2e-6, WIDE: 1e-11}
 CASES = combinations(FUNCTIONS, FORMS, TOLERANCE, LAYOUTS, KERNELS)

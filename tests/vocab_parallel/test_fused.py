@@ -43,7 +43,7 @@ def test_sampled_divergence(kernel):
 
 
 @pairwise(
-    counts=[(13, 0), (13, 13), (1, 0), (1, 1), (7, 1), (7, 6)], tile_tokens=[1, 3, 100, None], kernel=KERNELS
+    counts=[(13, 0), (13, 13), (1, 0), (1, 1), (7, 1), (7, 6)], tile_tokens=[1, 3, None], kernel=KERNELS
 )
 def test_tiles_and_numbers_of_distilled_tokens(counts, tile_tokens, kernel):
     case = FusedCase(*counts)

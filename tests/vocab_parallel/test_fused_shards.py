@@ -28,8 +28,9 @@ DIVERGENCES = [FULL[0], FULL[1], FULL[3], FULL[4]]
 # padded width, divergence, support, kernel, distilled tokens
 CASES = [
     *combinations(PADDED_WIDTHS, DIVERGENCES, SUPPORTS, KERNELS, [5]),
-    *combinations(PADDED_WIDTHS, [SAMPLED], [("sampled", 100)], KERNELS, [5]),
-    *combinations(PADDED_WIDTHS, [FULL[0]], [("full", 100)], KERNELS, [0]),
+    *[(width, SAMPLED, ("sampled", 100), "cpu", 5) for width in PADDED_WIDTHS],
+    *[(width, FULL[0], ("full", 100), "cpu", 0) for width in PADDED_WIDTHS],
+    (PADDED_WIDTHS[0], SAMPLED, ("sampled", 100), "reference", 5),
 ]
 
 

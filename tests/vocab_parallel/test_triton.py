@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from exact_vocab import largest_error
-from pairwise import pairwise
 from vocab_inputs import FusedCase, assert_close
 
 pytest.importorskip("triton")
@@ -40,11 +39,11 @@ FP32 = 5e-6  # of the largest entry, fp32 products included
 TRITON = {"kernel": "triton"}
 
 
-@pairwise(divergence=DIVERGENCES, temperature=[1.0, 0.7])
-def test_every_divergence(divergence, temperature):
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_every_divergence(divergence):
     case = FusedCase(dtype=torch.float32)
-    found = case.fused(divergence, temperature, tile_tokens=4, **TRITON)
-    assert_close(found, case.exact(divergence, temperature), FP32)
+    found = case.fused(divergence, temperature=0.7, tile_tokens=4, **TRITON)
+    assert_close(found, case.exact(divergence, temperature=0.7), FP32)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES[:4], ids=str)

@@ -1,4 +1,4 @@
-"""torch_dist folders that are not as they should be, what the messages name, and pickles that must not run."""
+"""torch_dist folders that are not as they should be, what the messages name, pickles that must not run."""
 
 from __future__ import annotations
 

@@ -49,6 +49,6 @@ def start_servers(options: argparse.Namespace, model: HFFolder, run: Path, *over
     if model.path != START:
         arguments = [*config.rollout.sglang.arguments, *LARGE_MODEL]
         config = load_config(file, [*settings, f"rollout.sglang.arguments={json.dumps(arguments)}"])
-    engine = create_engine(config, model, Layout.single(), lambda text: None)
+    engine = create_engine(config, model, Layout(), lambda text: None)
     assert isinstance(engine, SGLangEngine)
     return engine

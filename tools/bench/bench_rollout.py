@@ -21,8 +21,8 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
+from threading import Event
 
 from _report import Row, add_ratios, cpu_name, make_parser, publish
 from _servers import START, add_server_options, start_servers
@@ -43,14 +43,10 @@ def ours(engine: SGLangEngine, options: argparse.Namespace, vocab_size: int, see
         for number in range(options.requests)
     ]
     answers: dict[int, list[Completion]] = {}
-
-    def finished(completions: Mapping[int, Completion]) -> bool:
+    start = time.perf_counter()
+    for completions in engine.generate(requests, Sampling(1.0, 1.0, options.tokens, ()), Event()):
         for number, completion in completions.items():
             answers.setdefault(number, []).append(completion)
-        return False
-
-    start = time.perf_counter()
-    engine.generate(requests, Sampling(1.0, 1.0, options.tokens, ()), finished)
     seconds = time.perf_counter() - start
     lost, doubled = options.requests - len(answers), sum(len(given) > 1 for given in answers.values())
     short = sum(len(given[0].ids) != options.tokens for given in answers.values())

@@ -18,9 +18,9 @@ class Mistral(Decoder, model_type="mistral"):
     def check_config(cls, config: dict[str, Any]) -> None:
         super().check_config(config)
         window, positions = config.get("sliding_window", _WINDOW), config.get("max_position_embeddings")
-        numbers = isinstance(window, int) and isinstance(positions, int)
-        if window is not None and not (numbers and window >= positions):
-            raise UnsupportedModel(
-                f"sliding_window is {window!r}, max_position_embeddings {positions!r}; only a window that"
-                " reaches over all positions, or null, is supported"
-            )
+        if window is None or (isinstance(window, int) and isinstance(positions, int) and window >= positions):
+            return
+        raise UnsupportedModel(
+            f"sliding_window is {window!r}, max_position_embeddings {positions!r}; only a window that"
+            " reaches over all positions, or null, is supported"
+        )

@@ -27,7 +27,7 @@ class Qwen3Moe(Qwen3, model_type="qwen3_moe"):
             num_moe_experts=self.num_experts,
             moe_router_topk=self.num_experts_per_tok,
             moe_ffn_hidden_size=self.moe_intermediate_size,
-            # A softmax over all experts, renormalised over the chosen ones, is a softmax over the chosen ones.
+            # A softmax over all experts, renormalised over the chosen, is a softmax over the chosen.
             moe_router_pre_softmax=not self.norm_topk_prob,
             moe_router_load_balancing_type="none",
         )

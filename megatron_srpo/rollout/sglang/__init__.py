@@ -1,13 +1,11 @@
-"""SGLang servers as the engine: started and watched, asked for samples, given the policy's weights. SGLang is
-never imported.
+"""SGLang servers as the engine: started, asked for completions, given the policy's weights over HTTP.
 
-engine.py        what the run sees; the ranks agree here
-generation.py    every rank: requests to whichever server is free, retried on another one
-replies.py       what a server may answer
+SGLang is never imported. What does not depend on it is in rollout/servers.
+
+engine.py        the engine; the ranks agree here
+api.py           a request to /generate, and what a server may answer
 capabilities.py  what a server must be able to do
-fleet.py         first rank: our servers' processes, restarts
-guard.py         beside each of our servers: ends it when the trainer is gone
-publisher.py     first rank: every version of the weights brought to all servers
+server.py        calls that start, stop and update a server
+publisher.py     first rank: every version of the weights is brought to all servers
 publication.py   one such update: disk, tensor or distributed
-http.py          calls that start, stop and update a server
 """

@@ -9,15 +9,22 @@ from typing import Any, NamedTuple
 
 from megatron_srpo.config.schema import ConfigError, RolloutSection
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.rollout.sglang.http import Server, ServerFailed
-from megatron_srpo.rollout.sglang.replies import BadReply, parse
+from megatron_srpo.rollout.servers.http import ServerFailed
+from megatron_srpo.rollout.servers.replies import InvalidReply
+from megatron_srpo.rollout.sglang.api import parse
+from megatron_srpo.rollout.sglang.server import SGLangServer
 
 OLDEST, WITH_SESSIONS = (0, 5, 19), (0, 5, 21)
 
 
 class Capabilities(NamedTuple):
-    """needs_session: begin and end around tensors; is_seeded: keeps to sampling_seed; tensor_parallel_size:
-    its workers.
+    """What a server can do.
+
+    Attributes:
+        version: of SGLang.
+        needs_session: weights must be sent between begin and end calls.
+        is_seeded: it uses sampling_seed.
+        tensor_parallel_size: its workers.
     """
 
     version: str
@@ -26,13 +33,13 @@ class Capabilities(NamedTuple):
     tensor_parallel_size: int
 
 
-def inspect(server: Server, settings: RolloutSection, folder: HFFolder) -> Capabilities:
-    """Ask the server, and have it make one token.
+def inspect(server: SGLangServer, settings: RolloutSection, folder: HFFolder) -> Capabilities:
+    """Ask the server, and let it make one token.
 
-    Raises ConfigError for what it cannot do, ServerFailed when it does not answer.
+    Raises ConfigError for what it cannot do, ServerFailed if it does not answer.
     """
     found = check(server.url, server.get("/server_info"), server.get("/model_info"), settings, folder)
-    if settings.urls:  # a trainer that died in a publication has left it in the middle of one
+    if settings.urls:  # a trainer that was killed may have left it in the middle of a publication
         if found.needs_session:
             with contextlib.suppress(ServerFailed):  # mostly there is nothing to end
                 server.post("/end_weight_update", {})
@@ -45,7 +52,7 @@ def inspect(server: Server, settings: RolloutSection, folder: HFFolder) -> Capab
     try:
         reply = server.post("/generate", body, timeout=settings.sglang.request_timeout)
         parse(reply, 1, folder.architecture.vocab_size, [server.version()])
-    except BadReply as problem:
+    except InvalidReply as problem:
         raise ConfigError(f"rollout.engine: {server.url} gives no usable tokens: {problem}") from None
     return found
 
@@ -57,10 +64,7 @@ def check(
     settings: RolloutSection,
     folder: HFFolder,
 ) -> Capabilities:
-    """What the answers to /server_info and /model_info say.
-
-    Raises ConfigError that names the server and what to do.
-    """
+    """Return what the answers to /server_info and /model_info say. Raises ConfigError."""
     version = str(server_info.get("version"))
     match = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
     numbers = tuple(map(int, match.groups())) if match else None
@@ -72,7 +76,8 @@ def check(
     for key in ("model_type", "architectures"):
         if model_info.get(key) is not None and model_info[key] != config.get(key):
             raise ConfigError(
-                f"rollout.engine: {url} serves a model whose {key} is {model_info[key]!r}; that of model.hf_path is {config.get(key)!r}"
+                f"rollout.engine: {url} serves a model whose {key} is {model_info[key]!r}; that of"
+                f" model.hf_path is {config.get(key)!r}"
             )
     longest = settings.max_prompt_tokens + settings.max_response_tokens
     limits = [
@@ -82,8 +87,8 @@ def check(
     limit = min(number for number in limits if number is not None)
     if longest > limit:
         raise ConfigError(
-            f"rollout.max_response_tokens: with rollout.max_prompt_tokens a sequence has up to {longest} tokens; {url} takes {limit}"
-            " (--context-length, --max-total-tokens)"
+            f"rollout.max_response_tokens: with rollout.max_prompt_tokens a sequence has up to {longest}"
+            f" tokens; {url} takes {limit} (--context-length, --max-total-tokens)"
         )
     if settings.colocated and not server_info.get("enable_memory_saver"):
         raise ConfigError(f"rollout.colocated: {url} was started without --enable-memory-saver")

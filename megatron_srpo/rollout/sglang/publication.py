@@ -1,7 +1,6 @@
-"""One update of the weights on several servers: pause → begin → send → end → continue, and three ways to
-send.
+"""One update of the weights on several servers: pause → begin → send → end → continue; three ways to send.
 
-Whatever happens, the stream of tensors is consumed to its end: other ranks take part in making each tensor.
+The stream of tensors is always consumed to its end: other ranks take part in making each tensor.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,40 +30,51 @@ from torch.multiprocessing import reductions
 from megatron_srpo.config.schema import is_loopback
 from megatron_srpo.distributed.heartbeat import beat
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.rollout.sglang.fleet import load_from_disk
-from megatron_srpo.rollout.sglang.http import Server, ServerFailed
+from megatron_srpo.rollout.servers.http import ServerFailed
+from megatron_srpo.rollout.sglang.server import SGLangServer
 from megatron_srpo.weights.transfer import save_hf
 
 Stream = Iterable[tuple[str, Tensor]]
+Result = TypeVar("Result")
 _REFUSAL = 0.01  # seconds in which a server that does not take a broadcast says so
 
 
 class Update:
-    """One update of `servers` to `version`, all of them at once. A server that fails is left out of what
-    follows.
+    """One update of several servers at once. A server that fails is left out of what follows.
 
-    failures: what became of those that failed. missed: live ones that another's failure has kept from the
-    update.
-    needs_session: servers want begin and end around tensors. last_call: made to each before it goes on.
+    Args:
+        servers: to be updated.
+        version: of the weights.
+        needs_session: the servers want begin and end around tensors.
+        before_resume: called for each server before it resumes sampling.
+
+    Attributes:
+        live: servers that have not failed.
+        failures: the reason of each that has.
+        missed: live servers that the failure of another one has kept from the update.
     """
 
     def __init__(
         self,
-        servers: Sequence[Server],
+        servers: Sequence[SGLangServer],
         version: str,
         needs_session: bool,
-        last_call: Callable[[Server], Any] = lambda server: None,
+        before_resume: Callable[[SGLangServer], Any] = lambda server: None,
     ):
-        self.version, self.needs_session, self.last_call = version, needs_session, last_call
-        self.live, self.failures, self.missed = list(servers), dict[Server, str](), set[Server]()
+        self.version = version
+        self.needs_session = needs_session
+        self.before_resume = before_resume
+        self.live = list(servers)
+        self.failures: dict[SGLangServer, str] = {}
+        self.missed: set[SGLangServer] = set()
         self._pool = ThreadPoolExecutor(max(1, len(servers)), "publication")
 
-    def begin(self, call: Callable[[Server], Any]) -> dict[Future, Server]:
+    def begin(self, call: Callable[[SGLangServer], Result]) -> dict[Future[Result], SGLangServer]:
         """Start `call` for every live server, without waiting."""
         return {self._pool.submit(call, server): server for server in self.live}
 
-    def end(self, calls: dict[Future, Server]) -> dict[Server, Any]:
-        """Wait for the calls; what they gave, of the servers that are still live."""
+    def end(self, calls: dict[Future[Result], SGLangServer]) -> dict[SGLangServer, Result]:
+        """Wait for the calls. Returns the results of the servers that are still live."""
         results = {}
         for call, server in calls.items():
             try:
@@ -74,38 +84,36 @@ class Update:
                 self.fail(server, str(failure))
         return {server: result for server, result in results.items() if server in self.live}
 
-    def each(self, call: Callable[[Server], Any]) -> dict[Server, Any]:
-        """`call` for every live server, side by side; what each gave."""
+    def each(self, call: Callable[[SGLangServer], Result]) -> dict[SGLangServer, Result]:
+        """Run `call` for every live server in parallel. Returns the results."""
         return self.end(self.begin(call))
 
-    def fail(self, server: Server, reason: str) -> None:
+    def fail(self, server: SGLangServer, reason: str) -> None:
         """Leave the server out of what follows."""
         if server in self.live:
             self.live.remove(server)
             self.failures[server] = reason
 
     def pause(self) -> None:
-        """Servers make no more tokens, and new requests wait."""
+        """Pause generation; new requests wait."""
         self.each(lambda server: server.post("/pause_generation", {"mode": "retract"}))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Running requests are put back meanwhile, and go on with the new weights: their spans tell both
-        versions.
-        """
+        """Pause running requests, which continue with the new weights: their spans name both versions."""
         self.pause()
         try:
             yield
         finally:
-            self.each(self.last_call)
-            for server in self.failures:  # another trainer's, perhaps: it shall not stay paused
+            self.each(self.before_resume)
+            for server in self.failures:  # an external one must not stay paused
                 with contextlib.suppress(ServerFailed):
                     server.post("/continue_generation", {}, timeout=2)
             self.each(lambda server: server.post("/continue_generation", {}))
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
-        """Between begin and end, servers take tensors (needed from SGLang 0.5.21 on)."""
+        """Open a session: between begin and end, servers take tensors (needed from SGLang 0.5.21 on)."""
         if self.needs_session:
             self.each(lambda server: server.post("/begin_weight_update", {}))
         yield
@@ -113,7 +121,6 @@ class Update:
             self.each(lambda server: server.post("/end_weight_update", {}))
 
     def close(self) -> None:
-        """Let go of the threads."""
         self._pool.shutdown(wait=False)
 
 
@@ -121,38 +128,32 @@ class Transport(Protocol):
     """How tensors get to servers."""
 
     def send(self, update: Update, tensors: Stream) -> None:
-        """Consume the stream, update what is live; failures are in `update`."""
-
-
-# ---- a folder
-# --------------------------------------------------------------------------------------------------------
+        """Consume the stream and update the live servers. `update` records failures."""
 
 
 class Disk:
-    """Through a Hugging Face folder in `directory`, which servers must see under the same path; at most two
-    versions are there.
+    """Through a Hugging Face folder in `directory`, which servers must see under the same path.
 
-    on_disk: told when the folder is whole.
+    Args:
+        reference: the model.
+        directory: holds at most two versions.
+        on_disk: called with folder and version when the folder is complete.
     """
 
     def __init__(self, reference: HFFolder, directory: Path, on_disk: Callable[[Path, str], None]):
-        self.reference, self.directory, self.on_disk = reference, directory, on_disk
+        self.reference = reference
+        self.directory = directory
+        self.on_disk = on_disk
 
     def send(self, update: Update, tensors: Stream) -> None:
-        """See `Transport`. Raises FileError when the folder cannot be written."""
         path = self.directory / f"version_{update.version}"
-        for old in sorted(self.directory.glob("*"), key=lambda folder: folder.stat().st_mtime)[:-1]:
-            shutil.rmtree(
-                old, ignore_errors=True
-            )  # but not the last one: a server being restarted may be reading it
+        folders = sorted(self.directory.glob("*"), key=lambda folder: folder.stat().st_mtime)
+        for old in folders[:-1]:  # a server that restarts may be reading the last one
+            shutil.rmtree(old, ignore_errors=True)
         save_hf(tensors, self.reference, path, write=True)
         self.on_disk(path, update.version)
         with update.paused():
-            update.each(lambda server: load_from_disk(server, path, update.version))
-
-
-# ---- buckets
-# ---------------------------------------------------------------------------------------------------------
+            update.each(lambda server: server.load(path, update.version))
 
 
 class Entry(NamedTuple):
@@ -166,27 +167,27 @@ class Entry(NamedTuple):
 
 
 class Bucket(NamedTuple):
-    """Tensors of one dtype, one behind the other. data: uint8 [bytes]."""
+    """Consecutive tensors of one dtype. data: uint8 [bytes]."""
 
     data: Tensor
     entries: list[Entry]
     is_last: bool
 
     def version(self, version: str) -> str | None:
-        """What a server is told with it: a server that has not got everything must not call itself
-        `version`.
-        """
+        """Return the version to send with it: none before the server has all tensors."""
         return version if self.is_last else None
 
 
 def buckets(
     tensors: Stream, limit: int, allocate: Callable[[int], Tensor], memories: int = 1
 ) -> Iterator[Bucket]:
-    """The stream in pieces of at most `limit` bytes; a larger tensor is a piece of its own.
+    """Cut the stream into buckets of at most `limit` bytes; a larger tensor has a bucket of its own.
 
-    memories: places where the pieces lie in turn; a piece is gone when so many others have been made after
-    it.
-    allocate: makes such a place, uint8 [bytes]; once each, but for larger tensors.
+    Args:
+        tensors: the stream.
+        limit: in bytes.
+        allocate: returns memory, uint8 [bytes]; called once for each of `memories`, but for larger tensors.
+        memories: buckets that are valid at a time; the next one overwrites the oldest.
     """
     buffers, entries, used = deque([torch.empty(0, dtype=uint8)] * memories), list[Entry](), 0
     for name, tensor in tensors:
@@ -204,26 +205,18 @@ def buckets(
         yield Bucket(buffers[0][:used], entries, is_last=True)
 
 
-# ---- shared memory
-# ---------------------------------------------------------------------------------------------------
-
-
 class SharedMemory:
-    """Through memory that servers of this machine map: CUDA's IPC, or /dev/shm on CPUs. limit: bytes a
-    bucket.
-    """
+    """Through memory that servers of this machine map: CUDA's IPC, or /dev/shm on CPUs."""
 
-    def __init__(self, limit: int, device: torch.device, tensor_parallel_size: Callable[[Server], int]):
-        self.limit, self.device, self.tensor_parallel_size = limit, device, tensor_parallel_size
+    def __init__(self, limit: int, device: torch.device, tensor_parallel_size: Callable[[SGLangServer], int]):
+        self.limit = limit  # bytes a bucket
+        self.device = device
+        self.tensor_parallel_size = tensor_parallel_size
 
     def send(self, update: Update, tensors: Stream) -> None:
-        """See `Transport`."""
-        # A server answers when its first worker has copied a bucket; the others have when it takes the next
-        # one.
-        memories = 1 + (
-            self.device.type == "cuda"
-            and any(self.tensor_parallel_size(server) > 1 for server in update.live)
-        )
+        # a server answers once its first worker has copied a bucket; the others have when it takes the next
+        has_workers = any(self.tensor_parallel_size(server) > 1 for server in update.live)
+        memories = 2 if self.device.type == "cuda" and has_workers else 1
         with update.paused(), update.session(), _named_files():
             for bucket in buckets(tensors, self.limit, self._allocate, memories):
                 if self.device.type == "cuda":
@@ -231,21 +224,20 @@ class SharedMemory:
                 update.each(lambda server, bucket=bucket: self._post(server, bucket, update.version))
 
     def _allocate(self, size: int) -> Tensor:
-        """Shared from the start on a CPU: sharing what is filled would copy it."""
         memory = torch.empty(size, dtype=uint8, device=self.device)
-        return memory if self.device.type == "cuda" else memory.share_memory_()
+        if self.device.type != "cuda":
+            memory.share_memory_()  # sharing it later would copy it
+        return memory
 
-    def _post(self, server: Server, bucket: Bucket, version: str) -> None:
-        # every reader needs a handle of its own: they are counted
+    def _post(self, server: SGLangServer, bucket: Bucket, version: str) -> None:
+        # a handle for each reader: they are counted
         handles = [_pickled(bucket) for _ in range(self.tensor_parallel_size(server))]
         body = {"serialized_named_tensors": handles, "load_format": "flattened_bucket", "flush_cache": True}
         server.post("/update_weights_from_tensor", {**body, "weight_version": bucket.version(version)})
 
 
 class _Handle:
-    """Pickles as the tensor does, but for a GPU's number, which may be another one's to the reader: its
-    UUID, as SGLang takes it.
-    """
+    """Pickles as the tensor does, with the UUID of its GPU, whose number may differ for the reader."""
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
@@ -259,7 +251,7 @@ class _Handle:
 
 
 def _pickled(bucket: Bucket) -> str:
-    """A handle to the bucket as SGLang's allow-list of pickled types lets it in."""
+    """Return a handle to the bucket, of types on SGLang's allow-list for pickles."""
     metadata = [
         SimpleNamespace(
             name=entry.name,
@@ -271,17 +263,13 @@ def _pickled(bucket: Bucket) -> str:
         )
         for entry in bucket.entries
     ]
-    return base64.b64encode(
-        ForkingPickler.dumps({"flattened_tensor": _Handle(bucket.data), "metadata": metadata})
-    ).decode()
+    pickled = ForkingPickler.dumps({"flattened_tensor": _Handle(bucket.data), "metadata": metadata})
+    return base64.b64encode(pickled).decode()
 
 
 @contextlib.contextmanager
 def _named_files() -> Iterator[None]:
-    """Memory is shared through files with a name, which can be told over HTTP; a descriptor cannot.
-
-    For all threads alike.
-    """
+    """Share memory through named files, in all threads: a descriptor cannot be sent over HTTP."""
     before = torch.multiprocessing.get_sharing_strategy()
     torch.multiprocessing.set_sharing_strategy("file_system")
     try:
@@ -290,15 +278,20 @@ def _named_files() -> Iterator[None]:
         torch.multiprocessing.set_sharing_strategy(before)
 
 
-# ---- broadcast
-# -------------------------------------------------------------------------------------------------------
+class _BroadcastFailed(Exception):
+    """The group is of no use any more; the message says why."""
 
 
 class Broadcast:
-    """Through a process group of this process (rank 0) and all servers, NCCL on GPUs, gloo on CPUs.
+    """Through a process group of this process (rank 0) and all servers: NCCL on GPUs, gloo on CPUs.
 
-    host: this process's address as servers see it. limit: bytes a bucket. timeout: seconds for each
-    broadcast.
+    Args:
+        limit: bytes a bucket.
+        device: of the tensors.
+        host: this process's address for servers; None: loopback or the host name.
+        timeout: seconds for each broadcast.
+        tensor_parallel_size: returns a server's number of workers.
+        say: prints a line for the user.
     """
 
     def __init__(
@@ -307,114 +300,122 @@ class Broadcast:
         device: torch.device,
         host: str | None,
         timeout: float,
-        tensor_parallel_size: Callable[[Server], int],
+        tensor_parallel_size: Callable[[SGLangServer], int],
         say: Callable[[str], None],
     ):
-        self.limit, self.device, self.host, self.timeout = limit, device, host, timeout
-        self.tensor_parallel_size, self.say = tensor_parallel_size, say
+        self.limit = limit
+        self.device = device
+        self.host = host
+        self.timeout = timeout
+        self.tensor_parallel_size = tensor_parallel_size
+        self.say = say
         self._group: dist.ProcessGroup | None = None
-        self._name, self._members = "", dict[Server, int]()  # each with its incarnation
+        self._name = ""
+        self._incarnations: dict[SGLangServer, int] = {}  # of the members
 
     def send(self, update: Update, tensors: Stream) -> None:
-        """See `Transport`. When one server fails, the group is broken, and the others miss the update."""
+        """If one server fails, the group is broken, and the others miss the update."""
+        stream = buckets(tensors, self.limit, lambda size: torch.empty(size, dtype=uint8, device=self.device))
         with update.paused(), update.session():
-            if self._members != {server: server.incarnation for server in update.live}:
-                self.close()
-                self._give_up(update, self._meet(update))
-            for bucket in buckets(
-                tensors, self.limit, lambda size: torch.empty(size, dtype=uint8, device=self.device)
-            ):
-                if self._group is not None:
-                    self._give_up(update, self._broadcast(update, bucket))
+            try:
+                if self._incarnations != {server: server.incarnation for server in update.live}:
+                    self.close()
+                    self._group = self._form_group(update)
+                for bucket in stream:
+                    if self._group is not None:
+                        self._broadcast(self._group, update, bucket)
+            except _BroadcastFailed as failure:
+                self.close(is_broken=True)
+                self.say(f"falling back to disk weight sync: {failure}")
+                update.missed.update(update.live)
+            for _ in stream:  # to its end
+                pass
 
-    def _give_up(self, update: Update, problem: str | None) -> None:
-        """After a problem the group is of no use, and who is live has missed the update."""
-        if problem is not None:
-            self.close(is_broken=True)
-            self.say(f"weights go by disk this time: {problem}")
-            update.missed.update(update.live)
+    def _form_group(self, update: Update) -> dist.ProcessGroup | None:
+        """Form the group with all live servers. None, with every server failed, if that is impossible.
 
-    def _meet(self, update: Update) -> str | None:
-        """Make the group; what went wrong, or None.
-
-        Nobody is live when it cannot be made: who waits for others does nothing else.
+        Raises _BroadcastFailed if a server does not join.
         """
         if not update.live:
             return None
-        here = all(is_loopback(server.host) for server in update.live)
-        host = self.host or ("127.0.0.1" if here else socket.gethostname())
+        is_local = all(is_loopback(server.host) for server in update.live)
+        host = self.host or ("127.0.0.1" if is_local else socket.gethostname())
         timeout, name = datetime.timedelta(seconds=self.timeout), f"srpo-{uuid.uuid4().hex}"
         store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
-        backend, offset, offsets = ("nccl" if self.device.type == "cuda" else "gloo"), 1, {}
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        offsets, size = {}, 1
         for server in update.live:
-            offsets[server], offset = offset, offset + self.tensor_parallel_size(server)
+            offsets[server] = size
+            size += self.tensor_parallel_size(server)
         body = {
             "master_address": host,
             "master_port": store.port,
-            "world_size": offset,
+            "world_size": size,
             "group_name": name,
             "backend": backend,
         }
         calls = update.begin(
             lambda server: server.post("/init_weights_update_group", {**body, "rank_offset": offsets[server]})
         )
-        # NCCL ends this process when a broadcast takes longer than its group's time-out: `_broadcast` shall
-        # notice before
-        patience = timeout + datetime.timedelta(seconds=60) if backend == "nccl" else timeout
+        if backend == "nccl":  # it ends this process after the group's time-out: `_broadcast` notices earlier
+            timeout += datetime.timedelta(seconds=60)
         try:
-            self._group = _group(store, offset, backend, name, patience)
-        except (RuntimeError, ValueError) as error:  # gloo, NCCL and the store say everything with these
+            group = _group(store, size, backend, name, timeout)
+        except (RuntimeError, ValueError) as error:  # of gloo, NCCL and the store
+            # members block until all have joined: none can be used
             for server in list(update.live):
                 update.fail(server, f"the group for weight updates could not be made: {error}")
             return None
-        if len(update.end(calls)) < len(
-            calls
-        ):  # NCCL would wait for its members at the first broadcast, for ever
-            return "a server did not join the group"
-        self._name, self._members = name, {server: server.incarnation for server in update.live}
-        return None
+        self._group = group
+        if len(update.end(calls)) < len(calls):  # NCCL's first broadcast would wait for ever
+            raise _BroadcastFailed("a server did not join the group")
+        self._name = name
+        self._incarnations = {server: server.incarnation for server in update.live}
+        return group
 
-    def _broadcast(self, update: Update, bucket: Bucket) -> str | None:
-        """Send one bucket; what went wrong, or None."""
+    def _broadcast(self, group: dist.ProcessGroup, update: Update, bucket: Bucket) -> None:
         body = {
             "names": [entry.name for entry in bucket.entries],
             "dtypes": [str(entry.dtype).removeprefix("torch.") for entry in bucket.entries],
             "shapes": [entry.shape for entry in bucket.entries],
-            **{"group_name": self._name, "load_format": "flattened_bucket", "flush_cache": True},
+            "group_name": self._name,
+            "load_format": "flattened_bucket",
+            "flush_cache": True,
             "weight_version": bucket.version(update.version),
         }
         calls = update.begin(lambda server: server.post("/update_weights_from_distributed", body))
-        # A server that refuses says so at once, and takes part in nothing: who broadcasts then waits for
-        # ever.
+        # a server that refuses says so at once and does not take part: the broadcast would wait for ever
         if wait(calls, _REFUSAL, FIRST_COMPLETED).done:
-            update.end({call: server for call, server in calls.items() if call.done()})
-            return "a server refused the update"
+            update.end(_done(calls))
+            raise _BroadcastFailed("a server refused the update")
         try:
-            work, until = self._group.broadcast(bucket.data, 0), time.monotonic() + self.timeout
+            work = group.broadcast(bucket.data, 0)
         except RuntimeError as error:
-            return f"a broadcast could not begin: {error}"
+            raise _BroadcastFailed(f"a broadcast could not begin: {error}") from None
+        until = time.monotonic() + self.timeout
         while not work.is_completed():
-            if any(call.done() and call.exception() for call in calls):
-                update.end({call: server for call, server in calls.items() if call.done()})
-                return "a server failed during a broadcast"
+            if any(call.exception() for call in _done(calls)):
+                update.end(_done(calls))
+                raise _BroadcastFailed("a server failed during a broadcast")
             if time.monotonic() > until:
-                for server in [server for call, server in calls.items() if not call.done()]:
-                    update.fail(
-                        server,
-                        f"a broadcast took longer than {self.timeout:g} s (rollout.sglang.update_timeout)",
-                    )
-                return "a broadcast took too long"
+                reason = f"a broadcast took longer than {self.timeout:g} s (rollout.sglang.update_timeout)"
+                for call, server in calls.items():
+                    if not call.done():
+                        update.fail(server, reason)
+                raise _BroadcastFailed("a broadcast took too long")
             time.sleep(0.0005)
         try:
             work.wait()
         except RuntimeError as error:
-            return f"a broadcast failed: {error}"
+            raise _BroadcastFailed(f"a broadcast failed: {error}") from None
         update.end(calls)
-        return None if len(update.live) == len(self._members) else "a server failed after a broadcast"
+        if len(update.live) < len(self._incarnations):
+            raise _BroadcastFailed("a server failed after a broadcast")
 
     def close(self, is_broken: bool = False) -> None:
-        """Leave the group. Servers forget it when they are restarted or meet in another one. is_broken:
-        without waiting for what it still does, which for NCCL may be never.
+        """Leave the group; servers leave it when they restart or join another one.
+
+        is_broken: do not wait for its work, which for NCCL may never end.
         """
         if self._group is not None:
             with contextlib.suppress(RuntimeError):
@@ -422,15 +423,17 @@ class Broadcast:
                     distributed_c10d._abort_process_group(self._group)
                 else:
                     dist.destroy_process_group(self._group)
-        self._group, self._members = None, {}
+        self._group, self._incarnations = None, {}
+
+
+def _done(calls: dict[Future[Result], SGLangServer]) -> dict[Future[Result], SGLangServer]:
+    return {call: server for call, server in calls.items() if call.done()}
 
 
 def _group(
     store: dist.Store, size: int, backend: str, name: str, timeout: datetime.timedelta
 ) -> dist.ProcessGroup:
-    """This process's end of a group that is no part of the trainer's: made as SGLang makes its end, PyTorch
-    has no public way.
-    """
+    """Return rank 0 of a group outside the trainer's, made as SGLang makes its end (no public way)."""
     group, _ = distributed_c10d._new_process_group_helper(
         size,
         0,

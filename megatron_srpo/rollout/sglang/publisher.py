@@ -2,228 +2,237 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_srpo.config.schema import Config, ConfigError
-from megatron_srpo.distributed.device import model_dtype
+from megatron_srpo.config.schema import ConfigError, RolloutSection
 from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.rollout.servers.fleet import Fleet, ServerHandle, Weights
+from megatron_srpo.rollout.servers.http import ServerFailed
 from megatron_srpo.rollout.sglang.capabilities import Capabilities, inspect
-from megatron_srpo.rollout.sglang.fleet import Fleet, Launch, Member, check_version
-from megatron_srpo.rollout.sglang.http import Server, ServerFailed
 from megatron_srpo.rollout.sglang.publication import Broadcast, Disk, SharedMemory, Transport, Update
+from megatron_srpo.rollout.sglang.server import SGLangLaunch, SGLangServer
 
 
 class Publisher:
-    """Keeps the fleet and updates it. `device`: where the stream's tensors are."""
+    """Keeps the fleet and updates it.
+
+    Args:
+        settings: section `rollout`.
+        folder: the model's architecture and tokenizer.
+        urls: of all servers.
+        launch: starts them; None if they are external.
+        device: of the published tensors.
+        dtype: of the published tensors.
+        weights: folder for weights that go by disk.
+        say: prints a line for the user.
+    """
 
     def __init__(
         self,
-        config: Config,
+        settings: RolloutSection,
         folder: HFFolder,
-        urls: list[str],
-        launch: Launch | None,
+        urls: Sequence[str],
+        launch: SGLangLaunch | None,
         device: torch.device,
-        say: Callable,
+        dtype: torch.dtype,
+        weights: Path,
+        say: Callable[[str], None],
     ):
-        self.settings, self.folder, self.say = config.rollout, folder, say
-        self.fleet = Fleet(urls, self.settings.sglang, launch, say)
+        self.settings = settings
+        self.folder = folder
+        self.device = device
+        shapes = folder.architecture.tensor_shapes().values()
+        self._model_bytes = sum(torch.Size(shape).numel() for shape in shapes) * dtype.itemsize
+        self.say = say
+        self.fleet = Fleet([SGLangServer(url, settings.sglang) for url in urls], launch, say)
         self.capabilities: dict[str, Capabilities] = {}
-        self._disk = Disk(folder, config.logging.dir / "servers" / "weights", self._on_disk)
-        self._transport = self._transport_for(config, device)
-        self._version: str | None = None  # the last one published
-        self._released: dict[
-            Server, int
-        ] = {}  # servers without their memory, by incarnation: another one has it
+        self.disk = Disk(
+            folder, weights, lambda path, version: self.fleet.weights_changed(Weights(path, version))
+        )
+        self.transport = self.transport_for(settings)
+        self._version: str | None = None  # published last
+        self.released: dict[SGLangServer, int] = {}  # without memory: by incarnation, as a new one has it
 
     def inspect(self) -> None:
-        """Look at every server once all are there.
+        """Check every server once all have started.
 
-        Raises ConfigError for what one cannot do or for one that is not there.
+        Raises ConfigError for a missing server and for what one cannot do.
         """
-        for member in self.fleet.members:
-            if member.state == "given up":
+        for handle in self.fleet.handles:
+            if handle.state == "failed":
                 raise ConfigError(
-                    f"rollout.servers: server {member.number} could not be started: {member.why}"
+                    f"rollout.servers: server {handle.number} could not be started: {handle.reason}"
                 )
             try:
-                self.capabilities[member.server.url] = inspect(member.server, self.settings, self.folder)
+                self.capabilities[handle.server.url] = inspect(handle.server, self.settings, self.folder)
             except ServerFailed as failure:
                 raise ConfigError(f"rollout.engine: {failure}") from None
-        versions = sorted({found.version for found in self.capabilities.values()})
-        self.say(
-            f"SGLang {', '.join(versions)} on {len(self.capabilities)} servers; weights by {self.settings.sglang.update}"
-        )
+        versions = ", ".join(sorted({found.version for found in self.capabilities.values()}))
+        way = self.settings.sglang.update
+        self.say(f"SGLang {versions} on {len(self.capabilities)} servers; weights by {way}")
         if not self.is_seeded:
             self.say(
-                "the servers draw with seeds of their own (but for --enable-deterministic-inference): no two runs are alike"
+                "sampling is not reproducible: start the servers with --enable-deterministic-inference to use"
+                " our seeds"
             )
 
     @property
     def is_seeded(self) -> bool:
-        """Whether all servers keep to sampling_seed."""
+        """True if all servers use sampling_seed."""
         return all(found.is_seeded for found in self.capabilities.values())
 
     def publish(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> str | None:
-        """Bring every server to `version`, waiting for those that are being restarted. Consumes `tensors`.
+        """Bring every server to `version`, after waiting for those that restart. Consumes `tensors`.
 
-        Returns what is wrong when the first update has not left the same weights everywhere.
+        Returns what is wrong if the first update has not left the same weights everywhere.
         """
-        self.fleet.go_on()
+        self.fleet.allow_starts()
         self.fleet.wait(self.settings.sglang.return_timeout)
-        self.fleet.renew(None)
+        self.fleet.weights_changed(None)
         update = self._update(self.fleet.reachable(), version)
-        found = update.each(Server.version)
-        for server in [server for server, had in found.items() if self._version not in (None, had)]:
-            server.incarnation += (
-                1  # others have started it anew: another process, though it is where the old one was
-            )
-        before = update.each(_checksum) if self._version is None else {}
-        self._send(update, tensors, self._transport)
-        problem = (
-            self._compare(before, update.each(_checksum), version)
-            if self._version is None and not update.missed
-            else None
-        )
+        is_first = self._version is None
+        for server, found in update.each(SGLangServer.version).items():
+            if not is_first and found != self._version:
+                server.incarnation += 1  # restarted by others: another process at the same URL
+        before = update.each(_checksum) if is_first else {}
+        self._send(update, tensors, self.transport)
+        problem = None
+        if is_first and not update.missed:
+            problem = self._compare(before, update.each(_checksum), version)
         self._version = version
         self._settle(update)
         return problem
 
+    def forget(self) -> None:
+        """Treat the next update as the first one: its checksums are compared."""
+        self._version = None
+
     def needs_disk(self) -> bool:
-        """Whether a server that missed the last update could load it, were it on disk."""
+        """Return True if a server that missed the last update could load it, were it on disk."""
         if self.fleet.newest is not None:
             return False
-        if self.fleet.launch is None:
-            return any(
-                member.state in ("behind", "out") and _answers(member.server) for member in self.fleet.members
-            )
-        return any(member.state not in ("ready", "given up") for member in self.fleet.members)
+        handles = self.fleet.handles
+        if self.fleet.launch is not None:
+            return any(handle.state not in ("ready", "failed") for handle in handles)
+        missed = [handle for handle in handles if handle.state in ("outdated", "quarantined")]
+        return any(_answers(handle.server) for handle in missed)
 
     def publish_through_disk(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
-        """The last version once more, for those that missed it. Consumes `tensors`."""
-        update = self._update(
-            [member for member in self.fleet.reachable() if member.state != "ready"], version
-        )
-        self._send(update, tensors, self._disk)
+        """Publish the last version again, for servers that missed it. Consumes `tensors`."""
+        handles = [handle for handle in self.fleet.reachable() if handle.state != "ready"]
+        update = self._update(handles, version)
+        self._send(update, tensors, self.disk)
         self._settle(update)
 
     def release_memory(self) -> None:
-        """Servers give their GPU memory away until the next publication, and are paused: a token would touch
-        what is not there.
-        """
-        self.fleet.hold_back()
-        update = self._update([member for member in self.fleet.reachable() if member.state != "out"], "")
-        update.pause()
+        """Release the servers' GPU memory until the next publication, and pause them meanwhile."""
+        self.fleet.forbid_starts()
+        handles = [handle for handle in self.fleet.reachable() if handle.state != "quarantined"]
+        update = self._update(handles, "")
+        update.pause()  # a token would touch memory that is not there
         update.each(
             lambda server: server.post("/release_memory_occupation", {"tags": ["kv_cache", "weights"]})
         )
-        self._released = {server: server.incarnation for server in update.live}
-        for server, reason in update.failures.items():
-            self.fleet.complain(server.url, reason, is_lie=False)
-        update.close()
-        self.fleet.hold_back()  # those that failed are gone, too
+        self.released = {server: server.incarnation for server in update.live}
+        self._report(update)
+        self.fleet.forbid_starts()  # waits for those that failed
 
     def close(self) -> None:
         """Stop our servers."""
-        if isinstance(self._transport, Broadcast):
-            self._transport.close()
+        if isinstance(self.transport, Broadcast):
+            self.transport.close()
         self.fleet.close()
 
-    def _transport_for(self, config: Config, device: torch.device) -> Transport:
-        settings, dtype = self.settings.sglang, model_dtype(config.model)
-        elements = sum(
-            torch.Size(shape).numel() for shape in self.folder.architecture.tensor_shapes().values()
-        )
-        limit = min(settings.bucket_mib * 2**20, elements * dtype.itemsize)
-        if settings.update == "disk":
-            return self._disk
-        if settings.update == "tensor":
-            return SharedMemory(limit, device, self._tensor_parallel_size)
+    def transport_for(self, settings: RolloutSection) -> Transport:
+        """Return the way of rollout.sglang.update."""
+        sglang = settings.sglang
+        if sglang.update == "disk":
+            return self.disk
+        limit = min(sglang.bucket_mib * 2**20, self._model_bytes)
+        if sglang.update == "tensor":
+            return SharedMemory(limit, self.device, self._tensor_parallel_size)
         return Broadcast(
             limit,
-            device,
-            settings.trainer_host,
-            settings.update_timeout,
+            self.device,
+            sglang.trainer_host,
+            sglang.update_timeout,
             self._tensor_parallel_size,
             self.say,
         )
 
-    def _tensor_parallel_size(self, server: Server) -> int:
+    def _tensor_parallel_size(self, server: SGLangServer) -> int:
         return self.capabilities[server.url].tensor_parallel_size
 
-    @property
-    def _needs_session(self) -> bool:
-        return any(found.needs_session for found in self.capabilities.values())
-
-    def _on_disk(self, path: Path, version: str) -> None:
-        self.fleet.renew((path, version))
-
-    def _update(self, members: Iterable[Member], version: str) -> Update:
+    def _update(self, handles: Iterable[ServerHandle[SGLangServer]], version: str) -> Update:
         return Update(
-            [member.server for member in members],
+            [handle.server for handle in handles],
             version,
-            self._needs_session,
-            lambda server: self._resume(server, "kv_cache"),
+            any(found.needs_session for found in self.capabilities.values()),
+            lambda server: self._take_back(server, "kv_cache"),
         )
 
     def _send(self, update: Update, tensors: Iterable[tuple[str, Tensor]], transport: Transport) -> None:
-        update.each(lambda server: self._resume(server, "weights"))
+        update.each(lambda server: self._take_back(server, "weights"))
         transport.send(update, tensors)
-        self._released = {}
-        update.each(lambda server: None if server in update.missed else check_version(server, update.version))
+        self.released = {}
+        update.each(lambda server: None if server in update.missed else server.check_version(update.version))
 
-    def _resume(self, server: Server, what: str) -> None:
-        """A server that gave memory away takes it back."""
-        if self._released.get(server) == server.incarnation:
+    def _take_back(self, server: SGLangServer, what: str) -> None:
+        """Make a server allocate memory that it has released."""
+        if self.released.get(server) == server.incarnation:
             server.post("/resume_memory_occupation", {"tags": [what]})
 
     def _settle(self, update: Update) -> None:
-        """Tell the fleet who has the weights, and who failed."""
-        for member in self.fleet.members:
-            if member.server in update.live and member.server not in update.missed:
-                self.fleet.updated(member)
+        """Record in the fleet which servers have the weights, and which failed."""
+        for handle in self.fleet.handles:
+            if handle.server in update.live and handle.server not in update.missed:
+                self.fleet.updated(handle)
+        self._report(update)
+
+    def _report(self, update: Update) -> None:
         for server, reason in update.failures.items():
-            self.fleet.complain(server.url, reason, is_lie=False)
+            self.fleet.report_failure(server.url, reason, is_invalid=False)
         update.close()
 
     def _compare(
-        self, before: dict[Server, str | None], after: dict[Server, str | None], version: str
+        self, before: dict[SGLangServer, str | None], after: dict[SGLangServer, str | None], version: str
     ) -> str | None:
-        """What the checksums of the first update give away, or None.
+        """Return what the checksums of the first update say is wrong, or None.
 
-        Version "0" is the start model, which ours held before.
+        Version "0" is the start model, which servers of the run hold before.
         """
         by_size: dict[int, dict[str, str]] = {}
         for server, checksum in after.items():
             if checksum is not None:
                 by_size.setdefault(self._tensor_parallel_size(server), {})[server.url] = checksum
-        if different := [checksums for checksums in by_size.values() if len(set(checksums.values())) > 1]:
-            return (
-                f"after the first update, servers hold different weights, by their checksums: {different[0]}"
-            )
-        is_same = self.fleet.launch is not None and version == "0"
-        changed = [
-            server.url for server, checksum in after.items() if is_same and checksum != before.get(server)
-        ]
+        for checksums in by_size.values():
+            if len(set(checksums.values())) > 1:
+                return (
+                    f"after the first update, servers hold different weights, by their checksums: {checksums}"
+                )
+        if self.fleet.launch is None or version != "0":
+            return None
+        changed = [server.url for server, checksum in after.items() if checksum != before.get(server)]
+        if not changed:
+            return None
         return (
             f"the first update changed the start model's weights on {', '.join(changed)}, by their checksums"
-            if changed
-            else None
         )
 
 
-def _checksum(server: Server) -> str | None:
-    """One of all the server's weights; None where it offers none."""
+def _checksum(server: SGLangServer) -> str | None:
+    """Return one checksum of all the server's weights; None where it offers none."""
     try:
         return server.post("/weights_checker", {"action": "checksum"}).get("per_engine_checksum")
     except ServerFailed:
         return None
 
 
-def _answers(server: Server) -> bool:
+def _answers(server: SGLangServer) -> bool:
     try:
         server.version()
     except ServerFailed:

@@ -31,12 +31,17 @@ class StatisticsGrad(NamedTuple):
     divergence: Tensor | None = None
 
 
-class GradientScales(NamedTuple):
-    """Contiguous [n] factors of p, p·f and p·log p in the logit gradient; None where the term is absent."""
+class GradTerms(NamedTuple):
+    """The logit gradient p_scale · p + pf_scale · p·f + plogp_scale · p·log p + target_grad at the targets.
 
-    p: Tensor
-    pf: Tensor | None = None
-    plogp: Tensor | None = None
+    Contiguous [n] each; None where the term is absent. target_columns: -1 in rows without a local target.
+    """
+
+    target_columns: Tensor
+    target_grad: Tensor
+    p_scale: Tensor
+    pf_scale: Tensor | None = None
+    plogp_scale: Tensor | None = None
 
 
 class Kernel(Protocol):
@@ -45,8 +50,7 @@ class Kernel(Protocol):
     gradient_is_separate: the gradient stays valid while the next tile's logits are written.
     """
 
-    @property
-    def gradient_is_separate(self) -> bool: ...
+    gradient_is_separate: bool
 
     def statistics(
         self, tiles: list[Tensor], targets: Tensor | None, while_waiting: Callable[[], None]
@@ -76,8 +80,7 @@ class TileOps(Protocol):
     the differences of interest.
     """
 
-    @property
-    def gradient_is_separate(self) -> bool: ...
+    gradient_is_separate: bool
 
     def row_sums(self, tiles: list[Tensor], sums: Tensor) -> None:
         """Fill sums [3, tiles, n] with m = max z, Σ exp(z - m) and the student's Σ exp(z - m)(z - m)."""
@@ -89,13 +92,6 @@ class TileOps(Protocol):
         """
         ...
 
-    def gradient(
-        self,
-        scales: GradientScales,
-        maximum: Tensor,
-        total: Tensor,
-        target_columns: Tensor,
-        target_grad: Tensor,
-    ) -> Tensor:
-        """Return [n, width] the scaled terms plus `target_grad` in each row's target column (-1: in none)."""
+    def gradient(self, terms: GradTerms, maximum: Tensor, total: Tensor) -> Tensor:
+        """Return the [n, width] gradient of the student's logits."""
         ...

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_srpo.vocab_parallel.divergence import Divergence
-from megatron_srpo.vocab_parallel.kernels.base import FLOOR, TINY, GradientScales
+from megatron_srpo.vocab_parallel.kernels.base import FLOOR, TINY, GradTerms
 
 _BLOCK_ELEMENTS = 1 << 17  # handled together: several short rows, or one long one
 
@@ -81,18 +81,12 @@ class CpuTileOps:
         above = maximum - self.local_maximum
         return ((-above).exp() / total)[..., None], (above + total.log())[..., None]
 
-    def gradient(
-        self,
-        scales: GradientScales,
-        maximum: Tensor,
-        total: Tensor,
-        target_columns: Tensor,
-        target_grad: Tensor,
-    ) -> Tensor:
+    def gradient(self, terms: GradTerms, maximum: Tensor, total: Tensor) -> Tensor:
         """See `TileOps`. Overwrites the student's tile."""
         gradient = self.tiles[0]
-        p_scale, pf_scale, plogp_scale = (None if s is None else s[:, None] for s in scales)
-        assert p_scale is not None
+        p_scale = terms.p_scale[:, None]
+        pf_scale = None if terms.pf_scale is None else terms.pf_scale[:, None]
+        plogp_scale = None if terms.plogp_scale is None else terms.plogp_scale[:, None]
         scale, shift = (of_tiles[0] for of_tiles in self._normalizers(maximum, total))
         for rows in self._blocks(len(gradient)):
             x = gradient[rows]
@@ -114,6 +108,6 @@ class CpuTileOps:
             if plogp_scale is not None:
                 x.add_(plogp)
         if gradient.shape[1]:
-            is_local = target_columns >= 0
-            gradient.scatter_add_(1, target_columns.clamp(min=0)[:, None], (target_grad * is_local)[:, None])
+            is_local, columns = terms.target_columns >= 0, terms.target_columns.clamp(min=0)
+            gradient.scatter_add_(1, columns[:, None], (terms.target_grad * is_local)[:, None])
         return gradient

@@ -19,13 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_srpo.vocab_parallel.divergence import Divergence
-from megatron_srpo.vocab_parallel.kernels.base import (
-    FLOOR,
-    GradientScales,
-    Statistics,
-    StatisticsGrad,
-    TileOps,
-)
+from megatron_srpo.vocab_parallel.kernels.base import FLOOR, GradTerms, Statistics, StatisticsGrad, TileOps
 from megatron_srpo.vocab_parallel.shard import VocabShard, gather, local_columns
 
 
@@ -85,15 +79,15 @@ class ExactKernel:
             target_grad = torch.zeros_like(self.entropy)
         if divergence_grad is not None and self.divergence.support == "sampled":
             target_grad, divergence_grad = target_grad + divergence_grad * self.log_ratio, None
-        scales = GradientScales(-target_grad)
+        p_scale, pf_scale, plogp_scale = -target_grad, None, None
         if entropy_grad is not None:
-            scales = GradientScales(scales.p - entropy_grad * self.entropy, plogp=-entropy_grad)
+            p_scale, plogp_scale = p_scale - entropy_grad * self.entropy, -entropy_grad
         if divergence_grad is not None:
-            pf = divergence_grad
-            if self.divergence.name == "jsd":
-                pf = divergence_grad * (1 - self.divergence.alpha)
-            scales = scales._replace(p=scales.p - pf * self.mean_f, pf=pf)
-        return self.ops.gradient(scales, self.maximum, self.total, self.target_columns, target_grad)
+            is_jsd = self.divergence.name == "jsd"
+            pf_scale = divergence_grad * (1 - self.divergence.alpha) if is_jsd else divergence_grad
+            p_scale = p_scale - pf_scale * self.mean_f
+        terms = GradTerms(self.target_columns, target_grad, p_scale, pf_scale, plogp_scale)
+        return self.ops.gradient(terms, self.maximum, self.total)
 
 
 class RowSums(NamedTuple):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_srpo.vocab_parallel.divergence import divergence_terms, top_ids
-from megatron_srpo.vocab_parallel.kernels.base import FLOOR, GradientScales, Statistics, StatisticsGrad
+from megatron_srpo.vocab_parallel.kernels.base import FLOOR, GradTerms, Statistics, StatisticsGrad
 from megatron_srpo.vocab_parallel.kernels.exact import ExactKernel, combine
 from megatron_srpo.vocab_parallel.shard import all_reduce, gather, local_columns
 
@@ -81,10 +81,11 @@ class TopKKernel(ExactKernel):
         if target_grad is None:
             target_grad = torch.zeros_like(self.tail_total[0])
         bucket_grad = -target_grad[:, None] * p
-        plogp = None
+        plogp_scale = None
         if entropy_grad is not None:
             bucket_grad -= entropy_grad[:, None] * p * (self.logp + self.entropy[:, None])
-            plogp = (-entropy_grad * p[:, -1]).to(dtype)  # in the tail: log p = log (p / P_tail) + log P_tail
+            # within the tail, log p = log (p / P_tail) + log P_tail
+            plogp_scale = (-entropy_grad * p[:, -1]).to(dtype)
         if divergence_grad is not None:
             mean_f = 0.0 if self.divergence.name == "forward" else self.pf.sum(1, keepdim=True)
             bucket_grad += divergence_grad[:, None] * (self.pf - p * mean_f)
@@ -93,8 +94,9 @@ class TopKKernel(ExactKernel):
             is_target = self.ids == self.targets[:, None]
             bucket_grad[:, :-1] += target_grad[:, None] * is_target
             target_columns = torch.where(is_target.any(1), -1, target_columns)
-        scales = GradientScales(bucket_grad[:, -1].to(dtype).contiguous(), plogp=plogp)
-        gradient = self.ops.gradient(scales, self.tail_maximum, self.tail_total, target_columns, target_grad)
+        p_scale = bucket_grad[:, -1].to(dtype).contiguous()
+        terms = GradTerms(target_columns, target_grad, p_scale, plogp_scale=plogp_scale)
+        gradient = self.ops.gradient(terms, self.tail_maximum, self.tail_total)
         if self.shard.width:
             values = torch.where(self.is_local, bucket_grad[:, :-1], 0.0).to(gradient.dtype)
             gradient.scatter_add_(1, self.columns, values)

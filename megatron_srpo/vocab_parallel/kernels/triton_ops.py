@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_srpo.vocab_parallel.divergence import Divergence
 from megatron_srpo.vocab_parallel.kernels import base
-from megatron_srpo.vocab_parallel.kernels.base import GradientScales
+from megatron_srpo.vocab_parallel.kernels.base import GradTerms
 
 FLOOR, TINY = tl.constexpr(base.FLOOR), tl.constexpr(base.TINY)
 JSD, REVERSE, FORWARD, NONE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -46,54 +46,33 @@ class TritonTileOps:
     def divergence_sums(self, tiles: list[Tensor], maximum: Tensor, total: Tensor) -> Tensor:
         student, teacher = tiles
         sums = student.new_empty(2, len(student))
+        sizes = (len(student), student.shape[1], student.stride(0))
         _divergence_sums[(len(student),)](  # pyright: ignore[reportIndexIssue]
-            student,
-            teacher,
-            maximum,
-            total,
-            sums,
-            len(student),
-            student.shape[1],
-            student.stride(0),
-            ALPHA=self.divergence.alpha,
-            DIVERGENCE=_DIVERGENCES[self.divergence.name],
-            **_LAUNCH,
+            student, teacher, maximum, total, sums, *sizes, **self._constants()
         )
         return sums
 
-    def gradient(
-        self,
-        scales: GradientScales,
-        maximum: Tensor,
-        total: Tensor,
-        target_columns: Tensor,
-        target_grad: Tensor,
-    ) -> Tensor:
+    def gradient(self, terms: GradTerms, maximum: Tensor, total: Tensor) -> Tensor:
         """See `TileOps`. Returns a buffer of its own."""
         student, teacher = self.tiles[0], self.tiles[-1]
         gradient = self.gradient_buffer[: len(student)]
+        columns, target_grad, p_scale, pf_scale, plogp_scale = terms
+        constants = self._constants() | {"ENTROPY": plogp_scale is not None}
+        if pf_scale is None:
+            pf_scale, constants["DIVERGENCE"] = p_scale, NONE.value
+        if plogp_scale is None:
+            plogp_scale = p_scale
+        vectors = (maximum, total, pf_scale, p_scale, plogp_scale, columns, target_grad)
+        sizes = (len(student), student.shape[1], student.stride(0), gradient.stride(0))
         grid = (len(student), triton.cdiv(max(student.shape[1], 1), _BLOCK))
         _gradient[grid](  # pyright: ignore[reportIndexIssue]
-            student,
-            teacher,
-            gradient,
-            maximum,
-            total,
-            scales.p if scales.pf is None else scales.pf,
-            scales.p,
-            scales.p if scales.plogp is None else scales.plogp,
-            target_columns,
-            target_grad,
-            len(student),
-            student.shape[1],
-            student.stride(0),
-            gradient.stride(0),
-            ALPHA=self.divergence.alpha,
-            DIVERGENCE=NONE.value if scales.pf is None else _DIVERGENCES[self.divergence.name],
-            ENTROPY=scales.plogp is not None,
-            **_LAUNCH,
+            student, teacher, gradient, *vectors, *sizes, **constants
         )
         return gradient
+
+    def _constants(self) -> dict[str, int | float]:
+        divergence = _DIVERGENCES[self.divergence.name]
+        return {"ALPHA": self.divergence.alpha, "DIVERGENCE": divergence, **_LAUNCH}
 
 
 _LAUNCH = {"BLOCK": _BLOCK, "num_warps": _WARPS}

@@ -144,5 +144,5 @@ def test_settings_that_contradict_are_refused_by_name(overrides, message):
 )
 def test_what_this_machine_lacks_is_told_before_anything_starts(overrides, message):
     with pytest.raises(ConfigError) as caught:
-        check_engine(config(*overrides))
+        check_engine(config(*overrides), trains=True)
     assert message in str(caught.value)

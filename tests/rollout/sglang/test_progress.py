@@ -16,16 +16,21 @@ import pytest
 from servers import listening
 
 from megatron_srpo.config.load import load_config
-from megatron_srpo.config.schema import ConfigError, SGLangSection
+from megatron_srpo.config.schema import ConfigError, RolloutSection, SGLangSection
 from megatron_srpo.distributed.heartbeat import PROGRESS
+from megatron_srpo.distributed.layout import Layout
+from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.preflight import preflight
 from megatron_srpo.rollout.engine import EngineFailed, Request, Sampling
-from megatron_srpo.rollout.sglang import engine, generation
+from megatron_srpo.rollout.servers import generation
+from megatron_srpo.rollout.servers.fleet import Fleet
+from megatron_srpo.rollout.servers.generation import Generation
+from megatron_srpo.rollout.servers.http import ServerFailed
+from megatron_srpo.rollout.sglang import engine
+from megatron_srpo.rollout.sglang.api import SGLangAPI
 from megatron_srpo.rollout.sglang.engine import SGLangEngine
-from megatron_srpo.rollout.sglang.fleet import Fleet
-from megatron_srpo.rollout.sglang.generation import Generation
-from megatron_srpo.rollout.sglang.http import Server, ServerFailed
 from megatron_srpo.rollout.sglang.publication import Update
+from megatron_srpo.rollout.sglang.server import SGLangServer
 
 ROOT = Path(__file__).parents[3]
 REPLY = {
@@ -57,11 +62,12 @@ def server(is_healthy):
             released.set()
 
 
-def generating(url, hopeless=lambda seconds: None):
-    """A rank that asks the server at `url`."""
-    made = Generation([url], SGLangSection(), 3, 0, 1, False, lambda *_: None, hopeless)
+def generating(url, no_server_reason=lambda seconds: None):
+    """(a rank that asks the server at `url`, its completions of one request as an iterator)."""
+    api = SGLangAPI(3, False)
+    made = Generation(api, [url], SGLangSection(), 3, 0, 1, lambda *_: None, no_server_reason)
     made.versions = ["0"]
-    return made
+    return made, made.generate([Request((0, 1), "x")], Sampling(1.0, 1.0, 4, (2,)), threading.Event())
 
 
 def beats_during(seconds):
@@ -76,16 +82,12 @@ def test_a_long_response_is_progress_while_its_server_makes_tokens(is_healthy, m
 
     A server that hangs makes no sign.
     """
-    monkeypatch.setattr(generation, "_LOOK_AGAIN", 0.02)
+    monkeypatch.setattr(generation, "_HEALTH_INTERVAL", 0.02)
     done = []
     with server(is_healthy) as (url, released):
+        _, completions = generating(url)
         asking = threading.Thread(
-            target=generating(url).generate,
-            args=(
-                [Request((0, 1), "x")],
-                Sampling(1.0, 1.0, 4, (2,)),
-                lambda new: done.extend(one.ids for one in new.values()),
-            ),
+            target=lambda: done.extend(one.ids for new in completions for one in new.values())
         )
         asking.start()
         time.sleep(0.5)  # the request is on its way
@@ -96,17 +98,19 @@ def test_a_long_response_is_progress_while_its_server_makes_tokens(is_healthy, m
 
 
 def test_waiting_for_a_server_to_come_back_is_progress_until_it_is_hopeless():
-    made = generating("http://127.0.0.1:9", lambda seconds: "it is over" if seconds > 0.5 else None)
-    made.targets[0].out = "left out by the test"
+    made, completions = generating(
+        "http://127.0.0.1:9", lambda seconds: "it is over" if seconds > 0.5 else None
+    )
+    made.targets[0].quarantined = "left out by the test"
     before = PROGRESS.beats
     with pytest.raises(EngineFailed, match="it is over"):
-        made.generate([Request((0,), "x")], Sampling(1.0, 1.0, 4, (2,)), lambda *_: False)
+        list(completions)
     assert PROGRESS.beats - before >= 3
 
 
 def test_each_answer_to_a_publication_is_progress_and_silence_is_none():
     """Three calls to two servers, one of which fails; then one that is not answered."""
-    servers = [Server(f"http://127.0.0.1:{port}", SGLangSection()) for port in (8, 9)]
+    servers = [SGLangServer(f"http://127.0.0.1:{port}", SGLangSection()) for port in (8, 9)]
     update, answer = Update(servers, "1", needs_session=False), threading.Event()
 
     def call(server):
@@ -127,24 +131,21 @@ def test_each_answer_to_a_publication_is_progress_and_silence_is_none():
 
 def test_waits_for_servers_that_start_are_progress(monkeypatch):
     """At the start and before a publication; both are bounded by settings of their own."""
-    fleet = Fleet(["http://127.0.0.1:9"], SGLangSection(), None, lambda text: None)
-    fleet.members[0].state, before = "starting", PROGRESS.beats
+    fleet = Fleet([SGLangServer("http://127.0.0.1:9", SGLangSection())], None, lambda text: None)
+    fleet.handles[0].state, before = "starting", PROGRESS.beats
     fleet.wait(0.3)
     assert PROGRESS.beats - before >= 3
     monkeypatch.setattr(engine, "_HEARTBEAT", 0.01)
     looks = iter([True, True, True, False])
     publisher = SimpleNamespace(
-        settings=None,
-        say=lambda text: None,
         inspect=lambda: None,
         is_seeded=True,
         fleet=SimpleNamespace(is_starting=lambda: next(looks)),
     )
-    alone = SimpleNamespace(
-        publisher=publisher, settings=SimpleNamespace(servers=0), _from_first=lambda value: value
-    )
-    before = PROGRESS.beats
-    assert SGLangEngine._meet_servers(alone) and PROGRESS.beats - before == 3
+    folder, before = HFFolder(ROOT / "examples/quickstart/start"), PROGRESS.beats
+    with server(is_healthy=True) as (url, _):
+        SGLangEngine(RolloutSection(), folder, Layout.single(), [url], publisher)
+    assert PROGRESS.beats - before == 3
 
 
 def test_a_watchdog_less_patient_than_publications_is_refused():

@@ -19,17 +19,19 @@ import torch.multiprocessing
 from servers import listening
 
 from megatron_srpo.config.load import load_config
-from megatron_srpo.config.schema import SGLangSection
+from megatron_srpo.config.schema import RolloutSection, SGLangSection
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.engine import Request, Sampling
-from megatron_srpo.rollout.sglang import generation, publication
+from megatron_srpo.rollout.servers import generation
+from megatron_srpo.rollout.servers.fleet import Fleet
+from megatron_srpo.rollout.servers.generation import Generation
+from megatron_srpo.rollout.sglang import publication
+from megatron_srpo.rollout.sglang.api import SGLangAPI
 from megatron_srpo.rollout.sglang.capabilities import Capabilities
-from megatron_srpo.rollout.sglang.engine import SGLangEngine
-from megatron_srpo.rollout.sglang.fleet import Fleet, Launch
-from megatron_srpo.rollout.sglang.generation import Generation
-from megatron_srpo.rollout.sglang.http import Server
+from megatron_srpo.rollout.sglang.engine import find_unreachable
 from megatron_srpo.rollout.sglang.publication import Broadcast, SharedMemory, Update, buckets
 from megatron_srpo.rollout.sglang.publisher import Publisher
+from megatron_srpo.rollout.sglang.server import SGLangLaunch, SGLangServer
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
@@ -51,8 +53,18 @@ def server(answer=lambda path, body: (200, {})):
         yield stand_in.url, asked
 
 
+NOWHERE = SGLangServer("http://127.0.0.1:9", SGLangSection())
+
+
+def launch_with(logs, start):
+    """A launch that starts what `start(number)` returns."""
+    return SimpleNamespace(
+        logs=logs, start=start, log=lambda number: logs / "log", start_timeout=900, max_restarts=3
+    )
+
+
 def update_of(*urls):
-    return Update([Server(url, SGLangSection()) for url in urls], "7", needs_session=True)
+    return Update([SGLangServer(url, SGLangSection()) for url in urls], "7", needs_session=True)
 
 
 def test_a_server_has_the_version_only_with_the_last_bucket():
@@ -117,7 +129,7 @@ def test_nobody_broadcasts_to_a_group_that_a_server_has_not_joined(monkeypatch):
     assert [server.url for server in update.missed] == [good] and [
         server.url for server in update.failures
     ] == [bad]
-    assert said == ["weights go by disk this time: a server did not join the group"]
+    assert said == ["falling back to disk weight sync: a server did not join the group"]
 
 
 def test_released_servers_stay_paused_until_weights_and_memory_are_back(tmp_path):
@@ -128,11 +140,12 @@ def test_released_servers_stay_paused_until_weights_and_memory_are_back(tmp_path
     config = load_config(ROOT / "examples/quickstart/sglang.yaml", given)
     config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"colocated": True})})
     with server(lambda path, body: (200, {"weight_version": "0"})) as (url, asked):
+        folder, weights = HFFolder(ROOT / "examples/quickstart/start"), tmp_path / "weights"
         publisher = Publisher(
-            config, HFFolder(ROOT / "examples/quickstart/start"), [url], None, CPU, lambda text: None
+            config.rollout, folder, [url], None, CPU, torch.float32, weights, lambda text: None
         )
         publisher.capabilities[url] = Capabilities("0.5.23", True, False, 1)
-        publisher._transport = SharedMemory(64, CPU, lambda server: 1)
+        publisher.transport = SharedMemory(64, CPU, lambda server: 1)
         publisher.release_memory()
         released, asked[:] = [(path, body) for path, body in asked], []
         publisher.publish(iter(TENSORS), "0")
@@ -164,17 +177,16 @@ def test_what_is_starting_is_ended_while_memory_is_the_trainers(tmp_path):
         started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"]))
         return started[-1]
 
-    launch = SimpleNamespace(logs=tmp_path, start=start, log=lambda number: tmp_path / "log")
-    fleet = Fleet(["http://127.0.0.1:9"], SGLangSection(), launch, lambda text: None)
+    fleet = Fleet([NOWHERE], launch_with(tmp_path, start), lambda text: None)
     try:
         assert len(started) == 1 and started[0].poll() is None
-        fleet.hold_back()
+        fleet.forbid_starts()
         assert started[0].poll() is not None
         time.sleep(0.6)
         assert (
-            len(started) == 1 and fleet.members[0].state == "starting" and not fleet.members[0].failed_starts
+            len(started) == 1 and fleet.handles[0].state == "starting" and not fleet.handles[0].failed_starts
         )
-        fleet.go_on()
+        fleet.allow_starts()
         until = time.monotonic() + 10
         while len(started) < 2 and time.monotonic() < until:
             time.sleep(0.05)
@@ -196,13 +208,12 @@ def test_a_server_that_cannot_be_started_again_is_given_up(tmp_path):
         started.append(subprocess.Popen(["sleep", "100"]))
         return started[-1]
 
-    launch = SimpleNamespace(logs=tmp_path, start=start, log=lambda number: tmp_path / "log")
-    fleet = Fleet(["http://127.0.0.1:9"], SGLangSection(), launch, said.append)
-    fleet.members[0].has_started = True
+    fleet = Fleet([NOWHERE], launch_with(tmp_path, start), said.append)
+    fleet.handles[0].has_started = True
     started[0].kill()
-    fleet._threads[0].join(20)
-    assert not fleet.is_starting() and "no room for another process" in fleet.given_up()
-    assert "server 0 is given up: it could not be started: no room for another process" in said
+    fleet.threads[0].join(20)
+    assert not fleet.is_starting() and "no room for another process" in fleet.failed()
+    assert "giving up on server 0: it could not be started: no room for another process" in said
     fleet.close()
 
 
@@ -213,42 +224,44 @@ def test_a_log_that_holds_the_key_is_its_owners_alone(tmp_path, monkeypatch):
         settings = SGLangSection(python="/bin/true", api_key_env=name)
         logs = tmp_path / str(name)
         logs.mkdir()
-        launch = Launch(settings, tmp_path, "float32", has_gpus=False, saves_memory=False, logs=logs)
+        launch = SGLangLaunch(
+            logs=logs,
+            start_timeout=1,
+            max_restarts=0,
+            secret=name and "open sesame",
+            settings=settings,
+            model=tmp_path,
+            dtype="float32",
+            has_gpus=False,
+            saves_memory=False,
+        )
         launch.start(0).wait(20)
         assert bool(launch.log(0).stat().st_mode & 0o077) == others_read
 
 
 def test_a_rank_that_reaches_no_server_says_so_at_the_start():
     """The first rank's 127.0.0.1 is another host to ranks elsewhere, which waited for an hour."""
-    settings = SimpleNamespace(sglang=SGLangSection())
-    rank = SimpleNamespace(settings=settings, layout=SimpleNamespace(rank=8))
     assert re.fullmatch(
         r"rollout.engine: rank 8 on \S+ cannot reach a server: http://127.0.0.1:9/model_info: ConnectError.*",
-        SGLangEngine._unreachable(rank, ["http://127.0.0.1:9"]),
+        find_unreachable(["http://127.0.0.1:9"], RolloutSection(), 8),
     )
     with server(lambda path, body: (200, {"weight_version": "default"})) as (url, _):
-        assert SGLangEngine._unreachable(rank, [url]) is None
-    rank.settings.sglang = SGLangSection(api_key_env="NOBODY_SETS_THIS")
-    assert "rank 8 on " in (said := SGLangEngine._unreachable(rank, [])) and "NOBODY_SETS_THIS" in said
+        assert find_unreachable([url], RolloutSection(), 8) is None
+    said = find_unreachable([], RolloutSection(sglang=SGLangSection(api_key_env="NOBODY_SETS_THIS")), 8)
+    assert "rank 8 on " in said and "NOBODY_SETS_THIS" in said
 
 
 def asking(url):
-    made = Generation(
-        [url],
-        SGLangSection(health_timeout=0.3, retries=2),
-        3,
-        0,
-        1,
-        False,
-        lambda *_: None,
-        lambda seconds: None,
-    )
-    made.versions, done, requests = ["0"], [], [Request((0, 1), "x")]
-    return (
-        made,
-        lambda: made.generate(requests, Sampling(1.0, 1.0, 4, (2,)), lambda new: done.extend(new.values())),
-        done,
-    )
+    """(a rank that asks the server at `url`, a function that samples, the completions so far)."""
+    settings = SGLangSection(health_timeout=0.3, retries=2)
+    made = Generation(SGLangAPI(3, False), [url], settings, 3, 0, 1, lambda *_: None, lambda seconds: None)
+    made.versions, done = ["0"], []
+
+    def generate():
+        for new in made.generate([Request((0, 1), "x")], Sampling(1.0, 1.0, 4, (2,)), threading.Event()):
+            done.extend(new.values())
+
+    return made, generate, done
 
 
 def reply(ids, reason):
@@ -276,7 +289,7 @@ def test_a_response_aborted_with_its_last_token_is_whole():
 
 def test_a_server_that_hangs_is_not_used_again_for_the_version_it_names(monkeypatch):
     """Its HTTP side answers /model_info; what makes tokens is stuck, as /health tells."""
-    monkeypatch.setattr(generation, "_LOOK_AGAIN", 0.02)
+    monkeypatch.setattr(generation, "_HEALTH_INTERVAL", 0.02)
     is_stuck = threading.Event()
     is_stuck.set()
 
@@ -287,7 +300,7 @@ def test_a_server_that_hangs_is_not_used_again_for_the_version_it_names(monkeypa
 
     with server(answer) as (url, asked):
         made, generate, done = asking(url)
-        made.targets[0].out = "it hung"
+        made.targets[0].quarantined = "it hung"
         thread = threading.Thread(target=generate)
         thread.start()
         time.sleep(1.0)

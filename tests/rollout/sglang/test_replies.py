@@ -9,7 +9,8 @@ import copy
 import pytest
 
 from megatron_srpo.rollout.engine import Completion
-from megatron_srpo.rollout.sglang.replies import BadReply, joined, parse
+from megatron_srpo.rollout.servers.replies import InvalidReply, joined
+from megatron_srpo.rollout.sglang.api import parse
 
 REPLY = {
     "text": "abc",
@@ -78,7 +79,7 @@ BAD = {
     "older weights": (_put([META, "weight_versions", 0, "version"], "3"), r"made by weights \['3'\]"),
     "too short for its length": (
         _put([META, "finish_reason", "type"], "length"),
-        "3 tokens and finish_reason length; 5 were asked for",
+        "3 tokens and finish_reason length; 5 were requested",
     ),
 }
 
@@ -90,7 +91,7 @@ def test_what_no_correct_server_answers(change, message):
         change(reply)
     else:
         reply = change
-    with pytest.raises(BadReply, match=message):
+    with pytest.raises(InvalidReply, match=message):
         read(reply)
 
 
@@ -98,12 +99,12 @@ def test_what_no_correct_server_answers(change, message):
 def test_ids_that_are_none(token):
     reply = copy.deepcopy(REPLY)
     reply["output_ids"][2] = reply[META]["output_token_logprobs"][2][1] = token
-    with pytest.raises(BadReply, match="outside the vocabulary of 30"):
+    with pytest.raises(InvalidReply, match="outside the vocabulary of 30"):
         read(reply)
 
 
 def test_more_than_was_asked_for():
-    with pytest.raises(BadReply, match="2 were asked for"):
+    with pytest.raises(InvalidReply, match="2 were requested"):
         read(REPLY, limit=2)
 
 

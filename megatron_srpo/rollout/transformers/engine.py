@@ -1,36 +1,50 @@
 """The embedded engine: transformers' model of the folder's architecture, in this process.
 
-An implementation of the model that shares nothing with the trainer's: their log-probabilities are compared
-every step.
+It shares no code with the trainer's model: their log-probabilities are compared every step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from threading import Event
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_srpo.config.schema import Config
+from megatron_srpo.distributed.device import model_dtype
 from megatron_srpo.distributed.heartbeat import beat
+from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.rollout.engine import Completion, EngineFailed, Finished, Request, Sampling
+from megatron_srpo.rollout.engine import EMPTY, Completion, CompletionStream, EngineFailed, Request, Sampling
+
+
+def check(config: Config, trains: bool) -> None:
+    """Accept every configuration (see `engines.EngineModule`)."""
+
+
+def create(
+    config: Config, folder: HFFolder, layout: Layout, say: Callable[[str], None]
+) -> TransformersEngine:
+    return TransformersEngine(folder, layout.device, model_dtype(config.model), config.rollout.batch_size)
 
 
 class TransformersEngine:
     """Batched sampling with a KV cache. Holds a full copy of the model in `dtype` on `device`."""
 
     def __init__(self, folder: HFFolder, device: torch.device, dtype: torch.dtype, batch_size: int):
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.models.auto.configuration_auto import AutoConfig
+        from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
         config = AutoConfig.from_pretrained(folder.path, local_files_only=True)
-        self.model = (
-            AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-            .to(device)
-            .eval()
-        )
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        self.model = model.to(device).eval()
         self.architecture = folder.architecture
-        self.device, self.batch_size, self.version = device, batch_size, None
+        self.device = device
+        self.batch_size = batch_size
+        self.version = ""
 
     @torch.no_grad()
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
@@ -54,44 +68,41 @@ class TransformersEngine:
             raise ValueError(f"weight update: {len(own)} tensors did not arrive, first {next(iter(own))}")
         self.version = version
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling, finished: Finished) -> None:
-        """See `Engine.generate`. Prompts of like length are batched together; the results depend on it by
-        rounding alone.
+    def generate(self, requests: Sequence[Request], sampling: Sampling, stop: Event) -> CompletionStream:
+        """Batch requests of similar length; results depend on the batch by rounding alone.
 
-        "Enough" is heard between batches. Raises EngineFailed for a model that gives NaN.
+        `stop` is read between batches. Raises EngineFailed for a model that gives NaN.
         """
         order = sorted(range(len(requests)), key=lambda number: _length(requests[number]))
-        is_enough = False
         for start in range(0, len(order), self.batch_size):
             numbers = order[start : start + self.batch_size]
             batch = [requests[number] for number in numbers]
-            completions = (
-                [_broken_off(request) for request in batch]
-                if is_enough
-                else self._generate_batch(batch, sampling)
-            )
-            is_enough |= finished(dict(zip(numbers, completions, strict=True)))
+            if stop.is_set():
+                completions = [request.aborted() for request in batch]
+            else:
+                completions = self._generate_batch(batch, sampling)
+            yield dict(zip(numbers, completions, strict=True))
+
+    def release_memory(self) -> None:
+        """Keep the model: rollout.colocated is for servers."""
 
     def close(self) -> None:
-        """Nothing is held outside this process."""
+        pass
 
     @torch.inference_mode()
     def _generate_batch(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        begun = [0 if request.start is None else len(request.start.ids) for request in requests]
-        ids, mask = self._left_padded(
-            [(*request.prompt_ids, *(request.start.ids if request.start else ())) for request in requests]
-        )
+        started = [len(request.start.ids) if request.start else 0 for request in requests]  # tokens
+        ids, mask = self._left_padded([_context(request) for request in requests])
         uniforms = np.stack([_uniforms(request.seed, sampling.max_tokens) for request in requests])
         uniforms = torch.from_numpy(uniforms).to(self.device)
-        stops, begun_at = (
-            torch.tensor(sampling.stop_ids, device=self.device),
-            torch.tensor(begun, device=self.device),
-        )
+        stop_ids = torch.tensor(sampling.stop_ids, device=self.device)
+        offsets = torch.tensor(started, device=self.device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        cache, live = None, torch.arange(len(requests), device=self.device)
+        cache = None
+        live = torch.arange(len(requests), device=self.device)
         tokens = torch.zeros(len(requests), sampling.max_tokens, dtype=torch.long, device=self.device)
         logprobs = torch.zeros(len(requests), sampling.max_tokens, device=self.device)
-        for step in range(sampling.max_tokens - min(begun)):
+        for step in range(sampling.max_tokens - min(started)):
             beat()
             output = self.model(
                 input_ids=ids,
@@ -102,36 +113,33 @@ class TransformersEngine:
                 logits_to_keep=1,
             )
             cache = output.past_key_values
-            place = (begun_at[live] + step).clamp(
-                max=sampling.max_tokens - 1
-            )  # a row at its limit is carried on with others
-            chosen, chosen_logprobs = _sample(output.logits[:, -1].float(), uniforms[live, place], sampling)
-            tokens[live, step], logprobs[live, step] = chosen, chosen_logprobs
-            going = ~torch.isin(chosen, stops) & (begun_at[live] + step + 1 < sampling.max_tokens)
-            if not going.any():
+            # a finished row may stay in the batch, past its limit
+            place = (offsets[live] + step).clamp(max=sampling.max_tokens - 1)
+            chosen = _sample(output.logits[:, -1].float(), uniforms[live, place], sampling)
+            tokens[live, step] = chosen.ids
+            logprobs[live, step] = chosen.logprobs
+            unfinished = ~torch.isin(chosen.ids, stop_ids) & (offsets[live] + step + 1 < sampling.max_tokens)
+            if not unfinished.any():
                 break
-            ids, mask = chosen[:, None], torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
+            ids = chosen.ids[:, None]
+            mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
             positions = positions[:, -1:] + 1
-            if going.sum() <= 3 * len(live) // 4:  # a quarter is done: carry only the others on
-                keep = going.nonzero()[:, 0]
+            if unfinished.sum() <= 3 * len(live) // 4:  # a quarter is done: shrink the batch
+                keep = unfinished.nonzero()[:, 0]
                 cache.batch_select_indices(keep)
                 live, ids, mask, positions = live[keep], ids[keep], mask[keep], positions[keep]
         if logprobs.isnan().any():
             raise EngineFailed(
                 f"the model of weight version {self.version} gives no numbers (NaN): are its weights damaged?"
             )
-        return [
-            self._completion(*row, sampling)
-            for row in zip(requests, tokens.tolist(), logprobs.tolist(), strict=True)
-        ]
+        rows = zip(requests, tokens.tolist(), logprobs.tolist(), strict=True)
+        return [self._completion(*row, sampling) for row in rows]
 
     def _completion(
         self, request: Request, tokens: list[int], logprobs: list[float], sampling: Sampling
     ) -> Completion:
-        """A finished row may have been carried on with others: what stands after its first stop token is not
-        its own.
-        """
-        start = request.start or Completion([], [], [], "abort")
+        """Cut a row after its first stop token or at its limit: finished rows may stay in the batch."""
+        start = request.start or EMPTY
         tokens = tokens[: sampling.max_tokens - len(start.ids)]
         end = next((place + 1 for place, token in enumerate(tokens) if token in sampling.stop_ids), None)
         reason = "length" if end is None else "stop"
@@ -149,33 +157,30 @@ class TransformersEngine:
         return ids.to(self.device), mask.to(self.device)
 
 
+def _context(request: Request) -> tuple[int, ...]:
+    return request.prompt_ids + tuple(request.start.ids if request.start else ())
+
+
 def _length(request: Request) -> int:
-    return len(request.prompt_ids) + (0 if request.start is None else len(request.start.ids))
-
-
-def _broken_off(request: Request) -> Completion:
-    return (
-        Completion([], [], [], "abort")
-        if request.start is None
-        else request.start._replace(finish_reason="abort")
-    )
+    return len(_context(request))
 
 
 def _uniforms(seed: str, count: int) -> np.ndarray:
-    """`count` uniform numbers in [0, 1) that belong to `seed`: a sample's randomness does not depend on its
-    batch.
-    """
+    """Return `count` uniform numbers in [0, 1) of the sample with this seed, whatever its batch."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(list(seed.encode())))).random(count)
 
 
-def _sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Token ids [n] and their log-probabilities [n], by inverting the cumulative distribution at `uniforms`
-    [n].
-    """
+class _Chosen(NamedTuple):
+    ids: Tensor  # [n]
+    logprobs: Tensor  # [n], nats
+
+
+def _sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> _Chosen:
+    """Sample a token for each row of logits [n, V]: invert the cumulative distribution at uniforms [n]."""
     if sampling.temperature == 0:
         logprobs = logits.log_softmax(-1)
         best = logits.argmax(-1)
-        return best, logprobs.gather(1, best[:, None])[:, 0]
+        return _Chosen(best, logprobs.gather(1, best[:, None])[:, 0])
     logprobs, ids = (logits / sampling.temperature).log_softmax(-1), None
     if sampling.top_p < 1:  # only this needs them in order
         logprobs, ids = logprobs.sort(dim=-1, descending=True)
@@ -186,4 +191,4 @@ def _sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tenso
         total = mass.gather(1, kept)[:, 0]
     place = (mass <= (uniforms * total)[:, None]).sum(-1, keepdim=True).clamp(max=mass.shape[1] - 1)
     chosen = place if ids is None else ids.gather(1, place)
-    return chosen[:, 0], logprobs.gather(1, place)[:, 0]
+    return _Chosen(chosen[:, 0], logprobs.gather(1, place)[:, 0])

@@ -6,14 +6,14 @@ import os
 import subprocess
 import sys
 
-from megatron_srpo.rollout.sglang import guard
+from megatron_srpo.rollout.servers import guard
 
 
 def test_slurms_warning_ends_neither_guard_nor_server():
     """SIGUSR1 is the run's, whose last step still samples; the guard hands on the command's status."""
     command = [
         sys.executable,
-        "-S",
+        "-P",
         guard.__file__,
         str(os.getpid()),
         "sh",

@@ -1,37 +1,42 @@
-"""Calls that control one server: plain HTTP, JSON out and in."""
+"""Calls that control one server: plain HTTP, JSON in both directions."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import httpx
 
-from megatron_srpo.config.schema import SGLangSection
+from megatron_srpo.config.schema import ServerSection
 
-IDLE = 2.0  # seconds after which a connection is not used again; servers close theirs after 5
+IDLE = 2.0  # seconds after which an idle connection is dropped; servers close theirs after 5
 
 
 class ServerFailed(RuntimeError):
-    """A server did not do what it was asked; the message says what it did instead."""
+    """A call to a server failed; the message names the URL and says how."""
 
 
-def headers(settings: SGLangSection) -> dict[str, str]:
-    """What every call carries: the API key, when the configuration names the variable that holds it."""
-    return (
-        {}
-        if settings.api_key_env is None
-        else {"Authorization": f"Bearer {os.environ[settings.api_key_env]}"}
-    )
+def headers(settings: ServerSection) -> dict[str, str]:
+    """Return the headers of every call: the API key, if the configuration names its variable."""
+    if settings.api_key_env is None:
+        return {}
+    return {"Authorization": f"Bearer {os.environ[settings.api_key_env]}"}
 
 
 class Server:
-    """The server at `url`. incarnation: changes when another process may stand behind the url."""
+    """The server at `url`; a subclass for each kind of server.
 
-    def __init__(self, url: str, settings: SGLangSection):
-        self.url, self.settings, self.incarnation = url.rstrip("/"), settings, 0
+    Attributes:
+        incarnation: changes whenever another process may answer at the URL.
+    """
+
+    def __init__(self, url: str, settings: ServerSection):
+        self.url = url.rstrip("/")
+        self.settings = settings
+        self.incarnation = 0
         self.host = httpx.URL(url).host
-        # trust_env: a proxy that this machine's environment names is not for servers of the same cluster
+        # trust_env: the proxy of this machine's environment is not for servers of the same cluster
         self._http = httpx.Client(
             base_url=self.url,
             headers=headers(settings),
@@ -40,26 +45,24 @@ class Server:
         )
 
     def get(self, path: str, timeout: float | None = None) -> dict[str, Any]:
-        """GET `path`. timeout: seconds, None: rollout.sglang.health_timeout. Raises ServerFailed."""
+        """GET `path`. timeout: in seconds, default health_timeout. Raises ServerFailed."""
         return self._call("GET", path, None, timeout or self.settings.health_timeout)
 
     def post(self, path: str, body: dict[str, Any], timeout: float | None = None) -> dict[str, Any]:
-        """POST `body` to `path`. timeout: seconds, None: rollout.sglang.update_timeout.
-
-        Raises ServerFailed.
-        """
+        """POST `body` to `path`. timeout: in seconds, default update_timeout. Raises ServerFailed."""
         return self._call("POST", path, body, timeout or self.settings.update_timeout)
 
     def version(self) -> str:
-        """The version of the weights that the server has, by its own account. Raises ServerFailed."""
-        return str(self.get("/model_info").get("weight_version"))
+        """Return the version of the server's weights, as it reports it. Raises ServerFailed."""
+        raise NotImplementedError
 
-    def check_health(self) -> None:
-        """Raises ServerFailed unless the server makes a token (or others', meanwhile).
+    def check_up(self) -> None:
+        """Raise ServerFailed unless the server answers and makes tokens. Hangs while it is paused."""
+        raise NotImplementedError
 
-        It hangs while paused.
-        """
-        self.get("/health")
+    def load(self, folder: Path, version: str) -> None:
+        """Make the server read the weights in `folder`. Raises ServerFailed."""
+        raise NotImplementedError
 
     def _call(self, method: str, path: str, body: dict[str, Any] | None, timeout: float) -> dict[str, Any]:
         try:
@@ -77,5 +80,4 @@ class Server:
         return content if isinstance(content, dict) else {}
 
     def close(self) -> None:
-        """Drop the connection."""
         self._http.close()

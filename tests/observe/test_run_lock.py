@@ -9,22 +9,22 @@ import pytest
 
 from megatron_srpo.config.schema import ConfigError
 from megatron_srpo.distributed.layout import Layout
-from megatron_srpo.observe import logs
+from megatron_srpo.observe import run_lock
 
 HOLD = """import sys
 from pathlib import Path
 from megatron_srpo.distributed.layout import Layout
-from megatron_srpo.observe.logs import alone
-with alone(Path(sys.argv[1]), Layout.single()):
+from megatron_srpo.observe.run_lock import run_lock
+with run_lock(Path(sys.argv[1]), Layout()):
     print("held", flush=True)
     sys.stdin.read()
 """
-LAYOUT = Layout.single()
+LAYOUT = Layout()
 
 
 def test_a_second_start_is_refused_until_the_first_is_gone(tmp_path, monkeypatch):
     """Gone by SIGKILL, which leaves the file there."""
-    monkeypatch.setattr(logs, "LOCK_SECONDS", 0.0)
+    monkeypatch.setattr(run_lock, "LOCK_SECONDS", 0.0)
     first = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -32,11 +32,11 @@ def test_a_second_start_is_refused_until_the_first_is_gone(tmp_path, monkeypatch
         assert first.stdout.readline() == "held\n"
         with (
             pytest.raises(ConfigError, match=f"process {first.pid} on .* works in this folder"),
-            logs.alone(tmp_path, LAYOUT),
+            run_lock.run_lock(tmp_path, LAYOUT),
         ):
             pass
     finally:
         first.kill()
         first.wait()
-    with logs.alone(tmp_path, LAYOUT):
+    with run_lock.run_lock(tmp_path, LAYOUT):
         assert (tmp_path / "lock").read_text().startswith("process ")

@@ -1,0 +1,109 @@
+"""Whether a run folder can take a run: it is empty, or holds this run in a state from which it can resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_srpo.checkpoint import folder as folders
+from megatron_srpo.checkpoint.folder import DamagedCheckpoint
+from megatron_srpo.config.schema import Config, ConfigError
+from megatron_srpo.model.architecture import Architecture
+from megatron_srpo.model.families import architecture_from_dict
+
+_OF_A_RUN = ("metrics.jsonl", "rollouts", "checkpoints", "hf", "hf.partial")
+
+
+def check_run_folder(config: Config, architecture: Architecture) -> None:
+    """Raise ConfigError when logging.dir holds another run, or one that cannot be resumed."""
+    directory = config.logging.dir
+    check_writable(directory)
+    if (directory / "samples").exists():
+        raise ConfigError(
+            f"logging.dir: {directory.resolve()} holds an evaluation; name another folder for the run"
+        )
+    held = [name for name in _OF_A_RUN if (directory / name).exists()]
+    if not held:
+        return
+    what = f"logging.dir: {directory.resolve()} already holds a run ({', '.join(held)})"
+    if config.resume.mode == "never":
+        raise ConfigError(f"{what}; name another folder, or set resume: auto to resume it")
+    if _was_only_sampled(directory):
+        raise ConfigError(
+            f"{what} of the sample command; name another folder (and train on its samples by rollout.replay)"
+        )
+    steps = folders.steps(directory / "checkpoints")
+    if not steps and ("hf" in held or not config.checkpoint.save_interval):
+        raise ConfigError(f"{what} without a checkpoint to resume from; name another folder")
+    _check_configuration(config, what)
+    if steps:
+        _check_model(folders.folder_of(directory / "checkpoints", steps[0]), architecture)
+
+
+def check_writable(directory: Path) -> None:
+    """Raise ConfigError when the folder logging.dir can be neither made nor written to."""
+    above = directory.absolute()
+    place = next(path for path in (above, *above.parents) if os.path.lexists(path))
+    if not place.is_dir():
+        raise ConfigError(f"logging.dir: {place} is not a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"logging.dir: {place} cannot be written to")
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Return {dotted key: (old value, new value)} of all that differs; tuples and lists are alike."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in dict.fromkeys([*old, *new]):
+        one, other = old.get(key), new.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found |= differences(one, other, f"{prefix}{key}.")
+        elif _as_list(one) != _as_list(other):
+            found[f"{prefix}{key}"] = one, other
+    return found
+
+
+def _as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _was_only_sampled(directory: Path) -> bool:
+    """Return True if the folder's steps were sampled and not trained."""
+    file = directory / "metrics.jsonl"
+    rows = file.read_bytes() if file.is_file() else b""
+    return b'"pass_rate":' in rows and b'"loss":' not in rows
+
+
+def _check_configuration(config: Config, what: str) -> None:
+    """Compare with the configuration that the run was last started with; resume.override may differ."""
+    file = config.logging.dir / "config.yaml"
+    try:
+        before = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{what}, but {file.name} cannot be read ({error}); name another folder") from None
+    changes = differences(before, config.model_dump(mode="json"))
+    allowed = ("resume", *config.resume.override)
+    refused = [key for key in changes if not any(f"{key}.".startswith(f"{name}.") for name in allowed)]
+    if refused:
+        lines = [f"{key}: was {changes[key][0]!r}, is now {changes[key][1]!r}" for key in refused]
+        raise ConfigError(
+            f"{what} with another configuration ({file}):\n  "
+            + "\n  ".join(lines)
+            + "\nname another folder; or, to resume with these changes, add their keys to resume.override"
+        )
+
+
+def _check_model(folder: Path, architecture: Architecture) -> None:
+    try:
+        saved = architecture_from_dict(folders.read_manifest(folder).architecture)
+    except DamagedCheckpoint:
+        return  # `resume.find` reports and skips it
+    changes = differences(dataclasses.asdict(saved), dataclasses.asdict(architecture))
+    if changes:
+        lines = [
+            f"{key}: the checkpoint has {old!r}, model.hf_path {new!r}" for key, (old, new) in changes.items()
+        ]
+        raise ConfigError(f"logging.dir: {folder} is a checkpoint of another model:\n  " + "\n  ".join(lines))

@@ -1,0 +1,136 @@
+"""The eval command: evaluate a Hugging Face folder, or the policy of a run, on held-out questions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+
+from megatron_srpo.checkpoint.weights import RunTensors, checkpoint_of, is_of_a_run
+from megatron_srpo.config.schema import Config, ConfigError, ParallelSection
+from megatron_srpo.distributed.layout import process_group
+from megatron_srpo.distributed.processes import rank_from_environment
+from megatron_srpo.evaluation.answers import Answers, answer_files, check_answered, check_files, open_folder
+from megatron_srpo.evaluation.evaluate import ask, label_of, parts
+from megatron_srpo.evaluation.scoreboard import Outcome, result_of, write_result
+from megatron_srpo.model.hf_folder import HFFolder, naming_key
+from megatron_srpo.preflight import check_evaluation
+from megatron_srpo.rollout.collect import Collector
+from megatron_srpo.rollout.engine import Sampling
+from megatron_srpo.rollout.engines import check_engine, create_engine
+from megatron_srpo.tasks import Task, evaluation_tasks, question_count
+from megatron_srpo.tasks.pool import Pool
+from megatron_srpo.weights.transfer import Repeatable
+
+CHUNK_SEQUENCES = 1024  # at most this many responses are lost when a command is killed
+
+
+@naming_key("model.hf_path")
+def run_evaluation(config: Config) -> Path:
+    """Evaluate model.hf_path, or the policy of the run evaluation.checkpoint, on this process's share.
+
+    Samples are appended to samples/ chunk by chunk, and the same command resumes an interrupted one. A run's
+    newest checkpoint is evaluated: with a newer one, the same command is another evaluation.
+
+    Returns:
+        The result folder (logging.dir) with result.json and result.md.
+
+    Raises:
+        ConfigError: the evaluation cannot be run; nothing has been sampled.
+    """
+    folder = HFFolder(config.model.hf_path)
+    folder.validate()
+    if (path := config.evaluation.checkpoint) is not None:
+        if not is_of_a_run(path):
+            raise ConfigError(
+                f"evaluation.checkpoint: {path} is neither a run folder with checkpoints nor one of its"
+                " checkpoints"
+            )
+        config = _with_checkpoint(config, checkpoint_of(path))
+    tasks = evaluation_tasks(config)
+    check_evaluation(config, folder, tasks)
+    check_files(config, tasks)
+    if rank_from_environment() == 0:
+        check_engine(config, trains=False)
+        open_folder(config)
+        check_answered(config, tasks)
+    # Every process holds an engine of its own.
+    data_parallel = ParallelSection(distributed_timeout_minutes=config.parallel.distributed_timeout_minutes)
+    with process_group(data_parallel, config.train.seed) as layout:
+        if path is not None:  # the first rank's choice: a run in progress may have saved another meanwhile
+            first = layout.broadcast(str(config.evaluation.checkpoint))
+            config = _with_checkpoint(config, Path(first))
+        engine = create_engine(config, folder, layout, lambda text: print(text) if layout.rank == 0 else None)
+        with closing(engine):
+            engine.update_weights(Repeatable(lambda: stored_weights(config, folder)), "0")
+            verifiers = Pool({name: task.verifier for name, task in tasks.items()}, config.task)
+            outcomes = _ask_everything(
+                config, Collector(verifiers, engine, folder, layout, config.rollout), tasks
+            )
+            if layout.rank == 0:
+                model = str(config.evaluation.checkpoint or config.model.hf_path)
+                write_result(config.logging.dir, result_of(outcomes, model, layout.device.type))
+    return config.logging.dir
+
+
+def _with_checkpoint(config: Config, checkpoint: Path) -> Config:
+    return config.model_copy(
+        update={"evaluation": config.evaluation.model_copy(update={"checkpoint": checkpoint})}
+    )
+
+
+def _ask_everything(config: Config, collector: Collector, tasks: Mapping[str, Task]) -> list[Outcome]:
+    """Sample answers and greedy answers to every split of every task. Outcomes are the first rank's only."""
+    settings, outcomes = config.evaluation, []
+    limit, stops = config.rollout.max_response_tokens, collector.folder.stop_ids
+    sampling = Sampling(settings.temperature, settings.top_p, limit, stops)
+    greedy = Sampling(0.0, 1.0, limit, stops)
+    for task, split in parts(tasks, settings):
+        label = label_of(task, split)
+        file, greedy_file = answer_files(config, task, split)
+        sampled = Answers(file, settings.samples, collector.layout)
+        single = Answers(greedy_file, 1, collector.layout)
+        _complete(sampled, collector, task, split, config, sampling)
+        if wants_greedy := settings.greedy and settings.temperature > 0:
+            _complete(single, collector, task, split, config, greedy)
+        if collector.layout.rank == 0:
+            outcomes.append(
+                Outcome(label, sampled.read(), sampled.seconds(), single.read() if wants_greedy else None)
+            )
+    return outcomes
+
+
+def _complete(
+    answers: Answers, collector: Collector, task: Task, split: str, config: Config, sampling: Sampling
+) -> None:
+    """Ask the questions that have no answers yet, in chunks that keep every rank's engine busy."""
+    count, ranks = question_count(task, split, config.evaluation), collector.layout.world_size
+    chunk = max(1, CHUNK_SEQUENCES // answers.samples // ranks) * ranks
+    for start in range(answers.done(), count, chunk):
+        began = time.perf_counter()
+        numbers = range(start, min(start + chunk, count))
+        groups = ask(
+            collector, task, split, numbers, answers.samples, sampling, f"{config.train.seed}/evaluation"
+        )
+        answers.append(groups, time.perf_counter() - began)
+
+
+def stored_weights(config: Config, folder: HFFolder) -> Iterator[tuple[str, Tensor]]:
+    """Yield the folder's weights, or those of evaluation.checkpoint, as (name, tensor) for an engine."""
+    if (path := config.evaluation.checkpoint) is not None:
+        policy = RunTensors(path, "policy")
+        if policy.architecture != folder.architecture:
+            raise ConfigError(
+                f"evaluation.checkpoint: {policy.folder.path} holds another model than model.hf_path"
+                f" ({folder.path})"
+            )
+        yield from ((name, policy.tensor(name).to(policy.dtype(name))) for name in policy.names())
+        return
+    for file in sorted(set(folder.file_of.values())):
+        with safe_open(file, framework="pt") as tensors:
+            for name in (name for name, place in folder.file_of.items() if place == file):
+                yield name, tensors.get_tensor(name)

@@ -1,0 +1,83 @@
+"""The beginning of a run's folder: made once, and held by one start of the run at a time."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from megatron_srpo.config.schema import ConfigError
+from megatron_srpo.distributed.layout import Layout
+
+LOCK_SECONDS = 120.0  # NFS keeps the locks of a lost host for 90
+
+
+def open_run_folder(directory: Path, layout: Layout) -> str:
+    """Create the run folder on rank 0 and return a name for this start of the run, the same on all ranks.
+
+    A collective call.
+
+    Raises:
+        ConfigError: A rank does not see the folder.
+    """
+    if layout.rank == 0:
+        (directory / "logs").mkdir(parents=True, exist_ok=True)
+    session = layout.gather_bytes(f"{time.time_ns():x}".encode())[0].decode()
+    if not (directory / "logs").is_dir():
+        raise ConfigError(
+            f"logging.dir: {directory} was made by the first rank, but rank {layout.rank} does not see it"
+        )
+    return session
+
+
+@contextmanager
+def run_lock(directory: Path, layout: Layout) -> Iterator[None]:
+    """Hold an exclusive lock on the run folder: two starts would remove each other's checkpoints.
+
+    Rank 0 locks RUN/lock; the lock ends with its process, however it ends. On a file system without locks
+    none is held. A collective call.
+
+    Raises:
+        ConfigError: Another process holds the lock for longer than a lost host's lock lasts.
+    """
+    lock = FileLock(directory / "lock")
+    problem = _acquire(lock) if layout.rank == 0 else ""
+    try:
+        if problem := layout.gather_bytes(problem.encode())[0].decode():
+            raise ConfigError(problem)
+        yield
+    finally:
+        lock.release()
+
+
+def _acquire(lock: FileLock) -> str:
+    """Lock the file and write this process's name into it; return why that is not possible, or ""."""
+    file = Path(lock.lock_file)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(
+                f"{file} is held by {_holder(file)}: waiting up to {LOCK_SECONDS:.0f} s for it to end",
+                file=sys.stderr,
+            )
+            lock.acquire(timeout=LOCK_SECONDS, poll_interval=0.5)
+    except Timeout:
+        return (
+            f"logging.dir: {file} is locked: {_holder(file)} works in this folder; end it first"
+            " (if it is long gone, delete the file)"
+        )
+    except (OSError, NotImplementedError):
+        return ""  # no locks here
+    file.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+    return ""
+
+
+def _holder(file: Path) -> str:
+    return file.read_text(encoding="utf-8").strip() or "another process"

@@ -1,0 +1,207 @@
+"""The groups of a step: prompts are sampled and verified in rounds until the batch is full.
+
+A round is the same on every rank but for the share of its prompts that each rank samples. Without
+over-sampling and filtering there is one, and ranks need not communicate. With them, each rank stops when it
+has its share of the groups needed, ranks exchange what they have, and another round follows if that is not
+enough. What is left over (whole groups and partial rollouts) is carried into the next step and continued
+there, unless it is too stale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from threading import Event
+from typing import NamedTuple
+
+from pydantic import TypeAdapter
+
+from megatron_srpo.config.schema import RolloutSection
+from megatron_srpo.data.records import Group, PartialGroup, Prompt, Sample, SampleKey
+from megatron_srpo.distributed.layout import Layout
+from megatron_srpo.observe.stopwatch import Stopwatch
+from megatron_srpo.rollout.collect import Collector, PendingGroups, encode_prompt
+from megatron_srpo.rollout.engine import Sampling
+from megatron_srpo.rollout.ledger import Ledger, Recovered
+
+_PARTIAL_GROUPS = TypeAdapter(list[PartialGroup])
+
+
+class Batch(NamedTuple):
+    """A step's groups, this rank's share, and what metrics.jsonl says about their selection."""
+
+    groups: list[Group]
+    metrics: dict[str, float]
+
+
+class _Round(NamedTuple):
+    """Outcome of a round: of all ranks when groups are selected, else of this rank."""
+
+    groups: list[Group]
+    incomplete: list[PartialGroup]
+
+
+class BatchBuilder:
+    """Cursor over the training prompts, and the partial rollouts carried between steps.
+
+    Args:
+        collector: samples and verifies this rank's share.
+        prompt: returns training prompt 0, 1, … of the run, without token ids.
+        ledger: stores finished samples.
+        settings: section `rollout`.
+        seed: train.seed.
+        has_signal: returns True for a verified group that the algorithm can learn from.
+    """
+
+    def __init__(
+        self,
+        collector: Collector,
+        prompt: Callable[[int], Prompt],
+        ledger: Ledger,
+        settings: RolloutSection,
+        seed: int,
+        has_signal: Callable[[Group], bool],
+    ):
+        self.collector = collector
+        self.prompt = prompt
+        self.ledger = ledger
+        self.settings = settings
+        self.seed = seed
+        self.has_signal = has_signal
+        self.layout: Layout = collector.layout
+        self.selects = settings.over_sampling > 1 or settings.dynamic_filtering
+        self.sampling = Sampling(
+            settings.temperature, settings.top_p, settings.max_response_tokens, collector.folder.stop_ids
+        )
+        self.next_prompt = 0
+        self.carried: list[PartialGroup] = []
+        self._recovered: dict[SampleKey, Recovered] = {}
+        self._last_step = 0
+        self._last_step_began_at = 0  # next_prompt before it
+
+    def first_prompt(self, step: int) -> int:
+        """Return the first prompt that was not begun before `step`: the cursor that a checkpoint keeps."""
+        return self._last_step_began_at if step == self._last_step else self.next_prompt
+
+    def resume(self, step: int, next_prompt: int) -> None:
+        """Restore the state before `step` was sampled."""
+        self.next_prompt = next_prompt
+        self.carried = self.ledger.carried(step)
+        self._recovered = self.ledger.recovered(step)
+
+    def build(self, step: int, watch: Stopwatch | None = None) -> Batch:
+        """Sample the batch of `step`. All ranks together when groups are selected.
+
+        Args:
+            step: from 1.
+            watch: counts the seconds of verification as phase `verify`; None in a background thread.
+        """
+        settings, target = self.settings, self.settings.prompts_per_step
+        self._last_step, self._last_step_began_at = step, self.next_prompt
+        incomplete, self.carried = self._drop_stale(self.carried, step), []
+        recovered, self._recovered = self._recovered, {}
+        chosen: list[Group] = []
+        no_signal: list[Group] = []
+        rounds = 0
+        while len(chosen) < target:
+            rounds += 1
+            needed = target - len(chosen)
+            incomplete += self._new_prompts(math.ceil(needed * settings.over_sampling) - len(incomplete))
+            # a sample of a later round is not used before it, so that every round repeats exactly
+            known = {key: found.sample for key, found in recovered.items() if found.round <= rounds}
+            groups, incomplete = self._sample_round(rounds, incomplete, needed, step, known, watch)
+            if not self.selects:
+                return Batch(groups, {})
+            for group in groups:
+                (chosen if self._is_useful(group) else no_signal).append(group)
+            if rounds >= settings.filter_rounds:  # better a full batch than none
+                missing = max(0, target - len(chosen))
+                chosen += no_signal[:missing]
+                no_signal = no_signal[missing:]
+        left_over = [PartialGroup(prompt=group[0].prompt, samples=group) for group in chosen[target:]]
+        self.carried = left_over + incomplete
+        self.ledger.carry(step + 1, self.carried)
+        metrics: dict[str, float] = {
+            "groups_filtered": len(no_signal),
+            "groups_carried": len(self.carried),
+            "rounds": rounds,
+        }
+        return Batch(chosen[:target][self.layout.rank :: self.layout.world_size], metrics)
+
+    def _new_prompts(self, count: int) -> list[PartialGroup]:
+        numbers = range(self.next_prompt, self.next_prompt + max(0, count))
+        self.next_prompt += len(numbers)
+        return [PartialGroup(prompt=self.prompt(number)) for number in numbers]
+
+    def _sample_round(
+        self,
+        round_number: int,
+        begun: list[PartialGroup],
+        needed: int,
+        step: int,
+        known: dict[SampleKey, Sample],
+        watch: Stopwatch | None,
+    ) -> _Round:
+        mine = [self._with_known(one, known) for one in begun[self.layout.rank :: self.layout.world_size]]
+        share = math.ceil(needed * len(mine) / len(begun))
+        pending = PendingGroups(mine, self.settings.samples_per_prompt)
+        stop = Event()
+        persist = partial(self.ledger.persist, step, round_number)
+        groups: dict[str, Group] = {}
+        useful = 0
+        for group in self.collector.collect(
+            pending, self.sampling, f"{self.seed}/{step}", stop, persist, watch
+        ):
+            groups[group[0].prompt.id] = group
+            useful += self._is_useful(group)
+            if self.selects and useful >= share:
+                stop.set()
+        in_order = [groups[one.prompt.id] for one in mine if one.prompt.id in groups]
+        own = _Round(in_order, pending.incomplete())
+        return self._gather_round(own, begun) if self.selects else own
+
+    def _with_known(self, group: PartialGroup, known: dict[SampleKey, Sample]) -> PartialGroup:
+        """Return the group with token ids, and with the samples that a stopped run had finished."""
+        prompt = group.prompt
+        if not prompt.ids:
+            prompt = encode_prompt(prompt, self.collector.folder, self.settings)
+        samples = {sample.index: sample for sample in group.samples}
+        for index in range(self.settings.samples_per_prompt):
+            sample = known.get((prompt.id, index))
+            if sample is not None and sample.prompt == prompt:
+                samples[index] = sample
+        return PartialGroup(prompt=prompt, samples=tuple(samples[index] for index in sorted(samples)))
+
+    def _gather_round(self, own: _Round, begun: Sequence[PartialGroup]) -> _Round:
+        """Return all ranks' groups, in the order of `begun`."""
+        groups = [PartialGroup(prompt=group[0].prompt, samples=group) for group in own.groups]
+        text = _PARTIAL_GROUPS.dump_json(groups + own.incomplete)
+        found = {}
+        for part in self.layout.gather_bytes(text, background=True):
+            found |= {one.prompt.id: one for one in _PARTIAL_GROUPS.validate_json(part)}
+        everyone = _Round([], [])
+        for one in begun:
+            group = found[one.prompt.id]
+            verified = [sample for sample in group.samples if sample.verdict is not None]
+            if len(verified) == self.settings.samples_per_prompt:
+                everyone.groups.append(group.samples)
+            else:
+                everyone.incomplete.append(group)
+        return everyone
+
+    def _is_useful(self, group: Group) -> bool:
+        return not self.settings.dynamic_filtering or self.has_signal(group)
+
+    def _drop_stale(self, carried: Sequence[PartialGroup], step: int) -> list[PartialGroup]:
+        """Return the groups without samples whose oldest token exceeds max_staleness at `step`."""
+        oldest = step - 1 - self.settings.max_staleness
+        groups = []
+        for group in carried:
+            fresh = [
+                sample
+                for sample in group.samples
+                if min(int(version) for version, _, _ in sample.versions) >= oldest
+            ]
+            groups.append(group.model_copy(update={"samples": tuple(fresh)}))
+        return groups

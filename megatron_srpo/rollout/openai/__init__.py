@@ -1,0 +1,1 @@
+"""OpenAI-compatible completions servers as the engine (experimental): vLLM, SGLang's /v1/completions."""

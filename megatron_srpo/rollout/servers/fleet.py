@@ -1,0 +1,267 @@
+"""All servers, as the first rank sees them: those of the run are started, watched, restarted and stopped."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Generic, Literal, NamedTuple, TypeVar
+
+from megatron_srpo.distributed.heartbeat import beat
+from megatron_srpo.rollout.servers.http import Server, ServerFailed
+from megatron_srpo.rollout.servers.launch import Launch
+
+_POLL = 0.2  # seconds between looks at a process
+State = Literal["starting", "outdated", "ready", "quarantined", "failed"]
+AnyServer = TypeVar("AnyServer", bound=Server)
+
+
+@dataclass
+class ServerHandle(Generic[AnyServer]):
+    """One server and its state:
+
+    starting     not there yet, or restarting; started by the run
+    outdated     answers, and does not have the newest weights
+    ready        has the newest weights
+    quarantined  external: does not answer; may be back at the next publication
+    failed       started by the run: after too many failed starts; external: after an invalid reply
+    """
+
+    server: AnyServer
+    number: int
+    state: State
+    process: subprocess.Popen | None = None
+    reason: str = ""  # of quarantine or failure
+    failure: str | None = None  # reported and not dealt with yet
+    deadline: float = 0.0  # of its start
+    failed_starts: int = 0  # in a row
+    has_started: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Weights(NamedTuple):
+    """Weights on disk."""
+
+    folder: Path
+    version: str
+
+
+class Fleet(Generic[AnyServer]):
+    """All servers.
+
+    Args:
+        servers: in the order of their numbers.
+        launch: starts them; None if they are external.
+        say: prints a line for the user.
+
+    Attributes:
+        newest: the newest weights, if they are on disk.
+    """
+
+    def __init__(self, servers: Sequence[AnyServer], launch: Launch | None, say: Callable[[str], None]):
+        self.launch = launch
+        self.say = say
+        self.newest: Weights | None = None
+        self.starts_allowed = True
+        self._closing = threading.Event()
+        state: State = "outdated" if launch is None else "starting"
+        self.handles = [ServerHandle(server, number, state) for number, server in enumerate(servers)]
+        self.threads: list[threading.Thread] = []
+        if launch is None:
+            return
+        launch.logs.mkdir(parents=True, exist_ok=True)
+        for handle in self.handles:
+            self._start(handle, launch)
+            name = f"server {handle.number}"
+            thread = threading.Thread(target=self._supervise, args=(handle, launch), daemon=True, name=name)
+            self.threads.append(thread)
+            thread.start()
+
+    def failed(self) -> str | None:
+        """Return why no server is left and none will be, or None."""
+        if all(handle.state == "failed" for handle in self.handles):
+            return "; ".join(f"{handle.server.url}: {handle.reason}" for handle in self.handles)
+        return None
+
+    def is_starting(self) -> bool:
+        """Return True while some server is not there yet."""
+        return any(handle.state == "starting" or handle.failure for handle in self.handles)
+
+    def wait(self, seconds: float) -> None:
+        """Wait until every server is there or failed, at most `seconds`."""
+        until = time.monotonic() + seconds
+        while self.is_starting() and time.monotonic() < until:
+            beat()
+            time.sleep(0.05)
+
+    def forbid_starts(self) -> None:
+        """Start nothing until `allow_starts`, and end what is starting: the memory is the trainer's."""
+        self.starts_allowed = False
+        for handle in self.handles:
+            with handle.lock:  # no thread is about to start it
+                pass
+        while any(
+            handle.process and (handle.state == "starting" or handle.failure) for handle in self.handles
+        ):
+            time.sleep(0.05)
+
+    def allow_starts(self) -> None:
+        self.starts_allowed = True
+
+    def reachable(self) -> list[ServerHandle[AnyServer]]:
+        """Return the servers that weights can be sent to."""
+        states = ("outdated", "ready", "quarantined")
+        return [handle for handle in self.handles if handle.state in states and handle.failure is None]
+
+    def report_failure(self, url: str, reason: str, is_invalid: bool) -> None:
+        """Restart a server of the run in the background; put an external one in quarantine.
+
+        Args:
+            url: the server's.
+            reason: what it did.
+            is_invalid: it gave an invalid reply: an external one is not used again.
+        """
+        handle = next(handle for handle in self.handles if handle.server.url == url)
+        with handle.lock:
+            if self.launch is not None:
+                if handle.state in ("outdated", "ready"):
+                    handle.failure = reason
+            elif handle.state != "failed":
+                handle.state, handle.reason = "failed" if is_invalid else "quarantined", reason
+                handle.server.incarnation += 1
+                self.say(f"quarantined {url}: {reason}")
+
+    def weights_changed(self, newest: Weights | None) -> None:
+        """Mark every server outdated. newest: the new weights, if they are on disk."""
+        self.newest = newest
+        for handle in self.handles:
+            with handle.lock:
+                if handle.state == "ready":
+                    handle.state = "outdated"
+
+    def updated(self, handle: ServerHandle[AnyServer]) -> None:
+        """Mark a server as having the newest weights."""
+        with handle.lock:
+            if handle.state in ("outdated", "quarantined") and handle.failure is None:
+                self._set_ready(handle)
+
+    def states(self) -> dict[str, str | None]:
+        """Return why each server must not be used, None if it may be, by URL."""
+        found: dict[str, str | None] = {}
+        for handle in self.handles:
+            usable = handle.state == "ready"
+            found[handle.server.url] = None if usable else handle.reason or handle.state
+        return found
+
+    def close(self) -> None:
+        """Stop the servers of the run and all their processes."""
+        self._closing.set()
+        for handle in self.handles:  # so that a thread's call to a server ends, too
+            self._end(handle)
+        for thread in self.threads:
+            thread.join()
+        for handle in self.handles:
+            self._end(handle)
+            handle.server.close()
+
+    def _set_ready(self, handle: ServerHandle[AnyServer]) -> None:
+        handle.state, handle.reason, handle.failed_starts = "ready", "", 0
+
+    def _start(self, handle: ServerHandle[AnyServer], launch: Launch) -> None:
+        handle.server.incarnation += 1
+        handle.process = launch.start(handle.number)
+        handle.deadline = time.monotonic() + launch.start_timeout
+
+    def _end(self, handle: ServerHandle[AnyServer]) -> None:
+        """Stop a server: its guard kills all its processes; without a guard, Linux does."""
+        process = handle.process
+        if process is None:
+            return
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    # ---- supervision: a thread for each server that the run started
+
+    def _supervise(self, handle: ServerHandle[AnyServer], launch: Launch) -> None:
+        while not self._closing.wait(_POLL) and handle.state != "failed":
+            if handle.process is None:
+                with handle.lock:
+                    if self.starts_allowed:
+                        self._start_again(handle, launch)
+                continue
+            problem = self._problem(handle, handle.process, launch)
+            if problem is not None:
+                self._restart(handle, launch, problem)
+            elif handle.state == "starting" and not self.starts_allowed:
+                self._end(handle)
+                handle.process = None
+            elif handle.state == "starting" and _is_up(handle.server):
+                self._catch_up(handle)
+
+    def _start_again(self, handle: ServerHandle[AnyServer], launch: Launch) -> None:
+        try:
+            self._start(handle, launch)
+        except OSError as error:  # out of processes or disk space; an error in this thread would be lost
+            handle.state, handle.reason = "failed", f"it could not be started: {error}"
+            self.say(f"giving up on server {handle.number}: {handle.reason}")
+
+    def _problem(
+        self, handle: ServerHandle[AnyServer], process: subprocess.Popen, launch: Launch
+    ) -> str | None:
+        if handle.failure is not None:
+            return handle.failure
+        status = process.poll()
+        if status is not None:
+            return f"exited with status {status}"
+        if handle.state == "starting" and time.monotonic() > handle.deadline:
+            return f"did not start in {launch.start_timeout:g} s (start_timeout)"
+        return None
+
+    def _restart(self, handle: ServerHandle[AnyServer], launch: Launch, problem: str) -> None:
+        failed_start = handle.state == "starting"
+        with handle.lock:
+            handle.state, handle.reason, handle.failure = "starting", problem, None
+        self._end(handle)
+        handle.process = None
+        handle.failed_starts += failed_start
+        log = launch.log(handle.number)
+        if failed_start and (not handle.has_started or handle.failed_starts > launch.max_restarts):
+            tail = launch.log_tail(handle.number)
+            with handle.lock:
+                handle.state, handle.reason = "failed", f"{problem}; {log} ends with:\n{tail}"
+            self.say(f"giving up on server {handle.number}: {problem} ({log})")
+        else:
+            during = f" while it started ({log})" if failed_start else ""
+            self.say(f"restarting server {handle.number}: {problem}{during}")
+
+    def _catch_up(self, handle: ServerHandle[AnyServer]) -> None:
+        """Load the newest weights if they are on disk; otherwise the next publication sends them."""
+        newest = self.newest
+        try:
+            if newest is not None:
+                handle.server.load(*newest)
+        except ServerFailed as failure:
+            handle.failure = str(failure)
+            return
+        with handle.lock:
+            if newest != self.newest:  # once more
+                return
+            handle.has_started, handle.state = True, "outdated"
+            if newest is not None:
+                self._set_ready(handle)
+                self.say(f"server {handle.number} is back, with version {newest.version}")
+
+
+def _is_up(server: Server) -> bool:
+    try:
+        server.check_up()
+    except ServerFailed:
+        return False
+    return True

@@ -1,0 +1,407 @@
+"""Requests of one rank to all servers: each to the least loaded one, and to another one if that fails."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from threading import Event
+from typing import Any, NamedTuple, Protocol
+
+import httpx
+
+from megatron_srpo.config.schema import ServerSection
+from megatron_srpo.distributed.heartbeat import beat
+from megatron_srpo.rollout.engine import (
+    EMPTY,
+    Completion,
+    Completions,
+    CompletionStream,
+    EngineFailed,
+    Request,
+    Sampling,
+)
+from megatron_srpo.rollout.servers.http import IDLE, headers
+from megatron_srpo.rollout.servers.replies import InvalidReply, joined
+
+_HEALTH_INTERVAL = 2.0  # seconds between health checks
+_LONGEST_PAUSE = 10.0  # seconds between two attempts of one request
+
+
+class _AttemptFailed(Exception):
+    """This attempt gave nothing; the request can be retried elsewhere."""
+
+
+class Call(NamedTuple):
+    """A POST request to a server."""
+
+    path: str
+    body: dict[str, Any]
+
+
+class CompletionsAPI(Protocol):
+    """How one kind of server is asked for a completion, and what it may answer."""
+
+    health_path: str  # GET; fails or hangs unless the server makes tokens
+    version_path: str  # GET; is answered at once, also by a busy server
+
+    def call(self, request_id: str, ids: list[int], limit: int, sampling: Sampling, seed: str) -> Call:
+        """Return the request for at most `limit` tokens that follow `ids`."""
+        ...
+
+    def parse(self, reply: Any, limit: int, versions: Sequence[str]) -> Completion:
+        """Return the completion. Raises InvalidReply for what no correct server answers.
+
+        Args:
+            reply: the JSON reply.
+            limit: requested tokens.
+            versions: weight versions that may have made the tokens, the newest last.
+        """
+        ...
+
+    def abort_call(self, request_id: str) -> Call | None:
+        """Return the call that makes a server answer a running request early; None if there is none."""
+        ...
+
+    def has_version(self, info: Any, version: str) -> bool:
+        """Return True if the answer at `version_path` may be of a server with these weights."""
+        ...
+
+
+@dataclass
+class Target:
+    """A server as this rank sees it.
+
+    Attributes:
+        quarantined: why it gets no requests; None if it does.
+        is_invalid: it gave an invalid reply, and stays in quarantine until its process is gone or the first
+            rank has dealt with it.
+    """
+
+    url: str
+    quarantined: str | None = None
+    is_invalid: bool = False
+    calls: set[asyncio.Task] = field(default_factory=set)
+
+
+class Generation:
+    """Gets completions from servers, some of which may fail.
+
+    Args:
+        api: the kind of server.
+        urls: of all servers, the same on every rank.
+        settings: section of the servers.
+        vocab_size: of the model.
+        rank: this rank, for the server it prefers among equals.
+        world_size: ranks that share `settings.concurrency`.
+        report_failure: called with (url, reason, whether a reply was invalid) for a server in quarantine.
+        no_server_reason: called with the seconds without any server: why none will come back, or None while
+            one may.
+    """
+
+    def __init__(
+        self,
+        api: CompletionsAPI,
+        urls: Sequence[str],
+        settings: ServerSection,
+        vocab_size: int,
+        rank: int,
+        world_size: int,
+        report_failure: Callable[[str, str, bool], None],
+        no_server_reason: Callable[[float], str | None],
+    ):
+        self.api = api
+        first = rank % len(urls)
+        self.targets = [Target(url) for url in [*urls[first:], *urls[:first]]]
+        self.settings = settings
+        self.vocab_size = vocab_size
+        self.report_failure = report_failure
+        self.no_server_reason = no_server_reason
+        self.concurrency = max(1, settings.concurrency // world_size)
+        self.versions: list[str] = []  # of the policy's weights, in the order of publication
+        self.is_publishing = False
+        self.tls = httpx.create_ssl_context(trust_env=False)  # shared: it takes longer to make than a request
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling, stop: Event) -> CompletionStream:
+        """Implement `Engine.generate`. The event loop runs only while the consumer waits for completions.
+
+        Raises EngineFailed, and ValueError for an id outside the vocabulary, which kills some servers.
+        """
+        for number, request in enumerate(requests):
+            ids = (*request.prompt_ids, *(request.start.ids if request.start else ()))
+            if not request.prompt_ids or not all(0 <= token < self.vocab_size for token in ids):
+                raise ValueError(
+                    f"request {number}: its prompt is empty or has an id outside the vocabulary of"
+                    f" {self.vocab_size}"
+                )
+        with asyncio.Runner() as runner:  # on exit it cancels what still runs
+            batch = _Batch(self, requests, sampling)
+            task = runner.get_loop().create_task(batch.run())
+            while (completions := runner.run(batch.next())) is not None:
+                yield completions
+                if stop.is_set() and not batch.stopped:
+                    runner.run(batch.stop())
+            runner.run(_wait_for(task))
+
+    def quarantine(self, target: Target, reason: str, is_invalid: bool = False) -> None:
+        """Send no more requests to this server, and cancel those that it has."""
+        target.is_invalid |= is_invalid
+        if target.quarantined is None:
+            target.quarantined = reason
+            self.report_failure(target.url, reason, is_invalid)
+            for call in list(target.calls):
+                call.cancel()
+
+    def start_publication(self, version: str) -> None:
+        """Accept replies made by `version`, and still those of the version before."""
+        self.versions.append(version)
+        self.is_publishing = True
+
+    def end_publication(self, states: dict[str, str | None]) -> None:
+        """Take over the first rank's view: why each server is in quarantine, None if it is not."""
+        for target in self.targets:
+            target.quarantined = states[target.url]
+            target.is_invalid = False
+        self.is_publishing = False
+
+    def accepted_versions(self) -> list[str]:
+        """Return the weight versions that may have made a reply to a request sent now."""
+        return self.versions[max(0, len(self.versions) - 1 - self.is_publishing) :]
+
+    def invalid_replies(self) -> dict[str, str]:
+        """Return the servers with invalid replies to this rank since the last publication: {url: reason}."""
+        return {target.url: target.quarantined or "" for target in self.targets if target.is_invalid}
+
+
+class _Batch:
+    """One call of `generate`: workers that take requests from a queue, and a health check of the servers."""
+
+    def __init__(self, generation: Generation, requests: Sequence[Request], sampling: Sampling):
+        self.generation = generation
+        self.settings = generation.settings
+        self.requests = requests
+        self.sampling = sampling
+        self.stopped = False
+        self._waiting = deque(range(len(requests)))
+        self._running: dict[str, tuple[Target, httpx.AsyncClient]] = {}  # by request id
+        self._done: asyncio.Queue[Completions | None] = asyncio.Queue()  # None: the end
+        self._no_server_since: float | None = None
+
+    async def next(self) -> Completions | None:
+        """Return the next completion, or None when `run` has ended."""
+        return await self._done.get()
+
+    async def run(self) -> None:
+        """Complete every request, or until stopped. Raises EngineFailed."""
+        try:
+            async with self._client() as self._http:
+                health = asyncio.create_task(self._check_health())
+                try:
+                    workers = min(self.generation.concurrency, len(self.requests))
+                    await _all_or_none([self._work() for _ in range(workers)], health)
+                finally:
+                    health.cancel()
+            for number in self._waiting:
+                self._done.put_nowait({number: self.requests[number].aborted()})
+        finally:
+            self._done.put_nowait(None)
+
+    async def stop(self) -> None:
+        """Abort what still runs; repeated, as a request may reach its server after its abort."""
+        self.stopped = True
+        until = time.monotonic() + self.settings.health_timeout
+        while self._running and time.monotonic() < until:
+            calls = []
+            for request_id, (target, http) in self._running.items():
+                call = self.generation.api.abort_call(request_id)
+                if call is not None:
+                    calls.append(http.post(f"{target.url}{call.path}", json=call.body, timeout=5))
+            if not calls:
+                for target in self.generation.targets:
+                    for running in list(target.calls):
+                        running.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
+            await asyncio.sleep(0.2)
+        for target in {target.url: target for target, _ in self._running.values()}.values():
+            self.generation.quarantine(
+                target, f"abort: requests still run after {self.settings.health_timeout:g} s"
+            )
+
+    def _client(self) -> httpx.AsyncClient:
+        # one a worker: a client looks through all its connections for every request, 8 ms of CPU time with 64
+        return httpx.AsyncClient(
+            timeout=None,
+            headers=headers(self.settings),
+            limits=httpx.Limits(keepalive_expiry=IDLE),
+            trust_env=False,
+            verify=self.generation.tls,
+        )
+
+    async def _work(self) -> None:
+        async with self._client() as http:
+            while self._waiting and not self.stopped:
+                number = self._waiting.popleft()
+                self._done.put_nowait({number: await self._complete(http, self.requests[number])})
+
+    async def _complete(self, http: httpx.AsyncClient, request: Request) -> Completion:
+        """Return the request's completion, after as many attempts as `retries` allows."""
+        done, failure, url = request.start, "the server aborted it every time", ""
+        for attempt in range(1 + self.settings.retries):
+            if attempt and not self.stopped:
+                await asyncio.sleep(min(0.25 * 2**attempt, _LONGEST_PAUSE))
+            target = await self._free_target()
+            if target is None:
+                break
+            url = target.url
+            try:
+                done = joined(done, await self._ask(http, target, request, done))
+            except _AttemptFailed as error:
+                failure = str(error)
+                continue
+            if done.finish_reason != "abort":
+                return done
+            if self.stopped:
+                break
+        if self.stopped:
+            return (done or EMPTY)._replace(finish_reason="abort")
+        raise EngineFailed(
+            f"a request failed {1 + self.settings.retries} times ({self.settings.key}.retries),"
+            f" the last time at {url}: {failure}"
+        )
+
+    async def _free_target(self) -> Target | None:
+        """Return the least loaded server, None once stopped. Waits for one to come back.
+
+        Raises EngineFailed if none will.
+        """
+        while not self.stopped:
+            usable = [target for target in self.generation.targets if target.quarantined is None]
+            if usable:
+                self._no_server_since = None
+                return min(usable, key=lambda target: len(target.calls))
+            self._no_server_since = self._no_server_since or time.monotonic()
+            reason = self.generation.no_server_reason(time.monotonic() - self._no_server_since)
+            if reason is not None:
+                each = "; ".join(f"{target.url}: {target.quarantined}" for target in self.generation.targets)
+                raise EngineFailed(f"no server is left: {reason} ({each})")
+            beat()  # `no_server_reason` ends this wait
+            await asyncio.sleep(0.1)
+        return None
+
+    async def _ask(
+        self, http: httpx.AsyncClient, target: Target, request: Request, start: Completion | None
+    ) -> Completion:
+        """Return what one server makes of a request, without `start`.
+
+        Raises _AttemptFailed if it may be retried, EngineFailed if every server would refuse it.
+        """
+        done = start.ids if start else []
+        limit = self.sampling.max_tokens - len(done)
+        if limit <= 0:
+            return EMPTY._replace(finish_reason="length")
+        versions = self.generation.accepted_versions()
+        request_id, ids = uuid.uuid4().hex, [*request.prompt_ids, *done]
+        call = self.generation.api.call(request_id, ids, limit, self.sampling, f"{request.seed}/{len(done)}")
+        self._running[request_id] = target, http
+        try:
+            response = await self._post(http, target, call)
+        finally:
+            del self._running[request_id]
+        self._check_status(target, call, response, len(ids))
+        try:
+            completion = self.generation.api.parse(response.json(), limit, versions)
+        except (InvalidReply, ValueError) as error:  # ValueError: no JSON
+            self.generation.quarantine(target, f"{call.path}: {error}", is_invalid=True)
+            raise _AttemptFailed(target.quarantined) from None
+        ends_at_stop = bool(completion.ids) and completion.ids[-1] in self.sampling.stop_ids
+        if completion.finish_reason == "abort" and ends_at_stop:
+            # an abort that arrives with the last token wins over it
+            return completion._replace(finish_reason="stop")
+        if completion.finish_reason == "stop" and not ends_at_stop:
+            raise EngineFailed(
+                f"{target.url} ends responses at token {completion.ids[-1]}, which is not among the trainer's"
+                f" {self.sampling.stop_ids} (eos_token_id of the tokenizer and of generation_config.json):"
+                " name it in generation_config.json"
+            )
+        return completion
+
+    def _check_status(self, target: Target, call: Call, response: httpx.Response, tokens: int) -> None:
+        if response.status_code in (400, 413, 422):
+            raise EngineFailed(f"{target.url} refuses a request of {tokens} tokens: {response.text[:500]}")
+        if response.status_code in (429, 503):
+            raise _AttemptFailed(f"{call.path}: {response.status_code}: the server is overloaded")
+        if response.status_code != 200:
+            reason = f"{call.path}: {response.status_code}: {response.text[:200]}"
+            self.generation.quarantine(target, reason)
+            raise _AttemptFailed(target.quarantined)
+
+    async def _post(self, http: httpx.AsyncClient, target: Target, call: Call) -> httpx.Response:
+        task = asyncio.create_task(http.post(f"{target.url}{call.path}", json=call.body))
+        target.calls.add(task)
+        try:
+            await asyncio.wait({task}, timeout=self.settings.request_timeout)
+            if not task.done():
+                raise _AttemptFailed(
+                    f"no answer in {self.settings.request_timeout:g} s ({self.settings.key}.request_timeout)"
+                )
+            if task.cancelled():
+                raise _AttemptFailed(target.quarantined)
+            return task.result()
+        except httpx.HTTPError as error:
+            await self._check_target(target)  # a broken connection alone says nothing
+            raise _AttemptFailed(f"{type(error).__name__}: {error}") from None
+        finally:
+            task.cancel()
+            target.calls.discard(task)
+
+    async def _check_health(self) -> None:
+        """Put silent servers in quarantine, and use those again that are back."""
+        while True:
+            await asyncio.sleep(_HEALTH_INTERVAL)
+            if not self.generation.is_publishing:  # a paused server does not answer
+                await asyncio.gather(*(self._check_target(target) for target in self.generation.targets))
+
+    async def _check_target(self, target: Target) -> None:
+        api = self.generation.api
+        path = api.version_path if target.quarantined else api.health_path
+        try:
+            response = await self._get(f"{target.url}{path}")
+            if target.quarantined is None and target.calls:
+                # it makes tokens: the longest response may take longer than a watchdog waits, request_timeout
+                # ends that
+                beat()
+            may_return = target.quarantined is not None and not target.is_invalid
+            if may_return and api.has_version(response.json(), self.generation.versions[-1]):
+                await self._get(f"{target.url}{api.health_path}")  # a hung server has a version, too
+                target.quarantined = None
+        except (httpx.HTTPError, ValueError, TypeError, KeyError, IndexError) as error:
+            target.is_invalid &= not isinstance(error, httpx.ConnectError)
+            if not self.generation.is_publishing:
+                self.generation.quarantine(target, f"{path}: {type(error).__name__}: {error}")
+
+    async def _get(self, url: str) -> httpx.Response:
+        response = await self._http.get(url, timeout=self.settings.health_timeout)
+        return response.raise_for_status()
+
+
+async def _wait_for(task: asyncio.Task[None]) -> None:
+    await task
+
+
+async def _all_or_none(coroutines: Sequence[Coroutine], background: asyncio.Task) -> None:
+    """Await all; the first failure, that of `background` too, cancels the others and is raised."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    try:
+        pending = set(tasks)
+        while pending:
+            done, _ = await asyncio.wait({*pending, background}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+            pending -= done
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

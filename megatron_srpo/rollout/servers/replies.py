@@ -1,0 +1,45 @@
+"""Checks of replies that hold for every kind of server, and continued completions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from megatron_srpo.rollout.engine import Completion
+
+_ROUNDING = 1e-3  # how far above 0 a log-probability may be
+
+
+class InvalidReply(ValueError):
+    """The server answered what no correct one can; the message says what."""
+
+
+def check_tokens(
+    ids: Sequence[int], logprobs: Sequence[float], reason: str, limit: int, vocab_size: int
+) -> None:
+    """Raise InvalidReply unless these can be a response of at most `limit` tokens."""
+    if reason not in ("stop", "length", "abort"):
+        raise InvalidReply(f"finish_reason {reason!r}")
+    if not all(type(token) is int and 0 <= token < vocab_size for token in ids):
+        raise InvalidReply(f"an output id is outside the vocabulary of {vocab_size}")
+    if len(logprobs) != len(ids):
+        raise InvalidReply(f"{len(ids)} output ids, but {len(logprobs)} log-probabilities")
+    if not all(math.isfinite(logprob) and logprob <= _ROUNDING for logprob in logprobs):
+        raise InvalidReply("a log-probability is not a finite number below 0")
+    if len(ids) > limit or (reason == "length" and len(ids) != limit) or (reason != "abort" and not ids):
+        raise InvalidReply(f"{len(ids)} tokens and finish_reason {reason}; {limit} were requested")
+
+
+def joined(first: Completion | None, second: Completion) -> Completion:
+    """Return the completion of an aborted attempt and of the one that continued it."""
+    if first is None or not first.ids:
+        return second
+    offset = len(first.ids)
+    spans = list(first.versions)
+    for version, start, end in second.versions:
+        if spans[-1][0] == version:
+            version, start = version, spans.pop()[1] - offset
+        spans.append((version, start + offset, end + offset))
+    return Completion(
+        [*first.ids, *second.ids], [*first.logprobs, *second.logprobs], spans, second.finish_reason
+    )

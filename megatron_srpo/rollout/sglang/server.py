@@ -1,0 +1,116 @@
+"""One SGLang server: how it is started, looked at and given weights from disk."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_srpo.config.schema import Config, ConfigError, SGLangSection
+from megatron_srpo.distributed.device import model_dtype
+from megatron_srpo.rollout.servers.http import Server, ServerFailed
+from megatron_srpo.rollout.servers.launch import Launch
+
+
+class SGLangServer(Server):
+    """See `Server`."""
+
+    def version(self) -> str:
+        return str(self.get("/model_info").get("weight_version"))
+
+    def check_up(self) -> None:
+        self.get("/model_info", timeout=2)
+        self.get("/health")
+
+    def load(self, folder: Path, version: str) -> None:
+        body = {"model_path": str(folder.resolve()), "weight_version": version, "flush_cache": True}
+        self.post("/update_weights_from_disk", body)
+        self.check_version(version)
+
+    def check_version(self, version: str) -> None:
+        """Raise ServerFailed unless the server reports `version`."""
+        found = self.version()
+        if found != version:
+            raise ServerFailed(f"{self.url} has weight version {found!r} after an update to {version!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGLangLaunch(Launch):
+    """Starts SGLang servers.
+
+    Attributes:
+        settings: section `rollout.sglang`.
+        model: folder of the start model.
+        dtype: the trainer's.
+        has_gpus: the servers run on GPUs.
+        saves_memory: they can release their memory (rollout.colocated).
+    """
+
+    settings: SGLangSection
+    model: Path
+    dtype: str
+    has_gpus: bool
+    saves_memory: bool
+
+    def urls(self, count: int) -> list[str]:
+        """Return where `count` servers listen, as seen from other hosts unless they listen on loopback."""
+        host = self.settings.host
+        if host in ("0.0.0.0", "::"):
+            host = socket.gethostname()
+        return [f"http://{host}:{self.settings.port + number}" for number in range(count)]
+
+    def command(self, number: int) -> list[str]:
+        settings, gpus = self.settings, self.settings.tensor_parallel_size
+        words = [settings.python, "-m", "sglang.launch_server"]
+        words += ["--model-path", str(self.model.resolve()), "--dtype", self.dtype]
+        words += ["--host", settings.host, "--port", str(settings.port + number), "--tp-size", str(gpus)]
+        if self.has_gpus:
+            words += ["--base-gpu-id", str(settings.base_gpu_id + number * gpus)]
+        if self.saves_memory:
+            words += ["--enable-memory-saver"]
+        if self.secret is not None:
+            words += ["--api-key", self.secret]
+        return [*words, *settings.arguments]
+
+    def environment(self) -> dict[str, str]:
+        # one setting for both sides
+        health = {"SGLANG_HEALTH_CHECK_TIMEOUT": str(math.ceil(self.settings.health_timeout))}
+        return {**health, **self.settings.environment}
+
+    def check(self, count: int) -> None:
+        """Raise ConfigError for a missing interpreter and for ports in use."""
+        if not os.access(self.settings.python, os.X_OK):
+            raise ConfigError(
+                f"rollout.sglang.python: {self.settings.python} is no interpreter; name that of an"
+                " environment with SGLang (bash tools/install_sglang.sh makes one for CPUs)"
+            )
+        for number in range(count):
+            port = self.settings.port + number
+            with socket.socket() as attempt:
+                if attempt.connect_ex(("127.0.0.1", port)) == 0:
+                    raise ConfigError(
+                        f"rollout.sglang.port: {port} is in use; {count} ports are needed from"
+                        f" {self.settings.port} on"
+                    )
+
+
+def launch_of(config: Config) -> SGLangLaunch | None:
+    """Return how the servers of `config` are started; None if they are external."""
+    settings = config.rollout.sglang
+    if not config.rollout.servers:
+        return None
+    return SGLangLaunch(
+        logs=config.logging.dir / "servers",
+        start_timeout=settings.start_timeout,
+        max_restarts=settings.max_restarts,
+        secret=os.environ[settings.api_key_env] if settings.api_key_env else None,
+        settings=settings,
+        model=config.model.hf_path,
+        dtype=str(model_dtype(config.model)).removeprefix("torch."),
+        has_gpus=torch.cuda.is_available(),
+        saves_memory=config.rollout.colocated,
+    )

@@ -1,0 +1,260 @@
+"""Building a batch: rounds, filtering, what is carried over and how stale it may be.
+
+The engine is scripted, the rest real.
+"""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+from tiny import save_folder
+
+from megatron_srpo.algorithm.routing import has_signal
+from megatron_srpo.config.load import load_config
+from megatron_srpo.data.records import Prompt, Verdict
+from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.rollout.batch import BatchBuilder
+from megatron_srpo.rollout.collect import Collector
+from megatron_srpo.rollout.engine import Completion
+from megatron_srpo.rollout.ledger import Ledger
+
+ALONE = SimpleNamespace(rank=0, world_size=1, gather_bytes=lambda mine, background=False: [mine])
+
+
+class Engine:
+    """Yields the requests in order, two tokens each, until it is stopped; the rest has one token by then."""
+
+    version = "0"
+
+    def __init__(self):
+        self.asked = []
+
+    def generate(self, requests, sampling, stop):
+        for number, request in enumerate(requests):
+            before = request.start or Completion([], [], [], "abort")
+            self.asked.append((request.seed, len(before.ids)))
+            new = (1 if stop.is_set() else 2) - min(len(before.ids), 1)
+            span = (self.version, len(before.ids), len(before.ids) + new)
+            ids = [*before.ids, *[7] * new]
+            reason = "abort" if stop.is_set() else "stop"
+            yield {number: Completion(ids, [-1.0] * len(ids), [*before.versions, span], reason)}
+
+
+class Judge:
+    """Rewards by a script, prompt number → rewards of its samples in turn; default 1, 0, 1, 0 …"""
+
+    def __init__(self, script):
+        self.script, self.turns = script, {}
+
+    def verify(self, jobs):
+        verdicts = []
+        for job in jobs:
+            number, turn = int(job.answer), self.turns.setdefault(job.answer, [0])
+            reward = float(self.script.get(number, (1, 0))[turn[0] % len(self.script.get(number, (1, 0)))])
+            turn[0] += 1
+            verdicts.append(Verdict(reward=reward, correct=reward > 0, format_ok=True))
+        return verdicts
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return HFFolder(save_folder(tmp_path_factory.mktemp("builder")))
+
+
+@pytest.fixture
+def make(folder, tmp_path):
+    """make(script, *overrides) → (builder, engine): three prompts a step, two samples each."""
+
+    def build(script=None, *overrides, layout=ALONE):
+        config = tmp_path / "config.yaml"
+        config.write_text(
+            f"model: {{hf_path: {folder.path}}}\nrollout: {{prompts_per_step: 3, samples_per_prompt: 2}}\n"
+            f"train: {{steps: 9}}\nlogging: {{dir: {tmp_path / 'run'}}}\n"
+        )
+        config = load_config(config, list(overrides))
+        engine = Engine()
+        collector = Collector(Judge(script or {}), engine, folder, layout, config.rollout)
+        ledger = Ledger(tmp_path / "ledger", layout, keeps_samples=True)
+        useful = partial(has_signal, algorithm=config.algorithm, feedback=config.teacher.feedback)
+        seed = config.train.seed
+        return BatchBuilder(collector, prompt, ledger, config.rollout, seed, useful), engine
+
+    return build
+
+
+def prompt(number):
+    return Prompt(
+        id=f"p{number}", task="t", messages=({"role": "user", "content": str(number)},), answer=str(number)
+    )
+
+
+def names(groups):
+    return [group[0].prompt.id for group in groups]
+
+
+def prompts_asked(engine):
+    """The prompts of the requests, each once, in order."""
+    return list(dict.fromkeys(seed.split("/")[2] for seed, _ in engine.asked))
+
+
+def test_without_selection_every_prompt_is_trained_in_order(make):
+    builder, engine = make()
+    assert [names(builder.build(step).groups) for step in (1, 2)] == [
+        ["p0", "p1", "p2"],
+        ["p3", "p4", "p5"],
+    ]
+    assert len(engine.asked) == 12 and builder.first_prompt(2) == 3 and builder.first_prompt(3) == 6
+
+
+def test_groups_without_signal_are_left_out_and_others_are_sampled(make):
+    builder, engine = make({1: (1, 1), 3: (0, 0)}, "rollout.dynamic_filtering=true")
+    batch = builder.build(1)
+    # a second round for one, a third because p3 has no signal either
+    assert names(batch.groups) == ["p0", "p2", "p4"]
+    assert batch.metrics == {"groups_filtered": 2, "groups_carried": 0, "rounds": 3}
+    assert prompts_asked(engine) == ["p0", "p1", "p2", "p3", "p4"]
+    assert names(builder.build(2).groups) == ["p5", "p6", "p7"]
+
+
+def test_after_enough_rounds_the_batch_is_filled(make):
+    builder, _ = make(
+        dict.fromkeys(range(1, 99), (1, 1)), "rollout.dynamic_filtering=true", "rollout.filter_rounds=2"
+    )
+    batch = builder.build(1)
+    assert (
+        names(batch.groups) == ["p0", "p1", "p2"]
+        and batch.metrics["groups_filtered"] == 2
+        and batch.metrics["rounds"] == 2
+    )
+
+
+def test_over_sampling_aborts_the_slowest_and_continues_them(make):
+    """Six prompts begun, three wanted: the others have one token each, and continue from it by newer weights."""
+    builder, engine = make(None, "rollout.over_sampling=2")
+    assert names(builder.build(1).groups) == ["p0", "p1", "p2"]
+    engine.version, engine.asked = "1", []
+    batch = builder.build(2)
+    assert names(batch.groups) == ["p3", "p4", "p5"] and engine.asked[:2] == [
+        ("1/2/p3/0", 1),
+        ("1/2/p3/1", 1),
+    ]
+    assert (
+        batch.groups[0][0].versions == (("0", 0, 1), ("1", 1, 2))
+        and len(batch.groups[0][0].response_ids) == 2
+    )
+    assert prompts_asked(engine) == ["p3", "p4", "p5", "p6", "p7", "p8"]  # three are carried, three are new
+    trained = names(builder.build(3).groups)
+    assert trained == ["p6", "p7", "p8"]
+
+
+def test_what_is_too_stale_is_sampled_again(make):
+    builder, engine = make(None, "rollout.over_sampling=2", "rollout.max_staleness=0")
+    builder.build(1)
+    engine.version, engine.asked = "1", []
+    groups = builder.build(2).groups
+    assert names(groups) == ["p3", "p4", "p5"] and engine.asked[0] == ("1/2/p3/0", 0)
+    assert all(sample.versions == (("1", 0, 2),) for group in groups for sample in group)
+
+
+def test_whole_groups_beyond_the_batch_are_carried(make):
+    """A batch that fills up with a round's last groups leaves the others for the next step: they are not
+    sampled again.
+    """
+    builder, engine = make(
+        {0: (1, 1), 1: (1, 1)}, "rollout.dynamic_filtering=true", "rollout.over_sampling=1.6"
+    )
+    batch = builder.build(1)  # five begun: p0, p1 say nothing, p2 … p4 fill the batch
+    assert names(batch.groups) == ["p2", "p3", "p4"] and batch.metrics["groups_carried"] == 0
+    builder, engine = make({0: (1, 1)}, "rollout.dynamic_filtering=true", "rollout.over_sampling=1.6")
+    batch = builder.build(1)
+    assert names(batch.groups) == ["p1", "p2", "p3"] and batch.metrics["groups_carried"] == 1  # p4, aborted
+
+
+def test_a_step_with_carried_groups_resumes_alike(make, tmp_path):
+    """Resuming after step 1 with the cursor and the ledger's carried groups gives the same second step."""
+    builder, engine = make(None, "rollout.over_sampling=2")
+    builder.build(1)
+    place = builder.first_prompt(2)
+    expected = builder.build(2).groups
+    again, other = make(None, "rollout.over_sampling=2")
+    (
+        tmp_path / "ledger" / "step_000002.rank_00000.jsonl"
+    ).unlink()  # what was finished of it: here the test is of the carried
+    again.resume(2, place)
+    assert again.build(2).groups == expected
+
+
+def test_finished_samples_are_not_sampled_again(make):
+    builder, _ = make()
+    expected = builder.build(1).groups
+    again, engine = make()
+    again.resume(1, 0)
+    assert again.build(1).groups == expected and engine.asked == []
+
+
+def gather(meeting, shown, rank, mine, background):
+    """Between two threads that stand for two ranks."""
+    shown[rank] = mine
+    meeting.wait()
+    everyone = [*shown]
+    meeting.wait()
+    return everyone
+
+
+def test_a_later_round_of_several_ranks_resumes_alike(make):
+    """Rank 0 has enough and aborts p4, rank 1 finds nothing; p4 is finished in the second round, and says
+    nothing.
+
+    Killed after that round, both go on: were p4 taken for whole in the first round, the second would begin
+    one prompt more.
+    """
+    script, settings = (
+        dict.fromkeys((1, 3, 4, 5), (1, 1)),
+        ["rollout.dynamic_filtering=true", "rollout.over_sampling=1.5"],
+    )
+    results = []
+    for _ in range(2):
+        meeting, shown, made = threading.Barrier(2, timeout=20), [b"", b""], []
+        for rank in range(2):
+            layout = SimpleNamespace(
+                rank=rank, world_size=2, gather_bytes=partial(gather, meeting, shown, rank)
+            )
+            made.append(make(script, *settings, "rollout.prompts_per_step=4", layout=layout))
+            made[-1][0].resume(1, 0)
+        with ThreadPoolExecutor(2) as ranks:
+            batch = list(ranks.map(lambda both: both[0].build(1), made))
+        left = [(builder.next_prompt, builder.carried, engine.asked) for builder, engine in made]
+        results.append([(one, *rest) for one, rest in zip(batch, left, strict=True)])
+    first, second = results
+    assert [names(batch.groups) for batch, *_ in first] == [["p0", "p6"], ["p2", "p7"]]
+    assert first[0][0].metrics["rounds"] == 2
+    for (batch, *rest, _), (again, *other, asked) in zip(first, second, strict=True):
+        assert (batch.groups, batch.metrics, rest) == (
+            again.groups,
+            again.metrics,
+            other,
+        ) and not asked  # nothing was left to sample
+
+
+def test_a_prompt_that_has_changed_is_sampled_again(make, monkeypatch):
+    builder, _ = make()
+    builder.build(1)
+    again, engine = make()
+    again.prompt = lambda number: prompt(number).model_copy(update={"answer": str(number + 1)})
+    again.resume(1, 0)
+    again.build(1)
+    assert len(engine.asked) == 6
+
+
+def test_what_is_carried_may_hold_any_character(make, tmp_path):
+    """Also those at which Python's splitlines would cut: JSON leaves them as they are."""
+    builder, _ = make(None, "rollout.over_sampling=2")
+    builder.build(1)
+    (one, *_), ledger = builder.ledger.carried(2), builder.ledger
+    strange = one.samples[0].model_copy(update={"text": "a\u2028b\u2029c\x85d\x0ce"})
+    ledger.carry(2, [one.model_copy(update={"samples": (strange,)})])
+    assert ledger.carried(2)[0].samples == (strange,)

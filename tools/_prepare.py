@@ -1,0 +1,19 @@
+"""What the programs that prepare published data share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+from megatron_srpo.config.schema import ConfigError
+
+
+def print_report(lines: Iterable[str]) -> int:
+    """Print lines as they come; return the exit status: 2 after a one-line error for unusable data."""
+    try:
+        for line in lines:
+            print(line)
+    except ConfigError as error:
+        print(f"error: {str(error).removeprefix('task.path: ')}", file=sys.stderr)
+        return 2
+    return 0
