@@ -1,6 +1,6 @@
-"""The data of one training step, in the order it is born: Prompt, Sample, Verdict, Route.
+"""The data of one training step in order of creation: Prompt, Sample, Verdict, Route.
 
-All records are frozen; a later phase returns copies that carry one field more. One `Sample` is one line of
+All records are frozen; a later phase returns copies with one more field. One `Sample` is one line of
 `rollouts/step_NNNNNN.jsonl`, and the same line is what ranks exchange and what replay reads.
 """
 
@@ -18,68 +18,53 @@ class _Record(BaseModel):
 class Prompt(_Record):
     """One question as the policy sees it."""
 
-    id: str = Field(
-        description="task/split/…, unique in a run: a question's next epoch is another prompt; the same for the same seed"
-    )
-    task: str = Field(description="the task's name; says which verifier judges the response")
+    id: str = Field(description="task/split/…, unique in a run, also over epochs; fixed by the seed")
+    task: str = Field(description="the task's name, which selects the verifier")
     messages: tuple[dict[str, str], ...] = Field(description="chat messages: role, content")
     answer: str = Field(description="ground truth, read by the verifier alone")
-    feedback: str | None = Field(
-        default=None, description="what the environment says of a failed attempt, from the data"
-    )
+    feedback: str | None = Field(default=None, description="the data's feedback for a failed attempt")
     ids: tuple[int, ...] = Field(default=(), description="token ids, generation header included")
 
 
 class Verdict(_Record):
-    """What the verifier says of one response."""
+    """A verifier's verdict on one response."""
 
     reward: float = Field(allow_inf_nan=False)
-    correct: bool = Field(description="c_i of METHOD.md: reward >= 0.5")
+    correct: bool = Field(description="c_i of docs/method.md: reward >= 0.5")
     format_ok: bool
-    feedback: str | None = Field(
-        default=None, description="what the environment says of this attempt; never the ground truth"
-    )
-    verifier_failed: str | None = Field(
-        default=None,
-        description="why nobody could judge it: timeout, died, memory, or error: and what the verifier raised",
-    )
-    excluded: bool = Field(
-        default=False, description="takes no part in its group: neither learns nor counts nor is shown"
-    )
+    feedback: str | None = Field(default=None, description="the environment's; never the ground truth")
+    verifier_failed: str | None = Field(default=None, description="timeout, died, memory, or error: …")
+    excluded: bool = Field(default=False, description="not trained, counted or shown in its group")
 
     @model_validator(mode="after")
-    def _correct_by_its_reward(self):
+    def _correct_by_its_reward(self) -> Self:
         if self.correct != (self.reward >= 0.5):
-            raise ValueError(
-                f"correct: {self.correct}, but reward is {self.reward}; a response is correct from 0.5 on"
-            )
+            found = f"correct: {self.correct}, but reward is {self.reward}"
+            raise ValueError(f"{found}; a response is correct from 0.5 on")
         return self
 
 
 class Route(_Record):
-    """What the algorithm makes of one sample; the two weights are z^GRPO and z^SDPO (METHOD.md §3)."""
+    """The algorithm's decision on one sample. Weights: z^GRPO and z^SDPO (docs/method.md, section 3)."""
 
     branch: Literal["grpo", "sdpo", "mixed", "none"]
     policy_weight: float
     distillation_weight: float
     advantage: float
-    sibling: int | None = Field(
-        default=None, description="index in the group of the sibling shown to the teacher"
-    )
+    sibling: int | None = Field(default=None, description="index of the sibling that the teacher is shown")
     teacher_ids: tuple[int, ...] | None = Field(default=None, description="the teacher's longer prompt")
     no_teacher: Literal["no_correct_sibling", "nothing_to_show"] | None = None
     demonstration_cut: bool = Field(default=False, description="the sibling's text was shortened to fit")
 
 
 class Segment(_Record):
-    """Consecutive response tokens of one author. Only the policy's tokens have log-probabilities and are trained."""
+    """Consecutive tokens of one author. Only the policy's have log-probabilities and are trained."""
 
     author: Literal["policy", "environment"] = "policy"
     ids: tuple[int, ...] = Field(min_length=1)
     logprobs: tuple[float, ...] = Field(default=(), description="the engine's, in nats, one a policy token")
-    versions: tuple[tuple[str, int, int], ...] = Field(
-        default=(), description="half-open spans of `ids` (weight version, start, end), of the policy only"
-    )
+    # Half-open spans of a policy segment's `ids`: (weight version, start, end).
+    versions: tuple[tuple[str, int, int], ...] = ()
 
     @model_validator(mode="after")
     def _logprobs_fit(self) -> Self:
@@ -92,16 +77,14 @@ class Segment(_Record):
 class Sample(_Record):
     """One rollout: the prompt and what follows it, in segments.
 
-    Everything that counts or trains tokens reads the policy's segments: `loss_mask`, `policy_ids`, `logprobs`.
+    All that counts or trains tokens reads the policy's segments: `loss_mask`, `policy_ids`, `logprobs`.
     """
 
     prompt: Prompt
     index: int = Field(description="position in its group, 0 .. samples_per_prompt - 1")
     segments: tuple[Segment, ...] = Field(min_length=1)
     finish_reason: Literal["stop", "length", "abort"]
-    text: str = Field(
-        default="", description="the response decoded, for verifiers and people; never tokenized again"
-    )
+    text: str = Field(default="", description="the response decoded; never tokenized again")
     verdict: Verdict | None = None
     route: Route | None = None
 

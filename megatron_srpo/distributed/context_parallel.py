@@ -33,7 +33,7 @@ class ContextParallel(NamedTuple):
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def local_tokens(self, positions: Tensor) -> Tensor:
-        """Return this rank's tokens of a row, in its order, from the row's `gathered_positions`: [T / size]."""
+        """Return this rank's tokens of a row, in its order, from its `gathered_positions`: [T / size]."""
         return positions.argsort().view(self.size, -1)[self.rank]
 
 

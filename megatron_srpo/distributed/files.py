@@ -32,7 +32,7 @@ class DurableFile:
         self._start = self._end = 0  # the range that is written, but whose write-back has not started
 
     def write_at(self, data: memoryview | bytes, offset: int) -> None:
-        """Write `data` at `offset` (bytes), without the GIL. Raises FileError, for example for a full disk."""
+        """Write `data` at `offset` (bytes), without the GIL. Raises FileError, such as for a full disk."""
         data = memoryview(data)
         if offset != self._end:
             self._write_back(offset)

@@ -40,7 +40,7 @@ class StopRequest:
         self._received = number
 
     def reason(self) -> str | None:
-        """Return why to end now, the same on every rank, or None. One small all-reduce, all ranks together."""
+        """Return why to end now, or None; the same on every rank. One small all-reduce of all ranks."""
         late = self.layout.rank == 0 and self._deadline is not None and time.monotonic() >= self._deadline
         asked = torch.tensor(_CLOCK if late else self._received, device=self.layout.device)
         if self.layout.world_size > 1:
