@@ -133,7 +133,7 @@ def test_after_enough_rounds_the_batch_is_filled(make):
 
 
 def test_over_sampling_aborts_the_slowest_and_continues_them(make):
-    """Six prompts begun, three wanted: the others have one token each, and continue from it by newer weights."""
+    """Six prompts begun, three wanted: the others have one token each, and continue with newer weights."""
     builder, engine = make(None, "rollout.over_sampling=2")
     assert names(builder.build(1).groups) == ["p0", "p1", "p2"]
     engine.version, engine.asked = "1", []
