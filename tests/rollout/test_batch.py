@@ -184,6 +184,8 @@ def test_a_step_with_carried_groups_resumes_alike(make, tmp_path):
     (
         tmp_path / "ledger" / "step_000002.rank_00000.jsonl"
     ).unlink()  # what was finished of it: here the test is of the carried
+    (tmp_path / "ledger" / "events.jsonl").write_text('{"event": "drawn"}\n')  # of an older version's run
+    again.ledger.resume(1)
     again.resume(2, place)
     assert again.build(2).groups == expected
 
