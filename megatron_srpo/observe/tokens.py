@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -48,35 +49,29 @@ def write_tokens(
 ) -> None:
     """Write the rows of `TokenValues.gather`, each token id replaced by its text, in one atomic file."""
     ids_of = {(sample.prompt.id, sample.index): sample.policy_ids for group in groups for sample in group}
-    texts: dict[int, str] = {}
 
+    @cache
     def text(token: int) -> str:
-        if token not in texts:
-            texts[token] = decode([token])
-        return texts[token]
+        return decode([token])
 
     lines = []
     for row in rows:
         tokens = {"tokens": [text(token) for token in ids_of[row["prompt_id"], row["index"]]]}
-        kinds = [key for key in ("top", "teacher_top") if key in row]
-        tops = {
-            key: [[[text(token), logprob] for token, logprob in place] for place in row[key]] for key in kinds
-        }
+        tops = {}
+        for key in ("top", "teacher_top"):
+            if key in row:
+                tops[key] = [[[text(token), logprob] for token, logprob in place] for place in row[key]]
         lines.append(json.dumps({"step": step, **row, **tokens, **tops}, ensure_ascii=False) + "\n")
     write_text(tokens_file(folder, step), "".join(lines))
 
 
 def read_tokens(folder: Path, step: int) -> dict[SampleKey, dict[str, Any]]:
-    """Read the rows of a step, by sample; empty if none were written.
-
-    Raises:
-        ConfigError: A line is damaged.
-    """
-    found = read_jsonl(tokens_file(folder, step))
+    """Read the rows of a step, by sample, {} if none were written; raise ConfigError if a line is damaged."""
+    file = tokens_file(folder, step)
+    found = read_jsonl(file)
     try:
         if found.problems:
             raise ValueError(found.problems[0])
         return {(row["prompt_id"], row["index"]): row for row in found.rows}
     except (ValueError, KeyError) as error:
-        file = tokens_file(folder, step)
         raise ConfigError(f"{file}: {error}; remove the file, which nothing else needs") from None

@@ -82,16 +82,13 @@ class TensorBoard:
 
 
 class WandB:
-    """One W&B run per run folder, also over several starts; its id is kept in RUN/wandb_id.
-
-    W&B drops rows below its own newest step, but a resumed run repeats steps. So `step` is logged as a number
-    and defined as the x axis of all others: a repeated step has two points.
-    """
+    """One W&B run per run folder, also over several starts; its id is kept in RUN/wandb_id."""
 
     def __init__(self, config: Config):
         import wandb  # pyright: ignore[reportMissingImports]
 
         settings, file = config.logging, config.logging.dir / "wandb_id"
+        quiet = wandb.Settings(silent=True, console="off")  # the terminal is ours
         if not file.is_file():
             write_text(file, secrets.token_hex(4))
         self.run = wandb.init(
@@ -102,9 +99,10 @@ class WandB:
             resume="allow",
             mode=settings.wandb_mode,
             config=config.model_dump(mode="json"),
-            settings=wandb.Settings(silent=True, console="off"),  # the terminal is ours
+            settings=quiet,
         )
 
+        # W&B drops rows below its own newest step, but a resumed run repeats steps: step is a metric.
         self.run.define_metric("*", step_metric="step")
 
     def write(self, row: Mapping[str, Any]) -> None:
