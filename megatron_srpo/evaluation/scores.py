@@ -37,9 +37,7 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 
 def interval(tasks: Sequence[Sequence[float]], seed: int = 0) -> Interval:
     """Average the tasks' means of their questions' scores in [0, 1]; resample questions within their task."""
-    means = _bootstrap_means([np.asarray(values, dtype=np.float64) for values in tasks], seed)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Interval(float(np.mean([np.mean(values) for values in tasks])), float(low), float(high))
+    return _bootstrap([np.asarray(values, dtype=np.float64) for values in tasks], seed)[0]
 
 
 def paired_difference(
@@ -49,20 +47,21 @@ def paired_difference(
     if [len(values) for values in base] != [len(values) for values in other]:
         raise ValueError("a paired comparison needs the same questions on both sides")
     gaps = [np.subtract(b, a, dtype=np.float64) for a, b in zip(base, other, strict=True)]
-    means = _bootstrap_means(gaps, seed)
-    low, high = np.percentile(means, [2.5, 97.5])
+    found, means = _bootstrap(gaps, seed)
     p = min(1.0, 2 * min(float(np.mean(means <= 0)), float(np.mean(means >= 0))))
-    return Difference(float(np.mean([gap.mean() for gap in gaps])), float(low), float(high), p)
+    return Difference(*found, p)
 
 
-def _bootstrap_means(tasks: Sequence[np.ndarray], seed: int) -> np.ndarray:
-    """Return the means over tasks of resampled questions' means. [RESAMPLES]."""
+def _bootstrap(tasks: Sequence[np.ndarray], seed: int) -> tuple[Interval, np.ndarray]:
+    """Return the mean over tasks with its interval, and the same mean of each resample. [RESAMPLES]."""
     rng = np.random.default_rng(seed)
     total = np.zeros(RESAMPLES)
     for values in tasks:
         for place in range(RESAMPLES):
             total[place] += values[rng.integers(len(values), size=len(values))].mean()
-    return total / len(tasks)
+    means = total / len(tasks)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Interval(float(np.mean([values.mean() for values in tasks])), float(low), float(high)), means
 
 
 def with_history(

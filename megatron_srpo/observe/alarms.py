@@ -36,13 +36,11 @@ class Limits(NamedTuple):
 
     @classmethod
     def of(cls, config: Config) -> Limits:
-        algorithm = config.algorithm
-        return cls(
-            config.logging.dead_group_share,
-            None if config.rollout.replay else config.rollout.logprob_gap_warning,
-            config.teacher.ema_rate if algorithm.uses_teacher and config.teacher.kind == "ema" else None,
-            algorithm.uses_teacher and algorithm.entropy_beta > 0,
-        )
+        has_teacher = config.algorithm.uses_teacher
+        gap = None if config.rollout.replay else config.rollout.logprob_gap_warning
+        rate = config.teacher.ema_rate if has_teacher and config.teacher.kind == "ema" else None
+        weighs_entropy = has_teacher and config.algorithm.entropy_beta > 0
+        return cls(config.logging.dead_group_share, gap, rate, weighs_entropy)
 
 
 def alarms(rows: Sequence[Row], limits: Limits) -> list[Alarm]:

@@ -169,23 +169,13 @@ def _sample(row: dict, place: int, values: dict, prompts: list[dict], numbers: d
         numbers[prompt["id"]] = len(prompts)
         messages = [[message["role"], _cut(message["content"])] for message in prompt["messages"]]
         prompts.append({"id": prompt["id"], "messages": messages, "answer": _cut(prompt["answer"])})
-    sample = {
-        "number": place,
-        "prompt": numbers[prompt["id"]],
-        "index": row["index"],
-        "text": _cut(row["text"]),
-        "tokens": policy_tokens(row),
-        "finish": row["finish_reason"],
-        "reward": _short(verdict["reward"]),
-        "correct": verdict["correct"],
-        "format": verdict["format_ok"],
-        "failure": verdict["verifier_failed"],
-        "feedback": verdict["feedback"] and _cut(verdict["feedback"]),
-        "branch": route["branch"],
-        "advantage": _short(route["advantage"]),
-        "sibling": route["sibling"],
-        "noTeacher": route["no_teacher"],
-    }
+    sample = {"number": place, "prompt": numbers[prompt["id"]], "index": row["index"]}
+    sample |= {"text": _cut(row["text"]), "tokens": policy_tokens(row), "finish": row["finish_reason"]}
+    sample |= {"reward": _short(verdict["reward"]), "correct": verdict["correct"]}
+    sample |= {"format": verdict["format_ok"], "failure": verdict["verifier_failed"]}
+    sample["feedback"] = verdict["feedback"] and _cut(verdict["feedback"])
+    sample |= {"branch": route["branch"], "advantage": _short(route["advantage"])}
+    sample |= {"sibling": route["sibling"], "noTeacher": route["no_teacher"]}
     if (found := values.get((prompt["id"], row["index"]))) is not None:
         hidden = ("step", "prompt_id", "index")
         sample["values"] = {key: value for key, value in found.items() if key not in hidden}
