@@ -169,7 +169,7 @@ def _sample(row: dict, place: int, values: dict, prompts: list[dict], numbers: d
         numbers[prompt["id"]] = len(prompts)
         messages = [[message["role"], _cut(message["content"])] for message in prompt["messages"]]
         prompts.append({"id": prompt["id"], "messages": messages, "answer": _cut(prompt["answer"])})
-    sample = {"number": place, "prompt": numbers[prompt["id"]], "index": row["index"]}
+    sample: dict[str, Any] = {"number": place, "prompt": numbers[prompt["id"]], "index": row["index"]}
     sample |= {"text": _cut(row["text"]), "tokens": policy_tokens(row), "finish": row["finish_reason"]}
     sample |= {"reward": _short(verdict["reward"]), "correct": verdict["correct"]}
     sample |= {"format": verdict["format_ok"], "failure": verdict["verifier_failed"]}

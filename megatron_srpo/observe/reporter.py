@@ -75,8 +75,7 @@ class Reporter:
 
     def summary(self) -> None:
         """Print the scores and the contents of the run folder, and write report.html."""
-        evaluations = self._metrics.evaluations()
-        if evaluations:
+        if evaluations := self.evaluations:
             key = next(key for key in evaluations[-1] if "/avg@" in key)
             values = [row[key] for row in evaluations if key in row]  # a resumed run may evaluate otherwise
             change = f"{values[0]:.3f} before, {values[-1]:.3f} after"

@@ -18,12 +18,9 @@ from megatron_srpo.distributed.files import read_jsonl, write_text
 def choose(groups: Sequence[Group], count: int) -> list[SampleKey]:
     """Choose `count` samples: in turn distilled, failed without a teacher, and right; of many prompts."""
     kinds: tuple[list[Sample], ...] = ([], [], [])
-    for group in groups:
-        for sample in group:
-            if sample.routed.distillation_weight > 0:
-                kinds[0].append(sample)
-            else:
-                kinds[2 if sample.judged.correct else 1].append(sample)
+    for sample in chain.from_iterable(groups):
+        is_distilled = sample.routed.distillation_weight > 0
+        kinds[0 if is_distilled else 2 if sample.judged.correct else 1].append(sample)
     turns = (_prompt_after_prompt(kind) for kind in kinds)
     chosen = [sample for turn in zip_longest(*turns) for sample in turn if sample is not None]
     return [(sample.prompt.id, sample.index) for sample in chosen[:count]]
@@ -40,13 +37,11 @@ def tokens_file(folder: Path, step: int) -> Path:
     return step_file(folder, step).with_suffix(".tokens.jsonl")
 
 
-def write_tokens(
-    rows: Sequence[Mapping[str, Any]],
-    groups: Sequence[Group],
-    decode: Callable[[Sequence[int]], str],
-    folder: Path,
-    step: int,
-) -> None:
+Decode = Callable[[Sequence[int]], str]  # token ids to text
+Rows = Sequence[Mapping[str, Any]]
+
+
+def write_tokens(rows: Rows, groups: Sequence[Group], decode: Decode, folder: Path, step: int) -> None:
     """Write the rows of `TokenValues.gather`, each token id replaced by its text, in one atomic file."""
     ids_of = {(sample.prompt.id, sample.index): sample.policy_ids for group in groups for sample in group}
 
@@ -57,7 +52,7 @@ def write_tokens(
     lines = []
     for row in rows:
         tokens = {"tokens": [text(token) for token in ids_of[row["prompt_id"], row["index"]]]}
-        tops = {}
+        tops: dict[str, Any] = {}
         for key in ("top", "teacher_top"):
             if key in row:
                 tops[key] = [[[text(token), logprob] for token, logprob in place] for place in row[key]]

@@ -90,11 +90,12 @@ class WandB:
         settings, file = config.logging, config.logging.dir / "wandb_id"
         if not file.is_file():
             write_text(file, secrets.token_hex(4))
-        name = {"project": settings.wandb_project, "name": settings.wandb_exp_name or settings.dir.name}
-        name |= {"dir": str(settings.dir), "id": file.read_text(encoding="utf-8").strip(), "resume": "allow"}
-        how = {"mode": settings.wandb_mode, "config": config.model_dump(mode="json")}
+        name, id = settings.wandb_exp_name or settings.dir.name, file.read_text(encoding="utf-8").strip()
+        options: dict[str, Any] = {"project": settings.wandb_project, "name": name, "dir": str(settings.dir)}
+        options |= {"id": id, "resume": "allow", "mode": settings.wandb_mode}
+        options |= {"config": config.model_dump(mode="json")}
         quiet = wandb.Settings(silent=True, console="off")  # the terminal is ours
-        self.run = wandb.init(**name, **how, settings=quiet)
+        self.run = wandb.init(**options, settings=quiet)
 
         # W&B drops rows below its own newest step, but a resumed run repeats steps: step is a metric.
         self.run.define_metric("*", step_metric="step")

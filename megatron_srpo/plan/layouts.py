@@ -73,8 +73,7 @@ def _cache(
 ) -> tuple[float | None, float]:
     """Return (bytes for keys and values, bytes needed); (None, 0) if nothing samples on training GPUs.
 
-    The embedded engine pads its batch to the longest sequence allowed. SGLang makes do with what there is;
-    everything but the policy's weights waits on the host for it.
+    The embedded engine pads to the longest sequence; for SGLang, all but the weights waits on the host.
     """
     rollout, servers, size = config.rollout, Servers.of(config, gpus), planned_dtype(config, machine).itemsize
     if rollout.replay is not None or not servers.colocated:
@@ -103,9 +102,8 @@ def layouts(
     tensors = [size for size in POWERS if size <= min(machine.gpus_per_node, gpus)]
     pipelines = [size for size in POWERS if size <= min(16, gpus)]
     experts = [size for size in POWERS if size <= gpus] if architecture.num_experts else [1]
-    for tensor, context, pipeline, expert, recompute in itertools.product(
-        tensors, tensors, pipelines, experts, (False, True)
-    ):
+    choices = itertools.product(tensors, tensors, pipelines, experts, (False, True))
+    for tensor, context, pipeline, expert, recompute in choices:
         if tensor * context > machine.gpus_per_node:
             continue
         changed = {

@@ -13,9 +13,8 @@ from megatron_srpo.distributed.device import model_dtype
 class Machine(NamedTuple):
     """One accelerator and its links in bytes, FLOP and seconds: the maker's figures, one way, not sparse.
 
-    host_bandwidth: between one GPU and its host's memory (PCIe 5 or 4, 16 lanes). network: of one GPU's own
-    400 Gb/s adapter. mfu: model FLOP utilisation assumed for matrix products. reserve: bytes assumed for the
-    CUDA context, NCCL's buffers, cuBLAS's workspaces and fragmentation.
+    host_bandwidth: to the host's memory (PCIe 5 or 4, 16 lanes). network: of a GPU's own 400 Gb/s adapter.
+    mfu, reserve: assumed for matrix products, and for CUDA's context, NCCL, cuBLAS and fragmentation.
     """
 
     name: str

@@ -238,10 +238,9 @@ def loss_bytes(
 ) -> tuple[float, float]:
     """Return (tiles of logits, what else the last stage keeps for the loss).
 
-    Tiles: at most `train.logits_memory_mib` (`vocab_parallel.fused.MEMORY`), and no more than the response
-    tokens need: two fp32 tiles (one without a teacher), on a GPU one in the model's dtype. Besides, the final
-    norm's three [T, H], the hidden states [T, H] (of all context-parallel ranks) and those that predict
-    responses [R, H] with their gradient and the teacher's.
+    Tiles: at most `train.logits_memory_mib`, and what the response tokens need: two in fp32 (one without a
+    teacher), on a GPU one in the model's dtype. Besides, the final norm's three [T, H], the hidden states
+    [T, H] of all context-parallel ranks, and [R, H] of responses with their gradient and the teacher's.
     """
     size, has_teacher = planned_dtype(config, machine).itemsize, config.algorithm.uses_teacher
     limit = (config.train.logits_memory_mib or 0) * 2**20 or MEMORY["cuda" if machine.is_gpu else "cpu"]
