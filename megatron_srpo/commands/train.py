@@ -19,9 +19,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _train(config: Config) -> int:
+    from megatron_srpo.checkpoint.run import TrainingInterrupted
     from megatron_srpo.checkpoint.saver import SaveFailed
     from megatron_srpo.observe.reporter import TrainingStopped
-    from megatron_srpo.train import TrainingInterrupted, train
+    from megatron_srpo.train import train
 
     try:
         train(config)
