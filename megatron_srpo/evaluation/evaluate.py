@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 from megatron_srpo.config.schema import EvaluationSection
-from megatron_srpo.data.records import Group, Sample
-from megatron_srpo.evaluation.scores import interval
+from megatron_srpo.data.records import Group
+from megatron_srpo.evaluation.scores import interval, sample_means
 from megatron_srpo.rollout.collect import Collector, exchange
 from megatron_srpo.rollout.engine import Sampling
 from megatron_srpo.tasks import Task, question_count
@@ -54,17 +54,6 @@ def summarise(label: str, groups: Sequence[Group]) -> dict[str, float]:
         **sample_means(samples),
     }
     return {f"eval/{label}/{key}": value for key, value in scores.items()}
-
-
-def sample_means(samples: Sequence[Sample]) -> dict[str, float]:
-    """Return the mean length and the shares of well-formed, truncated and unverified samples."""
-    count = len(samples)
-    return {
-        "response_tokens_mean": sum(sample.policy_tokens for sample in samples) / count,
-        "format_rate": sum(sample.judged.format_ok for sample in samples) / count,
-        "truncated_share": sum(sample.finish_reason == "length" for sample in samples) / count,
-        "verifier_failed_share": sum(sample.judged.verifier_failed is not None for sample in samples) / count,
-    }
 
 
 def parts(tasks: Mapping[str, Task], settings: EvaluationSection) -> list[tuple[Task, str]]:

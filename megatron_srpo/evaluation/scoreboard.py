@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 from megatron_srpo.config.schema import ConfigError
 from megatron_srpo.data.records import Group
 from megatron_srpo.distributed.files import write_text
-from megatron_srpo.evaluation.evaluate import sample_means
-from megatron_srpo.evaluation.scores import interval, paired_difference, pass_at_k
+from megatron_srpo.evaluation.scores import interval, paired_difference, pass_at_k, sample_means
 
 
 class Outcome(NamedTuple):

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_srpo.data.records import Sample
+
 RESAMPLES = 2_000
 
 
@@ -33,6 +35,17 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     if not (0 <= correct <= samples and 1 <= k <= samples):
         raise ValueError(f"pass@{k} needs 1 <= k <= n and 0 <= c <= n, not n = {samples}, c = {correct}")
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def sample_means(samples: Sequence[Sample]) -> dict[str, float]:
+    """Return the mean length and the shares of well-formed, truncated and unverified samples."""
+    count = len(samples)
+    return {
+        "response_tokens_mean": sum(sample.policy_tokens for sample in samples) / count,
+        "format_rate": sum(sample.judged.format_ok for sample in samples) / count,
+        "truncated_share": sum(sample.finish_reason == "length" for sample in samples) / count,
+        "verifier_failed_share": sum(sample.judged.verifier_failed is not None for sample in samples) / count,
+    }
 
 
 def interval(tasks: Sequence[Sequence[float]], seed: int = 0) -> Interval:

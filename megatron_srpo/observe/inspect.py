@@ -78,9 +78,9 @@ def _facts(row: dict, step: int, number: int, console: Console) -> None:
     console.print(Text(title, style="bold"))
     form = "ok" if row["verdict"]["format_ok"] else "not ok"
     line = (
-        f"{_verdict(row)}, reward {row['verdict']['reward']:g}, format {form}; route {route['branch']}{why},"
+        f"{_verdict(row)}, reward {row['verdict']['reward']:g}, format {form}; route {route['branch']}{why}"
     )
-    line += f" advantage {route['advantage']:+.3f}; {policy_tokens(row)} tokens ({row['finish_reason']})"
+    line += f", advantage {route['advantage']:+.3f}; {policy_tokens(row)} tokens ({row['finish_reason']})"
     console.print(Text(line))
     console.print(Text(f"ground truth: {visible(row['prompt']['answer'])}"))
 
