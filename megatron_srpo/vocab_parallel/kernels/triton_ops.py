@@ -6,7 +6,6 @@ storing them. With TRITON_INTERPRET=1 they run on a CPU; so the tests run them w
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,18 +21,13 @@ _BLOCK, _WARPS = 4096, 8
 
 
 class TritonTileOps:
-    """`TileOps` for fp32 tiles.
-
-    Extra memory: the gradient, [tile_tokens, width] in the dtype its products are computed in.
-    """
+    """`TileOps` for fp32 tiles; holds a gradient [tile_tokens, width] in the dtype and device of `like`."""
 
     gradient_is_separate = True
 
-    def __init__(
-        self, tile_tokens: int, width: int, dtype: torch.dtype, divergence: Divergence, device: torch.device
-    ):
+    def __init__(self, tile_tokens: int, width: int, divergence: Divergence, like: Tensor):
         self.divergence = divergence
-        self.gradient_buffer = torch.empty(tile_tokens, width, dtype=dtype, device=device)
+        self.gradient_buffer = like.new_empty(tile_tokens, width)
 
     def row_sums(self, tiles: list[Tensor], sums: Tensor) -> None:
         self.tiles = tiles
@@ -53,7 +47,6 @@ class TritonTileOps:
         return sums
 
     def gradient(self, terms: GradTerms, maximum: Tensor, total: Tensor) -> Tensor:
-        """See `TileOps`. Returns a buffer of its own."""
         student, teacher = self.tiles[0], self.tiles[-1]
         gradient = self.gradient_buffer[: len(student)]
         columns, target_grad, p_scale, pf_scale, plogp_scale = terms
