@@ -292,7 +292,8 @@ class _FusedObjective(torch.autograd.Function):
         if gradients is None:
             raise RuntimeError("fused_objective: backward ran already and freed the gradients; call it again")
         if ctx.must_be_one:
-            torch._assert_async(loss_grad == 1)  # dWeight is in weight_grad already
+            # dWeight is in weight_grad already
+            torch._assert_async(loss_grad == 1)  # pyright: ignore[reportPrivateImportUsage]
         elif loss_grad.is_cuda or loss_grad != 1:
             for gradient in gradients:
                 if gradient is not None:

@@ -47,6 +47,7 @@ def gather(values: Tensor, shard: VocabShard, while_waiting: Callable[[], None] 
     gathered = values.new_empty(dist.get_world_size(shard.group) * values.numel())
     work = _all_gather(gathered, values.contiguous().view(-1), group=shard.group, async_op=True)
     while_waiting()
+    assert work is not None
     work.wait()
     return gathered.view(-1, *values.shape)
 
