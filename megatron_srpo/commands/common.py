@@ -1,6 +1,4 @@
-"""What the commands that take a configuration file share."""
-
-from __future__ import annotations
+"""Arguments and errors shared by the commands that take a configuration file."""
 
 import argparse
 import errno

@@ -1,7 +1,5 @@
 """srpo eval: evaluate a model folder, or the policy of a run."""
 
-from __future__ import annotations
-
 import argparse
 
 from megatron_srpo.commands.common import add_config_arguments, is_first_rank, run_configured

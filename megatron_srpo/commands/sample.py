@@ -1,7 +1,5 @@
 """srpo sample: rollouts without training."""
 
-from __future__ import annotations
-
 import argparse
 
 from megatron_srpo.commands.common import add_config_arguments, run_configured

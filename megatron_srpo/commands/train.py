@@ -1,7 +1,5 @@
 """srpo train: train by a configuration file."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 

@@ -22,13 +22,7 @@ from typing import Any
 from megatron_srpo.data.records import Verdict
 
 Verifier = Callable[[str, str], Verdict]
-NUMERALS = {
-    "Integer",
-    "Float",
-    "Rational",
-    "sympy",
-    "*",
-}  # by which sympy makes a number
+NUMERALS = {"Integer", "Float", "Rational", "sympy", "*"}  # by which sympy makes a number
 OWN_MODULE = "megatron_srpo_own_tasks"  # of a user's file, so that its dataclasses can be looked up
 
 

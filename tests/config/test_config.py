@@ -376,7 +376,7 @@ def test_contradictions_name_their_place(message_of, text, override, place):
         ),
         (
             "task:\n  name: x\n  mixture: [addition]\n",
-            "config.yaml:9: task.mixture: beside it stands task.name",
+            "config.yaml:9: task.mixture: task.name belongs in one of its tasks",
         ),
         (
             "task:\n  mixture: [addition, addition]\n",
