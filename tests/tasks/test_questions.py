@@ -55,7 +55,7 @@ def refusal(tmp_path):
         ),
         (
             b'{"question": "x", "answer": "1", "id": 7}\n{"question": "y", "answer": "1", "id": "7"}\n',
-            "data.jsonl:2: id: '7' stands in line 1 already; ids must be unique",
+            "data.jsonl:2: id: '7' is also in line 1; ids must be unique",
         ),
         (
             b'{"question": "x", "answer": "1", "id": [1]}\n',

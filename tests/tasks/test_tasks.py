@@ -51,7 +51,7 @@ def test_a_folder_names_its_task_and_the_name_its_verifier(folder):
         ({"name": "chemistry"}, "task.path: chemistry needs its questions"),
         (
             {"path": "physics", "name": "mine"},
-            "who judges 'mine' in .*physics\\? Set task.verifier \\(exact, multiple_choice, tool_calls",
+            "none for 'mine' in .*physics. Set task.verifier \\(exact, multiple_choice, tool_calls",
         ),
         ({"path": "physics", "verifier": "exact", "rule": "strict"}, "task.rule: exact has no strict rule"),
         ({"rule": "strict"}, "task.rule: task addition does not read it; is task.path missing\\?"),
