@@ -8,7 +8,7 @@ import json
 import random
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,9 +56,7 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     except OSError as error:
         raise ConfigError(f"task.path: {path}: cannot be read: {error.strerror}") from None
     with file:
-        number = 0
-        while line := file.readline(LONGEST_LINE + 1):
-            number += 1
+        for number, line in enumerate(iter(partial(file.readline, LONGEST_LINE + 1), b""), 1):
             where = f"task.path: {path}:{number}"
             if len(line) > LONGEST_LINE:
                 size = f"{LONGEST_LINE >> 20} MiB"

@@ -86,12 +86,10 @@ def _questions_of(api: Any, place: int, where: str) -> Iterator[tuple[ToolQuesti
         rows = [_instance(instance, api, f"{where}: Instances") for instance in api["Instances"]]
     else:
         raise ConfigError(f"{where}: has neither Golden_Answers nor Instances")
+    about = {"name": api["Name"], "description": api["Description"], "documentation": api["NLDocumentation"]}
     for number, (question, calls, problem) in enumerate(rows):
         reason = problem or _why_left_out(question, calls)
-        name, description, documentation = api["Name"], api["Description"], api["NLDocumentation"]
-        prompt = PROMPT.format(
-            name=name, description=description, documentation=documentation, question=question
-        )
+        prompt = PROMPT.format(**about, question=question)
         yield (None if reason else ToolQuestion(f"{place}-{number}", prompt, calls)), reason
 
 
