@@ -59,7 +59,8 @@ def run_evaluation(config: Config) -> Path:
         open_folder(config)
         check_answered(config, tasks)
     # Every process holds an engine of its own.
-    data_parallel = ParallelSection(distributed_timeout_minutes=config.parallel.distributed_timeout_minutes)
+    minutes = config.parallel.distributed_timeout_minutes
+    data_parallel = ParallelSection.model_validate({"distributed_timeout_minutes": minutes})
     with process_group(data_parallel, config.train.seed) as layout:
         if path is not None:  # the first rank's choice: a run in progress may have saved another meanwhile
             first = layout.broadcast(str(config.evaluation.checkpoint))
