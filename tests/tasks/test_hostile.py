@@ -1,4 +1,4 @@
-"""Hostile output: 10,000 made responses a verifier, known tricks: no crash, no false positive, linear time."""
+"""Hostile output: 10,000 responses a verifier, known tricks: no crash, no false positive, linear time."""
 
 from __future__ import annotations
 
