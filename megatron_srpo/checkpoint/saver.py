@@ -47,7 +47,7 @@ class Saver:
         settings: CheckpointSection,
         layout: Layout,
         info: RunInfo,
-        on_commit: Callable[[int], None],
+        on_commit: Callable[[int], None] = lambda step: None,
     ):
         self.directory = directory
         self.settings = settings

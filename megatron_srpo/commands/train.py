@@ -13,9 +13,10 @@ add_arguments = add_config_arguments
 
 @configured
 def run(config: Config) -> int:
+    from megatron_srpo.checkpoint.run import TrainingInterrupted
     from megatron_srpo.checkpoint.saver import SaveFailed
     from megatron_srpo.observe.reporter import TrainingStopped
-    from megatron_srpo.train import TrainingInterrupted, train
+    from megatron_srpo.train import train
 
     try:
         train(config)
