@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_srpo.checkpoint import resume
-from megatron_srpo.checkpoint.folder import Counters, RunInfo
-from megatron_srpo.checkpoint.saver import Saver
+from megatron_srpo.checkpoint.run import RunCheckpoints, TrainingInterrupted
 from megatron_srpo.config.load import save_config
 from megatron_srpo.config.schema import Config
 from megatron_srpo.distributed.heartbeat import PROGRESS
 from megatron_srpo.distributed.layout import Layout, process_group
 from megatron_srpo.distributed.stop import StopRequest
-from megatron_srpo.evaluation.evaluator import Evaluator, create_evaluator
+from megatron_srpo.evaluation.evaluator import create_evaluator
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.observe.profiler import StepProfiler
 from megatron_srpo.observe.reporter import Reporter, TrainingStopped
@@ -28,10 +26,6 @@ from megatron_srpo.training.trainer import Trainer, TrainerSettings
 from megatron_srpo.weights.transfer import save_hf
 
 
-class TrainingInterrupted(RuntimeError):
-    """The run was asked to end and has saved itself; the same command resumes it."""
-
-
 def train(config: Config) -> Path:
     """Train on this process's share of the work, from the start or the newest checkpoint. All ranks together.
 
@@ -45,13 +39,11 @@ def train(config: Config) -> Path:
         SaveFailed: the last checkpoint could not be written.
     """
     folder = preflight(config)
+    title = f"{config.algorithm.name} · {folder.path.name}"
+    collective_errors = (TrainingStopped, TrainingInterrupted)
     with (
-        process_group(
-            config.parallel, config.train.seed, collective_errors=(TrainingStopped, TrainingInterrupted)
-        ) as layout,
-        run_session(
-            config.logging, f"{config.algorithm.name} · {folder.path.name}", config.train.steps, layout
-        ) as terminal,
+        process_group(config.parallel, config.train.seed, collective_errors) as layout,
+        run_session(config.logging, title, config.train.steps, layout) as terminal,
         StopRequest(layout, config.checkpoint.exit_duration_in_mins) as stop,
     ):
         Training(config, folder, layout, terminal, stop).run()
@@ -70,26 +62,19 @@ class Training:
         self.terminal = terminal
         self.stop = stop
         self.directory = config.logging.dir
-        self.checkpoint = resume.find(config, layout, lambda text: terminal.say(text, "bold red"))
+        self.watch = Stopwatch(terminal.phase)
+        self.checkpoints = RunCheckpoints(config, folder, layout, terminal, self.watch)
         if layout.rank == 0:
             save_config(config, self.directory / "config.yaml")
         for line in describe_setup(config, folder, layout):
             terminal.say(line)
-        self.trainer = Trainer(TrainerSettings.of(config), folder, layout, self.checkpoint is not None)
+        self.trainer = Trainer(TrainerSettings.of(config), folder, layout, self.checkpoints.is_resumed)
         terminal.say(self.trainer.describe_loss())
-        self.watch = Stopwatch(terminal.phase)
         self.rollouts = open_rollouts(config, folder, layout, terminal.say, self.watch)
-        self.evaluator: Evaluator | None = create_evaluator(config, self.rollouts, terminal.say)
+        self.evaluator = create_evaluator(config, self.rollouts, terminal.say)
         self.reporter = Reporter(config, layout, terminal)
         self.dump = StepDump(config.logging, layout, config.rollout.temperature, folder.tokenizer.decode)
         self.profiler = StepProfiler(self.directory / "profile", config.logging, layout)
-        self.saver = Saver(
-            self.directory / "checkpoints",
-            config.checkpoint,
-            layout,
-            RunInfo.of(config, folder.architecture, layout),
-            self.rollouts.saved,
-        )
 
     def run(self) -> None:
         """Train all remaining steps, then export the policy as a Hugging Face folder."""
@@ -104,7 +89,7 @@ class Training:
                 self.reporter.close_trackers()
             self.terminal.phase("export")
             save_hf(self.trainer.export(), self.folder, self.directory / "hf", write=self.layout.rank == 0)
-            self.saver.finish()
+            self.checkpoints.finish()
             self.reporter.summary()
         finally:
             self.reporter.close()
@@ -113,7 +98,8 @@ class Training:
             raise stopped
 
     def _loop(self) -> None:
-        done, is_evaluated = self._restore()
+        saved = self.trainer, self.rollouts, self.reporter
+        done, is_evaluated = self.checkpoints.restore(*saved)
         self._publish(done)
         if not is_evaluated:
             self._evaluate(done)
@@ -123,7 +109,9 @@ class Training:
                 self.step(step)
             reason = self.stop.reason()  # all ranks ask after the same step
             evaluation = self._evaluate(step) if reason is None else None
-            self._save(step, evaluation, reason)
+            self.checkpoints.save(step, *saved, evaluation, is_ending=reason is not None)
+            if reason is not None and self._is_unfinished(step):
+                self.checkpoints.interrupt(step, reason)
 
     def step(self, step: int) -> None:
         """Sample, route, score, update and publish once. Raises TrainingStopped."""
@@ -155,31 +143,7 @@ class Training:
         self.terminal.phase("evaluate")
         return self.reporter.evaluation(step, self.evaluator(self.reporter.evaluations))
 
-    def _restore(self) -> tuple[int, bool]:
-        """Restore the newest checkpoint. Returns its step (0 at the start), and whether it is evaluated."""
-        step, is_evaluated, counters = resume.restore(
-            self.checkpoint, self.trainer, self.layout, self.terminal.say
-        )
-        self.reporter.resume(step, is_evaluated, counters.skipped_in_a_row)
-        self.rollouts.resume(step, counters.next_prompt)
-        return step, is_evaluated
-
-    def _save(self, step: int, evaluation: dict | None, reason: str | None) -> None:
-        """Begin a checkpoint where one is due; with a `reason` to end, wait for it and raise."""
-        interval, last = self.config.checkpoint.save_interval, self.config.train.steps
-        if interval and (step % interval == 0 or step == last or reason is not None):
-            with self.watch("checkpoint"):
-                counters = Counters(self.reporter.skipped_in_a_row, self.rollouts.next_prompt)
-                self.saver.save(step, self.trainer, counters, evaluation)
-        if problem := self.saver.news():  # the checkpoint before stays
-            self.terminal.say(problem, "bold red")
-        evaluates = self.evaluator is not None and interval > 0  # a resumed run evaluates the last step
-        if reason is not None and (step < last or evaluates):
-            self.terminal.phase("checkpoint")
-            if not interval:
-                text = f"{reason}: ended after step {step} without a checkpoint (checkpoint.save_interval: 0)"
-                raise TrainingInterrupted(text)
-            self.saver.finish()
-            raise TrainingInterrupted(
-                f"{reason}: checkpoint saved at step {step}/{last}; rerun the same command to resume"
-            )
+    def _is_unfinished(self, step: int) -> bool:
+        """Return True if a resumed run has something to do after `step`: steps, or the last evaluation."""
+        evaluates = self.evaluator is not None and self.config.checkpoint.save_interval > 0
+        return step < self.config.train.steps or evaluates

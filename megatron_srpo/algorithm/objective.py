@@ -25,9 +25,10 @@ class TokenTerms(NamedTuple):
     engine_logprob: Tensor
     old_logprob: Tensor | None
 
-    def rows(self, rows: slice) -> TokenTerms:
+    def rows(self, rows: slice | Tensor) -> TokenTerms:
         """Return the terms of some of the tokens."""
-        return TokenTerms(*(None if field is None else field[rows] for field in self))
+        old = None if self.old_logprob is None else self.old_logprob[rows]
+        return TokenTerms(*(field[rows] for field in self[:4]), old_logprob=old)
 
 
 def truncated_importance(old_logprob: Tensor, engine_logprob: Tensor, cap: float | None) -> Tensor:
@@ -38,7 +39,7 @@ def truncated_importance(old_logprob: Tensor, engine_logprob: Tensor, cap: float
 
 
 def _ratio(logprob: Tensor, old_logprob: Tensor) -> Tensor:
-    """Return π_θ/π_old, [T], within e^±20: beyond, fp32 overflows, and 0 · inf is NaN for weightless tokens."""
+    """Return π_θ/π_old, [T], within e^±20: beyond, fp32 overflows, and weight 0 times infinity is NaN."""
     return (logprob - old_logprob).clamp(-20.0, 20.0).exp()
 
 

@@ -1,4 +1,4 @@
-"""The teacher's prompt: the original question with a correct sibling's solution (METHOD.md §2, "Teacher").
+"""The teacher's prompt: the original question with a correct sibling's solution (docs/method.md, section 2).
 
 The teacher re-scores the student's own response ids after this prompt; it never generates. When the prompt is
 too long the demonstration is shortened, never the chat header or the final sentence.
@@ -17,22 +17,18 @@ Message = dict[str, str]
 
 
 class TeacherPrompt(NamedTuple):
-    """Token ids of the teacher's prompt, or None when there is nothing to show: no demonstration and no
-    feedback, or none fits.
-
-    shows_solution: something of the demonstration is in it. demonstration_cut: not all of it is.
-    """
+    """The teacher's prompt; `ids` is None without a demonstration or feedback, or if neither fits."""
 
     ids: list[int] | None
-    shows_solution: bool
-    demonstration_cut: bool
+    shows_solution: bool  # some of the demonstration is in it
+    demonstration_cut: bool  # not all of it is
 
 
 NOTHING_SHOWN = TeacherPrompt(None, False, False)
 
 
 def clean_demonstration(text: str) -> str:
-    """A sibling's decoded response without its thinking.
+    """Return a sibling's decoded response without its thinking.
 
     Removes every `<think>…</think>`; text up to a lone `</think>` is thinking too (the chat template may have
     opened the block in the prompt), and so is text after a lone `<think>` (the response was cut inside it).
@@ -46,18 +42,17 @@ def clean_demonstration(text: str) -> str:
 def teacher_messages(
     messages: Sequence[Message], demonstration: str, feedback: str | None = None
 ) -> list[Message]:
-    """System messages unchanged, then one user message: question, solution, optional feedback, final
-    sentence.
+    """Return the system messages, and one user message: question, solution, feedback, final sentence.
 
-    An empty demonstration leaves the solution out: the feedback alone teaches.
-
-    Raises ValueError when the prompt does not end with a user message or has assistant turns.
+    An empty demonstration leaves the solution out: the feedback alone teaches. ValueError if the prompt
+    does not end with a user message or has assistant turns.
     """
     *system, user = messages
     if user["role"] != "user" or any(message["role"] != "system" for message in system):
         roles = [message["role"] for message in messages]
         raise ValueError(
-            f"a prompt must be system messages and one final user message to be shown to the teacher, not {roles}"
+            "a prompt must be system messages and one final user message to be shown to the teacher, not"
+            f" {roles}"
         )
     content = f"{user['content']}\n"
     if demonstration.strip():
@@ -74,21 +69,20 @@ def build_teacher_prompt(
     max_tokens: int,
     feedback: str | None = None,
 ) -> TeacherPrompt:
-    """Ids of the longest teacher prompt of at most `max_tokens` tokens.
+    """Return the longest teacher prompt of at most `max_tokens` tokens.
 
     `encode` renders chat messages to ids with the generation header. A demonstration that does not fit is cut
-    at its end, to the longest prefix that fits (bisection over its characters: token counts grow with the
-    text), which is none of it where only the feedback fits.
+    to its longest prefix that fits, found by bisection over characters; to nothing if only the feedback fits.
     """
 
     def ids_for(characters: int) -> list[int]:
         return encode(teacher_messages(messages, demonstration[:characters], feedback))
 
-    if not demonstration.strip() and not feedback:  # a prompt that shows nothing teaches nothing
+    if not demonstration.strip() and not feedback:
         return NOTHING_SHOWN
-    whole = ids_for(len(demonstration))
-    if len(whole) <= max_tokens:
-        return TeacherPrompt(whole, bool(demonstration.strip()), False)
+    full = ids_for(len(demonstration))
+    if len(full) <= max_tokens:
+        return TeacherPrompt(full, bool(demonstration.strip()), False)
     best, characters = None, 0
     low, high = 0, len(demonstration) - 1
     while low <= high:
@@ -99,8 +93,6 @@ def build_teacher_prompt(
         else:
             high = middle - 1
     shows_solution = bool(demonstration[:characters].strip())
-    return (
-        TeacherPrompt(best, shows_solution, True)
-        if best is not None and (shows_solution or feedback)
-        else NOTHING_SHOWN
-    )
+    if best is None or not (shows_solution or feedback):
+        return NOTHING_SHOWN
+    return TeacherPrompt(best, shows_solution, True)

@@ -1,6 +1,4 @@
-"""Group advantages and sample routing: from verified groups to what each sample learns (METHOD.md §1 and
-§3).
-"""
+"""Group advantages and sample routing: what each sample learns (docs/method.md, sections 1 and 3)."""
 
 from __future__ import annotations
 
@@ -18,14 +16,20 @@ from megatron_srpo.algorithm.reprompt import (
 from megatron_srpo.algorithm.settings import Algorithm
 from megatron_srpo.data.records import Group, Route, Sample
 
+Encode = Callable[[list[dict[str, str]]], list[int]]
+Feedback = Literal["off", "without_solution", "always"]
+_BRANCHES: dict[tuple[bool, bool], Literal["grpo", "sdpo", "mixed", "none"]] = {  # (GRPO, SDPO)
+    (True, False): "grpo",
+    (False, True): "sdpo",
+    (True, True): "mixed",
+    (False, False): "none",
+}
+ShowTeacher = Callable[[Sample, Sample | None], TeacherPrompt]
+
 
 def group_advantages(rewards: Sequence[float], divide_by_std: bool = False) -> list[float]:
-    """A_i = r_i - mean(r) over the G rewards of one prompt, whatever their route; optionally / (std + 1e-6),
-    ddof 1.
-    """
-    mean = statistics.mean(
-        rewards
-    )  # exact, so that rewards all alike have advantage 0 also where they are no 0 or 1
+    """Return A_i = r_i - mean(r) of one prompt's rewards; optionally / (std + 1e-6), ddof 1."""
+    mean = statistics.mean(rewards)  # exact: equal rewards have advantage 0, also if they are neither 0 nor 1
     centred = [reward - mean for reward in rewards]
     if not divide_by_std:
         return centred
@@ -34,24 +38,20 @@ def group_advantages(rewards: Sequence[float], divide_by_std: bool = False) -> l
 
 
 def choose_sibling(correct: Sequence[bool], index: int, seed: str) -> int | None:
-    """A correct rollout other than `index`, uniformly at random by `seed`; None when there is none."""
+    """Choose a correct rollout other than `index`, uniformly by `seed`; None if there is none."""
     others = [other for other, is_correct in enumerate(correct) if is_correct and other != index]
     return random.Random(seed).choice(others) if others else None
 
 
-def has_signal(
-    group: Group, algorithm: Algorithm, feedback: Literal["off", "without_solution", "always"] = "off"
-) -> bool:
-    """Whether any sample of the group would teach the policy something: by an advantage other than 0, or by
-    a teacher.
-    """
-    judged = [sample for sample in group if not sample.verdict.excluded]
-    differ = len({sample.verdict.reward for sample in judged}) > 1
-    right = sum(sample.verdict.correct for sample in judged)
-    for verdict in (sample.verdict for sample in judged):
-        is_told = feedback != "off" and not verdict.correct and bool(verdict.feedback)
+def has_signal(group: Group, algorithm: Algorithm, feedback: Feedback = "off") -> bool:
+    """Return True if a sample of the group has a non-zero advantage that is trained, or a teacher."""
+    verdicts = [sample.judged for sample in group if not sample.judged.excluded]
+    differ = len({verdict.reward for verdict in verdicts}) > 1
+    right = sum(verdict.correct for verdict in verdicts)
+    for verdict in verdicts:
+        has_feedback = feedback != "off" and not verdict.correct and bool(verdict.feedback)
         policy_weight, distillation_weight = algorithm.branch_weights(
-            verdict.correct, right > verdict.correct or is_told
+            verdict.correct, right > verdict.correct or has_feedback
         )
         if distillation_weight > 0 or differ and policy_weight > 0:
             return True
@@ -61,48 +61,45 @@ def has_signal(
 def route_groups(
     groups: Sequence[Group],
     algorithm: Algorithm,
-    encode: Callable[[list[dict[str, str]]], list[int]],
+    encode: Encode,
     max_teacher_prompt_tokens: int,
     seed: str,
-    feedback: Literal["off", "without_solution", "always"] = "off",
+    feedback: Feedback = "off",
 ) -> list[Group]:
-    """Each sample with its advantage, branch weights and, where it is distilled, its teacher's prompt.
+    """Give each sample its advantage, branch weights and, if it is distilled, its teacher's prompt.
 
-    `encode` renders chat messages to ids (see `build_teacher_prompt`); `seed` names the run and step, and
-    with the prompt's id and the sample's index decides which sibling is shown, so a replay routes exactly
-    alike. `feedback`: whether a failed sample's environment feedback is shown to its teacher where there is
-    no solution to show, or always. An excluded sample takes no part: neither in its group's mean nor as a
-    sibling, and it learns nothing.
+    An excluded sample takes no part: neither in its group's mean nor as a sibling, and it learns nothing.
+
+    Args:
+        encode: Renders chat messages to ids (see `build_teacher_prompt`).
+        seed: Names run and step; with prompt id and sample index it decides which sibling is shown, so that a
+            replay routes exactly alike.
+        feedback: Whether a failed sample's environment feedback is shown to its teacher: never, where there
+            is no solution to show, or always.
     """
 
     def teacher_prompt(sample: Sample, sibling: Sample | None) -> TeacherPrompt:
         demonstration = clean_demonstration(sibling.text) if sibling else ""
-        tells = feedback == "always" or (feedback == "without_solution" and not demonstration)
-        told = sample.verdict.feedback if tells and not sample.verdict.correct else None
-        return build_teacher_prompt(
-            sample.prompt.messages, demonstration, encode, max_teacher_prompt_tokens, told
-        )
+        shows_feedback = feedback == "always" or (feedback == "without_solution" and not demonstration)
+        shown = sample.judged.feedback if shows_feedback and not sample.judged.correct else None
+        messages, limit = sample.prompt.messages, max_teacher_prompt_tokens
+        return build_teacher_prompt(messages, demonstration, encode, limit, shown)
 
     return [_route_group(group, algorithm, teacher_prompt, seed) for group in groups]
 
 
-def _route_group(group: Group, algorithm: Algorithm, teacher_prompt: Callable, seed: str) -> Group:
-    judged = [sample for sample in group if not sample.verdict.excluded]
-    advantages = iter(
-        group_advantages([sample.verdict.reward for sample in judged], algorithm.advantage_std)
-        if judged
-        else []
-    )
-    correct = [sample.verdict.correct and not sample.verdict.excluded for sample in group]
-    routes = [
-        Route(branch="none", policy_weight=0.0, distillation_weight=0.0, advantage=0.0)
-        if sample.verdict.excluded
-        else _route(sample, group, correct, next(advantages), algorithm, teacher_prompt, seed)
-        for sample in group
-    ]
-    return tuple(
-        sample.model_copy(update={"route": route}) for sample, route in zip(group, routes, strict=True)
-    )
+def _route_group(group: Group, algorithm: Algorithm, teacher_prompt: ShowTeacher, seed: str) -> Group:
+    rewards = [sample.judged.reward for sample in group if not sample.judged.excluded]
+    advantages = iter(group_advantages(rewards, algorithm.advantage_std) if rewards else [])
+    correct = [sample.judged.correct and not sample.judged.excluded for sample in group]
+    routed: list[Sample] = []
+    for sample in group:
+        if sample.judged.excluded:
+            route = Route(branch="none", policy_weight=0.0, distillation_weight=0.0, advantage=0.0)
+        else:
+            route = _route(sample, group, correct, next(advantages), algorithm, teacher_prompt, seed)
+        routed.append(sample.model_copy(update={"route": route}))
+    return tuple(routed)
 
 
 def _route(
@@ -111,28 +108,28 @@ def _route(
     correct: Sequence[bool],
     advantage: float,
     algorithm: Algorithm,
-    teacher_prompt: Callable,
+    teacher_prompt: ShowTeacher,
     seed: str,
 ) -> Route:
     sibling = choose_sibling(correct, sample.index, f"{seed}/{sample.prompt.id}/{sample.index}")
     shown, missing = NOTHING_SHOWN, None if sibling is not None else "no_correct_sibling"
-    if algorithm.branch_weights(sample.verdict.correct, True)[1] > 0:  # it would learn from a teacher
+    if algorithm.branch_weights(sample.judged.correct, True)[1] > 0:
         shown = teacher_prompt(sample, None if sibling is None else group[sibling])
         if shown.ids is not None:
             missing = None
         elif sibling is not None:
             missing = "nothing_to_show"
     policy_weight, distillation_weight = algorithm.branch_weights(
-        sample.verdict.correct, shown.ids is not None
+        sample.judged.correct, shown.ids is not None
     )
     distilled = distillation_weight > 0
     return Route(
-        branch=("mixed" if distilled else "grpo") if policy_weight > 0 else ("sdpo" if distilled else "none"),
+        branch=_BRANCHES[policy_weight > 0, distilled],
         policy_weight=policy_weight,
         distillation_weight=distillation_weight,
         advantage=advantage,
         sibling=sibling if distilled and shown.shows_solution else None,
-        teacher_ids=shown.ids if distilled else None,
+        teacher_ids=tuple(shown.ids) if distilled and shown.ids is not None else None,
         no_teacher=missing,
         demonstration_cut=shown.demonstration_cut,
     )

@@ -36,7 +36,7 @@ _NAME = re.compile(r"step_(\d{6,})")
 
 
 class SavedFile(BaseModel):
-    """One file of a checkpoint. crc32: see `checksum`."""
+    """Size and CRC-32 of one file of a checkpoint."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -1,8 +1,7 @@
-"""Saving beside training: each rank's file is written by a thread, and the first rank's makes a checkpoint of
-them.
+"""Saving in the background: a thread of each rank writes its file, the first rank's completes the checkpoint.
 
-Ranks say nothing to each other: each leaves a note beside its file, the first rank waits for all notes. The
-folder must therefore be one that all ranks see.
+Ranks do not communicate: each leaves a note beside its file, the first rank waits for all notes. So all ranks
+must see the folder.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class SaveFailed(RuntimeError):
 class Saver:
     """Writes checkpoints into `directory`, one at a time.
 
-    on_commit(step): called on the first rank, in the writing thread, when the checkpoint of `step` is whole.
+    on_commit(step): called on the first rank, in the writing thread, when a checkpoint is complete.
     """
 
     def __init__(
@@ -48,7 +47,7 @@ class Saver:
         settings: CheckpointSection,
         layout: Layout,
         info: RunInfo,
-        on_commit: Callable[[int], None],
+        on_commit: Callable[[int], None] = lambda step: None,
     ):
         self.directory = directory
         self.settings = settings
@@ -57,7 +56,7 @@ class Saver:
         self.on_commit = on_commit
         if layout.rank == 0:
             folders.tidy(directory)
-        # A name that no other run's ranks use: what they leave behind is never taken for ours.
+        # No other process uses this name: what another one left behind is never taken for ours.
         self.session = layout.broadcast(f"{time.time_ns():x}")
         if not directory.parent.is_dir():
             raise ConfigError(
@@ -98,7 +97,7 @@ class Saver:
             self._join()
 
     def news(self) -> str | None:
-        """What went wrong since the last call, if anything did."""
+        """Return what went wrong since the last call."""
         problem, self._unreported = self._unreported, None
         return problem
 
@@ -119,7 +118,7 @@ class Saver:
         try:
             partial.mkdir(parents=True, exist_ok=True)
             try:
-                note = write_slices(partial, rank, slices).model_dump()
+                note = {"file": write_slices(partial, rank, slices).to_json()}
             except Exception as error:  # a full disk, a quota: the first rank reports it
                 for file in partial.glob(f"__{rank}_0.distcp"):
                     file.unlink()  # makes room for the note
@@ -137,12 +136,11 @@ class Saver:
         if problems := [note["error"] for note in notes if "error" in note]:
             shutil.rmtree(partial)  # what was written takes space, and is of no use
             raise OSError("; ".join(problems))
-        written = [RankFile.model_validate(note) for note in notes]
-        chunks = [chunk for file in written for chunk in torch_dist.chunks_from_json(file.chunks)]
-        [empty] = torch_dist.chunks_from_json(written[0].empty)
-        architecture = architecture_from_dict(manifest.architecture)
-        torch_dist.write_metadata(partial, chunks, empty, empty_objects(architecture))
-        for file in written:
+        files = [torch_dist.RankFile.from_json(note["file"]) for note in notes]
+        torch_dist.write_metadata(
+            partial, files, empty_objects(architecture_from_dict(manifest.architecture))
+        )
+        for file in files:
             manifest.files[file.name] = SavedFile(bytes=file.bytes, crc32=file.crc32)
         for name in torch_dist.METADATA_FILES:
             manifest.files[name] = folders.describe(partial / name)
@@ -151,29 +149,13 @@ class Saver:
         self.on_commit(manifest.step)
 
 
-class RankFile(SavedFile):
-    """What a rank notes of the file that it wrote; chunks and empty: see `torch_dist.chunks_to_json`."""
-
-    name: str
-    chunks: str
-    empty: str
-
-
-def write_slices(folder: Path, rank: int, slices: Iterable[TensorSlice]) -> RankFile:
+def write_slices(folder: Path, rank: int, slices: Iterable[TensorSlice]) -> torch_dist.RankFile:
     """Write a rank's file; it is on the disk when this returns."""
     writer = torch_dist.Writer(folder, rank)
-    empty = writer.write_nothing()
     for part in slices:
         beat()
         writer.write(*part)
-    chunks = writer.close()
-    return RankFile(
-        bytes=writer.size,
-        crc32=writer.crc32,
-        name=writer.name,
-        chunks=torch_dist.chunks_to_json(chunks).decode(),
-        empty=torch_dist.chunks_to_json([empty]).decode(),
-    )
+    return writer.close()
 
 
 def _await_note(file: Path) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class TensorSlice(NamedTuple):
 
 
 class Rectangle(NamedTuple):
-    """Flat elements first … last - 1 of a shard: in the checkpoint's tensor, the part of `shape` at `start`."""
+    """Flat elements first … last - 1 of a shard: the part of `shape` at `start` of a checkpoint's tensor."""
 
     first: int
     last: int

@@ -1,4 +1,4 @@
-"""Dumped rollouts read back as groups that a run can train on."""
+"""Reads dumped rollouts as groups that a run can train on."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from megatron_srpo.model.hf_folder import HFFolder
 
 
 def replay(folder: Path, step: int, samples_per_prompt: int, model: HFFolder) -> list[Group]:
-    """The groups dumped for `step`, verified but not routed: the present algorithm routes them.
+    """Read the groups dumped for `step`, verified and without routes.
 
-    Raises ConfigError naming file and line for a missing file, a damaged line, an id outside the vocabulary
-    or a group that is not whole.
+    Raises ConfigError with file and line for a missing file, a damaged line, an id outside the vocabulary or
+    an incomplete group.
     """
     file = step_file(folder, step)
     if not file.is_file():

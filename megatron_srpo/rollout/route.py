@@ -1,4 +1,4 @@
-"""Routes for verified groups, with the run's settings."""
+"""Routes verified groups with the run's settings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_srpo.model.hf_folder import HFFolder
 
 
 def route(groups: list[Group], step: int, config: Config, folder: HFFolder) -> list[Group]:
-    """Verified groups of `step`, every sample with its route: advantage, branch, the teacher's prompt."""
+    """Return the verified groups of `step` with routes: advantage, branch, the teacher's prompt."""
     return route_groups(
         groups,
         config.algorithm,

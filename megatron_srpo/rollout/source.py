@@ -48,7 +48,7 @@ class Rollouts(Protocol):
     @property
     def next_prompt(self) -> int:
         """The first training prompt that belongs to none of the steps trained so far."""
-        ...
+        return 0
 
     def resume(self, step: int, next_prompt: int) -> None:
         """Restore the state after `step`; what came later is discarded."""
@@ -88,7 +88,7 @@ def open_rollouts(
     return LiveRollouts(builder, watch, last_step_ahead, evaluated)
 
 
-class LiveRollouts:
+class LiveRollouts(Rollouts):
     """Groups sampled by an engine with the policy's weights.
 
     Args:
@@ -152,8 +152,8 @@ class LiveRollouts:
         self.collector.verifiers.close()
 
 
-class ReplayedRollouts:
-    """Groups dumped by another run (rollout.replay). Nothing is sampled, published or evaluated."""
+class ReplayedRollouts(Rollouts):
+    """Groups dumped by another run (rollout.replay). All but `collect` does nothing."""
 
     def __init__(self, directory: Path, settings: RolloutSection, folder: HFFolder, layout: Layout):
         self.directory = directory
@@ -161,7 +161,6 @@ class ReplayedRollouts:
         self.folder = folder
         self.layout = layout
         self.metrics: dict[str, float] = {}
-        self.next_prompt = 0
 
     def collect(self, step: int) -> list[Group]:
         groups = replay(self.directory, step, self.settings.samples_per_prompt, self.folder)
@@ -171,18 +170,3 @@ class ReplayedRollouts:
                 f" rollout.prompts_per_step is {self.settings.prompts_per_step}"
             )
         return groups[self.layout.rank :: self.layout.world_size]
-
-    def release_memory(self) -> None:
-        pass
-
-    def publish(self, tensors: Iterable[tuple[str, Tensor]], step: int) -> None:
-        pass
-
-    def resume(self, step: int, next_prompt: int) -> None:
-        pass
-
-    def saved(self, step: int) -> None:
-        pass
-
-    def close(self) -> None:
-        pass

@@ -1,1 +1,1 @@
-"""One optimizer step: packing, pipeline schedule, routed loss, optimizer, teacher. No sampling or verifying."""
+"""One optimizer step: packing, pipeline schedule, routed loss, optimizer, teacher. No sampling."""

@@ -81,15 +81,17 @@ class RoutedLoss:
         ).float()
         old_logprobs = None if self.old_logprobs is None else self.old_logprobs[number]
         terms = self.batch.terms(micro_batch, weights, old_logprobs, device)
+        weight = model.output_weight
+        assert isinstance(weight, torch.nn.Parameter)
         if hidden.requires_grad:
-            hidden.register_hook(lambda _: gradient_is_ready(self.last_chunk, model.output_weight))
-        policy = Projection(hidden, model.output_weight.detach())  # its gradient goes past autograd
+            hidden.register_hook(lambda _: gradient_is_ready(self.last_chunk, weight))
+        policy = Projection(hidden, weight.detach())  # its gradient goes past autograd
         loss, statistics = fused_objective(
             policy,
             micro_batch.targets.to(device),
             _TileObjective(terms, algorithm),
             model.vocab_shard,
-            weight_grad=model.output_weight.main_grad,
+            weight_grad=weight.main_grad,  # pyright: ignore[reportAttributeAccessIssue]  (Megatron's)
             teacher=teacher,
             divergence=settings.divergence,
             temperature=settings.temperature,

@@ -26,7 +26,7 @@ class HostMemory:
 
     @torch.no_grad()
     def offload(self, tensors: Iterable[Tensor], keep: bool = True) -> None:
-        """Free the device memory of `tensors`; without `keep` their values are lost, and onloaded as zeros."""
+        """Free the device memory of `tensors`; without `keep` they are onloaded as zeros."""
         freed: list[UntypedStorage] = []
         is_cuda = False
         for storage in _storages(tensors):
@@ -76,4 +76,4 @@ def _storages(tensors: Iterable[Tensor]) -> Iterator[UntypedStorage]:
 
 def _bytes(storage: UntypedStorage, size: int) -> Tensor:
     """Return the storage's own memory as [size] uint8."""
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (size,))
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (size,))  # pyright: ignore[reportCallIssue]

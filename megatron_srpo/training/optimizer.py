@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Shard(NamedTuple):
-    """Flat elements start … end - 1 of a parameter in fp32; by name, Adam's moments (zeros before updates)."""
+    """Flat elements start … end - 1 of a parameter in fp32, and Adam's moments (zeros before updates)."""
 
     start: int
     end: int
@@ -77,7 +77,7 @@ class StepResult(NamedTuple):
 
 
 class _Holding(NamedTuple):
-    """Flat elements start … end - 1 of a parameter: their fp32 master and the torch optimizer that updates it."""
+    """Flat elements start … end - 1 of a parameter: their fp32 master and its torch optimizer."""
 
     start: int
     end: int
@@ -115,9 +115,11 @@ class Optimizer:
         self.host = host
         self.updates = 0  # applied so far, as Adam's bias correction counts them
         self.inner = get_megatron_optimizer(
-            self.config, self.chunks, config_overrides=get_standard_config_overrides(self.config)
+            self.config,
+            self.chunks,  # pyright: ignore[reportArgumentType]
+            config_overrides=get_standard_config_overrides(self.config),
         )
-        # It also applies the weight-decay multipliers (none for norms), so it must exist before the first step.
+        # It also applies the weight-decay multipliers (none for norms): it must exist before the first step.
         self.schedule = OptimizerParamScheduler(
             self.inner,
             init_lr=0.0,
@@ -134,7 +136,7 @@ class Optimizer:
         core.grad_scale_func = self.inner.scale_loss
         core.finalize_model_grads_func = _finalize
         if self.chunks[0].ddp_config.overlap_grad_reduce:
-            quiet = [chunk.no_sync for chunk in self.chunks]
+            quiet: Any = [chunk.no_sync for chunk in self.chunks]
             core.no_sync_func = quiet if len(quiet) > 1 else quiet[0]
 
     @property
@@ -168,7 +170,7 @@ class Optimizer:
                 chunk.start_param_sync(force_sync=True)
 
     def state(self) -> Iterator[Tensor]:
-        """Yield what only updates need: Adam's moments, and fp32 masters that are not the model's parameters."""
+        """Yield what only updates need: Adam's moments, and fp32 masters that are no model parameters."""
         own = {
             parameter.untyped_storage()._cdata for chunk in self.chunks for parameter in chunk.parameters()
         }
@@ -183,19 +185,20 @@ class Optimizer:
     def gradients(self) -> Iterator[Tensor]:
         """Yield the buffers that gradients are summed in."""
         for chunk in self.chunks:
-            for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
+            buffers: Any = chunk.buffers  # Megatron's own, not torch's method
+            for buffer in [*buffers, *chunk.expert_parallel_buffers]:
                 yield buffer.grad_data
 
     def held_range(self, parameter: Parameter) -> tuple[int, int]:
-        """Return (start, end) of the flat elements whose fp32 values and moments this rank's optimizer holds."""
+        """Return (start, end) of the flat elements that this rank's optimizer holds."""
         holding = self._holding(parameter)
         return (0, 0) if holding is None else (holding.start, holding.end)
 
     def shard_of(self, parameter: Parameter) -> Shard:
         """Return the elements that this rank keeps where each is kept once, as they are now.
 
-        They are what its optimizer holds or, where all ranks of its replica group hold the same, an even share
-        of it. The values are the optimizer's own memory, or the host's copy while they are offloaded.
+        They are what its optimizer holds or, where all ranks of its replica group hold the same, an even
+        share of it. Values are the optimizer's own memory, or the host's copy while they are offloaded.
         """
         holding = self._holding(parameter)
         if holding is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,8 +60,9 @@ def _loss(
     on_output: OnOutput, number: int, predicts: Tensor, model: torch.nn.Module, output: Tensor
 ) -> tuple[Tensor, Tensor, dict]:
     """Return the loss and, as Megatron wants, a number of tokens that is not used, and nothing to log."""
-    while hasattr(model, "module"):
-        model = model.module
-    assert isinstance(model, PolicyModel)
-    value = on_output(number, model.final_hidden(output)[predicts], model)
+    inner: Any = model
+    while hasattr(inner, "module"):
+        inner = inner.module
+    assert isinstance(inner, PolicyModel)
+    value = on_output(number, inner.final_hidden(output)[predicts], inner)
     return value, torch.zeros((), dtype=torch.int, device=output.device), {}

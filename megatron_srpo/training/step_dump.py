@@ -23,7 +23,11 @@ class StepDump:
     """
 
     def __init__(
-        self, settings: LoggingSection, layout: Layout, temperature: float, decode: Callable[[list[int]], str]
+        self,
+        settings: LoggingSection,
+        layout: Layout,
+        temperature: float,
+        decode: Callable[[Sequence[int]], str],
     ):
         self._settings = settings
         self._layout = layout

@@ -119,7 +119,7 @@ class Teacher:
     def _forward(
         self, chunks: Sequence[torch.nn.Module], batch: OptimizerBatch, scores: TeacherScores, is_last: bool
     ) -> None:
-        """Add one model's hidden states and output matrix to `scores`, and with the last one the entropies."""
+        """Add one model's hidden states and output matrix to `scores`; after the last model the entropies."""
         position = len(scores.weights)
 
         def keep(number: int, hidden: Tensor, model: PolicyModel) -> Tensor:

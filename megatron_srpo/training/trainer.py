@@ -1,4 +1,4 @@
-"""The policy on its ranks: packs routed samples, scores, runs forward-backward with the routed loss, updates."""
+"""The policy on its ranks: packs routed samples, scores, runs forward-backward, updates."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ class Trainer:
 
     @contextmanager
     def onloaded(self) -> Iterator[None]:
-        """Hold on the device what scoring and updates need; with rollout.colocated it is there only inside."""
+        """Hold on the device what scoring and updates need; with rollout.colocated only inside."""
         self.host.onload([*self.optimizer.gradients(), *self._teacher_weights()])
         if not self.settings.optimizer.optimizer_cpu_offload:
             self.host.onload(self._update_state())
@@ -186,7 +186,7 @@ class Trainer:
         return [*self.optimizer.state(), *(self.teacher.shares if self.teacher else ())]
 
     def pack(self, groups: Sequence[Group]) -> list[OptimizerBatch]:
-        """Return the step's optimizer batches, of `mini_batch_prompts` groups each; `groups` are all ranks'."""
+        """Return the step's optimizer batches of `mini_batch_prompts` groups; `groups` are all ranks'."""
         size, layout = self.settings.mini_batch_prompts, self.layout
         batches: list[OptimizerBatch] = []
         for start in range(0, len(groups), size):
@@ -261,7 +261,7 @@ class Trainer:
         return loss
 
     def _mean_entropy_weight(self, batch: OptimizerBatch, scores: TeacherScores) -> Tensor:
-        """Return the mean of exp(-beta · entropy) over Ω, [1] float64; 1 if Ω is empty. All ranks together."""
+        """Return the mean of exp(-beta · entropy) over Ω, [1] float64; 1 if Ω is empty. A collective."""
         total = torch.zeros(1, dtype=torch.float64, device=self.layout.device)
         for entropy in scores.entropy.values():
             total += entropy_weights(entropy, self.algorithm.entropy_beta).sum()

@@ -51,7 +51,6 @@ def to_megatron(
         ByteProgress("Hugging Face → Megatron", sum(sizes[n] for n in mine), processes.rank == 0) as progress,
     ):
         writer = torch_dist.Writer(folder, processes.rank)
-        empty = writer.write_nothing()
 
         def part_after_part() -> Iterator[Callable[[], None]]:
             for number in mine:
@@ -65,10 +64,10 @@ def to_megatron(
                 progress.advance(sizes[number])
 
         _write_behind(part_after_part())
-        told = processes.gather(torch_dist.chunks_to_json(writer.close()))
+        written = processes.gather(writer.close().to_json().encode())
         if processes.rank == 0:
-            chunks = [chunk for text in told for chunk in torch_dist.chunks_from_json(text)]
-            torch_dist.write_metadata(folder, chunks, empty, empty_objects(architecture))
+            files = [torch_dist.RankFile.from_json(text.decode()) for text in written]
+            torch_dist.write_metadata(folder, files, empty_objects(architecture))
             write_config(folder, reference, tensors)
 
 

@@ -61,6 +61,32 @@ class Chunk:
     length: int
 
 
+@dataclass(frozen=True)
+class RankFile:
+    """One rank's file: its size and CRC-32, its tensors' chunks, and an object in it that holds nothing."""
+
+    name: str
+    bytes: int
+    crc32: int
+    chunks: list[Chunk]
+    empty: Chunk
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> RankFile:
+        values = json.loads(text)
+        chunks = [_chunk_of(chunk) for chunk in values["chunks"]]
+        return cls(**(values | {"chunks": chunks, "empty": _chunk_of(values["empty"])}))
+
+
+def _chunk_of(values: dict[str, Any]) -> Chunk:
+    for key in ("tensor_shape", "start", "shape"):
+        values[key] = tuple(values[key])
+    return Chunk(**values)
+
+
 class _Stream(io.RawIOBase):
     """The end of a DurableFile as `torch.save` wants it; its many small writes are collected.
 
@@ -97,28 +123,15 @@ class _Stream(io.RawIOBase):
 
 
 class Writer:
-    """One rank's file of a folder; `write_metadata` joins all ranks' chunks to a checkpoint.
-
-    writer = Writer(folder, rank)
-    writer.write(key, tensor, tensor_shape, start)
-    chunks = writer.close()
-    """
+    """Writes one rank's file of a folder; `write_metadata` makes a checkpoint of all ranks' files."""
 
     def __init__(self, folder: Path, rank: int):
         self.name = f"__{rank}_0.distcp"
         self._file = DurableFile(folder / self.name)
         self._stream = _Stream(self._file)
         self._chunks: list[Chunk] = []
-
-    @property
-    def size(self) -> int:
-        """Bytes written so far."""
-        return self._stream.end
-
-    @property
-    def crc32(self) -> int:
-        """CRC-32 of the bytes written so far."""
-        return self._stream.crc32
+        torch.save([None], self._stream)
+        self._empty = Chunk("", "", (), (), (), self.name, 0, self._stream.end)
 
     def write(self, key: str, tensor: Tensor, tensor_shape: Sequence[int], start: Sequence[int]) -> None:
         """Append `tensor`, a CPU tensor, as the chunk of `key` at `start`, in elements.
@@ -142,29 +155,24 @@ class Writer:
         place = self.name, offset, length
         self._chunks.append(Chunk(key, str(tensor.dtype), tuple(tensor_shape), tuple(start), shape, *place))
 
-    def write_nothing(self) -> Chunk:
-        """Append an empty object; many keys may refer to it, as `_extra_state` of layers that have none."""
-        offset = self._stream.end
-        torch.save([None], self._stream)
-        return Chunk("", "", (), (), (), self.name, offset, self._stream.end - offset)
-
-    def close(self) -> list[Chunk]:
-        """Wait until the file is on disk; return its tensors' chunks."""
+    def close(self) -> RankFile:
+        """Wait until the file is on disk; describe it."""
         self._stream.drain()
         self._file.close()
-        return self._chunks
+        return RankFile(self.name, self._stream.end, self._stream.crc32, self._chunks, self._empty)
 
 
-def write_metadata(folder: Path, chunks: Sequence[Chunk], empty: Chunk, empty_keys: Sequence[str]) -> None:
-    """Write `.metadata`, `common.pt` and `metadata.json` for all ranks' chunks.
+def write_metadata(folder: Path, files: Sequence[RankFile], empty_keys: Sequence[str] = ()) -> None:
+    """Write `.metadata`, `common.pt` and `metadata.json` for all ranks' files.
 
     `common.pt` is empty: `dist_checkpointing.load` then returns exactly what it was asked for. empty_keys: of
-    objects that hold nothing, all at `empty`.
+    objects that hold nothing, megatron-core's `_extra_state` of layers that have none.
     """
     tensors: dict[str, metadata.TensorStorageMetadata | metadata.BytesStorageMetadata] = {}
     places: dict[metadata.MetadataIndex, filesystem._StorageInfo] = {}
     pieces: dict[str, list[metadata.ChunkStorageMetadata]] = {}
-    for chunk in chunks:
+    empty = files[0].empty
+    for chunk in (chunk for file in files for chunk in file.chunks):
         if chunk.key not in tensors:
             properties = metadata.TensorProperties(dtype=_DTYPES[chunk.dtype])
             size, pieces[chunk.key] = torch.Size(chunk.tensor_shape), []
@@ -187,19 +195,6 @@ def write_metadata(folder: Path, chunks: Sequence[Chunk], empty: Chunk, empty_ke
             sync(folder / name)
     except (OSError, RuntimeError) as error:
         raise FileError(f"{folder}: cannot be written: {error}") from None
-
-
-def chunks_to_json(chunks: Sequence[Chunk]) -> bytes:
-    """Describe a rank's chunks to another rank; `chunks_from_json` is the inverse."""
-    return json.dumps([asdict(chunk) for chunk in chunks]).encode()
-
-
-def chunks_from_json(text: str | bytes) -> list[Chunk]:
-    chunks = json.loads(text)
-    for chunk in chunks:
-        for name in ("tensor_shape", "start", "shape"):
-            chunk[name] = tuple(chunk[name])
-    return [Chunk(**chunk) for chunk in chunks]
 
 
 class _Ignored:

@@ -92,6 +92,12 @@ CASES = {
     # A decay that moves weights beyond the tolerance: biases and norms must not feel it.
     "qwen2": ("qwen2", ["optimizer.weight_decay=5"], dict(beta=1.0, weight_decay=5)),
     "llama": ("llama", [], dict(beta=1.0)),
+    "turns": ("turns", [], dict(beta=1.0)),
+    "turns_seq_mean": (
+        "turns",
+        ["algorithm.loss_aggregation=seq_mean", "algorithm.mini_batch_prompts=2"],
+        dict(beta=1.0, aggregation="seq_mean", mini_batches=2),
+    ),
 }
 # ranks → {layout: (overrides, the cases it runs)}
 LAYOUTS = {
@@ -104,17 +110,17 @@ LAYOUTS = {
     },
     2: {
         "tp2": ([TP + "2"], ["srpo", "teacher_top_k"]),
-        "tp2-sp": ([TP + "2", SP], ["moe", "qwen2"]),
-        "pp2": ([PP + "2"], ["srpo", "trust_region", "llama"]),
+        "tp2-sp": ([TP + "2", SP], ["moe", "qwen2", "turns"]),
+        "pp2": ([PP + "2"], ["srpo", "trust_region", "llama", "turns"]),
         "pp2-vpp2": ([PP + "2", VPP + "2"], ["one_routed"]),
-        "dp2": ([], ["srpo", "many_routed", "none_wrong"]),
+        "dp2": ([], ["srpo", "many_routed", "none_wrong", "turns_seq_mean"]),
         "dp2-replicated": ([NO_DO], ["srpo"]),
         "dp2-overlap": (OVERLAP, ["untied", "grpo", "one_routed", "moe"]),
         "dp2-replicated-overlap": ([NO_DO, *OVERLAP_REDUCE], ["srpo"]),
         "dp2-offload": (["optimizer.optimizer_cpu_offload=true"], ["srpo", "grpo"]),
         "ep2": ([EP + "2"], ["moe", "moe_one_routed"]),
         "ep2-replicated": ([EP + "2", NO_DO], ["moe"]),
-        "cp2": ([CP + "2"], ["srpo", "one_routed", "trust_region"]),
+        "cp2": ([CP + "2"], ["srpo", "one_routed", "trust_region", "turns"]),
         "cp2-replicated-recompute": ([CP + "2", NO_DO, RECOMPUTE], ["srpo"]),
         "cp2-ep2": ([CP + "2", EP + "2"], ["moe"]),
     },
@@ -156,6 +162,7 @@ def world(tmp_path_factory):
     sources = {}
     for name, family, tied, verdicts in (
         ("mixed", "qwen3", True, None),
+        ("turns", "qwen3", True, None),
         ("untied", "qwen3", False, None),
         ("many_wrong", "qwen3", True, MANY_WRONG),
         ("last_only", "qwen3", True, LAST_ONLY),
@@ -170,6 +177,7 @@ def world(tmp_path_factory):
         model = make_model(family, tied=tied, vocab_size=270 if tied else 261)
         folder = HFFolder(save_folder(root / f"{name}-hf", model))
         options = {"steps": 2} if verdicts is None else {"verdicts": verdicts, "steps": 1}
+        options["turns"] = name == "turns"
         sources[name] = (folder, write_rollouts(root / f"{name}-rollouts", folder, model, **options))
     config = root / "config.yaml"
     config.write_text(
@@ -277,6 +285,10 @@ def test_the_cases_exercise_what_they_claim(runs):
     assert any(
         len(sample["response_ids"]) == 1 for sample in samples
     )  # so that context-parallel ranks have none of some
+    turns = sample_rows(runs["one_turns"].folder / "rollouts" / "step_000001.jsonl")
+    masks = [sample["loss_mask"] for sample in turns]
+    assert any(mask[0] and mask[-1] and not all(mask) for mask in masks)
+    assert any(not mask[0] and not mask[-1] for mask in masks)
     assert any((len(sample["prompt"]["ids"]) + len(sample["response_ids"]) - 1) % 4 for sample in samples)
 
 
@@ -297,11 +309,13 @@ def test_replay_routes_alike_on_every_layout(runs):
 
 
 @pytest.mark.parametrize(
-    "run", [f"{layout}_srpo" for layout in ("pp2", "dp2", "tp2-pp2", "cp4", "cp2-tp2-sp")]
+    "run",
+    [f"{layout}_srpo" for layout in ("pp2", "dp2", "tp2-pp2", "cp4", "cp2-tp2-sp")]
+    + ["one_turns", "cp2_turns"],
 )
 def test_token_values_are_the_references_on_every_layout(world, runs, run):
     """Values of step_000001.tokens.jsonl against float64 logits of the whole vocabulary."""
-    folder, _ = world[2]["mixed"]
+    folder, _ = world[2]["turns" if run.endswith("turns") else "mixed"]
     model = Reference(folder.path, lr=1e-3, warmup=2, beta=1.0)
     samples = sample_rows(runs[run].folder / "rollouts" / "step_000001.jsonl")
     found = read_tokens(runs[run].folder, 1)
@@ -311,7 +325,7 @@ def test_token_values_are_the_references_on_every_layout(world, runs, run):
         if sample["route"]["distillation_weight"]:
             taught[sample["prompt"]["id"], sample["index"]] = logps(
                 model.teacher, sample["route"]["teacher_ids"], sample["response_ids"]
-            )
+            )[sample["loss_mask"]]
     raw = {key: (logq.exp() * logq).sum(1).exp() for key, logq in taught.items()}
     mean = torch.cat(list(raw.values())).mean()
     compared = 0
@@ -320,8 +334,8 @@ def test_token_values_are_the_references_on_every_layout(world, runs, run):
         if (row := found.get(key)) is None:
             continue
         logp, chosen = (
-            logps(model.model, sample["prompt"]["ids"], sample["response_ids"]),
-            torch.tensor(sample["response_ids"])[:, None],
+            logps(model.model, sample["prompt"]["ids"], sample["response_ids"])[sample["loss_mask"]],
+            torch.tensor(sample["policy_ids"])[:, None],
         )
         expected = {"logprob": logp.gather(1, chosen)[:, 0], "entropy": -(logp.exp() * logp).sum(1)}
         tops = {"top": logp}
@@ -352,6 +366,6 @@ def test_token_values_are_the_references_on_every_layout(world, runs, run):
             assert [place[0][0] for place in row[name]] == [
                 folder.tokenizer.decode([token]) for token in ids[:, 0].tolist()
             ]
-        assert row["tokens"] == [folder.tokenizer.decode([token]) for token in sample["response_ids"]]
+        assert row["tokens"] == [folder.tokenizer.decode([token]) for token in sample["policy_ids"]]
         compared += logq is not None
     assert 0 < compared < 8

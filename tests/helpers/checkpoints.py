@@ -7,18 +7,17 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_srpo.checkpoint.saver import RankFile, write_slices
+from megatron_srpo.checkpoint.saver import write_slices
 from megatron_srpo.checkpoint.slices import TensorSlice
 from megatron_srpo.checkpoint.state import snapshot
 from megatron_srpo.training.trainer import Trainer
 from megatron_srpo.weights import torch_dist
 
 
-def write(folder: Path, *ranks: Sequence[TensorSlice]) -> list[RankFile]:
+def write(folder: Path, *ranks: Sequence[TensorSlice]) -> list[torch_dist.RankFile]:
     """Write the files and the metadata of a checkpoint with these ranks' slices; no manifest."""
     files = [write_slices(folder, rank, slices) for rank, slices in enumerate(ranks)]
-    chunks = [chunk for file in files for chunk in torch_dist.chunks_from_json(file.chunks)]
-    torch_dist.write_metadata(folder, chunks, torch_dist.chunks_from_json(files[0].empty)[0], [])
+    torch_dist.write_metadata(folder, files)
     return files
 
 

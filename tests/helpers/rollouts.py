@@ -8,8 +8,9 @@ import random
 from pathlib import Path
 
 import torch
+from samples import make_segments
 
-from megatron_srpo.data.records import Prompt, Sample, Segment, Verdict
+from megatron_srpo.data.records import Prompt, Sample, Verdict
 from megatron_srpo.data.rollout_file import dump
 from megatron_srpo.model.hf_folder import HFFolder
 
@@ -19,13 +20,20 @@ MIXED = ([1, 0, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1])
 
 @torch.no_grad()
 def write_rollouts(
-    path: Path, folder: HFFolder, model, verdicts=MIXED, steps: int = 3, seed: int = 0, longest: int = 40
+    path: Path,
+    folder: HFFolder,
+    model,
+    verdicts=MIXED,
+    steps: int = 3,
+    seed: int = 0,
+    longest: int = 40,
+    turns: bool = False,
 ) -> Path:
     """`steps` files of len(verdicts) groups; prompts and responses of very different lengths, one-token
     responses among them.
 
     `model` is the HF model that "sampled" them: its fp32 log-probabilities, moved by up to 0.9 nats so that
-    importance weights differ from 1 and some are capped.
+    importance weights differ from 1 and some are capped. turns: the environment wrote parts of the responses.
     """
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -58,12 +66,8 @@ def write_rollouts(
                     Sample(
                         prompt=prompt,
                         index=index,
-                        segments=(
-                            Segment(
-                                ids=tuple(response.tolist()),
-                                logprobs=tuple(logprobs.tolist()),
-                                versions=(("0", 0, length),),
-                            ),
+                        segments=make_segments(
+                            response.tolist(), logprobs.tolist(), _environment(length, index) if turns else ()
                         ),
                         finish_reason="length",
                         text=folder.tokenizer.decode(
@@ -75,3 +79,11 @@ def write_rollouts(
             groups.append(tuple(group))
         dump(groups, path, step)
     return path
+
+
+def _environment(length: int, index: int) -> set[int]:
+    """Positions that are not the policy's: in the middle, or at both ends of the response."""
+    third = length // 3
+    if index % 2:
+        return {*range(third), *range(length - third, length)}
+    return set(range(third, 2 * third))

@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from megatron_srpo.data.records import Group, Prompt, Route, Sample, Segment, Verdict
+
+
+def make_segments(
+    ids: Sequence[int], logprobs: Sequence[float], environment: Collection[int] = ()
+) -> tuple[Segment, ...]:
+    """A response of n tokens in segments; `environment`: positions of the environment's tokens."""
+    segments = []
+    for is_environment, run in groupby(range(len(ids)), lambda position: position in environment):
+        positions = list(run)
+        own = tuple(ids[position] for position in positions)
+        if is_environment:
+            segments.append(Segment(author="environment", ids=own))
+        else:
+            values = tuple(logprobs[position] for position in positions)
+            segments.append(Segment(ids=own, logprobs=values, versions=(("0", 0, len(own)),)))
+    return tuple(segments)
 
 
 def make_sample(
@@ -20,8 +37,9 @@ def make_sample(
     text: str = "",
     question: str = "What is it?",
     route: Route | None = None,
+    environment: Collection[int] = (),
 ) -> Sample:
-    """One sample; verified when `correct` is given."""
+    """One sample; verified when `correct` is given. environment, logprobs: see `make_segments`."""
     return Sample(
         prompt=Prompt(
             id=prompt_id,
@@ -31,13 +49,7 @@ def make_sample(
             ids=tuple(prompt_ids),
         ),
         index=index,
-        segments=(
-            Segment(
-                ids=tuple(response_ids),
-                logprobs=tuple(logprobs if logprobs is not None else [-1.0] * len(response_ids)),
-                versions=(("0", 0, len(response_ids)),),
-            ),
-        ),
+        segments=make_segments(response_ids, logprobs or [-1.0] * len(response_ids), environment),
         finish_reason="stop",
         text=text,
         verdict=None if correct is None else Verdict(reward=float(correct), correct=correct, format_ok=True),

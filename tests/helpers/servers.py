@@ -141,9 +141,7 @@ class Servers:
 def sample(
     engine, requests: list[Request], sampling: Sampling, enough=lambda done: False, seen=lambda done: None
 ) -> list[Completion]:
-    """All completions in the requests' order, each yielded exactly once; enough(number done so far) aborts the
-    rest.
-    """
+    """All completions in the requests' order, each yielded once; enough(number done) aborts the rest."""
     done: dict[int, Completion] = {}
     stop = threading.Event()
     for completions in engine.generate(requests, sampling, stop):

@@ -133,7 +133,7 @@ def test_after_enough_rounds_the_batch_is_filled(make):
 
 
 def test_over_sampling_aborts_the_slowest_and_continues_them(make):
-    """Six prompts begun, three wanted: the others have one token each, and continue from it by newer weights."""
+    """Six prompts begun, three wanted: the others have one token each, and continue with newer weights."""
     builder, engine = make(None, "rollout.over_sampling=2")
     assert names(builder.build(1).groups) == ["p0", "p1", "p2"]
     engine.version, engine.asked = "1", []
@@ -184,6 +184,8 @@ def test_a_step_with_carried_groups_resumes_alike(make, tmp_path):
     (
         tmp_path / "ledger" / "step_000002.rank_00000.jsonl"
     ).unlink()  # what was finished of it: here the test is of the carried
+    (tmp_path / "ledger" / "events.jsonl").write_text('{"event": "drawn"}\n')  # of an older version's run
+    again.ledger.resume(1)
     again.resume(2, place)
     assert again.build(2).groups == expected
 

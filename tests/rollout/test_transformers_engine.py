@@ -77,7 +77,7 @@ LENGTHS = (1, 90, 7, 2, 33, 60, 5)
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
 @pytest.mark.parametrize("top_p", [1.0, 0.8])
 def test_logprobs_are_those_of_a_full_forward_pass(engine_of, hf, temperature, top_p):
-    """Left padding, positions and cache: prompts of 1 to 90 tokens in one batch. top_p does not renormalise."""
+    """Left padding, positions and cache: prompts of 1 to 90 tokens in a batch; top_p does not renormalise."""
     requests = requests_of(LENGTHS)
     for request, completion in zip(
         requests, sample(engine_of(64), requests, Sampling(temperature, top_p, 15, NEVER)), strict=True

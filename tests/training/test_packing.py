@@ -23,8 +23,11 @@ ROUTES = {  # branch -> (z^GRPO, z^SDPO)
 }
 
 
-def routed_sample(number, branch, prompt_length, response_length, teacher_length):
-    """Sample `number`, whose ids are all different from each other and from every other sample's."""
+def routed_sample(number, branch, prompt_length, response_length, teacher_length, environment=()):
+    """Sample `number`, whose ids are all different from each other and from every other sample's.
+
+    environment: positions in the response that the policy did not write, never all.
+    """
     fresh = itertools.count(1000 * number + 1)
     take = lambda count: tuple(next(fresh) for _ in range(count))  # noqa: E731
     policy, distillation = ROUTES[branch]
@@ -42,7 +45,12 @@ def routed_sample(number, branch, prompt_length, response_length, teacher_length
         response_ids=take(response_length),
         logprobs=logprobs,
         route=route,
+        environment=set(environment) - {response_length // 2},
     )
+
+
+def policy_positions(sample):
+    return [position for position, is_policy in enumerate(sample.loss_mask) if is_policy]
 
 
 def samples_of(*rows):
@@ -50,7 +58,13 @@ def samples_of(*rows):
 
 
 batches = st.lists(
-    st.tuples(st.sampled_from(sorted(ROUTES)), st.integers(1, 20), st.integers(1, 20), st.integers(1, 60)),
+    st.tuples(
+        st.sampled_from(sorted(ROUTES)),
+        st.integers(1, 20),
+        st.integers(1, 20),
+        st.integers(1, 60),
+        st.sets(st.integers(0, 19)),
+    ),
     min_size=0,
     max_size=14,
 ).map(lambda rows: samples_of(*rows))
@@ -143,7 +157,7 @@ def test_invariants(samples, data_size, rules):
         student_keys = {sequence.key for row in batch.micro_batches for sequence in row.sequences}
         teacher_keys = {sequence.key for row in batch.teacher_micro_batches for sequence in row.sequences}
         assert teacher_keys == student_keys & set(distilled)  # a rank scores for itself
-        assert batch.distilled_tokens == sum(len(samples[key].response_ids) for key in distilled)
+        assert batch.distilled_tokens == sum(len(policy_positions(samples[key])) for key in distilled)
         assert batch.loss_scale == packed[0].loss_scale and batch.samples == tuple(samples)
 
 
@@ -164,7 +178,8 @@ def test_student_and_teacher_predict_the_same_ids_from_the_right_places(samples,
                     sample = samples[sequence.key]
                     prompt, response = prompt_of(sample), sample.response_ids
                     whole = (*prompt, *response)
-                    for t in range(len(response))[share]:
+                    assert sequence.length == len(prompt) + policy_positions(sample)[-1]
+                    for t in policy_positions(sample)[share]:
                         place = where[places[cursor]]
                         assert targets[cursor] == response[t]
                         assert place - start == len(prompt) - 1 + t
@@ -176,7 +191,7 @@ def test_student_and_teacher_predict_the_same_ids_from_the_right_places(samples,
             assert found == {
                 (sequence.key, t): 1
                 for sequence in parts[0].sequences
-                for t in range(len(sequence.response_ids))
+                for t in policy_positions(samples[sequence.key])
             }
 
 
@@ -255,9 +270,9 @@ def test_terms_belong_to_their_tokens(samples, data_size, rules, aggregation):
             for sequence in row.sequences:
                 sample, route = samples[sequence.key], samples[sequence.key].route
                 if aggregation == "token_mean":
-                    denominator = sum(len(other.response_ids) for other in routed)
+                    denominator = sum(len(policy_positions(other)) for other in routed)
                 else:
-                    denominator = len(routed) * len(sample.response_ids)
+                    denominator = len(routed) * len(policy_positions(sample))
                 for logprob in sample.logprobs[rules.context.share(len(sample.logprobs))]:
                     weights = [
                         weight / denominator if weight else 0.0
@@ -272,7 +287,7 @@ def test_terms_belong_to_their_tokens(samples, data_size, rules, aggregation):
 @settings(deadline=None, max_examples=100)
 def test_loss_scales_sum_to_one_over_the_tokens(samples, aggregation):
     scales = loss_scales(samples, aggregation)
-    total = sum(scale * len(sample.response_ids) for scale, sample in zip(scales, samples, strict=True))
+    total = sum(scale * len(policy_positions(sample)) for scale, sample in zip(scales, samples, strict=True))
     routed = [sample.route.branch != "none" for sample in samples]
     assert total == pytest.approx(1.0 if any(routed) else 0.0)
     assert [scale > 0 for scale in scales] == routed
@@ -316,6 +331,23 @@ def test_row_by_hand():
     assert teacher_row.ids.tolist() == [*teacher, response[0], 0, 0, 0]
     assert teacher_row.predicts.tolist() == [3, 4]
     assert teacher_row.targets.tolist() == list(response)
+
+
+def test_environment_tokens_are_fed_but_not_predicted():
+    """Of a response a B C d E f (the policy writes lower case), all but f is fed; a, d, f are predicted."""
+    (sample,) = samples_of(("sdpo", 2, 6, 3, {1, 2, 4}))
+    prompt, response, teacher = sample.prompt.ids, sample.response_ids, sample.route.teacher_ids
+    batch = pack([sample], 0, 1, PackingRules(token_budget=20), "seq_mean")
+    (row,), (teacher_row,) = batch.micro_batches, batch.teacher_micro_batches
+    assert row.ids.tolist() == [*prompt, *response[:5]]
+    assert teacher_row.ids.tolist() == [*teacher, *response[:5]]
+    assert row.predicts.tolist() == [1, 4, 6] and teacher_row.predicts.tolist() == [2, 5, 7]
+    assert row.targets.tolist() == teacher_row.targets.tolist() == [response[t] for t in (0, 3, 5)]
+    assert batch.loss_scale == (1 / 3,) and batch.distilled_tokens == 3
+    (cut,) = samples_of(("grpo", 2, 6, 1, {0, 4, 5}))
+    (row,) = pack([cut], 0, 1, PackingRules(token_budget=20), "seq_mean").micro_batches
+    assert row.ids.tolist() == [*cut.prompt.ids, *cut.response_ids[:3]]  # nothing after the last prediction
+    assert row.predicts.tolist() == [2, 3, 4]
 
 
 def test_row_by_hand_on_two_context_parallel_ranks():

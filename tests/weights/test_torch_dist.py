@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_srpo.distributed.files import FileError
-from megatron_srpo.weights.torch_dist import Folder, Writer, chunks_from_json, chunks_to_json, write_metadata
+from megatron_srpo.weights.torch_dist import Folder, RankFile, Writer, write_metadata
 
 WHOLE = torch.arange(48, dtype=torch.float32).reshape(2, 6, 4)
 
@@ -31,18 +31,12 @@ def folder(tmp_path):
     path = tmp_path / "checkpoint"
     path.mkdir()
     first, second = Writer(path, 0), Writer(path, 1)
-    empty = first.write_nothing()
     first.write("stack", WHOLE[0, :2], (2, 6, 4), (0, 0, 0))
     second.write("stack", WHOLE[0, 2:], (2, 6, 4), (0, 2, 0))
     second.write("stack", WHOLE[1], (2, 6, 4), (1, 0, 0))
     first.write("plain", torch.tensor([1, 2, 3]).bfloat16(), (3,), (0,))
-    told = [chunks_to_json(writer.close()) for writer in (first, second)]
-    write_metadata(
-        path,
-        [chunk for text in told for chunk in chunks_from_json(text)],
-        empty,
-        ["a._extra_state/shard_0_1"],
-    )
+    files = [RankFile.from_json(writer.close().to_json()) for writer in (first, second)]
+    write_metadata(path, files, ["a._extra_state/shard_0_1"])
     return path
 
 

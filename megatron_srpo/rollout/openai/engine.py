@@ -28,7 +28,7 @@ from megatron_srpo.weights.transfer import save_hf
 
 
 def check(config: Config, trains: bool) -> None:
-    """Refuse what needs other weights than the servers' (see `engines.EngineModule`)."""
+    """Refuse what needs other weights than the servers' (see rollout/engines.py)."""
     settings = config.rollout.openai
     if settings.api_key_env is not None and not os.environ.get(settings.api_key_env):
         raise ConfigError(
@@ -44,7 +44,7 @@ def check(config: Config, trains: bool) -> None:
 
 
 def create(config: Config, folder: HFFolder, layout: Layout, say: Callable[[str], None]) -> OpenAIEngine:
-    """Find the servers and the model's name (see `engines.EngineModule`)."""
+    """Find the servers and the model's name (see rollout/engines.py)."""
     weights = config.logging.dir / "servers" / "weights"
     engine = OpenAIEngine(config.rollout.openai, config.rollout.urls, folder, layout, weights)
     say(f"{len(config.rollout.urls)} OpenAI-compatible servers (experimental), model {engine.model}")

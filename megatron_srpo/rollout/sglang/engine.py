@@ -27,7 +27,7 @@ _HEARTBEAT = 1.0
 
 
 def check(config: Config, trains: bool) -> None:
-    """Check settings and ports (see `engines.EngineModule`)."""
+    """Check settings and ports (see rollout/engines.py)."""
     settings, minutes = config.rollout.sglang, config.logging.watchdog_minutes
     if settings.api_key_env is not None and not os.environ.get(settings.api_key_env):
         raise ConfigError(
@@ -44,7 +44,7 @@ def check(config: Config, trains: bool) -> None:
 
 
 def create(config: Config, folder: HFFolder, layout: Layout, say: Callable[[str], None]) -> SGLangEngine:
-    """Start or find the servers (see `engines.EngineModule`)."""
+    """Start or find the servers (see rollout/engines.py)."""
     launch = launch_of(config)
     urls = [url.rstrip("/") for url in config.rollout.urls]
     if launch is not None:

@@ -22,7 +22,7 @@ from megatron_srpo.rollout.engine import EMPTY, Completion, CompletionStream, En
 
 
 def check(config: Config, trains: bool) -> None:
-    """Accept every configuration (see `engines.EngineModule`)."""
+    """Accept every configuration (see rollout/engines.py)."""
 
 
 def create(

@@ -139,7 +139,8 @@ def test_a_faulty_server_is_quarantined_and_another_one_does_its_work(tmp_path, 
 
 def test_without_a_usable_server_the_engine_fails_with_each_reason(tmp_path):
     with server(lambda body: (500, b"oops")) as (bad, _), engine_for(tmp_path, bad) as engine:
-        with pytest.raises(EngineFailed, match=f"no server is left: .*{bad}: /v1/completions: 500: oops"):
+        reason = f"no server is left: .*{bad}: /v1/completions: 500: oops"
+        with pytest.raises(EngineFailed, match=reason):
             sample(engine, [REQUEST], SAMPLING)
 
 
@@ -160,8 +161,9 @@ def test_a_request_without_an_answer_is_retried_and_then_fails(tmp_path):
 
 
 def test_a_refused_request_fails_at_once(tmp_path):
-    with server(lambda body: (400, b"too long")) as (url, asked), engine_for(tmp_path, url) as engine:
-        with pytest.raises(EngineFailed, match="refuses a request of 2 tokens: too long"):
+    with server(lambda body: (400, b"too long")) as (url, _), engine_for(tmp_path, url) as engine:
+        reason = f"{url} refuses a request of 2 tokens: too long"
+        with pytest.raises(EngineFailed, match=reason):
             sample(engine, [REQUEST], SAMPLING)
 
 
@@ -184,33 +186,36 @@ def test_stopping_closes_running_requests(tmp_path):
 
 
 def test_weights_are_written_and_loaded_by_every_server(tmp_path):
-    """The body of the reload call names folder and version; a server that fails gets no requests until the next."""
+    """The reload call names folder and version; a server that fails gets no requests until the next one."""
     fails = Event()
     load = lambda body: (500, b"no") if fails.is_set() else (200, {})  # noqa: E731
     weights = load_file(START / "model.safetensors")
-    with server() as (one, asked), server(load=load) as (other, _):
-        with engine_for(tmp_path, one, other, overrides=RELOAD) as engine:
-            folder = tmp_path / "run/servers/weights/version_0"
-            assert ("/load", {"folder": str(folder), "v": ["0"]}) in asked
-            assert load_file(folder / "model.safetensors").keys() == weights.keys()
-            fails.set()
-            engine.update_weights(weights.items(), "1")
-            states = {target.url: target.quarantined for target in engine.generation.targets}
-            assert states[one] is None and "/load: 500" in states[other]
-            assert [completion.versions for completion in sample(engine, [REQUEST] * 4, SAMPLING)] == [
-                [("1", 0, 3)]
-            ] * 4
-            fails.clear()
-            engine.update_weights(weights.items(), "2")
-            assert all(target.quarantined is None for target in engine.generation.targets)
-            assert sorted(path.name for path in folder.parent.iterdir()) == ["version_1", "version_2"]
+    with (
+        server() as (one, asked),
+        server(load=load) as (other, _),
+        engine_for(tmp_path, one, other, overrides=RELOAD) as engine,
+    ):
+        folder = tmp_path / "run/servers/weights/version_0"
+        assert ("/load", {"folder": str(folder), "v": ["0"]}) in asked
+        assert load_file(folder / "model.safetensors").keys() == weights.keys()
+        fails.set()
+        engine.update_weights(weights.items(), "1")
+        states = {target.url: target.quarantined for target in engine.generation.targets}
+        assert states[one] is None and "/load: 500" in states[other]
+        assert [completion.versions for completion in sample(engine, [REQUEST] * 4, SAMPLING)] == [
+            [("1", 0, 3)]
+        ] * 4
+        fails.clear()
+        engine.update_weights(weights.items(), "2")
+        assert all(target.quarantined is None for target in engine.generation.targets)
+        assert sorted(path.name for path in folder.parent.iterdir()) == ["version_1", "version_2"]
 
 
 def test_weights_that_no_server_loads_end_the_run(tmp_path):
     with server(load=lambda body: (500, b"no")) as (url, _):
-        with pytest.raises(EngineFailed, match="no server has loaded weight version 0: .*/load: 500: no"):
-            with engine_for(tmp_path, url, overrides=RELOAD):
-                pass
+        reason = "no server has loaded weight version 0: .*/load: 500: no"
+        with pytest.raises(EngineFailed, match=reason), engine_for(tmp_path, url, overrides=RELOAD):
+            pass
 
 
 @pytest.mark.parametrize(

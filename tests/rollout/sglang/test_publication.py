@@ -84,7 +84,7 @@ def test_a_bucket_outlives_as_many_others_as_there_are_memories():
 
 
 def test_threads_that_share_memory_do_not_change_how_the_others_do(monkeypatch):
-    """The second of two handles is made when the first thread is done: it, too, must be a file with a name."""
+    """The second of two handles is made when the first thread is done: it, too, must be a named file."""
     before, dumps = torch.multiprocessing.get_sharing_strategy(), publication.ForkingPickler.dumps
     both, order = threading.Event(), iter("ab")
 

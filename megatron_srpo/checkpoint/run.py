@@ -1,0 +1,95 @@
+"""The checkpoints of one run: restored at its start, saved while it trains, and before it ends early."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_srpo.checkpoint import resume
+from megatron_srpo.checkpoint.folder import Counters, RunInfo
+from megatron_srpo.checkpoint.saver import Saver
+from megatron_srpo.config.schema import Config
+from megatron_srpo.distributed.layout import Layout
+from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.observe.reporter import Reporter
+from megatron_srpo.observe.stopwatch import Stopwatch
+from megatron_srpo.observe.terminal import Terminal
+from megatron_srpo.rollout.source import Rollouts
+from megatron_srpo.training.trainer import Trainer
+
+
+class TrainingInterrupted(RuntimeError):
+    """The run was asked to end and has saved itself; the same command resumes it."""
+
+
+class RunCheckpoints:
+    """Restores and saves trainer, rollouts and reporter. All ranks call its methods together."""
+
+    def __init__(
+        self, config: Config, folder: HFFolder, layout: Layout, terminal: Terminal, watch: Stopwatch
+    ):
+        """Find the newest valid checkpoint of the run; skipped ones are reported."""
+        self._settings = config.checkpoint
+        self._last_step = config.train.steps
+        self._layout = layout
+        self._terminal = terminal
+        self._watch = watch
+        self._found = resume.find(config, layout, lambda text: terminal.say(text, "bold red"))
+        self._saver = Saver(
+            config.logging.dir / "checkpoints",
+            config.checkpoint,
+            layout,
+            RunInfo.of(config, folder.architecture, layout),
+        )
+
+    @property
+    def is_resumed(self) -> bool:
+        """True if there is a checkpoint to restore."""
+        return self._found is not None
+
+    def restore(self, trainer: Trainer, rollouts: Rollouts, reporter: Reporter) -> tuple[int, bool]:
+        """Restore the checkpoint, if there is one. Returns its step (else 0), and whether it is evaluated."""
+        restored = resume.restore(self._found, trainer, self._layout, self._terminal.say)
+        step, is_evaluated, counters = restored
+        reporter.resume(step, is_evaluated, counters.skipped_in_a_row)
+        rollouts.resume(step, counters.next_prompt)
+        self._saver.on_commit = rollouts.saved
+        return step, is_evaluated
+
+    def save(
+        self,
+        step: int,
+        trainer: Trainer,
+        rollouts: Rollouts,
+        reporter: Reporter,
+        evaluation: dict[str, Any] | None,
+        is_ending: bool,
+    ) -> None:
+        """Begin a checkpoint where one is due after `step`; report a failure of the previous one.
+
+        Args:
+            step: just completed.
+            trainer, rollouts, reporter: what is saved.
+            evaluation: the row of metrics.jsonl, if `step` was evaluated.
+            is_ending: save in any case.
+        """
+        interval = self._settings.save_interval
+        if interval and (step % interval == 0 or step == self._last_step or is_ending):
+            with self._watch("checkpoint"):
+                counters = Counters(reporter.skipped_in_a_row, rollouts.next_prompt)
+                self._saver.save(step, trainer, counters, evaluation)
+        if problem := self._saver.news():  # the previous checkpoint stays
+            self._terminal.say(problem, "bold red")
+
+    def interrupt(self, step: int, reason: str) -> None:
+        """Wait for the checkpoint of `step`, then raise TrainingInterrupted with `reason`."""
+        self._terminal.phase("checkpoint")
+        if not self._settings.save_interval:
+            text = f"{reason}: ended after step {step} without a checkpoint (checkpoint.save_interval: 0)"
+            raise TrainingInterrupted(text)
+        self._saver.finish()
+        saved = f"checkpoint saved at step {step}/{self._last_step}"
+        raise TrainingInterrupted(f"{reason}: {saved}; rerun the same command to resume")
+
+    def finish(self) -> None:
+        """Wait for the last checkpoint. Raises SaveFailed if it could not be written."""
+        self._saver.finish()
