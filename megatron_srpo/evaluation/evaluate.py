@@ -7,7 +7,7 @@ from functools import partial
 
 from megatron_srpo.config.schema import EvaluationSection
 from megatron_srpo.data.records import Group
-from megatron_srpo.evaluation.scores import interval
+from megatron_srpo.evaluation.scores import interval, sample_means
 from megatron_srpo.rollout.collect import Collector, exchange
 from megatron_srpo.rollout.engine import Sampling
 from megatron_srpo.tasks import Task, question_count
@@ -16,10 +16,7 @@ from megatron_srpo.tasks import Task, question_count
 def evaluate(
     collector: Collector, tasks: Mapping[str, Task], settings: EvaluationSection, max_tokens: int, seed: int
 ) -> dict[str, float]:
-    """Return an evaluation's metrics; every rank samples its share and gets the result.
-
-    Prompts and random numbers are the same at every call: two evaluations differ by the weights alone.
-    """
+    """Return the metrics of an evaluation with the same prompts and random numbers every time. Collective."""
     sampling = Sampling(settings.temperature, settings.top_p, max_tokens, collector.folder.stop_ids)
     scores: dict[str, float] = {}
     for task, split in parts(tasks, settings):
@@ -43,36 +40,24 @@ def ask(
 
 
 def summarise(label: str, groups: Sequence[Group]) -> dict[str, float]:
-    """Return avg@K with its 95 % interval over questions, pass@K, and means over samples.
-
-    Args:
-        label: part of the keys eval/<label>/….
-        groups: verified groups of K samples each.
-
-    Returns:
-        avg@K is the mean accuracy of all samples, pass@K the share of groups with a correct one.
-    """
+    """Return eval/<label>/…: avg@K (accuracy) with its 95 % interval, pass@K (solved groups), means."""
     samples = [sample for group in groups for sample in group]
     k = len(groups[0])
     question_means = [sum(sample.judged.correct for sample in group) / k for group in groups]
     _, low, high = interval([question_means])
     solved = [any(sample.judged.correct for sample in group) for group in groups]
-    failed = [sample.judged.verifier_failed is not None for sample in samples]
     scores = {
         "avg_low": low,
         "avg_high": high,
         f"avg@{k}": sum(sample.judged.correct for sample in samples) / len(samples),
         f"pass@{k}": sum(solved) / len(groups),
-        "response_tokens_mean": sum(sample.policy_tokens for sample in samples) / len(samples),
-        "format_rate": sum(sample.judged.format_ok for sample in samples) / len(samples),
-        "truncated_share": sum(sample.finish_reason == "length" for sample in samples) / len(samples),
-        "verifier_failed_share": sum(failed) / len(samples),
+        **sample_means(samples),
     }
     return {f"eval/{label}/{key}": value for key, value in scores.items()}
 
 
 def parts(tasks: Mapping[str, Task], settings: EvaluationSection) -> list[tuple[Task, str]]:
-    """Return every task with each split to evaluate."""
+    """Pair every task with each split to evaluate."""
     return [(task, split) for task in tasks.values() for split in settings.splits]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_srpo.config.schema import Config, EvaluationSection
@@ -14,42 +15,25 @@ from megatron_srpo.rollout.source import LiveRollouts, Rollouts
 from megatron_srpo.tasks import Task
 
 
+@dataclass(frozen=True)
 class Evaluator:
-    """Evaluates after every `settings.every` steps and after the last one.
+    """Evaluates after every `settings.every` steps and after `last_step`, with the same seed every time."""
 
-    Args:
-        collector: samples and verifies with the engine's weights.
-        tasks: by name.
-        settings: the evaluation section.
-        max_response_tokens: of one response.
-        seed: train.seed; every evaluation draws the same random numbers.
-        last_step: train.steps.
-    """
-
-    def __init__(
-        self,
-        collector: Collector,
-        tasks: Mapping[str, Task],
-        settings: EvaluationSection,
-        max_response_tokens: int,
-        seed: int,
-        last_step: int,
-    ):
-        self._collector = collector
-        self._tasks = tasks
-        self._settings = settings
-        self._max_response_tokens = max_response_tokens
-        self._seed = seed
-        self._last_step = last_step
+    collector: Collector
+    tasks: Mapping[str, Task]
+    settings: EvaluationSection
+    max_response_tokens: int
+    seed: int
+    last_step: int
 
     def is_due(self, step: int) -> bool:
         """Return True if the policy after `step` (0: before training) is to be evaluated."""
-        return step % self._settings.every == 0 or step == self._last_step
+        return step % self.settings.every == 0 or step == self.last_step
 
     def __call__(self, earlier: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Evaluate; all ranks together. Returns the metrics, with best and mean over `earlier` rows."""
+        """Return an evaluation's metrics, with best and mean over `earlier` rows. A collective call."""
         start = time.perf_counter()
-        scores = evaluate(self._collector, self._tasks, self._settings, self._max_response_tokens, self._seed)
+        scores = evaluate(self.collector, self.tasks, self.settings, self.max_response_tokens, self.seed)
         return {**with_history(scores, earlier), "seconds_evaluate": time.perf_counter() - start}
 
 

@@ -31,25 +31,16 @@ CHUNK_SEQUENCES = 1024  # at most this many responses are lost when a command is
 
 @naming_key("model.hf_path")
 def run_evaluation(config: Config) -> Path:
-    """Evaluate model.hf_path, or the policy of the run evaluation.checkpoint, on this process's share.
+    """Evaluate model.hf_path, or the newest checkpoint of the run evaluation.checkpoint, on all processes.
 
-    Samples are appended to samples/ chunk by chunk, and the same command resumes an interrupted one. A run's
-    newest checkpoint is evaluated: with a newer one, the same command is another evaluation.
-
-    Returns:
-        The result folder (logging.dir) with result.json and result.md.
-
-    Raises:
-        ConfigError: the evaluation cannot be run; nothing has been sampled.
+    The same command resumes an interrupted one. Returns the folder of result.json and result.md.
     """
     folder = HFFolder(config.model.hf_path)
     folder.validate()
     if (path := config.evaluation.checkpoint) is not None:
         if not is_of_a_run(path):
-            raise ConfigError(
-                f"evaluation.checkpoint: {path} is neither a run folder with checkpoints nor one of its"
-                " checkpoints"
-            )
+            expected = "a run folder with checkpoints nor one of its checkpoints"
+            raise ConfigError(f"evaluation.checkpoint: {path} is neither {expected}")
         config = _with_checkpoint(config, checkpoint_of(path))
     tasks = evaluation_tasks(config)
     check_evaluation(config, folder, tasks)
@@ -69,9 +60,8 @@ def run_evaluation(config: Config) -> Path:
         with closing(engine):
             engine.update_weights(Repeatable(lambda: stored_weights(config, folder)), "0")
             verifiers = Pool({name: task.verifier for name, task in tasks.items()}, config.task)
-            outcomes = _ask_everything(
-                config, Collector(verifiers, engine, folder, layout, config.rollout), tasks
-            )
+            collector = Collector(verifiers, engine, folder, layout, config.rollout)
+            outcomes = _ask_everything(config, collector, tasks)
             if layout.rank == 0:
                 model = str(config.evaluation.checkpoint or config.model.hf_path)
                 write_result(config.logging.dir, result_of(outcomes, model, layout.device.type))
@@ -79,13 +69,12 @@ def run_evaluation(config: Config) -> Path:
 
 
 def _with_checkpoint(config: Config, checkpoint: Path) -> Config:
-    return config.model_copy(
-        update={"evaluation": config.evaluation.model_copy(update={"checkpoint": checkpoint})}
-    )
+    evaluation = config.evaluation.model_copy(update={"checkpoint": checkpoint})
+    return config.model_copy(update={"evaluation": evaluation})
 
 
 def _ask_everything(config: Config, collector: Collector, tasks: Mapping[str, Task]) -> list[Outcome]:
-    """Sample answers and greedy answers to every split of every task. Outcomes are the first rank's only."""
+    """Sample answers and greedy answers to every split of every task; return the outcomes on rank 0."""
     settings, outcomes = config.evaluation, []
     limit, stops = config.rollout.max_response_tokens, collector.folder.stop_ids
     sampling = Sampling(settings.temperature, settings.top_p, limit, stops)
@@ -99,9 +88,8 @@ def _ask_everything(config: Config, collector: Collector, tasks: Mapping[str, Ta
         if wants_greedy := settings.greedy and settings.temperature > 0:
             _complete(single, collector, task, split, config, greedy)
         if collector.layout.rank == 0:
-            outcomes.append(
-                Outcome(label, sampled.read(), sampled.seconds(), single.read() if wants_greedy else None)
-            )
+            greedy_groups = single.read() if wants_greedy else None
+            outcomes.append(Outcome(label, sampled.read(), sampled.seconds(), greedy_groups))
     return outcomes
 
 
@@ -111,12 +99,11 @@ def _complete(
     """Ask the questions that have no answers yet, in chunks that keep every rank's engine busy."""
     count, ranks = question_count(task, split, config.evaluation), collector.layout.world_size
     chunk = max(1, CHUNK_SEQUENCES // answers.samples // ranks) * ranks
+    seed = f"{config.train.seed}/evaluation"
     for start in range(answers.done(), count, chunk):
         began = time.perf_counter()
         numbers = range(start, min(start + chunk, count))
-        groups = ask(
-            collector, task, split, numbers, answers.samples, sampling, f"{config.train.seed}/evaluation"
-        )
+        groups = ask(collector, task, split, numbers, answers.samples, sampling, seed)
         answers.append(groups, time.perf_counter() - began)
 
 
@@ -125,10 +112,8 @@ def stored_weights(config: Config, folder: HFFolder) -> Iterator[tuple[str, Tens
     if (path := config.evaluation.checkpoint) is not None:
         policy = RunTensors(path, "policy")
         if policy.architecture != folder.architecture:
-            raise ConfigError(
-                f"evaluation.checkpoint: {policy.folder.path} holds another model than model.hf_path"
-                f" ({folder.path})"
-            )
+            held = f"{policy.folder.path} holds another model than model.hf_path ({folder.path})"
+            raise ConfigError(f"evaluation.checkpoint: {held}")
         yield from ((name, policy.tensor(name).to(policy.dtype(name))) for name in policy.names())
         return
     for file in sorted(set(folder.file_of.values())):

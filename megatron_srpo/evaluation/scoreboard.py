@@ -11,13 +11,11 @@ from typing import Any, NamedTuple
 from megatron_srpo.config.schema import ConfigError
 from megatron_srpo.data.records import Group
 from megatron_srpo.distributed.files import write_text
-from megatron_srpo.evaluation.scores import interval, paired_difference, pass_at_k
+from megatron_srpo.evaluation.scores import interval, paired_difference, pass_at_k, sample_means
 
 
 class Outcome(NamedTuple):
-    """One task's answers: `samples` groups of K, `greedy` groups of one or None; `seconds` it took to sample
-    them.
-    """
+    """One task's answers: `samples` groups of K, sampled in `seconds`, and `greedy` groups of one or None."""
 
     label: str
     samples: list[Group]
@@ -26,31 +24,23 @@ class Outcome(NamedTuple):
 
 
 def result_of(outcomes: Sequence[Outcome], model: str, device: str) -> dict[str, Any]:
-    """What result.json holds.
-
-    Intervals are [low, high], 95 % bootstrap over questions; `overall` is the mean over tasks.
-    """
+    """Compute result.json: intervals are 95 % bootstrap over questions, `overall` is the mean over tasks."""
     tasks = {outcome.label: _task_result(outcome) for outcome in outcomes}
     overall: dict[str, Any] = {}
     for key in _shared(tasks.values()):
         values = [list(task["questions"][key].values()) for task in tasks.values()]
         mean, low, high = interval(values)
         overall |= {key: mean, f"{key}/interval": [low, high]}
-    tokens = sum(
-        sample.policy_tokens for outcome in outcomes for group in outcome.samples for sample in group
-    )
+    groups = [group for outcome in outcomes for group in outcome.samples]
+    tokens = sum(sample.policy_tokens for group in groups for sample in group)
     seconds = sum(outcome.seconds for outcome in outcomes)
-    return {
-        "model": model,
-        "device": device,
-        "date": datetime.date.today().isoformat(),
-        "overall": {**overall, "seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds},
-        "tasks": tasks,
-    }
+    overall |= {"seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds}
+    date = datetime.date.today().isoformat()
+    return {"model": model, "device": device, "date": date, "overall": overall, "tasks": tasks}
 
 
 def _shared(tasks: Iterable[dict[str, Any]]) -> list[str]:
-    """The scores that all of these task results have, in the order of the first."""
+    """Return the scores that all of these task results have, in the order of the first."""
     first, *others = tasks
     return [key for key in first["questions"] if all(key in other["questions"] for other in others)]
 
@@ -58,9 +48,9 @@ def _shared(tasks: Iterable[dict[str, Any]]) -> list[str]:
 def _task_result(outcome: Outcome) -> dict[str, Any]:
     samples = [sample for group in outcome.samples for sample in group]
     k = len(outcome.samples[0])
-    correct = {
-        group[0].prompt.id: sum(sample.judged.correct for sample in group) for group in outcome.samples
-    }
+    counts = [sum(sample.judged.correct for sample in group) for group in outcome.samples]
+    names = [group[0].prompt.id for group in outcome.samples]
+    correct = dict(zip(names, counts, strict=True))
     ks = sorted({2**power for power in range(k.bit_length()) if 2**power <= k} | {k})
     questions = {f"avg@{k}": {name: c / k for name, c in correct.items()}}
     questions |= {f"pass@{j}": {name: pass_at_k(k, c, j) for name, c in correct.items()} for j in ks if j > 1}
@@ -75,11 +65,7 @@ def _task_result(outcome: Outcome) -> dict[str, Any]:
         **scores,
         "question_count": len(outcome.samples),
         "samples": k,
-        "response_tokens_mean": tokens / len(samples),
-        "format_rate": sum(sample.judged.format_ok for sample in samples) / len(samples),
-        "truncated_share": sum(sample.finish_reason == "length" for sample in samples) / len(samples),
-        "verifier_failed_share": sum(sample.judged.verifier_failed is not None for sample in samples)
-        / len(samples),
+        **sample_means(samples),
         "seconds": outcome.seconds,
         "tokens_per_second": tokens / outcome.seconds,
         "questions": questions,
@@ -87,23 +73,18 @@ def _task_result(outcome: Outcome) -> dict[str, Any]:
 
 
 def write_result(directory: Path, result: dict[str, Any]) -> None:
-    """result.json and result.md; each appears whole or not at all."""
+    """Write result.json and result.md, each atomically."""
     write_text(directory / "result.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     write_text(directory / "result.md", markdown(result) + "\n")
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table of one model: percent, with 95 % intervals over questions."""
+    """Format one model's table: percent, with 95 % intervals over questions."""
     rows = [*result["tasks"].items()] + ([("mean", result["overall"])] if len(result["tasks"]) > 1 else [])
     scores = _shared(result["tasks"].values())
     shares = ("format_rate", "truncated_share", "verifier_failed_share")
     header = ["task", "questions", *scores, "tokens", "format", "truncated", "no verdict"]
-    lines = [
-        f"`{result['model']}` on {result['device']}, {result['date']}",
-        "",
-        _row(header),
-        _row(["---"] * len(header)),
-    ]
+    lines = [f"`{result['model']}` on {result['device']}, {result['date']}", "", *_header(header)]
     for name, row in rows:
         cells = [name, str(row.get("question_count", ""))]
         for key in scores:
@@ -119,7 +100,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def read_result(directory: Path) -> dict[str, Any]:
-    """result.json of an evaluation's folder. Raises ConfigError when there is none or it cannot be read."""
+    """Read result.json of an evaluation's folder; raise ConfigError if it is missing or damaged."""
     file = directory / "result.json"
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
@@ -133,10 +114,7 @@ def read_result(directory: Path) -> dict[str, Any]:
 
 
 def compare(directories: Sequence[Path]) -> str:
-    """A Markdown table: every other folder against the first, by a paired bootstrap over questions.
-
-    Compares each score that all have, on the same tasks and questions. Raises ConfigError when these differ.
-    """
+    """Compare every other folder with the first by a paired bootstrap over questions, as a Markdown table."""
     base, *others = [read_result(directory) for directory in directories]
     header = ["task", "score", "base", "other", "difference", "95 % interval", "p"]
     lines = []
@@ -145,26 +123,23 @@ def compare(directories: Sequence[Path]) -> str:
             tasks = [sorted(result["tasks"]) for result in (other, base)]
             raise ConfigError(f"{directory}: has the tasks {tasks[0]}, {directories[0]} has {tasks[1]}")
         lines += [f"base `{directories[0]}` ({base['model']}), other `{directory}` ({other['model']})", ""]
-        lines += [_row(header), _row(["---"] * len(header))]
+        lines += _header(header)
         shared = _shared([*base["tasks"].values(), *other["tasks"].values()])
         if not shared:
-            raise ConfigError(
-                f"{directory}: no score in common with {directories[0]}; was evaluation.samples another?"
-            )
+            problem = f"no score in common with {directories[0]}; was evaluation.samples another?"
+            raise ConfigError(f"{directory}: {problem}")
         for key in shared:
             pairs = {name: _paired(name, key, base, other, directory) for name in base["tasks"]}
             rows = [(name, [pair]) for name, pair in pairs.items()]
             for name, pair in rows + ([("mean", list(pairs.values()))] if len(rows) > 1 else []):
                 difference = paired_difference([first for first, _ in pair], [second for _, second in pair])
-                means = [
-                    100 * sum(sum(side) / len(side) for side in sides) / len(pair)
-                    for sides in zip(*pair, strict=True)
-                ]
-                cells = [name, key, f"{means[0]:.1f}", f"{means[1]:.1f}", f"{100 * difference.mean:+.1f}"]
-                p = f"{difference.p:.3f}" if difference.p >= 0.001 else "< 0.001"
-                lines.append(
-                    _row([*cells, f"[{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]", p])
-                )
+                cells = [name, key]
+                for sides in zip(*pair, strict=True):
+                    cells.append(f"{100 * sum(sum(side) / len(side) for side in sides) / len(pair):.1f}")
+                cells.append(f"{100 * difference.mean:+.1f}")
+                cells.append(f"[{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]")
+                cells.append(f"{difference.p:.3f}" if difference.p >= 0.001 else "< 0.001")
+                lines.append(_row(cells))
         lines.append("")
     return "\n".join(lines).rstrip()
 
@@ -173,10 +148,13 @@ def _paired(name: str, key: str, base: dict, other: dict, directory: Path) -> tu
     first, second = base["tasks"][name]["questions"][key], other["tasks"][name]["questions"][key]
     if set(first) != set(second):
         missing = sorted(set(first) ^ set(second))
-        raise ConfigError(
-            f"{directory}: task {name} was asked other questions ({len(missing)} differ, first {missing[0]})"
-        )
+        differ = f"{len(missing)} differ, first {missing[0]}"
+        raise ConfigError(f"{directory}: task {name} was asked other questions ({differ})")
     return list(first.values()), [second[question] for question in first]
+
+
+def _header(titles: Sequence[str]) -> list[str]:
+    return [_row(titles), _row(["---"] * len(titles))]
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -12,15 +12,14 @@ Row = Mapping[str, Any]  # a training step's line of metrics.jsonl
 
 LASTS = 3  # steps in a row that show a fault before most alarms are raised: one bad batch is none
 REMEMBERED = 25  # rows that any alarm looks at
-# Relative falls that count.
-_FALLS = {"response_tokens_mean": 0.4, "policy_entropy": 0.6, "format_rate": 0.2}
+_FALLS = {"response_tokens_mean": 0.4, "policy_entropy": 0.6, "format_rate": 0.2}  # relative, that count
 _RISE = 0.05  # of the pass rate, that makes shorter and surer responses a success
 _WEIGHT_STD = 0.02  # of nearly uniform entropy weights
 _CERTAIN = 0.05  # nats per token, below which a teacher is certain everywhere
 
 
 class Alarm(NamedTuple):
-    """What is wrong now (`finding`, with figures), and what it means and what to try (`advice`)."""
+    """A fault found now (`finding`, with figures), and what it means and what to try (`advice`)."""
 
     name: AlarmName
     finding: str
@@ -28,7 +27,7 @@ class Alarm(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What the alarms need of a run's configuration."""
+    """The settings that the alarms need."""
 
     dead_group_share: float
     logprob_gap: float | None  # None: what is trained on was sampled by another policy
@@ -37,13 +36,11 @@ class Limits(NamedTuple):
 
     @classmethod
     def of(cls, config: Config) -> Limits:
-        algorithm = config.algorithm
-        return cls(
-            config.logging.dead_group_share,
-            None if config.rollout.replay else config.rollout.logprob_gap_warning,
-            config.teacher.ema_rate if algorithm.uses_teacher and config.teacher.kind == "ema" else None,
-            algorithm.uses_teacher and algorithm.entropy_beta > 0,
-        )
+        has_teacher = config.algorithm.uses_teacher
+        gap = None if config.rollout.replay else config.rollout.logprob_gap_warning
+        rate = config.teacher.ema_rate if has_teacher and config.teacher.kind == "ema" else None
+        weighs_entropy = has_teacher and config.algorithm.entropy_beta > 0
+        return cls(config.logging.dead_group_share, gap, rate, weighs_entropy)
 
 
 def alarms(rows: Sequence[Row], limits: Limits) -> list[Alarm]:
@@ -75,55 +72,40 @@ def _dead_groups(rows: Sequence[Row], limits: Limits) -> str | None:
     if len(now) < LASTS or any(row["zero_advantage_share"] < limits.dead_group_share for row in now):
         return None
     rate = _mean(now, "pass_rate")
-    which = (
-        "all of them right" if rate == 1 else "none right" if rate == 0 else f"{rate:.0%} of samples right"
-    )
-    return (
-        f"{_mean(now, 'zero_advantage_share'):.0%} of groups had no difference in reward in {LASTS} steps"
-        f" ({which})"
-    )
+    which = {1.0: "all of them right", 0.0: "none right"}.get(rate, f"{rate:.0%} of samples right")
+    share = _mean(now, "zero_advantage_share")
+    return f"{share:.0%} of groups had no difference in reward in {LASTS} steps ({which})"
 
 
 def _teacher_still(rows: Sequence[Row], limits: Limits) -> str | None:
     now = [row for row in rows if row["updates"] > row["updates_skipped"]][-LASTS:]
-    if (
-        limits.ema_rate is None
-        or len(now) < LASTS
-        or any(_number(row, "teacher_distance") == 0 for row in now)
-    ):
+    rate, has_distance = limits.ema_rate, all(_number(row, "teacher_distance") != 0 for row in now)
+    if rate is None or len(now) < LASTS or not has_distance:
         return None
     followed = max(_number(row, "teacher_followed") for row in now)
-    if followed >= limits.ema_rate / 2:
+    if followed >= rate / 2:
         return None
-    return (
-        f"the teacher went {followed:.2g} of its way to the policy in a step; teacher.ema_rate is"
-        f" {limits.ema_rate:g}"
-    )
+    return f"the teacher went {followed:.2g} of its way to the policy in a step; teacher.ema_rate is {rate:g}"
 
 
 def _uniform_weights(rows: Sequence[Row], limits: Limits) -> str | None:
     now = [row for row in rows[-REMEMBERED:] if row["sdpo_token_share"] > 0][-LASTS:]
     if not limits.weighs_entropy or len(now) < LASTS or not rows[-1]["sdpo_token_share"]:
         return None
-    if any(
-        _number(row, "teacher_entropy") < _CERTAIN or _number(row, "entropy_weight_std") >= _WEIGHT_STD
-        for row in now
-    ):
+    if min(_number(row, "teacher_entropy") for row in now) < _CERTAIN:
         return None
-    return (
-        f"entropy weights lie within {_mean(now, 'entropy_weight_std'):.2g} of 1, at"
-        f" {_mean(now, 'teacher_entropy'):.2f} nats a token"
-    )
+    if max(_number(row, "entropy_weight_std") for row in now) >= _WEIGHT_STD:
+        return None
+    spread, entropy = _mean(now, "entropy_weight_std"), _mean(now, "teacher_entropy")
+    return f"entropy weights lie within {spread:.2g} of 1, at {entropy:.2f} nats a token"
 
 
 def _logprob_gap(rows: Sequence[Row], limits: Limits) -> str | None:
     gap = _number(rows[-1], "engine_logprob_gap")
     if limits.logprob_gap is None or gap < limits.logprob_gap:
         return None
-    return (
-        f"trainer's and engine's log-probabilities are {gap:.3g} nats a token apart"
-        f" (rollout.logprob_gap_warning)"
-    )
+    apart = f"{gap:.3g} nats a token apart (rollout.logprob_gap_warning)"
+    return f"trainer's and engine's log-probabilities are {apart}"
 
 
 def _number(row: Row, key: str) -> float:
@@ -142,32 +124,28 @@ _ALARMS: dict[AlarmName, tuple[Callable[[Sequence[Row], Limits], str | None], st
     "collapse": (
         _collapse,
         "The policy gets shorter, surer or less well-formed without getting better. Look at its samples; go"
-        " back to an earlier"
-        " checkpoint with a lower optimizer.lr, or algorithm.name: srpo where sdpo collapsed.",
+        " back to an earlier checkpoint with a lower optimizer.lr, or algorithm.name: srpo where sdpo"
+        " collapsed.",
     ),
     "dead_groups": (
         _dead_groups,
         "Such groups teach GRPO nothing. All right: the task is too easy, or the verifier says yes to"
-        " everything. None right: too"
-        " hard, or the format is not understood. Read some samples; try other questions,"
-        " rollout.dynamic_filtering or more samples.",
+        " everything. None right: too hard, or the format is not understood. Read some samples; try other"
+        " questions, rollout.dynamic_filtering or more samples.",
     ),
     "teacher_still": (
         _teacher_still,
         "The EMA teacher does not follow the policy as teacher.ema_rate says. An EMA held in bf16, or never"
-        " called, looks like this;"
-        " if it should stand still, say teacher.kind: frozen.",
+        " called, looks like this; if it should stand still, say teacher.kind: frozen.",
     ),
     "uniform_weights": (
         _uniform_weights,
-        "Entropy weighting does nothing: the teacher is equally unsure everywhere. Are its entropies over"
-        " the full vocabulary? Look at"
-        " the teacher's prompts (inspect), and try a larger algorithm.entropy_beta.",
+        "Entropy weighting does nothing: the teacher is equally unsure everywhere. Are its entropies over the"
+        " full vocabulary? Look at the teacher's prompts (inspect), and try a larger algorithm.entropy_beta.",
     ),
     "logprob_gap": (
         _logprob_gap,
         "What is trained is not what was sampled. Does the engine have the published weights, the same dtype"
-        " and temperature? A step"
-        " of staleness adds to the gap; importance weights correct a small one.",
+        " and temperature? A step of staleness adds to the gap; importance weights correct a small one.",
     ),
 }

@@ -15,10 +15,8 @@ from megatron_srpo.data.rollout_file import policy_tokens
 from megatron_srpo.observe.run_folder import RunFolder
 from megatron_srpo.observe.tokens import read_tokens
 
-_HIDDEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
-)
-
+_FORMAT = "\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff"
+_HIDDEN = re.compile(f"[\x00-\x08\x0b-\x1f\x7f-\x9f{_FORMAT}]")
 _NUMBERS = ("logprob", "teacher_logprob", "entropy", "teacher_entropy", "divergence", "weight")
 
 
@@ -28,11 +26,7 @@ def visible(text: str) -> str:
 
 
 def inspect(path: Path, step: int, number: int | None, console: Console) -> None:
-    """Show sample `number` (from 0, as in the file and the report) of a step, or list the step's samples.
-
-    Raises:
-        ConfigError: There is no such run, step or sample.
-    """
+    """Show sample `number` (from 0) of a step, or list the step's samples; ConfigError if there is none."""
     run = RunFolder.read(path)
     rows, values = run.samples(step), read_tokens(path, step)
     if number is None:
@@ -42,20 +36,16 @@ def inspect(path: Path, step: int, number: int | None, console: Console) -> None
     else:
         row = rows[number]
         _facts(row, step, number, console)
-        _section(
-            "prompt",
-            "\n".join(f"{message['role']}: {message['content']}" for message in row["prompt"]["messages"]),
-            console,
-        )
+        messages = [f"{message['role']}: {message['content']}" for message in row["prompt"]["messages"]]
+        _section("prompt", "\n".join(messages), console)
         found = values.get((row["prompt"]["id"], row["index"]))
         if found is None:
             _section("response", row["text"], console)
         else:
             _tokens(found, console)
         if (sibling := _sibling(row, rows)) is not None:
-            _section(
-                f"the sibling its teacher was shown (sample {rows.index(sibling)})", sibling["text"], console
-            )
+            title = f"the sibling its teacher was shown (sample {rows.index(sibling)})"
+            _section(title, sibling["text"], console)
         if row["verdict"]["feedback"]:
             _section("feedback", row["verdict"]["feedback"], console)
         if row["route"]["teacher_ids"]:
@@ -65,20 +55,15 @@ def inspect(path: Path, step: int, number: int | None, console: Console) -> None
 
 
 def _list(rows: list[dict], values: dict, console: Console) -> None:
-    console.print(
-        Text("sample  verdict  route  advantage  tokens  finish  values  response", style="dim"),
-        soft_wrap=True,
-    )
+    header = "sample  verdict  route  advantage  tokens  finish  values  response"
+    console.print(Text(header, style="dim"), soft_wrap=True)
     for number, row in enumerate(rows):
         route, length = row["route"], policy_tokens(row)
         values_of = "tokens" if (row["prompt"]["id"], row["index"]) in values else ""
-        line = (
-            f"{number:>6}  {_verdict(row):<7}  {route['branch']:<5}  {route['advantage']:>+9.3f} "
-            f" {length:>6}  {row['finish_reason']:<6}"
-        )
-        console.print(
-            Text(f"{line}  {values_of:<6}  {visible(row['text'][:60].replace(chr(10), ' '))}"), soft_wrap=True
-        )
+        line = f"{number:>6}  {_verdict(row):<7}  {route['branch']:<5}  {route['advantage']:>+9.3f}"
+        line += f"  {length:>6}  {row['finish_reason']:<6}  {values_of:<6}"
+        start = visible(row["text"][:60].replace("\n", " "))
+        console.print(Text(f"{line}  {start}"), soft_wrap=True)
 
 
 def _verdict(row: dict) -> str:
@@ -89,20 +74,13 @@ def _verdict(row: dict) -> str:
 def _facts(row: dict, step: int, number: int, console: Console) -> None:
     route = row["route"]
     why = f" ({route['no_teacher'].replace('_', ' ')})" if route["no_teacher"] else ""
-    console.print(
-        Text(
-            f"step {step}, sample {number}: {visible(row['prompt']['id'])}, response {row['index']}",
-            style="bold",
-        )
-    )
+    title = f"step {step}, sample {number}: {visible(row['prompt']['id'])}, response {row['index']}"
+    console.print(Text(title, style="bold"))
+    form = "ok" if row["verdict"]["format_ok"] else "not ok"
     line = (
-        f"{_verdict(row)}, reward {row['verdict']['reward']:g}, format"
-        f" {'ok' if row['verdict']['format_ok'] else 'not ok'}; route"
+        f"{_verdict(row)}, reward {row['verdict']['reward']:g}, format {form}; route {route['branch']}{why}"
     )
-    line += (
-        f" {route['branch']}{why}, advantage {route['advantage']:+.3f}; {policy_tokens(row)} tokens"
-        f" ({row['finish_reason']})"
-    )
+    line += f", advantage {route['advantage']:+.3f}; {policy_tokens(row)} tokens ({row['finish_reason']})"
     console.print(Text(line))
     console.print(Text(f"ground truth: {visible(row['prompt']['answer'])}"))
 
@@ -123,9 +101,8 @@ def _tokens(values: dict[str, Any], console: Console) -> None:
     console.print(text, soft_wrap=True)
     console.print(Text("\ntoken by token: nats, and the likeliest five of student and teacher", style="cyan"))
     for place, token in enumerate(values["tokens"]):
-        numbers = [
-            f"{key.replace('_', ' ')} {_figure(values[key][place])}" for key in _NUMBERS if key in values
-        ]
+        keys = [key for key in _NUMBERS if key in values]
+        numbers = [f"{key.replace('_', ' ')} {_figure(values[key][place])}" for key in keys]
         console.print(Text.assemble((_quoted(token), "bold"), "  ", ", ".join(numbers)), soft_wrap=True)
         for key, who in (("top", "student"), ("teacher_top", "teacher")):
             if key in values:

@@ -24,39 +24,38 @@ def _ratio(total: Tensor, count: Tensor) -> float:
     return float(total) / float(count) if count else 0.0
 
 
+def _share(conditions: Sequence[bool]) -> float:
+    return _mean([float(condition) for condition in conditions])
+
+
 def _tokens(samples: Sequence[Sample]) -> int:
     return sum(sample.policy_tokens for sample in samples)
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Compute a step's numbers from its routed groups; shares are of samples unless named otherwise.
+    """Compute a step's numbers from its routed groups; several tasks add pass_rate/<task> and the like.
 
-    Excluded samples (the verifier failed) count in response_tokens_mean, truncated_share and
-    verifier_failed_share only. Several tasks add pass_rate/<task> and the like.
+    Excluded samples count in response_tokens_mean, truncated_share and verifier_failed_share only.
     """
     samples = [sample for group in groups for sample in group]
     judged = [sample for sample in samples if not sample.judged.excluded]
     judged_groups = [group for group in groups if not all(sample.judged.excluded for sample in group)]
-    lengths = [sample.policy_tokens for sample in samples]
+    is_flat = [all(sample.routed.advantage == 0 for sample in group) for group in judged_groups]
     distilled = [sample for sample in judged if sample.routed.distillation_weight > 0]
     failed = [sample for sample in judged if not sample.judged.correct]
     return {
         "reward_mean": _mean([sample.judged.reward for sample in judged]),
-        "pass_rate": _mean([float(sample.judged.correct) for sample in judged]),
-        "response_tokens_mean": _mean(lengths),
-        "truncated_share": _mean([float(sample.finish_reason == "length") for sample in samples]),
-        "format_rate": _mean([float(sample.judged.format_ok) for sample in judged]),
-        "verifier_failed_share": _mean(
-            [float(sample.judged.verifier_failed is not None) for sample in samples]
-        ),
+        "pass_rate": _share([sample.judged.correct for sample in judged]),
+        "response_tokens_mean": _mean([sample.policy_tokens for sample in samples]),
+        "truncated_share": _share([sample.finish_reason == "length" for sample in samples]),
+        "format_rate": _share([sample.judged.format_ok for sample in judged]),
+        "verifier_failed_share": _share([sample.judged.verifier_failed is not None for sample in samples]),
         "sdpo_sample_share": len(distilled) / max(len(judged), 1),
         "sdpo_token_share": _tokens(distilled) / max(_tokens(judged), 1),
-        "teacherless_failed_share": _mean([float(sample.routed.no_teacher is not None) for sample in failed]),
+        "teacherless_failed_share": _share([sample.routed.no_teacher is not None for sample in failed]),
         "teacher_prompts_cut": sum(sample.routed.demonstration_cut for sample in samples),
         "teacher_prompts_empty": sum(sample.routed.no_teacher == "nothing_to_show" for sample in samples),
-        "zero_advantage_share": _mean(
-            [float(all(sample.routed.advantage == 0 for sample in group)) for group in judged_groups]
-        ),
+        "zero_advantage_share": _share(is_flat),
         **_by_task(samples),
     }
 
@@ -70,9 +69,9 @@ def _by_task(samples: Sequence[Sample]) -> dict[str, float]:
         judged = [sample for sample in own if not sample.judged.excluded]
         rows |= {
             f"prompt_share/{name}": len(own) / len(samples),
-            f"pass_rate/{name}": _mean([float(sample.judged.correct) for sample in judged]),
-            f"format_rate/{name}": _mean([float(sample.judged.format_ok) for sample in judged]),
-            f"truncated_share/{name}": _mean([float(sample.finish_reason == "length") for sample in own]),
+            f"pass_rate/{name}": _share([sample.judged.correct for sample in judged]),
+            f"format_rate/{name}": _share([sample.judged.format_ok for sample in judged]),
+            f"truncated_share/{name}": _share([sample.finish_reason == "length" for sample in own]),
             f"response_tokens_mean/{name}": _mean([sample.policy_tokens for sample in own]),
         }
     return rows
@@ -80,18 +79,13 @@ def _by_task(samples: Sequence[Sample]) -> dict[str, float]:
 
 def version_metrics(groups: Sequence[Group], step: int) -> dict[str, Any]:
     """Return the newest weight version that sampled the groups, and the age of each sample's oldest token."""
-    versions = [
-        [int(version) for version, _, _ in sample.versions if version.isdigit()]
-        for group in groups
-        for sample in group
-    ]
+    versions = []
+    for sample in (sample for group in groups for sample in group):
+        versions.append([int(version) for version, _, _ in sample.versions if version.isdigit()])
     behind = [step - 1 - min(of_sample) for of_sample in versions if of_sample]
     newest = str(max(map(max, filter(None, versions)), default=groups[0][0].versions[-1][0]))
-    return {
-        "weight_version": newest,
-        "staleness_mean": _mean(behind),
-        "staleness_max": max(behind, default=0),
-    }
+    ages = {"staleness_mean": _mean(behind), "staleness_max": max(behind, default=0)}
+    return {"weight_version": newest, **ages}
 
 
 def update_metrics(report: UpdateReport) -> dict[str, float]:
@@ -136,20 +130,15 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
-        clean = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in row.items()
-        }
-        self._file.write(json.dumps(clean) + "\n")
+        broken = [key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
+        self._file.write(json.dumps(row | dict.fromkeys(broken)) + "\n")
         self._file.flush()
 
     def rewind(self, step: int, with_evaluation: bool) -> list[dict[str, Any]]:
         """Drop later steps than `step` (or its evaluation, too) and a torn line; return the other rows."""
-        rows = [
-            row
-            for row in self._rows()
-            if row["step"] < step or row["step"] == step and ("loss" in row or with_evaluation)
-        ]
+        rows = [row for row in self._rows() if row["step"] <= step]
+        if not with_evaluation:
+            rows = [row for row in rows if row["step"] < step or "loss" in row]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         if self.path.is_file() and self.path.read_text(encoding="utf-8") != text:
             self._file.close()

@@ -16,11 +16,7 @@ _ALLOCATIONS = 100_000  # the newest that a memory snapshot remembers
 
 
 class StepProfiler:
-    """Profiles the steps of logging.profile_steps on the ranks of logging.profile_ranks.
-
-    rank_NNNNN.trace.json.gz opens in Perfetto or chrome://tracing, rank_NNNNN.table.txt is for reading, and
-    on CUDA rank_NNNNN.memory.pickle opens in pytorch.org/memory_viz.
-    """
+    """Profiles a window of steps: table, trace for Perfetto, on CUDA memory for pytorch.org/memory_viz."""
 
     def __init__(self, directory: Path, settings: LoggingSection, layout: Layout):
         self.directory, self.layout = directory, layout
@@ -29,7 +25,6 @@ class StepProfiler:
 
     @contextmanager
     def __call__(self, step: int) -> Iterator[None]:
-        """Profile `step` if it is in the window."""
         if self.steps is not None and self.steps[0] <= step <= self.steps[1] and self._profile is None:
             self._begin()
         yield
@@ -40,9 +35,8 @@ class StepProfiler:
         cuda = self.layout.device.type == "cuda"
         if cuda:
             torch.cuda.memory._record_memory_history(max_entries=_ALLOCATIONS)
-        self._profile = profile(
-            activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])], record_shapes=True
-        )
+        activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
+        self._profile = profile(activities=activities, record_shapes=True)
         self._profile.start()
 
     def _end(self, profiler: profile) -> None:

@@ -1,7 +1,4 @@
-"""The report: one HTML file that works offline, with the curves of one or more runs and their samples.
-
-Everything shown is one JSON object in the page, whose text the page's script only ever inserts as text.
-"""
+"""The report: an offline HTML page of runs' curves and samples, from one JSON object shown only as text."""
 
 from __future__ import annotations
 
@@ -28,19 +25,11 @@ _PAGE = Path(__file__).with_name("page")
 
 def write_report(paths: Sequence[Path], output: Path, samples: int = SAMPLES) -> None:
     """Write the page about these run folders; raise ConfigError if one is no run's folder."""
-    page = {
-        name: (_PAGE / name).read_text(encoding="utf-8")
-        for name in ("page.html", "page.css", "charts.js", "samples.js")
-    }
-    # "<" could end the script element; everything else outside ASCII, and halves of surrogate pairs, json
-    # escapes itself.
+    files = ("page.html", "page.css", "charts.js", "samples.js")
+    html, css, charts, browser = [(_PAGE / name).read_text(encoding="utf-8") for name in files]
+    # "<" could end the script element; json itself escapes all outside ASCII and lone surrogates.
     data = json.dumps(report_data(paths, samples), separators=(",", ":")).replace("<", "\\u003c")
-    html = page["page.html"]
-    for mark, text in (
-        ("CSS", page["page.css"]),
-        ("JS", page["charts.js"] + page["samples.js"]),
-        ("DATA", data),
-    ):
+    for mark, text in {"CSS": css, "JS": charts + browser, "DATA": data}.items():
         html = html.replace(f"/*{mark}*/", text, 1)
     write_text(output, html)
 
@@ -49,13 +38,8 @@ def report_data(paths: Sequence[Path], samples: int) -> dict[str, Any]:
     """Collect what the page shows, with at most `samples` samples."""
     runs = [RunFolder.read(path) for path in paths]
     names = _names(paths)
-    data: dict[str, Any] = {
-        "made": f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
-        "runs": [],
-        "prompts": [],
-        "samples": [],
-        "notes": [],
-    }
+    data: dict[str, Any] = {"made": f"{datetime.datetime.now():%Y-%m-%d %H:%M}", "runs": [], "prompts": []}
+    data |= {"samples": [], "notes": []}
     for number, (run, name) in enumerate(zip(runs, names, strict=True)):
         data["runs"].append(_run_data(run, name))
         _add_samples(data, run, number, name, samples // len(runs))
@@ -76,19 +60,15 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 def _run_data(run: RunFolder, name: str) -> dict[str, Any]:
     config = run.config
-    keys = dict.fromkeys(
-        key
-        for row in ({"step": 0}, *run.steps)
-        for key, value in row.items()
-        if isinstance(value, int | float)
-    )
+    keys: dict[str, Any] = {"step": None}
+    for row in run.steps:
+        keys |= dict.fromkeys(key for key, value in row.items() if isinstance(value, int | float))
+    batch = f"{config.rollout.prompts_per_step} × {config.rollout.samples_per_prompt} samples a step"
     evaluate = {row["step"]: row.get("seconds_evaluate") or 0.0 for row in run.evaluations}
     seconds = np.cumsum([(row.get("seconds") or 0.0) + evaluate.get(row["step"], 0.0) for row in run.steps])
     return {
         "name": name,
-        "what": f"{config.algorithm.name}, lr {config.lr:g}, {config.rollout.prompts_per_step} ×"
-        f" {config.rollout.samples_per_prompt}"
-        f" samples a step, {config.model.hf_path.name}",
+        "what": f"{config.algorithm.name}, lr {config.lr:g}, {batch}, {config.model.hf_path.name}",
         "columns": {key: [_short(row.get(key)) for row in run.steps] for key in keys},
         "hours": [_short(value / 3600) for value in seconds.tolist()],
         "tokens": np.cumsum([row.get("tokens") or 0 for row in run.steps], dtype=int).tolist(),
@@ -103,11 +83,8 @@ def _evaluations(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     curves = []
     for key in dict.fromkeys(key for row in rows for key in row if "/avg@" in key or "/pass@" in key):
         found = [row for row in rows if row.get(key) is not None]
-        curve = {
-            "label": key.removeprefix("eval/"),
-            "steps": [row["step"] for row in found],
-            "values": [_short(row[key]) for row in found],
-        }
+        curve: dict[str, Any] = {"label": key.removeprefix("eval/"), "steps": [row["step"] for row in found]}
+        curve["values"] = [_short(row[key]) for row in found]
         label = key.rpartition("/")[0]
         if "/avg@" in key and all(f"{label}/avg_low" in row for row in found):
             curve |= {end: [_short(row[f"{label}/avg_{end}"]) for row in found] for end in ("low", "high")}
@@ -119,19 +96,14 @@ def _weight_quantiles(run: RunFolder) -> dict[str, Any]:
     """Compute quantiles of the dumped tokens' entropy weights, by step."""
     steps, quantiles = [], []
     for step in run.sampled_steps:
-        weights = [
-            weight
-            for row in read_tokens(run.path, step).values()
-            for weight in row.get("weight", ())
-            if weight is not None
-        ]
+        weights: list[float] = []
+        for row in read_tokens(run.path, step).values():
+            weights += [weight for weight in row.get("weight", ()) if weight is not None]
         if weights:
             steps.append(step)
             quantiles.append(np.quantile(weights, _QUANTILES).tolist())
-    return {
-        "steps": steps,
-        "q": [[_short(value) for value in column] for column in zip(*quantiles, strict=True)],
-    }
+    columns = zip(*quantiles, strict=True)
+    return {"steps": steps, "q": [[_short(value) for value in column] for column in columns]}
 
 
 def alarm_history(run: RunFolder) -> list[dict[str, str]]:
@@ -139,18 +111,12 @@ def alarm_history(run: RunFolder) -> list[dict[str, str]]:
     limits, stretches, held = Limits.of(run.config), [], {}
     steps = [row for row in run.steps if "loss" in row]  # what was only sampled has no alarms
     for place, row in enumerate(steps):
-        raised = {
-            alarm.name: alarm for alarm in alarms(steps[max(0, place + 1 - REMEMBERED) : place + 1], limits)
-        }
+        recent = steps[max(0, place + 1 - REMEMBERED) : place + 1]
+        raised = {alarm.name: alarm for alarm in alarms(recent, limits)}
         held = {name: stretch for name, stretch in held.items() if name in raised}
         for name, alarm in raised.items():
             if name not in held:
-                held[name] = {
-                    "name": name,
-                    "first": row["step"],
-                    "finding": alarm.finding,
-                    "advice": alarm.advice,
-                }
+                held[name] = {**alarm._asdict(), "first": row["step"]}
                 stretches.append(held[name])
             held[name]["last"] = row["step"]
     for stretch in stretches:
@@ -177,17 +143,13 @@ def _add_samples(data: dict[str, Any], run: RunFolder, number: int, name: str, l
             try:
                 sample = _sample(row, place, values, data["prompts"], prompts)
             except (KeyError, TypeError) as error:
-                run.problems.append(
-                    f"{name}: step {step}, sample {place}: is no sample as runs dump them and left out:"
-                    f" {error!r}"
-                )
+                where = f"{name}: step {step}, sample {place}"
+                run.problems.append(f"{where}: is no sample as runs dump them and left out: {error!r}")
                 continue
             data["samples"].append({"run": number, "step": step, **sample})
     if len(chosen) < len(steps):
-        data["notes"].append(
-            f"{name}: the samples of {len(chosen)} of {len(steps)} steps are in this page; all are in its"
-            f" rollouts/."
-        )
+        shown = f"the samples of {len(chosen)} of {len(steps)} steps are in this page"
+        data["notes"].append(f"{name}: {shown}; all are in its rollouts/.")
 
 
 def _spread(steps: list[int]) -> list[int]:
@@ -201,35 +163,22 @@ def _spread(steps: list[int]) -> list[int]:
     return [steps[place] for place in dict.fromkeys(places)]
 
 
-def _sample(
-    row: dict, place: int, values: dict, prompts: list[dict], numbers: dict[str, int]
-) -> dict[str, Any]:
+def _sample(row: dict, place: int, values: dict, prompts: list[dict], numbers: dict[str, int]) -> dict:
     prompt, verdict, route = row["prompt"], row["verdict"], row["route"]
     if prompt["id"] not in numbers:
         numbers[prompt["id"]] = len(prompts)
         messages = [[message["role"], _cut(message["content"])] for message in prompt["messages"]]
         prompts.append({"id": prompt["id"], "messages": messages, "answer": _cut(prompt["answer"])})
-    sample = {
-        "number": place,
-        "prompt": numbers[prompt["id"]],
-        "index": row["index"],
-        "text": _cut(row["text"]),
-        "tokens": policy_tokens(row),
-        "finish": row["finish_reason"],
-        "reward": _short(verdict["reward"]),
-        "correct": verdict["correct"],
-        "format": verdict["format_ok"],
-        "failure": verdict["verifier_failed"],
-        "feedback": verdict["feedback"] and _cut(verdict["feedback"]),
-        "branch": route["branch"],
-        "advantage": _short(route["advantage"]),
-        "sibling": route["sibling"],
-        "noTeacher": route["no_teacher"],
-    }
+    sample: dict[str, Any] = {"number": place, "prompt": numbers[prompt["id"]], "index": row["index"]}
+    sample |= {"text": _cut(row["text"]), "tokens": policy_tokens(row), "finish": row["finish_reason"]}
+    sample |= {"reward": _short(verdict["reward"]), "correct": verdict["correct"]}
+    sample |= {"format": verdict["format_ok"], "failure": verdict["verifier_failed"]}
+    sample["feedback"] = verdict["feedback"] and _cut(verdict["feedback"])
+    sample |= {"branch": route["branch"], "advantage": _short(route["advantage"])}
+    sample |= {"sibling": route["sibling"], "noTeacher": route["no_teacher"]}
     if (found := values.get((prompt["id"], row["index"]))) is not None:
-        sample["values"] = {
-            key: value for key, value in found.items() if key not in ("step", "prompt_id", "index")
-        }
+        hidden = ("step", "prompt_id", "index")
+        sample["values"] = {key: value for key, value in found.items() if key not in hidden}
     return sample
 
 
@@ -241,5 +190,5 @@ def _cut(text: str) -> str:
 
 
 def _short(value: float | None) -> float | None:
-    """Round to five digits; None for what is no finite number."""
+    """Round to five significant digits; None for what is no finite number."""
     return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")

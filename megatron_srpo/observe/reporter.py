@@ -23,10 +23,7 @@ class TrainingStopped(RuntimeError):
 
 
 class Reporter:
-    """Writes one row a step and one an evaluation; only the first rank's reach the disk.
-
-    All ranks compute the same rows, so that all of them stop at the same step.
-    """
+    """Writes a row for each step and evaluation on rank 0; all ranks compute them, to stop together."""
 
     def __init__(self, config: Config, layout: Layout, terminal: Terminal):
         self._config = config
@@ -35,20 +32,13 @@ class Reporter:
         self._limits = Limits.of(config)
         self._rows: list[dict[str, Any]] = []  # of the last training steps
         self._is_first = layout.rank == 0
-        self._metrics = MetricsFile(
-            config.logging.dir / "metrics.jsonl" if self._is_first else Path(os.devnull)
-        )
+        file = config.logging.dir / "metrics.jsonl" if self._is_first else Path(os.devnull)
+        self._metrics = MetricsFile(file)
         self._trackers = Trackers([], terminal.say)
         self.skipped_in_a_row = 0
 
     def resume(self, step: int, is_evaluated: bool, skipped_in_a_row: int) -> None:
-        """Drop rows written after `step` and continue from there. All ranks together.
-
-        Args:
-            step: the last completed step, 0 at the start.
-            is_evaluated: keep the evaluation after `step`, too.
-            skipped_in_a_row: updates skipped in a row up to `step`.
-        """
+        """Drop rows after the completed `step`, and its evaluation unless is_evaluated. Collective."""
         rows = self._metrics.rewind(step, is_evaluated)
         self._terminal.recall(rows)
         if self._is_first:
@@ -59,17 +49,7 @@ class Reporter:
         self.skipped_in_a_row = skipped_in_a_row
 
     def step(self, step: int, groups: Sequence[Group], report: UpdateReport, extra: dict[str, Any]) -> None:
-        """Write a step's row and line, raise its alarms.
-
-        Args:
-            step: from 1.
-            groups: all ranks' routed groups.
-            report: of the step's updates.
-            extra: further metrics: those of the rollouts, and the seconds of each phase.
-
-        Raises:
-            TrainingStopped: an alarm of logging.stop_on, too large a log-prob gap, too many skipped updates.
-        """
+        """Write the row of `step` (from 1) with `extra` metrics and raise alarms, or TrainingStopped."""
         row = {"step": step, **update_metrics(report), **rollout_metrics(groups)}
         row |= version_metrics(groups, step) | extra
         before = self._rows[-1].get("alarms", []) if self._rows else []
@@ -84,7 +64,6 @@ class Reporter:
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
-        """The rows of all evaluations so far."""
         return self._metrics.evaluations()
 
     def evaluation(self, step: int, scores: dict[str, Any]) -> dict[str, Any]:
@@ -95,9 +74,8 @@ class Reporter:
         return row
 
     def summary(self) -> None:
-        """Say how far the run came, and write report.html."""
-        evaluations = self._metrics.evaluations()
-        if evaluations:
+        """Print the scores and the contents of the run folder, and write report.html."""
+        if evaluations := self.evaluations:
             key = next(key for key in evaluations[-1] if "/avg@" in key)
             values = [row[key] for row in evaluations if key in row]  # a resumed run may evaluate otherwise
             change = f"{values[0]:.3f} before, {values[-1]:.3f} after"
@@ -112,11 +90,9 @@ class Reporter:
                 self._terminal.say(f"report.html could not be written: {error}", "bold red")
 
     def close_trackers(self) -> None:
-        """Flush the trackers; nothing is sent to them afterwards."""
         self._trackers.close()
 
     def close(self) -> None:
-        """Close metrics.jsonl."""
         self._metrics.close()
 
     def _write(self, row: dict[str, Any]) -> None:
@@ -124,7 +100,7 @@ class Reporter:
         self._trackers.write(row)
 
     def _raise_alarms(self, step: int, raised: list[Alarm], before: list[str]) -> None:
-        """Say alarms that were not there a step ago; stop at one of logging.stop_on."""
+        """Print alarms that were not there a step ago; raise TrainingStopped at one of logging.stop_on."""
         self._terminal.alarms = raised
         for alarm in raised:
             if alarm.name not in before:
@@ -135,27 +111,20 @@ class Reporter:
                 raise TrainingStopped(f"step {step}: alarm {alarm.name} (logging.stop_on): {alarm.finding}")
 
     def _check_logprob_gap(self, step: int, gap: float) -> None:
-        """Stop when trainer and engine disagree about what was sampled; replayed samples are another policy's."""
-        settings = self._config.rollout
-        if (
-            settings.replay is not None
-            or settings.logprob_gap_stop is None
-            or gap < settings.logprob_gap_stop
-        ):
+        """Raise TrainingStopped if trainer and engine disagree; replayed samples are another policy's."""
+        limit = self._config.rollout.logprob_gap_stop
+        if self._config.rollout.replay is not None or limit is None or gap < limit:
             return
-        raise TrainingStopped(
-            f"step {step}: trainer's and engine's log-probabilities are {gap:.3g} nats a token apart"
-            " (rollout.logprob_gap_stop); does the engine have the published weights?"
-        )
+        apart = f"trainer's and engine's log-probabilities are {gap:.3g} nats a token apart"
+        advice = "does the engine have the published weights?"
+        raise TrainingStopped(f"step {step}: {apart} (rollout.logprob_gap_stop); {advice}")
 
     def _check_skipped_updates(self, step: int, report: UpdateReport) -> None:
         for update in report.skipped_updates:
             numbers = f"loss {update.loss}, gradient norm {update.grad_norm}"
-            text = f"step {step}: an update was skipped: {numbers}"
-            self._terminal.say(text, "bold red")
+            self._terminal.say(f"step {step}: an update was skipped: {numbers}", "bold red")
         self.skipped_in_a_row = report.skipped_in_a_row(self.skipped_in_a_row)
         if self.skipped_in_a_row >= self._config.train.max_skipped_updates:
-            raise TrainingStopped(
-                f"step {step}: {self.skipped_in_a_row} updates in a row had a non-finite loss or gradient norm"
-                " (train.max_skipped_updates); hf/ holds the weights of the last finite update"
-            )
+            updates = f"{self.skipped_in_a_row} updates in a row had a non-finite loss or gradient norm"
+            kept = "hf/ holds the weights of the last finite update"
+            raise TrainingStopped(f"step {step}: {updates} (train.max_skipped_updates); {kept}")

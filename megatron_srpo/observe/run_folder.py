@@ -36,9 +36,8 @@ class RunFolder:
         try:
             config = Config.model_validate(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
         except (OSError, yaml.YAMLError, UnicodeDecodeError, ValidationError) as error:
-            raise ConfigError(
-                f"{path / 'config.yaml'}: cannot be read as a run's configuration: {error}"
-            ) from None
+            problem = f"cannot be read as a run's configuration: {error}"
+            raise ConfigError(f"{path / 'config.yaml'}: {problem}") from None
         run = cls(path, config, [], [])
         for row in run._lines(file):
             if isinstance(row.get("step"), int):
@@ -47,7 +46,7 @@ class RunFolder:
 
     @property
     def sampled_steps(self) -> list[int]:
-        """The steps whose samples were dumped, in order."""
+        """Return the steps whose samples were dumped, in order."""
         folder = step_file(self.path, 0).parent
         found = (_STEP.fullmatch(file.name) for file in folder.iterdir()) if folder.name == "rollouts" else ()
         return sorted(int(match[1]) for match in found if match)

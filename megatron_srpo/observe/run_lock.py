@@ -19,20 +19,13 @@ LOCK_SECONDS = 120.0  # NFS keeps the locks of a lost host for 90
 
 
 def open_run_folder(directory: Path, layout: Layout) -> str:
-    """Create the run folder on rank 0 and return a name for this start of the run, the same on all ranks.
-
-    A collective call.
-
-    Raises:
-        ConfigError: A rank does not see the folder.
-    """
+    """Create the run folder and return a name for this start, the same on all ranks. A collective call."""
     if layout.rank == 0:
         (directory / "logs").mkdir(parents=True, exist_ok=True)
     session = layout.gather_bytes(f"{time.time_ns():x}".encode())[0].decode()
     if not (directory / "logs").is_dir():
-        raise ConfigError(
-            f"logging.dir: {directory} was made by the first rank, but rank {layout.rank} does not see it"
-        )
+        problem = f"was made by the first rank, but rank {layout.rank} does not see it"
+        raise ConfigError(f"logging.dir: {directory} {problem}")
     return session
 
 
@@ -40,11 +33,7 @@ def open_run_folder(directory: Path, layout: Layout) -> str:
 def run_lock(directory: Path, layout: Layout) -> Iterator[None]:
     """Hold an exclusive lock on the run folder: two starts would remove each other's checkpoints.
 
-    Rank 0 locks RUN/lock; the lock ends with its process, however it ends. On a file system without locks
-    none is held. A collective call.
-
-    Raises:
-        ConfigError: Another process holds the lock for longer than a lost host's lock lasts.
+    A collective call; a file system without locks is accepted. Raises ConfigError after LOCK_SECONDS.
     """
     lock = FileLock(directory / "lock")
     problem = _acquire(lock) if layout.rank == 0 else ""
@@ -63,16 +52,12 @@ def _acquire(lock: FileLock) -> str:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            print(
-                f"{file} is held by {_holder(file)}: waiting up to {LOCK_SECONDS:.0f} s for it to end",
-                file=sys.stderr,
-            )
+            waiting = f"waiting up to {LOCK_SECONDS:.0f} s for it to end"
+            print(f"{file} is held by {_holder(file)}: {waiting}", file=sys.stderr)
             lock.acquire(timeout=LOCK_SECONDS, poll_interval=0.5)
     except Timeout:
-        return (
-            f"logging.dir: {file} is locked: {_holder(file)} works in this folder; end it first"
-            " (if it is long gone, delete the file)"
-        )
+        holder = f"{_holder(file)} works in this folder"
+        return f"logging.dir: {file} is locked: {holder}; end it first (if it is long gone, delete the file)"
     except (OSError, NotImplementedError):
         return ""  # no locks here
     file.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")

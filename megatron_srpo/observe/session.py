@@ -15,17 +15,7 @@ from megatron_srpo.observe.watchdog import Watchdog
 
 @contextmanager
 def run_session(settings: LoggingSection, title: str, steps: int, layout: Layout) -> Iterator[Terminal]:
-    """Open the run folder settings.dir for this process and yield its terminal. All ranks together.
-
-    Args:
-        settings: the logging section.
-        title: heading of the live view; the number of processes is added.
-        steps: training steps of the run, for the progress bar.
-        layout: this process's layout.
-
-    Raises:
-        ConfigError: another start works in the folder, or a rank does not see it.
-    """
+    """Open settings.dir and yield its terminal. A collective call; ConfigError if the folder is in use."""
     directory = settings.dir
     session = open_run_folder(directory, layout)
     title += f" · {layout.world_size} process{'es' * (layout.world_size > 1)}"

@@ -12,11 +12,7 @@ PHASES = ("rollout", "verify", "teacher", "update", "publish", "checkpoint")
 
 
 class Stopwatch:
-    """Measures phases. They nest: seconds of an inner phase do not count for the outer one.
-
-    Args:
-        announce: called with the name of each outermost phase when it begins.
-    """
+    """Measures phases, an inner one not for the outer; `announce` gets each outermost one's name."""
 
     def __init__(self, announce: Callable[[str], None] = PROGRESS.enter):
         self._announce = announce

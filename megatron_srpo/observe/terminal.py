@@ -4,17 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich import progress
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
@@ -28,9 +21,8 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 
 def sparkline(values: list[float], width: int = 40) -> str:
     """Draw the last `width` values of [0, 1] as block characters."""
-    return "".join(
-        _BLOCKS[min(len(_BLOCKS) - 1, int(max(value, 0.0) * len(_BLOCKS)))] for value in values[-width:]
-    )
+    heights = [int(max(value, 0.0) * len(_BLOCKS)) for value in values[-width:]]
+    return "".join(_BLOCKS[min(len(_BLOCKS) - 1, height)] for height in heights)
 
 
 class Terminal:
@@ -43,18 +35,12 @@ class Terminal:
         self.row: dict[str, Any] = {}
         self.phase_name = "start"
         self.alarms: list[Alarm] = []  # that hold now
-        self.progress = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(None),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
+        done = (progress.TextColumn("step"), progress.MofNCompleteColumn(), progress.BarColumn(None))
+        left = (progress.TextColumn("left"), progress.TimeRemainingColumn())
+        self.progress = progress.Progress(*done, progress.TimeElapsedColumn(), *left)
         self.task = self.progress.add_task("train", total=steps)
-        self.live = Live(
-            console=self.console, get_renderable=self._render, refresh_per_second=4, transient=True
-        )
+        view: dict[str, Any] = {"get_renderable": self._render, "refresh_per_second": 4, "transient": True}
+        self.live = Live(console=self.console, **view)
         self.is_live = enabled and self.console.is_terminal
 
     def __enter__(self) -> Terminal:
@@ -98,10 +84,8 @@ class Terminal:
 
     def evaluation(self, row: dict[str, Any]) -> None:
         """Print a finished evaluation by its row of metrics.jsonl."""
-        scores = "  ".join(
-            f"{key.removeprefix('eval/')} {value:.3f}" for key, value in row.items() if "@" in key
-        )
-        self.say(f"evaluation after step {row['step']}: {scores}", "cyan")
+        scores = [f"{key.removeprefix('eval/')} {value:.3f}" for key, value in row.items() if "@" in key]
+        self.say(f"evaluation after step {row['step']}: {'  '.join(scores)}", "cyan")
 
     def _render(self) -> Panel:
         lines: list[Any] = [self.progress]
@@ -113,33 +97,21 @@ class Terminal:
             table.add_row(
                 f"pass rate {row['pass_rate']:.3f}", Text(sparkline(self.pass_rates), style="green")
             )
-            table.add_row(
-                f"routed to SDPO {row['sdpo_sample_share']:.0%}",
-                f"zero-advantage groups {row['zero_advantage_share']:.0%}",
-                f"length {row['response_tokens_mean']:.1f}",
-                f"truncated {row['truncated_share']:.0%}",
-            )
-            table.add_row(
-                f"loss {row['loss']:+.4f}",
-                f"grad norm {row['grad_norm']:.3f}",
-                f"entropy {row['policy_entropy']:.3f}",
-                f"teacher {row['teacher_entropy']:.3f}",
-            )
-            table.add_row(
-                f"{row['tokens'] / row['seconds']:.0f} tokens/s" if row["seconds"] else "",
-                f"divergence {row['distillation_divergence']:.4f}",
-                f"log-prob gap {row['engine_logprob_gap']:.1e}",
-                f"format {row['format_rate']:.0%}",
-            )
+            routes = f"routed to SDPO {row['sdpo_sample_share']:.0%}"
+            flat = f"zero-advantage groups {row['zero_advantage_share']:.0%}"
+            lengths = (f"length {row['response_tokens_mean']:.1f}", f"truncated {row['truncated_share']:.0%}")
+            table.add_row(routes, flat, *lengths)
+            updates = (f"loss {row['loss']:+.4f}", f"grad norm {row['grad_norm']:.3f}")
+            entropies = (f"entropy {row['policy_entropy']:.3f}", f"teacher {row['teacher_entropy']:.3f}")
+            table.add_row(*updates, *entropies)
+            speed = f"{row['tokens'] / row['seconds']:.0f} tokens/s" if row["seconds"] else ""
+            divergence = f"divergence {row['distillation_divergence']:.4f}"
+            gap = f"log-prob gap {row['engine_logprob_gap']:.1e}"
+            table.add_row(speed, divergence, gap, f"format {row['format_rate']:.0%}")
             lines.append(table)
-            lines.extend(
-                Text(f"! {alarm.name}: {alarm.finding}", style="bold yellow") for alarm in self.alarms
-            )
-            lines.append(
-                Text(
-                    "  ".join(f"{name} {row.get(f'seconds_{name}', 0.0):.2f} s" for name in PHASES),
-                    style="dim",
-                )
-            )
+            for alarm in self.alarms:
+                lines.append(Text(f"! {alarm.name}: {alarm.finding}", style="bold yellow"))
+            seconds = [f"{name} {row.get(f'seconds_{name}', 0.0):.2f} s" for name in PHASES]
+            lines.append(Text("  ".join(seconds), style="dim"))
         lines.append(Text(f"now: {self.phase_name}", style="dim"))
         return Panel(Group(*lines), title=self.title, border_style="dim")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,9 @@ from megatron_srpo.distributed.files import read_jsonl, write_text
 def choose(groups: Sequence[Group], count: int) -> list[SampleKey]:
     """Choose `count` samples: in turn distilled, failed without a teacher, and right; of many prompts."""
     kinds: tuple[list[Sample], ...] = ([], [], [])
-    for group in groups:
-        for sample in group:
-            if sample.routed.distillation_weight > 0:
-                kinds[0].append(sample)
-            else:
-                kinds[2 if sample.judged.correct else 1].append(sample)
+    for sample in chain.from_iterable(groups):
+        is_distilled = sample.routed.distillation_weight > 0
+        kinds[0 if is_distilled else 2 if sample.judged.correct else 1].append(sample)
     turns = (_prompt_after_prompt(kind) for kind in kinds)
     chosen = [sample for turn in zip_longest(*turns) for sample in turn if sample is not None]
     return [(sample.prompt.id, sample.index) for sample in chosen[:count]]
@@ -39,44 +37,36 @@ def tokens_file(folder: Path, step: int) -> Path:
     return step_file(folder, step).with_suffix(".tokens.jsonl")
 
 
-def write_tokens(
-    rows: Sequence[Mapping[str, Any]],
-    groups: Sequence[Group],
-    decode: Callable[[Sequence[int]], str],
-    folder: Path,
-    step: int,
-) -> None:
+Decode = Callable[[Sequence[int]], str]  # token ids to text
+Rows = Sequence[Mapping[str, Any]]
+
+
+def write_tokens(rows: Rows, groups: Sequence[Group], decode: Decode, folder: Path, step: int) -> None:
     """Write the rows of `TokenValues.gather`, each token id replaced by its text, in one atomic file."""
     ids_of = {(sample.prompt.id, sample.index): sample.policy_ids for group in groups for sample in group}
-    texts: dict[int, str] = {}
 
+    @cache
     def text(token: int) -> str:
-        if token not in texts:
-            texts[token] = decode([token])
-        return texts[token]
+        return decode([token])
 
     lines = []
     for row in rows:
         tokens = {"tokens": [text(token) for token in ids_of[row["prompt_id"], row["index"]]]}
-        kinds = [key for key in ("top", "teacher_top") if key in row]
-        tops = {
-            key: [[[text(token), logprob] for token, logprob in place] for place in row[key]] for key in kinds
-        }
+        tops: dict[str, Any] = {}
+        for key in ("top", "teacher_top"):
+            if key in row:
+                tops[key] = [[[text(token), logprob] for token, logprob in place] for place in row[key]]
         lines.append(json.dumps({"step": step, **row, **tokens, **tops}, ensure_ascii=False) + "\n")
     write_text(tokens_file(folder, step), "".join(lines))
 
 
 def read_tokens(folder: Path, step: int) -> dict[SampleKey, dict[str, Any]]:
-    """Read the rows of a step, by sample; empty if none were written.
-
-    Raises:
-        ConfigError: A line is damaged.
-    """
-    found = read_jsonl(tokens_file(folder, step))
+    """Read the rows of a step, by sample, {} if none were written; raise ConfigError if a line is damaged."""
+    file = tokens_file(folder, step)
+    found = read_jsonl(file)
     try:
         if found.problems:
             raise ValueError(found.problems[0])
         return {(row["prompt_id"], row["index"]): row for row in found.rows}
     except (ValueError, KeyError) as error:
-        file = tokens_file(folder, step)
         raise ConfigError(f"{file}: {error}; remove the file, which nothing else needs") from None

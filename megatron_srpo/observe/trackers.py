@@ -82,11 +82,7 @@ class TensorBoard:
 
 
 class WandB:
-    """One W&B run per run folder, also over several starts; its id is kept in RUN/wandb_id.
-
-    W&B drops rows below its own newest step, but a resumed run repeats steps. So `step` is logged as a number
-    and defined as the x axis of all others: a repeated step has two points.
-    """
+    """One W&B run per run folder, also over several starts; its id is kept in RUN/wandb_id."""
 
     def __init__(self, config: Config):
         import wandb  # pyright: ignore[reportMissingImports]
@@ -94,17 +90,14 @@ class WandB:
         settings, file = config.logging, config.logging.dir / "wandb_id"
         if not file.is_file():
             write_text(file, secrets.token_hex(4))
-        self.run = wandb.init(
-            project=settings.wandb_project,
-            name=settings.wandb_exp_name or settings.dir.name,
-            dir=str(settings.dir),
-            id=file.read_text(encoding="utf-8").strip(),
-            resume="allow",
-            mode=settings.wandb_mode,
-            config=config.model_dump(mode="json"),
-            settings=wandb.Settings(silent=True, console="off"),  # the terminal is ours
-        )
+        name, id = settings.wandb_exp_name or settings.dir.name, file.read_text(encoding="utf-8").strip()
+        options: dict[str, Any] = {"project": settings.wandb_project, "name": name, "dir": str(settings.dir)}
+        options |= {"id": id, "resume": "allow", "mode": settings.wandb_mode}
+        options |= {"config": config.model_dump(mode="json")}
+        quiet = wandb.Settings(silent=True, console="off")  # the terminal is ours
+        self.run = wandb.init(**options, settings=quiet)
 
+        # W&B drops rows below its own newest step, but a resumed run repeats steps: step is a metric.
         self.run.define_metric("*", step_metric="step")
 
     def write(self, row: Mapping[str, Any]) -> None:

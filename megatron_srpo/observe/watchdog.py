@@ -1,7 +1,6 @@
 """The watchdog: when no rank makes progress, every rank dumps its state and stacks to the run and exits.
 
-Each rank's thread writes what its process is doing (`distributed/heartbeat.py`) to watchdog/rank_NNNNN.txt,
-and rank 0's thread reads all of them. A rank may wait for another one as long as any rank makes progress.
+Each rank's thread writes its state (`distributed/heartbeat.py`) to watchdog/rank_NNNNN.txt; rank 0 reads all.
 """
 
 from __future__ import annotations
@@ -24,12 +23,7 @@ _GRACE_SECONDS = 10  # a stalled run's first rank waits so long for the other ra
 
 
 class Watchdog:
-    """Watches while it is entered.
-
-    Args:
-        minutes: The run ends after this time without progress on any rank; None: never.
-        session: The name of this start of the run, the same on all ranks.
-    """
+    """Ends the run (start `session`) after `minutes` without progress on any rank, while it is entered."""
 
     def __init__(self, folder: Path, layout: Layout, minutes: float | None, session: str):
         self.folder = folder
@@ -95,9 +89,8 @@ class Watchdog:
             return ""  # not yet written
 
     def _describe(self) -> str:
-        return (
-            f"rank {self.layout.rank} on {socket.gethostname()}, process {os.getpid()}: {PROGRESS.describe()}"
-        )
+        process = f"rank {self.layout.rank} on {socket.gethostname()}, process {os.getpid()}"
+        return f"{process}: {PROGRESS.describe()}"
 
     def _dump_and_exit(self) -> None:
         """Write state and stacks, then end this process, whatever its main thread waits for."""
@@ -112,7 +105,7 @@ class Watchdog:
                 time.sleep(0.05)
             lines = [self._verdict.read_text(encoding="utf-8").strip()]
             for rank in ranks:
-                lines.append(self._read(rank).partition("\n")[2].strip() or f"rank {rank}: said nothing")
+                lines.append(self._read(rank).partition("\n")[2].strip() or f"rank {rank}: no state written")
             text = "\n".join([*lines, f"stacks: {self.folder}/rank_*.stacks.txt"])
             print(f"stopped: {text}", file=sys.stderr, flush=True)
             write_text(self._verdict, text + "\n")

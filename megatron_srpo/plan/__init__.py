@@ -1,4 +1,1 @@
-"""The planner: memory, time and traffic of a run on paper, before a machine is asked for.
-
-Pure functions; see `command.plan`.
-"""
+"""The planner: memory, time and traffic of a run on paper, as pure functions; see `command.plan`."""

@@ -1,6 +1,4 @@
-"""`python -m megatron_srpo plan`: what a configuration needs, whether it fits, how long a step takes, and
-what would be better.
-"""
+"""`python -m megatron_srpo plan`: a configuration's memory and step time, whether it fits, better layouts."""
 
 from __future__ import annotations
 
@@ -23,10 +21,7 @@ SHOWN = 5  # layouts
 
 @naming_key("model.hf_path")
 def plan(config: Config, options: argparse.Namespace) -> int:
-    """Print the plan; returns 0 if it fits, 1 if not.
-
-    Reads config.json of model.hf_path only. Raises ConfigError.
-    """
+    """Print the plan from config.json of model.hf_path; return 0 if it fits, 1 if not. Raises ConfigError."""
     if options.gpus < 1:
         raise ConfigError(f"--gpus: {options.gpus}; expected 1 or more")
     machine, workload = _machine(options), _workload(config, options)
@@ -38,10 +33,8 @@ def plan(config: Config, options: argparse.Namespace) -> int:
     console.print(f"[bold red]does not fit: {problem}" if problem else "[bold green]fits")
     if own.cache_room is not None and problem is None:
         tokens = own.cache_room / cache_bytes(architecture, planned_dtype(config, machine).itemsize)
-        console.print(
-            f"while it samples, the engine has {own.cache_room / 1e9:.1f} GB of a GPU for keys and values:"
-            f" {tokens:,.0f} tokens"
-        )
+        room = f"{own.cache_room / 1e9:.1f} GB of a GPU for keys and values: {tokens:,.0f} tokens"
+        console.print(f"while it samples, the engine has {room}")
     console.print(*_best(architecture, config, machine, options.gpus, workload))
     if options.scale:
         counts = [options.gpus * 2**n for n in range(13) if options.gpus * 2**n <= 4096]
@@ -64,57 +57,42 @@ def _machine(options: argparse.Namespace) -> Machine:
             raise ConfigError(f"{option}: {value:g}; expected more than 0")
     if options.mfu is not None and options.mfu > 1:
         raise ConfigError(f"--mfu: {options.mfu:g}; expected a share, at most 1")
-    return machine._replace(
-        **{name: value * unit for name, (_, value, unit) in given.items() if value is not None}
-    )
+    changed = {name: value * unit for name, (_, value, unit) in given.items() if value is not None}
+    return machine._replace(**changed)
 
 
 def _workload(config: Config, options: argparse.Namespace) -> Workload:
     given = {name: getattr(options, name) for name in Workload._fields if getattr(options, name) is not None}
-    if (
-        not 0 <= given.get("distilled_share", 0) <= 1
-        or min(given.get("prompt_tokens", 1), given.get("response_tokens", 1)) < 1
-    ):
-        raise ConfigError(
-            "plan: expected --distilled-share from 0 to 1, --prompt-tokens and --response-tokens of 1 or more"
-        )
+    shortest = min(given.get("prompt_tokens", 1), given.get("response_tokens", 1))
+    if shortest < 1 or not 0 <= given.get("distilled_share", 0) <= 1:
+        expected = "--distilled-share from 0 to 1, --prompt-tokens and --response-tokens of 1 or more"
+        raise ConfigError(f"plan: expected {expected}")
     return Workload.expected(config)._replace(**given)
 
 
 def _title(
     architecture: Architecture, config: Config, machine: Machine, gpus: int, workload: Workload
 ) -> str:
-    whole, active = total_parameters(architecture), active_parameters(architecture)
-    batch = Batch.worst(config, gpus, workload)
-    each = f"{whole:,} parameters" + (
-        f", {active:,} of them active in a token's layers" if architecture.num_experts else ""
-    )
+    size = f"{total_parameters(architecture):,} parameters"
+    if architecture.num_experts:
+        size += f", {active_parameters(architecture):,} of them active in a token's layers"
+    dtype = str(planned_dtype(config, machine)).removeprefix("torch.")
+    gpu = f"{machine.memory / 1e9:.0f} GB, {machine.peak / 1e12:.0f} TFLOPS, MFU {machine.mfu:.2f} assumed"
+    samples = f"{config.rollout.prompts_per_step} × {config.rollout.samples_per_prompt} samples"
+    tokens = f"{workload.prompt_tokens} + {workload.response_tokens} tokens on average"
+    fullest = f"fullest micro-batch {Batch.worst(config, gpus, workload).tokens:,} tokens a GPU"
     return (
-        f"{config.model.hf_path.name}: {each}; {str(planned_dtype(config, machine)).removeprefix('torch.')}\n"
-        f"{gpus} × {machine.name} ({machine.memory / 1e9:.0f} GB, {machine.peak / 1e12:.0f} TFLOPS, MFU"
-        f" {machine.mfu:.2f} assumed):"
-        f" {_describe(config, gpus)}\n"
-        f"{config.algorithm.name}: {config.rollout.prompts_per_step} × {config.rollout.samples_per_prompt}"
-        f" samples of"
-        f" {workload.prompt_tokens} + {workload.response_tokens} tokens on average,"
-        f" {workload.distilled_share:.0%} distilled;"
-        f" fullest micro-batch {batch.tokens:,} tokens a GPU"
+        f"{config.model.hf_path.name}: {size}; {dtype}\n"
+        f"{gpus} × {machine.name} ({gpu}): {_describe(config, gpus)}\n"
+        f"{config.algorithm.name}: {samples} of {tokens}, {workload.distilled_share:.0%} distilled; {fullest}"
     )
 
 
 def _describe(config: Config, gpus: int) -> str:
-    """A layout in a few words."""
     p = config.parallel
-    names = {
-        "TP": p.tensor_model_parallel_size,
-        "PP": p.pipeline_model_parallel_size,
-        "VPP": p.virtual_pipeline_model_parallel_size or 1,
-    }
-    names |= {
-        "CP": p.context_parallel_size,
-        "EP": p.expert_model_parallel_size,
-        "DP": data_parallel_size(p, gpus),
-    }
+    names = {"TP": p.tensor_model_parallel_size, "PP": p.pipeline_model_parallel_size}
+    names |= {"VPP": p.virtual_pipeline_model_parallel_size or 1, "CP": p.context_parallel_size}
+    names |= {"EP": p.expert_model_parallel_size, "DP": data_parallel_size(p, gpus)}
     text = " ".join(f"{name}{size}" for name, size in names.items() if size > 1) or "one replica"
     granularity = config.megatron.get("recompute_granularity")
     return text + (f", {granularity} recompute" if granularity else "")
@@ -130,25 +108,18 @@ def _memory_table(plan: Plan, machine: Machine) -> Table:
 
 
 def _step_table(plan: Plan, architecture: Architecture, machine: Machine, workload: Workload) -> Table:
-    """Seconds, and the bytes one rank sends."""
     sent = traffic(architecture, plan.config, machine, plan.gpus, workload)
     table = Table("a step, estimated", "seconds", "GB sent a GPU")
     for name, seconds in plan.seconds.items():
-        transfer = sent.get(name.removeprefix("traffic: "))
-        table.add_row(
-            name,
-            f"{seconds:.2f}",
-            f"{transfer.bytes / 1e9:.2f}" if transfer and name.startswith("traffic") else "",
-        )
-    samples = plan.config.rollout.prompts_per_step * plan.config.rollout.samples_per_prompt
+        transfer = sent.get(name.removeprefix("traffic: ")) if name.startswith("traffic") else None
+        table.add_row(name, f"{seconds:.2f}", f"{transfer.bytes / 1e9:.2f}" if transfer else "")
+    rollout = plan.config.rollout
+    tokens = rollout.prompts_per_step * rollout.samples_per_prompt * workload.document
     flops = sum(step_flops(architecture, plan.config, workload).values())
+    gigabytes = sum(transfer.bytes for transfer in sent.values()) / 1e9
     table.add_section()
-    table.add_row(
-        "together", f"{plan.step:.2f}", f"{sum(transfer.bytes for transfer in sent.values()) / 1e9:.2f}"
-    )
-    table.add_row(
-        "tokens a second", f"{samples * workload.document / plan.step:,.0f}", f"{flops / 1e15:.1f} PFLOP"
-    )
+    table.add_row("together", f"{plan.step:.2f}", f"{gigabytes:.2f}")
+    table.add_row("tokens a second", f"{tokens / plan.step:,.0f}", f"{flops / 1e15:.1f} PFLOP")
     return table
 
 
@@ -156,10 +127,8 @@ def _best(
     architecture: Architecture, config: Config, machine: Machine, gpus: int, workload: Workload
 ) -> list:
     fitting, impossible, too_large = layouts(architecture, config, machine, gpus, workload)
-    said = (
-        f"left out: {impossible} layouts that do not divide the model or the GPUs, {too_large} that do"
-        f" not fit"
-    )
+    undivided = f"{impossible} layouts that do not divide the model or the GPUs"
+    said = f"left out: {undivided}, {too_large} that do not fit"
     if not fitting:
         return [f"[bold red]no layout of {gpus} GPUs fits[/]; {said}"]
     table = Table("the fastest layouts that fit", "seconds", "GB")
@@ -169,15 +138,8 @@ def _best(
 
 
 def _scale_table(rows: list[Scaled], workload: Workload) -> Table:
-    table = Table(
-        "GPUs",
-        "same batch: layout",
-        "seconds",
-        "tokens/s a GPU",
-        "batch × GPUs: layout",
-        "seconds",
-        "tokens/s a GPU",
-    )
+    speed = ("seconds", "tokens/s a GPU")
+    table = Table("GPUs", "same batch: layout", *speed, "batch × GPUs: layout", *speed)
     for row in rows:
         cells = [f"{row.gpus}"]
         for one in (row.strong, row.weak):
@@ -185,10 +147,7 @@ def _scale_table(rows: list[Scaled], workload: Workload) -> Table:
                 cells += ["nothing fits", "", ""]
                 continue
             samples = one.config.rollout.prompts_per_step * one.config.rollout.samples_per_prompt
-            cells += [
-                _describe(one.config, row.gpus),
-                f"{one.step:.2f}",
-                f"{samples * workload.document / one.step / row.gpus:,.0f}",
-            ]
+            rate = samples * workload.document / one.step / row.gpus
+            cells += [_describe(one.config, row.gpus), f"{one.step:.2f}", f"{rate:,.0f}"]
         table.add_row(*cells)
     return table

@@ -14,17 +14,16 @@ from megatron_srpo.plan.machine import Machine, Workload, planned_dtype
 from megatron_srpo.plan.memory import Batch, memory, total_parameters
 from megatron_srpo.plan.step import Servers, cache_bytes, step_seconds, total
 
+RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 POWERS = tuple(2**n for n in range(8))
 MINIMUM_CACHE = 0.05  # of the memory, which SGLang must have for keys and values at least; assumed
-# bytes a colocated server keeps while it has given its memory back: its CUDA context and graphs; assumed
-SLEEPING = 2e9
+SLEEPING = 2e9  # bytes a colocated server keeps while offloaded: its CUDA context and graphs; assumed
 
 
 class Plan(NamedTuple):
-    """A configuration on so many GPUs. memory, seconds: by part.
+    """A configuration on so many GPUs; memory (bytes) and seconds by part.
 
-    cache_room: bytes for keys and values while an engine samples on a training GPU, of which `cache_needed`
-    at least; None: it does not.
+    cache_room: bytes for keys and values of an engine on a training GPU, which needs cache_needed; or None.
     """
 
     config: Config
@@ -36,37 +35,29 @@ class Plan(NamedTuple):
 
     @property
     def bytes(self) -> float:
-        """Of the fullest rank."""
+        """Return the bytes of the fullest rank."""
         return sum(self.memory.values())
 
     @property
     def step(self) -> float:
-        """Seconds a step."""
         return total(self.seconds, self.config)
 
     def problem(self, machine: Machine) -> str | None:
-        """Why it does not fit, or None."""
+        """Return why it does not fit, or None."""
         if self.bytes > machine.memory:
             largest = max(self.memory, key=self.memory.__getitem__)
-            return (
-                f"needs {self.bytes / 1e9:.1f} GB of {machine.memory / 1e9:.0f} GB on its fullest GPU, most of it for {largest}"
-                f" ({self.memory[largest] / 1e9:.1f} GB)"
-            )
+            needs = f"{self.bytes / 1e9:.1f} GB of {machine.memory / 1e9:.0f} GB on its fullest GPU"
+            return f"needs {needs}, most of it for {largest} ({self.memory[largest] / 1e9:.1f} GB)"
         if self.cache_room is not None and self.cache_room < self.cache_needed:
-            return (
-                f"leaves the engine {self.cache_room / 1e9:.1f} GB of a GPU for keys and values while it samples; it needs"
-                f" {self.cache_needed / 1e9:.1f} GB"
-            )
+            room = f"{self.cache_room / 1e9:.1f} GB of a GPU for keys and values while it samples"
+            return f"leaves the engine {room}; it needs {self.cache_needed / 1e9:.1f} GB"
         return None
 
 
 def plan_for(
     architecture: Architecture, config: Config, machine: Machine, gpus: int, workload: Workload
 ) -> Plan:
-    """The plan of this very configuration.
-
-    Raises ConfigError for a layout that is impossible, with the reason.
-    """
+    """Plan this very configuration. Raises ConfigError with the reason if its layout is impossible."""
     check_layout(architecture, config.parallel, config.megatron)
     data_parallel_size(config.parallel, gpus)
     parts = memory(architecture, config, machine, gpus, Batch.worst(config, gpus, workload))
@@ -80,47 +71,39 @@ def plan_for(
 def _cache(
     architecture: Architecture, config: Config, machine: Machine, gpus: int, parts: dict[str, float]
 ) -> tuple[float | None, float]:
-    """(bytes for keys and values beside the training states, bytes needed); (None, 0) where nothing samples
-    on training GPUs.
+    """Return (bytes for keys and values, bytes needed); (None, 0) if nothing samples on training GPUs.
 
-    The embedded engine pads its batch to the longest sequence, which may be the longest allowed; SGLang makes
-    do with what there is, and for it all but the policy's weights waits on the host.
+    The embedded engine pads to the longest sequence; for SGLang, all but the weights waits on the host.
     """
     rollout, servers, size = config.rollout, Servers.of(config, gpus), planned_dtype(config, machine).itemsize
     if rollout.replay is not None or not servers.colocated:
         return None, 0.0
-    stay = ("weights", "reserve") + (
-        ("gradients", "optimizer", "teacher", "EMA") if rollout.traits.in_process else ()
-    )
+    stay = ["weights", "reserve"]
+    if rollout.traits.in_process:
+        stay += ["gradients", "optimizer", "teacher", "EMA"]
     kept = sum(parts.get(name, 0.0) for name in stay)
     room = machine.memory - kept - total_parameters(architecture) * size / servers.gpus_each
     if not rollout.traits.in_process:
         return room, MINIMUM_CACHE * machine.memory
-    sequences = min(
-        rollout.batch_size, math.ceil(rollout.prompts_per_step / gpus) * rollout.samples_per_prompt
-    )
-    return room, sequences * (rollout.max_prompt_tokens + rollout.max_response_tokens) * cache_bytes(
-        architecture, size
-    )
+    own = math.ceil(rollout.prompts_per_step / gpus) * rollout.samples_per_prompt
+    tokens = min(rollout.batch_size, own) * (rollout.max_prompt_tokens + rollout.max_response_tokens)
+    return room, tokens * cache_bytes(architecture, size)
 
 
 def layouts(
     architecture: Architecture, config: Config, machine: Machine, gpus: int, workload: Workload
 ) -> tuple[list[Plan], int, int]:
-    """All layouts of powers of two that fit, the fastest first; and how many are impossible, how many too
-    large.
+    """Return the layouts of powers of two that fit, fastest first; the number of impossible and of too large.
 
-    Tensor and context parallelism stay inside a node. Each layout comes with and without full recomputation;
-    the rest is the configuration's.
+    Tensor and context parallelism stay inside a node. Each layout comes with and without full recomputation.
     """
     fitting: list[Plan] = []
     impossible = too_large = 0
     tensors = [size for size in POWERS if size <= min(machine.gpus_per_node, gpus)]
     pipelines = [size for size in POWERS if size <= min(16, gpus)]
     experts = [size for size in POWERS if size <= gpus] if architecture.num_experts else [1]
-    for tensor, context, pipeline, expert, recompute in itertools.product(
-        tensors, tensors, pipelines, experts, (False, True)
-    ):
+    choices = itertools.product(tensors, tensors, pipelines, experts, (False, True))
+    for tensor, context, pipeline, expert, recompute in choices:
         if tensor * context > machine.gpus_per_node:
             continue
         changed = {
@@ -134,12 +117,9 @@ def layouts(
         }
         parallel = ParallelSection(**{**config.parallel.model_dump(), **changed})
         others = {key: value for key, value in config.megatron.items() if not key.startswith("recompute_")}
-        recomputing = (
-            {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-            if recompute
-            else {}
-        )
-        candidate = config.model_copy(update={"parallel": parallel, "megatron": others | recomputing})
+        if recompute:
+            others |= RECOMPUTE
+        candidate = config.model_copy(update={"parallel": parallel, "megatron": others})
         try:
             plan = plan_for(architecture, candidate, machine, gpus, workload)
         except ConfigError:
@@ -153,10 +133,7 @@ def layouts(
 
 
 class Scaled(NamedTuple):
-    """The best plan for so many GPUs: with the configuration's batch, and with one that grows with them.
-
-    None: nothing fits.
-    """
+    """The best plans for so many GPUs: of the same batch, of one that grows with them; None: nothing fits."""
 
     gpus: int
     strong: Plan | None
@@ -166,10 +143,7 @@ class Scaled(NamedTuple):
 def scale(
     architecture: Architecture, config: Config, machine: Machine, workload: Workload, counts: list[int]
 ) -> list[Scaled]:
-    """The step model over `counts` of GPUs.
-
-    Servers that others run, or that are started aside, are as many times more.
-    """
+    """Plan for each of `counts` of GPUs, with proportionally more servers on GPUs of their own."""
     rows = []
     for gpus in counts:
         factor = gpus // counts[0]
@@ -196,9 +170,9 @@ def _more_prompts(config: Config, factor: int) -> Config:
 
 
 def where_it_stops(rows: list[Scaled]) -> list[str]:
-    """Of the same batch, the first doubling that makes a step less than 1.4 times faster; of the growing one,
-    the first at which it takes 1.4 times as long as at first; and what the time goes to then. A sentence
-    each.
+    """Say where more GPUs stop helping and what the time goes to, in a sentence for each kind of batch.
+
+    Same batch: the first doubling that gains less than 1.4 times; growing batch: a step 1.4 times as long.
     """
     said = []
     strong = [(row.gpus, row.strong) for row in rows if row.strong is not None]
@@ -216,7 +190,8 @@ def where_it_stops(rows: list[Scaled]) -> list[str]:
 
 
 _WHY = {
-    "sampling": "the longest response takes as long on any number of servers; rollout.async_steps: 1 hides training behind it",
+    "sampling": "the longest response takes as long on any number of servers;"
+    " rollout.async_steps: 1 hides training behind it",
     "idle": "there are fewer samples than data-parallel ranks",
     "bubble": "there are too few micro-batches for the pipeline's stages",
     "reading samples": "every rank reads the whole batch",

@@ -11,12 +11,10 @@ from megatron_srpo.distributed.device import model_dtype
 
 
 class Machine(NamedTuple):
-    """One accelerator and what connects it; bytes, FLOP and seconds. Figures are the maker's, one way,
-    without sparsity.
+    """One accelerator and its links in bytes, FLOP and seconds: the maker's figures, one way, not sparse.
 
-    host_bandwidth: between one GPU and its host's memory (PCIe 5 or 4, 16 lanes). network: of one GPU's own
-    400 Gb/s adapter. mfu: model FLOP utilisation assumed for matrix products. reserve: of the memory, for the
-    CUDA context, NCCL's buffers, cuBLAS's workspaces and fragmentation; an assumption, not a measurement.
+    host_bandwidth: to the host's memory (PCIe 5 or 4, 16 lanes). network: of a GPU's own 400 Gb/s adapter.
+    mfu, reserve: assumed for matrix products, and for CUDA's context, NCCL, cuBLAS and fragmentation.
     """
 
     name: str
@@ -32,13 +30,11 @@ class Machine(NamedTuple):
 
     @property
     def is_gpu(self) -> bool:
-        """Whether it computes in bf16 with fused kernels."""
+        """Return True if it computes in bf16 with fused kernels."""
         return self.name != "cpu"
 
     def bandwidth(self, ranks: int, abreast: int = 1) -> float:
-        """Of one rank in a group that spans `ranks` neighbouring ones; between nodes, a node's adapters are
-        shared by `abreast` groups.
-        """
+        """Return a rank's bytes/s in a group of `ranks`; between nodes, `abreast` groups share adapters."""
         if ranks <= self.gpus_per_node:
             return self.node_bandwidth
         return min(self.node_bandwidth, self.network_bandwidth * max(1, self.gpus_per_node // abreast))
@@ -65,23 +61,19 @@ class Workload(NamedTuple):
 
     @classmethod
     def expected(cls, config: Config) -> Workload:
-        """Return an eighth of the limits, as in the papers' runs, and the share that the algorithm expects."""
+        """Expect an eighth of the limits, as in the papers' runs, and the algorithm's distilled share."""
         prompt = max(1, config.rollout.max_prompt_tokens // 8)
         response = max(1, config.rollout.max_response_tokens // 8)
         return cls(prompt, response, config.algorithm.expected_distilled_share)
 
     @property
     def document(self) -> int:
-        """Tokens the trainer is fed for one sample."""
         return self.prompt_tokens + self.response_tokens
 
     def teacher_document(self, config: Config) -> int:
-        """Tokens the teacher is fed for one: a sibling's response stands in its prompt, besides some 40 of
-        the frame.
-        """
+        """Return the teacher's tokens of a sample; its prompt has a sibling's response and some 40 more."""
         return min(config.teacher.max_prompt_tokens, self.document + 40) + self.response_tokens
 
 
 def planned_dtype(config: Config, machine: Machine) -> torch.dtype:
-    """Return the model's dtype on that machine."""
     return model_dtype(config.model, machine.is_gpu)

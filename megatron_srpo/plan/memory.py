@@ -43,11 +43,7 @@ def layer_parameters(architecture: Architecture, config: Config) -> Parameters:
 
 
 def stage_parameters(architecture: Architecture, config: Config, stage: int) -> Parameters:
-    """Count the elements on one rank of pipeline stage `stage`.
-
-    Besides its layers, the first stage has the embedding, the last one final norm and output matrix; a tied
-    matrix is held by both, padded rows included. Raises ConfigError where `megatron:` places layers unevenly.
-    """
+    """Count the elements on a rank of `stage`; a tied matrix is on first and last stage, padding included."""
     parallel = config.parallel
     stages, tensor = parallel.pipeline_model_parallel_size, parallel.tensor_model_parallel_size
     if key := next((key for key in config.megatron if "pipeline" in key), None):
@@ -68,10 +64,7 @@ def padded_rows(architecture: Architecture, config: Config) -> int:
 
 
 def replicas(config: Config, gpus: int) -> tuple[int, int]:
-    """Ranks that hold the same dense parameters, and the same experts.
-
-    Raises ConfigError when they do not divide.
-    """
+    """Count the ranks with the same dense parameters, and with the same experts."""
     parallel = config.parallel
     experts = parallel.expert_tensor_size * parallel.expert_model_parallel_size
     experts *= parallel.pipeline_model_parallel_size
@@ -79,9 +72,7 @@ def replicas(config: Config, gpus: int) -> tuple[int, int]:
 
 
 class Batch(NamedTuple):
-    """What one rank works on, its share of what context-parallel ranks share. tokens, responses: of one
-    micro-batch. distilled: response tokens of its whole step.
-    """
+    """Tokens and responses of a rank's micro-batch; distilled: response tokens of its whole step."""
 
     tokens: int
     responses: int
@@ -89,10 +80,7 @@ class Batch(NamedTuple):
 
     @classmethod
     def worst(cls, config: Config, gpus: int, workload: Workload) -> Batch:
-        """The fullest micro-batch: the budget, or the longest sequence where that is longer.
-
-        Responses may be nearly all of it.
-        """
+        """Return the fullest micro-batch (budget or longest sequence), as if all of it were responses."""
         rollout, size = config.rollout, data_parallel_size(config.parallel, gpus)
         context = config.parallel.context_parallel_size
         longest = math.ceil((rollout.max_prompt_tokens + rollout.max_response_tokens) / context)
@@ -105,17 +93,14 @@ class Batch(NamedTuple):
 def memory(
     architecture: Architecture, config: Config, machine: Machine, gpus: int, batch: Batch
 ) -> dict[str, float]:
-    """Bytes by part on the fullest rank, while it trains. See `state_bytes`, `activation_bytes`,
-    `loss_bytes`.
+    """Return bytes by part on the fullest rank while it trains.
 
-    Besides: the hidden states the teacher leaves for the loss, [distilled, H] a model; and the batch's ids,
-    positions, targets and weights on the device (8 + 8 + 8 + 5·4 bytes a token). `reserve` is the machine's.
+    Besides `state_bytes`, `activation_bytes` and `loss_bytes`: the hidden states the teacher leaves for the
+    loss, [distilled, H] a model; and the batch's ids, positions, targets and weights (8 + 8 + 8 + 5·4 bytes).
     """
     stages = range(config.parallel.pipeline_model_parallel_size)
-    return max(
-        (_of_stage(architecture, config, machine, gpus, batch, stage) for stage in stages),
-        key=lambda parts: sum(parts.values()),
-    )
+    parts = [_of_stage(architecture, config, machine, gpus, batch, stage) for stage in stages]
+    return max(parts, key=lambda of_stage: sum(of_stage.values()))
 
 
 def _of_stage(
@@ -146,7 +131,7 @@ def _of_stage(
 def state_bytes(
     architecture: Architecture, config: Config, machine: Machine, gpus: int, stage: int
 ) -> dict[str, float]:
-    """Bytes that stay for the whole run on a rank of `stage`.
+    """Return the bytes that stay for the whole run on a rank of `stage`.
 
     With P elements of b bytes on the rank, D replicas of each: weights b·P; gradients 4·P
     (`grad_reduce_in_fp32`); Adam's two moments 8·P, and 4·P for the fp32 masters of bf16 weights, both over D
@@ -171,7 +156,7 @@ def state_bytes(
 def activation_bytes(
     architecture: Architecture, config: Config, machine: Machine, batch: Batch, stage: int
 ) -> tuple[float, float]:
-    """(kept between forward and backward, the most that a backward pass adds to it) on a rank of `stage`.
+    """Return (kept from forward to backward, the most that a backward pass adds to it) on a rank of `stage`.
 
     A stage of 1F1B keeps as many micro-batches as stages follow it, itself included; interleaved, stage s of
     p keeps (v - 1)·p + 2·(p - s - 1) + 1 of its v chunks' (Narayanan et al., arXiv 2104.04473, §2.2;
@@ -202,13 +187,13 @@ def _sequence_shards(config: Config) -> int:
 def layer_bytes(
     architecture: Architecture, config: Config, machine: Machine, batch: Batch
 ) -> tuple[float, float]:
-    """(what autograd keeps of one layer for a micro-batch, what its backward pass adds) on one rank.
+    """Return (what autograd keeps of one layer for a micro-batch, what its backward pass adds) on one rank.
 
     Numbers a token, A = query heads · d, K = key heads · d, F the feed-forward width, all over TP; H over TP
     with sequence parallelism only. Each tensor is counted once, where it is first kept (cf. Korthikanti et
     al., arXiv 2205.05198, eq. 2, for another layer):
 
-    local: two norms, each its input, normalised input and output, 6H (bf16: the input in fp32, so 8H). The
+    local: two norms, each its input, normalised input and output, 6H (bf16: the input in fp32, so 8H);
     query-key-value product A + 2K; queries copied out of it and normalised, keys normalised, 2A + K (bf16:
     inputs in fp32, 3A + 3K); rotated A + K, by 4d cosines and sines; attention's output and the projection's
     input 2A; feed-forward: both halves 2F, silu(first) F, second + offset F, product F; the fused kernel on a
@@ -217,11 +202,9 @@ def layer_bytes(
 
     Experts: for each of the k that a token goes to (evenly spread), its input H and a feed-forward as above
     and F for its weight; 5 bytes an expert for the router's map, 24 for each choice. Backward: gradients of
-    the feed-forward's tensors, 4F, and of the residual stream, 2H.
-
-    Local, with C context-parallel ranks: keys and values of all of them, 2K·C, instead of the rotated keys,
-    and their places, 8·C bytes; as many gradients backward. Transformer Engine passes keys and values on
-    instead.
+    the feed-forward's tensors, 4F, and of the residual stream, 2H. Local, with C context-parallel ranks: keys
+    and values of all of them, 2K·C, instead of the rotated keys, and their places, 8·C bytes; as many
+    gradients backward. (Transformer Engine passes keys and values on.)
     """
     a, size = architecture, planned_dtype(config, machine).itemsize
     tensor = config.parallel.tensor_model_parallel_size
@@ -238,11 +221,8 @@ def layer_bytes(
     feed = 3 if machine.is_gpu else 5
     if a.num_experts:
         width, chosen = a.moe_intermediate_size / config.parallel.expert_tensor_size, a.num_experts_per_tok
-        kept += (
-            chosen * (a.hidden_size + (feed + (not machine.is_gpu)) * width) * size
-            + 5 * a.num_experts
-            + 24 * chosen
-        )
+        each = a.hidden_size + (feed + (not machine.is_gpu)) * width
+        kept += chosen * each * size + 5 * a.num_experts + 24 * chosen
         transient = (chosen * (4 * width + a.hidden_size) + 2 * hidden) * size
     else:
         kept += feed * a.intermediate_size / tensor * size
@@ -256,22 +236,18 @@ def layer_bytes(
 def loss_bytes(
     architecture: Architecture, config: Config, machine: Machine, batch: Batch
 ) -> tuple[float, float]:
-    """(tiles of logits, what else the last stage keeps for the loss).
+    """Return (tiles of logits, what else the last stage keeps for the loss).
 
-    Tiles: at most `train.logits_memory_mib` (`vocab_parallel.fused.MEMORY`), and no more than the response
-    tokens need: two fp32 tiles (one without a teacher), on a GPU one in the model's dtype. Besides, the final
-    norm's three [T, H], the hidden states [T, H] (of all context-parallel ranks) and those that predict
-    responses [R, H] with their gradient and the teacher's.
+    Tiles: at most `train.logits_memory_mib`, and what the response tokens need: two in fp32 (one without a
+    teacher), on a GPU one in the model's dtype. Besides, the final norm's three [T, H], the hidden states
+    [T, H] of all context-parallel ranks, and [R, H] of responses with their gradient and the teacher's.
     """
-    size = planned_dtype(config, machine).itemsize
-    limit = config.train.logits_memory_mib and config.train.logits_memory_mib * 2**20
+    size, has_teacher = planned_dtype(config, machine).itemsize, config.algorithm.uses_teacher
+    limit = (config.train.logits_memory_mib or 0) * 2**20 or MEMORY["cuda" if machine.is_gpu else "cpu"]
     width = padded_rows(architecture, config) // config.parallel.tensor_model_parallel_size
     sized = 8 + (size if machine.is_gpu else 0)  # what a tile's size is chosen by
-    used = (8 if config.algorithm.uses_teacher else 4) + (size if machine.is_gpu else 0)
-    tile_tokens = min(
-        max(16, (limit or MEMORY["cuda" if machine.is_gpu else "cpu"]) // (sized * width)), batch.responses
-    )
-    rows = (3 + config.parallel.context_parallel_size) * batch.tokens + (
-        3 if config.algorithm.uses_teacher else 2
-    ) * batch.responses
+    used = (8 if has_teacher else 4) + (size if machine.is_gpu else 0)
+    tile_tokens = min(max(16, limit // (sized * width)), batch.responses)
+    rows = (3 + config.parallel.context_parallel_size) * batch.tokens
+    rows += (3 if has_teacher else 2) * batch.responses
     return tile_tokens * used * width, rows * architecture.hidden_size * size

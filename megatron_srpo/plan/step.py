@@ -1,6 +1,4 @@
-"""Seconds and bytes on the wire of one training step, by part: a model to choose layouts by, not a
-measurement.
-"""
+"""Seconds and bytes on the wire of one training step, by part: a model to choose layouts by."""
 
 from __future__ import annotations
 
@@ -11,18 +9,10 @@ from megatron_srpo.config.schema import Config
 from megatron_srpo.distributed.layout import data_parallel_size
 from megatron_srpo.model.architecture import Architecture
 from megatron_srpo.plan.machine import Machine, Workload, planned_dtype
-from megatron_srpo.plan.memory import (
-    Parameters,
-    replicas,
-    stage_parameters,
-    state_bytes,
-    total_parameters,
-)
+from megatron_srpo.plan.memory import Parameters, replicas, stage_parameters, state_bytes, total_parameters
 
-SAMPLE_BYTES = (
-    8,
-    31,
-)  # of one prompt and one response token in the JSON that ranks exchange: ids, log-probability, text
+# Bytes of one prompt and one response token in the JSON that ranks exchange: ids, log-probability, text.
+SAMPLE_BYTES = (8, 31)
 SAMPLE_SECONDS = 2e-7  # of reading one such token; measured on one core of a busy x86 machine, 2026-11-24
 LATENCY = 1e-5  # seconds a collective takes however small it is, for each doubling of its ranks; assumed
 LONGEST = 4  # the longest response of a step, in mean ones, never beyond rollout.max_response_tokens; assumed
@@ -40,7 +30,7 @@ def active_parameters(architecture: Architecture) -> int:
 
 
 def forward_flops(architecture: Architecture, tokens: float, document: float) -> float:
-    """FLOP of `tokens` through all layers, in documents of `document` tokens.
+    """Return the FLOP of `tokens` through all layers, in documents of `document` tokens.
 
     Two a parameter and token; attention, 4·A for each pair of query and key (scores and values, A = heads ·
     d), of which causality leaves half of document² (Chowdhery et al., arXiv 2204.02311, appendix B).
@@ -51,12 +41,11 @@ def forward_flops(architecture: Architecture, tokens: float, document: float) ->
 
 
 def step_flops(architecture: Architecture, config: Config, workload: Workload) -> dict[str, float]:
-    """Model FLOP of a training step on all ranks, by phase; recomputation is not counted.
+    """Return the model FLOP of a training step on all ranks, by phase; recomputation is not counted.
 
     update: forward and twice as much backward; of the output matrix, on response tokens only, three products
     and the teacher's where distilled (`vocab_parallel.fused`). scoring: the old policy's log-probabilities,
-    with several optimizer steps a batch. teacher: forward and one product for its entropies, on distilled
-    samples.
+    for several optimizer steps. teacher: forward and one product for entropies, on distilled samples.
     """
     samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     head = 2.0 * architecture.hidden_size * architecture.vocab_size
@@ -67,16 +56,13 @@ def step_flops(architecture: Architecture, config: Config, workload: Workload) -
         flops["scoring"] = forward + responses * head
     if config.algorithm.uses_teacher and share:
         document = workload.teacher_document(config)
-        flops["teacher"] = (
-            forward_flops(architecture, share * samples * document, document) + share * responses * head
-        )
+        flops["teacher"] = forward_flops(architecture, share * samples * document, document)
+        flops["teacher"] += share * responses * head
     return flops
 
 
 class Transfer(NamedTuple):
-    """What one rank sends in a step, in how many collectives of how many ranks, at which bandwidth (bytes a
-    second).
-    """
+    """Bytes one rank sends in a step, in `calls` collectives of `ranks`, at `bandwidth` bytes a second."""
 
     bytes: float
     calls: float
@@ -85,18 +71,17 @@ class Transfer(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """As if nothing hid them, though on GPUs gradients are reduced beside the last micro-batch's
-        backward pass.
-        """
+        """Return the seconds without overlap (on GPUs, gradients are reduced during backward passes)."""
         return self.bytes / self.bandwidth + self.calls * LATENCY * math.log2(max(2, self.ranks))
 
 
 def traffic(
     architecture: Architecture, config: Config, machine: Machine, gpus: int, workload: Workload
 ) -> dict[str, Transfer]:
-    """By purpose, of a rank of the fullest stage. A ring over n ranks sends (n - 1)/n of what is gathered or
-    scattered, twice that to reduce (Patarasuk & Yuan 2009). t: tokens through the rank, forward, shared with
-    its tensor-parallel ranks; b: bytes a number.
+    """Return what a rank of the fullest stage sends, by purpose.
+
+    A ring over n ranks sends (n - 1)/n of what is gathered or scattered, twice that to reduce (Patarasuk &
+    Yuan 2009). t: tokens through the rank, forward, shared with its tensor-parallel ranks; b: bytes a number.
 
     tensor: two all-reduces of [t, H] a layer each way (Shoeybi et al., arXiv 1909.08053; the same bytes with
     sequence parallelism, and two more gathers backward, arXiv 2205.05198). experts: dispatch and combine of
@@ -114,17 +99,12 @@ def traffic(
     ranks = data_parallel_size(parallel, gpus) * context  # with other tokens
     shards = tensor if parallel.sequence_parallel else 1
     trained = samples * workload.document / ranks
-    taught = (
-        samples * workload.distilled_share * workload.teacher_document(config) / ranks
-        if config.algorithm.uses_teacher
-        else 0
-    )
-    forward_only = taught + (trained if config.mini_batch_prompts < rollout.prompts_per_step else 0)
-    passes = (
-        2 * trained
-        + forward_only
-        + (trained if config.megatron.get("recompute_granularity") == "full" else 0)
-    )
+    taught = 0.0
+    if config.algorithm.uses_teacher:
+        taught = samples * workload.distilled_share * workload.teacher_document(config) / ranks
+    scored = trained if config.mini_batch_prompts < rollout.prompts_per_step else 0
+    recomputed = trained if config.megatron.get("recompute_granularity") == "full" else 0
+    passes = 2 * trained + (taught + scored) + recomputed
     layers, width = a.num_hidden_layers / stages, a.hidden_size * size
     micro_batches = micro_batch_count(config, gpus, workload)
     found: dict[str, Transfer] = {}
@@ -144,13 +124,9 @@ def traffic(
         found["context"] = Transfer(sent, 2 * (layers + 1) * micro_batches, context, bandwidth)
     if stages > 1:
         chunks = parallel.virtual_pipeline_model_parallel_size or 1
-        found["pipeline"] = Transfer(
-            passes * chunks * width / shards, 2 * chunks * micro_batches, 2, machine.network_bandwidth
-        )
-    own = max(
-        (stage_parameters(a, config, stage) for stage in range(stages)),
-        key=lambda parameters: parameters.total,
-    )
+        sent = passes * chunks * width / shards
+        found["pipeline"] = Transfer(sent, 2 * chunks * micro_batches, 2, machine.network_bandwidth)
+    own = max((stage_parameters(a, config, stage) for stage in range(stages)), key=lambda own: own.total)
     found |= _replication(a, config, machine, gpus, own, size)
     if moved := _host_bytes(architecture, config, machine, gpus):
         found["host"] = Transfer(moved, 2, 1, machine.host_bandwidth)
@@ -159,25 +135,23 @@ def traffic(
         in_layer = a.layer_mappings.values()
         tensors = sum(len(m.tensors) * (a.num_experts if m.is_expert else 1) for m in in_layer)
         tensors *= a.num_hidden_layers
-        found["export"] = Transfer(
-            total_parameters(a) * size, tensors, tensor * stages, machine.network_bandwidth
-        )
+        sent = total_parameters(a) * size
+        found["export"] = Transfer(sent, tensors, tensor * stages, machine.network_bandwidth)
     return found
 
 
 def _replication(
     a: Architecture, config: Config, machine: Machine, gpus: int, own: Parameters, size: int
 ) -> dict[str, Transfer]:
-    """What keeps a parameter's replicas alike."""
+    """Return the transfers that keep a parameter's replicas alike."""
     parallel, copies = config.parallel, replicas(config, gpus)
     shares = [(count, ranks) for count, ranks in zip(own, copies, strict=True) if count and ranks > 1]
     if not shares:
         return {}
     updates = config.rollout.prompts_per_step // config.mini_batch_prompts
     moved = sum(count * (ranks - 1) / ranks for count, ranks in shares)
-    bandwidth = machine.bandwidth(
-        parallel.tensor_model_parallel_size * copies[0], abreast=parallel.tensor_model_parallel_size
-    )
+    tensor = parallel.tensor_model_parallel_size
+    bandwidth = machine.bandwidth(tensor * copies[0], abreast=tensor)
     buckets = math.ceil(own.total / max(40e6, 1e6 * copies[0]))  # Megatron's default bucket size
     each = (4 + size) if parallel.use_distributed_optimizer else 8
     found = {"gradients": Transfer(updates * each * moved, 2 * updates * buckets, copies[0], bandwidth)}
@@ -189,87 +163,74 @@ def _replication(
 
 
 def _host_bytes(architecture: Architecture, config: Config, machine: Machine, gpus: int) -> float:
-    """What goes to the host and comes back in a step, both counted: one follows the other."""
+    """Return the bytes that go to the host and come back in a step, both counted: one follows the other."""
     stages = range(config.parallel.pipeline_model_parallel_size)
-    states = max(
-        (state_bytes(architecture, config, machine, gpus, stage) for stage in stages),
-        key=lambda parts: sum(parts.values()),
-    )
+    parts = [state_bytes(architecture, config, machine, gpus, stage) for stage in stages]
+    states = max(parts, key=lambda of_stage: sum(of_stage.values()))
     updates = config.rollout.prompts_per_step // config.mini_batch_prompts
     stays = updates if config.optimizer.optimizer_cpu_offload else int(config.rollout.colocated)
-    moved = stays * (states["optimizer"] + states.get("EMA", 0.0)) + config.rollout.colocated * states.get(
-        "teacher", 0.0
-    )
-    return 2 * moved
+    moved = stays * (states["optimizer"] + states.get("EMA", 0.0))
+    return 2 * (moved + config.rollout.colocated * states.get("teacher", 0.0))
 
 
 def exchanged_bytes(config: Config, workload: Workload) -> float:
-    """Of a step's samples as JSON lines (`rollout.collect.exchange`); it grows with the batch, not with the
-    ranks.
-    """
+    """Return the bytes of a step's samples as JSON lines (`rollout.collect.exchange`), whatever the ranks."""
     samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     return samples * (SAMPLE_BYTES[0] * workload.prompt_tokens + SAMPLE_BYTES[1] * workload.response_tokens)
 
 
 def micro_batch_count(config: Config, gpus: int, workload: Workload) -> int:
-    """Of a rank, in one step: whole samples, the same number on every rank."""
+    """Count a rank's micro-batches of whole samples in one step, the same number on every rank."""
     data, mini = data_parallel_size(config.parallel, gpus), config.mini_batch_prompts
     each = math.ceil(mini * config.rollout.samples_per_prompt / data)
-    per_row = max(
-        1, config.train.micro_batch_tokens * config.parallel.context_parallel_size // workload.document
-    )
+    budget = config.train.micro_batch_tokens * config.parallel.context_parallel_size
+    per_row = max(1, budget // workload.document)
     return math.ceil(each / per_row) * (config.rollout.prompts_per_step // mini)
 
 
 def step_seconds(
     architecture: Architecture, config: Config, machine: Machine, gpus: int, workload: Workload
 ) -> dict[str, float]:
-    """Seconds of a step by part; see `total`.
+    """Return the seconds of a step by part; see `total`.
 
     sampling: `sampling_seconds`. update, scoring, teacher: FLOP over ranks, peak and MFU; a full recompute
     repeats the update's forward pass. idle: a rank trains whole samples, ⌈n/D⌉ of an optimizer batch's n.
     bubble: (p - 1)/(v·m) of the computation, of p stages and m micro-batches (arXiv 2104.04473, §2.2). Then
     `traffic`, and reading the samples on a CPU.
     """
-    rate = machine.peak * machine.mfu * gpus
+    rate, rollout = machine.peak * machine.mfu * gpus, config.rollout
+    samples = rollout.prompts_per_step * rollout.samples_per_prompt
     parts = {"sampling": sampling_seconds(architecture, config, machine, gpus, workload)}
     compute = {phase: flops / rate for phase, flops in step_flops(architecture, config, workload).items()}
     if config.megatron.get("recompute_granularity") == "full":
-        samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
-        compute["recompute"] = (
-            forward_flops(architecture, samples * workload.document, workload.document) / rate
-        )
+        again = forward_flops(architecture, samples * workload.document, workload.document)
+        compute["recompute"] = again / rate
     data, n = (
         data_parallel_size(config.parallel, gpus),
-        config.mini_batch_prompts * config.rollout.samples_per_prompt,
+        config.mini_batch_prompts * rollout.samples_per_prompt,
     )
     busy = sum(compute.values())
     parts |= compute
     parts["idle"] = busy * (math.ceil(n / data) * data / n - 1)
-    stages, virtual = (
-        config.parallel.pipeline_model_parallel_size,
-        config.parallel.virtual_pipeline_model_parallel_size or 1,
-    )
-    updates = config.rollout.prompts_per_step // config.mini_batch_prompts
+    stages = config.parallel.pipeline_model_parallel_size
+    virtual = config.parallel.virtual_pipeline_model_parallel_size or 1
+    updates = rollout.prompts_per_step // config.mini_batch_prompts
     row_count = micro_batch_count(config, gpus, workload) / updates
     parts["bubble"] = (busy + parts["idle"]) * (stages - 1) / (virtual * max(row_count, 1))
-    parts |= {
-        f"traffic: {name}": transfer.seconds
-        for name, transfer in traffic(architecture, config, machine, gpus, workload).items()
-    }
-    tokens = config.rollout.prompts_per_step * config.rollout.samples_per_prompt * workload.document
-    parts["reading samples"] = tokens * SAMPLE_SECONDS if gpus > 1 else 0.0
+    for name, transfer in traffic(architecture, config, machine, gpus, workload).items():
+        parts[f"traffic: {name}"] = transfer.seconds
+    parts["reading samples"] = samples * workload.document * SAMPLE_SECONDS if gpus > 1 else 0.0
     return {name: seconds for name, seconds in parts.items() if seconds}
 
 
 def total(parts: dict[str, float], config: Config) -> float:
-    """Of a step; with `rollout.async_steps: 1` the next batch is sampled while one trains."""
+    """Return a step's seconds; with `rollout.async_steps: 1` the next batch is sampled while one trains."""
     training = sum(parts.values()) - parts.get("sampling", 0.0)
     return max(training, parts.get("sampling", 0.0)) if config.rollout.async_steps else sum(parts.values())
 
 
 class Servers(NamedTuple):
-    """What samples: so many engines of so many GPUs each."""
+    """The engines that sample."""
 
     count: float
     gpus_each: int
@@ -277,47 +238,38 @@ class Servers(NamedTuple):
 
     @classmethod
     def of(cls, config: Config, gpus: int) -> Servers:
-        """The embedded engine is one on every rank."""
         rollout = config.rollout
         if rollout.traits.in_process:
             return cls(gpus, 1, True)
-        return cls(
-            len(rollout.urls) or rollout.servers, rollout.sglang.tensor_parallel_size, rollout.colocated
-        )
+        count = len(rollout.urls) or rollout.servers
+        return cls(count, rollout.sglang.tensor_parallel_size, rollout.colocated)
 
 
 def cache_bytes(architecture: Architecture, size: int) -> int:
-    """Of one token's keys and values in all layers."""
-    return (
-        2 * architecture.num_hidden_layers * architecture.num_key_value_heads * architecture.head_dim * size
-    )
+    """Return the bytes of one token's keys and values in all layers, `size` a number."""
+    width = architecture.num_key_value_heads * architecture.head_dim
+    return 2 * architecture.num_hidden_layers * width * size
 
 
 def sampling_seconds(
     architecture: Architecture, config: Config, machine: Machine, gpus: int, workload: Workload
 ) -> float:
-    """Decoding, bound by memory: each token of the longest response reads all weights, each token its
-    sequence's keys and values (cf. Pope et al., arXiv 2211.05102, §2); and by computation, two FLOP a
-    parameter and token, prompts included. 0 when replaying.
+    """Return the seconds of decoding, bound by memory and by computation; 0 when replaying.
+
+    Each token of the longest response reads all weights, each token its sequence's keys and values (cf. Pope
+    et al., arXiv 2211.05102, §2), and costs two FLOP a parameter, prompts included.
     """
     if config.rollout.replay is not None:
         return 0.0
     rollout, size, servers = config.rollout, planned_dtype(config, machine).itemsize, Servers.of(config, gpus)
     sequences = math.ceil(rollout.prompts_per_step / servers.count) * rollout.samples_per_prompt
-    longest, mean = (
-        min(rollout.max_response_tokens, LONGEST * workload.response_tokens),
-        workload.response_tokens,
-    )
+    mean = workload.response_tokens
+    longest = min(rollout.max_response_tokens, LONGEST * mean)
     cached = sequences * mean * (workload.prompt_tokens + mean / 2) * cache_bytes(architecture, size)
     read = longest * total_parameters(architecture) * size + cached
     seconds = read / (servers.gpus_each * machine.memory_bandwidth * DECODING)
-    seconds += (
-        2
-        * active_parameters(architecture)
-        * sequences
-        * workload.document
-        / (servers.gpus_each * machine.peak * machine.mfu)
-    )
+    flops = 2 * active_parameters(architecture) * sequences * workload.document
+    seconds += flops / (servers.gpus_each * machine.peak * machine.mfu)
     if rollout.traits.in_process:
         rounds = math.ceil(sequences / rollout.batch_size)
         seconds = max(seconds, rounds * longest * architecture.num_hidden_layers * EMBEDDED_SECONDS)

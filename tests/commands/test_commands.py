@@ -81,7 +81,7 @@ def test_a_terminal_is_not_told_to_do_anything():
 
 
 def test_what_was_sampled_can_be_trained_on(run, tmp_path):
-    """Sampling by the start model gives the samples of a run's first step; replaying them gives its update."""
+    """Sampling by the start model gives a run's first samples; replaying them gives its update."""
     sample(small_config(tmp_path / "sampled", "train.steps=2"))
     assert step_file(tmp_path / "sampled", 1).read_bytes() == step_file(run, 1).read_bytes()
     assert not list((tmp_path / "sampled" / "ledger").glob("step_*"))  # the dumps have all of it

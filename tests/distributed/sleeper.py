@@ -4,6 +4,7 @@ Arguments: configuration file, overrides.
 """
 
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -23,6 +24,12 @@ if __name__ == "__main__":
     from megatron_srpo.train import train
     from megatron_srpo.training.trainer import Trainer
 
+    def beat_until_step_2() -> None:
+        """Let the limit count from the step with the sleep: building the trainer may take longer."""
+        while PROGRESS.step < 2:
+            PROGRESS.beat()
+            time.sleep(0.1)
+
     score = Trainer.score_teacher
 
     def score_teacher(self, batches):
@@ -33,4 +40,5 @@ if __name__ == "__main__":
         return score(self, batches)
 
     Trainer.score_teacher = score_teacher
+    threading.Thread(target=beat_until_step_2, daemon=True).start()
     train(load_config(Path(sys.argv[1]), sys.argv[2:]))

@@ -1,6 +1,4 @@
-"""The watchdog: a rank that sleeps for ever ends the run with everybody's state; progress anywhere keeps it
-quiet.
-"""
+"""The watchdog: a rank that sleeps for ever ends the run with all states; any progress keeps it quiet."""
 
 from __future__ import annotations
 
@@ -81,9 +79,7 @@ def test_an_end_of_another_start_is_none_of_ours(ends, tmp_path):
 
 
 def test_a_rank_that_sleeps_for_ever(tmp_path):
-    """Two processes: both leave phase, step, last collective and stacks, and the launch fails instead of
-    hanging.
-    """
+    """Two processes leave phase, step, last collective and stacks; the launch fails instead of hanging."""
     run = tmp_path / "run"
     overrides = [
         "rollout.prompts_per_step=4",
@@ -91,7 +87,7 @@ def test_a_rank_that_sleeps_for_ever(tmp_path):
         "train.steps=5",
         "evaluation.every=0",
     ]
-    overrides += ["checkpoint.save_interval=0", "logging.watchdog_minutes=0.05", f"logging.dir={run}"]
+    overrides += ["checkpoint.save_interval=0", "logging.watchdog_minutes=0.1", f"logging.dir={run}"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*command, "tests/distributed/sleeper.py", "examples/quickstart/config.yaml", *overrides],
@@ -107,7 +103,5 @@ def test_a_rank_that_sleeps_for_ever(tmp_path):
     assert "step 2, phase teacher" in second and "last collective" in second
     assert "fall_asleep" in (run / "watchdog" / "rank_00001.stacks.txt").read_text()
     assert "fall_asleep" not in (run / "watchdog" / "rank_00000.stacks.txt").read_text()
-    assert (
-        "stopped: no rank made progress for 0.05 minutes" in done.stderr
-        and first.splitlines()[1] in done.stderr
-    )
+    assert "stopped: no rank made progress for 0.1 minutes" in done.stderr
+    assert first.splitlines()[1] in done.stderr

@@ -31,7 +31,8 @@ def start(tmp_path_factory):
     config = root / "config.yaml"
     config.write_text(
         f"model: {{hf_path: {folder.path}, dtype: float32}}\n"
-        "rollout: {prompts_per_step: 4, samples_per_prompt: 4, max_prompt_tokens: 128, max_response_tokens: 64}\n"
+        "rollout: {prompts_per_step: 4, samples_per_prompt: 4, max_prompt_tokens: 128,"
+        " max_response_tokens: 64}\n"
         "teacher: {max_prompt_tokens: 160}\n"
         "train: {steps: 3, micro_batch_tokens: 400}\n"
         "logging: {dir: unused}\n"
