@@ -14,12 +14,6 @@ from megatron_srpo.data.records import Group, Route, Sample
 
 Encode = Callable[[list[dict[str, str]]], list[int]]
 Feedback = Literal["off", "without_solution", "always"]
-_BRANCHES: dict[tuple[bool, bool], Literal["grpo", "sdpo", "mixed", "none"]] = {  # (GRPO, SDPO)
-    (True, False): "grpo",
-    (False, True): "sdpo",
-    (True, True): "mixed",
-    (False, False): "none",
-}
 ShowTeacher = Callable[[Sample, Sample | None], TeacherPrompt]
 
 
@@ -115,8 +109,11 @@ def _route(
     has_teacher = shown.ids is not None
     policy_weight, distillation_weight = algorithm.branch_weights(sample.judged.correct, has_teacher)
     distilled = distillation_weight > 0
+    branch = "grpo" if policy_weight > 0 else "none"
+    if distilled:
+        branch = "mixed" if policy_weight > 0 else "sdpo"
     return Route(
-        branch=_BRANCHES[policy_weight > 0, distilled],
+        branch=branch,
         policy_weight=policy_weight,
         distillation_weight=distillation_weight,
         advantage=advantage,

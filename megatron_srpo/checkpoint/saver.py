@@ -138,7 +138,7 @@ class Saver:
 
 
 def write_slices(folder: Path, rank: int, slices: Iterable[TensorSlice]) -> torch_dist.RankFile:
-    """Write a rank's file; it is on the disk when this returns."""
+    """Write a rank's file to disk."""
     writer = torch_dist.Writer(folder, rank)
     for part in slices:
         beat()

@@ -51,21 +51,17 @@ def scalars(trainer: Trainer) -> dict[str, int]:
 @torch.no_grad()
 def restore_trainer(trainer: Trainer, saved: Folder, state: dict[str, int]) -> None:
     """Restore policy, optimizer, schedule and teacher at any layout. Raises FileError for what is missing."""
-    with trainer.onloaded(), trainer.update_state_onloaded():
-        _restore(trainer, saved, state)
-
-
-def _restore(trainer: Trainer, saved: Folder, state: dict[str, int]) -> None:
     optimizer, teacher = trainer.optimizer, trainer.teacher
     optimizer.schedule.num_steps, optimizer.updates = state["schedule_steps"], state["optimizer_updates"]
-    for parameter, location in _parameters(trainer):
-        policy = location.read(saved, PREFIXES["policy"], 0, parameter.numel())
-        parameter.view(-1).copy_(policy)
-        start, end = optimizer.held_range(parameter)
-        moments = {name: location.read(saved, PREFIXES[name], start, end) for name in MOMENTS}
-        optimizer.restore(parameter, policy[start:end], moments)
-    if teacher is not None and teacher.has_weights:
-        teacher.restore(_teacher_weights(trainer, saved))
+    with trainer.onloaded(), trainer.update_state_onloaded():
+        for parameter, location in _parameters(trainer):
+            policy = location.read(saved, PREFIXES["policy"], 0, parameter.numel())
+            parameter.view(-1).copy_(policy)
+            start, end = optimizer.held_range(parameter)
+            moments = {name: location.read(saved, PREFIXES[name], start, end) for name in MOMENTS}
+            optimizer.restore(parameter, policy[start:end], moments)
+        if teacher is not None and teacher.has_weights:
+            teacher.restore(_teacher_weights(trainer, saved))
 
 
 def _teacher_weights(trainer: Trainer, saved: Folder) -> Iterator[tuple[Tensor, Shard]]:

@@ -211,10 +211,7 @@ def _with_cuda_type_names(function):
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """AdamW with the state layout of Apex and Transformer Engine, as core's distributed checkpoints expect.
-
-    The step count lives in the param group, not per parameter as in torch.optim.AdamW.
-    """
+    """AdamW with Apex's state layout, the step count in the group, as core's distributed checkpoints expect."""
 
     def __init__(
         self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, adam_w_mode=True, **_

@@ -39,11 +39,6 @@ class Layout:
     background_group: dist.ProcessGroup | None = None  # all ranks, gloo: may overlap collectives of training
 
     @property
-    def tensor_parallel_group(self) -> dist.ProcessGroup:
-        """Return the ranks that share layers and tokens with this one, each with a shard of every matrix."""
-        return parallel_state.get_tensor_model_parallel_group()
-
-    @property
     def data_parallel_group(self) -> dist.ProcessGroup:
         """Return the ranks with the same model shard and other tokens: data- and context-parallel ones."""
         return parallel_state.get_data_parallel_group(with_context_parallel=True)

@@ -54,6 +54,7 @@ def _finalize(chunks, num_tokens=None, **kwargs) -> None:
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_ADAM_SETTINGS = {"weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad"}
 
 
 class Shard(NamedTuple):
@@ -95,11 +96,7 @@ class Optimizer:
             optimizer="adam",
             lr=lr,
             min_lr=lr,
-            weight_decay=decay,
-            adam_beta1=settings.adam_beta1,
-            adam_beta2=settings.adam_beta2,
-            adam_eps=settings.adam_eps,
-            clip_grad=settings.clip_grad,
+            **settings.model_dump(include=_ADAM_SETTINGS),
             bf16=core.bf16,
             params_dtype=core.params_dtype,
             use_distributed_optimizer=chunks[0].ddp_config.use_distributed_optimizer,
@@ -184,10 +181,7 @@ class Optimizer:
         return (0, 0) if holding is None else (holding.start, holding.end)
 
     def shard_of(self, parameter: Parameter) -> Shard:
-        """Return the elements that this rank keeps where each is kept once: its own, or an even share.
-
-        They are the optimizer's own memory, or the host's copy while they are offloaded.
-        """
+        """Return the elements that this rank keeps where each is kept once, or the host's copy of them."""
         holding = self._holding(parameter)
         if holding is None:
             return Shard(0, 0, parameter.new_empty(0, dtype=torch.float32), {})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from megatron_srpo.config.schema import LoggingSection
 from megatron_srpo.data.records import Group
@@ -23,13 +22,9 @@ class StepDump:
     temperature: float  # of the rollouts; token values are taken at it
     decode: Callable[[Sequence[int]], str]  # token ids to text
 
-    @property
-    def _folder(self) -> Path:
-        return self.settings.dir / "rollouts"
-
     def samples(self, step: int, groups: Sequence[Group]) -> None:
         if self.settings.rollouts and self.layout.rank == 0:
-            dump(groups, self._folder, step)
+            dump(groups, self.settings.dir / "rollouts", step)
 
     def token_values(self, step: int, groups: Sequence[Group]) -> TokenValues | None:
         """Return a recorder for the update of `step`, or None if its tokens are not dumped."""
@@ -42,4 +37,4 @@ class StepDump:
         """Write what `values` recorded on all ranks. All ranks together."""
         rows = values.gather() if values is not None else []
         if rows and self.layout.rank == 0:
-            write_tokens(rows, groups, self.decode, self._folder, step)
+            write_tokens(rows, groups, self.decode, self.settings.dir / "rollouts", step)

@@ -47,8 +47,7 @@ class TeacherScores:
 class Teacher:
     """The teacher. `ema` and `frozen` hold a copy of the model, `live` is the policy, `trust_region` both.
 
-    The EMA is kept in fp32 `shares`: every rank of a parameter's replica group keeps a part. The copy that
-    scores has the model's dtype and is refreshed from them after every step.
+    An EMA is kept in fp32 `shares`, parts on the ranks of a replica group; the copy that scores follows them.
     """
 
     settings: TeacherSection

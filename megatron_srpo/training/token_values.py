@@ -1,4 +1,4 @@
-"""What the loss saw of single tokens, for a few samples that people will look at."""
+"""Values of single tokens in the loss, for a few samples that people will look at."""
 
 from __future__ import annotations
 

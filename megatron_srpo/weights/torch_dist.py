@@ -266,7 +266,7 @@ class Folder:
 
     @cached_property
     def chunks(self) -> dict[str, list[Chunk]]:
-        """The chunks of every tensor. Checks that the files are there and long enough."""
+        """List the chunks of every tensor; check that the files are there and long enough."""
         whole = self._read_metadata()
         found: dict[str, list[Chunk]] = {}
         try:
