@@ -1,7 +1,5 @@
 """The command line: `srpo` or `python -m megatron_srpo`, under torchrun for more than one process."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import logging
@@ -18,11 +16,9 @@ COMMANDS = ("train", "sample", "eval", "plan", "compare", "report", "inspect", "
 
 
 def main() -> int:
-    """Parse the command line and run the command.
+    """Run the command of the command line and return the exit status.
 
-    Returns:
-        The exit status: 0; 1 for a stopped run; 2 for an error in the configuration or a file; 75 for a run
-        that was asked to exit and can be resumed; 130 after Ctrl-C.
+    0; 1: stopped; 2: wrong configuration or file; 75: exited on request, can be resumed; 130: Ctrl-C.
     """
     arguments = command_line().parse_args()
     quieten_libraries()
@@ -52,8 +48,7 @@ def main() -> int:
 
 def command_line() -> argparse.ArgumentParser:
     """Build the parser of all commands; the chosen one's function is in `arguments.run`."""
-    description = "Sample-Routed Policy Optimization on megatron-core"
-    parser = argparse.ArgumentParser(prog="srpo", description=description)
+    parser = argparse.ArgumentParser("srpo", description="Sample-Routed Policy Optimization on megatron-core")
     subparsers = parser.add_subparsers(dest="command", required=True)
     for name in COMMANDS:
         module = importlib.import_module(f"megatron_srpo.commands.{name}")

@@ -1,5 +1,5 @@
-"""The commands of `srpo`, one module each; only argument handling and printing belong here.
+"""The commands of `srpo`, one module each, for argument handling and printing only.
 
-A module offers `HELP`, `add_arguments(parser)` and `run(arguments)`, which returns the exit status. All$
-modules are imported for `--help`: what needs torch is imported inside `run`.
+A module offers `HELP`, `add_arguments(parser)` and `run(arguments)`, which returns the exit status; `run`
+imports what needs torch, as `--help` imports all modules.
 """

@@ -1,6 +1,4 @@
-"""What the commands that take a configuration file share."""
-
-from __future__ import annotations
+"""Arguments and errors shared by the commands that take a configuration file."""
 
 import argparse
 import errno
@@ -28,21 +26,25 @@ def add_overrides(parser: argparse.ArgumentParser, help_text: str) -> None:
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help=help_text)
 
 
-def run_configured(arguments: argparse.Namespace, body: Callable[[Config], int]) -> int:
-    """Load the configuration and run `body`; return 1 after a failed engine or a full disk."""
-    from megatron_srpo.model.hf_folder import naming_key
-    from megatron_srpo.rollout.engine import EngineFailed
+def configured(command: Callable[[Config], int]) -> Callable[[argparse.Namespace], int]:
+    """Decorate a command to load its configuration, and to return 1 after a failed engine or a full disk."""
 
-    config = load_config(arguments.config, arguments.overrides)
-    try:
-        with naming_key("model.hf_path"):
-            return body(config)
-    except EngineFailed as error:  # on any rank alone
-        print(f"stopped: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        where = f"logging.dir: {config.logging.dir}: {error.strerror}"
-        print(f"stopped: {where}; free some space and run the same command again", file=sys.stderr)
-        return 1
+    def run(arguments: argparse.Namespace) -> int:
+        from megatron_srpo.model.hf_folder import naming_key
+        from megatron_srpo.rollout.engine import EngineFailed
+
+        config = load_config(arguments.config, arguments.overrides)
+        try:
+            with naming_key("model.hf_path"):
+                return command(config)
+        except EngineFailed as error:  # on any rank alone
+            print(f"stopped: {error}", file=sys.stderr)
+            return 1
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            where = f"logging.dir: {config.logging.dir}: {error.strerror}"
+            print(f"stopped: {where}; free some space and run the same command again", file=sys.stderr)
+            return 1
+
+    return run

@@ -1,7 +1,5 @@
 """srpo compare: compare evaluations with the first of them."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

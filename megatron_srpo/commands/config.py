@@ -1,11 +1,10 @@
 """srpo config: every key of the configuration, or the check of a file."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,25 +16,20 @@ from megatron_srpo.config.schema import Config, ConfigError
 HELP = "print every key of the configuration, or check a file"
 
 # Where the papers define a key: SRPO = arXiv 2604.02288, SDPO = arXiv 2601.20802.
-PAPER = {
-    "algorithm.name": "SRPO §3",
-    "algorithm.advantage_std": "SRPO §2.1 (with), §4.1 (without)",
-    "algorithm.clip_low": "SRPO §2.1",
-    "algorithm.clip_high": "SRPO §2.1",
-    "algorithm.loss_aggregation": "SRPO §3.3",
-    "algorithm.entropy_beta": "SRPO §3, §4.1",
+_KEYS_BY_PAPER = {
+    "SRPO §2.1": "algorithm.clip_low algorithm.clip_high",
+    "SRPO §2.1 (with), §4.1 (without)": "algorithm.advantage_std",
+    "SRPO §3": "algorithm.name",
+    "SRPO §3, §4.1": "algorithm.entropy_beta",
+    "SRPO §3.3": "algorithm.loss_aggregation",
+    "SRPO §4.1": "algorithm.lr algorithm.mini_batch_prompts algorithm.divergence_topk teacher.ema_rate"
+    " rollout.prompts_per_step rollout.samples_per_prompt rollout.temperature rollout.top_p"
+    " rollout.enable_thinking rollout.max_prompt_tokens rollout.max_response_tokens optimizer.lr_warmup_steps"
+    " optimizer.weight_decay optimizer.clip_grad evaluation.every evaluation.samples evaluation.temperature"
+    " evaluation.top_p",
+    "SDPO": "algorithm.divergence algorithm.divergence_support teacher.kind teacher.feedback",
 }
-_SECTION_4_1 = {
-    "algorithm": ("lr", "mini_batch_prompts", "divergence_topk"),
-    "teacher": ("ema_rate",),
-    "rollout": ("prompts_per_step", "samples_per_prompt", "temperature", "top_p", "enable_thinking"),
-    "optimizer": ("lr_warmup_steps", "weight_decay", "clip_grad"),
-    "evaluation": ("every", "samples", "temperature", "top_p"),
-}
-PAPER |= {f"{section}.{name}": "SRPO §4.1" for section, names in _SECTION_4_1.items() for name in names}
-PAPER |= dict.fromkeys(("rollout.max_prompt_tokens", "rollout.max_response_tokens"), "SRPO §4.1")
-PAPER |= dict.fromkeys(("algorithm.divergence", "algorithm.divergence_support"), "SDPO")
-PAPER |= dict.fromkeys(("teacher.kind", "teacher.feedback"), "SDPO")
+PAPER = {key: paper for paper, names in _KEYS_BY_PAPER.items() for key in names.split()}
 _TYPES = {"integer": "integer", "number": "number", "string": "text", "boolean": "true | false"}
 _TYPES |= {"object": "mapping", "null": "null"}
 
@@ -67,34 +61,37 @@ class Key(NamedTuple):
     paper: str
 
 
+@cache
+def _schema() -> dict[str, Any]:
+    return Config.model_json_schema()
+
+
 def keys() -> Iterator[Key]:
     """Yield every key, in the order of the sections."""
-    schema = Config.model_json_schema()
-    for section, field in schema["properties"].items():
+    for section, field in _schema()["properties"].items():
         if "oneOf" in field:
-            yield from _method_keys(section, field["oneOf"], schema)
+            yield from _method_keys(section, field["oneOf"])
         else:
-            yield from _keys_of(section, field, schema, section in schema["required"])
+            yield from _keys_of(section, field, section in _schema()["required"])
 
 
-def _keys_of(name: str, field: dict[str, Any], schema: dict[str, Any], required: bool) -> Iterator[Key]:
+def _keys_of(name: str, field: dict[str, Any], required: bool) -> Iterator[Key]:
     """Yield the key itself or, of a section, the keys in it."""
     if "$ref" not in field:
         default = "required" if required else _default(field)
-        yield _key(name, field, default, field.get("description", ""), schema)
+        yield Key(name, _type_name(field), default, field.get("description", ""), PAPER.get(name, ""))
         return
-    section = _resolve(field, schema)
+    section = _resolve(field)
     for inner, inner_field in section["properties"].items():
-        yield from _keys_of(f"{name}.{inner}", inner_field, schema, inner in section.get("required", ()))
+        yield from _keys_of(f"{name}.{inner}", inner_field, inner in section.get("required", ()))
 
 
-def _method_keys(section: str, references: list[dict[str, Any]], schema: dict[str, Any]) -> Iterator[Key]:
+def _method_keys(section: str, references: list[dict[str, Any]]) -> Iterator[Key]:
     """Yield the keys of the methods: one default if it is the same in all of them, else each one's own."""
-    models = [_resolve(reference, schema)["properties"] for reference in references]
+    models = [_resolve(reference)["properties"] for reference in references]
     methods = {model["name"]["const"]: model for model in models}
-    meaning = "the method; sets its paper's defaults"
-    usual = Config.model_fields[section].default.name
-    yield Key(f"{section}.name", " | ".join(methods), usual, meaning, PAPER[f"{section}.name"])
+    name, usual = f"{section}.name", Config.model_fields[section].default.name
+    yield Key(name, " | ".join(methods), usual, "the method; sets its paper's defaults", PAPER[name])
     for name in dict.fromkeys(name for model in models for name in model if name != "name"):
         fields = {method: model[name] for method, model in methods.items() if name in model}
         defaults = {method: _default(field) for method, field in fields.items()}
@@ -105,15 +102,12 @@ def _method_keys(section: str, references: list[dict[str, Any]], schema: dict[st
         # A field declared again in a subclass has the base's description.
         base = Algorithm.model_fields.get(name)
         meaning = first.get("description") or (base and base.description) or ""
-        yield _key(f"{section}.{name}", first, default, meaning, schema)
+        key = f"{section}.{name}"
+        yield Key(key, _type_name(first), default, meaning, PAPER.get(key, ""))
 
 
-def _key(name: str, field: dict[str, Any], default: str, meaning: str, schema: dict[str, Any]) -> Key:
-    return Key(name, _type_name(field, schema), default, meaning, PAPER.get(name, ""))
-
-
-def _resolve(field: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
-    return schema["$defs"][field["$ref"].rpartition("/")[2]]
+def _resolve(field: dict[str, Any]) -> dict[str, Any]:
+    return _schema()["$defs"][field["$ref"].rpartition("/")[2]]
 
 
 def _default(field: dict[str, Any]) -> str:
@@ -126,18 +120,18 @@ def _default(field: dict[str, Any]) -> str:
     return str(value)
 
 
-def _type_name(field: dict[str, Any], schema: dict[str, Any]) -> str:
+def _type_name(field: dict[str, Any]) -> str:
     """Return a JSON schema's type as people write it in YAML."""
     if "$ref" in field:
-        return f"{{{', '.join(_resolve(field, schema)['properties'])}}}"
+        return f"{{{', '.join(_resolve(field)['properties'])}}}"
     if "anyOf" in field:
-        return " | ".join(_type_name(one, schema) for one in field["anyOf"])
+        return " | ".join(_type_name(one) for one in field["anyOf"])
     if "enum" in field:
         return " | ".join(map(str, field["enum"]))
     if "const" in field:
         return str(field["const"])
     if field.get("type") == "array":
-        return f"list of {_type_name(field.get('items') or field['prefixItems'][0], schema)}"
+        return f"list of {_type_name(field.get('items') or field['prefixItems'][0])}"
     return "path" if field.get("format") == "path" else _TYPES[field["type"]]
 
 
@@ -159,27 +153,21 @@ def print_keys() -> None:
 
 
 def check(path: Path, overrides: list[str], processes: int | None) -> str:
-    """Check all that a run checks before it starts and describe what would run.
+    """Check all that a run checks before it starts, and describe the run; raise ConfigError as it would.
 
-    Args:
-        processes: Number of processes that the run will have; None: as few as its layout needs.
-
-    Raises:
-        ConfigError: What a run would refuse.
+    Without `processes`, the run has as few as its layout needs.
     """
     from megatron_srpo.preflight import preflight
 
     if processes is not None and processes < 1:
         raise ConfigError(f"--processes: {processes}; expected 1 or more")
     config = load_config(path, overrides)
-    parallel, rollout = config.parallel, config.rollout
+    parallel, rollout, steps = config.parallel, config.rollout, config.train.steps
     experts = parallel.expert_tensor_size * parallel.expert_model_parallel_size
     experts *= parallel.pipeline_model_parallel_size
     processes = processes or math.lcm(parallel.replica_size, experts)
     os.environ["WORLD_SIZE"] = str(processes)
-    folder = preflight(config)
-    return (
-        f"{path}: can be run: {config.algorithm.name} on {folder.path.name}, {config.train.steps} steps of"
-        f" {rollout.prompts_per_step} × {rollout.samples_per_prompt} samples,"
-        f" {processes} process{'es' * (processes > 1)}, run folder {config.logging.dir}"
-    )
+    method = f"{config.algorithm.name} on {preflight(config).path.name}"
+    samples = f"{steps} steps of {rollout.prompts_per_step} × {rollout.samples_per_prompt} samples"
+    layout = f"{processes} process{'es' * (processes > 1)}, run folder {config.logging.dir}"
+    return f"{path}: can be run: {method}, {samples}, {layout}"

@@ -1,10 +1,6 @@
 """srpo eval: evaluate a model folder, or the policy of a run."""
 
-from __future__ import annotations
-
-import argparse
-
-from megatron_srpo.commands.common import add_config_arguments, is_first_rank, run_configured
+from megatron_srpo.commands.common import add_config_arguments, configured, is_first_rank
 from megatron_srpo.config.schema import Config
 
 HELP = "evaluate model.hf_path by a configuration file"
@@ -12,11 +8,8 @@ HELP = "evaluate model.hf_path by a configuration file"
 add_arguments = add_config_arguments
 
 
-def run(arguments: argparse.Namespace) -> int:
-    return run_configured(arguments, _evaluate)
-
-
-def _evaluate(config: Config) -> int:
+@configured
+def run(config: Config) -> int:
     from megatron_srpo.evaluation.run import run_evaluation
 
     directory = run_evaluation(config)

@@ -1,7 +1,5 @@
 """srpo inspect: the samples of one step in the terminal."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

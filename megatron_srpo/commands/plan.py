@@ -1,7 +1,5 @@
 """srpo plan: memory, time and traffic of a configuration."""
 
-from __future__ import annotations
-
 import argparse
 
 from megatron_srpo.commands.common import add_config_arguments

@@ -1,7 +1,5 @@
 """srpo report: one HTML page about one or more runs."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 
@@ -12,9 +10,8 @@ HELP = "write one HTML page with the curves and samples of one or more runs"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="default: report.html in the first run's folder"
-    )
+    output_help = "default: report.html in the first run's folder"
+    parser.add_argument("--output", type=Path, metavar="FILE", help=output_help)
 
 
 def run(arguments: argparse.Namespace) -> int:

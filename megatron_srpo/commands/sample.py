@@ -1,10 +1,6 @@
 """srpo sample: rollouts without training."""
 
-from __future__ import annotations
-
-import argparse
-
-from megatron_srpo.commands.common import add_config_arguments, run_configured
+from megatron_srpo.commands.common import add_config_arguments, configured
 from megatron_srpo.config.schema import Config
 
 HELP = "sample, verify and dump train.steps batches without training"
@@ -12,11 +8,8 @@ HELP = "sample, verify and dump train.steps batches without training"
 add_arguments = add_config_arguments
 
 
-def run(arguments: argparse.Namespace) -> int:
-    return run_configured(arguments, _sample)
-
-
-def _sample(config: Config) -> int:
+@configured
+def run(config: Config) -> int:
     from megatron_srpo.sampling import sample
 
     sample(config)

@@ -1,11 +1,8 @@
 """srpo train: train by a configuration file."""
 
-from __future__ import annotations
-
-import argparse
 import sys
 
-from megatron_srpo.commands.common import add_config_arguments, is_first_rank, run_configured
+from megatron_srpo.commands.common import add_config_arguments, configured, is_first_rank
 from megatron_srpo.config.schema import Config
 
 HELP = "train by a configuration file"
@@ -14,11 +11,8 @@ INTERRUPTED = 75  # exit status: EX_TEMPFAIL of sysexits.h, run the same command
 add_arguments = add_config_arguments
 
 
-def run(arguments: argparse.Namespace) -> int:
-    return run_configured(arguments, _train)
-
-
-def _train(config: Config) -> int:
+@configured
+def run(config: Config) -> int:
     from megatron_srpo.checkpoint.run import TrainingInterrupted
     from megatron_srpo.checkpoint.saver import SaveFailed
     from megatron_srpo.observe.reporter import TrainingStopped

@@ -94,9 +94,7 @@ def _read_yaml(path: Path) -> tuple[dict, dict[str, str]]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except RecursionError:
-        raise ConfigError(
-            f"{path}: is nested without end: an alias (*name) stands inside what it names"
-        ) from None
+        raise ConfigError(f"{path}: is nested without end: an alias (*name) contains itself") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: is not valid YAML: {error}") from None
     return {

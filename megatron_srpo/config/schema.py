@@ -1,6 +1,4 @@
-"""The run's configuration: one typed tree, every key with its default, its bounds and what must hold between
-keys.
-"""
+"""The run's configuration: one typed tree with every key's default and bounds, and rules between keys."""
 
 from __future__ import annotations
 
@@ -16,9 +14,7 @@ from megatron_srpo.config.engines import ENGINES, EngineName, EngineTraits
 
 
 class ConfigError(ValueError):
-    """The user's configuration cannot be run; the message names key, place, what was expected and what to
-    do.
-    """
+    """The configuration cannot be run; the message names key, place, what was expected and what to do."""
 
 
 class _Section(BaseModel):
@@ -27,15 +23,13 @@ class _Section(BaseModel):
 
 class ModelSection(_Section):
     hf_path: Path = Field(
-        description="Hugging Face folder (config.json, safetensors, tokenizer); the architecture is read"
-        " from it"
+        description="Hugging Face folder (config.json, safetensors, tokenizer); defines the architecture"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="auto: bfloat16 on CUDA, float32 on CPU"
     )
     transformer_impl: Literal["auto", "local", "transformer_engine"] = Field(
-        default="auto",
-        description="auto: Transformer Engine where it is installed and CUDA is there, else local layers",
+        default="auto", description="auto: transformer_engine where installed and on CUDA, else local"
     )
     make_vocab_size_divisible_by: int = Field(
         default=16, gt=0, description="pad the vocabulary to a multiple of this times TP"
@@ -48,19 +42,12 @@ class ParallelSection(_Section):
     virtual_pipeline_model_parallel_size: int | None = Field(
         default=None, gt=1, description="model chunks per pipeline rank (interleaved 1F1B)"
     )
-    context_parallel_size: int = Field(
-        default=1,
-        gt=0,
-        description="ranks that share every sequence, for long ones: each holds a part of its tokens and"
-        " activations",
-    )
+    context_parallel_size: int = Field(default=1, gt=0, description="ranks that share each sequence's tokens")
     expert_model_parallel_size: int = Field(
         default=1, gt=0, description="ranks that share a layer's experts; they have other tokens"
     )
     expert_tensor_parallel_size: int | None = Field(
-        default=None,
-        gt=0,
-        description="ranks that share each expert's matrices; null: tensor_model_parallel_size",
+        default=None, gt=0, description="ranks that share an expert's matrices; null: as tensor parallelism"
     )
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = Field(
@@ -70,15 +57,10 @@ class ParallelSection(_Section):
         default=None, description="reduce gradients during the backward pass; null: on CUDA"
     )
     overlap_param_gather: bool | None = Field(
-        default=None,
-        description="gather updated weights during the next mini-batch's forward pass; null: on CUDA with"
-        " the distributed optimizer",
+        default=None, description="gather weights in the next forward pass; null: on CUDA, if distributed"
     )
     ddp_bucket_size: int | None = Field(
-        default=None,
-        gt=0,
-        description="parameters whose gradients are reduced together while overlapping; null: Megatron's 40"
-        " million or more",
+        default=None, gt=0, description="parameters per gradient bucket; null: Megatron's, 40 million or more"
     )
     distributed_timeout_minutes: float = Field(
         default=10, gt=0, description="a collective that waits longer ends the run"
@@ -86,36 +68,29 @@ class ParallelSection(_Section):
 
     @property
     def replica_size(self) -> int:
-        """Ranks that train the same samples."""
-        return (
-            self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
-        )
+        """Number of ranks that train the same samples."""
+        model_ranks = self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+        return model_ranks * self.context_parallel_size
 
     @property
     def expert_tensor_size(self) -> int:
-        """Ranks that share each expert's matrices."""
+        """Number of ranks that share each expert's matrices."""
         return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
 
     @model_validator(mode="after")
     def _consistent(self):
-        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+        tensor_size = self.tensor_model_parallel_size
+        if self.sequence_parallel and tensor_size == 1:
             raise ValueError("sequence_parallel: true needs tensor_model_parallel_size > 1")
         if self.virtual_pipeline_model_parallel_size and self.pipeline_model_parallel_size == 1:
             raise ValueError("virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size > 1")
         if self.overlap_param_gather and not self.use_distributed_optimizer:
-            raise ValueError(
-                "overlap_param_gather: true needs use_distributed_optimizer: without it no weights are"
-                " gathered"
-            )
+            raise ValueError("overlap_param_gather: true needs use_distributed_optimizer: true")
         if self.overlap_param_gather and self.overlap_grad_reduce is False:
             raise ValueError(
-                "overlap_param_gather: true needs overlap_grad_reduce: Megatron overlaps both or the"
-                " reduction alone"
+                "overlap_param_gather: true needs overlap_grad_reduce, as Megatron overlaps both"
             )
-        if self.expert_model_parallel_size == 1 and self.expert_tensor_parallel_size not in (
-            None,
-            self.tensor_model_parallel_size,
-        ):
+        if self.expert_model_parallel_size == 1 and self.expert_tensor_size != tensor_size:
             raise ValueError(
                 "expert_tensor_parallel_size other than tensor_model_parallel_size needs"
                 " expert_model_parallel_size > 1"
@@ -124,25 +99,18 @@ class ParallelSection(_Section):
 
 
 class TaskSource(_Section):
-    """One task: where its questions come from and who judges the answers.
-
-    A bare word stands for a task of that name.
-    """
+    """One task: the source of its questions and its verifier. A bare word means the task of that name."""
 
     name: str = Field(
         default="addition",
         pattern=r"^\w[\w.-]*(/\w[\w.-]*)?$",
-        description="addition, reasoning_gym/DATASET, or what the task in `path` is called in metrics"
-        " (default: as that file or folder)",
+        description="addition, reasoning_gym/DATASET, or the name of the task in `path`; default: its stem",
     )
     path: Path | None = Field(
-        default=None,
-        description="folder with train.jsonl, test.jsonl (validation.jsonl); one .jsonl file; or a .py file"
-        " with your own task class",
+        default=None, description="folder with train.jsonl and test.jsonl, a .jsonl file, or your .py file"
     )
     verifier: Literal["exact", "multiple_choice", "tool_calls", "math"] | None = Field(
-        default=None,
-        description="who judges answers to the questions in `path`; null: by the task's name (README, Tasks)",
+        default=None, description="judges answers to questions in `path`; null: by name (README, Tasks)"
     )
     rule: Literal["paper", "strict"] = Field(
         default="paper", description="multiple_choice and tool_calls: as in the papers, or ours"
@@ -151,22 +119,13 @@ class TaskSource(_Section):
         default_factory=dict, description="passed to the reasoning_gym dataset or to your own class"
     )
     weight: float = Field(
-        default=1.0,
-        gt=0,
-        description="share of the training prompts in a mixture, relative to the other tasks'",
+        default=1.0, gt=0, description="share of the training prompts, relative to the mixture's other tasks"
     )
     test_share: float | None = Field(
-        default=None,
-        ge=0,
-        le=1,
-        description="of one .jsonl file, the questions that are the test; null: a tenth, or all in"
-        " evaluation.tasks if none is trained on",
+        default=None, ge=0, le=1, description="test share of a .jsonl file; null: 0.1, or 1 if not trained on"
     )
     validation_share: float = Field(
-        default=0.0,
-        ge=0,
-        lt=1,
-        description="of the training questions, those held out where no validation.jsonl is",
+        default=0.0, ge=0, lt=1, description="share of training questions held out without validation.jsonl"
     )
 
     @model_validator(mode="before")
@@ -185,36 +144,29 @@ class TaskSection(TaskSource):
     )
     verifier_workers: int = Field(default=2, gt=0, description="verifier processes of each rank")
     verifier_seconds: float = Field(
-        default=10.0, gt=0, description="a verdict that takes longer is given up and its process killed"
+        default=10.0, gt=0, description="a verifier that takes longer for one sample is killed"
     )
     verifier_memory_mib: int = Field(default=2048, ge=256, description="memory of a verifier process")
     verifier_failed: Literal["exclude", "zero"] = Field(
-        default="exclude",
-        description="a sample nobody could judge is left out of its group, or counts as wrong",
+        default="exclude", description="exclude a sample whose verifier failed, or count it as wrong"
     )
 
     @property
     def sources(self) -> tuple[TaskSource, ...]:
         """The tasks trained on."""
-        return tuple(
-            self.mixture or [TaskSource(**{name: getattr(self, name) for name in TaskSource.model_fields})]
-        )
+        own = {name: getattr(self, name) for name in TaskSource.model_fields}
+        return tuple(self.mixture or [TaskSource(**own)])
 
     @model_validator(mode="before")
     @classmethod
     def _mixture_alone(cls, given: Any) -> Any:
         if isinstance(given, dict) and given.get("mixture"):
-            default = {
-                name: field.get_default(call_default_factory=True)
-                for name, field in TaskSource.model_fields.items()
-            }
-            if beside := sorted(
-                key for key, value in given.items() if key in default and value != default[key]
-            ):
-                raise ValueError(
-                    f"task.mixture: beside it stands task.{beside[0]}, which belongs to one of its tasks (or"
-                    f" task.mixture: null)"
-                )
+            default = TaskSource()
+            for key in sorted(TaskSource.model_fields):
+                if key in given and given[key] != getattr(default, key):
+                    raise ValueError(
+                        f"task.mixture: task.{key} belongs in one of its tasks (or set it to null)"
+                    )
         return given
 
     @model_validator(mode="after")
@@ -222,8 +174,7 @@ class TaskSection(TaskSource):
         names = [source.name for source in self.sources]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(
-                f"task.mixture: two tasks are called {repeated[0]}; give each a name of its own (and a"
-                f" verifier)"
+                f"task.mixture: two tasks are called {repeated[0]}; rename one (and set its verifier)"
             )
         if self.mixture is None and self.weight != 1:
             raise ValueError("task.weight: says a task's share of task.mixture, but there is no mixture")
@@ -231,7 +182,7 @@ class TaskSection(TaskSource):
 
 
 class ServerSection(_Section):
-    """How servers are asked for completions. What counts requests is for all ranks together."""
+    """How to request completions from servers. Numbers of requests are for all ranks together."""
 
     key: ClassVar[str]
 
@@ -241,30 +192,22 @@ class ServerSection(_Section):
     concurrency: int = Field(default=512, gt=0, description="requests running at once")
     retries: int = Field(default=4, ge=0, description="how often a failed request is retried")
     request_timeout: float = Field(default=1800, gt=0, description="seconds until a request counts as failed")
-    health_timeout: float = Field(
-        default=30, gt=0, description="seconds a server has to answer a health check"
-    )
+    health_timeout: float = Field(default=30, gt=0, description="seconds a server has for a health check")
     return_timeout: float = Field(
-        default=180,
-        ge=0,
-        description="seconds that publications wait for restarting servers, and sampling for any server at"
-        " all",
+        default=180, ge=0, description="seconds to wait for restarting servers, or for any to sample with"
     )
     update_timeout: float = Field(
-        default=300,
-        gt=0,
-        description="seconds a server has for each call of a publication; less than logging.watchdog_minutes",
+        default=300, gt=0, description="seconds for a publication's call; below logging.watchdog_minutes"
     )
 
 
 class SGLangSection(ServerSection):
-    """How SGLang servers are started and updated."""
+    """How to start and update SGLang servers."""
 
     key: ClassVar[str] = "rollout.sglang"
 
     python: str = Field(
-        default=".venv-sglang/bin/python",
-        description="interpreter of the environment that has SGLang, for our own servers",
+        default=".venv-sglang/bin/python", description="interpreter with SGLang, for our own servers"
     )
     arguments: tuple[str, ...] = Field(
         default=(), description="added to our servers' command line: [--attention-backend, fa3]"
@@ -282,33 +225,26 @@ class SGLangSection(ServerSection):
     )
     update: Literal["disk", "distributed", "tensor"] = Field(
         default="disk",
-        description="how weights get to the servers. disk: through files in the run folder, which they must"
-        " see; distributed: broadcast (NCCL, gloo on CPUs); tensor: memory shared with servers on the same"
-        " GPUs, or on this machine's CPUs",
+        description="how servers get weights. disk: files in the run folder, which they must see;"
+        " distributed: broadcast (NCCL, gloo on CPUs); tensor: memory shared on one machine's GPUs or CPUs",
     )
     bucket_mib: int = Field(
-        default=512,
-        gt=0,
-        description="size of the buckets that weights are sent in; a larger tensor has its own",
+        default=512, gt=0, description="size of the buckets weights are sent in; a larger tensor has its own"
     )
     trainer_host: str | None = Field(
-        default=None,
-        description="update: distributed: the first rank's address for servers;"
-        " null: loopback for those here, else its host name",
+        default=None, description="update: distributed: the first rank's address; null: loopback or host name"
     )
 
     @model_validator(mode="after")
     def _not_open_to_the_network(self):
         if not is_loopback(self.host) and self.api_key_env is None:
-            raise ValueError(
-                f"rollout.sglang.host: {self.host} can be reached from other machines; set"
-                f" rollout.sglang.api_key_env"
-            )
+            key, problem = "rollout.sglang.host", f"{self.host} can be reached from other machines"
+            raise ValueError(f"{key}: {problem}; set rollout.sglang.api_key_env")
         return self
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address or host name means this machine alone."""
+    """Return True if an address or host name means this machine alone."""
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
@@ -318,7 +254,7 @@ class OpenAISection(ServerSection):
     key: ClassVar[str] = "rollout.openai"
 
     model: str | None = Field(
-        default=None, description="model name in requests; null: the one the server lists"
+        default=None, description="model name in requests; null: the one a server lists"
     )
     reload_path: str | None = Field(
         default=None,
@@ -339,17 +275,13 @@ class RolloutSection(_Section):
         " openai: servers with a compatible /v1/completions (experimental)",
     )
     urls: tuple[str, ...] = Field(
-        default=(),
-        description="engines of servers: URLs of externally managed servers, [http://host:port, …]",
+        default=(), description="URLs of externally managed servers, [http://host:port, …]"
     )
     servers: int = Field(
-        default=0,
-        ge=0,
-        description="engine: sglang: servers to start beside the first rank, and to stop with the run",
+        default=0, ge=0, description="engine: sglang: servers the first rank starts and stops"
     )
     colocated: bool = Field(
-        default=False,
-        description="engine: sglang: servers share the trainer's GPUs and release memory while it trains",
+        default=False, description="engine: sglang: servers share the trainer's GPUs, and offload in training"
     )
     sglang: SGLangSection = SGLangSection()
     openai: OpenAISection = OpenAISection()
@@ -362,23 +294,16 @@ class RolloutSection(_Section):
     enable_thinking: bool = Field(default=False, description="passed to the chat template")
     batch_size: int = Field(default=256, gt=0, description="sequences the embedded engine samples at once")
     over_sampling: float = Field(
-        default=1.0,
-        ge=1,
-        description="over-sampling factor; partial rollouts of the slowest prompts continue in the next step",
+        default=1.0, ge=1, description="over-sampling factor; partial rollouts continue in the next step"
     )
     dynamic_filtering: bool = Field(
-        default=False,
-        description="leave out groups that teach nothing (equal rewards, no teacher); sample others instead",
+        default=False, description="replace groups without signal (equal rewards and no teacher) by others"
     )
     filter_rounds: int = Field(
-        default=4,
-        gt=0,
-        description="rounds of sampling after which the batch is filled with groups without signal",
+        default=4, gt=0, description="rounds of sampling before groups without signal fill the batch"
     )
     max_staleness: int = Field(
-        default=1,
-        ge=0,
-        description="most weight versions that a continued partial rollout may be older than the policy",
+        default=1, ge=0, description="versions that a partial rollout may be older than the policy"
     )
     async_steps: Literal[0, 1] = Field(
         default=0, description="1: the next batch is sampled while one trains, by weights one version older"
@@ -390,11 +315,10 @@ class RolloutSection(_Section):
         " async_steps adds the policy's move",
     )
     logprob_gap_stop: float | None = Field(
-        default=0.5, gt=0, description="… and from which it stops; null: never"
+        default=0.5, gt=0, description="… and from which the run stops; null: never"
     )
     replay: Path | None = Field(
-        default=None,
-        description="train on the rollouts dumped by this run (its folder or rollouts/), without an engine",
+        default=None, description="train on this run's dumped rollouts (its folder or rollouts/), no engine"
     )
 
     @property
@@ -431,25 +355,20 @@ class RolloutSection(_Section):
         if len({url.rstrip("/") for url in self.urls}) < len(self.urls):
             raise ValueError("rollout.urls: a server is named twice")
         elsewhere = [url for url in self.urls if not is_loopback(re.split(r"//|[:/]", url)[2])]
-        if self.traits.starts_servers and self.sglang.update == "tensor" and elsewhere:
+        update, port = self.sglang.update, self.sglang.port
+        if self.traits.starts_servers and update == "tensor" and elsewhere:
             raise ValueError(
-                "rollout.sglang.update: tensor shares memory with servers on this machine,"
-                " and rollout.urls names others"
+                "rollout.sglang.update: tensor shares memory, but rollout.urls names other machines"
             )
         if self.colocated and self.async_steps:
             raise ValueError(
-                "rollout.async_steps: 1 samples while training, for which rollout.colocated takes the"
-                " servers' memory"
+                "rollout.async_steps: 1 samples while training; rollout.colocated cannot do both"
             )
-        if self.colocated and self.sglang.update == "distributed":
-            raise ValueError(
-                "rollout.sglang.update: distributed broadcasts between GPUs, and rollout.colocated shares"
-                " them; set tensor"
-            )
-        if self.sglang.port + self.servers > 65536:
-            raise ValueError(
-                f"rollout.sglang.port: {self.servers} servers from {self.sglang.port} on pass 65535"
-            )
+        if self.colocated and update == "distributed":
+            needed = "but rollout.colocated shares them; set tensor"
+            raise ValueError(f"rollout.sglang.update: distributed broadcasts between GPUs, {needed}")
+        if port + self.servers > 65536:
+            raise ValueError(f"rollout.sglang.port: {self.servers} servers from {port} on pass 65535")
 
 
 def _refuse_key(key: str, engine: str, engines: list[EngineName]) -> None:
@@ -459,9 +378,8 @@ def _refuse_key(key: str, engine: str, engines: list[EngineName]) -> None:
 class TeacherSection(_Section):
     kind: Literal["ema", "frozen", "live", "trust_region"] = Field(
         default="ema",
-        description="ema: θ' ← (1-rate) θ' + rate θ after each step, fp32; frozen: the initial model; live:"
-        " the policy;"
-        " trust_region: softmax of (1-a) z_initial + a z_policy",
+        description="ema: θ' ← (1-rate) θ' + rate θ after each step, fp32; frozen: the initial model;"
+        " live: the policy; trust_region: softmax of (1-a) z_initial + a z_policy",
     )
     ema_rate: float = Field(default=0.05, gt=0, le=1)
     interpolation: float = Field(
@@ -470,26 +388,21 @@ class TeacherSection(_Section):
     max_prompt_tokens: int = Field(default=10240, gt=0, description="the demonstration is shortened to fit")
     feedback: Literal["off", "without_solution", "always"] = Field(
         default="off",
-        description="show a failed sample's environment feedback to its teacher: never; where no sibling is"
-        " correct; or beside the"
-        " solution, too. Feedback in your data is shown as it is: it may hold the answer",
+        description="show a failed sample's environment feedback to its teacher: never; if no sibling is"
+        " correct; or beside the solution, too. Your data's feedback is shown as is: it may hold the answer",
     )
 
 
 class OptimizerSection(_Section):
     lr: float | None = Field(default=None, gt=0, description="null: the algorithm's own")
-    lr_warmup_steps: int = Field(
-        default=10, ge=0, description="training steps of linear warm-up, then constant"
-    )
+    lr_warmup_steps: int = Field(default=10, ge=0, description="steps of linear warm-up, then constant")
     weight_decay: float = Field(default=0.01, ge=0)
     clip_grad: float = Field(default=1.0, gt=0, description="global gradient norm")
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
     adam_eps: float = Field(default=1e-8, gt=0)
     optimizer_cpu_offload: bool = Field(
-        default=False,
-        description="fp32 weights, Adam's moments and the fp32 EMA wait in host memory and visit the GPU for"
-        " updates only",
+        default=False, description="keep fp32 weights, Adam's moments and EMA in host memory"
     )
 
 
@@ -500,14 +413,10 @@ class TrainSection(_Section):
         default=20480,
         gt=0,
         description="tokens of a packed micro-batch on one rank (context-parallel ranks share as many times"
-        " more);"
-        " a longer sequence gets a micro-batch of its own",
+        " more); a longer sequence gets a micro-batch of its own",
     )
     logits_memory_mib: int | None = Field(
-        default=None,
-        gt=0,
-        description="memory for tiles of logits; null: 320 on CPU, 2048 on CUDA. Speed only: results do not"
-        " depend on it",
+        default=None, gt=0, description="for tiles of logits (speed only); null: CPU 320, CUDA 2048"
     )
     max_skipped_updates: int = Field(
         default=3, gt=0, description="stop after this many non-finite updates in a row"
@@ -516,14 +425,10 @@ class TrainSection(_Section):
 
 class EvaluationSection(_Section):
     every: int = Field(
-        default=5,
-        ge=0,
-        description="steps between evaluations, also before the first and after the last; 0: never",
+        default=5, ge=0, description="steps between evaluations, first and last included; 0: never"
     )
     tasks: list[TaskSource] | None = Field(
-        default=None,
-        description="what is evaluated: tasks as in task.mixture, or names of training tasks; null: the"
-        " training tasks",
+        default=None, description="tasks as in task.mixture, or training tasks' names; null: those"
     )
     splits: list[Literal["test", "validation"]] = Field(
         default=["test"], min_length=1, description="validation: held out of the training questions"
@@ -535,19 +440,15 @@ class EvaluationSection(_Section):
     temperature: float = Field(default=0.6, ge=0, description="0: greedy")
     top_p: float = Field(default=0.95, gt=0, le=1)
     checkpoint: Path | None = Field(
-        default=None,
-        description="the eval command takes the weights from this run (its newest checkpoint, or one of"
-        " them), not from model.hf_path",
+        default=None, description="eval: use this run's newest (or this) checkpoint, not model.hf_path"
     )
-    greedy: bool = Field(
-        default=True, description="the eval command also takes one greedy answer to each question"
-    )
+    greedy: bool = Field(default=True, description="eval: also take one greedy answer to each question")
 
     @model_validator(mode="after")
     def _greedy_once(self):
         if self.temperature == 0 and self.samples != 1:
             raise ValueError(
-                "temperature: 0 is greedy, where more than one sample a prompt says nothing: set samples: 1"
+                "temperature: 0 is greedy, and all samples of a prompt are equal: set samples: 1"
             )
         return self
 
@@ -556,35 +457,28 @@ class CheckpointSection(_Section):
     save_interval: int = Field(
         default=10, ge=0, description="steps between checkpoints, also after the last step; 0: never"
     )
-    async_save: bool = Field(default=True, description="write them while training goes on")
-    keep_last: int = Field(default=2, gt=0, description="the newest checkpoints that stay")
+    async_save: bool = Field(default=True, description="write them while training continues")
+    keep_last: int = Field(default=2, gt=0, description="number of the newest checkpoints to keep")
     keep_best: int = Field(
-        default=1, ge=0, description="besides, those with the best evaluation (the first task's avg@K) stay"
+        default=1, ge=0, description="number of others to keep, by evaluation (the first task's avg@K)"
     )
     exit_duration_in_mins: float | None = Field(
-        default=None, gt=0, description="save and leave when the run has lasted this long"
+        default=None, gt=0, description="save and exit when the run has lasted this long"
     )
+
+
+_TRAINING_KEYS = ("optimizer.lr", "train.steps", "train.micro_batch_tokens", "train.logits_memory_mib")
+_ROLLOUT_KEYS = ("batch_size", "urls", "servers", "colocated", "sglang", "openai")
+_OVERRIDABLE = ("parallel", *_TRAINING_KEYS, *(f"rollout.{key}" for key in _ROLLOUT_KEYS))
 
 
 class ResumeSection(_Section):
     mode: Literal["auto", "never"] = Field(
-        default="auto",
-        description="auto: a run folder that holds this run already is gone on with; never: it is refused",
+        default="auto", description="auto: resume the run that the run folder holds; never: refuse to"
     )
     override: tuple[str, ...] = Field(
-        default=(
-            *(
-                "parallel",
-                "optimizer.lr",
-                "train.steps",
-                "train.micro_batch_tokens",
-                "train.logits_memory_mib",
-            ),
-            *("rollout.batch_size", "rollout.urls", "rollout.servers", "rollout.colocated"),
-            *("rollout.sglang", "rollout.openai"),
-            *("evaluation", "checkpoint", "logging"),
-        ),
-        description="keys and sections that may differ from the run's own when it is gone on with",
+        default=(*_OVERRIDABLE, "evaluation", "checkpoint", "logging"),
+        description="keys and sections that may differ when resuming",
     )
 
     @model_validator(mode="before")
@@ -601,10 +495,10 @@ class LoggingSection(_Section):
     rollouts: bool = Field(default=True, description="dump every sample, one file a step (replayable)")
     tensorboard: bool = Field(default=False, description="event files in RUN/tensorboard")
     wandb_project: str | None = Field(
-        default=None, description="Weights & Biases project to log to; null: not at all"
+        default=None, description="Weights & Biases project; null: no logging there"
     )
     wandb_exp_name: str | None = Field(
-        default=None, description="the run's name there; null: that of the run folder"
+        default=None, description="the run's name there; null: the run folder's"
     )
     wandb_mode: Literal["online", "offline"] = Field(
         default="online", description="offline: kept in RUN/wandb, for `wandb sync`"
@@ -614,34 +508,27 @@ class LoggingSection(_Section):
     )
     profile_ranks: tuple[int, ...] = Field(default=(0,), description="ranks that are profiled")
     tokens_every: int = Field(
-        default=10,
-        ge=0,
-        description="steps between dumps of single tokens' values, also of the first step; 0: never",
+        default=10, ge=0, description="steps between dumps of single tokens' values, from the first; 0: never"
     )
     tokens_samples: int = Field(default=8, gt=0, description="samples whose tokens are dumped then")
     dead_group_share: float = Field(
-        default=0.9,
-        gt=0,
-        le=1,
-        description="share of groups without a difference in reward that raises dead_groups",
+        default=0.9, gt=0, le=1, description="share of groups with equal rewards that raises dead_groups"
     )
     stop_on: tuple[AlarmName, ...] = Field(
-        default=(), description="alarms that stop the run (README, Alarms); all of them are told"
+        default=(), description="alarms that stop the run (README, Alarms); the others are only reported"
     )
     watchdog_minutes: float | None = Field(
         default=8.0,
         gt=0,
-        description="without progress on any rank, after which stacks are written and the run ends; null:"
-        " never. Less than"
-        " parallel.distributed_timeout_minutes, or that speaks first, of one rank",
+        description="minutes without progress on any rank until stacks are written and the run ends; null:"
+        " never. Keep it below parallel.distributed_timeout_minutes, which reports one rank only",
     )
 
     @model_validator(mode="after")
     def _window(self):
-        if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
-            raise ValueError(
-                f"profile_steps: {list(self.profile_steps)}: expected [first, last], steps from 1"
-            )
+        steps = self.profile_steps
+        if steps is not None and not 1 <= steps[0] <= steps[1]:
+            raise ValueError(f"profile_steps: {list(steps)}: expected [first, last], steps from 1")
         return self
 
 
@@ -672,15 +559,15 @@ class Config(_Section):
     @property
     def mini_batch_prompts(self) -> int:
         """Prompts per optimizer step: the algorithm's, or the whole batch where that is not larger."""
-        return min(
-            self.algorithm.mini_batch_prompts or self.rollout.prompts_per_step, self.rollout.prompts_per_step
-        )
+        batch = self.rollout.prompts_per_step
+        return min(self.algorithm.mini_batch_prompts or batch, batch)
 
     @property
     def evaluation_tasks(self) -> tuple[TaskSource, ...]:
-        """What is evaluated; a bare name means the training task of that name, if there is one. Questions
-        that are trained on are none: a file or folder that is trained on, too, is divided as it is there,
-        unless shares are given.
+        """The tasks evaluated; a bare name means the training task of that name, if there is one.
+
+        A file or folder that is also trained on is split as in training, unless shares are given, so that no
+        training question is evaluated.
         """
         if self.evaluation.tasks is None:
             return self.task.sources
@@ -688,55 +575,43 @@ class Config(_Section):
         by_path = {source.path.resolve(): source for source in self.task.sources if source.path is not None}
         found = []
         for source in self.evaluation.tasks:
+            path = source.path
             if source == TaskSource(name=source.name):
                 source = trained.get(source.name, source)
-            elif source.path is not None and (twin := by_path.get(source.path.resolve())):
-                shares = {
-                    key: getattr(twin, key)
-                    for key in ("test_share", "validation_share")
-                    if not getattr(source, key)
-                }
-                source = source.model_copy(update=shares)
-            elif source.test_share is None and source.path is not None and source.path.suffix == ".jsonl":
+            elif path is not None and (twin := by_path.get(path.resolve())):
+                missing = [key for key in ("test_share", "validation_share") if not getattr(source, key)]
+                source = source.model_copy(update={key: getattr(twin, key) for key in missing})
+            elif source.test_share is None and path is not None and path.suffix == ".jsonl":
                 source = source.model_copy(update={"test_share": 1.0})  # nothing is trained on it
             found.append(source)
         return tuple(found)
 
     @model_validator(mode="after")
     def _contradictions(self):
-        rollout = self.rollout
+        rollout, mini_batch = self.rollout, self.mini_batch_prompts
         if rollout.samples_per_prompt < 2:
-            raise ValueError(
-                f"rollout.samples_per_prompt: {self.algorithm.name} compares the samples of a group, so it"
-                f" needs at least 2, not 1"
-            )
+            needed = f"{self.algorithm.name} compares the samples of a group, so it needs at least 2, not 1"
+            raise ValueError(f"rollout.samples_per_prompt: {needed}")
         for key in self.resume.override:
             if not _is_key(self, key):
                 raise ValueError(f"resume.override: {key!r} is no key and no section of the configuration")
+        stale = f"rollout.max_staleness: {rollout.max_staleness}, but with rollout.async_steps: 1"
         if rollout.async_steps > rollout.max_staleness:
-            raise ValueError(
-                f"rollout.max_staleness: {rollout.max_staleness}, but rollout.async_steps: 1 makes every"
-                " sample one version old"
-            )
+            raise ValueError(f"{stale} every sample is one version old; set 1")
         continues = rollout.over_sampling > 1 or rollout.dynamic_filtering
         if rollout.async_steps and rollout.max_staleness < 2 and continues:
-            raise ValueError(
-                f"rollout.max_staleness: {rollout.max_staleness}, but what over_sampling and"
-                " dynamic_filtering carry into the next step is two versions old with rollout.async_steps:"
-                " 1, and would all be"
-                " discarded: set 2"
+            problem = "what over_sampling and dynamic_filtering continue is two versions old"
+            raise ValueError(f"{stale} {problem}, and would all be discarded: set 2")
+        if rollout.prompts_per_step % mini_batch:
+            problem = (
+                f"is not a multiple of algorithm.mini_batch_prompts ({mini_batch}; null: the whole batch)"
             )
-        if rollout.prompts_per_step % self.mini_batch_prompts:
-            raise ValueError(
-                f"rollout.prompts_per_step: {rollout.prompts_per_step} is not a multiple of"
-                f" algorithm.mini_batch_prompts"
-                f" ({self.mini_batch_prompts}; null: one optimizer step per batch)"
-            )
+            raise ValueError(f"rollout.prompts_per_step: {rollout.prompts_per_step} {problem}")
         return self
 
 
 def _is_key(section: Any, key: str) -> bool:
-    """Whether `key` (dotted) names something in the section; anything may stand in a mapping."""
+    """Return True if `key` (dotted) names something in the section; a mapping may hold any key."""
     name, _, rest = key.partition(".")
     if not isinstance(section, BaseModel):
         return isinstance(section, dict)

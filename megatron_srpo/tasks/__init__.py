@@ -1,6 +1,4 @@
-"""Tasks: where prompts come from, and the verifiers that judge responses. One file per family."""
-
-from __future__ import annotations
+"""Tasks: sources of prompts, and the verifiers that judge responses. One file per family."""
 
 import importlib.util
 from typing import Protocol
@@ -8,17 +6,12 @@ from typing import Protocol
 from megatron_srpo.config.schema import Config, ConfigError, EvaluationSection, TaskSource
 from megatron_srpo.data.records import Prompt
 
+_RULES = {"paper": "verify", "strict": "verify_strict"}
 # Verifiers by name and rule: "module:function", (answer, text) → Verdict, called in a killable process.
 VERIFIERS = {
     "exact": {"paper": "megatron_srpo.tasks.addition:verify"},
-    "multiple_choice": {
-        "paper": "megatron_srpo.tasks.sciknoweval:verify",
-        "strict": "megatron_srpo.tasks.sciknoweval:verify_strict",
-    },
-    "tool_calls": {
-        "paper": "megatron_srpo.tasks.tool_use:verify",
-        "strict": "megatron_srpo.tasks.tool_use:verify_strict",
-    },
+    "multiple_choice": {rule: f"megatron_srpo.tasks.sciknoweval:{name}" for rule, name in _RULES.items()},
+    "tool_calls": {rule: f"megatron_srpo.tasks.tool_use:{name}" for rule, name in _RULES.items()},
     "math": {"paper": "megatron_srpo.tasks.mathematics:verify"},
 }
 # Task names that imply a verifier.
@@ -49,35 +42,14 @@ class Task(Protocol):
 
 
 def create_task(source: TaskSource, seed: int) -> Task:
-    """Create the task that a source describes.
-
-    Raises:
-        ConfigError: An unknown name, data that cannot be read, or keys that do not belong.
-    """
-    _refuse_strangers(source)
+    """Create the task of a source; raise ConfigError for unknown names, unreadable data or unused keys."""
+    _refuse_unused_keys(source)
     if source.path is not None and source.path.suffix == ".py":
         from megatron_srpo.tasks.own import create_own_task
 
         return create_own_task(source, seed)
     if source.path is not None:
-        from megatron_srpo.tasks import mathematics
-        from megatron_srpo.tasks.questions import QuestionFile
-
-        kind = source.verifier or VERIFIER_OF.get(source.name)
-        if kind is None:
-            raise ConfigError(
-                f"task.verifier: who judges {source.name!r} in {source.path}? Set task.verifier"
-                f" ({', '.join(VERIFIERS)}), or a task.name that implies it ({', '.join(VERIFIER_OF)})"
-            )
-        if source.rule not in VERIFIERS[kind]:
-            raise ConfigError(f"task.rule: {kind} has no {source.rule} rule, only paper")
-        if kind == "math" and importlib.util.find_spec("math_verify") is None:
-            raise ConfigError(
-                f"task.verifier: {source.name} needs math-verify; pip install 'megatron_srpo[tasks]'"
-            )
-        return QuestionFile(
-            source, seed, VERIFIERS[kind][source.rule], mathematics.phrase if kind == "math" else str
-        )
+        return _question_file(source, seed)
     if source.name == "addition":
         from megatron_srpo.tasks.addition import Addition
 
@@ -87,69 +59,69 @@ def create_task(source: TaskSource, seed: int) -> Task:
 
         return Procedural(source, seed)
     if source.name in VERIFIER_OF:
-        raise ConfigError(
-            f"task.path: {source.name} needs its questions: a folder with train.jsonl and test.jsonl, or a"
-            f" .jsonl file"
-        )
+        expected = "a folder with train.jsonl and test.jsonl, or a .jsonl file"
+        raise ConfigError(f"task.path: {source.name} needs its questions: {expected}")
     raise ConfigError(
         f"task.name: unknown task {source.name!r}; known: addition, reasoning_gym/DATASET, and with"
-        f" task.path: {', '.join(VERIFIER_OF)};"
-        " a name of your own needs task.path and task.verifier, or a .py file as task.path"
+        f" task.path: {', '.join(VERIFIER_OF)}; others need task.path and task.verifier, or a .py file there"
     )
 
 
-def training_tasks(config: Config) -> dict[str, Task]:
-    """Create the tasks that are trained on, by name.
+def _question_file(source: TaskSource, seed: int) -> Task:
+    from megatron_srpo.tasks import mathematics
+    from megatron_srpo.tasks.questions import QuestionFile
 
-    Raises:
-        ConfigError: As `create_task`, or a task has no training questions.
-    """
+    kind = source.verifier or VERIFIER_OF.get(source.name)
+    if kind is None:
+        raise ConfigError(
+            f"task.verifier: none for {source.name!r} in {source.path}. Set task.verifier"
+            f" ({', '.join(VERIFIERS)}), or a task.name that implies it ({', '.join(VERIFIER_OF)})"
+        )
+    if source.rule not in VERIFIERS[kind]:
+        raise ConfigError(f"task.rule: {kind} has no {source.rule} rule, only paper")
+    if kind == "math" and importlib.util.find_spec("math_verify") is None:
+        needed = "needs math-verify; pip install 'megatron_srpo[tasks]'"
+        raise ConfigError(f"task.verifier: {source.name} {needed}")
+    phrase = mathematics.phrase if kind == "math" else str
+    return QuestionFile(source, seed, VERIFIERS[kind][source.rule], phrase)
+
+
+def training_tasks(config: Config) -> dict[str, Task]:
+    """Create the tasks that are trained on, by name; raise ConfigError if one has no training questions."""
     tasks = {source.name: create_task(source, config.train.seed) for source in config.task.sources}
     for name, task in tasks.items():
         if task.size("train") == 0:
-            raise ConfigError(
-                f"task.path: task {name} has no questions to train on (train.jsonl, or a smaller"
-                f" task.test_share)"
-            )
+            problem = "has no questions to train on (train.jsonl, or a smaller task.test_share)"
+            raise ConfigError(f"task.path: task {name} {problem}")
     return tasks
 
 
 def evaluation_tasks(config: Config) -> dict[str, Task]:
-    """Create the tasks that are evaluated, by name.
-
-    Raises:
-        ConfigError: As `create_task`, or a split is empty, or endless but wanted whole.
-    """
+    """Create the tasks that are evaluated, by name; raise ConfigError for splits empty or endless."""
     settings = config.evaluation
     tasks: dict[str, Task] = {}
     for source in config.evaluation_tasks:
         if source.name in tasks:
-            raise ConfigError(
-                f"evaluation.tasks: two tasks are called {source.name}; give each a name of its own (and a"
-                f" verifier)"
-            )
+            problem = f"two tasks are called {source.name}; rename one (and set its verifier)"
+            raise ConfigError(f"evaluation.tasks: {problem}")
         task = tasks[source.name] = create_task(source, config.train.seed)
         for split in settings.splits:
             if task.size(split) == 0:
-                raise ConfigError(
-                    f"evaluation.splits: task {source.name} has no {split} questions ({split}.jsonl,"
-                    f" task.{split}_share,"
-                    " or evaluation.every: 0)"
-                )
+                options = f"{split}.jsonl, task.{split}_share, or evaluation.every: 0"
+                problem = f"task {source.name} has no {split} questions ({options})"
+                raise ConfigError(f"evaluation.splits: {problem}")
             if task.size(split) is None and settings.prompts is None:
-                raise ConfigError(
-                    f"evaluation.prompts: null means all, but task {source.name} is endless; give a number"
-                )
+                problem = f"null means all, but task {source.name} is endless; give a number"
+                raise ConfigError(f"evaluation.prompts: {problem}")
     return tasks
 
 
 def question_count(task: Task, split: str, settings: EvaluationSection) -> int:
-    """Return how many questions of `split` are evaluated: evaluation.prompts, or all if there are fewer."""
+    """Return the number of questions evaluated in `split`: evaluation.prompts, or all if there are fewer."""
     return min(count for count in (task.size(split), settings.prompts) if count is not None)
 
 
-def _refuse_strangers(source: TaskSource) -> None:
-    """Raise ConfigError for keys that this task does not read."""
+def _refuse_unused_keys(source: TaskSource) -> None:
     path = source.path
     is_own = path is not None and path.suffix == ".py"
     is_file = path is not None and not is_own
@@ -163,7 +135,5 @@ def _refuse_strangers(source: TaskSource) -> None:
     default = TaskSource()
     for key, is_read in belongs.items():
         if not is_read and getattr(source, key) != getattr(default, key):
-            raise ConfigError(
-                f"task.{key}: task {source.name} does not read it"
-                + ("" if path is not None else "; is task.path missing?")
-            )
+            hint = "; is task.path missing?" if path is None else ""
+            raise ConfigError(f"task.{key}: task {source.name} does not read it{hint}")

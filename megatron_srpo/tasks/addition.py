@@ -1,32 +1,19 @@
-"""`addition`: three-digit sums, the task of the quick start.
-
-Endless, verifiable, learnt by a tiny model in a minute.
-"""
-
-from __future__ import annotations
+"""`addition`: three-digit sums, endless and learnt by a tiny model in a minute (the quick start's task)."""
 
 import random
 import zlib
 
 from megatron_srpo.data.records import Prompt, Verdict
-from megatron_srpo.tasks.extract import last_answer_block
+from megatron_srpo.tasks.extract import last_answer_block, verdict_of
 
 DIGITS = 3
 TEST_SHARE = 10  # one sum in ten belongs to the test split and is never trained on
 
 
-def question(a: int, b: int) -> str:
-    """The user's message."""
-    return f"Compute {a} + {b}."
-
-
 def verify(answer: str, text: str) -> Verdict:
-    """The verifier `exact`: reward 1 when the last complete `<answer>` block of `text`, stripped, equals
-    `answer`, else 0.
-    """
+    """Accept a response whose last complete `<answer>` block, stripped, equals `answer` (`exact`)."""
     given = last_answer_block(text)
-    correct = given == answer
-    return Verdict(reward=float(correct), correct=correct, format_ok=given is not None)
+    return verdict_of(given == answer, format_ok=given is not None)
 
 
 class Addition:
@@ -39,24 +26,21 @@ class Addition:
         self.seed = seed
 
     def size(self, split: str) -> None:
-        """Endless."""
+        return None
 
     def prompt(self, split: str, index: int) -> Prompt:
-        """A sum drawn uniformly among those of `split`; nothing that is trained on is tested or validated,
-        whatever the seed.
+        """Draw a sum uniformly among those of `split`; no seed trains on what another one tests or validates.
 
-        Validation and test draw from the same tenth of all sums, so one sum in some hundreds stands in both.
+        Validation and test draw from the same tenth of all sums, so they share one sum in some hundreds.
         """
         rng = random.Random(f"addition/{self.seed}/{split}/{index}")
         low, high = 10 ** (DIGITS - 1), 10**DIGITS
         while True:
-            text = question(a := rng.randrange(low, high), b := rng.randrange(low, high))
+            a, b = rng.randrange(low, high), rng.randrange(low, high)
+            text = f"Compute {a} + {b}."
             is_held_out = zlib.crc32(text.encode()) % TEST_SHARE == 0
             if is_held_out == (split != "train"):
                 break
-        return Prompt(
-            id=f"addition/{split}/{index}",
-            task=self.name,
-            messages=({"role": "user", "content": text},),
-            answer=str(a + b),
-        )
+        message = {"role": "user", "content": text}
+        identifier = f"addition/{split}/{index}"
+        return Prompt(id=identifier, task=self.name, messages=(message,), answer=str(a + b))

@@ -1,26 +1,31 @@
-"""Finding the final answer in a response, in time linear in its length."""
-
-from __future__ import annotations
+"""Find the final answer in a response, in time linear in its length, and build its verdict."""
 
 import re
+
+from megatron_srpo.data.records import Verdict
 
 DEEPEST = 1_000  # braces within braces; beyond that it is no mathematics
 
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s{0,4}\{|\\[{}\\]|[{}]")
 
 
+def verdict_of(correct: bool, format_ok: bool, feedback: str | None = None) -> Verdict:
+    """Build a verdict of reward 1 or 0; only a wrong response gets the feedback."""
+    feedback = None if correct else feedback
+    return Verdict(reward=float(correct), correct=correct, format_ok=format_ok, feedback=feedback)
+
+
 def last_answer_block(text: str) -> str | None:
-    """What stands in the last complete `<answer>…</answer>`, stripped; None when there is none."""
+    """Return the stripped content of the last complete `<answer>…</answer>`; None if there is none."""
     end = text.rfind("</answer>")
     start = text.rfind("<answer>", 0, end) if end >= 0 else -1
     return text[start + len("<answer>") : end].strip() if start >= 0 else None
 
 
 def last_boxed(text: str) -> str | None:
-    """What stands in the last complete \\boxed{…} or \\fbox{…}, braces balanced, stripped; None when there is
-    none.
+    """Return the stripped content of the last complete \\boxed{…} or \\fbox{…}, braces balanced, or None.
 
-    Of boxes within boxes the outermost that is closed: one that is never closed hides none.
+    Of nested boxes, the outermost closed one counts: a box that is never closed hides none.
     """
     open_braces: list[tuple[int, bool]] = []  # (place after the brace, whether it is a box's)
     found = None

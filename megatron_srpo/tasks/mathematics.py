@@ -1,8 +1,4 @@
-"""Mathematics: GSM8K, AIME, HMMT, Minerva, OlympiadBench and any question with a short answer, compared by
-math-verify.
-"""
-
-from __future__ import annotations
+"""Mathematics: GSM8K, AIME, HMMT, Minerva, OlympiadBench and other short answers, compared by math-verify."""
 
 import json
 import re
@@ -10,7 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from megatron_srpo.data.records import Verdict
-from megatron_srpo.tasks.extract import last_answer_block, last_boxed
+from megatron_srpo.tasks.extract import last_answer_block, last_boxed, verdict_of
 
 LONGEST_ANSWER = 1_000  # characters; a longer one is no short answer, and costs the parser minutes
 QUESTION_FIELDS = ("question", "problem", "prompt")
@@ -23,20 +19,16 @@ _FULL_STOP = re.compile(r"(?<![.\\])(?<!\\right)\.$")
 
 
 def phrase(question: str) -> str:
-    """The user's message."""
     return f"{question}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 
 
 def published_row(row: dict[str, Any]) -> tuple[str, str]:
-    """(question, short answer) of a row as the benchmarks publish it.
+    """Return (question, short answer) of a row as benchmarks publish it; ValueError names the field.
 
-    GSM8K's answer stands after "####", Minerva's in the last \\boxed{} of its solution, OlympiadBench's in a
-    list of one. Raises ValueError naming the field.
+    GSM8K's answer follows "####", Minerva's is the last \\boxed{} of its solution, OlympiadBench's a list.
     """
-    question = next(
-        (row[field] for field in QUESTION_FIELDS if isinstance(row.get(field), str) and row[field].strip()),
-        None,
-    )
+    texts = (row.get(field) for field in QUESTION_FIELDS)
+    question = next((text for text in texts if isinstance(text, str) and text.strip()), None)
     if question is None:
         raise ValueError(f"question: is missing; expected one of {', '.join(QUESTION_FIELDS)}")
     field = next((field for field in ANSWER_FIELDS if row.get(field) not in (None, "", [])), None)
@@ -49,54 +41,37 @@ def published_row(row: dict[str, Any]) -> tuple[str, str]:
         answer = answer[0]
     text = answer if isinstance(answer, str) else json.dumps(answer)
     if "####" in text:
-        text = text.rsplit("####", 1)[1].strip()
-        text = _THOUSANDS.sub("", text)
+        text = _THOUSANDS.sub("", text.rsplit("####", 1)[1].strip())
     elif field == "solution" or "\\boxed" in text:
-        boxed = last_boxed(text)
-        if boxed is None:
+        text = last_boxed(text)
+        if text is None:
             raise ValueError(f"{field}: holds no \\boxed{{…}} answer")
-        text = boxed
     if not text.strip():
         raise ValueError(f"{field}: is empty")
     return question, text.strip()
 
 
 def final_answer(text: str) -> str | None:
-    """The answer a response commits itself to: its last \\boxed{…}, else its last complete <answer> block;
-    None without either.
-    """
+    """Return a response's last \\boxed{…}, else its last complete <answer> block, else None."""
     boxed = last_boxed(text)
     return last_answer_block(text) if boxed is None else boxed
 
 
 def verify(answer: str, text: str) -> Verdict:
-    """Right when math-verify finds the response's final answer equal to `answer` (LaTeX or plain numbers).
+    """Accept a response whose final answer math-verify finds equal to `answer` (LaTeX or plain numbers).
 
-    Parsed as LaTeX alone, which needs no Python evaluation. May run for ever on hostile input: for workers
-    that can be killed.
+    Answers are parsed as LaTeX, which evaluates no Python. Hostile input may never end: use killable workers.
     """
     given = final_answer(text)
     if not given or len(given) > LONGEST_ANSWER:
-        return Verdict(
-            reward=0.0,
-            correct=False,
-            format_ok=False,
-            feedback="Your response holds no final answer within \\boxed{}.",
-        )
+        return verdict_of(False, False, "Your response holds no final answer within \\boxed{}.")
     answer, given = _bare(answer), _bare(given)
     correct = given == answer or _equal(answer, given)
-    return Verdict(
-        reward=float(correct),
-        correct=correct,
-        format_ok=True,
-        feedback=None if correct else "Your final answer is wrong.",
-    )
+    return verdict_of(correct, True, "Your final answer is wrong.")
 
 
 def _bare(answer: str) -> str:
-    """Without what stands around a formula or ends a sentence, and without spaces between thousands: the
-    parser trips over them.
-    """
+    """Remove a formula's delimiters, a full stop and spaces between thousands, which the parser misreads."""
     answer = _FULL_STOP.sub("", answer.strip())
     if around := _DISPLAY.fullmatch(answer):
         answer = _FULL_STOP.sub("", (around[1] or around[2] or "").strip())

@@ -1,9 +1,4 @@
-"""The order of training prompts: which task's turn it is.
-
-A curriculum would be another class with this one method.
-"""
-
-from __future__ import annotations
+"""The order of training prompts over tasks; a curriculum would be another class with this one method."""
 
 from collections.abc import Mapping
 
@@ -12,23 +7,20 @@ from megatron_srpo.tasks import Task
 
 
 class Mixture:
-    """Tasks in turn, in proportion to their weights: after every prompt each task is less than one prompt
-    from its share where there are two tasks, and never more than a few where there are many. The same on
-    every run.
+    """Tasks in turn, in proportion to their weights, in the same order on every run.
+
+    After every prompt each of two tasks is less than one prompt from its share, of many tasks a few.
     """
 
     def __init__(self, tasks: Mapping[str, Task], weights: Mapping[str, float]):
-        """`weights`: the tasks trained on, by name, any positive numbers."""
         self.tasks = tasks
         total = sum(weights.values())
         self.shares = {name: weight / total for name, weight in weights.items()}
-        self._turns: list[
-            tuple[str, int]
-        ] = []  # (task, how many of its prompts came before), grows as it is asked for
+        self._turns: list[tuple[str, int]] = []  # (task, its prompts before this one), as far as needed
         self._counts = dict.fromkeys(weights, 0)
 
     def prompt(self, number: int) -> Prompt:
-        """Training prompt `number` (0, 1, …) of the run, without token ids."""
+        """Return training prompt `number` (0, 1, …) of the run, without token ids."""
         while len(self._turns) <= number:
             turn = len(self._turns) + 1
             name = max(self.shares, key=lambda name: self.shares[name] * turn - self._counts[name])

@@ -15,11 +15,8 @@ if TYPE_CHECKING:
 def create_own_task(source: TaskSource, seed: int) -> Task:
     """Create `MyTask(name, seed, **options)`, the file's class with prompt and verify (examples/own_task).
 
-    Its `verify(answer, text) -> Verdict` is a static method; it runs in worker processes, which import the
-    file too.
-
-    Raises:
-        ConfigError: The file cannot be run or has no such class.
+    Worker processes import the file, too, for its static method `verify(answer, text) -> Verdict`. Raises
+    ConfigError if the file cannot be run or has no such class.
     """
     assert source.path is not None
     file = source.path.resolve()
@@ -29,25 +26,20 @@ def create_own_task(source: TaskSource, seed: int) -> Task:
         module = load_attribute(f"{file}:")
     except Exception as error:
         raise ConfigError(f"task.path: {file} cannot be run: {type(error).__name__}: {error}") from error
-    classes = [
-        found
-        for _, found in inspect.getmembers(module, inspect.isclass)
-        if found.__module__ == module.__name__ and hasattr(found, "prompt") and hasattr(found, "verify")
-    ]
-    if len(classes) != 1:
-        raise ConfigError(
-            f"task.path: {file}: expected one class with size, prompt and verify, found {len(classes)}"
-        )
+    classes = [found for _, found in inspect.getmembers(module, inspect.isclass)]
+    classes = [found for found in classes if found.__module__ == module.__name__]
+    classes = [found for found in classes if hasattr(found, "prompt") and hasattr(found, "verify")]
+    where, count = f"task.path: {file}", len(classes)
+    if count != 1:
+        raise ConfigError(f"{where}: expected one class with size, prompt and verify, found {count}")
     own: Any = classes[0]
     if not isinstance(inspect.getattr_static(own, "verify"), staticmethod):
-        raise ConfigError(
-            f"task.path: {file}: {own.__name__}.verify must be a @staticmethod (answer, text) -> Verdict"
-        )
+        needed = "must be a @staticmethod (answer, text) -> Verdict"
+        raise ConfigError(f"{where}: {own.__name__}.verify {needed}")
     try:
         task = own(source.name, seed, **source.options)
     except Exception as error:
-        raise ConfigError(
-            f"task.path: {file}: {own.__name__} cannot be made with {source.options}: {error}"
-        ) from error
+        problem = f"cannot be made with {source.options}: {error}"
+        raise ConfigError(f"{where}: {own.__name__} {problem}") from error
     task.name, task.verifier = source.name, f"{file}:{own.__qualname__}.verify"
     return task

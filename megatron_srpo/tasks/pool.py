@@ -1,7 +1,7 @@
-"""The verifier pool: worker processes that can be killed, so that no response can hang, exhaust or end a run.
+"""The verifier pool: killable worker processes, so that no response can hang, exhaust or end a run.
 
 JSON messages, no pickle, over one connection per worker. A worker judges its jobs in order, so the job that
-hung or killed it is the first without an answer: only that one fails, the others go back to the queue.
+hung or killed it is the first without an answer: only that one fails, the others are queued again.
 """
 
 from __future__ import annotations
@@ -50,14 +50,7 @@ class Pool:
     """Processes that have every task's verifier; they end with the pool or by `close()`."""
 
     def __init__(self, verifiers: Mapping[str, str], settings: TaskSection):
-        """Start the workers and wait until they have loaded the verifiers.
-
-        Args:
-            verifiers: Task name → reference (see `Task`).
-
-        Raises:
-            ConfigError: A verifier cannot be loaded.
-        """
+        """Start workers that load `verifiers` (task → reference, see `Task`); else raise ConfigError."""
         self.verifiers = dict(verifiers)
         self.settings = settings
         self.workers = [_Worker(self.verifiers, settings) for _ in range(settings.verifier_workers)]
@@ -66,10 +59,7 @@ class Pool:
             worker.wait_until_ready()
 
     def verify(self, jobs: Sequence[Job]) -> list[Verdict]:
-        """Judge the jobs and return their verdicts in order.
-
-        A job whose verifier failed has `verifier_failed`, reward 0, and is `excluded` as configured.
-        """
+        """Judge jobs in order; failed ones get `verifier_failed`, reward 0, `excluded` as configured."""
         waiting = deque(_Numbered(index, job) for index, job in enumerate(jobs))
         verdicts: dict[int, Verdict] = {}
         chunk = min(LARGEST_CHUNK, math.ceil(len(jobs) / len(self.workers)))
@@ -136,13 +126,11 @@ class _Worker:
     def __init__(self, verifiers: Mapping[str, str], settings: TaskSection):
         self.connection, remote = multiprocessing.Pipe()
         path = os.pathsep.join(filter(None, [str(_PACKAGE), os.environ.get("PYTHONPATH")]))
+        command = [sys.executable, "-m", "megatron_srpo.tasks.worker", str(remote.fileno())]
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        null = subprocess.DEVNULL
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_srpo.tasks.worker", str(remote.fileno())],
-            pass_fds=[remote.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            command, pass_fds=[remote.fileno()], stdin=null, stdout=null, stderr=null, env=environment
         )
         remote.close()
         self._poller = select.poll()  # Connection.poll makes a selector per call
@@ -203,7 +191,7 @@ class _Worker:
         return "timeout" if time.monotonic() > self.deadline else None
 
     def kill(self) -> None:
-        """End the process and wait until it is gone."""
+        """Kill the process and wait until it is gone."""
         self.process.kill()
         self.process.wait()
         self.connection.close()

@@ -1,11 +1,7 @@
-"""Scorers of our own for datasets of reasoning-gym whose scorers evaluate text as code (sympy's parse_expr
-does) or judge wrongly.
+"""Scorers for reasoning-gym's datasets whose own evaluate text as code (sympy's parse_expr) or are wrong.
 
-Each takes the answer's text and the dataset's entry, gives whether it is right, and raises ValueError for
-text without form.
+Each returns True if the answer's text is right for the entry, and raises ValueError for malformed text.
 """
-
-from __future__ import annotations
 
 import ast
 import json
@@ -21,36 +17,16 @@ _OPERATORS = {
     ast.Div: operator.truediv,
     ast.Pow: operator.pow,
 }
-_FUNCTIONS = {
-    *(
-        "Abs",
-        "exp",
-        "log",
-        "ln",
-        "sqrt",
-        "sin",
-        "cos",
-        "tan",
-        "cot",
-        "sec",
-        "csc",
-        "asin",
-        "acos",
-        "atan",
-        "acot",
-        "asec",
-        "acsc",
-    ),
-    *("sinh", "cosh", "tanh", "coth", "asinh", "acosh", "atanh", "erf", "erfi", "Ei", "Si", "Ci", "li"),
-}
+_ELEMENTARY = "Abs exp log ln sqrt sin cos tan cot sec csc asin acos atan acot asec acsc"
+_OTHERS = "sinh cosh tanh coth asinh acosh atanh erf erfi Ei Si Ci li"
+_FUNCTIONS = {*_ELEMENTARY.split(), *_OTHERS.split()}
 _CONSTANTS = {"pi": "pi", "E": "E"}
 
 
 def expression(text: str) -> Any:
-    """A sympy expression from numbers, names, + - * / ** and some functions of one argument. Raises
-    ValueError for anything else.
+    """Build a sympy expression of numbers, names, + - * / ** and some functions; else raise ValueError.
 
-    Python's grammar is used to read the text; nothing is evaluated but the arithmetic.
+    The text is read by Python's grammar; nothing is evaluated but the arithmetic.
     """
     import sympy
 
@@ -83,39 +59,35 @@ def expression(text: str) -> Any:
 
 
 def is_antiderivative(answer: str, entry: Entry) -> bool:
-    """Whether its derivative equals the integrand."""
     import sympy
 
-    variable = sympy.Symbol(entry["metadata"]["variable"])
-    return (
-        sympy.simplify(sympy.diff(expression(answer), variable) - expression(entry["metadata"]["integrand"]))
-        == 0
-    )
+    variable, integrand = entry["metadata"]["variable"], entry["metadata"]["integrand"]
+    derivative = sympy.diff(expression(answer), sympy.Symbol(variable))
+    return sympy.simplify(derivative - expression(integrand)) == 0
 
 
 def is_same_polynomial(answer: str, entry: Entry) -> bool:
-    """Whether it is the expanded product."""
+    """Compare with the expanded product, as written."""
     return expression(answer) == expression(entry["answer"])
 
 
 def is_same_integer(answer: str, entry: Entry) -> bool:
-    """Decimal, or with a prefix (0x, 0b, 0o)."""
+    """Compare integers, decimal or with a prefix (0x, 0b, 0o)."""
     return int(answer, 0) == int(entry["answer"], 0)
 
 
 def is_same_word(answer: str, entry: Entry) -> bool:
-    """The library takes any text for True."""
+    """Compare texts; the library takes any text for True."""
     return answer == str(entry["answer"])
 
 
 def is_same_list(answer: str, entry: Entry) -> bool:
-    """A JSON list of numbers, or of numbers as strings in either quotes."""
+    """Compare JSON lists of numbers, or of numbers as strings in either quotes."""
     given, right = (json.loads(text.replace("'", '"')) for text in (answer, entry["answer"]))
     if not isinstance(given, list):
         raise ValueError("no list")
-    return [float(str(number)) for number in given] == [
-        float(number) for number in right
-    ]  # str: true is no 1
+    numbers = [float(str(number)) for number in given]  # str: true is no 1
+    return numbers == [float(number) for number in right]
 
 
 SCORERS: dict[str, Callable[[str, Entry], bool]] = {

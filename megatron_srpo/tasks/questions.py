@@ -1,17 +1,14 @@
-"""Questions in JSONL files: one object a line, checked as it is read, served by number.
+"""Questions in JSONL files: one object a line, checked when read, served by number.
 
-A line holds `answer` and either `messages` (chat messages, one user message last), `question`, or the SDPO
-code's `prompt` and `system`; optionally `id` (also `idx`; default: the line's number) and `feedback`. Other
-fields are left alone.
+A line has `answer` and either `messages` (chat, one user message last), `question`, or the SDPO code's
+`prompt` and `system`; optionally `id` (or `idx`; default: line number) and `feedback`. Others are ignored.
 """
-
-from __future__ import annotations
 
 import json
 import random
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,10 +30,10 @@ class Question(NamedTuple):
 
 
 def read_questions(path: Path, phrase: Callable[[str], str] = str) -> list[Question]:
-    """The file's questions in order; `phrase` makes the user's message of a plain `question`.
+    """Read the file's questions in order; `phrase` makes the user's message of a plain `question`.
 
-    Raises ConfigError naming file, line, field and what was expected: an empty file, a line that is too long,
-    not UTF-8 or no JSON object, a field that is missing or of another type, an id that was used before.
+    Raises:
+        ConfigError: An empty file, a bad line or field, or a repeated id; names file, line and field.
     """
     questions: list[Question] = []
     line_of: dict[str, int] = {}
@@ -44,58 +41,46 @@ def read_questions(path: Path, phrase: Callable[[str], str] = str) -> list[Quest
         where = f"task.path: {path}:{number}"
         question = _question(row, number, where, phrase)
         if question.id in line_of:
-            raise ConfigError(
-                f"{where}: id: {question.id!r} stands in line {line_of[question.id]} already; ids must be"
-                f" unique"
-            )
+            first = line_of[question.id]
+            raise ConfigError(f"{where}: id: {question.id!r} is also in line {first}; ids must be unique")
         line_of[question.id] = number
         questions.append(question)
     return questions
 
 
 def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, JSON object) of every line that is not blank.
-
-    Raises ConfigError as `read_questions` does.
-    """
+    """Yield (line number from 1, JSON object) of every line that is not blank; raise ConfigError."""
     seen = False
     try:
         file = path.open("rb")
     except OSError as error:
         raise ConfigError(f"task.path: {path}: cannot be read: {error.strerror}") from None
     with file:
-        number = 0
-        while line := file.readline(LONGEST_LINE + 1):
-            number += 1
+        for number, line in enumerate(iter(partial(file.readline, LONGEST_LINE + 1), b""), 1):
             where = f"task.path: {path}:{number}"
             if len(line) > LONGEST_LINE:
-                raise ConfigError(
-                    f"{where}: is longer than {LONGEST_LINE >> 20} MiB; expected one question a line (JSONL)"
-                )
+                size = f"{LONGEST_LINE >> 20} MiB"
+                raise ConfigError(f"{where}: is longer than {size}; expected one question a line (JSONL)")
             if not line.strip():
                 continue
             try:
                 row = json.loads(line.decode("utf-8").rstrip())
-                if (
-                    rb"\ud" in line.lower()
-                ):  # half a surrogate pair no tokenizer takes, nor do the run's files
+                # Neither tokenizers nor the run's files accept half a surrogate pair.
+                if rb"\ud" in line.lower():
                     json.dumps(row, ensure_ascii=False).encode()
             except UnicodeEncodeError as error:
-                raise ConfigError(
-                    f"{where}: holds half a surrogate pair ({error.object[error.start]!r})"
-                ) from None
+                half = error.object[error.start]
+                raise ConfigError(f"{where}: holds half a surrogate pair ({half!r})") from None
             except UnicodeDecodeError as error:
-                raise ConfigError(
-                    f"{where}: byte {error.start + 1} is not UTF-8; expected a UTF-8 file"
-                ) from None
+                byte = error.start + 1
+                raise ConfigError(f"{where}: byte {byte} is not UTF-8; expected a UTF-8 file") from None
             except (ValueError, RecursionError) as error:
                 raise ConfigError(
                     f"{where}: is not JSON ({error}); expected one JSON object a line"
                 ) from None
             if not isinstance(row, dict):
-                raise ConfigError(
-                    f"{where}: is a JSON {type(row).__name__}; expected an object with question and answer"
-                )
+                kind = type(row).__name__
+                raise ConfigError(f"{where}: is a JSON {kind}; expected an object with question and answer")
             seen = True
             yield number, row
     if not seen:
@@ -103,10 +88,7 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def write_questions(rows: Iterable[dict[str, Any]], path: Path) -> None:
-    """Write rows that `read_questions` reads; the file appears whole or not at all.
-
-    Raises ConfigError when it cannot.
-    """
+    """Write rows for `read_questions`, whole or not at all; raise ConfigError if that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -131,27 +113,17 @@ def _question(row: dict[str, Any], number: int, where: str, phrase: Callable[[st
 
 def _messages(row: dict[str, Any], where: str, phrase: Callable[[str], str]) -> tuple[dict[str, str], ...]:
     if "messages" in row:
-        messages = row["messages"]
-        if not isinstance(messages, list) or not all(
-            isinstance(message, dict)
-            and set(message) == {"role", "content"}
-            and all(isinstance(value, str) for value in message.values())
-            for message in messages
-        ):
-            raise ConfigError(
-                f'{where}: messages: expected a list of {{"role": …, "content": …}}, both strings'
-            )
+        messages, where = row["messages"], f"{where}: messages"
+        if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
+            raise ConfigError(f'{where}: expected a list of {{"role": …, "content": …}}, both strings')
         if [message["role"] for message in messages] != ["system"] * (len(messages) - 1) + ["user"]:
-            raise ConfigError(
-                f"{where}: messages: expected system messages, if any, and one user message at the end"
-            )
+            raise ConfigError(f"{where}: expected system messages, if any, and one user message at the end")
         return tuple(messages)
     field = "question" if "question" in row else "prompt"
     text = row.get(field)
     if not isinstance(text, str) or not text.strip():
-        raise ConfigError(
-            f"{where}: question: is missing or empty; expected messages, or question (or prompt) as a string"
-        )
+        expected = "messages, or question (or prompt) as a string"
+        raise ConfigError(f"{where}: question: is missing or empty; expected {expected}")
     system = row.get("system") if field == "prompt" else None
     if system is not None and not isinstance(system, str):
         raise ConfigError(f"{where}: system: is {system!r}; expected a string or null")
@@ -159,8 +131,14 @@ def _messages(row: dict[str, Any], where: str, phrase: Callable[[str], str]) -> 
     return ({"role": "system", "content": system}, user) if system else (user,)
 
 
+def _is_message(value: Any) -> bool:
+    if not isinstance(value, dict) or set(value) != {"role", "content"}:
+        return False
+    return all(isinstance(text, str) for text in value.values())
+
+
 class QuestionFile:
-    """A finite task. Training goes through its questions once an epoch, each epoch in an order of its own."""
+    """A finite task. Training uses each question once an epoch, and every epoch has its own order."""
 
     def __init__(self, source: TaskSource, seed: int, verifier: str, phrase: Callable[[str], str] = str):
         """Reads and checks everything. `verifier`: see `Task`. Raises ConfigError."""
@@ -169,13 +147,10 @@ class QuestionFile:
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
     def size(self, split: str) -> int:
-        """How many questions `split` has; 0 when there is no such split."""
         return len(self.splits[split])
 
     def prompt(self, split: str, index: int) -> Prompt:
-        """The question at place `index`: of endless epochs in training, in the file's order elsewhere
-        (IndexError past the end).
-        """
+        """Return question `index`: of endless epochs in training, else in file order, up to an IndexError."""
         questions = self.splits[split]
         if split == "train":
             epoch, place = divmod(index, len(questions))
@@ -197,13 +172,13 @@ class QuestionFile:
 
 
 def read_splits(source: TaskSource, phrase: Callable[[str], str]) -> dict[str, list[Question]]:
-    """train, validation and test of a folder or of one file. Raises ConfigError."""
+    """Read train, validation and test of a folder or of one file; raise ConfigError."""
     path = source.path
     assert path is not None
     if path.is_dir():
+        files = {name: path / f"{name}.jsonl" for name in SPLITS}
         splits = {
-            name: read_questions(file, phrase) if (file := path / f"{name}.jsonl").is_file() else []
-            for name in SPLITS
+            name: read_questions(file, phrase) if file.is_file() else [] for name, file in files.items()
         }
         if not splits["train"] and not splits["test"]:
             raise ConfigError(f"task.path: {path.resolve()} has neither train.jsonl nor test.jsonl")
@@ -219,9 +194,7 @@ def read_splits(source: TaskSource, phrase: Callable[[str], str]) -> dict[str, l
 
 
 def set_aside(questions: Sequence[Question], share: float) -> tuple[list[Question], list[Question]]:
-    """(a `share` of the questions, the others), both in order: by a hash of the ids, so whatever the seed
-    and the order.
-    """
+    """Return (a `share` of the questions, the others), in order, by a hash of the ids: whatever the seed."""
     ranked = sorted(questions, key=lambda question: (zlib.crc32(question.id.encode()), question.id))
     chosen = {question.id for question in ranked[: round(share * len(questions))]}
     return [q for q in questions if q.id in chosen], [q for q in questions if q.id not in chosen]

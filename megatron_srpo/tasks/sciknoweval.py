@@ -1,8 +1,4 @@
-"""SciKnowEval L3 multiple choice: Chemistry, Physics, Biology, Materials (METHOD.md §5). The published rows,
-the papers' split, prompts and verifier.
-"""
-
-from __future__ import annotations
+"""SciKnowEval L3 multiple choice (METHOD.md §5): published rows, the papers' split, prompts and verifier."""
 
 import math
 import re
@@ -12,6 +8,7 @@ from typing import Any, NamedTuple
 
 from megatron_srpo.config.schema import ConfigError
 from megatron_srpo.data.records import Verdict
+from megatron_srpo.tasks.extract import verdict_of
 from megatron_srpo.tasks.questions import read_objects
 
 # Word for word the SDPO paper's, its blank first line included, for questions with two options too.
@@ -52,10 +49,9 @@ class Choice(NamedTuple):
 
 
 def read_domain(folder: Path) -> list[Choice]:
-    """The multiple-choice questions of level L3 in a domain's published *.jsonl files, by file name and line.
+    """Read the L3 multiple-choice questions of a domain's published *.jsonl files, by file name and line.
 
-    Ids count them from 0, so they name a question whatever the split. Raises ConfigError naming file, line
-    and field.
+    Ids count from 0 over all files, so they do not depend on the split. ConfigError names file, line, field.
     """
     choices: list[Choice] = []
     for file in sorted(folder.glob("*.jsonl")):
@@ -63,9 +59,7 @@ def read_domain(folder: Path) -> list[Choice]:
             where = f"task.path: {file}:{number}"
             details = row.get("details")
             if not isinstance(details, dict) or "level" not in details:
-                raise ConfigError(
-                    f"{where}: details.level: is missing; expected a row of SciKnowEval as published"
-                )
+                raise ConfigError(f"{where}: details.level: is missing; expected SciKnowEval as published")
             if row.get("type") in MULTIPLE_CHOICE and details["level"] == "L3":
                 choices.append(_choice(row, str(len(choices)), where))
     if not choices:
@@ -80,24 +74,20 @@ def _choice(row: dict[str, Any], identifier: str, where: str) -> Choice:
     labels = choices.get("label") if isinstance(choices, dict) else None
     texts = choices.get("text") if isinstance(choices, dict) else None
     count = 4 if row["type"] == "mcq-4-choices" else 2
-    if (
-        labels != list(LETTERS[:count]) or not isinstance(texts, list) or len(texts) < count
-    ):  # one published row has a text too many
-        raise ConfigError(
-            f"{where}: choices: expected the labels {', '.join(LETTERS[:count])} and a text for each, not"
-            f" {choices}"
-        )
-    if not isinstance(answer, str) or answer not in LETTERS[:count]:
-        raise ConfigError(f"{where}: answerKey: is {answer!r}; expected one of {', '.join(LETTERS[:count])}")
+    letters = list(LETTERS[:count])
+    known = ", ".join(letters)
+    # One published row has a text too many.
+    if labels != letters or not isinstance(texts, list) or len(texts) < count:
+        raise ConfigError(f"{where}: choices: expected the labels {known} and a text for each, not {choices}")
+    if answer not in letters:
+        raise ConfigError(f"{where}: answerKey: is {answer!r}; expected one of {known}")
     return Choice(identifier, question, tuple(str(text) for text in texts[:count]), answer)
 
 
 def split(
     choices: Sequence[Choice], test_share: float = 0.1, seed: int = 42
 ) -> tuple[list[Choice], list[Choice]]:
-    """(train, test) exactly as datasets.Dataset.train_test_split(test_size, seed) of Hugging Face orders and
-    divides them.
-    """
+    """Return (train, test) exactly as Hugging Face's Dataset.train_test_split(test_size, seed) does."""
     import numpy as np  # not for the verifier's processes
 
     order = np.random.default_rng(seed).permutation(len(choices))
@@ -106,31 +96,22 @@ def split(
 
 
 def verify(answer: str, text: str) -> Verdict:
-    """The papers' rule: what follows the last `<answer>`, up to the next `</answer>`, stripped, equals the
-    letter.
+    """Apply the papers' rule: the text between the last `<answer>` and `</answer>`, stripped, is the letter.
 
-    Where a tag is missing the text goes on to its end: a bare "B" and an unclosed "<answer>B" are right; "B."
-    and "b" are not. `format_ok`: the last `<answer>` block is complete and holds one letter.
+    Without a tag it extends to the text's end: a bare "B" and an unclosed "<answer>B" are right; "B." and "b"
+    are not. `format_ok`: the last `<answer>` block is complete and holds one letter.
     """
     given = text.rsplit("<answer>", 1)[-1].split("</answer>", 1)[0].strip()
     return _verdict(given == answer, _BLOCK.match(text, max(text.rfind("<answer>"), 0)) is not None)
 
 
 def verify_strict(answer: str, text: str) -> Verdict:
-    """Ours: the response holds one `<answer>` block and no other tag of that name, with the letter alone,
-    and ends with it.
-    """
+    """Apply our rule: the response has one `<answer>` block, no other such tag, and ends with it."""
     blocks = _BLOCK.findall(text)
     once = text.count("<answer>") == text.count("</answer>") == 1 and text.rstrip().endswith("</answer>")
     return _verdict(once and blocks == [answer], once and len(blocks) == 1)
 
 
 def _verdict(correct: bool, format_ok: bool) -> Verdict:
-    feedback = None
-    if not correct:
-        feedback = (
-            "Your answer is wrong."
-            if format_ok
-            else "Your response has no <answer> block with one letter and nothing else."
-        )
-    return Verdict(reward=float(correct), correct=correct, format_ok=format_ok, feedback=feedback)
+    malformed = "Your response has no <answer> block with one letter and nothing else."
+    return verdict_of(correct, format_ok, "Your answer is wrong." if format_ok else malformed)

@@ -1,8 +1,4 @@
-"""Tool use (ToolAlpaca): the published data, the papers' prompt, a parser for Action / Action Input, two
-rules (METHOD.md §5).
-"""
-
-from __future__ import annotations
+"""Tool use (ToolAlpaca, METHOD.md §5): published data, the papers' prompt, the parser of calls, two rules."""
 
 import json
 import re
@@ -13,6 +9,7 @@ from typing import Any, NamedTuple
 
 from megatron_srpo.config.schema import ConfigError
 from megatron_srpo.data.records import Verdict
+from megatron_srpo.tasks.extract import verdict_of
 
 PROMPT = """\
 Your task is to answer the user's question using available tools. \n\
@@ -29,12 +26,12 @@ and from the user.
 
 Begin!
 Question: {question}"""
-OPTIONAL = "[Optional]"  # stands before the name of a gold call that may be left out
+OPTIONAL = "[Optional]"  # prefix of the name of a gold call that may be left out
 
 _LABEL = re.compile(r"Action(?: Input)?:")
 _LINE_LABEL = re.compile(r"^[ \t]*(Action(?: Input)?):", re.MULTILINE)
 _NOT_BLANK = re.compile(r"[^ \t\n\r]")  # JSON's white space
-_NAME = re.compile(r"(?:(?!Action Input:)[^\n])*")  # both labels may stand on one line
+_NAME = re.compile(r"(?:(?!Action Input:)[^\n])*")  # one line may hold both labels
 
 
 class ToolQuestion(NamedTuple):
@@ -46,17 +43,16 @@ class ToolQuestion(NamedTuple):
 
 
 # ---- the published data
-# ------------------------------------------------------------------------------------------------
 
 
 def read_toolalpaca(path: Path) -> Iterator[tuple[ToolQuestion | None, str]]:
-    """(question or None, why it is left out) for every instruction of a published file, in order.
+    """Yield (question or None, why it is left out) for every instruction of a published file, in order.
 
     Evaluation files have Golden_Answers beside Instructions; training files have Instances, whose
-    intermediate_steps are [[tool, input, log], observation]. Left out are questions whose calls need an
-    earlier call's result (a `$` placeholder, as the papers did: 68 of 100 remain), have an input that is no
-    JSON object, or that have no calls; of training files also those in which a call failed or asked for no
-    tool of the API (`getDetails` asks the user back). Raises ConfigError naming the field.
+    intermediate_steps are [[tool, input, log], observation]. Left out are questions without calls, with an
+    input that is no JSON object, or a call that needs an earlier one's result (`$`; as in the papers, 68 of
+    100 remain); in training files also those with a failed call, or one to no tool of the API (`getDetails`
+    asks the user back). Raises ConfigError naming the field.
     """
     try:
         apis = json.loads(path.read_text(encoding="utf-8"))
@@ -83,30 +79,23 @@ def _questions_of(api: Any, place: int, where: str) -> Iterator[tuple[ToolQuesti
         questions, answers = api.get("Instructions"), api["Golden_Answers"]
         if not isinstance(questions, list) or not isinstance(answers, list) or len(questions) != len(answers):
             raise ConfigError(f"{where}: expected one answer for each instruction")
-        needs = [
-            "a call needs an earlier call's result" if "$" in json.dumps(calls) else "" for calls in answers
-        ]
-        rows = list(zip(questions, answers, needs, strict=True))
+        needed = "a call needs an earlier call's result"
+        problems = [needed if "$" in json.dumps(calls) else "" for calls in answers]
+        rows = list(zip(questions, answers, problems, strict=True))
     elif isinstance(api.get("Instances"), list):
         rows = [_instance(instance, api, f"{where}: Instances") for instance in api["Instances"]]
     else:
         raise ConfigError(f"{where}: has neither Golden_Answers nor Instances")
+    about = {"name": api["Name"], "description": api["Description"], "documentation": api["NLDocumentation"]}
     for number, (question, calls, problem) in enumerate(rows):
         reason = problem or _why_left_out(question, calls)
-        prompt = PROMPT.format(
-            name=api["Name"],
-            description=api["Description"],
-            documentation=api["NLDocumentation"],
-            question=question,
-        )
+        prompt = PROMPT.format(**about, question=question)
         yield (None if reason else ToolQuestion(f"{place}-{number}", prompt, calls)), reason
 
 
 def _instance(instance: Any, api: dict[str, Any], where: str) -> tuple[str, list[dict[str, str]], str]:
-    """(question, calls, why it is left out) of a training file's instance.
-
-    A failed simulation is published as {"error": …} or text.
-    """
+    """Return (question, calls, why it is left out) of a training file's instance."""
+    # A failed simulation is published as {"error": …} or text.
     if isinstance(instance, str) or (isinstance(instance, dict) and "intermediate_steps" not in instance):
         return "", [], "the simulation failed"
     try:
@@ -114,9 +103,8 @@ def _instance(instance: Any, api: dict[str, Any], where: str) -> tuple[str, list
         steps = [(step[0][0], step[0][1], str(step[1])) for step in instance["intermediate_steps"]]
         calls = [{"Action": name, "Action_Input": _object_in(text)} for name, text, _ in steps]
     except (AttributeError, IndexError, KeyError, TypeError):
-        raise ConfigError(
-            f"{where}: intermediate_steps: expected [[tool, input, log], observation] each"
-        ) from None
+        expected = "expected [[tool, input, log], observation] each"
+        raise ConfigError(f"{where}: intermediate_steps: {expected}") from None
     names, tools = {name for name, _, _ in steps}, api.get("Function_Projection")
     if "getDetails" in names:
         return question, calls, "a call asks the user back"
@@ -128,9 +116,7 @@ def _instance(instance: Any, api: dict[str, Any], where: str) -> tuple[str, list
 
 
 def _object_in(text: str) -> str:
-    """From the first brace to the last, as ToolAlpaca read its calls' inputs; all of it where there is no
-    brace.
-    """
+    """Return the text from the first brace to the last, as ToolAlpaca reads inputs; without braces, all."""
     return text[text.find("{") : text.rfind("}") + 1] or text
 
 
@@ -147,11 +133,10 @@ def _why_left_out(question: Any, calls: Any) -> str:
 
 
 # ---- calls in text
-# -----------------------------------------------------------------------------------------------------
 
 
 class Calls(NamedTuple):
-    """What a response calls. `malformed` says what is wrong with its form, or is None."""
+    """A response's calls; `malformed` says what is wrong with its form, or is None."""
 
     names: list[str]
     inputs: list[dict[str, Any]]
@@ -159,10 +144,9 @@ class Calls(NamedTuple):
 
 
 def parse_calls(text: str, strict: bool = False) -> Calls:
-    """`Action: NAME` and `Action Input: {JSON object}`, which may be nested and go over several lines. Linear
-    in the text.
+    """Parse `Action: NAME` and `Action Input: {JSON object}` (nested, on several lines) in linear time.
 
-    Anywhere in the text, as in the papers; labels inside an object are part of it. `strict`: labels begin a
+    They may be anywhere, as in the papers; labels inside an object are part of it. `strict`: labels begin a
     line, come in pairs, nothing follows the object on its line, and no object repeats a key or holds NaN.
     """
     names: list[str] = []
@@ -179,7 +163,7 @@ def parse_calls(text: str, strict: bool = False) -> Calls:
             names.append(name.group().strip())
             continue
         if strict and len(names) != len(inputs) + 1:
-            return Calls(names, inputs, "an Action Input stands without its Action")
+            return Calls(names, inputs, "an Action Input has no Action")
         try:
             value, place = _read_object(text, place, strict)
         except (ValueError, RecursionError):
@@ -217,14 +201,15 @@ _LENIENT = json.JSONDecoder()
 _STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
 
 
+def _is_call(call: Any) -> bool:
+    return isinstance(call, dict) and isinstance(call.get("Action"), str)
+
+
 def gold_calls(answer: str) -> list[tuple[str, dict[str, Any]]]:
-    """(name, input) of every call of a published answer. Raises ValueError when it is not one."""
-    calls = json.loads(answer)
-    if not isinstance(calls, list) or not all(
-        isinstance(call, dict) and isinstance(call.get("Action"), str) for call in calls
-    ):
+    """Return (name, input) of every call of a published answer; raise ValueError if it is not one."""
+    calls, found = json.loads(answer), []
+    if not isinstance(calls, list) or not all(_is_call(call) for call in calls):
         raise ValueError('expected [{"Action": …, "Action_Input": …}, …]')
-    found = []
     for call in calls:
         value = call.get("Action_Input")
         value = json.loads(value) if isinstance(value, str) else value
@@ -235,38 +220,32 @@ def gold_calls(answer: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 # ---- the two rules
-# -----------------------------------------------------------------------------------------------------
 
 
 def verify(answer: str, text: str) -> Verdict:
-    """The papers' rule: the multiset of names equals gold's, and all inputs merged into one object equal
-    gold's merged.
+    """Apply the papers' rule: equal multisets of names, and equal inputs after merging them into one object.
 
-    Names are compared as written, so "[Optional]x" is a name. A later call's key overrides an earlier one's,
-    on both sides, and numbers are compared as Python does (1 = 1.0 = true): `verify_strict` loses nothing.
+    Names are compared as written, so "[Optional]x" is a name. Later calls' keys override earlier ones', on
+    both sides, and numbers are compared as Python does (1 = 1.0 = true): `verify_strict` loses nothing.
     """
-    gold = gold_calls(answer)
-    calls = parse_calls(text)
-    right = (
-        calls.malformed is None
-        and Counter(calls.names) == Counter(name for name, _ in gold)
-        and _merged(calls.inputs) == _merged([value for _, value in gold])
-    )
-    return _verdict(right, calls.malformed)
+    gold, calls = gold_calls(answer), parse_calls(text)
+    if calls.malformed is not None:
+        return _verdict(False, calls.malformed)
+    if Counter(calls.names) != Counter(name for name, _ in gold):
+        return _verdict(False, None)
+    return _verdict(_merged(calls.inputs) == _merged([value for _, value in gold]), None)
 
 
 def verify_strict(answer: str, text: str) -> Verdict:
-    """Ours: call by call. Every gold call is made once with exactly its input, in any order, and no other
-    call is made.
+    """Apply our rule: exactly the gold calls with exactly their inputs, each once, in any order.
 
     Types count: 1 = 1.0, but "1", true and 1 differ. Gold calls marked [Optional] may be left out.
     """
     calls = parse_calls(text, strict=True)
     wanted, optional = Counter(), Counter()
     for name, value in gold_calls(answer):
-        (optional if name.startswith(OPTIONAL) else wanted)[
-            _canonical(name.removeprefix(OPTIONAL), value)
-        ] += 1
+        kind = optional if name.startswith(OPTIONAL) else wanted
+        kind[_canonical(name.removeprefix(OPTIONAL), value)] += 1
     if calls.malformed is not None:
         return _verdict(False, calls.malformed)
     try:
@@ -295,11 +274,6 @@ def _canonical(name: str, value: Any) -> tuple[str, str]:
 
 
 def _verdict(correct: bool, malformed: str | None) -> Verdict:
-    feedback = None
-    if not correct:
-        feedback = (
-            f"Your response could not be read: {malformed}."
-            if malformed
-            else "Your calls or their inputs are wrong."
-        )
-    return Verdict(reward=float(correct), correct=correct, format_ok=malformed is None, feedback=feedback)
+    if malformed is not None:
+        return verdict_of(False, False, f"Your response could not be read: {malformed}.")
+    return verdict_of(correct, True, "Your calls or their inputs are wrong.")

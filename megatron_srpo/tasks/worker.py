@@ -3,8 +3,6 @@
 Model output is data here: verifiers parse it, an audit hook refuses to evaluate it. Workers import no torch.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import json
@@ -22,22 +20,12 @@ from typing import Any
 from megatron_srpo.data.records import Verdict
 
 Verifier = Callable[[str, str], Verdict]
-NUMERALS = {
-    "Integer",
-    "Float",
-    "Rational",
-    "sympy",
-    "*",
-}  # by which sympy makes a number
+NUMERALS = {"Integer", "Float", "Rational", "sympy", "*"}  # by which sympy makes a number
 OWN_MODULE = "megatron_srpo_own_tasks"  # of a user's file, so that its dataclasses can be looked up
 
 
 def load_attribute(reference: str) -> Any:
-    """Import `module:name.name` or `path/file.py:name.name`.
-
-    Raises:
-        ImportError, AttributeError: It does not exist; and whatever the user's file raises.
-    """
+    """Import `module:name.name` or `path/file.py:name.name`; raise what importing it raises."""
     source, _, name = reference.rpartition(":")
     if source.endswith(".py"):
         file = Path(source)
@@ -57,9 +45,7 @@ def judge(verifier: Verifier, answer: str, text: str) -> dict[str, Any]:
         verdict = verifier(answer, text)
         if not isinstance(verdict, Verdict):
             raise TypeError(f"the verifier returned {type(verdict).__name__}, not a Verdict")
-        return json.loads(
-            verdict.model_dump_json()
-        )  # refuses halves of surrogate pairs, as the run's files do
+        return json.loads(verdict.model_dump_json())  # refuses half surrogate pairs, as the run's files do
     except MemoryError:
         return {"failed": "memory"}
     except Exception as error:  # a verifier's bug must not end the run, and is counted
@@ -71,8 +57,7 @@ def main() -> None:
 
     First message in: {"verifiers": {task: reference}, "memory_bytes", "seconds"}; first message out: {} or
     {"refused": why}. Then lists of [task, answer, text] in, and a verdict per job out, in order. The process
-    ends itself when a job takes longer than `seconds`, should no pool be left to kill it, and after a
-    MemoryError.
+    exits after a MemoryError, and when a job takes longer than `seconds` (if no pool is left to kill it).
     """
     pool = Connection(int(sys.argv[1]))
     for number in (signal.SIGINT, signal.SIGUSR1):  # Ctrl-C and Slurm's warning are for the run to handle

@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
+
 
 def each_row(names: str, rows: Iterable[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Call the decorated test with every row, as `pytest.mark.parametrize` would, in a single case.
@@ -24,7 +26,7 @@ def each_row(names: str, rows: Iterable[Any]) -> Callable[[Callable[..., None]],
             for row in table:
                 try:
                     test(**dict(zip(columns, row, strict=True)), **fixtures)
-                except Exception as error:
+                except (Exception, pytest.fail.Exception) as error:
                     failures.append(f"{row!r:.300}: {type(error).__name__}: {error}")
             assert not failures, f"{len(failures)} of {len(table)} rows fail:\n" + "\n".join(failures)
 

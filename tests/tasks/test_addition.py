@@ -1,10 +1,9 @@
 """The addition task: its splits, its determinism, its verifier."""
 
 import re
-import signal
 
-import pytest
 from tables import each_row
+from time_limit import time_limit
 
 from megatron_srpo.tasks.addition import Addition, verify
 
@@ -82,7 +81,7 @@ def test_a_tag_mentioned_before_the_answer_does_no_harm():
     assert verdict.correct and verdict.format_ok
 
 
-@pytest.mark.parametrize(
+@each_row(
     "text",
     [
         "9" * 2_000_000 + "<answer>579</answer>",
@@ -92,25 +91,9 @@ def test_a_tag_mentioned_before_the_answer_does_no_harm():
         "<answer>" + "\n" * 20_000,
         "<answer>1</answer>" * 50_000,
     ],
-    ids=[
-        "long preamble",
-        "unclosed and long",
-        "tags, one closed",
-        "tags, none closed",
-        "blank lines",
-        "answers",
-    ],
 )
 def test_huge_text_is_judged_at_once(text):
     """Degenerate responses must not cost quadratic time: seconds are far more than a linear scan needs."""
-
-    def give_up(*_):
-        pytest.fail("the verifier hangs on this text")
-
-    signal.signal(signal.SIGALRM, give_up)
-    signal.setitimer(signal.ITIMER_REAL, 5)
-    try:
+    with time_limit(5):
         verdict = verify("579", text)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
     assert verdict.correct == (text.endswith("579</answer>"))

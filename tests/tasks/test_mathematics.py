@@ -46,7 +46,7 @@ def test_last_box(text, expected):
     assert last_boxed(text) == expected
 
 
-@pytest.mark.parametrize(
+@each_row(
     "text, expected",
     [
         (r"\boxed{5} <answer>6</answer>", "5"),

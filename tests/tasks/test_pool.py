@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tables import each_row
 
 from megatron_srpo.config.schema import ConfigError, TaskSection
 from megatron_srpo.tasks.pool import Job, Pool
@@ -160,7 +161,7 @@ def test_zero_instead_of_excluded():
     assert process.poll() is not None  # workers end with their pool
 
 
-@pytest.mark.parametrize(
+@each_row(
     "reference, said",
     [
         ("megatron_srpo.tasks.nowhere:verify", "ModuleNotFoundError"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from tables import each_row
 
 from megatron_srpo.config.schema import ConfigError, TaskSection, TaskSource
 from megatron_srpo.data.records import Verdict
@@ -31,7 +32,7 @@ def test_prompts_belong_to_seed_split_and_index():
     assert other.prompt("train", 0).messages != first[0].messages
 
 
-@pytest.mark.parametrize("name", ["basic_arithmetic", "spell_backward"])
+@each_row("name", ["basic_arithmetic", "spell_backward"])
 def test_only_the_full_score_of_the_extracted_answer_counts(name):
     prompt = make(name).prompt("train", 3)
     right = _entry(prompt.answer)["answer"]
@@ -99,7 +100,7 @@ def test_right_and_wrong_answers_by_a_worker(name):
     pool.close()
 
 
-@pytest.mark.parametrize(
+@each_row(
     "name, options, said",
     [
         ("sudokuu", {}, "no dataset 'sudokuu'; known: "),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from tables import each_row
 
 from megatron_srpo.config.schema import ConfigError, TaskSource
 from megatron_srpo.tasks import create_task
@@ -35,7 +36,7 @@ def refusal(tmp_path):
     return read
 
 
-@pytest.mark.parametrize(
+@each_row(
     "content, said",
     [
         (b"", "data.jsonl: is empty; expected one question a line (JSONL)"),
@@ -55,7 +56,7 @@ def refusal(tmp_path):
         ),
         (
             b'{"question": "x", "answer": "1", "id": 7}\n{"question": "y", "answer": "1", "id": "7"}\n',
-            "data.jsonl:2: id: '7' stands in line 1 already; ids must be unique",
+            "data.jsonl:2: id: '7' is also in line 1; ids must be unique",
         ),
         (
             b'{"question": "x", "answer": "1", "id": [1]}\n',
@@ -89,7 +90,7 @@ def test_refusals_name_file_line_and_field(refusal, content, said):
     assert refusal(content) == said
 
 
-@pytest.mark.parametrize(
+@each_row(
     "line", [b"{", b"question: x", b'{"question": ' + b"[" * 100_000, b'{"answer": ' + b"9" * 5000 + b"}"]
 )
 def test_lines_that_are_not_json(refusal, line):

@@ -39,7 +39,7 @@ def write(path: Path, rows) -> None:
 
 
 # What datasets 5.2.0 gives for Dataset.from_dict({"i": range(n)}).train_test_split(test_size=0.1, seed=42)
-@pytest.mark.parametrize(
+@each_row(
     "rows, train, test, first_test, first_train",
     [
         (10, 9, 1, [5], [6, 0, 7]),
@@ -111,7 +111,7 @@ def test_prepare_an_unseen_domain(tmp_path):
     assert {question.answer for part in parts for question in part} == {"B"}
 
 
-@pytest.mark.parametrize(
+@each_row(
     "broken, said",
     [
         ({"answerKey": "E"}, r"a\.jsonl:2: answerKey: is 'E'; expected one of A, B, C, D"),
@@ -177,7 +177,7 @@ def test_format(text, ok):
     assert verify("B", text).format_ok == ok
 
 
-@pytest.mark.parametrize("rule", [verify, verify_strict])
+@each_row("rule", [verify, verify_strict])
 def test_feedback_never_holds_the_answer(rule):
     for text in ("", "<answer>A</answer>", "<answer>", "nothing"):
         assert not {"A", "B", "C", "D"} & set(rule("B", text).feedback.split())

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from tables import each_row
 
 from megatron_srpo.config.schema import Config, ConfigError, TaskSection, TaskSource
 from megatron_srpo.tasks import create_task, evaluation_tasks, question_count, training_tasks
@@ -44,14 +45,14 @@ def test_a_folder_names_its_task_and_the_name_its_verifier(folder):
     assert named.verifier == "megatron_srpo.tasks.tool_use:verify"
 
 
-@pytest.mark.parametrize(
+@each_row(
     "given, said",
     [
         ({"name": "sudoku"}, "task.name: unknown task 'sudoku'; known: addition, reasoning_gym/DATASET"),
         ({"name": "chemistry"}, "task.path: chemistry needs its questions"),
         (
             {"path": "physics", "name": "mine"},
-            "who judges 'mine' in .*physics\\? Set task.verifier \\(exact, multiple_choice, tool_calls",
+            "none for 'mine' in .*physics. Set task.verifier \\(exact, multiple_choice, tool_calls",
         ),
         ({"path": "physics", "verifier": "exact", "rule": "strict"}, "task.rule: exact has no strict rule"),
         ({"rule": "strict"}, "task.rule: task addition does not read it; is task.path missing\\?"),
@@ -88,7 +89,7 @@ def test_own_class_from_the_example():
     assert right.correct and not wrong.correct and wrong.feedback.startswith("A word of ")
 
 
-@pytest.mark.parametrize(
+@each_row(
     "code, said",
     [
         ("x = 1 / 0", "cannot be run: ZeroDivisionError"),
@@ -202,7 +203,7 @@ def test_what_is_trained_on_is_not_evaluated(folder, shares, monkeypatch):
     assert [task.size("test") for task in evaluation_tasks(asked).values()] == [10]
 
 
-@pytest.mark.parametrize(
+@each_row(
     "sections, said",
     [
         (

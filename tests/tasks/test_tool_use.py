@@ -161,7 +161,7 @@ def test_inputs_of_any_depth_are_judged(rule, depth):
     assert not rule(ONE, said(("search", '{"q": ' * depth + "1" + "}" * depth))).correct
 
 
-@pytest.mark.parametrize("rule", [verify, verify_strict])
+@each_row("rule", [verify, verify_strict])
 def test_feedback_never_holds_the_answer(rule):
     for text in ("", said(("search", '{"q": "dog"}')), "Action: search\nAction Input: {"):
         feedback = rule(ONE, text).feedback
@@ -194,7 +194,7 @@ def test_prepare_evaluation_and_training_files(tmp_path):
         assert verify(question.answer, text).correct and verify_strict(question.answer, text).correct
 
 
-@pytest.mark.parametrize(
+@each_row(
     "content, said_",
     [
         ("{", "is not a UTF-8 JSON file"),
