@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
-class Algorithm(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
+class Algorithm(BaseModel):
     """Settings of a training method. A subclass sets its paper's defaults and says which loss a sample gets.
 
     A field declared again in a subclass loses the limits set here: repeat them in its type (PositiveFloat).
     """
 
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     registered: ClassVar[dict[str, type[Algorithm]]] = {}  # subclasses with a Literal `name`
     uses_teacher: ClassVar[bool] = True
     expected_distilled_share: ClassVar[float] = 1.0  # of the response tokens, for `srpo plan`

@@ -211,7 +211,7 @@ def _with_cuda_type_names(function):
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """AdamW with Apex's state layout, the step count in the group, as core's distributed checkpoints expect."""
+    """AdamW with Apex's state layout, the step in the group, as core's distributed checkpoints expect."""
 
     def __init__(
         self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, adam_w_mode=True, **_
