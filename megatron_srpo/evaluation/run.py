@@ -31,10 +31,7 @@ CHUNK_SEQUENCES = 1024  # at most this many responses are lost when a command is
 
 @naming_key("model.hf_path")
 def run_evaluation(config: Config) -> Path:
-    """Evaluate model.hf_path, or the newest checkpoint of the run evaluation.checkpoint, on all processes.
-
-    The same command resumes an interrupted one. Returns the folder of result.json and result.md.
-    """
+    """Evaluate model.hf_path or evaluation.checkpoint, or resume it; return the folder of result.json."""
     folder = HFFolder(config.model.hf_path)
     folder.validate()
     if (path := config.evaluation.checkpoint) is not None:

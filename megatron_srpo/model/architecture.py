@@ -1,4 +1,4 @@
-"""What config.json says of a model, and what follows from it: shapes, and the table HF ↔ Megatron."""
+"""Reads config.json, and derives tensor shapes and the table HF ↔ Megatron from it."""
 
 from __future__ import annotations
 
@@ -41,10 +41,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes of a model, named as in config.json; the subclass is its family (`model/families/`).
-
-    A family gives its `model_type`, the class variables below and `table`; it overrides what else differs.
-    """
+    """Sizes of a model, named as in config.json; a subclass for each family (`model/families/`)."""
 
     families: ClassVar[dict[str, type[Architecture]]] = {}  # by model_type, as their modules are imported
     qk_norm: ClassVar[bool] = False  # each head's queries and keys are normalised
@@ -90,19 +87,14 @@ class Architecture:
         values = cls.complete(cls.defaults | given)
         values["rope_scaling"] = _rope_scaling(rope)
         made = _checked(cls, values)
-        if made.num_attention_heads % made.num_key_value_heads:
-            raise UnsupportedModel(
-                f"num_key_value_heads is {made.num_key_value_heads}, expected a divisor of"
-                f" num_attention_heads ({made.num_attention_heads})"
-            )
+        heads, groups, chosen = made.num_attention_heads, made.num_key_value_heads, made.num_experts_per_tok
+        if heads % groups:
+            expected = f"expected a divisor of num_attention_heads ({heads})"
+            raise UnsupportedModel(f"num_key_value_heads is {groups}, {expected}")
         if made.head_dim % 2:
-            raise UnsupportedModel(
-                f"head_dim is {made.head_dim}, expected an even number: rotary embeddings turn pairs"
-            )
-        if made.num_experts_per_tok > made.num_experts:
-            raise UnsupportedModel(
-                f"num_experts_per_tok is {made.num_experts_per_tok}, but num_experts is {made.num_experts}"
-            )
+            raise UnsupportedModel(f"head_dim is {made.head_dim}, expected an even number (rotary pairs)")
+        if chosen > made.num_experts:
+            raise UnsupportedModel(f"num_experts_per_tok is {chosen}, but num_experts is {made.num_experts}")
         return made
 
     @classmethod
@@ -149,7 +141,7 @@ class Architecture:
 
     @cached_property
     def end_mappings(self) -> dict[str, TensorMapping]:
-        """Mappings of parameters outside the layers, by their Megatron names."""
+        """Mappings of parameters outside the layers, by Megatron name."""
         return {mapping.megatron: mapping for mapping in self.mappings if not mapping.in_layer}
 
     @cached_property
@@ -176,14 +168,9 @@ class Architecture:
         return shapes
 
     def locate(self, name: str, layer_offset: int = 0, expert_offset: int = 0) -> ParamLocation:
-        """Find the parameter that a rank's chunk calls `name`.
+        """Find the parameter `name` of a chunk's `named_parameters()`. Raises KeyError if unknown.
 
-        Args:
-            name: As in `named_parameters()` of the chunk; layers count from its first one.
-            layer_offset: The chunk's first layer in the whole model.
-            expert_offset: The rank's first expert among all.
-
-        Raises KeyError for a parameter that the table does not have.
+        layer_offset, expert_offset: the chunk's first layer and the rank's first expert in the whole model.
         """
         if not name.startswith("decoder.layers."):
             return ParamLocation(self.end_mappings[name])
@@ -204,7 +191,7 @@ def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
 
 
 def _checked(kind: type[_Made], values: dict[str, Any]) -> _Made:
-    """Make a `kind` of `values`; raise UnsupportedModel if one is missing or not of the declared type."""
+    """Construct a `kind` of `values`; raise UnsupportedModel if one is missing or of another type."""
     types = {"int": int, "float": (int, float), "bool": bool}
     fields = {field.name: field.type for field in dataclasses.fields(kind) if field.type in types}
     if missing := [name for name in fields if values.get(name) is None]:

@@ -1,4 +1,4 @@
-"""The policy network on megatron-core: this rank's model chunks, by Transformer Engine's layers or ours."""
+"""Builds this rank's chunks of the policy on megatron-core, of Transformer Engine's layers or local ones."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class PolicyModel(GPTModel):
 
     @property
     def output_weight(self) -> Tensor:
-        """This rank's rows of the output matrix, on the last stage. [padded vocabulary / TP, H]."""
+        """This rank's rows of the output matrix, [padded vocabulary / TP, H], on the last stage."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         weight = self.output_layer.weight
@@ -52,7 +52,6 @@ class PolicyModel(GPTModel):
 
     @property
     def vocab_shard(self) -> VocabShard:
-        """The ids that this rank's rows of `output_weight` belong to."""
         rank = parallel_state.get_tensor_model_parallel_rank()
         group = parallel_state.get_tensor_model_parallel_group()
         return VocabShard.of_rank(rank, self.output_weight.shape[0], self.unpadded_vocab_size, group)
@@ -60,19 +59,16 @@ class PolicyModel(GPTModel):
     def final_hidden(self, output: Tensor) -> Tensor:
         """Gather the last stage's output, [this rank's tokens, 1, H], to [T, H] on all TP and CP ranks.
 
-        The backward sums the ranks' gradients, since each rank's loss sees only its vocabulary shard. With
-        sequence parallelism it gives each rank its own tokens: one gather forward, one reduce-scatter
-        backward. So does context parallelism: T is the whole row, the ranks' parts one after another, and
-        each rank's loss sees other rows of it.
+        Backward sums the ranks' gradients, since each rank's loss sees only its vocabulary shard and, with
+        context parallelism, its rows of T (the ranks' parts one after another). With sequence parallelism:
+        one all-gather forward, one reduce-scatter backward.
         """
+        gather = tensor_parallel.gather_from_sequence_parallel_region
         if self.config.sequence_parallel:
-            output = tensor_parallel.gather_from_sequence_parallel_region(
-                output, tensor_parallel_output_grad=True
-            )
+            output = gather(output, tensor_parallel_output_grad=True)
         else:
             output = tensor_parallel.copy_to_tensor_model_parallel_region(output)
-        group = parallel_state.get_context_parallel_group()
-        return tensor_parallel.gather_from_sequence_parallel_region(output, group=group)[:, 0]
+        return gather(output, group=parallel_state.get_context_parallel_group())[:, 0]
 
 
 def build_chunks(
@@ -85,9 +81,8 @@ def build_chunks(
     """Build this rank's model chunks (one, or one per virtual stage) with unloaded weights."""
     core = transformer_config(architecture, model, parallel, megatron)
     use_transformer_engine = uses_transformer_engine(model)
-    vocab_size = padded_vocab_size(
-        architecture.vocab_size, model.make_vocab_size_divisible_by, parallel.tensor_model_parallel_size
-    )
+    multiple, tensor_size = model.make_vocab_size_divisible_by, parallel.tensor_model_parallel_size
+    vocab_size = padded_vocab_size(architecture.vocab_size, multiple, tensor_size)
     virtual = parallel.virtual_pipeline_model_parallel_size
     chunks = []
     for stage in range(virtual) if virtual else (None,):
@@ -114,11 +109,8 @@ def build_chunks(
 
 
 def _transformer_engine_spec(core: TransformerConfig) -> ModuleSpec:
-    return get_gpt_layer_with_transformer_engine_spec(
-        num_experts=core.num_moe_experts,
-        moe_grouped_gemm=core.moe_grouped_gemm,
-        qk_layernorm=core.qk_layernorm,
-    )
+    experts, grouped, qk_norm = core.num_moe_experts, core.moe_grouped_gemm, core.qk_layernorm
+    return get_gpt_layer_with_transformer_engine_spec(experts, moe_grouped_gemm=grouped, qk_layernorm=qk_norm)
 
 
 def _local_spec(core: TransformerConfig, stage: int | None) -> TransformerBlockSubmodules:
@@ -138,14 +130,10 @@ def _local_spec(core: TransformerConfig, stage: int | None) -> TransformerBlockS
 
 
 def packed_params(cu_seqlens: Tensor, max_seqlen: int) -> PackedSeqParams:
-    """Describe packed documents to Megatron.
+    """Describe packed documents to Megatron: bounds [documents + 1] int32 in tokens of the whole row.
 
-    Transformer Engine's context parallelism wants padded bounds as well. Its flash kernels take no padding
+    Transformer Engine's context parallelism wants padded bounds too. Its flash kernels take no padding
     between documents: all of a document counts, and causality hides the padding at its end.
-
-    Args:
-        cu_seqlens: Bounds of the documents in tokens of the whole row. [documents + 1], int32.
-        max_seqlen: Length of the longest document.
     """
     padded: Any = cu_seqlens if parallel_state.get_context_parallel_world_size() > 1 else None
     return PackedSeqParams(

@@ -1,4 +1,4 @@
-"""A Hugging Face model folder: its architecture, the files of its tensors, its tokenizer."""
+"""Reads a Hugging Face model folder: architecture, files of the tensors, tokenizer."""
 
 from __future__ import annotations
 
@@ -53,12 +53,10 @@ class HFFolder:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """config.json as it is."""
         return self._json("config.json")
 
     @cached_property
     def architecture(self) -> Architecture:
-        """The architecture in config.json."""
         try:
             return architecture_of(self.config)
         except UnsupportedModel as error:
@@ -102,10 +100,11 @@ class HFFolder:
             if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
                 raise FolderError(f"{index}: weight_map is not an object of tensors' names and their files'")
             names, listed = sorted(set(weight_map.values())), f" ({index.name} lists it)"
-        for name in names:
-            if not (self.path / name).is_file():
-                raise FolderError(f"{self.path / name} is missing{listed}")
-        return [self.path / name for name in names]
+        files = [self.path / name for name in names]
+        for file in files:
+            if not file.is_file():
+                raise FolderError(f"{file} is missing{listed}")
+        return files
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -118,11 +117,9 @@ class HFFolder:
             tokenizer = AutoTokenizer.from_pretrained(self.path, local_files_only=True)
         except Exception as error:  # the libraries raise whatever a damaged file makes them trip over
             raise FolderError(f"{self.path}: no tokenizer can be loaded: {error}") from None
-        if len(tokenizer) > self.architecture.vocab_size:
-            rows = self.architecture.vocab_size
-            raise FolderError(
-                f"{self.path}: the tokenizer has {len(tokenizer)} tokens but the embedding only {rows}"
-            )
+        size, rows = len(tokenizer), self.architecture.vocab_size
+        if size > rows:
+            raise FolderError(f"{self.path}: the tokenizer has {size} tokens but the embedding only {rows}")
         if tokenizer.chat_template is None:
             raise FolderError(f"{self.path}: the tokenizer has no chat template")
         if tokenizer.eos_token_id is None:
@@ -140,10 +137,9 @@ class HFFolder:
 
     def encode(self, messages: list[dict[str, str]], enable_thinking: bool = False) -> list[int]:
         """Encode chat messages with the assistant's generation header."""
+        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": enable_thinking}
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking
-            )
+            text = self.tokenizer.apply_chat_template(messages, **options)
         except TemplateError as error:
             raise FolderError(f"{self.path}: the chat template cannot be applied: {error}") from None
         return self.tokenizer(text, add_special_tokens=False).input_ids

@@ -1,6 +1,4 @@
-"""Local layers where Transformer Engine is not: an RMSNorm that knows sequence parallelism, attention over
-packed documents.
-"""
+"""Local layers in place of Transformer Engine's: RMSNorm, and attention over packed documents."""
 
 from __future__ import annotations
 
@@ -17,32 +15,23 @@ from megatron_srpo.distributed.megatron import MegatronModule, parallel_state, t
 
 
 class RMSNorm(torch.nn.Module):
-    """x / rms(x) · weight, computed in fp32.
-
-    Its weight is marked for the gradient all-reduce of sequence parallelism.
-    """
+    """x / rms(x) · weight in fp32; the weight is marked for the all-reduce of sequence parallelism."""
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-6, **_):
         super().__init__()
         self.eps = eps
-        self.weight = torch.nn.Parameter(
-            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.get_default_device())
-        )
+        ones = torch.ones(hidden_size, dtype=config.params_dtype, device=torch.get_default_device())
+        self.weight = torch.nn.Parameter(ones)
         self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., hidden_size] in, the same out."""
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class PackedAttention(MegatronModule):
-    """Causal attention inside each document of a packed (`thd`) micro-batch, by torch's SDPA; grouped-query
-    aware.
-    """
+    """Causal (grouped-query) attention inside each document of a packed `thd` micro-batch, by SDPA."""
 
-    def __init__(
-        self, config, layer_number: int, attn_mask_type, attention_type: str, softmax_scale=None, **_
-    ):
+    def __init__(self, config, layer_number, attn_mask_type, attention_type, softmax_scale=None, **_):
         super().__init__(config=config)
         self.scale = softmax_scale
         if config.attention_dropout:
@@ -51,10 +40,7 @@ class PackedAttention(MegatronModule):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, packed_seq_params, **_
     ) -> Tensor:
-        """query [t, heads, d], key and value [t, kv_heads, d] → [t, heads · d].
-
-        Documents end at packed_seq_params.cu_seqlens_q.
-        """
+        """Attend: query [t, heads, d], key and value [t, kv_heads, d] → [t, heads · d]."""
         if self.config.context_parallel_size > 1:
             return self._shared(query, key, value, packed_seq_params.cu_seqlens_q)
         bounds = packed_seq_params.cu_seqlens_q.tolist()
@@ -66,35 +52,29 @@ class PackedAttention(MegatronModule):
         return torch.cat(outputs).flatten(1)
 
     def _padded(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
-        """Documents of like length as one batch. Padding stands after each document's end, where causality
-        hides it.
+        """Attend to documents of like length as one batch, padded at their ends, where causality hides it.
 
-        No row is read twice: on CUDA the gradient of an index that repeats is summed one after another.
+        No row is read twice: on CUDA the gradient of a repeated index is summed serially.
         """
         count, longest = len(lengths), max(lengths)
         sizes = torch.tensor(lengths)
         shift = torch.arange(count) * longest - (sizes.cumsum(0) - sizes)  # of each document's rows
         place = (torch.arange(len(query)) + shift.repeat_interleave(sizes)).to(query.device)
-        batch = (
-            tensor.new_zeros(count * longest, *tensor.shape[1:])
-            .index_copy(0, place, tensor)
-            .unflatten(0, (count, longest))
-            for tensor in (query, key, value)
-        )
+        batch = []
+        for tensor in (query, key, value):
+            padded = tensor.new_zeros(count * longest, *tensor.shape[1:]).index_copy(0, place, tensor)
+            batch.append(padded.unflatten(0, (count, longest)))
         return self._attend(*batch).flatten(0, 1).index_select(0, place).flatten(1)
 
     def _shared(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Context parallel: this rank's two chunks of each document, each against the document's keys up to
-        its end.
+        """Attend from this rank's two chunks of each document to the document's keys up to each one's end.
 
-        Keys and values of all ranks are gathered, and their gradients summed and scattered backward: one
-        collective each.
+        Context parallelism: one all-gather of keys and values forward, one reduce-scatter backward.
         """
         group = parallel_state.get_context_parallel_group()
         rank, size = group.rank(), group.size()
-        both = tensor_parallel.gather_from_sequence_parallel_region(
-            torch.stack([key, value], dim=1), group=group
-        )
+        both = torch.stack([key, value], dim=1)
+        both = tensor_parallel.gather_from_sequence_parallel_region(both, group=group)
         key, value = both[gathered_positions(cu_seqlens, size)].unbind(1)
         outputs, done = [], 0
         for start, end in itertools.pairwise(cu_seqlens.tolist()):
@@ -106,21 +86,13 @@ class PackedAttention(MegatronModule):
         return torch.cat(outputs).flatten(1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[documents, length, heads, d] → the same shape.
-
-        The last query sees all keys, the one before it all but the last, …
-        """
+        """Attend, [documents, length, heads, d]: the last query sees all keys, the one before all but one."""
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        causal: dict[str, Any] = {"is_causal": True}
-        if (length := query.shape[2]) < (keys := key.shape[2]):
-            on_gpu = query.is_cuda  # whose flash kernel needs no mask in memory
-            mask = (
-                causal_lower_right(length, keys)
-                if on_gpu
-                else torch.ones(length, keys, dtype=torch.bool).tril(keys - length)
-            )
-            causal = {"attn_mask": mask}
-        grouped = query.shape[1] != key.shape[1]
-        return F.scaled_dot_product_attention(
-            query, key, value, **causal, scale=self.scale, enable_gqa=grouped
-        ).transpose(1, 2)
+        mask, (length, keys) = None, (query.shape[2], key.shape[2])
+        if length < keys and query.is_cuda:
+            mask = causal_lower_right(length, keys)  # the flash kernel needs no mask in memory
+        elif length < keys:
+            mask = torch.ones(length, keys, dtype=torch.bool).tril(keys - length)
+        options: Any = {"scale": self.scale, "enable_gqa": query.shape[1] != key.shape[1]}
+        output = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, **options)
+        return output.transpose(1, 2)

@@ -1,8 +1,7 @@
-"""One line of the table HF ↔ Megatron: a Megatron parameter and the Hugging Face tensors that it is made of.
+"""Maps a Megatron parameter to the Hugging Face tensors that it is made of, in both directions at any TP.
 
-Every HF tensor is sharded over tensor-parallel ranks by contiguous slices along one dimension; a rank's
-parameter is then a local arrangement of its own slices. So both directions, at any TP, are: slice ↔
-concatenate, and `Fusion.merge` ↔ `Fusion.split`.
+Every HF tensor is sharded over tensor-parallel ranks by contiguous slices along one dimension, and a rank's
+parameter is a local arrangement of its slices: slice ↔ concatenate, and `Fusion.merge` ↔ `Fusion.split`.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 
 
 class Fusion(Protocol):
-    """How the HF tensors of a mapping, or a rank's slices of them, are arranged in one parameter."""
+    """Arranges the HF tensors of a mapping, or a rank's slices of them, in one parameter."""
 
     def merge(self, pieces: Sequence[Tensor]) -> Tensor: ...
 
@@ -39,10 +38,7 @@ class Stacked:
 
 @dataclass(frozen=True)
 class QueryGroups:
-    """Queries, keys and values, interleaved so that a query group's queries, key and value are neighbours.
-
-    Weights [n, H] and biases [n] alike.
-    """
+    """Weights [n, H] or biases [n] of queries, keys and values, interleaved by query group."""
 
     queries_per_group: int
     head_dim: int
@@ -52,10 +48,8 @@ class QueryGroups:
         return torch.cat([piece.view(groups, -1, *inner) for piece in pieces], dim=1).reshape(-1, *inner)
 
     def split(self, tensor: Tensor) -> list[Tensor]:
-        widths, inner = (
-            [self.queries_per_group * self.head_dim, self.head_dim, self.head_dim],
-            tensor.shape[1:],
-        )
+        widths = [self.queries_per_group * self.head_dim, self.head_dim, self.head_dim]
+        inner = tensor.shape[1:]
         grouped = tensor.view(-1, sum(widths), *inner)
         return [piece.reshape(-1, *inner) for piece in grouped.split(widths, dim=1)]
 
@@ -98,10 +92,7 @@ class TensorMapping:
         return math.prod(self.shape)
 
     def cut(self, tensors: Sequence[Any], index: int, count: int, shape: Sequence[int]) -> Tensor:
-        """Make tensor-parallel shard `index` of `count`, of `shape`, from the HF tensors.
-
-        tensors: whole ones, or safetensors' slices of them, of which only this shard is read.
-        """
+        """Cut shard `index` of `count`, of `shape`, from HF tensors or safetensors' slices (read in part)."""
         pieces = []
         for tensor in tensors:
             if self.dim is None:
@@ -117,11 +108,10 @@ class TensorMapping:
         return merged
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        """Make the HF tensors from all tensor-parallel shards, or from the whole parameter."""
+        """Assemble the HF tensors from all tensor-parallel shards, or from the whole parameter."""
         joined = []
-        for (rows, *_), pieces in zip(
-            self.tensors.values(), zip(*map(self.fusion.split, shards), strict=True), strict=True
-        ):
+        split = zip(*map(self.fusion.split, shards), strict=True)
+        for (rows, *_), pieces in zip(self.tensors.values(), split, strict=True):
             whole = pieces[0]
             if len(pieces) > 1:
                 assert self.dim is not None

@@ -1,4 +1,4 @@
-"""From architecture and configuration to Megatron's TransformerConfig, and what the layout must divide."""
+"""Builds Megatron's TransformerConfig and checks that the layout divides the model."""
 
 from __future__ import annotations
 
@@ -29,17 +29,13 @@ def check_layout(architecture: Architecture, parallel: ParallelSection, megatron
         divided["num_experts"] = "expert_model_parallel_size", parallel.expert_model_parallel_size
         divided["moe_intermediate_size"] = "expert_tensor_parallel_size", parallel.expert_tensor_size
         if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
-            raise ConfigError(
-                "parallel.sequence_parallel: a mixture-of-experts model with tensor_model_parallel_size > 1"
-                " needs it: set it to true"
-            )
+            needs = "a mixture-of-experts model with tensor_model_parallel_size > 1 needs it: set it to true"
+            raise ConfigError(f"parallel.sequence_parallel: {needs}")
     else:
         divided["intermediate_size"] = tensor
-        if parallel.expert_model_parallel_size > 1:
-            raise ConfigError(
-                f"parallel.expert_model_parallel_size: {parallel.expert_model_parallel_size}, but the model"
-                " has no experts: set it to 1"
-            )
+        if (size := parallel.expert_model_parallel_size) > 1:
+            hint = "but the model has no experts: set it to 1"
+            raise ConfigError(f"parallel.expert_model_parallel_size: {size}, {hint}")
     for name, (key, size) in divided.items():
         if (value := getattr(architecture, name)) % size:
             raise ConfigError(f"parallel.{key}: {size} does not divide the model's {name} ({value})")
@@ -47,36 +43,25 @@ def check_layout(architecture: Architecture, parallel: ParallelSection, megatron
     stages = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
     uneven = any("pipeline" in key for key in megatron)  # Megatron's own keys place layers otherwise
     if layers % stages and not uneven:
-        raise ConfigError(
-            f"parallel.pipeline_model_parallel_size: the model's {layers} layers cannot be divided evenly"
-            f" into {stages} stages (pipeline × virtual pipeline)"
-        )
+        fault = f"{layers} layers do not divide into {stages} stages (pipeline × virtual pipeline)"
+        raise ConfigError(f"parallel.pipeline_model_parallel_size: the model's {fault}")
 
 
-# Balance within a micro-batch is no sum over tokens; besides, Megatron scales these losses by the tokens that
-# it divides by later.
+# Balance within a micro-batch is no sum over tokens, and Megatron scales router losses by token counts.
 _SPLIT_DEPENDENT = "is not supported: it would depend on how the batch is split"
+_ROUTER_LOSSES = ("moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_z_loss_coeff")
+_CONTEXT = ("hybrid_context_parallel", "hierarchical_context_parallel_sizes")  # need other process groups
 _REFUSED = {
-    **dict.fromkeys(
-        ("moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_z_loss_coeff"),
-        f"(router losses) {_SPLIT_DEPENDENT}",
-    ),
+    **dict.fromkeys(_ROUTER_LOSSES, f"(router losses) {_SPLIT_DEPENDENT}"),
     **dict.fromkeys(("hidden_dropout", "attention_dropout"), f"(dropout) {_SPLIT_DEPENDENT}"),
-    # Both would need process groups that `distributed.layout` does not make.
-    **dict.fromkeys(
-        ("hybrid_context_parallel", "hierarchical_context_parallel_sizes"),
-        "is not supported; parallel.context_parallel_size shares every sequence among as many ranks",
-    ),
+    **dict.fromkeys(_CONTEXT, "is not supported; parallel.context_parallel_size splits every sequence"),
 }
 
 
 def transformer_config(
     architecture: Architecture, model: ModelSection, parallel: ParallelSection, megatron: Mapping[str, Any]
 ) -> TransformerConfig:
-    """Make the TransformerConfig of this run.
-
-    Raises ConfigError for unknown or forbidden names under `megatron:`.
-    """
+    """Build the run's TransformerConfig; raise ConfigError for unknown or forbidden names in `megatron:`."""
     derived = architecture.transformer_settings() | _run_settings(model, parallel)
     if architecture.num_experts:
         derived["moe_grouped_gemm"] = uses_transformer_engine(model)

@@ -33,10 +33,7 @@ def _tokens(samples: Sequence[Sample]) -> int:
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Compute a step's numbers from its routed groups; several tasks add pass_rate/<task> and the like.
-
-    Excluded samples count in response_tokens_mean, truncated_share and verifier_failed_share only.
-    """
+    """Compute a step's numbers; excluded samples count in lengths, truncations and verifier failures only."""
     samples = [sample for group in groups for sample in group]
     judged = [sample for sample in samples if not sample.judged.excluded]
     judged_groups = [group for group in groups if not all(sample.judged.excluded for sample in group)]

@@ -90,9 +90,9 @@ class WandB:
         settings, file = config.logging, config.logging.dir / "wandb_id"
         if not file.is_file():
             write_text(file, secrets.token_hex(4))
-        name, id = settings.wandb_exp_name or settings.dir.name, file.read_text(encoding="utf-8").strip()
+        name, run_id = settings.wandb_exp_name or settings.dir.name, file.read_text(encoding="utf-8").strip()
         options: dict[str, Any] = {"project": settings.wandb_project, "name": name, "dir": str(settings.dir)}
-        options |= {"id": id, "resume": "allow", "mode": settings.wandb_mode}
+        options |= {"id": run_id, "resume": "allow", "mode": settings.wandb_mode}
         options |= {"config": config.model_dump(mode="json")}
         quiet = wandb.Settings(silent=True, console="off")  # the terminal is ours
         self.run = wandb.init(**options, settings=quiet)

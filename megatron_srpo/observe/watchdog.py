@@ -1,7 +1,4 @@
-"""The watchdog: when no rank makes progress, every rank dumps its state and stacks to the run and exits.
-
-Each rank's thread writes its state (`distributed/heartbeat.py`) to watchdog/rank_NNNNN.txt; rank 0 reads all.
-"""
+"""The watchdog: when no rank makes progress, every rank dumps its state and stacks to the run and exits."""
 
 from __future__ import annotations
 
@@ -62,6 +59,7 @@ class Watchdog:
         return self.folder / f"stalled-{self.session}.txt"
 
     def _watch(self) -> None:
+        """Write this rank's state (`distributed/heartbeat.py`) while it runs; rank 0 reads all of them."""
         written: int | None = None
         seen: list[str] = []
         moved_at = time.monotonic()

@@ -170,10 +170,7 @@ def _more_prompts(config: Config, factor: int) -> Config:
 
 
 def where_it_stops(rows: list[Scaled]) -> list[str]:
-    """Say where more GPUs stop helping and what the time goes to, in a sentence for each kind of batch.
-
-    Same batch: the first doubling that gains less than 1.4 times; growing batch: a step 1.4 times as long.
-    """
+    """Say where a doubling gains less than 1.4 times, or a growing batch's step takes 1.4 times as long."""
     said = []
     strong = [(row.gpus, row.strong) for row in rows if row.strong is not None]
     for (fewer, before), (more, after) in itertools.pairwise(strong):

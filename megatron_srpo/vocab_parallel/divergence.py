@@ -27,10 +27,9 @@ class Divergence(NamedTuple):
     """A divergence and the support on which it is computed.
 
     name: "jsd" = (1-α) KL(p‖m) + α KL(q‖m), m = (1-α)p + αq; "forward" = KL(q‖p); "reverse" = KL(p‖q).
-    support: "full" is exact. "student_topk" and "teacher_topk" keep the `top_k` likeliest ids of one side and
-        put the rest of both distributions into one tail bucket: a lower bound. "sampled" knows only the
-        target y, drawn from p: D = log p(y) - log q(y), with the gradient D · d log p(y)/dz, both unbiased
-        estimates of KL(p‖q)'s.
+    support: "full" is exact. "student_topk" and "teacher_topk" keep one side's `top_k` likeliest ids and put
+        the rest of both into one tail bucket: a lower bound. "sampled" knows only the target y, drawn from p:
+        D = log p(y) - log q(y), with the gradient D · d log p(y)/dz: unbiased estimates of KL(p‖q)'s.
     """
 
     name: Literal["jsd", "forward", "reverse"] = "jsd"
@@ -45,14 +44,10 @@ class Divergence(NamedTuple):
     def validate(self) -> None:
         """Raise ValueError if the fields are out of range or contradict each other."""
         if self.name not in ("jsd", "forward", "reverse") or self.support not in get_args(Support):
-            raise ValueError(
-                f"divergence: {self.name!r} on {self.support!r}: expected jsd, forward or reverse on one of"
-                f" {get_args(Support)}"
-            )
+            expected = f"expected jsd, forward or reverse on one of {get_args(Support)}"
+            raise ValueError(f"divergence: {self.name!r} on {self.support!r}: {expected}")
         if self.name == "jsd" and not 0 < self.alpha < 1:
-            raise ValueError(
-                f"divergence: alpha {self.alpha}: expected 0 < α < 1; for KL use forward or reverse"
-            )
+            raise ValueError(f"divergence: alpha {self.alpha}: expected 0 < α < 1 (forward, reverse are KL)")
         if self.support == "sampled" and self.name != "reverse":
             raise ValueError(f"divergence: {self.name} on sampled tokens: expected reverse")
         if self.support.endswith("topk") and self.top_k < 1:
@@ -62,10 +57,7 @@ class Divergence(NamedTuple):
 def divergence_on_tile(
     logp: Tensor, logq: Tensor, divergence: Divergence, shard: VocabShard
 ) -> tuple[Tensor, Tensor]:
-    """Compute D [n] and dD/dz [n, width] on the full support, or on a top K with its tail.
-
-    Args:
-        logp, logq: [n, width] this rank's columns of log p and log q (any width, also 0).
+    """Compute D [n] and dD/dz [n, width] from [n, width] log p and log q, on the full support or a top K.
 
     Collectives: one of [2, n] on the full support; else two all-gathers of [n, K] a rank, and all-reduces of
     [2, n, K] and twice [2, n]. Memory: about six times the size of `logp`.

@@ -1,19 +1,13 @@
 """Log-probabilities, entropies and divergences as vectors that autograd can use in any expression.
 
-Each takes its logits from `Logits` ([T, padded_width], this rank's columns) or a `Projection` (hidden [T, H],
-weight [padded_width, H]) and returns [T] in fp32 (float64 for float64 inputs), the same on every
-tensor-parallel rank. Inputs may be bf16, fp32 or float64; a tile of them at a time is fp32 (float64).
+Each takes `Logits` or a `Projection` in bf16, fp32 or float64 and returns [T] in fp32 (float64), the same on
+every tensor-parallel rank. Options and errors of all: see `fused_objective`; `IGNORED` targets give 0.
 
-Backward computes every tile's logits a second time, because the gradient of [T] is known only then: with
-projections that is one matrix product more for each side than `fused_objective`, which knows the objective
-beforehand. Memory beyond inputs, their gradients and [T]: the tiles (`fused.MEMORY`, or `memory` bytes),
-for any T. Collectives a tile, each way: one all-gather of [4, n] fp32; with a teacher of [4, 2, n] and, on
-the full support, [2, n]; see `TopKKernel` for top K.
-
-The gradient to `hidden` is this rank's share, to be summed over the tensor-parallel ranks; to logits and
-weight it is complete. No gradient flows to a teacher. All raise ValueError, on every rank together, as
-`fused_objective` does. Options of all: `temperature` (divides the logits), `tile_tokens`, `memory`, `kernel`;
-`targets` holding `IGNORED` give 0 there.
+Backward computes every tile's logits a second time, because the gradient of [T] is known only then: one
+matrix product more for each side than `fused_objective`. Memory beyond inputs, their gradients and [T]: the
+tiles, for any T. Collectives a tile, each way: one all-gather of [4, n] fp32; with a teacher of [4, 2, n]
+and, on the full support, [2, n]; see `TopKKernel` for top K. The gradient to `hidden` is this rank's share,
+to be summed over the tensor-parallel ranks; to logits and weight it is complete; none flows to a teacher.
 """
 
 from __future__ import annotations
@@ -29,29 +23,22 @@ from megatron_srpo.vocab_parallel.shard import VocabShard
 
 
 def log_prob(source: Student, targets: Tensor, shard: VocabShard, **options) -> Tensor:
-    """Compute log p(y) = z_y - log Σ_v exp z_v, [T]; its negative is the vocab-parallel cross-entropy.
-
-    targets: [T] int64 ids y. Gradient 1[v = y] - p_v.
-    """
+    """Compute log p(y) = z_y - log Σ_v exp z_v, [T], of [T] int64 ids y. Gradient 1[v = y] - p_v."""
     inputs = PassInputs(source, targets, shard, required=("targets",), **options)
     return _per_token("logprob", inputs)
 
 
 def entropy(source: Teacher, shard: VocabShard, *, targets: Tensor | None = None, **options) -> Tensor:
-    """Compute H = -Σ_v p_v log p_v, [T] nats, over the full vocabulary.
-
-    Gradient -p_v (log p_v + H); a constant if `source` is `InterpolatedLogits`.
-    """
+    """Compute H = -Σ_v p_v log p_v, [T] nats. Gradient -p_v (log p_v + H); none to `InterpolatedLogits`."""
     return _per_token("entropy", PassInputs(source, targets, shard, **options))
 
 
 def forward_kl(
     source: Student, teacher: Teacher, shard: VocabShard, *, support: Support = "full", top_k=100, **options
 ) -> Tensor:
-    """Compute KL(q‖p) = Σ_v q_v (log q_v - log p_v), p the student and q the teacher.
+    """Compute KL(q‖p) = Σ_v q_v (log q_v - log p_v), [D], of student p and teacher q of the first D tokens.
 
-    teacher: D ≤ T tokens' logits, of the first D; the result is [D]. support: all but "sampled".
-    Gradient p_v - q_v (full support).
+    support: all but "sampled". Gradient p_v - q_v (full support).
     """
     return _divergence(source, teacher, shard, Divergence("forward", support=support, top_k=top_k), options)
 
@@ -59,11 +46,10 @@ def forward_kl(
 def reverse_kl(
     source: Student, teacher: Teacher, shard: VocabShard, *, support: Support = "full", top_k=100, **options
 ) -> Tensor:
-    """Compute KL(p‖q) = Σ_v p_v (log p_v - log q_v), p the student and q the teacher.
+    """Compute KL(p‖q) = Σ_v p_v (log p_v - log q_v), [D], of student p and teacher q of the first D tokens.
 
-    teacher: D ≤ T tokens' logits, of the first D; the result is [D]. support: any; "sampled" needs `targets`
-    drawn from p and gives log p(y) - log q(y), with the gradient (log p(y) - log q(y)) (1[v = y] - p_v), both
-    unbiased. Gradient p_v (log p_v - log q_v - KL) (full support).
+    support: any. Gradient p_v (log p_v - log q_v - KL) (full support). "sampled" needs `targets` y drawn from
+    p and gives log p(y) - log q(y), with the gradient (log p(y) - log q(y)) (1[v = y] - p_v), both unbiased.
     """
     return _divergence(source, teacher, shard, Divergence("reverse", support=support, top_k=top_k), options)
 
@@ -73,15 +59,14 @@ def jsd(
     teacher: Teacher,
     shard: VocabShard,
     *,
-    alpha: float = 0.5,
+    alpha=0.5,
     support: Support = "full",
-    top_k: int = 100,
+    top_k=100,
     **options,
 ) -> Tensor:
-    """Compute (1-α) KL(p‖m) + α KL(q‖m), m = (1-α)p + αq, p the student, q the teacher; ≤ ln 2 for α = ½.
+    """Compute (1-α) KL(p‖m) + α KL(q‖m), [D], m = (1-α)p + αq, of student p and teacher q; ≤ ln 2 for α = ½.
 
-    teacher: D ≤ T tokens' logits, of the first D; the result is [D]. support: all but "sampled".
-    Gradient (1-α) p_v (log p_v - log m_v - KL(p‖m)) (full support).
+    support: all but "sampled". Gradient (1-α) p_v (log p_v - log m_v - KL(p‖m)) (full support).
     """
     return _divergence(source, teacher, shard, Divergence("jsd", alpha, support, top_k), options)
 
@@ -89,10 +74,8 @@ def jsd(
 def _divergence(
     source: Student, teacher: Teacher, shard: VocabShard, divergence: Divergence, options: dict
 ) -> Tensor:
-    options = {"targets": None} | options
-    inputs = PassInputs(
-        source, shard=shard, teacher=teacher, divergence=divergence, required=("teacher",), **options
-    )
+    targets = options.pop("targets", None)
+    inputs = PassInputs(source, targets, shard, teacher, divergence, required=("teacher",), **options)
     return _per_token("divergence", inputs)
 
 

@@ -1,9 +1,9 @@
-"""One pass over the vocabulary for everything the loss needs, from hidden states, tile by tile.
+"""Computes everything the loss needs in one pass over the vocabulary, from hidden states, tile by tile.
 
-For each tile of tokens: logits of this rank's vocabulary shard → statistics (log-prob, entropy, divergence) →
-the caller's objective on those per-token vectors, differentiated by autograd → the closed-form gradient of
-the tile's logits → accumulated into dHidden and dWeight. Nothing of size [tokens, vocabulary] outlives a tile
-and nothing is computed twice: four matrix products a distilled token, three otherwise.
+For each tile of tokens: logits of this rank's shard → statistics (log-prob, entropy, divergence) → the
+caller's objective on these vectors, differentiated by autograd → the closed-form gradient of the logits →
+accumulated into dHidden and dWeight. Nothing of size [tokens, vocabulary] outlives a tile and nothing is
+computed twice: four matrix products a distilled token, three otherwise.
 
 Memory, for any number of tokens: two tiles [tile_tokens, width] in fp32 (one without a teacher) and, on CUDA,
 one in the model's dtype; and an fp32 dWeight, unless the caller has one to add to (`weight_grad`).
@@ -33,10 +33,7 @@ Objective = Callable[[Rows, Statistics], Tensor]
 
 
 class PassInputs(NamedTuple):
-    """The arguments of one pass; see `fused_objective`.
-
-    required: names of optional fields that the caller needs. kernel: overrides the choice of kernel.
-    """
+    """The arguments of one pass, see `fused_objective`; `required` names optional fields that it needs."""
 
     student: Teacher
     targets: Tensor | None
@@ -79,24 +76,20 @@ class PassInputs(NamedTuple):
         student, given = self.student.tensor, teacher.tensor
         same_dtype = accumulation_dtype(given.dtype) == accumulation_dtype(student.dtype)
         if self.distilled > self.tokens or given.device != student.device or not same_dtype:
-            raise ValueError(
-                f"teacher of {self.distilled} tokens ({given.dtype}, {given.device}): expected at most"
-                f" {self.tokens}, in a dtype like {student.dtype}, on {student.device}, as the student's"
-            )
+            expected = f"expected at most {self.tokens}, in a dtype like {student.dtype}, on {student.device}"
+            found = f"teacher of {self.distilled} tokens ({given.dtype}, {given.device})"
+            raise ValueError(f"{found}: {expected}, as the student's")
 
     def _validate_targets(self, targets: Tensor) -> None:
         device, vocab_size = self.student.tensor.device, self.shard.vocab_size
         if targets.shape != (self.tokens,) or targets.dtype != torch.int64 or targets.device != device:
-            raise ValueError(
-                f"targets {list(targets.shape)} ({targets.dtype}, {targets.device}): expected"
-                f" [{self.tokens}] int64 on {device}"
-            )
+            found = f"targets {list(targets.shape)} ({targets.dtype}, {targets.device})"
+            raise ValueError(f"{found}: expected [{self.tokens}] int64 on {device}")
         outside = targets[((targets < 0) | (targets >= vocab_size)) & (targets != IGNORED)]
         if len(outside):
-            raise ValueError(
-                f"targets: ids from {int(outside.min())} to {int(outside.max())} at {len(outside)} positions;"
-                f" expected 0 … {vocab_size - 1}, or {IGNORED} to ignore a token"
-            )
+            found = f"ids from {int(outside.min())} to {int(outside.max())} at {len(outside)} positions"
+            expected = f"expected 0 … {vocab_size - 1}, or {IGNORED} to ignore a token"
+            raise ValueError(f"targets: {found}; {expected}")
 
 
 def fused_objective(
@@ -111,28 +104,22 @@ def fused_objective(
     """Sum `objective` over tiles, and compute the gradients to the student's tensors in the same pass.
 
     Args:
-        student: `Projection` (hidden [T, H], weight [padded_width, H]) or `Logits` ([T, padded_width]), bf16,
-            fp32 or float64. The first D tokens are the distilled ones.
-        targets: [T] token ids, in 0 … vocab_size - 1, or `IGNORED`: such tokens take no part and cost
-            nothing.
+        student: `Projection` or `Logits` of T tokens in bf16, fp32 or float64, the D distilled ones first.
+        targets: [T] token ids, in 0 … vocab_size - 1, or `IGNORED`: such tokens cost nothing.
         objective: Called once a tile with the tile's tokens (a slice or their indices) and their statistics.
-        weight_grad: [padded_width, H] fp32 (Megatron's `main_grad`). When given, dWeight is added to it in
-            this call, weight (which need not require a gradient) gets none, and the scalar must be
-            differentiated with a gradient of exactly 1.
+        weight_grad: [padded_width, H] fp32 (Megatron's `main_grad`). When given, dWeight is added to it and
+            weight gets none; the scalar must be differentiated with a gradient of exactly 1.
         teacher: Source of D tokens' logits, to which no gradient flows; None when nothing is distilled.
         divergence: The divergence between student and teacher.
         temperature: Both models' logits are divided by it.
         tile_tokens, memory: Tokens a tile, or bytes of all tiles together (default by device: `MEMORY`).
         kernel: "cpu", "triton" or "reference" instead of the fastest one.
 
-    Raises:
-        ValueError: shapes, dtypes, devices, process group or shards that do not fit, or a target outside the
-            vocabulary. When one tensor-parallel rank raises, all do.
+    Raises ValueError, on all tensor-parallel ranks together, for arguments or shards that do not fit.
 
     Returns:
         The scalar loss (identical on every tensor-parallel rank) and the statistics, without gradient. The
-        gradient to `hidden` is this rank's share: the caller sums it over the tensor-parallel ranks, as the
-        backward of its gather or copy.
+        gradient to `hidden` is this rank's share, for the caller to sum over the tensor-parallel ranks.
     """
     tiled_pass = TiledPass(PassInputs(student, targets, shard, **options), weight_grad)
     loss, *statistics = _FusedObjective.apply(tiled_pass, objective, weight_grad, *student)
@@ -141,10 +128,7 @@ def fused_objective(
 
 @torch.no_grad()
 def score(source: Teacher, targets: Tensor | None, shard: VocabShard, **options) -> Statistics:
-    """Compute log-probs of `targets` (zeros when None) and entropies, [T], without gradient.
-
-    Options and errors: see `fused_objective`. One product a token (two for `InterpolatedLogits`).
-    """
+    """Compute log-probs of `targets` (zeros when None) and entropies, [T], without gradient."""
     return TiledPass(PassInputs(source, targets, shard, **options)).all_statistics()
 
 
@@ -182,7 +166,7 @@ class TiledPass:
         self.pending_products: list[Callable[[], None]] = []
 
     def tiles(self, distilled_only: bool = False) -> Iterator[tuple[Rows, bool]]:
-        """Yield each tile's tokens and whether they are distilled: no tile contains both sorts."""
+        """Yield each tile's tokens and whether they are distilled: all of a tile, or none."""
         for rows in self._even_tiles(0, self.distilled):
             yield rows, True
         if not distilled_only:
@@ -200,7 +184,6 @@ class TiledPass:
             yield rows if self.kept is None else self.kept[rows]
 
     def empty_statistics(self) -> Statistics:
-        """Return zeros, to be filled tile by tile."""
         lengths = (self.inputs.tokens, self.inputs.tokens, self.inputs.distilled)
         return Statistics(*(self.like.new_zeros(length, dtype=self.dtype) for length in lengths))
 
@@ -239,7 +222,7 @@ class TiledPass:
         return gradient.to(self.like.dtype) if gradient.is_cuda else gradient
 
     def compute_one_product(self) -> None:
-        """Give the device a matrix product of the previous tile, if any is left, during a collective."""
+        """Compute a pending product of the previous tile, if any, during a collective."""
         if self.pending_products:
             self.pending_products.pop(0)()
 
@@ -264,10 +247,8 @@ def _validate_weight_grad(student: Teacher, weight_grad: Tensor | None) -> None:
         raise ValueError("weight_grad: given, but the student's logits come without a weight")
     shape, dtype, device = weight.shape, accumulation_dtype(weight.dtype), weight.device
     if weight_grad.shape != shape or weight_grad.dtype != dtype or weight_grad.device != device:
-        raise ValueError(
-            f"weight_grad {list(weight_grad.shape)} ({weight_grad.dtype}, {weight_grad.device}): expected"
-            f" {list(shape)} ({dtype}, {device})"
-        )
+        found = f"weight_grad {list(weight_grad.shape)} ({weight_grad.dtype}, {weight_grad.device})"
+        raise ValueError(f"{found}: expected {list(shape)} ({dtype}, {device})")
 
 
 def _tile_tokens(memory: int | None, width: int, like: Tensor) -> int:
@@ -284,9 +265,7 @@ def _tile_tokens(memory: int | None, width: int, like: Tensor) -> int:
 
 class _FusedObjective(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, tiled_pass: TiledPass, objective: Objective, weight_grad: Tensor | None, *student: Tensor
-    ):
+    def forward(ctx, tiled_pass: TiledPass, objective: Objective, weight_grad: Tensor | None, *student):
         source, needed = tiled_pass.inputs.student, ctx.needs_input_grad[3:]
         assert not isinstance(source, InterpolatedLogits)
         collector = source.gradients(needed, weight_grad) if any(needed) else None
@@ -313,7 +292,8 @@ class _FusedObjective(torch.autograd.Function):
         if gradients is None:
             raise RuntimeError("fused_objective: backward ran already and freed the gradients; call it again")
         if ctx.must_be_one:
-            torch._assert_async(loss_grad == 1)  # dWeight is in weight_grad already
+            # dWeight is in weight_grad already
+            torch._assert_async(loss_grad == 1)  # pyright: ignore[reportPrivateImportUsage]
         elif loss_grad.is_cuda or loss_grad != 1:
             for gradient in gradients:
                 if gradient is not None:

@@ -1,8 +1,6 @@
 """Sources of logits, tile by tile, and accumulators for the gradients of the tiles.
 
-A student is `Logits` or a `Projection`; a teacher may also be `InterpolatedLogits` of two such. Inside a tile
-numbers are fp32 (float64 for float64 inputs) whatever the inputs' dtype: the products of bf16 matrices are
-never rounded to bf16.
+Tiles are fp32 (float64 for float64 inputs): the products of bf16 matrices are never rounded to bf16.
 """
 
 from __future__ import annotations
@@ -18,10 +16,8 @@ from megatron_srpo.vocab_parallel.shard import VocabShard, accumulation_dtype
 
 Rows = slice | Tensor  # a range of tokens, or their indices
 
-# columns of a bf16 matrix upcast at a time where the hardware's products cannot do it (CPU)
-_COLUMN_BLOCK = 8192
-# rows of a product computed and added at a time where `addmm` cannot do it: few enough for a GPU's cache
-_ROW_BLOCK = 2048
+_COLUMN_BLOCK = 8192  # columns of a bf16 matrix upcast at a time on a CPU
+_ROW_BLOCK = 2048  # rows of a product added at a time where `addmm` cannot: they fit into a GPU's cache
 
 
 class Logits(NamedTuple):
@@ -31,16 +27,15 @@ class Logits(NamedTuple):
 
     @property
     def tensor(self) -> Tensor:
-        """The tensor that defines this source's number of tokens, dtype and device."""
+        """The tensor that defines number of tokens, dtype and device."""
         return self.logits
 
     def validate(self, name: str, shard: VocabShard) -> None:
         """Raise ValueError if shape, dtype or shard do not fit; `name` is the argument's."""
         name, shape = name or "logits", list(self.logits.shape)
         if len(shape) != 2 or not self.logits.is_floating_point():
-            raise ValueError(
-                f"{name} {shape} ({self.logits.dtype}): expected [tokens, vocabulary columns], floating-point"
-            )
+            found = f"{name} {shape} ({self.logits.dtype})"
+            raise ValueError(f"{found}: expected [tokens, vocabulary columns], floating-point")
         _check_shard(shard, shape[1], f"{name} of {shape[1]} columns")
 
     def write(self, rows: Rows, tile: Tensor, scale: float, add: bool = False) -> None:
@@ -59,11 +54,7 @@ class Logits(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """Logits z = hidden · weightᵀ, computed when a tile needs them.
-
-    hidden: [T, H] final hidden states. weight: [padded_width, H] this rank's rows of the output matrix,
-    padded ones last.
-    """
+    """Logits hidden [T, H] · weightᵀ; weight [padded_width, H] has this rank's rows, padded ones last."""
 
     hidden: Tensor
     weight: Tensor
@@ -76,19 +67,15 @@ class Projection(NamedTuple):
         hidden, weight = self
         prefix = f"{name}." if name else ""
         if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-            raise ValueError(
-                f"{prefix}hidden {list(hidden.shape)} and {prefix}weight {list(weight.shape)}: expected"
-                " [tokens, H] and [vocabulary rows, H]"
-            )
+            found = f"{prefix}hidden {list(hidden.shape)} and {prefix}weight {list(weight.shape)}"
+            raise ValueError(f"{found}: expected [tokens, H] and [vocabulary rows, H]")
         if hidden.dtype != weight.dtype or hidden.device != weight.device or not hidden.is_floating_point():
-            raise ValueError(
-                f"{prefix}hidden ({hidden.dtype}, {hidden.device}) and {prefix}weight ({weight.dtype},"
-                f" {weight.device}): expected one floating-point dtype and one device"
-            )
+            kinds = [f"({x.dtype}, {x.device})" for x in self]
+            found = f"{prefix}hidden {kinds[0]} and {prefix}weight {kinds[1]}"
+            raise ValueError(f"{found}: expected one floating-point dtype and one device")
         _check_shard(shard, len(weight), f"{prefix}weight of {len(weight)} rows")
 
     def write(self, rows: Rows, tile: Tensor, scale: float, add: bool = False) -> None:
-        """Write scale · hidden[rows] · weightᵀ to the tile [n, width], or add it."""
         hidden, weight, beta = self.hidden[rows], self.weight[: tile.shape[1]], 1.0 if add else 0.0
         if weight.dtype == tile.dtype:
             torch.addmm(tile, hidden, weight.t(), beta=beta, alpha=scale, out=tile)
@@ -130,13 +117,10 @@ class InterpolatedLogits(NamedTuple):
         self.policy.validate(f"{name}.policy", shard)
         one, other = self.reference.tensor, self.policy.tensor
         if len(one) != len(other) or one.dtype != other.dtype or one.device != other.device:
-            raise ValueError(
-                f"{name}.reference and {name}.policy: {len(one)} tokens ({one.dtype}, {one.device}) and"
-                f" {len(other)} tokens ({other.dtype}, {other.device}); expected the same"
-            )
+            found = [f"{len(x)} tokens ({x.dtype}, {x.device})" for x in (one, other)]
+            raise ValueError(f"{name}.reference and {name}.policy: {' and '.join(found)}; expected the same")
 
     def write(self, rows: Rows, tile: Tensor, scale: float, add: bool = False) -> None:
-        """Write scale · interpolated logits to the tile [n, width]; two products for projections."""
         for source, share in ((self.reference, 1 - self.interpolation), (self.policy, self.interpolation)):
             if share:  # 0 · -inf would be NaN
                 source.write(rows, tile, scale * share, add)
@@ -240,7 +224,5 @@ def _column_blocks(width: int) -> Iterator[slice]:
 
 def _check_shard(shard: VocabShard, padded_width: int, source: str) -> None:
     if not (0 <= shard.width <= padded_width and 0 <= shard.start <= shard.vocab_size - shard.width):
-        raise ValueError(
-            f"shard (start {shard.start}, width {shard.width}, vocabulary {shard.vocab_size}): does not fit"
-            f" {source}, or its own vocabulary"
-        )
+        found = f"shard (start {shard.start}, width {shard.width}, vocabulary {shard.vocab_size})"
+        raise ValueError(f"{found}: does not fit {source}, or its own vocabulary")

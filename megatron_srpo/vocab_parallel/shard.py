@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -11,10 +11,7 @@ from torch import Tensor
 
 
 class VocabShard(NamedTuple):
-    """This rank's columns of the vocabulary: ids start … start + width - 1, without padded columns.
-
-    group: the tensor-parallel ranks that hold the other columns; None when this rank holds them all.
-    """
+    """This rank's ids start … start + width - 1 without padding; `group`: the ranks that hold all ids."""
 
     start: int
     width: int
@@ -22,16 +19,13 @@ class VocabShard(NamedTuple):
     group: dist.ProcessGroup | None = None
 
     @classmethod
-    def of_rank(
-        cls, rank: int, padded_width: int, vocab_size: int, group: dist.ProcessGroup | None
-    ) -> VocabShard:
+    def of_rank(cls, rank: int, padded_width: int, vocab_size: int, group: dist.ProcessGroup | None) -> Self:
         """Return the shard of tensor-parallel rank `rank` when each rank holds `padded_width` output rows."""
         start = min(rank * padded_width, vocab_size)
         return cls(start, min(padded_width, vocab_size - start), vocab_size, group)
 
     @property
     def is_split(self) -> bool:
-        """Return True if other ranks hold columns too."""
         return self.group is not None and dist.get_world_size(self.group) > 1
 
 
@@ -53,6 +47,7 @@ def gather(values: Tensor, shard: VocabShard, while_waiting: Callable[[], None] 
     gathered = values.new_empty(dist.get_world_size(shard.group) * values.numel())
     work = _all_gather(gathered, values.contiguous().view(-1), group=shard.group, async_op=True)
     while_waiting()
+    assert work is not None
     work.wait()
     return gathered.view(-1, *values.shape)
 
@@ -63,25 +58,17 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 def check_consistent(
     error: ValueError | None, shard: VocabShard, settings: dict[str, int], device: torch.device
 ) -> int:
-    """Raise ValueError on every rank if any rank has an error, or if shards or settings do not fit together.
+    """Raise ValueError on every rank if one has an `error`, or if shards or settings (by name) differ.
 
-    One small all-gather, before any other collective could wait for a rank that has raised.
-
-    Args:
-        error: What is wrong with this rank's inputs, or None.
-        settings: Numbers that must be equal on all ranks, by the name that the error message gives them.
-
-    Returns:
-        The number of columns of the widest shard.
+    One small all-gather, before any other collective could wait for a rank that has raised. Returns the
+    number of columns of the widest shard.
     """
     if not shard.is_split:
         if error is not None:
             raise error
         if shard.width != shard.vocab_size:
-            raise ValueError(
-                f"shard: holds {shard.width} of {shard.vocab_size} ids, but has no process group; expected"
-                " that of the tensor-parallel ranks that hold the others"
-            )
+            found = f"shard: holds {shard.width} of {shard.vocab_size} ids, but has no process group"
+            raise ValueError(f"{found}; expected that of the tensor-parallel ranks that hold the others")
         return shard.width
     local = torch.tensor([error is not None, *shard[:3], *settings.values()], device=device)
     has_error, starts, widths, vocab_sizes, *values = gather(local, shard).t().tolist()
@@ -100,11 +87,9 @@ def check_consistent(
 def _check_shards(starts: list[int], widths: list[int], vocab_sizes: list[int]) -> None:
     ends = [start + width for start, width in zip(starts, widths, strict=True)]
     if starts[0] != 0 or starts[1:] != ends[:-1] or any(size != ends[-1] for size in vocab_sizes):
-        raise ValueError(
-            f"shard: the tensor-parallel ranks hold ids {list(zip(starts, ends, strict=True))} (start, end)"
-            f" of {vocab_sizes}; expected the whole vocabulary in rank order, without gaps. Is `group` the"
-            " tensor-parallel group?"
-        )
+        held = f"ids {list(zip(starts, ends, strict=True))} (start, end) of {vocab_sizes}"
+        expected = "expected the whole vocabulary in rank order. Is `group` the tensor-parallel group?"
+        raise ValueError(f"shard: the tensor-parallel ranks hold {held}; {expected}")
 
 
 def local_columns(ids: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:

@@ -34,16 +34,8 @@ def top_tokens(
 ) -> TopTokens:
     """Find the k likeliest ids (all, if the vocabulary has fewer) and their exact log-probs, on every rank.
 
-    Args:
-        source: Source of T tokens' logits.
-        targets: [T] ids.
-        temperature: The logits are divided by it.
-
-    Raises:
-        ValueError: source and shard do not fit each other; on all ranks together.
-
-    One product a token and five small collectives a tile of 128 tokens; memory: three fp32 tiles of this
-    shard's width.
+    One product a token and five small collectives a tile of 128 tokens; memory: three fp32 tiles. Raises
+    ValueError, on all ranks together, if source and shard do not fit.
     """
     like, k, error = source.tensor, min(k, shard.vocab_size), None
     try:
@@ -66,7 +58,6 @@ def top_tokens(
 
 
 def _gather_logprobs(ids: Tensor, logprobs: Tensor, shard: VocabShard) -> Tensor:
-    """Return the log-probs of ids [n, k] from the shards that hold them."""
     values = logprobs.new_zeros(ids.shape)
     if shard.width:
         is_local, columns = local_columns(ids, shard)

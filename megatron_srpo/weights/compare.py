@@ -1,4 +1,4 @@
-"""Two models compared: their tensors one by one, and their logits on random ids."""
+"""Compares two models: tensor by tensor, and by their logits on random ids."""
 
 from __future__ import annotations
 
@@ -18,10 +18,7 @@ LOGIT_TOKENS = (2, 48)  # sequences, their length
 
 @dataclass(frozen=True)
 class Difference:
-    """How two tensors differ.
-
-    `largest` is the largest absolute difference; `relative` is it over the first's largest magnitude.
-    """
+    """The largest absolute difference of two tensors; `relative` to the first's largest magnitude."""
 
     name: str
     largest: float
@@ -30,17 +27,12 @@ class Difference:
     total: int
 
     def __str__(self) -> str:
-        return (
-            f"{self.name}: {self.elements} of {self.total} elements differ,"
-            f" by at most {self.largest:.3g} ({self.relative:.3g} of its largest element)"
-        )
+        most = f"by at most {self.largest:.3g} ({self.relative:.3g} of its largest element)"
+        return f"{self.name}: {self.elements} of {self.total} elements differ, {most}"
 
 
 def difference(name: str, first: Tensor, second: Tensor) -> Difference | None:
-    """None for the same values; dtypes may differ.
-
-    NaN equals NaN here, and differs from all else by infinity.
-    """
+    """Return None for equal values of any dtypes; NaN equals NaN and differs from all else by infinity."""
     if first.dtype == second.dtype and torch.equal(first, second):
         return None
     first, second = first.float(), second.float()
@@ -54,9 +46,7 @@ def difference(name: str, first: Tensor, second: Tensor) -> Difference | None:
 
 
 def compare_tensors(first: Tensors, second: Tensors, progress: ByteProgress) -> Iterator[Difference | str]:
-    """What differs, tensor by tensor in the first's order: a Difference, or a line for names, shapes and the
-    like.
-    """
+    """Yield what differs, in the first's order: a Difference, or a line about names and shapes."""
     names, others = first.names(), set(second.names())
     for name in names:
         if name not in others:
@@ -72,11 +62,7 @@ def compare_tensors(first: Tensors, second: Tensors, progress: ByteProgress) -> 
 
 
 def logits(source: Tensors, config_folder: Path, seed: int = 0) -> Tensor:
-    """[sequences, tokens, vocabulary] logits of transformers' model with these weights, in fp32, on random
-    ids.
-
-    The whole model is in memory, four bytes an element.
-    """
+    """Compute fp32 logits [sequences, tokens, vocabulary] of transformers' model on random ids."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
     from transformers.utils.logging import disable_progress_bar
 

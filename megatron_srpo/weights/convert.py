@@ -1,5 +1,4 @@
-"""Conversion between Hugging Face folders and megatron-core's torch_dist checkpoints: tensor by tensor, no
-model is built.
+"""Converts between Hugging Face folders and torch_dist checkpoints tensor by tensor, without a model.
 
 Each process writes its share into files of its own; memory is that of the largest tensors at hand.
 """
@@ -20,12 +19,7 @@ from megatron_srpo.distributed.processes import Processes
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.weights import safetensors_file, torch_dist
 from megatron_srpo.weights.hf_output import SHARD_BYTES, plan_shards, size_of, write_companions, write_config
-from megatron_srpo.weights.sources import (
-    CheckpointSlice,
-    Tensors,
-    checkpoint_slices,
-    empty_objects,
-)
+from megatron_srpo.weights.sources import CheckpointSlice, Tensors, checkpoint_slices, empty_objects
 
 
 def to_megatron(
@@ -36,16 +30,14 @@ def to_megatron(
     dtype: torch.dtype | None = None,
     vocabulary_multiple: int = 16,
 ) -> None:
-    """Write `source` as a torch_dist checkpoint, with a config.json that says what it is a checkpoint of.
+    """Write `source` as a torch_dist checkpoint, with the config.json of `reference`; all processes together.
 
     Args:
-        reference: the folder whose config.json describes the tensors.
-        output: a new or empty folder; appears when it is whole.
+        output: A new or empty folder; appears when it is whole.
         dtype: None keeps each tensor's own.
-        vocabulary_multiple: the vocabulary is padded with zeros to a multiple of it. megatron-core loads it
-            at any other padding.
+        vocabulary_multiple: Padding with zeros; megatron-core loads it at any other padding.
 
-    Every process calls it. Raises FileError or ConfigError.
+    Raises FileError or ConfigError.
     """
     architecture, shapes = reference.architecture, reference.architecture.tensor_shapes()
     parts = list(checkpoint_slices(architecture))
@@ -67,10 +59,8 @@ def to_megatron(
                 merged = part.mapping.fusion.merge(pieces)
                 if part.mapping.padded:
                     merged = _padded(merged, vocabulary_multiple)
-                shape = tuple(merged.shape)
-                yield partial(
-                    writer.write, part.key, merged, (*part.stacks, *shape), (*part.index, *(0 for _ in shape))
-                )
+                shape, start = (*part.stacks, *merged.shape), (*part.index, *[0] * merged.ndim)
+                yield partial(writer.write, part.key, merged, shape, start)
                 progress.advance(sizes[number])
 
         _write_behind(part_after_part())
@@ -84,13 +74,9 @@ def to_megatron(
 def to_hf(
     source: Tensors, reference: HFFolder, output: Path, processes: Processes, dtype: torch.dtype | None = None
 ) -> None:
-    """Write `source` as a Hugging Face folder, with config, generation config and tokenizer of `reference`.
+    """Write `source` as a Hugging Face folder, with `reference`'s configuration and tokenizer files.
 
-    Args:
-        output: a new or empty folder; appears when it is whole.
-        dtype: None keeps each tensor's own.
-
-    Every process calls it, and writes whole shards. Raises FileError or ConfigError.
+    All processes together; see `to_megatron` for the arguments. Raises FileError or ConfigError.
     """
     tensors = {name: (dtype or source.dtype(name), source.shape(name)) for name in source.names()}
     total = sum(size_of(announced) for announced in tensors.values())
@@ -106,9 +92,8 @@ def to_hf(
         def tensor_after_tensor() -> Iterator[Callable[[], object]]:
             for number in mine:
                 names = shards[files[number]]
-                writer = safetensors_file.Writer(
-                    folder / files[number], {name: tensors[name] for name in names}
-                )
+                announced = {name: tensors[name] for name in names}
+                writer = safetensors_file.Writer(folder / files[number], announced)
                 for name in names:
                     yield partial(writer.write, name, _read(source, name, tensors[name][0], progress))
                     progress.advance(size_of(tensors[name]))
@@ -120,9 +105,7 @@ def to_hf(
 
 
 def _write_behind(jobs: Iterable[Callable[[], object]]) -> None:
-    """Run the jobs in order in a thread of their own: one is written while the next is read, both without
-    the GIL.
-    """
+    """Run the jobs in order in a thread: one is written while the next is read, both without the GIL."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         pending = pool.submit(lambda: None)
         for job in jobs:
@@ -132,9 +115,7 @@ def _write_behind(jobs: Iterable[Callable[[], object]]) -> None:
 
 
 def _share(sizes: Sequence[int], processes: Processes) -> list[int]:
-    """The numbers of this process's items, in order: the largest go first, each to the process that has
-    least.
-    """
+    """Return this process's items: the largest are dealt first, each to the process that has least."""
     loads, owners = [0] * processes.world_size, [0] * len(sizes)
     for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
         owners[number] = loads.index(min(loads))
@@ -143,20 +124,18 @@ def _share(sizes: Sequence[int], processes: Processes) -> list[int]:
 
 
 def _check_dtypes(parts: Sequence[CheckpointSlice], dtypes: dict[str, torch.dtype]) -> None:
-    """A Megatron tensor holds many HF tensors, and has one dtype."""
+    """Raise FileError where a Megatron tensor would hold HF tensors of several dtypes."""
     seen: dict[str, tuple[torch.dtype, str]] = {}
     for part in parts:
         for name in part.names:
             dtype, first = seen.setdefault(part.key, (dtypes[name], name))
             if dtypes[name] != dtype:
-                raise FileError(
-                    f"{name} is {dtypes[name]} but {first} is {dtype}, and both belong to {part.key}:"
-                    " choose one by --dtype float32 or bfloat16"
-                )
+                hint = f"both belong to {part.key}: choose one by --dtype float32 or bfloat16"
+                raise FileError(f"{name} is {dtypes[name]} but {first} is {dtype}, and {hint}")
 
 
 def _read(source: Tensors, name: str, dtype: torch.dtype, progress: ByteProgress) -> Tensor:
-    """The tensor in `dtype`. Warns of NaN and infinity."""
+    """Read a tensor as `dtype`; warn of NaN and infinity."""
     tensor = source.tensor(name)
     if not torch.isfinite(tensor.sum()):  # ten times faster than looking at each element
         wrong = tensor.numel() - int(torch.isfinite(tensor).sum())

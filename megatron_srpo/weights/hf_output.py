@@ -1,4 +1,4 @@
-"""The files of a Hugging Face folder: shards of bounded size, index, config.json, tokenizer."""
+"""Plans and writes the files of a Hugging Face folder: shards, index, config.json, tokenizer."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""A safetensors file written tensor by tensor: the header first, so nothing is held in memory.
-
-Reading needs no counterpart: `safetensors.safe_open`.
-"""
+"""Writes a safetensors file tensor by tensor, the header first, so that nothing is held in memory."""
 
 from __future__ import annotations
 
@@ -34,14 +31,10 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Writer:
-    """Writes the file at `path`, which must not exist.
+    """Writes the file at `path`, which must not exist; raises ValueError for a dtype unknown to safetensors.
 
-    tensors: {name: (dtype, shape)} of everything the file will hold; written by falling element size, then in
-    this order, so that each is aligned. Raises ValueError for a dtype that safetensors does not know.
-
-        writer = Writer(path, {"a": (torch.float32, (2, 3))})
-        writer.write("a", tensor)
-        writer.close()
+    tensors: {name: (dtype, shape)} of all it will hold; laid out by falling element size, so that each is
+    aligned, then in this order.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]):
@@ -68,10 +61,10 @@ class Writer:
 
         Raises ValueError for a name, dtype or shape other than announced, FileError when the disk is full.
         """
-        if name not in self._tensors or name in self._written:
-            raise ValueError(
-                f"{self.path}: {name}: {'written twice' if name in self._written else 'was not announced'}"
-            )
+        if name not in self._tensors:
+            raise ValueError(f"{self.path}: {name}: was not announced")
+        if name in self._written:
+            raise ValueError(f"{self.path}: {name}: written twice")
         if (announced := self._tensors[name]) != (given := (tensor.dtype, tuple(tensor.shape))):
             raise ValueError(f"{self.path}: {name}: is {given}, announced as {announced}")
         self._file.write_at(bytes_of(tensor.cpu().contiguous()), self._data_start + self._offsets[name])

@@ -1,11 +1,9 @@
-"""Folders of weights, seen tensor by tensor in Hugging Face names.
+"""Reads folders of weights tensor by tensor, in Hugging Face names.
 
-Megatron's side has the names and global shapes of `GPTModel.sharded_state_dict()` as megatron-core's defaults
-make them, which are Transformer Engine's: layers stacked (`decoder.layers.mlp.linear_fc2.weight` is [layers,
-H, ffn]), experts stacked inside them (`decoder.layers.mlp.experts.experts.linear_fc2.weight` is [layers,
-experts, H, ffn]), the norms that Transformer Engine fuses under the matrix after them, the vocabulary padded.
-megatron-core's local layers ask for the same names, by their `sharded_state_dict_keys_map`, so either kind of
-layers loads one checkpoint, and so do Megatron-LM's models, which are these.
+Megatron checkpoints have the names and global shapes of `GPTModel.sharded_state_dict()` with Transformer
+Engine: layers stacked (`decoder.layers.mlp.linear_fc2.weight` is [layers, H, ffn]), experts inside them
+(`decoder.layers.mlp.experts.experts.linear_fc2.weight` is [layers, experts, H, ffn]), fused norms under the
+matrix after them, the vocabulary padded. Local layers ask for the same names (`sharded_state_dict_keys_map`).
 """
 
 from __future__ import annotations
@@ -30,10 +28,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Tensors(Protocol):
-    """A model's tensors in HF names and shapes, on the CPU, in the dtype they are stored in.
-
-    Reading one may raise FileError, which names file and tensor.
-    """
+    """A model's tensors by HF name, on the CPU, in their stored dtype; reading may raise FileError."""
 
     def names(self) -> list[str]: ...
 
@@ -45,10 +40,7 @@ class Tensors(Protocol):
 
 
 class HFTensors:
-    """The tensors of a Hugging Face folder.
-
-    Raises FileError when one is missing, unexpected, or not of the shape and dtype expected.
-    """
+    """The tensors of a Hugging Face folder; raises FileError for unexpected names, shapes or dtypes."""
 
     def __init__(self, folder: HFFolder):
         self.folder = folder
@@ -58,10 +50,8 @@ class HFTensors:
         for name, file in sorted(folder.file_of.items(), key=lambda item: item[1]):
             kind = self._open(file).get_slice(name).get_dtype()
             if DTYPES.get(kind) not in _FLOATS:
-                raise FileError(
-                    f"{file}: {name} has dtype {kind}; expected one of F32, BF16 and F16 (quantised models"
-                    " cannot be read)"
-                )
+                expected = "expected one of F32, BF16 and F16 (quantised models cannot be read)"
+                raise FileError(f"{file}: {name} has dtype {kind}; {expected}")
             self._dtypes[name] = DTYPES[kind]
 
     def _open(self, file: Path) -> Any:
@@ -89,11 +79,9 @@ class HFTensors:
 
 @dataclass(frozen=True)
 class CheckpointSlice:
-    """Where a parameter lies in a Megatron checkpoint.
+    """The place of a parameter, made of the HF tensors `names`, in a Megatron checkpoint.
 
     Args:
-        mapping: Says how the HF tensors are put together.
-        names: Names of these HF tensors.
         key: Name of the checkpoint's tensor.
         index: Its leading indices: (), (layer,) or (layer, expert).
         stacks: Sizes of these leading dimensions.
@@ -135,10 +123,7 @@ def _fused_name(name: str, dense: bool) -> str:
 
 
 def empty_objects(architecture: Architecture) -> list[str]:
-    """Return the keys of the `_extra_state` objects that megatron-core's layers ask for.
-
-    Local layers and Transformer Engine's ask for them; bf16 models store none.
-    """
+    """Return the keys of the `_extra_state` objects that layers ask for; bf16 models store none."""
     layers, experts = architecture.num_hidden_layers, architecture.num_experts
     attention = ("core_attention", "linear_qkv", "linear_proj", "q_layernorm", "k_layernorm")
     modules = [f"self_attention.{name}" for name in attention]
@@ -151,11 +136,7 @@ def empty_objects(architecture: Architecture) -> list[str]:
 
 
 class MegatronTensors:
-    """The tensors of a torch_dist checkpoint of `architecture`, trained or converted.
-
-    Optimizer states and the like are ignored. Raises FileError when a tensor is missing, unexpected, or has
-    another shape than the architecture implies.
-    """
+    """The model's tensors of a torch_dist checkpoint; raises FileError for unexpected names or shapes."""
 
     def __init__(self, path: Path, architecture: Architecture, prefix: str = ""):
         """prefix: what the keys begin with, where they are not those of Megatron's model."""
@@ -168,7 +149,7 @@ class MegatronTensors:
         self._check()
 
     def _as_stored(self, each: CheckpointSlice) -> CheckpointSlice:
-        """Megatron can keep every layer under a key of its own (`non_homogeneous_layers`)."""
+        """Find the slice where every layer has a key of its own (`non_homogeneous_layers`)."""
         if not each.index or each.key in self.folder.chunks:
             return each
         key = each.key.replace("decoder.layers.", f"decoder.layers.{each.index[0]}.", 1)
@@ -190,10 +171,8 @@ class MegatronTensors:
                 raise FileError(f"{path}: {key} has dtype {dtype}; expected a floating-point one")
         parts = tuple(self.prefix + part for part in ("embedding.", "decoder.", "output_layer."))
         if unexpected := sorted(key for key in held if key.startswith(parts) and key not in expected):
-            raise FileError(
-                f"{path}: unexpected tensor {unexpected[0]} ({len(unexpected)} in all): config.json has no"
-                " place for it"
-            )
+            count = f"({len(unexpected)} in all): config.json has no place for it"
+            raise FileError(f"{path}: unexpected tensor {unexpected[0]} {count}")
 
     def names(self) -> list[str]:
         return list(self._shapes)
@@ -228,20 +207,15 @@ def checkpoint_folder(path: Path) -> Path:
 
 
 def open_tensors(path: Path, reference: HFFolder | None = None) -> Tensors:
-    """Open the HF or Megatron folder at `path`. Raises FileError for a folder that is neither.
-
-    reference: gives the architecture of a Megatron folder without a config.json (converted ones have one).
-    """
+    """Open the HF or Megatron folder at `path`; a Megatron one without config.json needs `reference`."""
     folder = checkpoint_folder(path)
     if not (folder / "metadata.json").exists():
         return HFTensors(HFFolder(path))
     if reference is None:
         reference = architecture_folder(path)
     if reference is None:
-        raise FileError(
-            f"{folder}: has no config.json to tell its architecture; name a Hugging Face folder with"
-            " --hf-reference"
-        )
+        hint = "name a Hugging Face folder with --hf-reference"
+        raise FileError(f"{folder}: has no config.json to tell its architecture; {hint}")
     return MegatronTensors(folder, reference.architecture)
 
 

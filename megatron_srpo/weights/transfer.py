@@ -1,4 +1,4 @@
-"""Weights from a Hugging Face folder into this rank's chunks, and out again as a stream of HF tensors."""
+"""Loads a Hugging Face folder into this rank's chunks, and exports them as a stream of HF tensors."""
 
 from __future__ import annotations
 
@@ -43,13 +43,9 @@ def parameters_of(
 
 
 class ParameterShard(NamedTuple):
-    """A rank's shard of a parameter.
+    """A rank's shard, `index` of `count`, of the parameter whose first HF tensor is `name`.
 
-    Args:
-        name: The first of the HF tensors that the parameter is made of.
-        index: Which of the shards of all tensor-parallel ranks it is.
-        count: How many shards there are.
-        is_primary: False where a lower rank holds the same, and for the last stage's copy of a tied matrix.
+    is_primary: False where a lower rank holds the same, and for the last stage's copy of a tied matrix.
     """
 
     name: str
@@ -92,8 +88,7 @@ def export(chunks: Sequence[torch.nn.Module], architecture: Architecture) -> Ite
     """Yield the whole model as (HF name, full tensor), the same stream on every rank, one tensor at a time.
 
     Every rank must consume it to the end: each tensor is an all-gather over tensor-parallel ranks and
-    broadcasts from the expert-parallel rank and the pipeline stage that own it. Names come in a fixed order
-    that does not depend on the layout.
+    broadcasts from the expert-parallel rank and the pipeline stage that own it. The order is always the same.
     """
     expert_group = parallel_state.get_expert_model_parallel_group()
     pipeline_group = parallel_state.get_pipeline_model_parallel_group()
@@ -102,8 +97,7 @@ def export(chunks: Sequence[torch.nn.Module], architecture: Architecture) -> Ite
         for location, parameter in parameters_of(chunks, architecture)
         if location.mapping.tied_to is None
     }
-    # Of each parameter: a rank of this stage that holds it, or -1; and the rank of the stage that does, among
-    # those that this one communicates with.
+    # Of each parameter: a rank of this stage that holds it, or -1; and the peer in the stage that does.
     me, locations = dist.get_rank(), list(architecture.locations())
     expert_owners = _maximum([me if each.names[0] in own else -1 for each in locations], expert_group)
     stage_owners = _maximum([me if owner >= 0 else -1 for owner in expert_owners], pipeline_group)
@@ -148,11 +142,10 @@ def _full_tensors(mapping: TensorMapping, local: Tensor) -> list[Tensor]:
 
 
 def save_hf(stream: Iterable[tuple[str, Tensor]], folder: HFFolder, output: Path, write: bool) -> None:
-    """Write the stream as an HF folder that `AutoModelForCausalLM` loads, each tensor as it comes.
+    """Write the stream as an HF folder, tensor by tensor, with config and tokenizer of `folder`.
 
-    Every rank consumes the stream, the one with `write` writes. Config and tokenizer are those of `folder`;
-    all tensors have the first one's dtype. The folder appears under its name when it is complete, and
-    replaces one that has that name. Raises FileError when the disk is full.
+    Every rank consumes the stream, the one with `write` writes. All tensors have the first one's dtype. The
+    folder replaces an older one when it is complete. Raises FileError when the disk is full.
     """
     if not write:
         for _ in stream:
@@ -163,13 +156,12 @@ def save_hf(stream: Iterable[tuple[str, Tensor]], folder: HFFolder, output: Path
     tensors = {name: (first[1].dtype, shape) for name, shape in folder.architecture.tensor_shapes().items()}
     shards = plan_shards(tensors, SHARD_BYTES)
     with atomic_directory(output, Processes(rank=0, world_size=1), replace=True) as partial:
-        writers = {
-            file: Writer(partial / file, {name: tensors[name] for name in names})
-            for file, names in shards.items()
-        }
-        writer_of = {name: writers[file] for file, names in shards.items() for name in names}
+        writer_of: dict[str, Writer] = {}
+        for file, names in shards.items():
+            writer = Writer(partial / file, {name: tensors[name] for name in names})
+            writer_of |= dict.fromkeys(names, writer)
         for name, tensor in chain([first], stream):
             writer_of[name].write(name, tensor)
-        for writer in writers.values():
+        for writer in set(writer_of.values()):
             writer.close()
         write_companions(partial, folder, tensors, shards)

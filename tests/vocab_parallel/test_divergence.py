@@ -39,7 +39,7 @@ def reference(z_student, z_teacher, kind):
     return values.detach(), gradient
 
 
-@pairwise(kind=FULL, k=[None, 1, 7, 22, 23], side=["student", "teacher"], scale=[0.3, 2.0, 8.0])
+@pairwise(kind=FULL, k=[None, 1, 22], side=["student", "teacher"], scale=[0.3, 2.0, 8.0])
 def test_value_and_gradient(kind, k, side, scale):
     kind = on(kind, k, side)
     student, teacher = logits(0, scale=scale)
@@ -129,20 +129,22 @@ def test_alpha_is_the_weight_of_the_teacher():
     assert value.item() == pytest.approx(expected)
 
 
-@pairwise(kind=FULL, k=[None, 5])
-def test_gradient_sums_to_zero(kind, k):
+@pytest.mark.parametrize("kind", FULL, ids=str)
+def test_gradient_sums_to_zero(kind):
     """Adding a constant to all logits changes nothing."""
     student, teacher = logits(4)
-    gradient = ours(student, teacher, on(kind, k))[1]
-    assert gradient.sum(1).abs().max() < 1e-14 and gradient.abs().max() > 1e-3
+    for k in (None, 5):
+        gradient = ours(student, teacher, on(kind, k))[1]
+        assert gradient.sum(1).abs().max() < 1e-14 and gradient.abs().max() > 1e-3
 
 
-@pairwise(kind=FULL, k=[None, 5], dtype=[WIDE, torch.float32])
-def test_identical_distributions_have_divergence_and_gradient_zero(kind, k, dtype):
-    tolerance = 1e-15 if dtype == WIDE else 1e-6
-    student = logits(5, scale=4.0, dtype=dtype)[0]
-    value, gradient = ours(student, student.clone(), on(kind, k))
-    assert value.abs().max() <= tolerance and gradient.abs().max() <= tolerance
+@pytest.mark.parametrize("kind", FULL, ids=str)
+def test_identical_distributions_have_divergence_and_gradient_zero(kind):
+    for dtype, tolerance in ((WIDE, 1e-15), (torch.float32, 1e-6)):
+        student = logits(5, scale=4.0, dtype=dtype)[0]
+        for k in (None, 5):
+            value, gradient = ours(student, student.clone(), on(kind, k))
+            assert value.abs().max() <= tolerance and gradient.abs().max() <= tolerance
 
 
 @pairwise(kind=FULL, k=[None, 1, 3], size=[50.0, 300.0, 1e4])

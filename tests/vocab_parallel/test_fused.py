@@ -42,9 +42,7 @@ def test_sampled_divergence(kernel):
     )
 
 
-@pairwise(
-    counts=[(13, 0), (13, 13), (1, 0), (1, 1), (7, 1), (7, 6)], tile_tokens=[1, 3, None], kernel=KERNELS
-)
+@pairwise(counts=[(13, 0), (13, 13), (1, 1), (7, 6)], tile_tokens=[1, 3, None], kernel=KERNELS)
 def test_tiles_and_numbers_of_distilled_tokens(counts, tile_tokens, kernel):
     case = FusedCase(*counts)
     assert_close(case.fused(tile_tokens=tile_tokens, kernel=kernel), case.exact(), 1e-11)
@@ -99,17 +97,7 @@ def test_vocabulary_without_padding():
 )
 @settings(deadline=None, max_examples=60)
 def test_any_shape(
-    kernel,
-    seed,
-    tokens,
-    distilled,
-    vocab_size,
-    padding,
-    tile_tokens,
-    divergence,
-    support,
-    temperature,
-    scale,
+    kernel, seed, tokens, distilled, vocab_size, padding, tile_tokens, divergence, support, temperature, scale
 ):
     divergence = SAMPLED if support == "sampled" else divergence._replace(support=support, top_k=6)
     distilled, padded = min(tokens, distilled), vocab_size + padding
@@ -184,7 +172,7 @@ def test_inputs_are_not_changed(kernel):
     assert all(torch.equal(x, y) for x, y in zip(before, inputs, strict=True))
 
 
-@pairwise(divergence=SORTS, dtype=[WIDE, torch.float32, torch.bfloat16], kernel=KERNELS)
+@pairwise(divergence=SORTS, dtype=[torch.float32, torch.bfloat16], kernel=KERNELS)
 def test_student_equal_to_teacher_has_loss_and_gradient_zero(divergence, dtype, kernel):
     """Exactly zero, not zero within rounding."""
     case = FusedCase(9, 9, dtype=dtype)

@@ -24,7 +24,7 @@ SUPPORTS = [
     ("teacher_topk", 6),
     ("teacher_topk", 28),
 ]
-DIVERGENCES = [FULL[0], FULL[1], FULL[3], FULL[4]]
+DIVERGENCES = [FULL[1], FULL[3], FULL[4]]
 # padded width, divergence, support, kernel, distilled tokens
 CASES = [
     *combinations(PADDED_WIDTHS, DIVERGENCES, SUPPORTS, KERNELS, [5]),

@@ -1,7 +1,7 @@
-"""Model families, one module each, found by looking into this folder.
+"""Model families, one module each in this folder.
 
-A family says which config.json it reads, the TransformerConfig that follows, and the HF tensors of each
-Megatron parameter. Hugging Face tensor names appear nowhere else.
+A family gives its model_type, the TransformerConfig, and the HF tensors of each Megatron parameter. Hugging
+Face tensor names appear nowhere else.
 """
 
 from __future__ import annotations

@@ -39,27 +39,22 @@ class Decoder(Architecture):
         tied_to = _EMBEDDING if self.tie_word_embeddings else None
         yield TensorMapping("embedding.word_embeddings.weight", {_EMBEDDING: matrix}, dim=0, padded=True)
         yield TensorMapping("decoder.final_layernorm.weight", {"model.norm.weight": (hidden,)})
-        yield TensorMapping(
-            "output_layer.weight", {"lm_head.weight": matrix}, dim=0, padded=True, tied_to=tied_to
-        )
+        head = {"lm_head.weight": matrix}
+        yield TensorMapping("output_layer.weight", head, dim=0, padded=True, tied_to=tied_to)
         yield TensorMapping("input_layernorm.weight", {LAYER + "input_layernorm.weight": (hidden,)})
-        yield TensorMapping(
-            "pre_mlp_layernorm.weight", {LAYER + "post_attention_layernorm.weight": (hidden,)}
-        )
+        mlp_norm = {LAYER + "post_attention_layernorm.weight": (hidden,)}
+        yield TensorMapping("pre_mlp_layernorm.weight", mlp_norm)
         yield from self.attention()
         yield from self.feed_forward()
 
     def attention(self) -> Iterator[TensorMapping]:
         hidden, head, prefix = self.hidden_size, self.head_dim, LAYER + "self_attn."
-        rows = {
-            "q_proj": self.num_attention_heads * head,
-            "k_proj": self.num_key_value_heads * head,
-            "v_proj": self.num_key_value_heads * head,
-        }
+        queries, keys = self.num_attention_heads * head, self.num_key_value_heads * head
+        rows = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
         groups = QueryGroups(self.num_attention_heads // self.num_key_value_heads, head)
         weights = {f"{prefix}{name}.weight": (size, hidden) for name, size in rows.items()}
         yield TensorMapping("self_attention.linear_qkv.weight", weights, dim=0, fusion=groups)
-        output = {prefix + "o_proj.weight": (hidden, rows["q_proj"])}
+        output = {prefix + "o_proj.weight": (hidden, queries)}
         yield TensorMapping("self_attention.linear_proj.weight", output, dim=1)
         if self.qk_norm:
             yield TensorMapping("self_attention.q_layernorm.weight", {prefix + "q_norm.weight": (head,)})

@@ -20,7 +20,5 @@ class Mistral(Decoder, model_type="mistral"):
         window, positions = config.get("sliding_window", _WINDOW), config.get("max_position_embeddings")
         if window is None or (isinstance(window, int) and isinstance(positions, int) and window >= positions):
             return
-        raise UnsupportedModel(
-            f"sliding_window is {window!r}, max_position_embeddings {positions!r}; only a window that"
-            " reaches over all positions, or null, is supported"
-        )
+        only = "only a window over all positions, or null, is supported"
+        raise UnsupportedModel(f"sliding_window is {window!r}, max_position_embeddings {positions!r}; {only}")

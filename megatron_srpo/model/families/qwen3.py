@@ -9,9 +9,7 @@ from megatron_srpo.model.families.llama import Decoder
 
 class Qwen3(Decoder, model_type="qwen3"):
     qk_norm = True
-    only: ClassVar[dict[str, Any]] = {
-        "hidden_act": "silu",
-        "use_sliding_window": False,
-        "attention_bias": False,
-    }
+    only: ClassVar[dict[str, Any]] = {"hidden_act": "silu"} | dict.fromkeys(
+        ("use_sliding_window", "attention_bias"), False
+    )
     defaults: ClassVar[dict[str, Any]] = Decoder.defaults | {"head_dim": 128}

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from megatron_srpo.vocab_parallel.divergence import Divergence
-from megatron_srpo.vocab_parallel.kernels.base import Kernel
 from megatron_srpo.vocab_parallel.kernels.cpu_ops import CpuTileOps
 from megatron_srpo.vocab_parallel.kernels.exact import ExactKernel
 from megatron_srpo.vocab_parallel.kernels.reference import ReferenceKernel
@@ -34,7 +33,7 @@ def _fastest(device: torch.device, dtype: torch.dtype) -> KernelName:
 
 def create_kernel(
     name: KernelName | None, tile_tokens: int, shard: VocabShard, divergence: Divergence, like: Tensor
-) -> Kernel:
+) -> ReferenceKernel | ExactKernel:
     """Create the kernel of this name, or the fastest one for inputs of `like`'s dtype and device."""
     name = name or _fastest(like.device, like.dtype)
     if name == "reference":
@@ -44,7 +43,6 @@ def create_kernel(
     else:
         from megatron_srpo.vocab_parallel.kernels.triton_ops import TritonTileOps
 
-        ops = TritonTileOps(tile_tokens, shard.width, like.dtype, divergence, like.device)
-    if divergence.has_tail(shard.vocab_size):
-        return TopKKernel(ops, shard, divergence)
-    return ExactKernel(ops, shard, divergence)
+        ops = TritonTileOps(tile_tokens, shard.width, divergence, like)
+    kernel = TopKKernel if divergence.has_tail(shard.vocab_size) else ExactKernel
+    return kernel(ops, shard, divergence)

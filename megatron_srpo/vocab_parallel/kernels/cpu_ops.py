@@ -18,10 +18,7 @@ _BLOCK_ELEMENTS = 1 << 17  # handled together: several short rows, or one long o
 
 
 class CpuTileOps:
-    """`TileOps` for fp32 and float64 tiles.
-
-    Extra memory: three rows (or as many short ones as make `_BLOCK_ELEMENTS`).
-    """
+    """`TileOps` for fp32 and float64 tiles, with three rows (or blocks of short ones) of scratch memory."""
 
     gradient_is_separate = False
 
@@ -35,7 +32,7 @@ class CpuTileOps:
             yield slice(start, min(start + self.block_rows, count))
 
     def row_sums(self, tiles: list[Tensor], sums: Tensor) -> None:
-        """See `TileOps`. Leaves z - m in the tiles, m the maximum of this rank's columns."""
+        """Leave z - m in the tiles, m the maximum of this rank's columns."""
         self.tiles, self.local_maximum, self.distilled = tiles, sums[0], False
         sums[0] = FLOOR
         if not tiles[0].shape[1]:
@@ -50,7 +47,7 @@ class CpuTileOps:
                     torch.sum(exponential.mul_(block), 1, out=sums[2, 0, rows])
 
     def divergence_sums(self, tiles: list[Tensor], maximum: Tensor, total: Tensor) -> Tensor:
-        """See `TileOps`. Leaves p·f in the student's tile and p in the teacher's."""
+        """Leave p·f in the student's tile and p in the teacher's."""
         self.distilled = True
         scale, shift = self._normalizers(maximum, total)
         sums = tiles[0].new_zeros(2, len(tiles[0]))
@@ -82,7 +79,6 @@ class CpuTileOps:
         return ((-above).exp() / total)[..., None], (above + total.log())[..., None]
 
     def gradient(self, terms: GradTerms, maximum: Tensor, total: Tensor) -> Tensor:
-        """See `TileOps`. Overwrites the student's tile."""
         gradient = self.tiles[0]
         p_scale = terms.p_scale[:, None]
         pf_scale = None if terms.pf_scale is None else terms.pf_scale[:, None]

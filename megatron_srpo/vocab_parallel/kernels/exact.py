@@ -24,7 +24,10 @@ from megatron_srpo.vocab_parallel.shard import VocabShard, gather, local_columns
 
 
 class ExactKernel:
-    """`Kernel` on the full support or on the sampled token."""
+    """A kernel on the full support or on the sampled token.
+
+    gradient_is_separate: the gradient stays valid while the next tile's logits are written.
+    """
 
     def __init__(self, ops: TileOps, shard: VocabShard, divergence: Divergence):
         self.ops, self.shard, self.divergence = ops, shard, divergence
@@ -33,6 +36,11 @@ class ExactKernel:
     def statistics(
         self, tiles: list[Tensor], targets: Tensor | None, while_waiting: Callable[[], None]
     ) -> Statistics:
+        """Compute the statistics of one tile.
+
+        tiles: [n, width] logits of the student and, to distil, the teacher; overwritten. targets: [n] ids;
+        without them the log-probs are zeros. while_waiting: called once during each collective.
+        """
         local = tiles[0].new_zeros(4, len(tiles), len(tiles[0]))
         self._target_logits(tiles, targets, local[3])
         self.ops.row_sums(tiles, local[:3])
@@ -74,6 +82,7 @@ class ExactKernel:
         return teacher_sum
 
     def logits_grad(self, grads: StatisticsGrad) -> Tensor:
+        """Return the [n, width] gradient of the last tile's student logits; valid until the next one."""
         target_grad, entropy_grad, divergence_grad = grads
         if target_grad is None:
             target_grad = torch.zeros_like(self.entropy)

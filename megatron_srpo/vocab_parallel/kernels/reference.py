@@ -15,10 +15,7 @@ from megatron_srpo.vocab_parallel.shard import VocabShard, all_reduce, local_col
 
 
 class ReferenceKernel:
-    """`Kernel` that holds log p, log q and dD/dz of the last tile and some temporaries of its size.
-
-    All-reduces a tile: two, and those of the divergence (see `divergence_on_tile`).
-    """
+    """A kernel that holds log p, log q and dD/dz of the last tile; two all-reduces and the divergence's."""
 
     gradient_is_separate = True
 
@@ -34,9 +31,8 @@ class ReferenceKernel:
             divergence = logprobs[0] - logprobs[1]
             self.divergence_grad = divergence[:, None] * self._logprob_grad(torch.ones_like(divergence))
         elif len(tiles) == 2:
-            divergence, self.divergence_grad = divergence_on_tile(
-                logps[0], logps[1], self.divergence, self.shard
-            )
+            on_tile = divergence_on_tile(logps[0], logps[1], self.divergence, self.shard)
+            divergence, self.divergence_grad = on_tile
         return Statistics(logprobs[0], self.entropy, divergence)
 
     def logits_grad(self, grads: StatisticsGrad) -> Tensor:

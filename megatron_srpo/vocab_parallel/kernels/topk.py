@@ -23,7 +23,7 @@ from megatron_srpo.vocab_parallel.shard import all_reduce, gather, local_columns
 
 
 class TopKKernel(ExactKernel):
-    """`Kernel` on the top K and tail; tokens without a teacher are computed as by `ExactKernel`.
+    """A kernel on the top K and tail; tokens without a teacher are computed as by `ExactKernel`.
 
     Collectives a distilled tile: all-gathers of the ranks' top ids and logits [n, K] and of [4, 2, n], an
     all-reduce of [2, n, K]. Memory: the tiles and [n, K].

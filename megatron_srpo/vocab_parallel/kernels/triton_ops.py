@@ -6,7 +6,8 @@ storing them. With TRITON_INTERPRET=1 they run on a CPU; so the tests run them w
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,38 +23,30 @@ _BLOCK, _WARPS = 4096, 8
 
 
 class TritonTileOps:
-    """`TileOps` for fp32 tiles.
-
-    Extra memory: the gradient, [tile_tokens, width] in the dtype its products are computed in.
-    """
+    """`TileOps` for fp32 tiles; holds a gradient [tile_tokens, width] in the dtype and device of `like`."""
 
     gradient_is_separate = True
 
-    def __init__(
-        self, tile_tokens: int, width: int, dtype: torch.dtype, divergence: Divergence, device: torch.device
-    ):
+    def __init__(self, tile_tokens: int, width: int, divergence: Divergence, like: Tensor):
         self.divergence = divergence
-        self.gradient_buffer = torch.empty(tile_tokens, width, dtype=dtype, device=device)
+        self.gradient_buffer = like.new_empty(tile_tokens, width)
 
     def row_sums(self, tiles: list[Tensor], sums: Tensor) -> None:
         self.tiles = tiles
         for index, tile in enumerate(tiles):
-            rows = sums[:, index]
-            _row_sums[(len(tile),)](  # pyright: ignore[reportIndexIssue]
-                tile, rows, rows.stride(0), tile.shape[1], tile.stride(0), WEIGHTED=index == 0, **_LAUNCH
-            )
+            rows, constants = sums[:, index], _LAUNCH | {"WEIGHTED": index == 0}
+            sizes = (rows.stride(0), tile.shape[1], tile.stride(0))
+            _row_sums[(len(tile),)](tile, rows, *sizes, **constants)  # pyright: ignore[reportIndexIssue]
 
     def divergence_sums(self, tiles: list[Tensor], maximum: Tensor, total: Tensor) -> Tensor:
         student, teacher = tiles
         sums = student.new_empty(2, len(student))
-        sizes = (len(student), student.shape[1], student.stride(0))
-        _divergence_sums[(len(student),)](  # pyright: ignore[reportIndexIssue]
-            student, teacher, maximum, total, sums, *sizes, **self._constants()
-        )
+        sizes, constants = (len(student), student.shape[1], student.stride(0)), self._constants()
+        arguments = (student, teacher, maximum, total, sums, *sizes)
+        _divergence_sums[(len(student),)](*arguments, **constants)  # pyright: ignore[reportIndexIssue]
         return sums
 
     def gradient(self, terms: GradTerms, maximum: Tensor, total: Tensor) -> Tensor:
-        """See `TileOps`. Returns a buffer of its own."""
         student, teacher = self.tiles[0], self.tiles[-1]
         gradient = self.gradient_buffer[: len(student)]
         columns, target_grad, p_scale, pf_scale, plogp_scale = terms
@@ -65,17 +58,16 @@ class TritonTileOps:
         vectors = (maximum, total, pf_scale, p_scale, plogp_scale, columns, target_grad)
         sizes = (len(student), student.shape[1], student.stride(0), gradient.stride(0))
         grid = (len(student), triton.cdiv(max(student.shape[1], 1), _BLOCK))
-        _gradient[grid](  # pyright: ignore[reportIndexIssue]
-            student, teacher, gradient, *vectors, *sizes, **constants
-        )
+        arguments = (student, teacher, gradient, *vectors, *sizes)
+        _gradient[grid](*arguments, **constants)  # pyright: ignore[reportIndexIssue]
         return gradient
 
-    def _constants(self) -> dict[str, int | float]:
+    def _constants(self) -> dict[str, Any]:
         divergence = _DIVERGENCES[self.divergence.name]
         return {"ALPHA": self.divergence.alpha, "DIVERGENCE": divergence, **_LAUNCH}
 
 
-_LAUNCH = {"BLOCK": _BLOCK, "num_warps": _WARPS}
+_LAUNCH: dict[str, Any] = {"BLOCK": _BLOCK, "num_warps": _WARPS}
 
 
 @triton.jit
