@@ -11,22 +11,15 @@ from megatron_srpo.algorithm.settings import Algorithm
 
 
 class TokenTerms(NamedTuple):
-    """The objective's inputs for T policy tokens, each [T].
-
-    Attributes:
-        policy_weight, distillation_weight: z^GRPO, and z^SDPO · w, divided by the loss's denominator.
-        engine_logprob: log π_roll.
-        old_logprob: log π_old; None if the policy has not changed since sampling (one optimizer step).
-    """
+    """The objective's inputs for T policy tokens, each [T]; weights are divided by the loss's denominator."""
 
     advantage: Tensor
-    policy_weight: Tensor
-    distillation_weight: Tensor
-    engine_logprob: Tensor
-    old_logprob: Tensor | None
+    policy_weight: Tensor  # z^GRPO
+    distillation_weight: Tensor  # z^SDPO · w
+    engine_logprob: Tensor  # log π_roll
+    old_logprob: Tensor | None  # log π_old; None if the policy has not changed since sampling
 
     def rows(self, rows: slice | Tensor) -> TokenTerms:
-        """Return the terms of some of the tokens."""
         old = None if self.old_logprob is None else self.old_logprob[rows]
         return TokenTerms(*(field[rows] for field in self[:4]), old_logprob=old)
 
@@ -57,8 +50,6 @@ def routed_objective(
     logprob: Tensor, divergence: Tensor | None, terms: TokenTerms, algorithm: Algorithm
 ) -> Tensor:
     """Return Σ_t policy_weight · ρ · ℓ^GRPO + distillation_weight · ρ · min(sg[π_θ/π_old], cap) · ℓ^SDPO.
-
-    Without a cap, ρ and sg[π_θ/π_old] are 1.
 
     Args:
         logprob: [T] log π_θ(y_t) of the sampled tokens, with gradient.

@@ -1,7 +1,6 @@
 """The teacher's prompt: the original question with a correct sibling's solution (docs/method.md, section 2).
 
-The teacher re-scores the student's own response ids after this prompt; it never generates. When the prompt is
-too long the demonstration is shortened, never the chat header or the final sentence.
+The teacher re-scores the student's own response ids after this prompt; it never generates.
 """
 
 from __future__ import annotations
@@ -28,15 +27,10 @@ NOTHING_SHOWN = TeacherPrompt(None, False, False)
 
 
 def clean_demonstration(text: str) -> str:
-    """Return a sibling's decoded response without its thinking.
-
-    Removes every `<think>…</think>`; text up to a lone `</think>` is thinking too (the chat template may have
-    opened the block in the prompt), and so is text after a lone `<think>` (the response was cut inside it).
-    """
+    """Return a sibling's decoded response without its thinking, nor what precedes or follows a lone tag."""
     text = _THINK.sub("", text)
-    text = text.rsplit("</think>", 1)[-1]
-    text = text.split("<think>", 1)[0]
-    return text.strip()
+    text = text.rsplit("</think>", 1)[-1]  # the chat template may have opened the block in the prompt
+    return text.split("<think>", 1)[0].strip()  # the response may have been cut inside it
 
 
 def teacher_messages(
@@ -44,16 +38,13 @@ def teacher_messages(
 ) -> list[Message]:
     """Return the system messages, and one user message: question, solution, feedback, final sentence.
 
-    An empty demonstration leaves the solution out: the feedback alone teaches. ValueError if the prompt
-    does not end with a user message or has assistant turns.
+    Raises:
+        ValueError: the prompt does not end with a user message or has assistant turns.
     """
     *system, user = messages
-    if user["role"] != "user" or any(message["role"] != "system" for message in system):
-        roles = [message["role"] for message in messages]
-        raise ValueError(
-            "a prompt must be system messages and one final user message to be shown to the teacher, not"
-            f" {roles}"
-        )
+    roles = [message["role"] for message in messages]
+    if roles != ["system"] * len(system) + ["user"]:
+        raise ValueError(f"a teacher needs system messages and one final user message, not {roles}")
     content = f"{user['content']}\n"
     if demonstration.strip():
         content += f"Correct solution:\n\n{demonstration}\n\n"
@@ -69,10 +60,9 @@ def build_teacher_prompt(
     max_tokens: int,
     feedback: str | None = None,
 ) -> TeacherPrompt:
-    """Return the longest teacher prompt of at most `max_tokens` tokens.
+    """Return the longest teacher prompt of at most `max_tokens` tokens; only the demonstration is cut.
 
-    `encode` renders chat messages to ids with the generation header. A demonstration that does not fit is cut
-    to its longest prefix that fits, found by bisection over characters; to nothing if only the feedback fits.
+    `encode` renders chat messages to ids with the generation header.
     """
 
     def ids_for(characters: int) -> list[int]:

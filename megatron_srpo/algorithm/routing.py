@@ -7,23 +7,13 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from megatron_srpo.algorithm.reprompt import (
-    NOTHING_SHOWN,
-    TeacherPrompt,
-    build_teacher_prompt,
-    clean_demonstration,
-)
+from megatron_srpo.algorithm import reprompt
+from megatron_srpo.algorithm.reprompt import NOTHING_SHOWN, TeacherPrompt
 from megatron_srpo.algorithm.settings import Algorithm
 from megatron_srpo.data.records import Group, Route, Sample
 
 Encode = Callable[[list[dict[str, str]]], list[int]]
 Feedback = Literal["off", "without_solution", "always"]
-_BRANCHES: dict[tuple[bool, bool], Literal["grpo", "sdpo", "mixed", "none"]] = {  # (GRPO, SDPO)
-    (True, False): "grpo",
-    (False, True): "sdpo",
-    (True, True): "mixed",
-    (False, False): "none",
-}
 ShowTeacher = Callable[[Sample, Sample | None], TeacherPrompt]
 
 
@@ -50,9 +40,8 @@ def has_signal(group: Group, algorithm: Algorithm, feedback: Feedback = "off") -
     right = sum(verdict.correct for verdict in verdicts)
     for verdict in verdicts:
         has_feedback = feedback != "off" and not verdict.correct and bool(verdict.feedback)
-        policy_weight, distillation_weight = algorithm.branch_weights(
-            verdict.correct, right > verdict.correct or has_feedback
-        )
+        has_teacher = right > verdict.correct or has_feedback
+        policy_weight, distillation_weight = algorithm.branch_weights(verdict.correct, has_teacher)
         if distillation_weight > 0 or differ and policy_weight > 0:
             return True
     return False
@@ -72,18 +61,16 @@ def route_groups(
 
     Args:
         encode: Renders chat messages to ids (see `build_teacher_prompt`).
-        seed: Names run and step; with prompt id and sample index it decides which sibling is shown, so that a
-            replay routes exactly alike.
-        feedback: Whether a failed sample's environment feedback is shown to its teacher: never, where there
-            is no solution to show, or always.
+        seed: Names run and step, and so decides which sibling is shown: a replay routes exactly alike.
+        feedback: When a teacher sees a failed sample's feedback; `without_solution`: if no sibling is right.
     """
 
     def teacher_prompt(sample: Sample, sibling: Sample | None) -> TeacherPrompt:
-        demonstration = clean_demonstration(sibling.text) if sibling else ""
+        demonstration = reprompt.clean_demonstration(sibling.text) if sibling else ""
         shows_feedback = feedback == "always" or (feedback == "without_solution" and not demonstration)
         shown = sample.judged.feedback if shows_feedback and not sample.judged.correct else None
         messages, limit = sample.prompt.messages, max_teacher_prompt_tokens
-        return build_teacher_prompt(messages, demonstration, encode, limit, shown)
+        return reprompt.build_teacher_prompt(messages, demonstration, encode, limit, shown)
 
     return [_route_group(group, algorithm, teacher_prompt, seed) for group in groups]
 
@@ -119,12 +106,14 @@ def _route(
             missing = None
         elif sibling is not None:
             missing = "nothing_to_show"
-    policy_weight, distillation_weight = algorithm.branch_weights(
-        sample.judged.correct, shown.ids is not None
-    )
+    has_teacher = shown.ids is not None
+    policy_weight, distillation_weight = algorithm.branch_weights(sample.judged.correct, has_teacher)
     distilled = distillation_weight > 0
+    branch = "grpo" if policy_weight > 0 else "none"
+    if distilled:
+        branch = "mixed" if policy_weight > 0 else "sdpo"
     return Route(
-        branch=_BRANCHES[policy_weight > 0, distilled],
+        branch=branch,
         policy_weight=policy_weight,
         distillation_weight=distillation_weight,
         advantage=advantage,

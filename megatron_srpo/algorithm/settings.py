@@ -11,58 +11,40 @@ class Algorithm(BaseModel):
     """Settings of a training method. A subclass sets its paper's defaults and says which loss a sample gets.
 
     A field declared again in a subclass loses the limits set here: repeat them in its type (PositiveFloat).
-
-    Attributes:
-        registered: All methods by name; a subclass with a Literal `name` adds itself.
-        uses_teacher: Whether the method distils at all.
-        expected_distilled_share: Share of response tokens that `srpo plan` takes as distilled.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-    registered: ClassVar[dict[str, type[Algorithm]]] = {}
+    registered: ClassVar[dict[str, type[Algorithm]]] = {}  # subclasses with a Literal `name`
     uses_teacher: ClassVar[bool] = True
-    expected_distilled_share: ClassVar[float] = 1.0
+    expected_distilled_share: ClassVar[float] = 1.0  # of the response tokens, for `srpo plan`
 
     name: str
     lr: float = Field(gt=0, description="the paper's learning rate, used when optimizer.lr is not given")
-    mini_batch_prompts: int | None = Field(
-        default=None, gt=0, description="prompts per optimizer step; null: the whole batch at once"
-    )
+    mini_batch_prompts: int | None = Field(None, gt=0, description="prompts per optimizer step; null: all")
 
-    advantage_std: bool = Field(
-        default=False, description="divide the advantage by the group's standard deviation (ddof 1, eps 1e-6)"
-    )
-    clip_low: float = Field(
-        default=0.2, ge=0, lt=1, description="the ratio is clipped to [1 - clip_low, 1 + clip_high]"
-    )
-    clip_high: float = Field(default=0.28, ge=0)
-    dual_clip: float | None = Field(
-        default=3.0, gt=1, description="c: the loss of a negative advantage is at most -c·A; null: no bound"
-    )
+    advantage_std: bool = Field(False, description="divide advantages by the group's std (ddof 1, eps 1e-6)")
+    clip_low: float = Field(0.2, ge=0, lt=1, description="ratio clipped to [1 - clip_low, 1 + clip_high]")
+    clip_high: float = Field(0.28, ge=0)
+    dual_clip: float | None = Field(3.0, gt=1, description="c: the loss of A < 0 is at most -c·A; null: off")
     importance_cap: float | None = Field(
-        default=2.0,
-        gt=0,
-        description="cap of π_old/π_roll (TIS) and of π_θ/π_old in the distillation; null: no correction",
+        2.0, gt=0, description="cap of π_old/π_roll (TIS) and of π_θ/π_old in the distillation; null: off"
     )
     loss_aggregation: Literal["token_mean", "seq_mean"] = Field(
-        default="token_mean",
-        description="one denominator for all tokens; seq_mean averages per-sequence means, as the SDPO code",
+        "token_mean", description="one denominator for all tokens; seq_mean averages per-sequence means"
     )
 
     divergence: Literal["jsd", "forward", "reverse"] = Field(
-        default="jsd", description="student p, teacher q: jsd(α), KL(q‖p), KL(p‖q)"
+        "jsd", description="student p, teacher q: jsd(α), KL(q‖p), KL(p‖q)"
     )
-    divergence_alpha: float = Field(default=0.5, gt=0, lt=1, description="α of jsd: m = (1-α)p + αq")
+    divergence_alpha: float = Field(0.5, gt=0, lt=1, description="α of jsd: m = (1-α)p + αq")
     divergence_support: Literal["full", "student_topk", "teacher_topk", "sampled"] = Field(
         default="full",
         description="full: exact; student_topk, teacher_topk: the likeliest K ids of one side and one tail"
         " bucket; sampled: the response's own token (divergence: reverse)",
     )
-    divergence_topk: int = Field(default=100, gt=0, description="K of student_topk and teacher_topk")
-    entropy_beta: float = Field(default=0.0, ge=0, description="β of w = exp(-β H) / mean; 0: no weighting")
-    entropy_weight_cap: float | None = Field(
-        default=None, gt=0, description="optional upper bound of w, applied after normalisation"
-    )
+    divergence_topk: int = Field(100, gt=0, description="K of student_topk and teacher_topk")
+    entropy_beta: float = Field(0.0, ge=0, description="β of w = exp(-β H) / mean; 0: no weighting")
+    entropy_weight_cap: float | None = Field(None, gt=0, description="upper bound of normalised w, optional")
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -74,10 +56,8 @@ class Algorithm(BaseModel):
     @model_validator(mode="after")
     def _sampled_support_needs_reverse_kl(self):
         if self.divergence_support == "sampled" and self.divergence != "reverse":
-            raise ValueError(
-                "algorithm.divergence_support: sampled tokens estimate the reverse KL only, not"
-                f" {self.divergence}; set algorithm.divergence: reverse"
-            )
+            problem = f"sampled tokens estimate the reverse KL only, not {self.divergence}"
+            raise ValueError(f"algorithm.divergence_support: {problem}; set algorithm.divergence: reverse")
         return self
 
     def branch_weights(self, correct: bool, has_teacher: bool) -> tuple[float, float]:

@@ -1,3 +1,1 @@
-"""What a run needs to go on exactly: saved while training goes on, found again, checked and restored on any
-layout.
-"""
+"""Saving a run's exact state during training; finding, checking and restoring it on any layout."""

@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: which are valid, which is the newest, which may be removed.
+"""The folder of a run's checkpoints: valid ones, the newest one, and those that may be removed.
 
     RUN/checkpoints/step_000010/__0_0.distcp …   each rank's tensors, in megatron-core's format torch_dist
                                 .metadata, common.pt, metadata.json   the same format's
@@ -6,8 +6,7 @@
                                                  size and checksum
                     latest                       the newest one's name
 
-A checkpoint is written in `.step_000010.…`, synced, and renamed when it is complete: what is called `step_…`
-is complete, and its checksums tell whether the disk has damaged it.
+A checkpoint is written in `.step_000010.…`, synced, and renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from megatron_srpo.config.schema import Config
 from megatron_srpo.distributed.device import model_dtype
@@ -35,32 +34,22 @@ _PACKAGES = ("megatron-core", "megatron_srpo", "safetensors", "torch", "transfor
 _NAME = re.compile(r"step_(\d{6,})")
 
 
-class SavedFile(BaseModel):
-    """Size and CRC-32 of one file of a checkpoint."""
-
-    model_config = ConfigDict(extra="forbid")
-
+class SavedFile(BaseModel, extra="forbid"):
     bytes: int
     crc32: int
 
 
-class RunInfo(BaseModel):
-    """What manifest.json says of the run; it is the same in all checkpoints of a process.
-
-    dtype: the model's, without "torch.". versions: of the packages a run depends on.
-    """
-
-    model_config = ConfigDict(extra="forbid")
+class RunInfo(BaseModel, extra="forbid"):
+    """The part of manifest.json that is the same in all checkpoints of a process."""
 
     architecture: dict[str, Any]
-    dtype: str
+    dtype: str  # the model's, without "torch."
     config: dict[str, Any]
-    versions: dict[str, str]
+    versions: dict[str, str]  # of the packages a run depends on
     world_size: int
 
     @classmethod
     def of(cls, config: Config, architecture: Architecture, layout: Layout) -> RunInfo:
-        """Describe the run of this process."""
         return cls(
             architecture=dataclasses.asdict(architecture),
             dtype=str(model_dtype(config.model)).removeprefix("torch."),
@@ -71,27 +60,20 @@ class RunInfo(BaseModel):
 
 
 class Counters(NamedTuple):
-    """What a checkpoint holds besides the trainer's state.
+    """State of a run besides the trainer's."""
 
-    skipped_in_a_row: updates skipped since the last finite one.
-    next_prompt: position in the training prompts.
-    """
-
-    skipped_in_a_row: int = 0
-    next_prompt: int = 0
+    skipped_in_a_row: int = 0  # updates since the last finite one
+    next_prompt: int = 0  # position in the training prompts
 
 
 class Manifest(RunInfo):
-    """manifest.json.
-
-    state: the trainer's scalars and `Counters`. evaluation: the row of metrics.jsonl of one at this step.
-    """
+    """Content of manifest.json."""
 
     format: int
     step: int
     session: str
-    state: dict[str, int]
-    evaluation: dict[str, Any] | None
+    state: dict[str, int]  # the trainer's scalars and `Counters`
+    evaluation: dict[str, Any] | None  # the row of metrics.jsonl of one at this step
     files: dict[str, SavedFile]
 
     @property
@@ -109,18 +91,18 @@ def package_versions() -> dict[str, str]:
 
 
 def folder_of(directory: Path, step: int) -> Path:
-    """Where the checkpoint of `step` is kept in a run's `directory`/checkpoints."""
+    """Return the path of the checkpoint of `step` in a run's folder of checkpoints, `directory`."""
     return directory / f"step_{step:06d}"
 
 
 def steps(directory: Path) -> list[int]:
-    """Steps with a checkpoint, the newest first. `directory` need not exist."""
+    """List the steps with a checkpoint, the newest first. `directory` need not exist."""
     names = [_NAME.fullmatch(entry.name) for entry in directory.iterdir()] if directory.is_dir() else []
     return sorted((int(match[1]) for match in names if match), reverse=True)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of the checkpoint in `folder`. Raises DamagedCheckpoint."""
+    """Read the manifest of the checkpoint in `folder`. Raises DamagedCheckpoint."""
     file = folder / "manifest.json"
     try:
         manifest = Manifest.model_validate_json(file.read_bytes())
@@ -129,16 +111,14 @@ def read_manifest(folder: Path) -> Manifest:
     except ValidationError as error:
         raise DamagedCheckpoint(f"{file}: is damaged: {error.errors()[0]['msg']}") from None
     if manifest.format != FORMAT:
-        raise DamagedCheckpoint(
-            f"{file}: has format {manifest.format}, and this version reads format {FORMAT}; resume the run"
-            " with the version of megatron_srpo that saved it (named in that file), or start a new run from"
-            " the Hugging Face folder that that version's convert_megatron_to_hf.py makes of it"
-        )
+        found = f"{file}: has format {manifest.format}, and this version reads format {FORMAT}"
+        advice = "resume with the version that saved it, which that file names, or start a new run from the"
+        advice += " Hugging Face folder that its convert_megatron_to_hf.py makes"
+        raise DamagedCheckpoint(f"{found}; {advice}")
     return manifest
 
 
 def describe(file: Path) -> SavedFile:
-    """Read a file to its end. Raises OSError."""
     size, crc32 = 0, 0
     with file.open("rb") as content:
         while block := content.read(_READ_BYTES):
@@ -161,19 +141,17 @@ def check_files(folder: Path, manifest: Manifest, share: slice = slice(None)) ->
 
 
 def commit(partial: Path, manifest: Manifest, directory: Path) -> Path:
-    """Give the checkpoint written in `partial` its name, and point `latest` at it. Later steps have been
-    taken back: their checkpoints, damaged ones that were passed over, go, or they would count as the newest.
-    """
+    """Give the checkpoint written in `partial` its name, point `latest` at it, discard later ones."""
     write_text(partial / "manifest.json", manifest.model_dump_json(indent=1))
     sync(partial)
     final = folder_of(directory, manifest.step)
-    if final.exists():  # an earlier one that was damaged, or of steps that have been taken back
+    if final.exists():  # one that was damaged
         discard(final)
     partial.rename(final)
     sync(directory)
     write_text(directory / "latest", final.name + "\n")
     for step in steps(directory):
-        if step > manifest.step:
+        if step > manifest.step:  # a damaged one, which resuming skipped
             discard(folder_of(directory, step))
     return final
 
@@ -194,9 +172,7 @@ def tidy(directory: Path) -> None:
 
 
 def retain(directory: Path, keep_last: int, keep_best: int) -> list[int]:
-    """Remove all but the newest `keep_last` and the `keep_best` of the best evaluation; returns the steps
-    that stay.
-    """
+    """Discard all but the newest `keep_last` and the `keep_best` by evaluation; return the steps kept."""
     saved = steps(directory)
     scores = {step: score for step in saved if (score := _score(folder_of(directory, step))) is not None}
     best = sorted(scores, key=lambda step: (-scores[step], -step))[:keep_best]
@@ -208,7 +184,7 @@ def retain(directory: Path, keep_last: int, keep_best: int) -> list[int]:
 
 
 def _score(folder: Path) -> float | None:
-    """The first task's avg@K of the evaluation at this checkpoint."""
+    """Return the first task's avg@K of the evaluation at this checkpoint."""
     try:
         evaluation = read_manifest(folder).evaluation or {}
     except DamagedCheckpoint:

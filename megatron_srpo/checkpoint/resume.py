@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from, and how its state is restored."""
+"""Finding the checkpoint that a run resumes from, and restoring its state."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Checkpoint(NamedTuple):
 
 
 def find(config: Config, layout: Layout, say: Callable[[str], None]) -> Checkpoint | None:
-    """Return the newest checkpoint of the run folder whose files are as they were written, if there is one.
+    """Return the newest checkpoint of the run with intact files, if there is one; ranks share the reading.
 
-    Ranks share the reading. `say` reports the checkpoints that are skipped. Raises ConfigError when all are.
+    `say` reports the checkpoints that are skipped. Raises ConfigError when all are.
     """
 
     def check(folder: Path, manifest: Manifest) -> str | None:
@@ -42,17 +42,15 @@ def find(config: Config, layout: Layout, say: Callable[[str], None]) -> Checkpoi
         return None
     found = folders.newest_valid(directory, check, say)
     if found is None:
-        raise ConfigError(
-            f"logging.dir: no checkpoint in {directory.resolve()} is valid; remove that folder to start the"
-            " run over"
-        )
+        problem = f"no checkpoint in {directory.resolve()} is valid"
+        raise ConfigError(f"logging.dir: {problem}; remove that folder to start the run over")
     return Checkpoint(*found)
 
 
 class Resumed(NamedTuple):
-    """Where a run continues. step: the last one done, 0 at the start; is_evaluated: whether it has been."""
+    """The state that a run continues from."""
 
-    step: int = 0
+    step: int = 0  # the last one done
     is_evaluated: bool = False
     counters: Counters = Counters()
 
@@ -60,10 +58,7 @@ class Resumed(NamedTuple):
 def restore(
     checkpoint: Checkpoint | None, trainer: Trainer, layout: Layout, say: Callable[[str], None]
 ) -> Resumed:
-    """Restore trainer and random states of `checkpoint`. Without one, the run starts as it is.
-
-    Random states are restored where as many ranks saved them.
-    """
+    """Restore the trainer from `checkpoint`, if any, and random states where as many ranks saved them."""
     if checkpoint is None:
         return Resumed()
     manifest = checkpoint.manifest

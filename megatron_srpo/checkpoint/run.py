@@ -28,22 +28,14 @@ class RunCheckpoints:
         self, config: Config, folder: HFFolder, layout: Layout, terminal: Terminal, watch: Stopwatch
     ):
         """Find the newest valid checkpoint of the run; skipped ones are reported."""
-        self._settings = config.checkpoint
-        self._last_step = config.train.steps
-        self._layout = layout
-        self._terminal = terminal
-        self._watch = watch
+        self._settings, self._last_step = config.checkpoint, config.train.steps
+        self._layout, self._terminal, self._watch = layout, terminal, watch
         self._found = resume.find(config, layout, lambda text: terminal.say(text, "bold red"))
-        self._saver = Saver(
-            config.logging.dir / "checkpoints",
-            config.checkpoint,
-            layout,
-            RunInfo.of(config, folder.architecture, layout),
-        )
+        info = RunInfo.of(config, folder.architecture, layout)
+        self._saver = Saver(config.logging.dir / "checkpoints", config.checkpoint, layout, info)
 
     @property
     def is_resumed(self) -> bool:
-        """True if there is a checkpoint to restore."""
         return self._found is not None
 
     def restore(self, trainer: Trainer, rollouts: Rollouts, reporter: Reporter) -> tuple[int, bool]:
@@ -64,13 +56,9 @@ class RunCheckpoints:
         evaluation: dict[str, Any] | None,
         is_ending: bool,
     ) -> None:
-        """Begin a checkpoint where one is due after `step`; report a failure of the previous one.
+        """Begin a checkpoint if one is due after `step` or the run `is_ending`; report an earlier failure.
 
-        Args:
-            step: just completed.
-            trainer, rollouts, reporter: what is saved.
-            evaluation: the row of metrics.jsonl, if `step` was evaluated.
-            is_ending: save in any case.
+        `evaluation`: the row of metrics.jsonl, if `step` was evaluated.
         """
         interval = self._settings.save_interval
         if interval and (step % interval == 0 or step == self._last_step or is_ending):

@@ -1,4 +1,4 @@
-"""Whether a run folder can take a run: it is empty, or holds this run in a state from which it can resume."""
+"""Checks that a run folder can take a run: it is empty, or holds this run, which can be resumed."""
 
 from __future__ import annotations
 
@@ -22,20 +22,18 @@ def check_run_folder(config: Config, architecture: Architecture) -> None:
     """Raise ConfigError when logging.dir holds another run, or one that cannot be resumed."""
     directory = config.logging.dir
     check_writable(directory)
+    place = f"logging.dir: {directory.resolve()}"
     if (directory / "samples").exists():
-        raise ConfigError(
-            f"logging.dir: {directory.resolve()} holds an evaluation; name another folder for the run"
-        )
+        raise ConfigError(f"{place} holds an evaluation; name another folder for the run")
     held = [name for name in _OF_A_RUN if (directory / name).exists()]
     if not held:
         return
-    what = f"logging.dir: {directory.resolve()} already holds a run ({', '.join(held)})"
+    what = f"{place} already holds a run ({', '.join(held)})"
     if config.resume.mode == "never":
         raise ConfigError(f"{what}; name another folder, or set resume: auto to resume it")
     if _was_only_sampled(directory):
-        raise ConfigError(
-            f"{what} of the sample command; name another folder (and train on its samples by rollout.replay)"
-        )
+        advice = "name another folder (and train on its samples by rollout.replay)"
+        raise ConfigError(f"{what} of the sample command; {advice}")
     steps = folders.steps(directory / "checkpoints")
     if not steps and ("hf" in held or not config.checkpoint.save_interval):
         raise ConfigError(f"{what} without a checkpoint to resume from; name another folder")
@@ -89,11 +87,9 @@ def _check_configuration(config: Config, what: str) -> None:
     refused = [key for key in changes if not any(f"{key}.".startswith(f"{name}.") for name in allowed)]
     if refused:
         lines = [f"{key}: was {changes[key][0]!r}, is now {changes[key][1]!r}" for key in refused]
-        raise ConfigError(
-            f"{what} with another configuration ({file}):\n  "
-            + "\n  ".join(lines)
-            + "\nname another folder; or, to resume with these changes, add their keys to resume.override"
-        )
+        advice = "name another folder; or, to resume with these changes, add their keys to resume.override"
+        lines = [f"{what} with another configuration ({file}):", *lines]
+        raise ConfigError("\n  ".join(lines) + f"\n{advice}")
 
 
 def _check_model(folder: Path, architecture: Architecture) -> None:
@@ -103,7 +99,7 @@ def _check_model(folder: Path, architecture: Architecture) -> None:
         return  # `resume.find` reports and skips it
     changes = differences(dataclasses.asdict(saved), dataclasses.asdict(architecture))
     if changes:
-        lines = [
-            f"{key}: the checkpoint has {old!r}, model.hf_path {new!r}" for key, (old, new) in changes.items()
-        ]
-        raise ConfigError(f"logging.dir: {folder} is a checkpoint of another model:\n  " + "\n  ".join(lines))
+        lines = [f"logging.dir: {folder} is a checkpoint of another model:"]
+        for key, (old, new) in changes.items():
+            lines.append(f"{key}: the checkpoint has {old!r}, model.hf_path {new!r}")
+        raise ConfigError("\n  ".join(lines))

@@ -11,6 +11,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,34 +36,25 @@ class SaveFailed(RuntimeError):
     """The last checkpoint could not be written; the one before is still there."""
 
 
+@dataclass(eq=False)
 class Saver:
-    """Writes checkpoints into `directory`, one at a time.
+    """Writes checkpoints into `directory`, one at a time."""
 
-    on_commit(step): called on the first rank, in the writing thread, when a checkpoint is complete.
-    """
+    directory: Path
+    settings: CheckpointSection
+    layout: Layout
+    info: RunInfo
+    on_commit: Callable[[int], None] = lambda step: None  # on the first rank, in the writing thread
 
-    def __init__(
-        self,
-        directory: Path,
-        settings: CheckpointSection,
-        layout: Layout,
-        info: RunInfo,
-        on_commit: Callable[[int], None] = lambda step: None,
-    ):
-        self.directory = directory
-        self.settings = settings
-        self.layout = layout
-        self.info = info
-        self.on_commit = on_commit
-        if layout.rank == 0:
-            folders.tidy(directory)
+    def __post_init__(self) -> None:
+        if self.layout.rank == 0:
+            folders.tidy(self.directory)
         # No other process uses this name: what another one left behind is never taken for ours.
-        self.session = layout.broadcast(f"{time.time_ns():x}")
-        if not directory.parent.is_dir():
-            raise ConfigError(
-                f"logging.dir: {directory.parent} was made by the first rank, but rank {layout.rank} does not"
-                " see it; all ranks need the same folder"
-            )
+        self.session = self.layout.broadcast(f"{time.time_ns():x}")
+        folder = self.directory.parent
+        if not folder.is_dir():
+            problem = f"was made by the first rank, but rank {self.layout.rank} does not see it"
+            raise ConfigError(f"logging.dir: {folder} {problem}; all ranks need the same folder")
         self._thread: threading.Thread | None = None
         self._problem: str | None = None  # of the last checkpoint
         self._unreported: str | None = None
@@ -72,8 +64,7 @@ class Saver:
     ) -> None:
         """Begin a checkpoint of the state after `step`, when the previous one is written. All ranks together.
 
-        It is written by a thread, or before this returns without `checkpoint.async_save`. `news` and `finish`
-        report errors. evaluation: the row of metrics.jsonl, if `step` was evaluated.
+        `news` and `finish` report errors. `evaluation`: the row of metrics.jsonl, if `step` was evaluated.
         """
         manifest = Manifest(
             **self.info.model_dump(),
@@ -88,16 +79,14 @@ class Saver:
         self._start(snapshot(trainer), manifest)
 
     def _start(self, slices: Sequence[TensorSlice], manifest: Manifest) -> None:
-        partial = self.directory / f".step_{manifest.step:06d}.{self.session}"
-        self._thread = threading.Thread(
-            target=self._write, args=(partial, slices, manifest), name="checkpoint", daemon=True
-        )
+        arguments = self.directory / f".step_{manifest.step:06d}.{self.session}", slices, manifest
+        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
         if not self.settings.async_save:
             self._join()
 
     def news(self) -> str | None:
-        """Return what went wrong since the last call."""
+        """Return the failure since the last call, if there is one."""
         problem, self._unreported = self._unreported, None
         return problem
 
@@ -131,15 +120,14 @@ class Saver:
             self._unreported = self._problem
 
     def _finish(self, partial: Path, manifest: Manifest) -> None:
-        """On the first rank: wait for all ranks' notes, then commit the checkpoint and remove old ones."""
+        """Wait for all ranks' notes, then commit the checkpoint and discard old ones; on the first rank."""
         notes = [_await_note(partial / _NOTE.format(rank)) for rank in range(self.layout.world_size)]
         if problems := [note["error"] for note in notes if "error" in note]:
             shutil.rmtree(partial)  # what was written takes space, and is of no use
             raise OSError("; ".join(problems))
         files = [torch_dist.RankFile.from_json(note["file"]) for note in notes]
-        torch_dist.write_metadata(
-            partial, files, empty_objects(architecture_from_dict(manifest.architecture))
-        )
+        architecture = architecture_from_dict(manifest.architecture)
+        torch_dist.write_metadata(partial, files, empty_objects(architecture))
         for file in files:
             manifest.files[file.name] = SavedFile(bytes=file.bytes, crc32=file.crc32)
         for name in torch_dist.METADATA_FILES:
@@ -150,7 +138,7 @@ class Saver:
 
 
 def write_slices(folder: Path, rank: int, slices: Iterable[TensorSlice]) -> torch_dist.RankFile:
-    """Write a rank's file; it is on the disk when this returns."""
+    """Write a rank's file to disk."""
     writer = torch_dist.Writer(folder, rank)
     for part in slices:
         beat()

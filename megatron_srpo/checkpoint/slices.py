@@ -1,4 +1,4 @@
-"""Where a rank's shards of parameters lie in a checkpoint's tensors, which have Megatron's names and shapes.
+"""Places of a rank's shards of parameters in a checkpoint's tensors, of Megatron's names and shapes.
 
 A distributed optimizer holds a range of a shard's flat elements: in the global tensor, a few rectangles. A
 rank writes the rectangles of what it holds; at any layout, a rank reads those that it needs.
@@ -49,18 +49,15 @@ class Rectangle(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardLocation:
-    """A rank's shard of a parameter, and the parameter's place in the checkpoint.
-
-    shape: the shard's, [n] or [rows, columns], as this rank's layout pads it.
-    """
+    """A rank's shard of a parameter, and the parameter's place in the checkpoint."""
 
     place: CheckpointSlice
     shard: ParameterShard
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # the shard's, [n] or [rows, columns], as this rank's layout pads it
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
-        """Shape of the checkpoint's tensor, stacks included."""
+        """Return the shape of the checkpoint's tensor, stacks included."""
         whole = list(self.shape)
         if (dim := self.place.mapping.dim) is not None:
             whole[dim] *= self.shard.count
@@ -96,10 +93,7 @@ class ShardLocation:
             yield TensorSlice(prefix + self.place.key, copy.view(part.shape), self.tensor_shape, part.start)
 
     def read(self, folder: Folder, prefix: str, start: int, end: int) -> Tensor:
-        """Return flat elements start … end - 1 of the shard, in the dtype in which they were saved.
-
-        Raises DamagedCheckpoint for what is missing, FileError for what cannot be read.
-        """
+        """Read flat elements start … end - 1 of the shard, as saved. Raises FileError, DamagedCheckpoint."""
         key = prefix + self.place.key
         if key not in folder.chunks:
             raise DamagedCheckpoint(f"{folder.path}: {key} is not in the checkpoint")

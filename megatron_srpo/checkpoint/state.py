@@ -1,4 +1,4 @@
-"""Between the trainer's live state and a checkpoint: what is saved of it, and how it is restored."""
+"""The trainer's state, copied to a checkpoint's slices and restored from a checkpoint's folder."""
 
 from __future__ import annotations
 
@@ -19,17 +19,12 @@ from megatron_srpo.weights.transfer import ParameterShard, parameters_of
 
 
 class _Parameter(NamedTuple):
-    """One of this rank's parameters, and where its shard lies in a checkpoint."""
-
     value: Parameter
     location: ShardLocation
 
 
 def snapshot(trainer: Trainer) -> list[TensorSlice]:
-    """Copy this rank's part of a checkpoint to the CPU.
-
-    Every element of every parameter is in exactly one rank's snapshot.
-    """
+    """Copy this rank's part of a checkpoint to the CPU; every element is in exactly one rank's part."""
     slices: list[TensorSlice] = []
     teacher = trainer.teacher if trainer.teacher is not None and trainer.teacher.has_weights else None
     for position, (parameter, location) in enumerate(_parameters(trainer)):
@@ -49,30 +44,24 @@ def snapshot(trainer: Trainer) -> list[TensorSlice]:
 
 def scalars(trainer: Trainer) -> dict[str, int]:
     """Return the trainer's counters, which are the same on every rank."""
-    return {
-        "schedule_steps": trainer.optimizer.schedule.num_steps,
-        "optimizer_updates": trainer.optimizer.updates,
-    }
+    optimizer = trainer.optimizer
+    return {"schedule_steps": optimizer.schedule.num_steps, "optimizer_updates": optimizer.updates}
 
 
 @torch.no_grad()
 def restore_trainer(trainer: Trainer, saved: Folder, state: dict[str, int]) -> None:
     """Restore policy, optimizer, schedule and teacher at any layout. Raises FileError for what is missing."""
-    with trainer.onloaded(), trainer.update_state_onloaded():
-        _restore(trainer, saved, state)
-
-
-def _restore(trainer: Trainer, saved: Folder, state: dict[str, int]) -> None:
     optimizer, teacher = trainer.optimizer, trainer.teacher
     optimizer.schedule.num_steps, optimizer.updates = state["schedule_steps"], state["optimizer_updates"]
-    for parameter, location in _parameters(trainer):
-        policy = location.read(saved, PREFIXES["policy"], 0, parameter.numel())
-        parameter.view(-1).copy_(policy)
-        start, end = optimizer.held_range(parameter)
-        moments = {name: location.read(saved, PREFIXES[name], start, end) for name in MOMENTS}
-        optimizer.restore(parameter, policy[start:end], moments)
-    if teacher is not None and teacher.has_weights:
-        teacher.restore(_teacher_weights(trainer, saved))
+    with trainer.onloaded(), trainer.update_state_onloaded():
+        for parameter, location in _parameters(trainer):
+            policy = location.read(saved, PREFIXES["policy"], 0, parameter.numel())
+            parameter.view(-1).copy_(policy)
+            start, end = optimizer.held_range(parameter)
+            moments = {name: location.read(saved, PREFIXES[name], start, end) for name in MOMENTS}
+            optimizer.restore(parameter, policy[start:end], moments)
+        if teacher is not None and teacher.has_weights:
+            teacher.restore(_teacher_weights(trainer, saved))
 
 
 def _teacher_weights(trainer: Trainer, saved: Folder) -> Iterator[tuple[Tensor, Shard]]:

@@ -40,10 +40,8 @@ class RunTensors(MegatronTensors):
         folders.check_files(checkpoint, manifest)
         prefix = PREFIXES[kind]
         if not any(key.startswith(prefix) for key in Folder(checkpoint).chunks):
-            raise FileError(
-                f"{checkpoint}: holds no {kind}: this run has none besides the policy"
-                " (grpo, or teacher.kind: live)"
-            )
+            problem = "this run has none besides the policy (grpo, or teacher.kind: live)"
+            raise FileError(f"{checkpoint}: holds no {kind}: {problem}")
         super().__init__(checkpoint, architecture_from_dict(manifest.architecture), prefix)
         self._run_dtype: torch.dtype = getattr(torch, manifest.dtype)
 

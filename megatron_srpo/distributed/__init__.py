@@ -1,4 +1,1 @@
-"""What every process needs: process groups, Megatron behind the CPU shim, heartbeat, files.
-
-No model and no training.
-"""
+"""The ground of every process: process groups, Megatron behind the CPU shim, heartbeat, files."""

@@ -7,14 +7,7 @@ import time
 
 from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 from rich.text import Text
 
 
@@ -24,18 +17,12 @@ class ByteProgress:
     def __init__(self, title: str, total: int, enabled: bool = True):
         self.console = Console(stderr=True, quiet=not enabled, highlight=False)
         self.title, self.total, self.done = title, total, 0
-        self.started = self.told = time.perf_counter()
+        self.started = self.reported = time.perf_counter()
         self.tenths = 0
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(None),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-        )
-        self.bar = Progress(
-            *columns, console=self.console, disable=not (enabled and self.console.is_terminal)
-        )
+        size, speed, left = DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+        columns = "{task.description}", BarColumn(None), size, speed, left
+        disable = not (enabled and self.console.is_terminal)
+        self.bar = Progress(*columns, console=self.console, disable=disable)
         self.task = self.bar.add_task(title, total=total)
 
     def __enter__(self) -> ByteProgress:
@@ -46,17 +33,15 @@ class ByteProgress:
         self.bar.stop()
 
     def advance(self, size: int) -> None:
-        """Count `size` more bytes as done."""
         self.done += size
         self.bar.update(self.task, completed=self.done)
         now, tenths = time.perf_counter(), 10 * self.done // max(1, self.total)
-        if self.bar.disable and tenths > self.tenths and (tenths == 10 or now - self.told >= 2):
-            self.tenths, self.told = tenths, now
+        if self.bar.disable and tenths > self.tenths and (tenths == 10 or now - self.reported >= 2):
+            self.tenths, self.reported = tenths, now
             rate = self.done / (now - self.started)
+            left = (self.total - self.done) / rate
             done, total, second = (decimal(int(size)) for size in (self.done, self.total, rate))
-            self.say(
-                f"{self.title}: {done} of {total}, {second}/s, {(self.total - self.done) / rate:.0f} s left"
-            )
+            self.say(f"{self.title}: {done} of {total}, {second}/s, {left:.0f} s left")
 
     def say(self, message: str) -> None:
         """Print one line that stays."""

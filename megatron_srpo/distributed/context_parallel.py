@@ -21,7 +21,7 @@ class ContextParallel(NamedTuple):
 
     @property
     def multiple(self) -> int:
-        """The divisor of every padded sequence length."""
+        """Return the divisor of every padded sequence length."""
         return 2 * self.size if self.size > 1 else 1
 
     def padded(self, length: int) -> int:

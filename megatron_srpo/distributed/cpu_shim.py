@@ -1,10 +1,8 @@
-"""The CPU stand-ins: what megatron-core asks of CUDA, answered by the CPU. The only module that knows of
-this.
+"""Stand-ins on the CPU for what megatron-core asks of CUDA. The only module that knows of this.
 
 megatron-core calls `torch.cuda.*` and `device="cuda"` in some thirty places. An import hook gives every
 `megatron.core.*` module a view of `torch` whose `cuda` is the CPU; torch itself stays as it is, save for
-`Tensor.cuda` and `Module.cuda`, which could only raise here. `install()` does nothing where CUDA is
-available.
+`Tensor.cuda` and `Module.cuda`, which could only raise here.
 """
 
 from __future__ import annotations
@@ -21,30 +19,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 _CPU = torch.device("cpu")
-_FACTORIES = (
-    *(
-        "tensor",
-        "as_tensor",
-        "empty",
-        "zeros",
-        "ones",
-        "full",
-        "arange",
-        "linspace",
-        "rand",
-        "randn",
-        "randint",
-        "eye",
-    ),
-    *("empty_strided", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"),
-)
+_FACTORIES = "tensor as_tensor empty zeros ones full arange linspace rand randn randint eye empty_strided"
+_LIKE_FACTORIES = "empty_like zeros_like ones_like full_like rand_like randn_like"
 
 
 def install() -> None:
-    """Make `megatron.core` usable without CUDA. Must run before anything imports it.
-
-    Raises RuntimeError when megatron.core was imported before.
-    """
+    """Make `megatron.core` usable without CUDA. Raises RuntimeError when it was imported before."""
     if torch.cuda.is_available() or any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
     if any(name.startswith("megatron.core") for name in sys.modules):
@@ -55,8 +35,6 @@ def install() -> None:
 
 
 class _View(types.ModuleType):
-    """A module with some attributes replaced."""
-
     def __init__(self, module: types.ModuleType, **replaced):
         super().__init__(module.__name__)
         self.__dict__.update(replaced, _module=module)
@@ -66,7 +44,7 @@ class _View(types.ModuleType):
 
 
 class _NoStream:
-    """CUDA streams and events: everything is already in order on a CPU."""
+    """Takes the place of CUDA streams and events: everything is already in order on a CPU."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -107,6 +85,8 @@ def _on_cpu(factory):
 
 def _torch_view() -> _View:
     nothing = lambda *args, **kwargs: None  # noqa: E731
+    no_context = lambda *args: contextlib.nullcontext()  # noqa: E731
+    device = lambda *args, **kwargs: _to_cpu(torch.device(*args, **kwargs))  # noqa: E731
     cuda = _View(
         torch.cuda,
         current_device=lambda: _CPU,
@@ -119,20 +99,16 @@ def _torch_view() -> _View:
         manual_seed=torch.default_generator.manual_seed,
         Stream=_NoStream,
         Event=_NoStream,
-        stream=lambda stream: contextlib.nullcontext(),
+        stream=no_context,
         current_stream=_NoStream,
         default_stream=_NoStream,
         set_stream=nothing,
-        nvtx=types.SimpleNamespace(
-            range_push=nothing, range_pop=nothing, range=lambda *args: contextlib.nullcontext()
-        ),
+        nvtx=types.SimpleNamespace(range_push=nothing, range_pop=nothing, range=no_context),
         memory_allocated=lambda *args: 0,
         max_memory_allocated=lambda *args: 0,
     )
-    factories = {name: _on_cpu(getattr(torch, name)) for name in _FACTORIES}
-    return _View(
-        torch, cuda=cuda, device=lambda *args, **kwargs: _to_cpu(torch.device(*args, **kwargs)), **factories
-    )
+    names = f"{_FACTORIES} {_LIKE_FACTORIES}".split()
+    return _View(torch, cuda=cuda, device=device, **{name: _on_cpu(getattr(torch, name)) for name in names})
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -200,15 +176,10 @@ def _all_gather(outputs: list[Tensor], tensor: Tensor, group) -> None:
 
 def _reduce_scatter(output: Tensor, tensors: list[Tensor], group) -> None:
     """Sum what the ranks have for each other: the backward of `_all_gather`."""
-    size = len(tensors)
+    lengths, size = [len(tensor) for tensor in tensors], len(tensors)
     parts = output.new_empty(size, *output.shape)
-    dist.all_to_all_single(
-        parts.flatten(0, 1),
-        torch.cat(tensors),
-        [len(output)] * size,
-        [len(tensor) for tensor in tensors],
-        group=group,
-    )
+    received = [len(output)] * size
+    dist.all_to_all_single(parts.flatten(0, 1), torch.cat(tensors), received, lengths, group=group)
     torch.sum(parts, dim=0, out=output)
 
 
@@ -229,30 +200,26 @@ def _with_cuda_type_names(function):
                 return original(self).replace("torch.", "torch.cuda.", 1)
             return original(self, dtype, *rest, **more)
 
-        torch.Tensor.type = cuda_type
+        tensor_class: Any = torch.Tensor
+        tensor_class.type = cuda_type
         try:
             return function(*args, **kwargs)
         finally:
-            torch.Tensor.type = original
+            tensor_class.type = original
 
     return wrapper
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """AdamW with the state layout of Apex and Transformer Engine, as core's distributed checkpoints expect.
-
-    The step count lives in the param group, `exp_avg` and `exp_avg_sq` per parameter. (torch.optim.AdamW
-    keeps the step per parameter: such checkpoints can be saved but not loaded.)
-    """
+    """AdamW with Apex's state layout, the step in the group, as core's distributed checkpoints expect."""
 
     def __init__(
         self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, adam_w_mode=True, **_
     ):
         if not adam_w_mode:
             raise ValueError("the CPU's FusedAdam is AdamW only: decoupled_weight_decay must be true")
-        super().__init__(
-            params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=True)
-        )
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=True)
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure=None):

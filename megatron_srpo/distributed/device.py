@@ -1,4 +1,4 @@
-"""What this process computes with: the dtype of the model, and whose layers."""
+"""Dtype of the model, and whose layers it has, on this process's device."""
 
 from __future__ import annotations
 

@@ -21,10 +21,7 @@ class FileError(ValueError):
 
 
 class DurableFile:
-    """A new file for large writes, on disk when `close` returns.
-
-    Write-back starts while later data is being made: the system starts late, and `close` would wait.
-    """
+    """A new file for large writes, on disk when `close` returns; write-back starts early, not in `close`."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -69,10 +66,7 @@ class DurableFile:
 def atomic_directory(output: Path, processes: Processes, replace: bool = False) -> Iterator[Path]:
     """Yield a folder to write to, and rename it to `output` at the end; remove it after an error.
 
-    Args:
-        output: the final folder.
-        processes: those that write together.
-        replace: remove an `output` that exists and an earlier attempt's folder; otherwise raise FileError.
+    An `output` or an attempt's folder that exists is removed with `replace`, else FileError is raised.
     """
     partial, is_first = output.with_name(output.name + ".partial"), processes.rank == 0
     if is_first:
@@ -104,9 +98,8 @@ def _make(partial: Path, output: Path | None) -> None:
     try:
         partial.mkdir(parents=True)
     except FileExistsError:
-        raise FileError(
-            f"{partial}: is there already, left by an attempt that did not finish or still runs; delete it"
-        ) from None
+        problem = "is there already, left by an attempt that did not finish or still runs; delete it"
+        raise FileError(f"{partial}: {problem}") from None
     except OSError as error:
         raise FileError(f"{partial}: cannot be made: {error.strerror}") from None
 
@@ -143,10 +136,7 @@ class JsonLines(NamedTuple):
 
 
 def read_jsonl(file: Path) -> JsonLines:
-    """Read the JSON objects of a JSONL file, NaN and Infinity as None; none if the file does not exist.
-
-    Lines that are no objects, such as one that a kill has torn, are named in `problems` by file and line.
-    """
+    """Read the JSON objects of a JSONL file, NaN and Infinity as None; none if the file does not exist."""
     found = JsonLines([], [], [])
     for number, line in enumerate(file.read_bytes().split(b"\n") if file.is_file() else (), 1):
         try:
@@ -161,13 +151,3 @@ def read_jsonl(file: Path) -> JsonLines:
             found.rows.append(row)
             found.numbers.append(number)
     return found
-
-
-def append_line(file: Path, line: str) -> None:
-    """Add a line to a file, on the disk when this returns; a torn line that a kill left is ended first."""
-    with file.open("ab+") as out:
-        if out.tell() and (out.seek(-1, os.SEEK_END), out.read(1))[1] != b"\n":
-            out.write(b"\n")
-        out.write(line.encode() + b"\n")
-        out.flush()
-        os.fsync(out.fileno())

@@ -1,4 +1,4 @@
-"""What this process is doing, for the watchdog: step, phase, heartbeats, the last collective.
+"""Progress of this process, for the watchdog: step, phase, heartbeats, the last collective.
 
 There is one record a process. Everything that takes long calls `beat`, which costs less than a microsecond.
 """
@@ -16,13 +16,13 @@ import torch.distributed as dist
 
 
 class Collective(NamedTuple):
-    """A call of torch.distributed. started: time.monotonic()."""
+    """A call of torch.distributed."""
 
     name: str
     shape: tuple[int, ...] | None
     dtype: str | None
     ranks: int
-    started: float
+    started: float  # time.monotonic()
 
 
 class Progress:
@@ -42,12 +42,10 @@ class Progress:
         self.last_beat = time.monotonic()
 
     def enter(self, phase: str) -> None:
-        """Begin another phase."""
         self.phase = phase
         self.beat()
 
     def describe(self) -> str:
-        """Return one line for people."""
         now = time.monotonic()
         text = f"step {self.step}, phase {self.phase}, last sign of life {now - self.last_beat:.0f} s ago"
         if self.collective is None:
@@ -63,18 +61,9 @@ PROGRESS = Progress()
 beat = PROGRESS.beat
 
 # Looked up in torch.distributed at run time. A function imported by name earlier is not seen: harmless.
-_COLLECTIVES = (
-    *("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_single", "reduce_scatter_tensor"),
-    *(
-        "reduce_scatter_single",
-        "broadcast",
-        "all_to_all_single",
-        "barrier",
-        "batch_isend_irecv",
-        "send",
-        "recv",
-    ),
-)
+_GATHERS = "all_gather all_gather_into_tensor all_gather_single reduce_scatter_tensor reduce_scatter_single"
+_OTHERS = "all_reduce broadcast all_to_all_single barrier batch_isend_irecv send recv"
+_COLLECTIVES = f"{_GATHERS} {_OTHERS}".split()
 
 
 @contextmanager

@@ -39,13 +39,8 @@ class Layout:
     background_group: dist.ProcessGroup | None = None  # all ranks, gloo: may overlap collectives of training
 
     @property
-    def tensor_parallel_group(self) -> dist.ProcessGroup:
-        """The ranks that share layers and tokens with this one, each with a shard of every matrix."""
-        return parallel_state.get_tensor_model_parallel_group()
-
-    @property
     def data_parallel_group(self) -> dist.ProcessGroup:
-        """The ranks with the same model shard and other tokens: data- and context-parallel ones."""
+        """Return the ranks with the same model shard and other tokens: data- and context-parallel ones."""
         return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
     def sum_over_data_parallel(self, values: torch.Tensor) -> torch.Tensor:
@@ -54,27 +49,19 @@ class Layout:
         return values
 
     def max_over_data_parallel(self, values: torch.Tensor) -> torch.Tensor:
-        """Maximum in place over the data- and context-parallel ranks."""
+        """Take the maximum in place over the data- and context-parallel ranks."""
         dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.data_parallel_group)
         return values
 
     def from_last_stage(self, values: torch.Tensor) -> torch.Tensor:
         """Broadcast in place from the last pipeline stage to every stage."""
         if self.pipeline_parallel_size > 1:
-            dist.broadcast(
-                values,
-                parallel_state.get_pipeline_model_parallel_last_rank(),
-                group=parallel_state.get_pipeline_model_parallel_group(),
-            )
+            last = parallel_state.get_pipeline_model_parallel_last_rank()
+            dist.broadcast(values, last, group=parallel_state.get_pipeline_model_parallel_group())
         return values
 
     def gather_bytes(self, own: bytes, background: bool = False) -> list[bytes]:
-        """Return every rank's bytes, in rank order, on every rank. No pickle.
-
-        Args:
-            own: this rank's bytes.
-            background: use the group of background threads, whose collectives may overlap those of training.
-        """
+        """Return every rank's bytes, in rank order, on every rank; `background`: from another thread."""
         if self.world_size == 1:
             return [own]
         if background:
@@ -98,30 +85,18 @@ def replica_group(parameter: torch.nn.Parameter) -> dist.ProcessGroup:
 
 
 def data_parallel_size(parallel: ParallelSection, world_size: int) -> int:
-    """Return how many groups of `world_size` ranks train different samples.
-
-    Raises:
-        ConfigError: the parallel sizes do not divide the number of processes.
-    """
-    replica = parallel.replica_size
+    """Count the groups of `world_size` ranks that train different samples. Raises ConfigError if uneven."""
+    replica, stages = parallel.replica_size, parallel.pipeline_model_parallel_size
+    problem = f"does not divide the {world_size} processes that were started"
     if world_size % replica:
         context = " × context_parallel_size" if parallel.context_parallel_size > 1 else ""
         product = f"tensor_model_parallel_size × pipeline_model_parallel_size{context} = {replica}"
-        raise ConfigError(
-            f"parallel: {product} does not divide the {world_size} processes that were started"
-            " (torchrun --nproc-per-node × --nnodes)"
-        )
-    experts = (
-        parallel.expert_tensor_size
-        * parallel.expert_model_parallel_size
-        * parallel.pipeline_model_parallel_size
-    )
+        raise ConfigError(f"parallel: {product} {problem} (torchrun --nproc-per-node × --nnodes)")
+    experts = parallel.expert_tensor_size * parallel.expert_model_parallel_size * stages
     if world_size % experts:
         names = "expert_tensor_parallel_size × expert_model_parallel_size × pipeline_model_parallel_size"
-        raise ConfigError(
-            f"parallel: {names} = {experts} does not divide the {world_size} processes that were started;"
-            " experts are shared out over data- and context-parallel ranks"
-        )
+        shared = "experts are shared out over data- and context-parallel ranks"
+        raise ConfigError(f"parallel: {names} = {experts} {problem}; {shared}")
     return world_size // replica
 
 
@@ -141,7 +116,8 @@ def initialize(parallel: ParallelSection, seed: int) -> Layout:
         if "MASTER_ADDR" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -153,6 +129,7 @@ def initialize(parallel: ParallelSection, seed: int) -> Layout:
     )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    background: Any = dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
     return Layout(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -167,13 +144,13 @@ def initialize(parallel: ParallelSection, seed: int) -> Layout:
         is_first_stage=parallel_state.is_pipeline_first_stage(),
         is_last_stage=parallel_state.is_pipeline_last_stage(),
         owns_process_group=owns_process_group,
-        background_group=dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None,
+        background_group=background,
     )
 
 
 def random_states() -> dict[str, torch.Tensor]:
     """Return the states of all generators by name: torch's on the CPU, CUDA's, and Megatron's named ones."""
-    tracker = tensor_parallel.random.get_cuda_rng_tracker()
+    tracker: Any = tensor_parallel.random.get_cuda_rng_tracker()
     states = {f"megatron|{name}": state for name, state in tracker.get_states().items()}
     states["cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
@@ -185,7 +162,8 @@ def restore_random_states(states: dict[str, torch.Tensor]) -> None:
     """Restore what `random_states` returned."""
     prefix = "megatron|"
     named = {name.removeprefix(prefix): state for name, state in states.items() if name.startswith(prefix)}
-    tensor_parallel.random.get_cuda_rng_tracker().set_states(named)
+    tracker: Any = tensor_parallel.random.get_cuda_rng_tracker()
+    tracker.set_states(named)
     torch.set_rng_state(states["cpu"])
     if torch.cuda.is_available() and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])
@@ -195,19 +173,15 @@ def restore_random_states(states: dict[str, torch.Tensor]) -> None:
 def process_group(
     parallel: ParallelSection, seed: int, collective_errors: tuple[type[BaseException], ...] = ()
 ) -> Iterator[Layout]:
-    """`initialize`, then `shut_down` without an error or on one of `collective_errors`, raised by all ranks.
+    """Call `initialize`, then `shut_down` without an error or on a `collective_errors` that all ranks raise.
 
-    A rank that fails alone leaves its groups as they are: NCCL would wait for ranks that wait for it, and the
-    error would never be printed.
+    A rank that fails alone leaves its groups: NCCL would wait for others, and the error not be printed.
     """
     layout = initialize(parallel, seed)
     try:
         yield layout
-    except collective_errors:
-        shut_down(layout)
-        raise
-    except BaseException:
-        if layout.world_size == 1:
+    except BaseException as error:
+        if layout.world_size == 1 or isinstance(error, collective_errors):
             shut_down(layout)
         raise
     shut_down(layout)

@@ -1,8 +1,4 @@
-"""Megatron's names, importable on any machine: the CPU shim is installed before the first of them is
-imported.
-
-Every other module imports megatron-core from here, never directly.
-"""
+"""Megatron's names, behind the CPU shim. Every other module imports megatron-core from here."""
 
 from __future__ import annotations
 
@@ -12,7 +8,7 @@ from megatron_srpo.distributed import cpu_shim
 
 cpu_shim.install()
 
-# ruff: noqa: E402
+# ruff: noqa: E402, F401
 import megatron.core.parallel_state as _parallel_state
 import megatron.core.tensor_parallel as tensor_parallel
 from megatron.core.distributed import (
@@ -36,33 +32,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-if not hasattr(
-    moe_utils, "te_general_gemm"
-):  # megatron-core 0.16's router reads it without Transformer Engine, too
+if not hasattr(moe_utils, "te_general_gemm"):  # core 0.16's router reads it without Transformer Engine, too
     moe_utils.te_general_gemm = None
 
 parallel_state: Any = _parallel_state  # it says that a group may be an int, a list or None
-
-__all__ = [
-    "DistributedDataParallel",
-    "DistributedDataParallelConfig",
-    "GPTModel",
-    "MegatronModule",
-    "ModuleSpec",
-    "OptimizerConfig",
-    "OptimizerParamScheduler",
-    "PackedSeqParams",
-    "TransformerBlockSubmodules",
-    "TransformerConfig",
-    "finalize_model_grads",
-    "get_forward_backward_func",
-    "get_gpt_layer_local_spec",
-    "get_gpt_layer_with_transformer_engine_spec",
-    "get_megatron_optimizer",
-    "get_num_layers_to_build",
-    "get_standard_config_overrides",
-    "get_transformer_layer_offset",
-    "moe_utils",
-    "parallel_state",
-    "tensor_parallel",
-]

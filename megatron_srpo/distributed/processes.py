@@ -35,9 +35,8 @@ def gather_bytes(mine: bytes, device: torch.device, group: dist.ProcessGroup | N
     dist.all_reduce(sizes, group=group)
     longest = max(int(sizes.max()), 1)  # a collective of nothing is not for every backend
     buffer = torch.zeros(longest, dtype=torch.uint8, device=device)
-    buffer[: len(mine)] = torch.frombuffer(bytearray(mine or b"\0"), dtype=torch.uint8)[: len(mine)].to(
-        device
-    )
+    own = torch.frombuffer(bytearray(mine or b"\0"), dtype=torch.uint8)
+    buffer[: len(mine)] = own[: len(mine)].to(device)
     everything = torch.empty(world_size * longest, dtype=torch.uint8, device=device)
     dist.all_gather_into_tensor(everything, buffer, group=group)
     rows = everything.view(world_size, longest).cpu()
@@ -68,6 +67,5 @@ class Processes:
             dist.barrier()
 
     def leave(self) -> None:
-        """End the process group."""
         if self.world_size > 1:
             dist.destroy_process_group()

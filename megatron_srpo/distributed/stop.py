@@ -15,14 +15,10 @@ _CLOCK = 1 << 16  # above any signal's number
 
 
 class StopRequest:
-    """Catches SIGTERM, SIGUSR1 and Ctrl-C while entered; a second Ctrl-C interrupts at once.
-
-    Args:
-        layout: this process's layout.
-        limit_minutes: wall-clock time from now on, by the first rank's clock; None for no limit.
-    """
+    """Catches SIGTERM, SIGUSR1 and Ctrl-C while entered; a second Ctrl-C interrupts at once."""
 
     def __init__(self, layout: Layout, limit_minutes: float | None):
+        """`limit_minutes`: wall-clock time from now on, by the first rank's clock; None for no limit."""
         self.layout, self._received, self._before = layout, 0, {}
         self._deadline = None if limit_minutes is None else time.monotonic() + 60 * limit_minutes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -30,42 +31,25 @@ class LossSettings(NamedTuple):
     logits_memory: int | None  # bytes of the tiles of logits; None: the device's default
 
 
+@dataclass(eq=False)
 class RoutedLoss:
-    """Called with each micro-batch's hidden states; adds up token sums over the micro-batches.
+    """Called with each micro-batch's hidden states; adds up token sums over the micro-batches."""
 
-    Attributes:
-        sums: Vector of `TokenSums`, of this rank so far.
-        gap_max: Largest |log π_old - log π_roll| of this rank so far, in nats.
-    """
+    settings: LossSettings
+    batch: OptimizerBatch
+    scores: TeacherScores
+    mean_entropy_weight: Tensor
+    old_logprobs: Mapping[int, Tensor] | None  # log π_old [R] by micro-batch; None: the policy's own
+    last_chunk: DistributedDataParallel
+    token_values: TokenValues | None
 
-    def __init__(
-        self,
-        settings: LossSettings,
-        batch: OptimizerBatch,
-        scores: TeacherScores,
-        mean_entropy_weight: Tensor,
-        old_logprobs: Mapping[int, Tensor] | None,
-        last_chunk: DistributedDataParallel,
-        token_values: TokenValues | None,
-    ):
-        """`old_logprobs`: log π_old [R] by number of the micro-batch; None if the policy has not changed."""
-        self.settings = settings
-        self.batch = batch
-        self.scores = scores
-        self.mean_entropy_weight = mean_entropy_weight
-        self.old_logprobs = old_logprobs
-        self.last_chunk = last_chunk
-        self.token_values = token_values
-        device = mean_entropy_weight.device
-        self.sums = TokenSums.zeros(device)
-        self.gap_max = torch.zeros((), device=device)
+    def __post_init__(self) -> None:
+        device = self.mean_entropy_weight.device
+        self.sums = TokenSums.zeros(device)  # of this rank so far, a vector
+        self.gap_max = torch.zeros((), device=device)  # largest |log π_old - log π_roll|, in nats
 
     def __call__(self, number: int, hidden: Tensor, model: PolicyModel) -> Tensor:
-        """Return the loss of micro-batch `number`, a partial sum of the batch's, with its gradients made.
-
-        Args:
-            hidden: [R, H] final hidden states that predict its policy tokens.
-        """
+        """Return the loss of micro-batch `number`, from `hidden` [R, H]; a partial sum of the batch's."""
         settings, micro_batch = self.settings, self.batch.micro_batches[number]
         algorithm, device = settings.algorithm, hidden.device
         keys = micro_batch.distilled_keys
@@ -76,9 +60,8 @@ class RoutedLoss:
             assert counts == micro_batch.target_counts[: len(keys)]
             teacher_entropy = torch.cat([self.scores.entropy[key] for key in keys])
             teacher = self.scores.logits(keys)
-        weights = entropy_weights(
-            teacher_entropy, algorithm.entropy_beta, self.mean_entropy_weight, algorithm.entropy_weight_cap
-        ).float()
+        beta, cap = algorithm.entropy_beta, algorithm.entropy_weight_cap
+        weights = entropy_weights(teacher_entropy, beta, self.mean_entropy_weight, cap).float()
         old_logprobs = None if self.old_logprobs is None else self.old_logprobs[number]
         terms = self.batch.terms(micro_batch, weights, old_logprobs, device)
         weight = model.output_weight
@@ -97,10 +80,9 @@ class RoutedLoss:
             temperature=settings.temperature,
             memory=settings.logits_memory,
         )
-        if self.token_values is not None:
-            self.token_values.record(
-                self.batch, micro_batch, policy, model.vocab_shard, statistics, weights, self.scores
-            )
+        if (values := self.token_values) is not None:
+            shard, scores = model.vocab_shard, self.scores
+            values.record(self.batch, micro_batch, policy, shard, statistics, weights, scores)
         self._add(loss, statistics, terms, weights, teacher_entropy)
         return loss
 
@@ -132,8 +114,6 @@ class RoutedLoss:
 
 
 class _TileObjective(NamedTuple):
-    """The objective of a tile of a micro-batch's tokens."""
-
     terms: TokenTerms
     algorithm: Algorithm
 

@@ -17,8 +17,7 @@ class _Offloaded(NamedTuple):
 class HostMemory:
     """Offloads tensors to the host and onloads them again, in place and bit for bit.
 
-    It works on whole storages: every view of an offloaded tensor stays a tensor, but has no memory. Tensors
-    that are offloaded or onloaded already are left alone. Host copies are kept for the next time.
+    Works on whole storages: views of an offloaded tensor have no memory. Host copies are kept for next time.
     """
 
     def __init__(self) -> None:
@@ -63,9 +62,8 @@ class HostMemory:
         entry = self._offloaded.get(tensor.untyped_storage()._cdata)
         if entry is None or entry.copy is None or tensor.untyped_storage().nbytes():
             return tensor
-        return entry.copy.view(tensor.dtype).as_strided(
-            tensor.shape, tensor.stride(), tensor.storage_offset()
-        )
+        copy = entry.copy.view(tensor.dtype)
+        return copy.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def _storages(tensors: Iterable[Tensor]) -> Iterator[UntypedStorage]:
@@ -75,5 +73,4 @@ def _storages(tensors: Iterable[Tensor]) -> Iterator[UntypedStorage]:
 
 
 def _bytes(storage: UntypedStorage, size: int) -> Tensor:
-    """Return the storage's own memory as [size] uint8."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (size,))  # pyright: ignore[reportCallIssue]

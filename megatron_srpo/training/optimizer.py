@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -11,16 +12,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_srpo.config.schema import OptimizerSection, ParallelSection
+from megatron_srpo.distributed import megatron
 from megatron_srpo.distributed.layout import replica_group
-from megatron_srpo.distributed.megatron import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    OptimizerConfig,
-    OptimizerParamScheduler,
-    finalize_model_grads,
-    get_megatron_optimizer,
-    get_standard_config_overrides,
-)
+from megatron_srpo.distributed.megatron import DistributedDataParallel
 from megatron_srpo.model.build import PolicyModel
 from megatron_srpo.training.offload import HostMemory
 
@@ -34,7 +28,7 @@ def wrap_data_parallel(
         overlaps_reduce = torch.cuda.is_available()
     if overlaps_gather is None:
         overlaps_gather = torch.cuda.is_available() and overlaps_reduce
-    settings = DistributedDataParallelConfig(
+    settings = megatron.DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_grad_reduce=overlaps_reduce or overlaps_gather,
@@ -56,10 +50,11 @@ def gradient_is_ready(chunk: DistributedDataParallel, parameter: Parameter) -> N
 
 def _finalize(chunks, num_tokens=None, **kwargs) -> None:
     """Reduce gradients without Megatron's division by `num_tokens`: the loss is divided already."""
-    finalize_model_grads(chunks, None, **kwargs)
+    megatron.finalize_model_grads(chunks, None, **kwargs)
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_ADAM_SETTINGS = {"weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad"}
 
 
 class Shard(NamedTuple):
@@ -96,17 +91,12 @@ class Optimizer:
         steps: int,
         host: HostMemory,
     ):
-        """`steps` are the run's training steps; the optimizer's state may be offloaded to `host`."""
-        core = chunks[0].config
-        self.config = OptimizerConfig(
+        core, decay = chunks[0].config, settings.weight_decay
+        self.config = megatron.OptimizerConfig(
             optimizer="adam",
             lr=lr,
             min_lr=lr,
-            weight_decay=settings.weight_decay,
-            adam_beta1=settings.adam_beta1,
-            adam_beta2=settings.adam_beta2,
-            adam_eps=settings.adam_eps,
-            clip_grad=settings.clip_grad,
+            **settings.model_dump(include=_ADAM_SETTINGS),
             bf16=core.bf16,
             params_dtype=core.params_dtype,
             use_distributed_optimizer=chunks[0].ddp_config.use_distributed_optimizer,
@@ -114,13 +104,11 @@ class Optimizer:
         self.chunks = list(chunks)
         self.host = host
         self.updates = 0  # applied so far, as Adam's bias correction counts them
-        self.inner = get_megatron_optimizer(
-            self.config,
-            self.chunks,  # pyright: ignore[reportArgumentType]
-            config_overrides=get_standard_config_overrides(self.config),
-        )
+        overrides = megatron.get_standard_config_overrides(self.config)
+        wrapped: Any = self.chunks
+        self.inner = megatron.get_megatron_optimizer(self.config, wrapped, config_overrides=overrides)
         # It also applies the weight-decay multipliers (none for norms): it must exist before the first step.
-        self.schedule = OptimizerParamScheduler(
+        self.schedule = megatron.OptimizerParamScheduler(
             self.inner,
             init_lr=0.0,
             max_lr=lr,
@@ -128,8 +116,8 @@ class Optimizer:
             lr_warmup_steps=settings.lr_warmup_steps,
             lr_decay_steps=max(steps, settings.lr_warmup_steps + 1),
             lr_decay_style="constant",
-            start_wd=settings.weight_decay,
-            end_wd=settings.weight_decay,
+            start_wd=decay,
+            end_wd=decay,
             wd_incr_steps=0,
             wd_incr_style="constant",
         )
@@ -141,7 +129,7 @@ class Optimizer:
 
     @property
     def lr(self) -> float:
-        """Learning rate of the next update."""
+        """Return the learning rate of the next update."""
         return self.inner.param_groups[0]["lr"]
 
     def start_step(self) -> None:
@@ -171,9 +159,8 @@ class Optimizer:
 
     def state(self) -> Iterator[Tensor]:
         """Yield what only updates need: Adam's moments, and fp32 masters that are no model parameters."""
-        own = {
-            parameter.untyped_storage()._cdata for chunk in self.chunks for parameter in chunk.parameters()
-        }
+        parameters = chain.from_iterable(chunk.parameters() for chunk in self.chunks)
+        own = {parameter.untyped_storage()._cdata for parameter in parameters}
         for inner in self._chained:
             for group in inner.optimizer.param_groups:
                 for master in group["params"]:
@@ -183,7 +170,6 @@ class Optimizer:
                     yield from (state[name] for name in state if name in MOMENTS)
 
     def gradients(self) -> Iterator[Tensor]:
-        """Yield the buffers that gradients are summed in."""
         for chunk in self.chunks:
             buffers: Any = chunk.buffers  # Megatron's own, not torch's method
             for buffer in [*buffers, *chunk.expert_parallel_buffers]:
@@ -195,11 +181,7 @@ class Optimizer:
         return (0, 0) if holding is None else (holding.start, holding.end)
 
     def shard_of(self, parameter: Parameter) -> Shard:
-        """Return the elements that this rank keeps where each is kept once, as they are now.
-
-        They are what its optimizer holds or, where all ranks of its replica group hold the same, an even
-        share of it. Values are the optimizer's own memory, or the host's copy while they are offloaded.
-        """
+        """Return the elements that this rank keeps where each is kept once, or the host's copy of them."""
         holding = self._holding(parameter)
         if holding is None:
             return Shard(0, 0, parameter.new_empty(0, dtype=torch.float32), {})
@@ -234,7 +216,7 @@ class Optimizer:
 
     @property
     def _chained(self) -> list:
-        """Megatron's optimizers, one for dense parameters and one for experts."""
+        """Return Megatron's optimizers, one for dense parameters and one for experts."""
         return getattr(self.inner, "chained_optimizers", [self.inner])
 
     def _holding(self, parameter: Parameter) -> _Holding | None:

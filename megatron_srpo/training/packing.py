@@ -1,7 +1,6 @@
-"""From routed samples to packed micro-batches, the same number on every data-parallel rank.
+"""Packing of routed samples into micro-batches, the same number on every data-parallel rank.
 
-Every rank knows every sample (rollouts are exchanged before), so every rank computes the complete plan
-without a collective: which samples it trains, how its micro-batches are filled, and the loss's denominator.
+Every rank knows every sample and computes the complete plan, without a collective.
 """
 
 from __future__ import annotations
@@ -21,17 +20,12 @@ from megatron_srpo.distributed.context_parallel import ContextParallel, gathered
 
 
 class PackedSequence(NamedTuple):
-    """One sequence of a micro-batch.
+    """One sequence of a micro-batch."""
 
-    Attributes:
-        key: The sample's index in its optimizer batch.
-        policy_positions: Which of `response_ids` the policy wrote; only they are predicted.
-    """
-
-    key: int
+    key: int  # the sample's index in its optimizer batch
     prompt_ids: Sequence[int]
     response_ids: Sequence[int]
-    policy_positions: Sequence[int]
+    policy_positions: Sequence[int]  # of `response_ids`, those that the policy wrote; only they are predicted
 
     @classmethod
     def of(cls, key: int, prompt_ids: Sequence[int], sample: Sample) -> PackedSequence:
@@ -40,36 +34,30 @@ class PackedSequence(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Input tokens; the last policy token and what follows it predict nothing, so they are not fed."""
+        """Count input tokens; the last policy token and what follows predict nothing, so they are not fed."""
         return len(self.prompt_ids) + self.policy_positions[-1]
+
+
+_Row = list[PackedSequence]
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences in one row of T tokens, of which this rank holds a part; R policy tokens in their order.
-
-    Attributes:
-        distilled: How many of the sequences are distilled; they come first.
-        ids, positions: [T / context-parallel size] int64.
-        cu_seqlens: [sequences + 1] int32, of the complete row, including a padding sequence.
-        predicts: [R] where the hidden state that predicts `targets` [R] is found, with the context-parallel
-            ranks' parts of the row concatenated.
-        shares: Of each sequence, which of its policy tokens are this rank's.
-    """
+    """Sequences in one row of T tokens, of which this rank holds a part; R policy tokens in their order."""
 
     sequences: tuple[PackedSequence, ...]
-    distilled: int
-    ids: Tensor
-    positions: Tensor
-    cu_seqlens: Tensor
+    distilled: int  # so many of the sequences, which come first
+    ids: Tensor  # [T / context-parallel size] int64
+    positions: Tensor  # [T / context-parallel size] int64
+    cu_seqlens: Tensor  # [sequences + 1] int32, of the complete row, including a padding sequence
     max_seqlen: int
-    predicts: Tensor
-    targets: Tensor
-    shares: tuple[slice, ...]
+    predicts: Tensor  # [R] hidden states to predict from, of the context-parallel parts concatenated
+    targets: Tensor  # [R]
+    shares: tuple[slice, ...]  # of each sequence, which of its policy tokens are this rank's
 
     @property
     def target_counts(self) -> list[int]:
-        """This rank's policy tokens of each sequence."""
+        """Count this rank's policy tokens of each sequence."""
         return [share.stop - share.start for share in self.shares]
 
     @property
@@ -79,33 +67,18 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class OptimizerBatch:
-    """One optimizer step's work of this rank.
+    """One optimizer step's work of this rank."""
 
-    Attributes:
-        samples: All ranks' samples; the micro-batches are this rank's.
-        loss_scale: For each sample, the factor of each of its tokens' terms.
-        distilled_tokens: |Ω|, over all ranks.
-    """
-
-    samples: tuple[Sample, ...]
+    samples: tuple[Sample, ...]  # all ranks'
     micro_batches: list[MicroBatch]
     teacher_micro_batches: list[MicroBatch]
-    loss_scale: tuple[float, ...]
-    distilled_tokens: int
+    loss_scale: tuple[float, ...]  # of each sample: the factor of each of its tokens' terms
+    distilled_tokens: int  # |Ω|, over all ranks
 
     def terms(
-        self,
-        micro_batch: MicroBatch,
-        entropy_weights: Tensor,
-        old_logprobs: Tensor | None,
-        device: torch.device,
+        self, micro_batch: MicroBatch, weights: Tensor, old_logprobs: Tensor | None, device: torch.device
     ) -> TokenTerms:
-        """Return the objective's inputs for the R policy tokens of `micro_batch`, float32.
-
-        Args:
-            entropy_weights: [D] of its distilled tokens, which come first.
-            old_logprobs: [R] log π_old; None if the policy has not changed since sampling.
-        """
+        """Return the objective's inputs [R], float32, from entropy `weights` [D] and `old_logprobs` [R]."""
         counts = torch.tensor(micro_batch.target_counts, dtype=torch.long)
 
         def per_token(values: list[float]) -> Tensor:
@@ -122,7 +95,7 @@ class OptimizerBatch:
             distillation_weights.append(sample.routed.distillation_weight * scale)
             engine_logprobs.extend(sample.logprobs[share])
         distillation = per_token(distillation_weights)
-        distillation[: len(entropy_weights)] *= entropy_weights
+        distillation[: len(weights)] *= weights
         return TokenTerms(
             advantage=per_token(advantages),
             policy_weight=per_token(policy_weights),
@@ -133,27 +106,17 @@ class OptimizerBatch:
 
 
 class PackingRules(NamedTuple):
-    """How rows are filled.
+    """Limits and shapes of the rows."""
 
-    Attributes:
-        token_budget: Tokens of a row, of all context-parallel ranks together.
-        length_multiple: The tensor-parallel size under sequence parallelism.
-        uniform: Pipelines send tensors of one shape.
-        count_multiple: Interleaved pipelines want micro-batches in multiples of their stages.
-    """
-
-    token_budget: int
-    length_multiple: int = 1
-    uniform: bool = False
-    count_multiple: int = 1
+    token_budget: int  # tokens of a row, of all context-parallel ranks together
+    length_multiple: int = 1  # the tensor-parallel size under sequence parallelism
+    uniform: bool = False  # pipelines send tensors of one shape
+    count_multiple: int = 1  # interleaved pipelines want micro-batches in multiples of their stages
     context: ContextParallel = ContextParallel()
 
 
 def loss_scales(samples: Sequence[Sample], aggregation: str) -> tuple[float, ...]:
-    """Return 1 / (the loss's one denominator) for every sample; 0 for a sample that is routed nowhere.
-
-    token_mean: 1 / (policy tokens of all routed samples). seq_mean: 1 / (routed samples · own policy tokens).
-    """
+    """Return 1 / (the loss's denominator) for every sample; 0 for a sample that is routed nowhere."""
     lengths = [sample.policy_tokens if sample.routed.branch != "none" else 0 for sample in samples]
     if aggregation == "seq_mean":
         routed = sum(length > 0 for length in lengths)
@@ -173,15 +136,13 @@ def pack(
             assert sample.routed.teacher_ids is not None
             teachers[key] = PackedSequence.of(key, sample.routed.teacher_ids, sample)
     # Forward and backward of the student cost three forwards; the teacher adds one.
-    costs = [
-        3 * student.length + (teachers[student.key].length if student.key in teachers else 0)
-        for student in students
-    ]
+    costs = [3 * student.length for student in students]
+    for key, teacher in teachers.items():
+        costs[key] += teacher.length
     keys_of_rank = balance(costs, data_size)
     student_rows = _fill_all([[students[key] for key in keys] for keys in keys_of_rank], rules)
-    teacher_rows = _fill_all(
-        [[teachers[key] for key in keys if key in teachers] for keys in keys_of_rank], rules
-    )
+    distilled = [[teachers[key] for key in keys if key in teachers] for keys in keys_of_rank]
+    teacher_rows = _fill_all(distilled, rules)
     return OptimizerBatch(
         samples=tuple(samples),
         micro_batches=_micro_batches(student_rows[data_rank], teachers, rules),
@@ -202,9 +163,7 @@ def balance(costs: Sequence[int], bins: int) -> list[list[int]]:
     return contents
 
 
-def _fill_all(
-    sequences_of_rank: list[list[PackedSequence]], rules: PackingRules
-) -> list[list[list[PackedSequence]]]:
+def _fill_all(sequences_of_rank: list[_Row], rules: PackingRules) -> list[list[_Row]]:
     """Fill every rank's rows, then add empty rows until all ranks have the same number of them."""
     rows_of_rank = [_fill(sequences, rules.token_budget, rules.context) for sequences in sequences_of_rank]
     count = max(max(len(rows) for rows in rows_of_rank), 1)
@@ -212,11 +171,9 @@ def _fill_all(
     return [rows + [[] for _ in range(count - len(rows))] for rows in rows_of_rank]
 
 
-def _fill(
-    sequences: list[PackedSequence], budget: int, context: ContextParallel
-) -> list[list[PackedSequence]]:
-    """First fit, longest first. A sequence longer than the budget gets a row of its own."""
-    rows: list[list[PackedSequence]] = []
+def _fill(sequences: _Row, budget: int, context: ContextParallel) -> list[_Row]:
+    """Fill rows by first fit, longest first. A sequence longer than the budget gets a row of its own."""
+    rows: list[_Row] = []
     room: list[int] = []
     for sequence in sorted(sequences, key=lambda sequence: (-sequence.length, sequence.key)):
         length = context.padded(sequence.length)
@@ -232,7 +189,7 @@ def _fill(
 
 
 def _micro_batches(
-    rows: list[list[PackedSequence]], teachers: dict[int, PackedSequence], rules: PackingRules
+    rows: list[_Row], teachers: dict[int, PackedSequence], rules: PackingRules
 ) -> list[MicroBatch]:
     """Build the rows' micro-batches, of one length if the rules say so; distilled sequences come first."""
     context = rules.context
@@ -254,10 +211,7 @@ def micro_batch(
     context: ContextParallel = ContextParallel(),  # noqa: B008  (immutable)
     distilled: int = 0,
 ) -> MicroBatch:
-    """Build this rank's part of one row of `total` tokens: the sequences, if any, and a padding sequence.
-
-    `total` is a multiple of the context's; the first `distilled` sequences are the distilled ones.
-    """
+    """Build this rank's part of one row of `total` tokens: the sequences, if any, and a padding sequence."""
     ids: list[int] = []
     bounds = [0]
     predicts: list[int] = []

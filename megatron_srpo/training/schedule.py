@@ -23,23 +23,16 @@ def run_schedule(
     on_output: OnOutput,
     backward: bool,
 ) -> None:
-    """Send the micro-batches through the pipeline; `on_output` is called for each on the last stage.
-
-    The losses must already be divided by the batch's denominator: nothing is scaled here, and the gradients
-    summed over micro-batches and data-parallel ranks are those of their sum.
-    """
+    """Send micro-batches through the pipeline; the losses of `on_output`, on the last stage, are summed."""
     if not micro_batches:
         return
     device = next(chunks[0].parameters()).device
 
     def forward_step(iterator, model):
         number, batch = next(iterator)
-        output = model(
-            batch.ids[None].to(device),
-            batch.positions[None].to(device),
-            None,
-            packed_seq_params=packed_params(batch.cu_seqlens.to(device), batch.max_seqlen),
-        )
+        ids, positions = batch.ids[None].to(device), batch.positions[None].to(device)
+        packed = packed_params(batch.cu_seqlens.to(device), batch.max_seqlen)
+        output = model(ids, positions, None, packed_seq_params=packed)
         return output, partial(_loss, on_output, number, batch.predicts.to(device), model)
 
     iterators = [iter(list(enumerate(micro_batches))) for _ in chunks]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from megatron_srpo.config.schema import LoggingSection
 from megatron_srpo.data.records import Group
@@ -12,44 +13,28 @@ from megatron_srpo.observe.tokens import choose, write_tokens
 from megatron_srpo.training.token_values import TokenValues
 
 
+@dataclass(frozen=True)
 class StepDump:
-    """Writes what logging.rollouts and logging.tokens_* ask for; the first rank writes, all ranks call.
+    """Writes what logging.rollouts and logging.tokens_* ask for; the first rank writes, all ranks call."""
 
-    Args:
-        settings: the logging section.
-        layout: this process's layout.
-        temperature: of the rollouts; token values are taken at it.
-        decode: turns token ids into text.
-    """
-
-    def __init__(
-        self,
-        settings: LoggingSection,
-        layout: Layout,
-        temperature: float,
-        decode: Callable[[Sequence[int]], str],
-    ):
-        self._settings = settings
-        self._layout = layout
-        self._temperature = temperature
-        self._decode = decode
-        self._folder = settings.dir / "rollouts"
+    settings: LoggingSection
+    layout: Layout
+    temperature: float  # of the rollouts; token values are taken at it
+    decode: Callable[[Sequence[int]], str]  # token ids to text
 
     def samples(self, step: int, groups: Sequence[Group]) -> None:
-        """Write all samples of `step`."""
-        if self._settings.rollouts and self._layout.rank == 0:
-            dump(groups, self._folder, step)
+        if self.settings.rollouts and self.layout.rank == 0:
+            dump(groups, self.settings.dir / "rollouts", step)
 
     def token_values(self, step: int, groups: Sequence[Group]) -> TokenValues | None:
         """Return a recorder for the update of `step`, or None if its tokens are not dumped."""
-        every = self._settings.tokens_every
-        if not self._settings.rollouts or not every or (step != 1 and step % every != 0):
+        every = self.settings.tokens_every
+        if not self.settings.rollouts or not every or (step != 1 and step % every != 0):
             return None
-        chosen = choose(groups, self._settings.tokens_samples)
-        return TokenValues(chosen, self._layout, self._temperature)
+        return TokenValues(choose(groups, self.settings.tokens_samples), self.layout, self.temperature)
 
     def tokens(self, step: int, groups: Sequence[Group], values: TokenValues | None) -> None:
         """Write what `values` recorded on all ranks. All ranks together."""
         rows = values.gather() if values is not None else []
-        if rows and self._layout.rank == 0:
-            write_tokens(rows, groups, self._decode, self._folder, step)
+        if rows and self.layout.rank == 0:
+            write_tokens(rows, groups, self.decode, self.settings.dir / "rollouts", step)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -25,20 +25,13 @@ from megatron_srpo.weights.transfer import ParameterShard, parameters_of
 
 @dataclass
 class TeacherScores:
-    """The teacher's scores of one optimizer batch's distilled samples on this rank; only on the last stage.
+    """The teacher's scores of an optimizer batch's distilled samples on this rank, of the last stage."""
 
-    Attributes:
-        hidden: By sample key, for each of the teacher's models, [R, H] final hidden states that predict the
-            sample's policy tokens, in the model's dtype.
-        entropy: By sample key, [R] nats, over the full vocabulary.
-        weights: Of each model, [padded vocabulary / TP, H] its output matrix.
-        interpolation: The second model's share of the logits, where there are two.
-    """
-
+    # By sample key: of each model, final hidden states [R, H]; and entropies [R], in nats.
     hidden: dict[int, list[Tensor]] = field(default_factory=dict)
     entropy: dict[int, Tensor] = field(default_factory=dict)
-    weights: list[Tensor] = field(default_factory=list)
-    interpolation: float = 0.0
+    weights: list[Tensor] = field(default_factory=list)  # of each model, [padded vocabulary / TP, H]
+    interpolation: float = 0.0  # the second model's share of the logits, where there are two
 
     def logits(self, keys: Sequence[int]) -> Projection | InterpolatedLogits:
         """Return the teacher's logits for these samples' policy tokens, concatenated."""
@@ -50,42 +43,33 @@ class TeacherScores:
         return InterpolatedLogits(first, second, self.interpolation)
 
 
+@dataclass(eq=False)
 class Teacher:
     """The teacher. `ema` and `frozen` hold a copy of the model, `live` is the policy, `trust_region` both.
 
-    The EMA is kept in fp32 `shares`: of each parameter, every rank of its replica group keeps a part (the
-    distributed optimizer's own where there is one). The copy that scores has the model's dtype and is
-    refreshed from the shares after every step.
+    An EMA is kept in fp32 `shares`, parts on the ranks of a replica group; the copy that scores follows them.
     """
 
-    def __init__(
-        self,
-        settings: TeacherSection,
-        temperature: float,
-        logits_memory: int | None,
-        host: HostMemory,
-        policy_chunks: Sequence[torch.nn.Module],
-        copy_of_policy: Callable[[], Sequence[PolicyModel]],
-    ):
-        """`copy_of_policy` builds chunks with the policy's present weights; it is not called for `live`."""
-        self.settings = settings
-        self.temperature = temperature
-        self.logits_memory = logits_memory
-        self.host = host
-        self.policy_chunks = policy_chunks
-        self.chunks: Sequence[PolicyModel] = [] if settings.kind == "live" else copy_of_policy()
+    settings: TeacherSection
+    temperature: float
+    logits_memory: int | None
+    host: HostMemory
+    policy_chunks: Sequence[torch.nn.Module]
+    copy_of_policy: InitVar[Callable[[], Sequence[PolicyModel]]]  # with its present weights
+
+    def __post_init__(self, copy_of_policy: Callable[[], Sequence[PolicyModel]]) -> None:
+        self.chunks: Sequence[PolicyModel] = [] if self.settings.kind == "live" else copy_of_policy()
         self.shares: list[Tensor] = []
         for chunk in self.chunks:
             chunk.requires_grad_(False)
 
     @property
     def has_weights(self) -> bool:
-        """True if there are weights besides the policy's."""
+        """Return True if there are weights besides the policy's."""
         return self.settings.kind != "live"
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
-        """Parameters of the copy."""
         return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
 
     def share(self, position: int, shard: Shard) -> Tensor:
@@ -105,10 +89,7 @@ class Teacher:
                 self.shares.append(own.to(parameter.device, torch.float32, copy=True))
 
     def score(self, batch: OptimizerBatch) -> TeacherScores:
-        """Score the distilled samples, packed on their own with the teacher's longer prompts.
-
-        One forward pass; two for `trust_region`.
-        """
+        """Score the distilled samples after the teacher's prompts: one pass, two for `trust_region`."""
         scores = TeacherScores(interpolation=self.settings.interpolation)
         models = {"live": [self.policy_chunks], "trust_region": [self.chunks, self.policy_chunks]}
         passes = models.get(self.settings.kind, [self.chunks])
@@ -132,9 +113,8 @@ class Teacher:
                 scores.hidden.setdefault(key, []).append(rows)
             if is_last and keys:
                 teacher, shard = scores.logits(keys), model.vocab_shard
-                statistics = score(
-                    teacher, None, shard, temperature=self.temperature, memory=self.logits_memory
-                )
+                limits = {"temperature": self.temperature, "memory": self.logits_memory}
+                statistics = score(teacher, None, shard, **limits)
                 scores.entropy.update(zip(keys, statistics.entropy.split(counts), strict=True))
             return hidden.new_zeros(())
 
@@ -142,10 +122,7 @@ class Teacher:
 
     @torch.no_grad()
     def follow(self, optimizer: Optimizer, policy_parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Move an EMA toward the policy in fp32: θ' ← (1 - ema_rate) θ' + ema_rate θ; once per step.
-
-        `policy_parameters` are in the order of the teacher's own.
-        """
+        """Move an EMA toward the policy in fp32: θ' ← (1 - ema_rate) θ' + ema_rate θ; once per step."""
         if self.settings.kind != "ema":
             return
         own = self.parameters
@@ -166,10 +143,7 @@ class Teacher:
 
     @torch.no_grad()
     def distance(self, optimizer: Optimizer, architecture: Architecture) -> float | None:
-        """Return ‖θ - θ'‖ / ‖θ‖ over all weights, the same on every rank; None for `live`.
-
-        One all-reduce of two numbers, over all ranks.
-        """
+        """Return ‖θ - θ'‖ / ‖θ‖ over all weights, the same on every rank; None for `live`. A collective."""
         if not self.has_weights:
             return None
         sums = torch.zeros(2, dtype=torch.float64, device=next(self.policy_chunks[0].parameters()).device)

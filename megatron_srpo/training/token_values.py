@@ -1,4 +1,4 @@
-"""What the loss saw of single tokens, for a few samples that people will look at."""
+"""Values of single tokens in the loss, for a few samples that people will look at."""
 
 from __future__ import annotations
 
@@ -23,9 +23,8 @@ TOP = 5
 class TokenValues:
     """Collects token-level values of `chosen` samples, the same on all ranks, during an update.
 
-    A row: prompt_id, index and, one value a policy token, logprob (the policy's, of the sampled token, before
-    this sample's update), entropy, top (the policy's likeliest [id, logprob]); of distilled samples also
-    divergence, teacher_entropy, weight, teacher_logprob, teacher_top. Nats, at the rollout temperature.
+    A row holds lists of one value a policy token, in nats at the rollout temperature; logprob is the
+    policy's before the update, top and teacher_top are the likeliest [id, logprob] pairs.
     """
 
     def __init__(self, chosen: Collection[SampleKey], layout: Layout, temperature: float):
@@ -44,12 +43,7 @@ class TokenValues:
         entropy_weights: Tensor,
         scores: TeacherScores,
     ) -> None:
-        """Record one micro-batch, on all tensor-parallel ranks of the last stage.
-
-        Args:
-            policy: The logits of its R policy tokens.
-            entropy_weights: [D] of its distilled tokens, which come first.
-        """
+        """Record one micro-batch, on all tensor-parallel ranks of the last stage; distilled tokens first."""
         start = 0
         counts = micro_batch.target_counts
         for number, sequence in enumerate(micro_batch.sequences):
@@ -94,7 +88,7 @@ class TokenValues:
 
 
 def _short(values: Tensor) -> list[float]:
-    """Return the values with five digits, enough to look at."""
+    """Round to five digits, enough to look at."""
     return [float(f"{value:.5g}") for value in values.tolist()]
 
 

@@ -13,14 +13,7 @@ from torch import Tensor
 
 from megatron_srpo.algorithm.objective import entropy_weights
 from megatron_srpo.algorithm.settings import Algorithm
-from megatron_srpo.config.schema import (
-    Config,
-    ModelSection,
-    OptimizerSection,
-    ParallelSection,
-    TeacherSection,
-    TrainSection,
-)
+from megatron_srpo.config import schema
 from megatron_srpo.data.records import Group
 from megatron_srpo.data.update_report import OptimizerUpdate, TokenSums, UpdateReport
 from megatron_srpo.distributed.context_parallel import ContextParallel
@@ -41,25 +34,27 @@ from megatron_srpo.vocab_parallel.kernels.choice import kernel_name
 from megatron_srpo.vocab_parallel.logits import Projection
 from megatron_srpo.weights.transfer import Repeatable, export, load
 
+_Logprobs = dict[int, Tensor]  # log π_old [R] by number of the micro-batch, on the last stage
+
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """What the trainer needs of the configuration."""
+    """The part of the configuration that the trainer needs."""
 
-    model: ModelSection
-    parallel: ParallelSection
+    model: schema.ModelSection
+    parallel: schema.ParallelSection
     megatron: dict[str, Any]
     algorithm: Algorithm
-    teacher: TeacherSection
-    optimizer: OptimizerSection
-    train: TrainSection
+    teacher: schema.TeacherSection
+    optimizer: schema.OptimizerSection
+    train: schema.TrainSection
     lr: float
     mini_batch_prompts: int
     temperature: float
     colocated: bool
 
     @classmethod
-    def of(cls, config: Config) -> TrainerSettings:
+    def of(cls, config: schema.Config) -> TrainerSettings:
         names = ("model", "parallel", "megatron", "algorithm", "teacher", "optimizer", "train")
         sections = {name: getattr(config, name) for name in (*names, "lr", "mini_batch_prompts")}
         rollout = config.rollout
@@ -80,38 +75,22 @@ class Trainer:
             load(chunks, folder)
         self.chunks = wrap_data_parallel(chunks, settings.parallel)
         self.host = HostMemory()
-        self.optimizer = Optimizer(
-            self.chunks, settings.optimizer, settings.lr, settings.train.steps, self.host
-        )
-        mib = settings.train.logits_memory_mib
-        algorithm = self.algorithm
-        divergence = Divergence(
-            algorithm.divergence,
-            algorithm.divergence_alpha,
-            algorithm.divergence_support,
-            algorithm.divergence_topk,
-        )
+        lr, steps = settings.lr, settings.train.steps
+        self.optimizer = Optimizer(self.chunks, settings.optimizer, lr, steps, self.host)
+        algorithm, temperature, mib = self.algorithm, settings.temperature, settings.train.logits_memory_mib
+        top = algorithm.divergence_support, algorithm.divergence_topk
+        divergence = Divergence(algorithm.divergence, algorithm.divergence_alpha, *top)
         memory = None if mib is None else mib * 2**20
-        self.loss_settings = LossSettings(algorithm, divergence, settings.temperature, memory)
+        self.loss_settings = LossSettings(algorithm, divergence, temperature, memory)
         self.teacher: Teacher | None = None
         if algorithm.uses_teacher:
-            self.teacher = Teacher(
-                settings.teacher,
-                settings.temperature,
-                memory,
-                self.host,
-                self.chunks,
-                self._copy_of_policy,
-            )
+            shared = self.host, self.chunks, self._copy_of_policy
+            self.teacher = Teacher(settings.teacher, temperature, memory, *shared)
         self.rules = packing_rules(settings, layout)
         self._offload()
 
     def close(self) -> None:
-        """Release the model; the trainer is not used again.
-
-        Megatron's DDP and its gradient hooks hold each other in C++, where Python's collector does not look:
-        a process that trains several times would keep all models, and the threads of their process groups.
-        """
+        """Release the model, which DDP and its gradient hooks hold in C++, where no collector looks."""
         for chunk in self.chunks:
             vars(chunk).clear()
 
@@ -127,14 +106,13 @@ class Trainer:
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
-        """The policy's parameters on this rank, chunk by chunk."""
+        """Return the policy's parameters on this rank, chunk by chunk."""
         return [parameter for chunk in self.chunks for parameter in chunk.module.parameters()]
 
     def _build_chunks(self) -> list[PolicyModel]:
-        settings, device = self.settings, self.layout.device
-        return build_chunks(
-            self.folder.architecture, settings.model, settings.parallel, settings.megatron, device
-        )
+        settings, architecture = self.settings, self.folder.architecture
+        sections = settings.model, settings.parallel, settings.megatron
+        return build_chunks(architecture, *sections, self.layout.device)
 
     def _copy_of_policy(self) -> list[PolicyModel]:
         copies = self._build_chunks()
@@ -207,11 +185,7 @@ class Trainer:
         scores: Sequence[TeacherScores],
         token_values: TokenValues | None = None,
     ) -> UpdateReport:
-        """Make one optimizer update per batch, then the teacher's, unless all updates were skipped.
-
-        Args:
-            token_values: Records the values of some samples' tokens.
-        """
+        """Make one optimizer update per batch, then the teacher's, unless all updates were skipped."""
         self.optimizer.start_step()
         lr = self.optimizer.lr
         old_logprobs = [self._score_old_policy(batch) if len(batches) > 1 else None for batch in batches]
@@ -225,35 +199,26 @@ class Trainer:
                     distances = self._update_teacher(any(update.applied for update in updates))
         return UpdateReport(updates, lr, distances)
 
-    def _score_old_policy(self, batch: OptimizerBatch) -> dict[int, Tensor]:
-        """Return log π_old [R] of each micro-batch, by its number, on the last stage."""
-        logprobs: dict[int, Tensor] = {}
+    def _score_old_policy(self, batch: OptimizerBatch) -> _Logprobs:
+        logprobs: _Logprobs = {}
         settings = self.loss_settings
 
         def keep(number: int, hidden: Tensor, model: PolicyModel) -> Tensor:
-            logprobs[number] = score(
-                Projection(hidden, model.output_weight),
-                batch.micro_batches[number].targets.to(hidden.device),
-                model.vocab_shard,
-                temperature=settings.temperature,
-                memory=settings.logits_memory,
-            ).logprob
+            policy, shard = Projection(hidden, model.output_weight), model.vocab_shard
+            targets = batch.micro_batches[number].targets.to(hidden.device)
+            limits = {"temperature": settings.temperature, "memory": settings.logits_memory}
+            logprobs[number] = score(policy, targets, shard, **limits).logprob
             return hidden.new_zeros(())
 
         run_schedule(self.chunks, batch.micro_batches, keep, backward=False)
         return logprobs
 
     def _accumulate_gradients(
-        self,
-        batch: OptimizerBatch,
-        scores: TeacherScores,
-        old_logprobs: dict[int, Tensor] | None,
-        token_values: TokenValues | None,
+        self, batch: OptimizerBatch, scores: TeacherScores, old: _Logprobs | None, values: TokenValues | None
     ) -> RoutedLoss:
         """Run forward and backward over the batch; return its loss, reduced over all ranks."""
         mean = self._mean_entropy_weight(batch, scores)
-        last_chunk = self.chunks[-1]
-        loss = RoutedLoss(self.loss_settings, batch, scores, mean, old_logprobs, last_chunk, token_values)
+        loss = RoutedLoss(self.loss_settings, batch, scores, mean, old, self.chunks[-1], values)
         self.optimizer.zero_grad()
         run_schedule(self.chunks, batch.micro_batches, loss, backward=True)
         self.layout.from_last_stage(self.layout.sum_over_data_parallel(loss.sums))

@@ -1,10 +1,8 @@
-"""megatron-core's checkpoint format `torch_dist`, written and read tensor by tensor, without building a
-model.
+"""megatron-core's checkpoint format `torch_dist`, written and read tensor by tensor, without a model.
 
 It is the file format of torch.distributed.checkpoint: `.metadata` (a pickle) says of every tensor its global
 shape and where each chunk of it lies, in `__R_K.distcp` files as `torch.save` streams at offsets;
-`metadata.json` and `common.pt` are megatron-core's. `megatron.core.dist_checkpointing.load` takes what the
-Writer wrote at any layout, since torch cuts the pieces a rank needs from the chunks there are.
+`metadata.json` and `common.pt` are megatron-core's, whose `dist_checkpointing.load` takes it at any layout.
 
 No pickle that a file brings is trusted: `.metadata` is read by an unpickler that knows the dataclasses of the
 format and nothing else, tensors by `torch.load(weights_only=True)`; `common.pt` is not read.
@@ -46,10 +44,7 @@ _DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dty
 
 @dataclass(frozen=True)
 class Chunk:
-    """Where a piece of a tensor lies: offset and shape in the tensor, and bytes in a file.
-
-    `length` is in bytes, too.
-    """
+    """The place of a piece of a tensor: start and shape in it, offset and length, in bytes, in a file."""
 
     key: str
     dtype: str
@@ -88,10 +83,7 @@ def _chunk_of(values: dict[str, Any]) -> Chunk:
 
 
 class _Stream(io.RawIOBase):
-    """The end of a DurableFile as `torch.save` wants it; its many small writes are collected.
-
-    end: bytes so far. crc32: of all that was drained.
-    """
+    """The end of a DurableFile as `torch.save` wants it, with its length; many small writes are collected."""
 
     def __init__(self, file: DurableFile):
         self.file, self.end, self.crc32 = file, 0, 0
@@ -112,7 +104,6 @@ class _Stream(io.RawIOBase):
         return len(data)
 
     def drain(self) -> None:
-        """Write what was collected."""
         pending, self._pending = self._pending, bytearray()
         self._put(pending)
 
@@ -130,14 +121,13 @@ class Writer:
         self._file = DurableFile(folder / self.name)
         self._stream = _Stream(self._file)
         self._chunks: list[Chunk] = []
-        torch.save([None], self._stream)
+        torch.save([None], self._stream)  # pyright: ignore[reportArgumentType]
         self._empty = Chunk("", "", (), (), (), self.name, 0, self._stream.end)
 
     def write(self, key: str, tensor: Tensor, tensor_shape: Sequence[int], start: Sequence[int]) -> None:
         """Append `tensor`, a CPU tensor, as the chunk of `key` at `start`, in elements.
 
-        tensor_shape: the global shape. With more dimensions than `tensor`, the leading ones are stacks of it:
-        layers, experts.
+        Leading dimensions that only the global `tensor_shape` has are stacks: layers, experts.
         """
         shape = (1,) * (len(tensor_shape) - tensor.dim()) + tuple(tensor.shape)
         tensor = tensor.detach().contiguous()
@@ -146,7 +136,7 @@ class Writer:
         self._stream.write(bytes(-self._stream.end % _ALIGNMENT))
         offset = self._stream.end
         try:
-            torch.save(tensor.view(shape), self._stream)
+            torch.save(tensor.view(shape), self._stream)  # pyright: ignore[reportArgumentType]
         except RuntimeError as error:
             if isinstance(error.__context__, FileError):  # torch ends its zip file, and misses the lost bytes
                 raise error.__context__ from None
@@ -165,8 +155,8 @@ class Writer:
 def write_metadata(folder: Path, files: Sequence[RankFile], empty_keys: Sequence[str] = ()) -> None:
     """Write `.metadata`, `common.pt` and `metadata.json` for all ranks' files.
 
-    `common.pt` is empty: `dist_checkpointing.load` then returns exactly what it was asked for. empty_keys: of
-    objects that hold nothing, megatron-core's `_extra_state` of layers that have none.
+    `common.pt` is empty: `dist_checkpointing.load` then returns exactly what it was asked for. `empty_keys`
+    are megatron-core's `_extra_state` of layers that have none.
     """
     tensors: dict[str, metadata.TensorStorageMetadata | metadata.BytesStorageMetadata] = {}
     places: dict[metadata.MetadataIndex, filesystem._StorageInfo] = {}
@@ -184,9 +174,8 @@ def write_metadata(folder: Path, files: Sequence[RankFile], empty_keys: Sequence
     for key in empty_keys:
         tensors[key] = metadata.BytesStorageMetadata()
         places[metadata.MetadataIndex(key)] = filesystem._StorageInfo(empty.file, empty.offset, empty.length)
-    whole = metadata.Metadata(
-        tensors, storage_data=places, storage_meta=metadata.StorageMeta(), version="1.0.0"
-    )
+    storage = metadata.StorageMeta()
+    whole = metadata.Metadata(tensors, storage_data=places, storage_meta=storage, version="1.0.0")
     try:
         (folder / ".metadata").write_bytes(pickle.dumps(whole))
         torch.save({}, folder / "common.pt")
@@ -237,9 +226,8 @@ class _Unpickler(pickle.Unpickler):
             return _ALLOWED[module_name, global_name]
         if module_name == "torch" and f"torch.{global_name}" in _DTYPES:
             return _DTYPES[f"torch.{global_name}"]
-        raise pickle.UnpicklingError(
-            f"it asks for {module_name}.{global_name}, which has no place in a checkpoint's metadata"
-        )
+        name = f"{module_name}.{global_name}"
+        raise pickle.UnpicklingError(f"it asks for {name}, which has no place in a checkpoint's metadata")
 
 
 class _Slice(io.RawIOBase):
@@ -278,7 +266,7 @@ class Folder:
 
     @cached_property
     def chunks(self) -> dict[str, list[Chunk]]:
-        """The chunks of every tensor. Checks that the files are there and long enough."""
+        """List the chunks of every tensor; check that the files are there and long enough."""
         whole = self._read_metadata()
         found: dict[str, list[Chunk]] = {}
         try:
@@ -312,9 +300,8 @@ class Folder:
         try:
             backend = json.loads(file.read_text()).get("sharded_backend")
         except (OSError, ValueError, AttributeError) as error:
-            raise FileError(
-                f"{file}: cannot be read ({error}); is {self.path} a megatron-core checkpoint?"
-            ) from None
+            problem = f"cannot be read ({error}); is {self.path} a megatron-core checkpoint?"
+            raise FileError(f"{file}: {problem}") from None
         if backend != "torch_dist":
             raise FileError(f"{file}: sharded_backend is {backend!r}; only 'torch_dist' can be read")
         file = self.path / ".metadata"
@@ -343,10 +330,7 @@ class Folder:
         return self.read_region(key, start, (*ones, *shape)).view(shape)
 
     def read_region(self, key: str, start: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """Read the rectangle of `shape` at `start` of tensor `key`, from as many chunks as have a part of it.
-
-        The result may be mapped from the file.
-        """
+        """Read the rectangle of `shape` at `start` of tensor `key`; it may be mapped from the file."""
         whole, filled = None, 0
         for chunk in self._chunks_near(key, start, shape):
             spans = list(zip(start, shape, chunk.start, chunk.shape, strict=True))
@@ -389,7 +373,7 @@ class Folder:
             content = torch.from_file(str(file), size=file.stat().st_size, dtype=torch.uint8)
             self._files[chunk.file] = file.open("rb", buffering=0), content
         opened, content = self._files[chunk.file]
-        stream = _Slice(opened, chunk.offset, chunk.length)
+        stream: Any = _Slice(opened, chunk.offset, chunk.length)
         try:
             tensor = torch.load(stream, map_location="meta", weights_only=True)
             start = chunk.offset + _start_of_data(stream)
@@ -404,7 +388,7 @@ class Folder:
         raise FileError(f"{file}: {chunk.key} at byte {chunk.offset} is {given}, .metadata says {expected}")
 
     @staticmethod
-    def _map(chunk: Chunk, stream: _Slice, content: Tensor, like: Tensor, start: int) -> Tensor:
+    def _map(chunk: Chunk, stream: Any, content: Tensor, like: Tensor, start: int) -> Tensor:
         if not like.is_contiguous() or like.storage_offset():
             stream.seek(0)
             return torch.load(stream, weights_only=True).reshape(chunk.shape)

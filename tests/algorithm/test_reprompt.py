@@ -1,4 +1,4 @@
-"""The teacher's prompt: its exact text under Qwen3's own chat template, and truncation against brute force."""
+"""The teacher's prompt: its exact text under Qwen3's chat template, and truncation against brute force."""
 
 import importlib.util
 from pathlib import Path
@@ -60,8 +60,8 @@ def test_exact_text_with_qwen3(qwen3):
 def test_every_system_message_stays_unchanged_and_first(qwen3):
     messages = [system("One."), system("Two.\n"), user("Q")]
     prompt = build_teacher_prompt(messages, "D", encoder(qwen3), 10_240)
-    start = "<|im_start|>system\nOne.<|im_end|>\n<|im_start|>system\nTwo.\n<|im_end|>\n<|im_start|>user\nQ\nCorrect solution:"
-    assert qwen3.decode(prompt.ids).startswith(start)
+    start = "<|im_start|>system\nOne.<|im_end|>\n<|im_start|>system\nTwo.\n<|im_end|>\n"
+    assert qwen3.decode(prompt.ids).startswith(f"{start}<|im_start|>user\nQ\nCorrect solution:")
 
 
 def test_no_system_message_is_invented(qwen3):

@@ -146,8 +146,9 @@ def test_routing_is_decided_by_the_seed_alone():
 def test_teacher_sees_the_question_and_the_chosen_siblings_answer():
     for index, route in enumerate(routes(SDPO(), (1, 0, 1, 1))):
         assert route.sibling != index
-        expected = f"[user]What is it?\nCorrect solution:\n\nanswer <{route.sibling}>\n\nCorrectly solve the original question."
-        assert bytes(route.teacher_ids).decode() == expected
+        shown = f"[user]What is it?\nCorrect solution:\n\nanswer <{route.sibling}>"
+        text = bytes(route.teacher_ids).decode()
+        assert text == f"{shown}\n\nCorrectly solve the original question."
         assert not route.demonstration_cut
 
 
@@ -333,7 +334,8 @@ def test_feedback_alone_teaches_where_there_is_no_solution(algorithm):
     assert "it broke" not in teacher_texts(algorithm, (1, 0), "without_solution")[1]
     both = teacher_texts(algorithm, (1, 0), "always")[1]
     assert both == (
-        "[user]What is it?\nCorrect solution:\n\nanswer <0>\n\nThe following is feedback from your unsuccessful earlier attempt:\n\n"
+        "[user]What is it?\nCorrect solution:\n\nanswer <0>\n\n"
+        "The following is feedback from your unsuccessful earlier attempt:\n\n"
         "it broke\n\nCorrectly solve the original question."
     )
 

@@ -38,8 +38,8 @@ def config(tmp_path_factory):
     file = root / "config.yaml"
     file.write_text(
         f"model: {{hf_path: {START}, dtype: float32}}\n"
-        "rollout: {prompts_per_step: 2, samples_per_prompt: 4, max_prompt_tokens: 64, max_response_tokens: 48,"
-        " batch_size: 3}\n"
+        "rollout: {prompts_per_step: 2, samples_per_prompt: 4, max_prompt_tokens: 64,"
+        " max_response_tokens: 48, batch_size: 3}\n"
         "teacher: {max_prompt_tokens: 200}\n"
         f"train: {{steps: {STEPS}}}\n"
         "optimizer: {lr: 2.0e-4, lr_warmup_steps: 3}\n"
@@ -91,8 +91,7 @@ def saved_tensors(checkpoint):
 
 
 def assert_same(run, whole):
-    """Weights, metrics, samples and the last checkpoint's tensors, bit for bit; steps, bit for bit.
-    """
+    """Compare weights, metrics, samples and the last checkpoint's tensors, bit for bit."""
     assert rows(run) == rows(whole)
     for one, other in (
         [load_file(folder / "hf" / "model.safetensors") for folder in (run, whole)],

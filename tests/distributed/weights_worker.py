@@ -22,6 +22,7 @@ def run(job: dict) -> None:
 
     from megatron_srpo.config.load import load_config
     from megatron_srpo.distributed.layout import initialize, shut_down
+    from megatron_srpo.distributed.megatron import parallel_state
     from megatron_srpo.model.build import build_chunks
     from megatron_srpo.model.hf_folder import HFFolder
     from megatron_srpo.training.packing import PackedSequence, micro_batch
@@ -43,7 +44,7 @@ def run(job: dict) -> None:
     def keep(number, hidden, model):
         local = hidden @ model.output_weight.t()
         shards = [torch.empty_like(local) for _ in range(layout.tensor_parallel_size)]
-        dist.all_gather(shards, local.contiguous(), group=layout.tensor_parallel_group)
+        dist.all_gather(shards, local.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
         results["logits"] = torch.cat(shards, dim=1)[:, : folder.architecture.vocab_size].contiguous()
         return hidden.new_zeros(())
 
