@@ -36,14 +36,14 @@ class TritonTileOps:
         for index, tile in enumerate(tiles):
             rows, constants = sums[:, index], _LAUNCH | {"WEIGHTED": index == 0}
             sizes = (rows.stride(0), tile.shape[1], tile.stride(0))
-            _row_sums[(len(tile),)](tile, rows, *sizes, **constants)  # pyright: ignore[reportIndexIssue]
+            _row_sums[(len(tile),)](tile, rows, *sizes, **constants)  # pyright: ignore[reportIndexIssue, reportArgumentType]
 
     def divergence_sums(self, tiles: list[Tensor], maximum: Tensor, total: Tensor) -> Tensor:
         student, teacher = tiles
         sums = student.new_empty(2, len(student))
         sizes, constants = (len(student), student.shape[1], student.stride(0)), self._constants()
         arguments = (student, teacher, maximum, total, sums, *sizes)
-        _divergence_sums[(len(student),)](*arguments, **constants)  # pyright: ignore[reportIndexIssue]
+        _divergence_sums[(len(student),)](*arguments, **constants)  # pyright: ignore[reportIndexIssue, reportArgumentType]
         return sums
 
     def gradient(self, terms: GradTerms, maximum: Tensor, total: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class TritonTileOps:
         sizes = (len(student), student.shape[1], student.stride(0), gradient.stride(0))
         grid = (len(student), triton.cdiv(max(student.shape[1], 1), _BLOCK))
         arguments = (student, teacher, gradient, *vectors, *sizes)
-        _gradient[grid](*arguments, **constants)  # pyright: ignore[reportIndexIssue]
+        _gradient[grid](*arguments, **constants)  # pyright: ignore[reportIndexIssue, reportArgumentType]
         return gradient
 
     def _constants(self) -> dict[str, Any]:
