@@ -1,7 +1,5 @@
 """Everything that can be found wrong before processes meet or weights are read."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from megatron_srpo.checkpoint.run_folder import check_run_folder

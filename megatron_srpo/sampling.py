@@ -2,8 +2,6 @@
 as a training run's, without training. `report` and `inspect` show them; `rollout.replay` trains on them.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

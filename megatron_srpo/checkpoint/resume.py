@@ -1,7 +1,5 @@
 """Finding the checkpoint that a run resumes from, and restoring its state."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple

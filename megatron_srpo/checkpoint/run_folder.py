@@ -1,7 +1,5 @@
 """Checks that a run folder can take a run: it is empty, or holds this run, which can be resumed."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from pathlib import Path

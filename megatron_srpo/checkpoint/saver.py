@@ -4,8 +4,6 @@ Ranks do not communicate: each leaves a note beside its file, the first rank wai
 must see the folder.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import threading

@@ -1,7 +1,5 @@
 """Load the configuration from a YAML file and dotted overrides; errors name file, line and key."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from pathlib import Path

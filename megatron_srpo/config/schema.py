@@ -1,7 +1,5 @@
 """The run's configuration: one typed tree with every key's default and bounds, and rules between keys."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self

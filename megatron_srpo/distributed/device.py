@@ -1,7 +1,5 @@
 """Dtype of the model, and whose layers it has, on this process's device."""
 
-from __future__ import annotations
-
 import importlib.util
 
 import torch

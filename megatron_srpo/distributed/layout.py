@@ -1,7 +1,5 @@
 """Processes: backends, Megatron's process groups, seeds, and the few exchanges that are not Megatron's."""
 
-from __future__ import annotations
-
 import datetime
 import gc
 import json

@@ -1,7 +1,5 @@
 """Answers of the eval command on disk: files of samples that an interrupted command continues."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping, Sequence

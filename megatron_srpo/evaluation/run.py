@@ -1,7 +1,5 @@
 """The eval command: evaluate a Hugging Face folder, or the policy of a run, on held-out questions."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing

@@ -1,7 +1,5 @@
 """Evaluation results: result.json and result.md of one model, and the comparison of several."""
 
-from __future__ import annotations
-
 import datetime
 import json
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """Reads a Hugging Face model folder: architecture, files of the tensors, tokenizer."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Builds Megatron's TransformerConfig and checks that the layout divides the model."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Show a sample in the terminal: prompt, verdict, route, what its teacher saw, and its tokens."""
 
-from __future__ import annotations
-
 import math
 import re
 from pathlib import Path

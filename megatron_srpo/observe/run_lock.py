@@ -1,7 +1,5 @@
 """The beginning of a run's folder: made once, and held by one start of the run at a time."""
 
-from __future__ import annotations
-
 import os
 import socket
 import sys

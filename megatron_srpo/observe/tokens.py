@@ -1,7 +1,5 @@
 """rollouts/step_NNNNNN.tokens.jsonl: what the loss saw of a few samples' tokens, in words."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache

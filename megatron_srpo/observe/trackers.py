@@ -1,7 +1,5 @@
 """TensorBoard and Weights & Biases, by config: the numbers of metrics.jsonl under the same names."""
 
-from __future__ import annotations
-
 import importlib.util
 import secrets
 from collections.abc import Callable, Mapping

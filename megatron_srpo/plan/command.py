@@ -1,7 +1,5 @@
 """`python -m megatron_srpo plan`: a configuration's memory and step time, whether it fits, better layouts."""
 
-from __future__ import annotations
-
 import argparse
 
 from rich.console import Console

@@ -1,7 +1,5 @@
 """Which layouts fit, which are fast, and where more GPUs stop helping."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from typing import NamedTuple

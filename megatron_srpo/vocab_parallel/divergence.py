@@ -9,8 +9,6 @@ with respect to the student's logits z, where f is its log-ratio: log p - log q 
 KL(q‖p), and (1-α)(log p - log m) for JSD_α. Constants in f drop out; with these, f is exactly 0 where p = q.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Literal, NamedTuple, get_args
 

@@ -9,8 +9,6 @@ and p f of the buckets as in `divergence.py`, a column v outside the head has th
 where p_v / P_tail is a softmax of its own: exact also where P_tail is too small for fp32.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -4,8 +4,6 @@ Nothing is kept between them but the tiles themselves: p, q and m are recomputed
 storing them. With TRITON_INTERPRET=1 they run on a CPU; so the tests run them where there is no GPU.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import triton
