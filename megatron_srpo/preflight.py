@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 
 from megatron_srpo.checkpoint.run_folder import check_run_folder
-from megatron_srpo.config.schema import Config, ConfigError
+from megatron_srpo.config.base import ConfigError
+from megatron_srpo.config.schema import Config
 from megatron_srpo.data.rollout_file import step_file
 from megatron_srpo.distributed.device import model_dtype, uses_transformer_engine
 from megatron_srpo.distributed.layout import Layout, data_parallel_size

@@ -17,7 +17,8 @@ from megatron_srpo.checkpoint import folder as folders
 from megatron_srpo.checkpoint.folder import Counters, Manifest, RunInfo, SavedFile
 from megatron_srpo.checkpoint.slices import TensorSlice
 from megatron_srpo.checkpoint.state import scalars, snapshot
-from megatron_srpo.config.schema import CheckpointSection, ConfigError
+from megatron_srpo.config.base import ConfigError
+from megatron_srpo.config.schema import CheckpointSection
 from megatron_srpo.distributed.files import write_text
 from megatron_srpo.distributed.heartbeat import beat
 from megatron_srpo.distributed.layout import Layout

@@ -4,7 +4,8 @@ import importlib.util
 
 import torch
 
-from megatron_srpo.config.schema import ConfigError, ModelSection
+from megatron_srpo.config.base import ConfigError
+from megatron_srpo.config.schema import ModelSection
 
 
 def model_dtype(model: ModelSection, on_gpu: bool | None = None) -> torch.dtype:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from megatron_srpo.config.schema import ConfigError
+from megatron_srpo.config.base import ConfigError
 from megatron_srpo.data.rollout_file import policy_tokens
 from megatron_srpo.observe.run_folder import RunFolder
 from megatron_srpo.observe.tokens import read_tokens

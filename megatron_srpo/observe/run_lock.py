@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from megatron_srpo.config.schema import ConfigError
+from megatron_srpo.config.base import ConfigError
 from megatron_srpo.distributed.layout import Layout
 
 LOCK_SECONDS = 120.0  # NFS keeps the locks of a lost host for 90

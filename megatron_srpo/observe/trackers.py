@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_srpo.config.schema import Config, ConfigError
+from megatron_srpo.config.base import ConfigError
+from megatron_srpo.config.schema import Config
 from megatron_srpo.distributed.files import write_text
 
 

@@ -1,4 +1,4 @@
-"""Student–teacher divergences on one tile of log-probabilities, with closed-form gradients (METHOD.md §2).
+"""Student–teacher divergences on a tile of log-probabilities with closed-form gradients (docs/method.md, 2).
 
 p is the student, q the teacher, both normalised over the full vocabulary. Every divergence here has the
 gradient

@@ -9,8 +9,9 @@ from tables import each_row
 
 from megatron_srpo.algorithm import METHODS
 from megatron_srpo.algorithm.methods.sdpo import SDPO
+from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.load import load_config, save_config
-from megatron_srpo.config.schema import Config, ConfigError
+from megatron_srpo.config.schema import Config
 
 GOOD = """\
 model:
