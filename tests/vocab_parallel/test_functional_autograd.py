@@ -29,7 +29,6 @@ each_sort = pytest.mark.parametrize(
     list(zip(SORTS, itertools.cycle(FORMS), itertools.cycle([*KERNELS, *KERNELS[::-1]]), strict=False)),
     ids=str,
 )
-SETTINGS = [(1.0, None, None), (0.7, 3, 0.3)]  # temperature, tile_tokens, interpolation of the teacher
 
 
 @pairwise(
