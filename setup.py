@@ -19,6 +19,7 @@ setup(
         "torch>=2.9.0a0",  # NVIDIA's images name theirs so
         "megatron-core>=0.16.1,<0.20",
         "transformers>=5.0",
+        "huggingface-hub>=1.0",
         "safetensors>=0.5",
         "tokenizers>=0.21",
         "numpy>=1.26",
