@@ -1,7 +1,5 @@
 """The engine protocol: token ids in, token ids with log-probabilities out, weights as HF-named tensors."""
 
-from __future__ import annotations
-
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from threading import Event
 from typing import Literal, NamedTuple, Protocol

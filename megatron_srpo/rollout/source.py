@@ -1,9 +1,8 @@
 """Where a step's groups come from: an engine fed with the policy's weights, or a folder of dumped steps."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -62,15 +61,10 @@ class Rollouts(Protocol):
 
 def open_rollouts(
     config: Config, folder: HFFolder, layout: Layout, say: Callable[[str], None], watch: Stopwatch
-) -> LiveRollouts | ReplayedRollouts:
+) -> "LiveRollouts | ReplayedRollouts":
     """Return the source of groups that `config` names; an engine has no weights yet.
 
-    Args:
-        config: the run's configuration.
-        folder: the model's architecture and tokenizer.
-        layout: this rank's place.
-        say: prints a line to terminal and log of the first rank.
-        watch: counts the seconds of phases `rollout` and `verify`.
+    say: prints on the first rank; watch: counts the seconds of phases `rollout` and `verify`.
     """
     settings = config.rollout
     if settings.replay is not None:
@@ -91,12 +85,8 @@ def open_rollouts(
 class LiveRollouts(Rollouts):
     """Groups sampled by an engine with the policy's weights.
 
-    Args:
-        builder: samples a step's batch.
-        watch: see `open_rollouts`.
-        last_step_ahead: steps up to this one are sampled by a thread while the step before trains
-            (rollout.async_steps: 1), with weights one version older; 0: none.
-        evaluated: evaluation tasks by name, for the collector.
+    Steps up to `last_step_ahead` (0: none) are sampled by a thread while the step before trains
+    (rollout.async_steps: 1), with weights one version older. evaluated: evaluation tasks by name.
     """
 
     def __init__(
@@ -152,21 +142,19 @@ class LiveRollouts(Rollouts):
         self.collector.verifiers.close()
 
 
+@dataclass(eq=False)
 class ReplayedRollouts(Rollouts):
     """Groups dumped by another run (rollout.replay). All but `collect` does nothing."""
 
-    def __init__(self, directory: Path, settings: RolloutSection, folder: HFFolder, layout: Layout):
-        self.directory = directory
-        self.settings = settings
-        self.folder = folder
-        self.layout = layout
-        self.metrics: dict[str, float] = {}
+    directory: Path
+    settings: RolloutSection
+    folder: HFFolder
+    layout: Layout
+    metrics: dict[str, float] = field(default_factory=dict)
 
     def collect(self, step: int) -> list[Group]:
         groups = replay(self.directory, step, self.settings.samples_per_prompt, self.folder)
         if len(groups) != self.settings.prompts_per_step:
-            raise ConfigError(
-                f"rollout.replay: step {step} holds {len(groups)} groups;"
-                f" rollout.prompts_per_step is {self.settings.prompts_per_step}"
-            )
+            needed = f"rollout.prompts_per_step is {self.settings.prompts_per_step}"
+            raise ConfigError(f"rollout.replay: step {step} holds {len(groups)} groups; {needed}")
         return groups[self.layout.rank :: self.layout.world_size]

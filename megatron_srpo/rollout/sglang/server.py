@@ -1,7 +1,5 @@
 """One SGLang server: how it is started, looked at and given weights from disk."""
 
-from __future__ import annotations
-
 import math
 import os
 import socket
@@ -12,13 +10,11 @@ import torch
 
 from megatron_srpo.config.schema import Config, ConfigError, SGLangSection
 from megatron_srpo.distributed.device import model_dtype
+from megatron_srpo.rollout.servers.fleet import Launch
 from megatron_srpo.rollout.servers.http import Server, ServerFailed
-from megatron_srpo.rollout.servers.launch import Launch
 
 
 class SGLangServer(Server):
-    """See `Server`."""
-
     def version(self) -> str:
         return str(self.get("/model_info").get("weight_version"))
 
@@ -40,21 +36,13 @@ class SGLangServer(Server):
 
 @dataclass(frozen=True, kw_only=True)
 class SGLangLaunch(Launch):
-    """Starts SGLang servers.
-
-    Attributes:
-        settings: section `rollout.sglang`.
-        model: folder of the start model.
-        dtype: the trainer's.
-        has_gpus: the servers run on GPUs.
-        saves_memory: they can release their memory (rollout.colocated).
-    """
+    """Starts SGLang servers."""
 
     settings: SGLangSection
-    model: Path
-    dtype: str
+    model: Path  # folder of the start model
+    dtype: str  # the trainer's
     has_gpus: bool
-    saves_memory: bool
+    saves_memory: bool  # they can release their memory (rollout.colocated)
 
     def urls(self, count: int) -> list[str]:
         """Return where `count` servers listen, as seen from other hosts unless they listen on loopback."""
@@ -92,10 +80,8 @@ class SGLangLaunch(Launch):
             port = self.settings.port + number
             with socket.socket() as attempt:
                 if attempt.connect_ex(("127.0.0.1", port)) == 0:
-                    raise ConfigError(
-                        f"rollout.sglang.port: {port} is in use; {count} ports are needed from"
-                        f" {self.settings.port} on"
-                    )
+                    needed = f"{count} ports are needed from {self.settings.port} on"
+                    raise ConfigError(f"rollout.sglang.port: {port} is in use; {needed}")
 
 
 def launch_of(config: Config) -> SGLangLaunch | None:
