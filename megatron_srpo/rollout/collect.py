@@ -101,14 +101,9 @@ class Collector:
     ) -> Iterator[Group]:
         """Yield each group, verified, as soon as its last sample is finished, while others still run.
 
-        A sample's randomness depends on (seed, prompt id, index) alone.
-
-        Args:
-            pending: the groups; after the iteration `pending.incomplete()` holds what was aborted.
-            sampling, seed: of this step.
-            stop: set by the consumer when it has enough groups: the rest is aborted.
-            persist: stores finished samples before they are verified, one engine batch a call.
-            watch: counts the seconds of verification as phase `verify`; None in a background thread.
+        A sample's randomness depends on (seed, prompt id, index) alone. The consumer sets `stop` when it has
+        enough groups: the rest is aborted, and afterwards in `pending.incomplete()`. persist: stores finished
+        samples before they are verified, one engine batch a call. watch: None in a background thread.
         """
         yield from self.verify(pending.recovered, watch)
         if stop.is_set():

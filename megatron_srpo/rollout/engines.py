@@ -1,4 +1,4 @@
-"""The engine named by `rollout.engine`: `check` and `create` of module `engine` in the folder of that name."""
+"""The engine named by `rollout.engine`: `check` and `create` of module `engine` in that folder."""
 
 import importlib
 from collections.abc import Callable

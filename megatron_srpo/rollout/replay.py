@@ -46,8 +46,7 @@ def replay(folder: Path, step: int, samples_per_prompt: int, model: HFFolder) ->
     for group in groups:
         indices = [sample.index for sample in group]
         if indices != list(range(samples_per_prompt)):
-            raise ConfigError(
-                f"{file}: the group of {group[0].prompt.id} has samples {indices},"
-                f" expected 0 to {samples_per_prompt - 1} (rollout.samples_per_prompt)"
-            )
+            expected = f"0 to {samples_per_prompt - 1} (rollout.samples_per_prompt)"
+            found = f"the group of {group[0].prompt.id} has samples {indices}"
+            raise ConfigError(f"{file}: {found}, expected {expected}")
     return groups

@@ -26,13 +26,9 @@ from megatron_srpo.tasks.pool import Pool
 
 
 class Rollouts(Protocol):
-    """The source of verified groups. All ranks call it together, but for `saved` and `close`.
+    """The source of verified groups. All ranks call it together, but for `saved` and `close`."""
 
-    Attributes:
-        metrics: what metrics.jsonl says about the selection of the groups that were collected last.
-    """
-
-    metrics: dict[str, float]
+    metrics: dict[str, float]  # what metrics.jsonl says about the selection of the groups collected last
 
     def collect(self, step: int) -> list[Group]:
         """Return this rank's share of the step's verified groups. Raises ConfigError, EngineFailed."""
@@ -62,10 +58,7 @@ class Rollouts(Protocol):
 def open_rollouts(
     config: Config, folder: HFFolder, layout: Layout, say: Callable[[str], None], watch: Stopwatch
 ) -> "LiveRollouts | ReplayedRollouts":
-    """Return the source of groups that `config` names; an engine has no weights yet.
-
-    say: prints on the first rank; watch: counts the seconds of phases `rollout` and `verify`.
-    """
+    """Return the source of groups that `config` names; an engine has no weights yet."""
     settings = config.rollout
     if settings.replay is not None:
         return ReplayedRollouts(settings.replay, settings, folder, layout)
@@ -82,6 +75,7 @@ def open_rollouts(
     return LiveRollouts(builder, watch, last_step_ahead, evaluated)
 
 
+@dataclass(eq=False)
 class LiveRollouts(Rollouts):
     """Groups sampled by an engine with the policy's weights.
 
@@ -89,27 +83,22 @@ class LiveRollouts(Rollouts):
     (rollout.async_steps: 1), with weights one version older. evaluated: evaluation tasks by name.
     """
 
-    def __init__(
-        self,
-        builder: BatchBuilder,
-        watch: Stopwatch,
-        last_step_ahead: int = 0,
-        evaluated: Mapping[str, Task] | None = None,
-    ):
-        self.builder = builder
-        self.collector = builder.collector
-        self.evaluated = evaluated or {}
-        self.metrics: dict[str, float] = {}
-        self._watch = watch
-        self._last_step_ahead = last_step_ahead
+    builder: BatchBuilder
+    watch: Stopwatch  # counts the seconds of phases `rollout` and `verify`
+    last_step_ahead: int = 0
+    evaluated: Mapping[str, Task] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.collector = self.builder.collector
+        self.metrics = {}
         self._published = 0  # step
         self._thread = ThreadPoolExecutor(1, "rollouts")
         self._ahead: Future[Batch] | None = None
 
     def collect(self, step: int) -> list[Group]:
         ahead, self._ahead = self._ahead, None
-        batch = self.builder.build(step, self._watch) if ahead is None else ahead.result()
-        if step < self._last_step_ahead:
+        batch = self.builder.build(step, self.watch) if ahead is None else ahead.result()
+        if step < self.last_step_ahead:
             self._ahead = self._thread.submit(self.builder.build, step + 1)
         self.metrics = batch.metrics
         return batch.groups
@@ -119,7 +108,7 @@ class LiveRollouts(Rollouts):
 
     def publish(self, tensors: Iterable[tuple[str, Tensor]], step: int) -> None:
         if self._ahead is not None:
-            with self._watch("rollout"):
+            with self.watch("rollout"):
                 self._ahead.result()  # raises the thread's error before other ranks wait for this one
         self._published = step
         self.collector.engine.update_weights(tensors, str(step))

@@ -33,16 +33,14 @@ def check(config: Config, trains: bool) -> None:
         variable = settings.api_key_env
         raise ConfigError(f"rollout.openai.api_key_env: the environment variable {variable} is not set")
     if settings.reload_path is None and trains:
-        raise ConfigError(
-            "rollout.openai.reload_path: train needs it, the call that makes a server load new weights;"
-            " without it only sample, eval and replay are possible"
-        )
+        needed = "train needs it, the call that makes a server load new weights"
+        rest = "without it only sample, eval and replay are possible"
+        raise ConfigError(f"rollout.openai.reload_path: {needed}; {rest}")
     if settings.reload_path is None and config.evaluation.checkpoint is not None:
         raise ConfigError("rollout.openai.reload_path: evaluation.checkpoint needs it to send its weights")
 
 
 def create(config: Config, folder: HFFolder, layout: Layout, say: Callable[[str], None]) -> "OpenAIEngine":
-    """Find the servers and the model's name (see rollout/engines.py)."""
     weights = config.logging.dir / "servers" / "weights"
     engine = OpenAIEngine(config.rollout.openai, config.rollout.urls, folder, layout, weights)
     say(f"{len(config.rollout.urls)} OpenAI-compatible servers (experimental), model {engine.model}")
@@ -107,7 +105,6 @@ class OpenAIEngine:
         return self.generation.generate(requests, sampling, stop)
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
-        """Write the weights and make every server load them. Raises EngineFailed if none could."""
         self.generation.start_publication(version)
         failures: dict[str, str | None] = {server.url: None for server in self.servers}
         if self.settings.reload_path is not None:

@@ -130,7 +130,6 @@ class Fleet(Generic[AnyServer]):
         return None
 
     def is_starting(self) -> bool:
-        """Return True while some server is not there yet."""
         return any(handle.state == "starting" or handle.failure for handle in self.handles)
 
     def wait(self, seconds: float) -> None:
@@ -158,10 +157,7 @@ class Fleet(Generic[AnyServer]):
         return [handle for handle in self.handles if handle.state in states and handle.failure is None]
 
     def report_failure(self, url: str, reason: str, is_invalid: bool) -> None:
-        """Restart a server of the run in the background; put an external one in quarantine.
-
-        is_invalid: it gave an invalid reply: an external one is not used again.
-        """
+        """Restart a server of the run in the background; quarantine an external one, for good if invalid."""
         handle = next(handle for handle in self.handles if handle.server.url == url)
         with handle.lock:
             if self.launch is not None:
@@ -181,7 +177,6 @@ class Fleet(Generic[AnyServer]):
                     handle.state = "outdated"
 
     def updated(self, handle: ServerHandle[AnyServer]) -> None:
-        """Mark a server as having the newest weights."""
         with handle.lock:
             if handle.state in ("outdated", "quarantined") and handle.failure is None:
                 self._set_ready(handle)
@@ -190,8 +185,7 @@ class Fleet(Generic[AnyServer]):
         """Return why each server must not be used, None if it may be, by URL."""
         found: dict[str, str | None] = {}
         for handle in self.handles:
-            usable = handle.state == "ready"
-            found[handle.server.url] = None if usable else handle.reason or handle.state
+            found[handle.server.url] = None if handle.state == "ready" else handle.reason or handle.state
         return found
 
     def close(self) -> None:

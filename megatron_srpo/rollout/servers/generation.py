@@ -13,15 +13,7 @@ import httpx
 
 from megatron_srpo.config.schema import ServerSection
 from megatron_srpo.distributed.heartbeat import beat
-from megatron_srpo.rollout.engine import (
-    EMPTY,
-    Completion,
-    Completions,
-    CompletionStream,
-    EngineFailed,
-    Request,
-    Sampling,
-)
+from megatron_srpo.rollout.engine import EMPTY, Completion, CompletionStream, EngineFailed, Request, Sampling
 from megatron_srpo.rollout.servers.http import IDLE, headers
 from megatron_srpo.rollout.servers.replies import InvalidReply, joined
 
@@ -160,11 +152,10 @@ class _Batch:
         self.stopped = False
         self._waiting = deque(range(len(requests)))
         self._running: dict[str, tuple[Target, httpx.AsyncClient]] = {}  # by request id
-        self._done: asyncio.Queue[Completions | None] = asyncio.Queue()  # None: the end
+        self._done: asyncio.Queue[dict[int, Completion] | None] = asyncio.Queue()  # None: the end
         self._no_server_since: float | None = None
 
-    async def next(self) -> Completions | None:
-        """Return the next completion, or None when `run` has ended."""
+    async def next(self) -> dict[int, Completion] | None:
         return await self._done.get()
 
     async def run(self) -> None:
@@ -235,10 +226,8 @@ class _Batch:
                 break
         if self.stopped:
             return (done or EMPTY)._replace(finish_reason="abort")
-        raise EngineFailed(
-            f"a request failed {1 + self.settings.retries} times ({self.settings.key}.retries),"
-            f" the last time at {url}: {failure}"
-        )
+        times = f"{1 + self.settings.retries} times ({self.settings.key}.retries)"
+        raise EngineFailed(f"a request failed {times}, the last time at {url}: {failure}")
 
     async def _free_target(self) -> Target | None:
         """Return the least loaded server, None once stopped. Raises EngineFailed if none will come back."""
@@ -283,11 +272,10 @@ class _Batch:
             # an abort that arrives with the last token wins over it
             return completion._replace(finish_reason="stop")
         if completion.finish_reason == "stop" and not ends_at_stop:
-            raise EngineFailed(
-                f"{target.url} ends responses at token {completion.ids[-1]}, which is not among the trainer's"
-                f" {self.sampling.stop_ids} (eos_token_id of the tokenizer and of generation_config.json):"
-                " name it in generation_config.json"
-            )
+            found = f"{target.url} ends responses at token {completion.ids[-1]}"
+            known = f"{self.sampling.stop_ids} (eos_token_id of the tokenizer and of generation_config.json)"
+            hint = "name it in generation_config.json"
+            raise EngineFailed(f"{found}, which is not among the trainer's {known}: {hint}")
         return completion
 
     def _check_status(self, target: Target, call: Call, response: httpx.Response, tokens: int) -> None:

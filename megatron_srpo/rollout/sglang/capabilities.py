@@ -12,6 +12,7 @@ from megatron_srpo.rollout.servers.replies import InvalidReply
 from megatron_srpo.rollout.sglang.api import parse
 from megatron_srpo.rollout.sglang.server import SGLangServer
 
+Info = Mapping[str, Any]
 OLDEST, WITH_SESSIONS = (0, 5, 19), (0, 5, 21)
 
 
@@ -43,11 +44,7 @@ def inspect(server: SGLangServer, settings: RolloutSection, folder: HFFolder) ->
 
 
 def check(
-    url: str,
-    server_info: Mapping[str, Any],
-    model_info: Mapping[str, Any],
-    settings: RolloutSection,
-    folder: HFFolder,
+    url: str, server_info: Info, model_info: Info, settings: RolloutSection, folder: HFFolder
 ) -> Capabilities:
     """Return what the answers to /server_info and /model_info say. Raises ConfigError."""
     version = str(server_info.get("version"))
@@ -66,10 +63,9 @@ def check(
     limits = [context, server_info.get("max_total_num_tokens")]
     limit = min(number for number in limits if number is not None)
     if longest > limit:
-        raise ConfigError(
-            f"rollout.max_response_tokens: with rollout.max_prompt_tokens a sequence has up to {longest}"
-            f" tokens; {url} takes {limit} (--context-length, --max-total-tokens)"
-        )
+        needed = f"with rollout.max_prompt_tokens a sequence has up to {longest} tokens"
+        found = f"{url} takes {limit} (--context-length, --max-total-tokens)"
+        raise ConfigError(f"rollout.max_response_tokens: {needed}; {found}")
     if settings.colocated and not server_info.get("enable_memory_saver"):
         raise ConfigError(f"rollout.colocated: {url} was started without --enable-memory-saver")
     for key in ("dp_size", "pp_size"):
@@ -77,9 +73,6 @@ def check(
             option = f"--{key.replace('_', '-')} {server_info[key]}"
             problem = f"{url} has {option}, which takes updates from disk only"
             raise ConfigError(f"rollout.sglang.update: {problem}")
-    return Capabilities(
-        version=version,
-        needs_session=numbers >= WITH_SESSIONS,
-        is_seeded=bool(server_info.get("enable_deterministic_inference")),
-        tensor_parallel_size=int(server_info.get("tp_size", 1)),
-    )
+    is_seeded = bool(server_info.get("enable_deterministic_inference"))
+    tensor_parallel_size = int(server_info.get("tp_size", 1))
+    return Capabilities(version, numbers >= WITH_SESSIONS, is_seeded, tensor_parallel_size)

@@ -42,7 +42,6 @@ def check(config: Config, trains: bool) -> None:
 
 
 def create(config: Config, folder: HFFolder, layout: Layout, say: Callable[[str], None]) -> "SGLangEngine":
-    """Start or find the servers (see rollout/engines.py)."""
     launch = launch_of(config)
     urls = [url.rstrip("/") for url in config.rollout.urls]
     if launch is not None:
@@ -97,10 +96,7 @@ class SGLangEngine:
         return self.generation.generate(requests, sampling, stop)
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
-        """Consume `tensors`, which must be iterable again: for servers that missed the update.
-
-        Raises EngineFailed if the first update has not left the same weights on all servers.
-        """
+        """Consume `tensors`, which must be iterable again: for servers that missed the update."""
         self.generation.start_publication(version)
         invalid = self.layout.gather_json(self.generation.invalid_replies())
         problem, needs_disk = None, False

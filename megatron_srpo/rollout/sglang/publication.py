@@ -75,7 +75,6 @@ class Update:
         return self.end(self.begin(call))
 
     def fail(self, server: SGLangServer, reason: str) -> None:
-        """Leave the server out of what follows."""
         if server in self.live:
             self.live.remove(server)
             self.failures[server] = reason
@@ -374,10 +373,7 @@ class Broadcast:
             raise _BroadcastFailed("a server failed after a broadcast")
 
     def close(self, is_broken: bool = False) -> None:
-        """Leave the group; servers leave it when they restart or join another one.
-
-        is_broken: do not wait for its work, which for NCCL may never end.
-        """
+        """Leave the group. is_broken: do not wait for its work, which for NCCL may never end."""
         if self._group is not None:
             with contextlib.suppress(RuntimeError):
                 if is_broken and self.device.type == "cuda":

@@ -57,21 +57,15 @@ class Publisher:
         way = self.settings.sglang.update
         self.say(f"SGLang {versions} on {len(self.capabilities)} servers; weights by {way}")
         if not self.is_seeded:
-            self.say(
-                "sampling is not reproducible: start the servers with --enable-deterministic-inference to use"
-                " our seeds"
-            )
+            hint = "start the servers with --enable-deterministic-inference to use our seeds"
+            self.say(f"sampling is not reproducible: {hint}")
 
     @property
     def is_seeded(self) -> bool:
-        """True if all servers use sampling_seed."""
         return all(found.is_seeded for found in self.capabilities.values())
 
     def publish(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> str | None:
-        """Bring every server to `version`, after waiting for those that restart. Consumes `tensors`.
-
-        Returns what is wrong if the first update has not left the same weights everywhere.
-        """
+        """Bring every server to `version`. Returns what the first update's checksums say is wrong."""
         self.fleet.allow_starts()
         self.fleet.wait(self.settings.sglang.return_timeout)
         self.fleet.weights_changed(None)
@@ -123,13 +117,11 @@ class Publisher:
         self.fleet.forbid_starts()  # waits for those that failed
 
     def close(self) -> None:
-        """Stop our servers."""
         if isinstance(self.transport, Broadcast):
             self.transport.close()
         self.fleet.close()
 
     def transport_for(self, settings: RolloutSection) -> Transport:
-        """Return the way of rollout.sglang.update."""
         sglang = settings.sglang
         if sglang.update == "disk":
             return self.disk
@@ -154,7 +146,6 @@ class Publisher:
         update.each(lambda server: None if server in update.missed else server.check_version(update.version))
 
     def _take_back(self, server: SGLangServer, what: str) -> None:
-        """Make a server allocate memory that it has released."""
         if self.released.get(server) == server.incarnation:
             server.post("/resume_memory_occupation", {"tags": [what]})
 

@@ -72,10 +72,9 @@ class SGLangLaunch(Launch):
     def check(self, count: int) -> None:
         """Raise ConfigError for a missing interpreter and for ports in use."""
         if not os.access(self.settings.python, os.X_OK):
-            raise ConfigError(
-                f"rollout.sglang.python: {self.settings.python} is no interpreter; name that of an"
-                " environment with SGLang (bash tools/install_sglang.sh makes one for CPUs)"
-            )
+            problem = f"{self.settings.python} is no interpreter; name that of an environment with SGLang"
+            hint = "bash tools/install_sglang.sh makes one for CPUs"
+            raise ConfigError(f"rollout.sglang.python: {problem} ({hint})")
         for number in range(count):
             port = self.settings.port + number
             with socket.socket() as attempt:

@@ -98,14 +98,8 @@ class TransformersEngine:
         logprobs = torch.zeros(len(requests), sampling.max_tokens, device=self.device)
         for step in range(sampling.max_tokens - min(started)):
             beat()
-            output = self.model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+            inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+            output = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = output.past_key_values
             # a finished row may stay in the batch, past its limit
             place = (offsets[live] + step).clamp(max=sampling.max_tokens - 1)
@@ -124,7 +118,9 @@ class TransformersEngine:
                 live, ids, mask, positions = live[keep], ids[keep], mask[keep], positions[keep]
         if logprobs.isnan().any():
             version = self.version
-            raise EngineFailed(f"the model of weight version {version} gives NaN: are its weights damaged?")
+            raise EngineFailed(
+                f"the model of weight version {version} gives no numbers (NaN): damaged weights?"
+            )
         rows = zip(requests, tokens.tolist(), logprobs.tolist(), strict=True)
         return [self._completion(*row, sampling) for row in rows]
 
