@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 setup(
     name="megatron_srpo",
     version="0.1.0",
-    description="Sample-Routed Policy Optimization (arXiv 2604.02288) on megatron-core: from a laptop CPU to an H100 cluster",
+    description="Sample-Routed Policy Optimization (arXiv 2604.02288) on megatron-core",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

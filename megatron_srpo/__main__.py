@@ -8,7 +8,7 @@ import sys
 import warnings
 
 from megatron_srpo.commands.common import is_first_rank
-from megatron_srpo.config.schema import ConfigError
+from megatron_srpo.config.base import ConfigError
 from megatron_srpo.distributed.files import FileError
 from megatron_srpo.distributed.processes import rank_from_environment, wait_for_first_rank
 

@@ -1,11 +1,10 @@
 """Everything that can be found wrong before processes meet or weights are read."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from megatron_srpo.checkpoint.run_folder import check_run_folder
-from megatron_srpo.config.schema import Config, ConfigError
+from megatron_srpo.config.base import ConfigError
+from megatron_srpo.config.schema import Config
 from megatron_srpo.data.rollout_file import step_file
 from megatron_srpo.distributed.device import model_dtype, uses_transformer_engine
 from megatron_srpo.distributed.layout import Layout, data_parallel_size
@@ -44,14 +43,15 @@ def preflight(config: Config, trains: bool = True) -> HFFolder:
     if config.rollout.replay is not None:
         for step in range(1, config.train.steps + 1):
             if not step_file(config.rollout.replay, step).is_file():
+                missing = step_file(config.rollout.replay, step)
                 raise ConfigError(
-                    f"rollout.replay: {step_file(config.rollout.replay, step)} is missing, but train.steps is {config.train.steps}"
+                    f"rollout.replay: {missing} is missing, but train.steps is {config.train.steps}"
                 )
     return folder
 
 
 def describe_setup(config: Config, folder: HFFolder, layout: Layout) -> list[str]:
-    """Return lines about the run for the terminal: device, dtype and layers; a warning about long sequences."""
+    """Return what the terminal says of the run: device, dtype and layers; a warning about long sequences."""
     layers = "local layers, torch SDPA attention"
     if uses_transformer_engine(config.model):
         layers = "Transformer Engine"

@@ -2,13 +2,12 @@
 as a training run's, without training. `report` and `inspect` show them; `rollout.replay` trains on them.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 
+from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.load import save_config
-from megatron_srpo.config.schema import Config, ConfigError, ResumeSection
+from megatron_srpo.config.schema import Config, ResumeSection
 from megatron_srpo.data.rollout_file import dump
 from megatron_srpo.distributed.heartbeat import PROGRESS
 from megatron_srpo.distributed.layout import Layout, process_group

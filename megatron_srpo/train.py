@@ -1,7 +1,5 @@
 """The driver: one training step reads as Algorithm 1 of the paper (arXiv 2604.02288)."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from megatron_srpo.checkpoint.run import RunCheckpoints, TrainingInterrupted

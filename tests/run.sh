@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs into .venv and runs everything a CPU can prove.
 #   bash tests/run.sh [--with-sglang] [pytest arguments …]
-# --with-sglang: also what needs real SGLang servers (tests/sglang); they get an environment of their own, .venv-sglang (2 GB, once).
+# --with-sglang: also tests against real SGLang servers (tests/sglang), which get .venv-sglang of their own (2 GB, once).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ "${1:-}" = --with-sglang ]; then

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_srpo.config.schema import ConfigError
+from megatron_srpo.config.base import ConfigError
 from megatron_srpo.distributed.files import FileError
 from megatron_srpo.distributed.processes import Processes, wait_for_first_rank
 

@@ -52,7 +52,7 @@ def main() -> int:
             source = RunTensors(options.checkpoint, options.weights)
             if source.architecture != reference.architecture:
                 raise FileError(
-                    f"{options.hf_reference}: its config.json is not that of the model in {source.folder.path}"
+                    f"{options.hf_reference}: its config.json differs from the model in {source.folder.path}"
                 )
         elif options.weights == "teacher":
             raise FileError(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from _prepare import print_report
 
-from megatron_srpo.config.schema import ConfigError
+from megatron_srpo.config.base import ConfigError
 from megatron_srpo.tasks.mathematics import published_row
 from megatron_srpo.tasks.questions import read_objects, write_questions
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from _prepare import print_report
 
-from megatron_srpo.config.schema import ConfigError
+from megatron_srpo.config.base import ConfigError
 from megatron_srpo.tasks.questions import write_questions
 from megatron_srpo.tasks.tool_use import read_toolalpaca
 

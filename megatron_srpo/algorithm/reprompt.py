@@ -3,8 +3,6 @@
 The teacher re-scores the student's own response ids after this prompt; it never generates.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Group advantages and sample routing: what each sample learns (docs/method.md, sections 1 and 3)."""
 
-from __future__ import annotations
-
 import random
 import statistics
 from collections.abc import Callable, Sequence

@@ -20,31 +20,44 @@ class Algorithm(BaseModel):
 
     name: str
     lr: float = Field(gt=0, description="the paper's learning rate, used when optimizer.lr is not given")
-    mini_batch_prompts: int | None = Field(None, gt=0, description="prompts per optimizer step; null: all")
+    mini_batch_prompts: int | None = Field(
+        default=None, gt=0, description="prompts per optimizer step; null: all"
+    )
 
-    advantage_std: bool = Field(False, description="divide advantages by the group's std (ddof 1, eps 1e-6)")
-    clip_low: float = Field(0.2, ge=0, lt=1, description="ratio clipped to [1 - clip_low, 1 + clip_high]")
-    clip_high: float = Field(0.28, ge=0)
-    dual_clip: float | None = Field(3.0, gt=1, description="c: the loss of A < 0 is at most -c·A; null: off")
+    advantage_std: bool = Field(
+        default=False, description="divide advantages by the group's std (ddof 1, eps 1e-6)"
+    )
+    clip_low: float = Field(
+        default=0.2, ge=0, lt=1, description="ratio clipped to [1 - clip_low, 1 + clip_high]"
+    )
+    clip_high: float = Field(default=0.28, ge=0)
+    dual_clip: float | None = Field(
+        default=3.0, gt=1, description="c: the loss of A < 0 is at most -c·A; null: off"
+    )
     importance_cap: float | None = Field(
-        2.0, gt=0, description="cap of π_old/π_roll (TIS) and of π_θ/π_old in the distillation; null: off"
+        default=2.0,
+        gt=0,
+        description="cap of π_old/π_roll (TIS) and of π_θ/π_old in the distillation; null: off",
     )
     loss_aggregation: Literal["token_mean", "seq_mean"] = Field(
-        "token_mean", description="one denominator for all tokens; seq_mean averages per-sequence means"
+        default="token_mean",
+        description="one denominator for all tokens; seq_mean averages per-sequence means",
     )
 
     divergence: Literal["jsd", "forward", "reverse"] = Field(
-        "jsd", description="student p, teacher q: jsd(α), KL(q‖p), KL(p‖q)"
+        default="jsd", description="student p, teacher q: jsd(α), KL(q‖p), KL(p‖q)"
     )
-    divergence_alpha: float = Field(0.5, gt=0, lt=1, description="α of jsd: m = (1-α)p + αq")
+    divergence_alpha: float = Field(default=0.5, gt=0, lt=1, description="α of jsd: m = (1-α)p + αq")
     divergence_support: Literal["full", "student_topk", "teacher_topk", "sampled"] = Field(
         default="full",
         description="full: exact; student_topk, teacher_topk: the likeliest K ids of one side and one tail"
         " bucket; sampled: the response's own token (divergence: reverse)",
     )
-    divergence_topk: int = Field(100, gt=0, description="K of student_topk and teacher_topk")
-    entropy_beta: float = Field(0.0, ge=0, description="β of w = exp(-β H) / mean; 0: no weighting")
-    entropy_weight_cap: float | None = Field(None, gt=0, description="upper bound of normalised w, optional")
+    divergence_topk: int = Field(default=100, gt=0, description="K of student_topk and teacher_topk")
+    entropy_beta: float = Field(default=0.0, ge=0, description="β of w = exp(-β H) / mean; 0: no weighting")
+    entropy_weight_cap: float | None = Field(
+        default=None, gt=0, description="upper bound of normalised w, optional"
+    )
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:

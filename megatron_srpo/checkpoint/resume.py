@@ -1,7 +1,5 @@
 """Finding the checkpoint that a run resumes from, and restoring its state."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +8,8 @@ from megatron_srpo.checkpoint import folder as folders
 from megatron_srpo.checkpoint.folder import Counters, DamagedCheckpoint, Manifest
 from megatron_srpo.checkpoint.run_folder import differences
 from megatron_srpo.checkpoint.state import restore_generators, restore_trainer
-from megatron_srpo.config.schema import Config, ConfigError
+from megatron_srpo.config.base import ConfigError
+from megatron_srpo.config.schema import Config
 from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.training.trainer import Trainer
 from megatron_srpo.weights.torch_dist import Folder

@@ -1,7 +1,5 @@
 """The checkpoints of one run: restored at its start, saved while it trains, and before it ends early."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from megatron_srpo.checkpoint import resume

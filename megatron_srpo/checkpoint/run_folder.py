@@ -1,7 +1,5 @@
 """Checks that a run folder can take a run: it is empty, or holds this run, which can be resumed."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from pathlib import Path
@@ -11,7 +9,8 @@ import yaml
 
 from megatron_srpo.checkpoint import folder as folders
 from megatron_srpo.checkpoint.folder import DamagedCheckpoint
-from megatron_srpo.config.schema import Config, ConfigError
+from megatron_srpo.config.base import ConfigError
+from megatron_srpo.config.schema import Config
 from megatron_srpo.model.architecture import Architecture
 from megatron_srpo.model.families import architecture_from_dict
 

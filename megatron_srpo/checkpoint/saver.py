@@ -4,8 +4,6 @@ Ranks do not communicate: each leaves a note beside its file, the first rank wai
 must see the folder.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import threading
@@ -19,7 +17,8 @@ from megatron_srpo.checkpoint import folder as folders
 from megatron_srpo.checkpoint.folder import Counters, Manifest, RunInfo, SavedFile
 from megatron_srpo.checkpoint.slices import TensorSlice
 from megatron_srpo.checkpoint.state import scalars, snapshot
-from megatron_srpo.config.schema import CheckpointSection, ConfigError
+from megatron_srpo.config.base import ConfigError
+from megatron_srpo.config.schema import CheckpointSection
 from megatron_srpo.distributed.files import write_text
 from megatron_srpo.distributed.heartbeat import beat
 from megatron_srpo.distributed.layout import Layout

@@ -4,8 +4,6 @@ A distributed optimizer holds a range of a shard's flat elements: in the global 
 rank writes the rectangles of what it holds; at any layout, a rank reads those that it needs.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The trainer's state, copied to a checkpoint's slices and restored from a checkpoint's folder."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """The policy or the teacher of a run, tensor by tensor in Hugging Face names (see `weights/sources.py`)."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from megatron_srpo.config.schema import ConfigError
+from megatron_srpo.config.base import ConfigError
 
 HELP = "compare evaluations with the first one, by a paired bootstrap over questions"
 

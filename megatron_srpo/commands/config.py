@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from megatron_srpo.algorithm.settings import Algorithm
 from megatron_srpo.commands.common import add_overrides
+from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.load import load_config
-from megatron_srpo.config.schema import Config, ConfigError
+from megatron_srpo.config.schema import Config
 
 HELP = "print every key of the configuration, or check a file"
 

@@ -1,7 +1,5 @@
 """The rollout engines by name, and what planner and checks must know of each without importing it."""
 
-from __future__ import annotations
-
 from typing import Literal, NamedTuple
 
 EngineName = Literal["transformers", "sglang", "openai"]

@@ -1,7 +1,5 @@
 """Load the configuration from a YAML file and dotted overrides; errors name file, line and key."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from pathlib import Path
@@ -11,7 +9,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from megatron_srpo.algorithm import METHODS
-from megatron_srpo.config.schema import Config, ConfigError, TaskSource
+from megatron_srpo.config.base import ConfigError
+from megatron_srpo.config.schema import Config
+from megatron_srpo.config.task_section import TaskSource
 
 
 class _Loader(yaml.SafeLoader):

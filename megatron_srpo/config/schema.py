@@ -1,27 +1,18 @@
 """The run's configuration: one typed tree with every key's default and bounds, and rules between keys."""
 
-from __future__ import annotations
-
-import re
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from megatron_srpo.algorithm import AnyAlgorithm
 from megatron_srpo.algorithm.methods.srpo import SRPO
-from megatron_srpo.config.engines import ENGINES, EngineName, EngineTraits
+from megatron_srpo.config.base import Section
+from megatron_srpo.config.rollout_section import RolloutSection
+from megatron_srpo.config.task_section import TaskSection, TaskSource
 
 
-class ConfigError(ValueError):
-    """The configuration cannot be run; the message names key, place, what was expected and what to do."""
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class ModelSection(_Section):
+class ModelSection(Section):
     hf_path: Path = Field(
         description="Hugging Face folder (config.json, safetensors, tokenizer); defines the architecture"
     )
@@ -36,7 +27,7 @@ class ModelSection(_Section):
     )
 
 
-class ParallelSection(_Section):
+class ParallelSection(Section):
     tensor_model_parallel_size: int = Field(default=1, gt=0)
     pipeline_model_parallel_size: int = Field(default=1, gt=0)
     virtual_pipeline_model_parallel_size: int | None = Field(
@@ -98,284 +89,7 @@ class ParallelSection(_Section):
         return self
 
 
-class TaskSource(_Section):
-    """One task: the source of its questions and its verifier. A bare word means the task of that name."""
-
-    name: str = Field(
-        default="addition",
-        pattern=r"^\w[\w.-]*(/\w[\w.-]*)?$",
-        description="addition, reasoning_gym/DATASET, or the name of the task in `path`; default: its stem",
-    )
-    path: Path | None = Field(
-        default=None, description="folder with train.jsonl and test.jsonl, a .jsonl file, or your .py file"
-    )
-    verifier: Literal["exact", "multiple_choice", "tool_calls", "math"] | None = Field(
-        default=None, description="judges answers to questions in `path`; null: by name (README, Tasks)"
-    )
-    rule: Literal["paper", "strict"] = Field(
-        default="paper", description="multiple_choice and tool_calls: as in the papers, or ours"
-    )
-    options: dict[str, Any] = Field(
-        default_factory=dict, description="passed to the reasoning_gym dataset or to your own class"
-    )
-    weight: float = Field(
-        default=1.0, gt=0, description="share of the training prompts, relative to the mixture's other tasks"
-    )
-    test_share: float | None = Field(
-        default=None, ge=0, le=1, description="test share of a .jsonl file; null: 0.1, or 1 if not trained on"
-    )
-    validation_share: float = Field(
-        default=0.0, ge=0, lt=1, description="share of training questions held out without validation.jsonl"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _bare_word(cls, given: Any) -> Any:
-        if isinstance(given, str):
-            return {"name": given}
-        if isinstance(given, dict) and given.get("path") and given.get("name") is None:
-            return {**given, "name": Path(str(given["path"])).stem}
-        return given
-
-
-class TaskSection(TaskSource):
-    mixture: list[TaskSource] | None = Field(
-        default=None, min_length=1, description="several tasks, instead of name and path"
-    )
-    verifier_workers: int = Field(default=2, gt=0, description="verifier processes of each rank")
-    verifier_seconds: float = Field(
-        default=10.0, gt=0, description="a verifier that takes longer for one sample is killed"
-    )
-    verifier_memory_mib: int = Field(default=2048, ge=256, description="memory of a verifier process")
-    verifier_failed: Literal["exclude", "zero"] = Field(
-        default="exclude", description="exclude a sample whose verifier failed, or count it as wrong"
-    )
-
-    @property
-    def sources(self) -> tuple[TaskSource, ...]:
-        """The tasks trained on."""
-        own = {name: getattr(self, name) for name in TaskSource.model_fields}
-        return tuple(self.mixture or [TaskSource(**own)])
-
-    @model_validator(mode="before")
-    @classmethod
-    def _mixture_alone(cls, given: Any) -> Any:
-        if isinstance(given, dict) and given.get("mixture"):
-            default = TaskSource()
-            for key in sorted(TaskSource.model_fields):
-                if key in given and given[key] != getattr(default, key):
-                    raise ValueError(
-                        f"task.mixture: task.{key} belongs in one of its tasks (or set it to null)"
-                    )
-        return given
-
-    @model_validator(mode="after")
-    def _own_names(self):
-        names = [source.name for source in self.sources]
-        if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(
-                f"task.mixture: two tasks are called {repeated[0]}; rename one (and set its verifier)"
-            )
-        if self.mixture is None and self.weight != 1:
-            raise ValueError("task.weight: says a task's share of task.mixture, but there is no mixture")
-        return self
-
-
-class ServerSection(_Section):
-    """How to request completions from servers. Numbers of requests are for all ranks together."""
-
-    key: ClassVar[str]
-
-    api_key_env: str | None = Field(
-        default=None, description="name of the environment variable that holds the servers' API key"
-    )
-    concurrency: int = Field(default=512, gt=0, description="requests running at once")
-    retries: int = Field(default=4, ge=0, description="how often a failed request is retried")
-    request_timeout: float = Field(default=1800, gt=0, description="seconds until a request counts as failed")
-    health_timeout: float = Field(default=30, gt=0, description="seconds a server has for a health check")
-    return_timeout: float = Field(
-        default=180, ge=0, description="seconds to wait for restarting servers, or for any to sample with"
-    )
-    update_timeout: float = Field(
-        default=300, gt=0, description="seconds for a publication's call; below logging.watchdog_minutes"
-    )
-
-
-class SGLangSection(ServerSection):
-    """How to start and update SGLang servers."""
-
-    key: ClassVar[str] = "rollout.sglang"
-
-    python: str = Field(
-        default=".venv-sglang/bin/python", description="interpreter with SGLang, for our own servers"
-    )
-    arguments: tuple[str, ...] = Field(
-        default=(), description="added to our servers' command line: [--attention-backend, fa3]"
-    )
-    environment: dict[str, str] = Field(
-        default_factory=dict, description="environment variables of our servers, in addition to the trainer's"
-    )
-    host: str = Field(default="127.0.0.1", description="address our servers listen on")
-    port: int = Field(default=30000, gt=1023, lt=65536, description="of our first server; the others' follow")
-    tensor_parallel_size: int = Field(default=1, gt=0, description="GPUs of each of our servers")
-    base_gpu_id: int = Field(default=0, ge=0, description="first GPU of our first server; the others' follow")
-    start_timeout: float = Field(default=900, gt=0, description="seconds a server has to start")
-    max_restarts: int = Field(
-        default=3, ge=0, description="failed starts in a row after which one of our servers is marked failed"
-    )
-    update: Literal["disk", "distributed", "tensor"] = Field(
-        default="disk",
-        description="how servers get weights. disk: files in the run folder, which they must see;"
-        " distributed: broadcast (NCCL, gloo on CPUs); tensor: memory shared on one machine's GPUs or CPUs",
-    )
-    bucket_mib: int = Field(
-        default=512, gt=0, description="size of the buckets weights are sent in; a larger tensor has its own"
-    )
-    trainer_host: str | None = Field(
-        default=None, description="update: distributed: the first rank's address; null: loopback or host name"
-    )
-
-    @model_validator(mode="after")
-    def _not_open_to_the_network(self):
-        if not is_loopback(self.host) and self.api_key_env is None:
-            key, problem = "rollout.sglang.host", f"{self.host} can be reached from other machines"
-            raise ValueError(f"{key}: {problem}; set rollout.sglang.api_key_env")
-        return self
-
-
-def is_loopback(host: str) -> bool:
-    """Return True if an address or host name means this machine alone."""
-    return host in ("localhost", "::1") or host.startswith("127.")
-
-
-class OpenAISection(ServerSection):
-    """Servers with an OpenAI-compatible /v1/completions that takes and returns token ids (experimental)."""
-
-    key: ClassVar[str] = "rollout.openai"
-
-    model: str | None = Field(
-        default=None, description="model name in requests; null: the one a server lists"
-    )
-    reload_path: str | None = Field(
-        default=None,
-        pattern="^/",
-        description="POST path of each server that loads weights from a folder, such as"
-        " /update_weights_from_disk; null: the servers keep their weights, and train is refused",
-    )
-    reload_body: dict[str, Any] = Field(
-        default_factory=lambda: {"model_path": "{path}"},
-        description="JSON body of the reload call; {path} and {version} are replaced in its strings",
-    )
-
-
-class RolloutSection(_Section):
-    engine: EngineName = Field(
-        default="transformers",
-        description="transformers: its model in this process; sglang: SGLang servers;"
-        " openai: servers with a compatible /v1/completions (experimental)",
-    )
-    urls: tuple[str, ...] = Field(
-        default=(), description="URLs of externally managed servers, [http://host:port, …]"
-    )
-    servers: int = Field(
-        default=0, ge=0, description="engine: sglang: servers the first rank starts and stops"
-    )
-    colocated: bool = Field(
-        default=False, description="engine: sglang: servers share the trainer's GPUs, and offload in training"
-    )
-    sglang: SGLangSection = SGLangSection()
-    openai: OpenAISection = OpenAISection()
-    prompts_per_step: int = Field(default=32, gt=0)
-    samples_per_prompt: int = Field(default=8, gt=0, description="G, the group size")
-    temperature: float = Field(default=1.0, gt=0)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    max_prompt_tokens: int = Field(default=2048, gt=0)
-    max_response_tokens: int = Field(default=8192, gt=0)
-    enable_thinking: bool = Field(default=False, description="passed to the chat template")
-    batch_size: int = Field(default=256, gt=0, description="sequences the embedded engine samples at once")
-    over_sampling: float = Field(
-        default=1.0, ge=1, description="over-sampling factor; partial rollouts continue in the next step"
-    )
-    dynamic_filtering: bool = Field(
-        default=False, description="replace groups without signal (equal rewards and no teacher) by others"
-    )
-    filter_rounds: int = Field(
-        default=4, gt=0, description="rounds of sampling before groups without signal fill the batch"
-    )
-    max_staleness: int = Field(
-        default=1, ge=0, description="versions that a partial rollout may be older than the policy"
-    )
-    async_steps: Literal[0, 1] = Field(
-        default=0, description="1: the next batch is sampled while one trains, by weights one version older"
-    )
-    logprob_gap_warning: float = Field(
-        default=0.05,
-        gt=0,
-        description="mean |log π_trainer - log π_engine|, nats a token, that raises an alarm;"
-        " async_steps adds the policy's move",
-    )
-    logprob_gap_stop: float | None = Field(
-        default=0.5, gt=0, description="… and from which the run stops; null: never"
-    )
-    replay: Path | None = Field(
-        default=None, description="train on this run's dumped rollouts (its folder or rollouts/), no engine"
-    )
-
-    @property
-    def traits(self) -> EngineTraits:
-        return ENGINES[self.engine]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_overlap(cls, given: Any) -> Any:
-        if isinstance(given, dict) and "overlap" in given:
-            raise ValueError("rollout.overlap: is called rollout.async_steps now (0 or 1)")
-        return given
-
-    @model_validator(mode="after")
-    def _check_engine_keys(self) -> Self:
-        if self.traits.in_process and self.urls:
-            _refuse_key("urls", self.engine, [name for name in ENGINES if not ENGINES[name].in_process])
-        for key in ("servers", "colocated"):
-            if getattr(self, key) and not self.traits.starts_servers:
-                _refuse_key(key, self.engine, [name for name in ENGINES if ENGINES[name].starts_servers])
-        if not self.traits.in_process:
-            self._check_servers()
-        return self
-
-    def _check_servers(self) -> None:
-        if bool(self.urls) == bool(self.servers):
-            needed = "urls (externally managed servers)"
-            if self.traits.starts_servers:
-                needed = f"either {needed} or servers (how many to start)"
-            raise ValueError(f"rollout.engine: {self.engine} needs {needed}")
-        for url in self.urls:
-            if not re.fullmatch(r"https?://[^/?#]+/?", url):
-                raise ValueError(f"rollout.urls: {url!r}: expected http://host:port")
-        if len({url.rstrip("/") for url in self.urls}) < len(self.urls):
-            raise ValueError("rollout.urls: a server is named twice")
-        elsewhere = [url for url in self.urls if not is_loopback(re.split(r"//|[:/]", url)[2])]
-        update, port = self.sglang.update, self.sglang.port
-        if self.traits.starts_servers and update == "tensor" and elsewhere:
-            raise ValueError(
-                "rollout.sglang.update: tensor shares memory, but rollout.urls names other machines"
-            )
-        if self.colocated and self.async_steps:
-            raise ValueError(
-                "rollout.async_steps: 1 samples while training; rollout.colocated cannot do both"
-            )
-        if self.colocated and update == "distributed":
-            needed = "but rollout.colocated shares them; set tensor"
-            raise ValueError(f"rollout.sglang.update: distributed broadcasts between GPUs, {needed}")
-        if port + self.servers > 65536:
-            raise ValueError(f"rollout.sglang.port: {self.servers} servers from {port} on pass 65535")
-
-
-def _refuse_key(key: str, engine: str, engines: list[EngineName]) -> None:
-    raise ValueError(f"rollout.{key}: needs rollout.engine: {' or '.join(engines)}, not {engine}")
-
-
-class TeacherSection(_Section):
+class TeacherSection(Section):
     kind: Literal["ema", "frozen", "live", "trust_region"] = Field(
         default="ema",
         description="ema: θ' ← (1-rate) θ' + rate θ after each step, fp32; frozen: the initial model;"
@@ -393,7 +107,7 @@ class TeacherSection(_Section):
     )
 
 
-class OptimizerSection(_Section):
+class OptimizerSection(Section):
     lr: float | None = Field(default=None, gt=0, description="null: the algorithm's own")
     lr_warmup_steps: int = Field(default=10, ge=0, description="steps of linear warm-up, then constant")
     weight_decay: float = Field(default=0.01, ge=0)
@@ -406,7 +120,7 @@ class OptimizerSection(_Section):
     )
 
 
-class TrainSection(_Section):
+class TrainSection(Section):
     steps: int = Field(gt=0)
     seed: int = Field(default=1, ge=0)
     micro_batch_tokens: int = Field(
@@ -423,7 +137,7 @@ class TrainSection(_Section):
     )
 
 
-class EvaluationSection(_Section):
+class EvaluationSection(Section):
     every: int = Field(
         default=5, ge=0, description="steps between evaluations, first and last included; 0: never"
     )
@@ -453,7 +167,7 @@ class EvaluationSection(_Section):
         return self
 
 
-class CheckpointSection(_Section):
+class CheckpointSection(Section):
     save_interval: int = Field(
         default=10, ge=0, description="steps between checkpoints, also after the last step; 0: never"
     )
@@ -472,7 +186,7 @@ _ROLLOUT_KEYS = ("batch_size", "urls", "servers", "colocated", "sglang", "openai
 _OVERRIDABLE = ("parallel", *_TRAINING_KEYS, *(f"rollout.{key}" for key in _ROLLOUT_KEYS))
 
 
-class ResumeSection(_Section):
+class ResumeSection(Section):
     mode: Literal["auto", "never"] = Field(
         default="auto", description="auto: resume the run that the run folder holds; never: refuse to"
     )
@@ -490,7 +204,7 @@ class ResumeSection(_Section):
 AlarmName = Literal["collapse", "dead_groups", "teacher_still", "uniform_weights", "logprob_gap"]
 
 
-class LoggingSection(_Section):
+class LoggingSection(Section):
     dir: Path = Field(description="the run folder")
     rollouts: bool = Field(default=True, description="dump every sample, one file a step (replayable)")
     tensorboard: bool = Field(default=False, description="event files in RUN/tensorboard")
@@ -532,7 +246,7 @@ class LoggingSection(_Section):
         return self
 
 
-class Config(_Section):
+class Config(Section):
     """Everything a run depends on."""
 
     model: ModelSection

@@ -1,7 +1,5 @@
 """Quantiles of values that lie on many ranks, from counts in fixed bins, which can be added."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

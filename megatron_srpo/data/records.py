@@ -4,8 +4,6 @@ All records are frozen; a later phase returns copies with one more field. One `S
 `rollouts/step_NNNNNN.jsonl`, and the same line is what ranks exchange and what replay reads.
 """
 
-from __future__ import annotations
-
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator

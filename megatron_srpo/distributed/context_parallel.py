@@ -5,8 +5,6 @@ rank r holds chunks r and 2·C - 1 - r, so that causal attention costs all ranks
 embeddings and Transformer Engine's attention take this order for granted.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -5,8 +5,6 @@ megatron-core calls `torch.cuda.*` and `device="cuda"` in some thirty places. An
 `Tensor.cuda` and `Module.cuda`, which could only raise here.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib.abc

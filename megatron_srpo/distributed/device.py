@@ -1,12 +1,11 @@
 """Dtype of the model, and whose layers it has, on this process's device."""
 
-from __future__ import annotations
-
 import importlib.util
 
 import torch
 
-from megatron_srpo.config.schema import ConfigError, ModelSection
+from megatron_srpo.config.base import ConfigError
+from megatron_srpo.config.schema import ModelSection
 
 
 def model_dtype(model: ModelSection, on_gpu: bool | None = None) -> torch.dtype:

@@ -3,8 +3,6 @@
 There is one record a process. Everything that takes long calls `beat`, which costs less than a microsecond.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Processes: backends, Megatron's process groups, seeds, and the few exchanges that are not Megatron's."""
 
-from __future__ import annotations
-
 import datetime
 import gc
 import json
@@ -14,7 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_srpo.config.schema import ConfigError, ParallelSection
+from megatron_srpo.config.base import ConfigError
+from megatron_srpo.config.schema import ParallelSection
 from megatron_srpo.distributed.megatron import parallel_state, tensor_parallel
 from megatron_srpo.distributed.processes import gather_bytes, world_size_from_environment
 

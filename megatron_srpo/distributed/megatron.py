@@ -1,7 +1,5 @@
 """Megatron's names, behind the CPU shim. Every other module imports megatron-core from here."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from megatron_srpo.distributed import cpu_shim

@@ -1,7 +1,5 @@
 """Answers of the eval command on disk: files of samples that an interrupted command continues."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -10,8 +8,9 @@ from pathlib import Path
 import yaml
 
 from megatron_srpo.checkpoint.run_folder import check_writable
+from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.load import load_config, save_config
-from megatron_srpo.config.schema import Config, ConfigError
+from megatron_srpo.config.schema import Config
 from megatron_srpo.data.records import Group, Sample
 from megatron_srpo.distributed.files import FileError, read_jsonl
 from megatron_srpo.distributed.layout import Layout

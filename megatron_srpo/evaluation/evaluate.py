@@ -1,7 +1,5 @@
 """Evaluation of the engine's weights on held-out questions; training and the eval command share it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import partial
 

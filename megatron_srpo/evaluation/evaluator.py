@@ -1,7 +1,5 @@
 """Evaluations of the policy during a training run."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

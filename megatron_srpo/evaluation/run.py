@@ -1,7 +1,5 @@
 """The eval command: evaluate a Hugging Face folder, or the policy of a run, on held-out questions."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -11,7 +9,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megatron_srpo.checkpoint.weights import RunTensors, checkpoint_of, is_of_a_run
-from megatron_srpo.config.schema import Config, ConfigError, ParallelSection
+from megatron_srpo.config.base import ConfigError
+from megatron_srpo.config.schema import Config, ParallelSection
 from megatron_srpo.distributed.layout import process_group
 from megatron_srpo.distributed.processes import rank_from_environment
 from megatron_srpo.evaluation.answers import Answers, answer_files, check_answered, check_files, open_folder

@@ -1,14 +1,12 @@
 """Evaluation results: result.json and result.md of one model, and the comparison of several."""
 
-from __future__ import annotations
-
 import datetime
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_srpo.config.schema import ConfigError
+from megatron_srpo.config.base import ConfigError
 from megatron_srpo.data.records import Group
 from megatron_srpo.distributed.files import write_text
 from megatron_srpo.evaluation.scores import interval, paired_difference, pass_at_k, sample_means

@@ -1,7 +1,5 @@
 """The arithmetic of evaluation, as pure functions: avg@k, pass@k and bootstrap intervals over questions."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple

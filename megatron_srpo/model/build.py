@@ -1,7 +1,5 @@
 """Builds this rank's chunks of the policy on megatron-core, of Transformer Engine's layers or local ones."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any

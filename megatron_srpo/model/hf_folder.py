@@ -1,7 +1,5 @@
 """Reads a Hugging Face model folder: architecture, files of the tensors, tokenizer."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +10,7 @@ from typing import Any
 from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 
-from megatron_srpo.config.schema import ConfigError
+from megatron_srpo.config.base import ConfigError
 from megatron_srpo.distributed.files import FileError
 from megatron_srpo.model.architecture import Architecture, UnsupportedModel
 from megatron_srpo.model.families import architecture_of

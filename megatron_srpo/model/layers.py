@@ -1,7 +1,5 @@
 """Local layers in place of Transformer Engine's: RMSNorm, and attention over packed documents."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

@@ -4,8 +4,6 @@ Every HF tensor is sharded over tensor-parallel ranks by contiguous slices along
 parameter is a local arrangement of its slices: slice ↔ concatenate, and `Fusion.merge` ↔ `Fusion.split`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

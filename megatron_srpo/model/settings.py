@@ -1,7 +1,5 @@
 """Builds Megatron's TransformerConfig and checks that the layout divides the model."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 from collections.abc import Mapping
@@ -9,7 +7,8 @@ from typing import Any
 
 import torch
 
-from megatron_srpo.config.schema import ConfigError, ModelSection, ParallelSection
+from megatron_srpo.config.base import ConfigError
+from megatron_srpo.config.schema import ModelSection, ParallelSection
 from megatron_srpo.distributed.device import model_dtype, uses_transformer_engine
 from megatron_srpo.distributed.megatron import TransformerConfig
 from megatron_srpo.model.architecture import Architecture

@@ -1,7 +1,5 @@
 """Show a sample in the terminal: prompt, verdict, route, what its teacher saw, and its tokens."""
 
-from __future__ import annotations
-
 import math
 import re
 from pathlib import Path
@@ -10,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from megatron_srpo.config.schema import ConfigError
+from megatron_srpo.config.base import ConfigError
 from megatron_srpo.data.rollout_file import policy_tokens
 from megatron_srpo.observe.run_folder import RunFolder
 from megatron_srpo.observe.tokens import read_tokens

@@ -1,7 +1,5 @@
 """What each rank logs about itself, in logs/ of the run folder."""
 
-from __future__ import annotations
-
 import faulthandler
 import logging
 import os

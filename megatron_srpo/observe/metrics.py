@@ -1,7 +1,5 @@
 """The numbers of one step, and metrics.jsonl: one JSON object per line, the source of every curve."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

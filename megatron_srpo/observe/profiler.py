@@ -1,7 +1,5 @@
 """A window of steps under torch's profiler, and CUDA's memory history, into RUN/profile."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The report: an offline HTML page of runs' curves and samples, from one JSON object shown only as text."""
 
-from __future__ import annotations
-
 import datetime
 import json
 import math

@@ -1,7 +1,5 @@
 """What a training run reports: metrics.jsonl, trackers, terminal, alarms, and the checks that stop a run."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path

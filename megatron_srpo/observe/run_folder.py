@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from megatron_srpo.config.schema import Config, ConfigError
+from megatron_srpo.config.base import ConfigError
+from megatron_srpo.config.schema import Config
 from megatron_srpo.data.rollout_file import step_file
 from megatron_srpo.distributed.files import read_jsonl
 

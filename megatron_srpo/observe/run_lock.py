@@ -1,7 +1,5 @@
 """The beginning of a run's folder: made once, and held by one start of the run at a time."""
 
-from __future__ import annotations
-
 import os
 import socket
 import sys
@@ -12,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from megatron_srpo.config.schema import ConfigError
+from megatron_srpo.config.base import ConfigError
 from megatron_srpo.distributed.layout import Layout
 
 LOCK_SECONDS = 120.0  # NFS keeps the locks of a lost host for 90

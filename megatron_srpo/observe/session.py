@@ -1,7 +1,5 @@
 """A start of a run in its folder: lock, logs, watchdog and terminal, opened and closed together."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """Seconds of each phase of a training step, measured where the phase happens."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

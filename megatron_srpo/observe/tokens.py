@@ -1,7 +1,5 @@
 """rollouts/step_NNNNNN.tokens.jsonl: what the loss saw of a few samples' tokens, in words."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -9,7 +7,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from megatron_srpo.config.schema import ConfigError
+from megatron_srpo.config.base import ConfigError
 from megatron_srpo.data.records import Group, Sample, SampleKey
 from megatron_srpo.data.rollout_file import step_file
 from megatron_srpo.distributed.files import read_jsonl, write_text

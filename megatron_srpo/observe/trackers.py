@@ -1,14 +1,13 @@
 """TensorBoard and Weights & Biases, by config: the numbers of metrics.jsonl under the same names."""
 
-from __future__ import annotations
-
 import importlib.util
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_srpo.config.schema import Config, ConfigError
+from megatron_srpo.config.base import ConfigError
+from megatron_srpo.config.schema import Config
 from megatron_srpo.distributed.files import write_text
 
 

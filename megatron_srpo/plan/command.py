@@ -1,13 +1,12 @@
 """`python -m megatron_srpo plan`: a configuration's memory and step time, whether it fits, better layouts."""
 
-from __future__ import annotations
-
 import argparse
 
 from rich.console import Console
 from rich.table import Table
 
-from megatron_srpo.config.schema import Config, ConfigError
+from megatron_srpo.config.base import ConfigError
+from megatron_srpo.config.schema import Config
 from megatron_srpo.distributed.layout import data_parallel_size
 from megatron_srpo.model.architecture import Architecture
 from megatron_srpo.model.hf_folder import HFFolder, naming_key

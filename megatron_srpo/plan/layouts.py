@@ -1,12 +1,11 @@
 """Which layouts fit, which are fast, and where more GPUs stop helping."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from typing import NamedTuple
 
-from megatron_srpo.config.schema import Config, ConfigError, ParallelSection
+from megatron_srpo.config.base import ConfigError
+from megatron_srpo.config.schema import Config, ParallelSection
 from megatron_srpo.distributed.layout import data_parallel_size
 from megatron_srpo.model.architecture import Architecture
 from megatron_srpo.model.settings import check_layout

@@ -6,7 +6,8 @@ import functools
 import math
 from typing import NamedTuple
 
-from megatron_srpo.config.schema import Config, ConfigError
+from megatron_srpo.config.base import ConfigError
+from megatron_srpo.config.schema import Config
 from megatron_srpo.distributed.layout import data_parallel_size
 from megatron_srpo.model.architecture import Architecture
 from megatron_srpo.model.settings import padded_vocab_size

@@ -89,8 +89,8 @@ def traffic(
     layer, and their gradients as often backward (Transformer Engine sends keys and values once more then);
     the last hidden states likewise. gradients: reduce-scatter in fp32, weights gathered back (all-reduce
     without the distributed optimizer), for each optimizer step. host: what waits there
-    (`optimizer_cpu_offload`, `colocated`), there and back. teacher: `Teacher.follow`, one all-reduce a
-    parameter. samples: every rank gets the whole batch. export: every rank sees every tensor.
+    (offloading), there and back. teacher: `Teacher.follow`, one all-reduce a parameter. samples: every rank
+    gets the complete batch. export: every rank sees every tensor.
     """
     a, parallel, rollout = architecture, config.parallel, config.rollout
     size, tensor = planned_dtype(config, machine).itemsize, parallel.tensor_model_parallel_size
@@ -132,12 +132,16 @@ def traffic(
         found["host"] = Transfer(moved, 2, 1, machine.host_bandwidth)
     found["samples"] = Transfer(exchanged_bytes(config, workload), 2, gpus, machine.network_bandwidth)
     if tensor * stages * experts > 1:
-        in_layer = a.layer_mappings.values()
-        tensors = sum(len(m.tensors) * (a.num_experts if m.is_expert else 1) for m in in_layer)
-        tensors *= a.num_hidden_layers
         sent = total_parameters(a) * size
-        found["export"] = Transfer(sent, tensors, tensor * stages, machine.network_bandwidth)
+        found["export"] = Transfer(sent, _layer_tensors(a), tensor * stages, machine.network_bandwidth)
     return found
+
+
+def _layer_tensors(a: Architecture) -> int:
+    """Return the number of Hugging Face tensors of all layers."""
+    mappings = a.layer_mappings.values()
+    in_layer = sum(len(m.tensors) * (a.num_experts if m.is_expert else 1) for m in mappings)
+    return in_layer * a.num_hidden_layers
 
 
 def _replication(

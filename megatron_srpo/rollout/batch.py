@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from pydantic import TypeAdapter
 
-from megatron_srpo.config.schema import RolloutSection
+from megatron_srpo.config.rollout_section import RolloutSection
 from megatron_srpo.data.records import Group, PartialGroup, Prompt, Sample, SampleKey
 from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.observe.stopwatch import Stopwatch

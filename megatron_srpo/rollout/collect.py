@@ -7,7 +7,8 @@ from threading import Event
 
 from pydantic import TypeAdapter
 
-from megatron_srpo.config.schema import ConfigError, RolloutSection
+from megatron_srpo.config.base import ConfigError
+from megatron_srpo.config.rollout_section import RolloutSection
 from megatron_srpo.data.records import Group, PartialGroup, Prompt, Sample, SampleKey, Segment, Verdict
 from megatron_srpo.distributed.heartbeat import beat
 from megatron_srpo.distributed.layout import Layout

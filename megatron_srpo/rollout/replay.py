@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from megatron_srpo.config.schema import ConfigError
+from megatron_srpo.config.base import ConfigError
 from megatron_srpo.data.records import Group, Sample
 from megatron_srpo.data.rollout_file import step_file
 from megatron_srpo.model.hf_folder import HFFolder

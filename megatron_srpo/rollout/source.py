@@ -10,7 +10,9 @@ from typing import Protocol
 from torch import Tensor
 
 from megatron_srpo.algorithm.routing import has_signal
-from megatron_srpo.config.schema import Config, ConfigError, RolloutSection
+from megatron_srpo.config.base import ConfigError
+from megatron_srpo.config.rollout_section import RolloutSection
+from megatron_srpo.config.schema import Config
 from megatron_srpo.data.records import Group
 from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.model.hf_folder import HFFolder

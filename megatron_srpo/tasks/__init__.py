@@ -3,7 +3,9 @@
 import importlib.util
 from typing import Protocol
 
-from megatron_srpo.config.schema import Config, ConfigError, EvaluationSection, TaskSource
+from megatron_srpo.config.base import ConfigError
+from megatron_srpo.config.schema import Config, EvaluationSection
+from megatron_srpo.config.task_section import TaskSource
 from megatron_srpo.data.records import Prompt
 
 _RULES = {"paper": "verify", "strict": "verify_strict"}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from megatron_srpo.config.schema import ConfigError, TaskSource
+from megatron_srpo.config.base import ConfigError
+from megatron_srpo.config.task_section import TaskSource
 from megatron_srpo.tasks.worker import load_attribute
 
 if TYPE_CHECKING:

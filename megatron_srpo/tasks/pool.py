@@ -22,7 +22,8 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_srpo.config.schema import ConfigError, TaskSection
+from megatron_srpo.config.base import ConfigError
+from megatron_srpo.config.task_section import TaskSection
 from megatron_srpo.data.records import Verdict
 
 START_SECONDS = 120  # to import a verifier, on the busiest machine

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
-from megatron_srpo.config.schema import ConfigError, TaskSection, TaskSource
+from megatron_srpo.config.base import ConfigError
+from megatron_srpo.config.task_section import TaskSection, TaskSource
 from megatron_srpo.data.records import Prompt, Verdict
 from megatron_srpo.tasks.extract import last_answer_block, verdict_of
 from megatron_srpo.tasks.pool import Job, Pool

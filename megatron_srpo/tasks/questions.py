@@ -12,7 +12,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_srpo.config.schema import ConfigError, TaskSource
+from megatron_srpo.config.base import ConfigError
+from megatron_srpo.config.task_section import TaskSource
 from megatron_srpo.data.records import Prompt
 from megatron_srpo.distributed.files import write_text
 

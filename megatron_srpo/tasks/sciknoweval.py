@@ -1,4 +1,4 @@
-"""SciKnowEval L3 multiple choice (METHOD.md §5): published rows, the papers' split, prompts and verifier."""
+"""SciKnowEval L3 multiple choice (docs/method.md, 5): rows, the papers' split, prompts and verifier."""
 
 import math
 import re
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_srpo.config.schema import ConfigError
+from megatron_srpo.config.base import ConfigError
 from megatron_srpo.data.records import Verdict
 from megatron_srpo.tasks.extract import verdict_of
 from megatron_srpo.tasks.questions import read_objects

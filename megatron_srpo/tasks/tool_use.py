@@ -1,4 +1,4 @@
-"""Tool use (ToolAlpaca, METHOD.md §5): published data, the papers' prompt, the parser of calls, two rules."""
+"""Tool use (ToolAlpaca; docs/method.md, 5): data, the papers' prompt, the parser of calls, two rules."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_srpo.config.schema import ConfigError
+from megatron_srpo.config.base import ConfigError
 from megatron_srpo.data.records import Verdict
 from megatron_srpo.tasks.extract import verdict_of
 

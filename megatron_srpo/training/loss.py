@@ -1,7 +1,5 @@
 """The routed loss of an optimizer batch, micro-batch by micro-batch on the last pipeline stage."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Tensors that wait in host memory while another phase of a step, or another process, needs the device's."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Megatron's DDP, optimizer and learning-rate schedule around the model chunks."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from itertools import chain

@@ -1,7 +1,5 @@
 """Megatron's pipeline schedules over packed micro-batches: forward only, or forward and backward."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any

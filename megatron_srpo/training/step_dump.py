@@ -1,7 +1,5 @@
 """Files of a step under RUN/rollouts: its samples, and the values of single tokens of some of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

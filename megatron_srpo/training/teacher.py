@@ -1,7 +1,5 @@
 """The self-teacher: its weights, and its scores of the students' responses (docs/method.md, section 2)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import InitVar, dataclass, field

@@ -1,7 +1,5 @@
 """Values of single tokens in the loss, for a few samples that people will look at."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from itertools import chain
 from typing import Any

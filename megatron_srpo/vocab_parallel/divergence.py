@@ -1,4 +1,4 @@
-"""Student–teacher divergences on one tile of log-probabilities, with closed-form gradients (METHOD.md §2).
+"""Student–teacher divergences on a tile of log-probabilities with closed-form gradients (docs/method.md, 2).
 
 p is the student, q the teacher, both normalised over the full vocabulary. Every divergence here has the
 gradient
@@ -8,8 +8,6 @@ gradient
 with respect to the student's logits z, where f is its log-ratio: log p - log q for KL(p‖q), 1 - q/p for
 KL(q‖p), and (1-α)(log p - log m) for JSD_α. Constants in f drop out; with these, f is exactly 0 where p = q.
 """
-
-from __future__ import annotations
 
 import math
 from typing import Literal, NamedTuple, get_args

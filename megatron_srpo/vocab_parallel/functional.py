@@ -10,8 +10,6 @@ and, on the full support, [2, n]; see `TopKKernel` for top K. The gradient to `h
 to be summed over the tensor-parallel ranks; to logits and weight it is complete; none flows to a teacher.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

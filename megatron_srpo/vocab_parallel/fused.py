@@ -11,8 +11,6 @@ Collectives a tile, exact: one all-gather of [4, 2, n] fp32, and [2, n] for a di
 with the products of the previous tile. One all-gather of ten integers a call.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 

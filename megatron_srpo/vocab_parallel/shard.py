@@ -1,7 +1,5 @@
 """Shards of the vocabulary, and the collectives among the tensor-parallel ranks that hold them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple, Self
 

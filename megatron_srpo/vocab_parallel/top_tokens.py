@@ -1,7 +1,5 @@
 """The likeliest tokens of every position over all vocabulary shards: for reports, not for the loss."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """Compares two models: tensor by tensor, and by their logits on random ids."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path

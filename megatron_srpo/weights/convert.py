@@ -3,8 +3,6 @@
 Each process writes its share into files of its own; memory is that of the largest tensors at hand.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial

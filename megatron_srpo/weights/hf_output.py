@@ -1,7 +1,5 @@
 """Plans and writes the files of a Hugging Face folder: shards, index, config.json, tokenizer."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Mapping

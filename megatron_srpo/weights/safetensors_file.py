@@ -1,7 +1,5 @@
 """Writes a safetensors file tensor by tensor, the header first, so that nothing is held in memory."""
 
-from __future__ import annotations
-
 import json
 import struct
 from collections.abc import Mapping

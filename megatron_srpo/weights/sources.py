@@ -6,8 +6,6 @@ Engine: layers stacked (`decoder.layers.mlp.linear_fc2.weight` is [layers, H, ff
 matrix after them, the vocabulary padded. Local layers ask for the same names (`sharded_state_dict_keys_map`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -13,7 +13,9 @@ from small_run import QUICKSTART, small_config, small_run
 
 from megatron_srpo.algorithm import METHODS
 from megatron_srpo.commands.config import PAPER, check, keys
-from megatron_srpo.config.schema import Config, ConfigError, OpenAISection, SGLangSection
+from megatron_srpo.config.base import ConfigError
+from megatron_srpo.config.rollout_section import OpenAISection, SGLangSection
+from megatron_srpo.config.schema import Config
 from megatron_srpo.data.rollout_file import step_file
 from megatron_srpo.observe.inspect import inspect, visible
 from megatron_srpo.observe.tokens import read_tokens

@@ -110,7 +110,7 @@ def test_the_last_checkpoint_is_the_run_s_model(runs, name):
 
 
 def test_megatron_loads_a_run_s_checkpoint(runs, tmp_path):
-    """`dist_checkpointing.load` fills a model of any layout and dtype with the weights of hf/, bit for bit."""
+    """`dist_checkpointing.load` fills models of any layout and dtype with the weights of hf/, bit for bit."""
     layouts = {"tied": [TP + "2"], "moe": [EP + "2"], "llama": [PP + "2", "model.dtype=bfloat16"]}
     jobs = []
     for name, layout in layouts.items():

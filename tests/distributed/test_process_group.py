@@ -74,7 +74,7 @@ def test_its_error_is_printed_and_its_process_ends():
 
 
 def test_an_error_of_the_sampling_thread_is_raised_before_the_next_publication():
-    """With async_steps the others' threads wait for this rank's groups, and their ranks for them; its own must
+    """With async_steps the others' threads wait for this rank's groups, their ranks for them; its own must
     not wait, too.
     """
     engine = SimpleNamespace(update_weights=lambda *_: pytest.fail("published"))

@@ -287,12 +287,7 @@ def test_training_evaluates_what_the_command_evaluates(command, evaluation, tmp_
         "evaluation.splits=[test, validation]",
         "evaluation.prompts=4",
     ]
-    sizes = [
-        "train.steps=2",
-        "rollout.prompts_per_step=4",
-        "rollout.samples_per_prompt=2",
-        "evaluation.every=1",
-    ]
+    sizes = ["train.steps=2", "rollout.prompts_per_step=4", "rollout.samples_per_prompt=2"]
     run = tmp_path / "run"
     status, _, error = command(
         "train",
@@ -300,6 +295,7 @@ def test_training_evaluates_what_the_command_evaluates(command, evaluation, tmp_
         *SETTINGS,
         *shared,
         *sizes,
+        "evaluation.every=1",
         f"logging.dir={run}",
         "teacher.feedback=always",
     )

@@ -165,9 +165,8 @@ def soak(ranks: int, steps: int, kills: int, seed: int, folder: Path) -> int:
     files = [cut / "rollouts" / f"step_{step:06d}.jsonl" for step in range(1, steps + 1)]
     samples = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     prompts = list(dict.fromkeys(sample["prompt"]["id"] for sample in samples))
-    assert len(samples) == 16 * steps and prompts == [f"addition/train/{number}" for number in range(4 * steps)], (
-        "a prompt was trained twice or skipped"
-    )
+    expected = [f"addition/train/{number}" for number in range(4 * steps)]
+    assert len(samples) == 16 * steps and prompts == expected, "a prompt was trained twice or skipped"
     return survived
 
 

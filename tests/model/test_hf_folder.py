@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import make_model, make_tokenizer, save_folder
 
-from megatron_srpo.config.schema import ConfigError
+from megatron_srpo.config.base import ConfigError
 from megatron_srpo.model.hf_folder import FolderError, HFFolder, naming_key
 
 

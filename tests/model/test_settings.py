@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.load import load_config
-from megatron_srpo.config.schema import ConfigError, ModelSection, ParallelSection
+from megatron_srpo.config.schema import ModelSection, ParallelSection
 from megatron_srpo.distributed.layout import data_parallel_size
 from megatron_srpo.model.families import architecture_of
 from megatron_srpo.model.settings import check_layout, padded_vocab_size, transformer_config

@@ -16,8 +16,8 @@ import pytest
 from rich.console import Console
 from samples import make_sample
 
+from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.load import load_config, save_config
-from megatron_srpo.config.schema import ConfigError
 from megatron_srpo.data.records import Route, Verdict
 from megatron_srpo.data.rollout_file import dump, step_file
 from megatron_srpo.observe.inspect import inspect

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from megatron_srpo.config.schema import ConfigError
+from megatron_srpo.config.base import ConfigError
 from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.observe import run_lock
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 from samples import make_sample
 
-from megatron_srpo.config.schema import ConfigError
+from megatron_srpo.config.base import ConfigError
 from megatron_srpo.data.records import Route
 from megatron_srpo.observe.tokens import choose, read_tokens, tokens_file, write_tokens
 

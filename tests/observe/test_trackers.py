@@ -13,7 +13,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from small_run import small_config, small_run
 
-from megatron_srpo.config.schema import ConfigError
+from megatron_srpo.config.base import ConfigError
 from megatron_srpo.observe import trackers
 from megatron_srpo.observe.trackers import check_trackers
 

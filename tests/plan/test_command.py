@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from megatron_srpo.__main__ import main
+from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.load import load_config
-from megatron_srpo.config.schema import ConfigError
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.plan.layouts import layouts, plan_for, scale, where_it_stops
 from megatron_srpo.plan.machine import MACHINES, Workload
@@ -72,7 +72,7 @@ def test_published_models(configure):
 
 def test_training_time_of_the_paper(configure):
     """8B on 8 H20s: the planned step without its sampling is 30 to 100 % of the 83 s that SRPO's whole step
-    took (METHOD.md §4).
+    took (docs/method.md, section 4).
     """
     architecture, config = configure(
         QWEN3_8B, REPLAY, "parallel.tensor_model_parallel_size=4", "parallel.sequence_parallel=true"

@@ -17,8 +17,9 @@ import torch
 from simulated import simulated
 from tiny import FAMILIES, make_model, save_folder
 
+from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.load import load_config
-from megatron_srpo.config.schema import Config, ConfigError, ParallelSection
+from megatron_srpo.config.schema import Config, ParallelSection
 from megatron_srpo.distributed.context_parallel import ContextParallel
 from megatron_srpo.model.build import build_chunks, packed_params
 from megatron_srpo.model.hf_folder import HFFolder

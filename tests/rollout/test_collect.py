@@ -8,7 +8,9 @@ import pytest
 from samples import make_sample
 from tiny import save_folder
 
-from megatron_srpo.config.schema import ConfigError, RolloutSection, TaskSection
+from megatron_srpo.config.base import ConfigError
+from megatron_srpo.config.rollout_section import RolloutSection
+from megatron_srpo.config.task_section import TaskSection
 from megatron_srpo.data.records import Prompt
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.collect import Collector

@@ -7,7 +7,7 @@ import pytest
 from samples import make_group, make_sample
 from tiny import save_folder
 
-from megatron_srpo.config.schema import ConfigError
+from megatron_srpo.config.base import ConfigError
 from megatron_srpo.data.records import Route
 from megatron_srpo.data.rollout_file import dump, step_file
 from megatron_srpo.model.hf_folder import HFFolder

@@ -66,7 +66,7 @@ def test_a_models_table_from_servers_that_held_another_one(servers, tmp_path):
         assert task["greedy"] == sum(row["verdict"]["correct"] for row in rows) / 12
         sampled = [json.loads(line) for line in (tmp_path / "samples/addition.jsonl").open()]
         assert len(sampled) == 24 and task["avg@2"] == sum(row["verdict"]["correct"] for row in sampled) / 24
-        assert [member.server.version() for member in servers.engine.publisher.fleet.members] == ["0", "0"]
+        assert [handle.server.version() for handle in servers.engine.publisher.fleet.handles] == ["0", "0"]
     finally:
         servers.engine.publisher.forget()  # the servers have had other weights since
     servers.publish(seed=None)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from servers import ALONE, ROOT, START, config_of, free_ports, listening, sample
 
-from megatron_srpo.config.schema import ConfigError
+from megatron_srpo.config.base import ConfigError
 from megatron_srpo.rollout.engine import EngineFailed
 from megatron_srpo.rollout.engines import create_engine
 from megatron_srpo.weights.transfer import Repeatable

@@ -1,4 +1,4 @@
-"""200 responses judged by hand under the papers' rules (METHOD.md §5), before any code ran: right, wrong,
+"""200 responses judged by hand by the papers' rules (docs/method.md, 5), before any code ran: right, wrong,
 malformed, borderline.
 """
 

@@ -10,7 +10,7 @@ from paper_cases import NESTED, said
 from tables import each_row
 from time_limit import time_limit
 
-from megatron_srpo.config.schema import TaskSection
+from megatron_srpo.config.task_section import TaskSection
 from megatron_srpo.tasks import addition, mathematics, procedural, sciknoweval, tool_use
 from megatron_srpo.tasks.pool import Job, Pool
 from megatron_srpo.tasks.procedural_scorers import SCORERS

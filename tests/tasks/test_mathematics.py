@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from tables import each_row
 
-from megatron_srpo.config.schema import ConfigError, TaskSource
+from megatron_srpo.config.base import ConfigError
+from megatron_srpo.config.task_section import TaskSource
 from megatron_srpo.tasks import create_task
 from megatron_srpo.tasks.extract import last_answer_block, last_boxed
 from megatron_srpo.tasks.mathematics import final_answer, published_row, verify

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from tables import each_row
 
-from megatron_srpo.config.schema import ConfigError, TaskSection
+from megatron_srpo.config.base import ConfigError
+from megatron_srpo.config.task_section import TaskSection
 from megatron_srpo.tasks.pool import Job, Pool
 
 BAD = f"{Path(__file__).parent / 'own_verifiers.py'}:misbehave"

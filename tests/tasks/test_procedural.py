@@ -7,7 +7,8 @@ import json
 import pytest
 from tables import each_row
 
-from megatron_srpo.config.schema import ConfigError, TaskSection, TaskSource
+from megatron_srpo.config.base import ConfigError
+from megatron_srpo.config.task_section import TaskSection, TaskSource
 from megatron_srpo.data.records import Verdict
 from megatron_srpo.tasks import create_task
 from megatron_srpo.tasks.pool import Job, Pool

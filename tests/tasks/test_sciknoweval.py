@@ -12,7 +12,7 @@ from paper_cases import CHOICE_CASES
 from real_data import real_data
 from tables import each_row
 
-from megatron_srpo.config.schema import ConfigError
+from megatron_srpo.config.base import ConfigError
 from megatron_srpo.tasks.questions import read_questions
 from megatron_srpo.tasks.sciknoweval import Choice, read_domain, split, verify, verify_strict
 

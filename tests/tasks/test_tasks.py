@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from tables import each_row
 
-from megatron_srpo.config.schema import Config, ConfigError, TaskSection, TaskSource
+from megatron_srpo.config.base import ConfigError
+from megatron_srpo.config.schema import Config
+from megatron_srpo.config.task_section import TaskSection, TaskSource
 from megatron_srpo.tasks import create_task, evaluation_tasks, question_count, training_tasks
 from megatron_srpo.tasks.mixture import Mixture
 from megatron_srpo.tasks.pool import Job, Pool

@@ -12,7 +12,7 @@ from paper_cases import NESTED, NONE, ONE, OPTIONAL, SAME, TOOL_CASES, TWO, said
 from real_data import real_data
 from tables import each_row
 
-from megatron_srpo.config.schema import ConfigError
+from megatron_srpo.config.base import ConfigError
 from megatron_srpo.tasks.questions import read_questions
 from megatron_srpo.tasks.tool_use import parse_calls, read_toolalpaca, verify, verify_strict
 

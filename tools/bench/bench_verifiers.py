@@ -19,7 +19,7 @@ from typing import Any
 from _memory import status_bytes
 from _report import Row, cpu_name, make_parser, publish
 
-from megatron_srpo.config.schema import TaskSection
+from megatron_srpo.config.task_section import TaskSection
 from megatron_srpo.tasks import VERIFIERS
 from megatron_srpo.tasks.pool import Job, Pool
 from megatron_srpo.tasks.worker import load_attribute

@@ -4,8 +4,6 @@ A family gives its model_type, the TransformerConfig, and the HF tensors of each
 Face tensor names appear nowhere else.
 """
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 from typing import Any

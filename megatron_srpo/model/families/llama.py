@@ -1,7 +1,5 @@
 """Llama 2 and 3, and the decoder that Mistral and Qwen vary."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """Mistral without a sliding window, as from version 0.2 on."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 from megatron_srpo.model.architecture import UnsupportedModel

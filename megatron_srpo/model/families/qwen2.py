@@ -1,7 +1,5 @@
 """Qwen2 and Qwen2.5: Llama with biases of queries, keys and values."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 from megatron_srpo.model.families.llama import Decoder

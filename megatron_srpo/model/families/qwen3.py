@@ -1,7 +1,5 @@
 """Qwen3, dense: Llama with normalised queries and keys."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 from megatron_srpo.model.families.llama import Decoder

@@ -1,7 +1,5 @@
 """Qwen3 with experts in every layer, routed as transformers does; no token is dropped."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any, ClassVar
 

@@ -15,7 +15,9 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_srpo.config.schema import Config, ConfigError, OpenAISection
+from megatron_srpo.config.base import ConfigError
+from megatron_srpo.config.rollout_section import OpenAISection
+from megatron_srpo.config.schema import Config
 from megatron_srpo.distributed.heartbeat import beat
 from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.model.hf_folder import HFFolder

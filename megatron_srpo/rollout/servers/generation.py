@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import httpx
 
-from megatron_srpo.config.schema import ServerSection
+from megatron_srpo.config.rollout_section import ServerSection
 from megatron_srpo.distributed.heartbeat import beat
 from megatron_srpo.rollout.engine import EMPTY, Completion, CompletionStream, EngineFailed, Request, Sampling
 from megatron_srpo.rollout.servers.http import IDLE, headers

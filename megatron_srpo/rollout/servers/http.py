@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 
-from megatron_srpo.config.schema import ServerSection
+from megatron_srpo.config.rollout_section import ServerSection
 
 IDLE = 2.0  # seconds after which an idle connection is dropped; servers close theirs after 5
 

@@ -5,7 +5,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from megatron_srpo.config.schema import ConfigError, RolloutSection
+from megatron_srpo.config.base import ConfigError
+from megatron_srpo.config.rollout_section import RolloutSection
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.servers.http import ServerFailed
 from megatron_srpo.rollout.servers.replies import InvalidReply

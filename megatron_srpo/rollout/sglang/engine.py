@@ -9,7 +9,9 @@ from threading import Event
 
 from torch import Tensor
 
-from megatron_srpo.config.schema import Config, ConfigError, RolloutSection
+from megatron_srpo.config.base import ConfigError
+from megatron_srpo.config.rollout_section import RolloutSection
+from megatron_srpo.config.schema import Config
 from megatron_srpo.distributed.device import model_dtype
 from megatron_srpo.distributed.heartbeat import beat
 from megatron_srpo.distributed.layout import Layout

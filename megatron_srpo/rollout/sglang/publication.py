@@ -28,7 +28,7 @@ from torch import Tensor, uint8
 from torch.distributed import distributed_c10d
 from torch.multiprocessing import reductions
 
-from megatron_srpo.config.schema import is_loopback
+from megatron_srpo.config.rollout_section import is_loopback
 from megatron_srpo.distributed.heartbeat import beat
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.servers.http import ServerFailed
@@ -218,7 +218,8 @@ class _Handle:
         self.tensor = tensor
 
     def __reduce__(self):
-        rebuild, arguments = reductions.reduce_tensor(self.tensor)
+        reduced: Any = reductions.reduce_tensor(self.tensor)  # its type depends on the kind of tensor
+        rebuild, arguments = reduced
         if not self.tensor.is_cuda:
             return rebuild, arguments
         before, number, after = arguments[:6], arguments[6], arguments[7:]
@@ -301,7 +302,7 @@ class Broadcast:
         is_local = all(is_loopback(server.host) for server in update.live)
         host = self.host or ("127.0.0.1" if is_local else socket.gethostname())
         timeout, name = datetime.timedelta(seconds=self.timeout), f"srpo-{uuid.uuid4().hex}"
-        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        store = distributed_c10d.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         offsets, size = {}, 1
         for server in update.live:
@@ -388,17 +389,18 @@ def _done(calls: dict[Future[Result], SGLangServer]) -> dict[Future[Result], SGL
 
 
 def _group(
-    store: dist.Store, size: int, backend: str, name: str, timeout: datetime.timedelta
+    store: distributed_c10d.Store, size: int, backend: str, name: str, timeout: datetime.timedelta
 ) -> dist.ProcessGroup:
     """Return rank 0 of a group outside the trainer's, made as SGLang makes its end (no public way)."""
-    group, _ = distributed_c10d._new_process_group_helper(
+    made: Any = distributed_c10d._new_process_group_helper(
         size,
         0,
         [],
         distributed_c10d.Backend(backend),
-        dist.PrefixStore(name, store),
-        group_name=name,
+        distributed_c10d.PrefixStore(name, store),
+        group_name=name,  # pyright: ignore[reportArgumentType]  (a NewType of str since torch 2.13)
         timeout=timeout,
     )
+    group = made[0]
     distributed_c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(size)}
     return group

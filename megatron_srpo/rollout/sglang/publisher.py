@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_srpo.config.schema import ConfigError, RolloutSection
+from megatron_srpo.config.base import ConfigError
+from megatron_srpo.config.rollout_section import RolloutSection
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.servers.fleet import Fleet, ServerHandle, Weights
 from megatron_srpo.rollout.servers.http import ServerFailed

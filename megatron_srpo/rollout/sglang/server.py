@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_srpo.config.schema import Config, ConfigError, SGLangSection
+from megatron_srpo.config.base import ConfigError
+from megatron_srpo.config.rollout_section import SGLangSection
+from megatron_srpo.config.schema import Config
 from megatron_srpo.distributed.device import model_dtype
 from megatron_srpo.rollout.servers.fleet import Launch
 from megatron_srpo.rollout.servers.http import Server, ServerFailed

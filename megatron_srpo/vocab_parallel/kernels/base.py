@@ -1,7 +1,5 @@
 """The results of a kernel for one tile of tokens, and the elementwise operations it needs of a device."""
 
-from __future__ import annotations
-
 from typing import NamedTuple, Protocol
 
 from torch import Tensor

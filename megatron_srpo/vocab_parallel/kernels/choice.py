@@ -1,7 +1,5 @@
 """Chooses the kernel for given inputs."""
 
-from __future__ import annotations
-
 import importlib.util
 from typing import Literal
 

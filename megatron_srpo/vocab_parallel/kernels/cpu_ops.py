@@ -4,8 +4,6 @@ A pass over a whole tile in fresh memory costs a page fault every 4 KiB and the 
 152,000 fp32 columns (600 KB) stays in L2 and L3 through all the operations on it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -10,8 +10,6 @@ every rank's row sums (its own maximum, Σ exp, Σ exp·z and the target's logit
 the softmax over all columns), then every rank's part of the divergence.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """One tile in plain torch, for any device and dtype; faster kernels are tested against it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""One tile on the top K of one side and a tail bucket with the rest of the mass (METHOD.md §2, paper parity).
+"""One tile on the top K of one side and a tail bucket with the rest of the mass (docs/method.md, 2).
 
 The head's columns are removed from the tiles before the row sums, which then describe the tail; what remains
 is mathematics on [n, K + 1], little enough to be done in float64. With P_tail the student's mass in the tail
@@ -8,8 +8,6 @@ and p f of the buckets as in `divergence.py`, a column v outside the head has th
 
 where p_v / P_tail is a softmax of its own: exact also where P_tail is too small for fp32.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 

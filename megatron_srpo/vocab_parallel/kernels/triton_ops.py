@@ -4,8 +4,6 @@ Nothing is kept between them but the tiles themselves: p, q and m are recomputed
 storing them. With TRITON_INTERPRET=1 they run on a CPU; so the tests run them where there is no GPU.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import triton
@@ -36,14 +34,14 @@ class TritonTileOps:
         for index, tile in enumerate(tiles):
             rows, constants = sums[:, index], _LAUNCH | {"WEIGHTED": index == 0}
             sizes = (rows.stride(0), tile.shape[1], tile.stride(0))
-            _row_sums[(len(tile),)](tile, rows, *sizes, **constants)  # pyright: ignore[reportIndexIssue]
+            _row_sums[(len(tile),)](tile, rows, *sizes, **constants)  # pyright: ignore[reportIndexIssue, reportArgumentType]
 
     def divergence_sums(self, tiles: list[Tensor], maximum: Tensor, total: Tensor) -> Tensor:
         student, teacher = tiles
         sums = student.new_empty(2, len(student))
         sizes, constants = (len(student), student.shape[1], student.stride(0)), self._constants()
         arguments = (student, teacher, maximum, total, sums, *sizes)
-        _divergence_sums[(len(student),)](*arguments, **constants)  # pyright: ignore[reportIndexIssue]
+        _divergence_sums[(len(student),)](*arguments, **constants)  # pyright: ignore[reportIndexIssue, reportArgumentType]
         return sums
 
     def gradient(self, terms: GradTerms, maximum: Tensor, total: Tensor) -> Tensor:
@@ -59,7 +57,7 @@ class TritonTileOps:
         sizes = (len(student), student.shape[1], student.stride(0), gradient.stride(0))
         grid = (len(student), triton.cdiv(max(student.shape[1], 1), _BLOCK))
         arguments = (student, teacher, gradient, *vectors, *sizes)
-        _gradient[grid](*arguments, **constants)  # pyright: ignore[reportIndexIssue]
+        _gradient[grid](*arguments, **constants)  # pyright: ignore[reportIndexIssue, reportArgumentType]
         return gradient
 
     def _constants(self) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import pytest
 from safetensors.torch import load_file
 from servers import ALONE, QUICKSTART, START, listening, sample
 
+from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.load import load_config
-from megatron_srpo.config.schema import ConfigError
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.preflight import preflight
 from megatron_srpo.rollout.engine import Completion, EngineFailed, Request, Sampling

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.load import load_config
-from megatron_srpo.config.schema import ConfigError
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.engines import check_engine
 from megatron_srpo.rollout.sglang.capabilities import Capabilities, check

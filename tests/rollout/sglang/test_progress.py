@@ -15,8 +15,9 @@ from types import SimpleNamespace
 import pytest
 from servers import listening
 
+from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.load import load_config
-from megatron_srpo.config.schema import ConfigError, RolloutSection, SGLangSection
+from megatron_srpo.config.rollout_section import RolloutSection, SGLangSection
 from megatron_srpo.distributed.heartbeat import PROGRESS
 from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.model.hf_folder import HFFolder

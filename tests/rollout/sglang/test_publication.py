@@ -19,7 +19,7 @@ import torch.multiprocessing
 from servers import listening
 
 from megatron_srpo.config.load import load_config
-from megatron_srpo.config.schema import RolloutSection, SGLangSection
+from megatron_srpo.config.rollout_section import RolloutSection, SGLangSection
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.engine import Request, Sampling
 from megatron_srpo.rollout.servers import generation

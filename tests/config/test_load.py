@@ -1,0 +1,176 @@
+"""Reading the file and the overrides: what is no configuration, and what replaces what."""
+
+import pytest
+import yaml
+from good_config import GOOD
+from tables import each_row
+
+from megatron_srpo.config.base import ConfigError
+from megatron_srpo.config.load import load_config, save_config
+from megatron_srpo.config.schema import Config
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot be read: No such file"):
+        load_config(tmp_path / "nowhere.yaml", [])
+
+
+def test_folder_instead_of_file(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path, [])
+
+
+@each_row("text", ["train: [1, 2\n", "train:\n\tsteps: 1\n", "a: b: c\n", "train: @x\n"])
+def test_not_yaml(message_of, text):
+    assert message_of(text).startswith("config.yaml: is not valid YAML: ")
+
+
+@each_row("text", ["model: &m\n  hf_path: *m\n", "train: &t {<<: *t}\n", "? [a, b]\n: 1\n"])
+def test_yaml_that_is_no_tree(message_of, text):
+    assert message_of(text).startswith(
+        ("config.yaml: is not valid YAML: ", "config.yaml: is nested without end")
+    )
+
+
+def test_not_utf8(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_bytes(b"train:\n  steps: \xff\n")
+    with pytest.raises(ConfigError, match="is not valid YAML"):
+        load_config(file, [])
+
+
+@each_row("text", ["", "# nothing\n", "- model\n", "just words\n"])
+def test_no_sections(message_of, text):
+    assert message_of(text) == "config.yaml: expected sections (model:, train:, …) at the top level"
+
+
+@each_row(
+    "text, expected",
+    [
+        (GOOD + "train:\n  steps: 4\n", "config.yaml:7: train: given twice, first at config.yaml:3"),
+        (
+            GOOD.replace("  steps: 3\n", "  steps: 3\n  seed: 1\n  steps: 4\n"),
+            "config.yaml:6: train.steps: given twice, first at config.yaml:4",
+        ),
+        (
+            GOOD + "megatron:\n  a: 1\n  a: 1\n",
+            "config.yaml:9: megatron.a: given twice, first at config.yaml:8",
+        ),
+    ],
+)
+def test_repeated_key(message_of, text, expected):
+    assert message_of(text) == expected
+
+
+def test_section_that_is_no_section(message_of):
+    assert message_of(GOOD + "rollout: 5\n").startswith("config.yaml:7: rollout: ")
+
+
+@each_row("text", [GOOD + "1: x\n", GOOD + "null: x\n", GOOD + "rollout:\n  2: x\n"])
+def test_keys_that_are_no_words(message_of, text):
+    assert message_of(text).startswith("config.yaml:")
+
+
+# ---- overrides
+# -------------------------------------------------------------------------------------------------------
+
+
+def test_overrides_replace_the_file_and_are_yaml(config_of):
+    config = config_of(
+        GOOD,
+        "train.steps=7",
+        "train.steps=9",
+        "parallel.use_distributed_optimizer=false",
+        "algorithm.dual_clip=null",
+        "logging.dir=a=b",
+        "megatron={recompute_granularity: full}",
+        "rollout={prompts_per_step: 4, samples_per_prompt: 2}",
+    )
+    assert config.train.steps == 9
+    assert config.parallel.use_distributed_optimizer is False
+    assert config.algorithm.dual_clip is None
+    assert str(config.logging.dir) == "a=b"
+    assert config.megatron == {"recompute_granularity": "full"}
+    assert config.rollout.prompts_per_step == 4
+
+
+def test_override_into_an_absent_section(config_of):
+    assert config_of(GOOD, "teacher.kind=frozen").teacher.kind == "frozen"
+    assert config_of(GOOD, "megatron.recompute_granularity=full").megatron == {
+        "recompute_granularity": "full"
+    }
+
+
+@each_row(
+    "override, expected",
+    [
+        ("train.steps", "override 'train.steps': expected section.key=value"),
+        ("train.stps=4", "override 'train.stps=4': train.stps: unknown key; did you mean steps?"),
+        ("tain.steps=4", "tain: unknown key; did you mean train?"),
+        ("train.steps.more=4", "override 'train.steps.more=4': steps is not a section"),
+        ("train.steps=[1", "override 'train.steps=[1': the value is not YAML"),
+        ("steps=4", "override 'steps=4': steps: unknown key"),
+        (
+            "algorithm.name=sprpo",
+            "override 'algorithm.name=sprpo': algorithm.name: unknown algorithm 'sprpo'; did you mean srpo?",
+        ),
+        ("=4", "override '=4': "),
+    ],
+)
+def test_bad_overrides(message_of, override, expected):
+    assert expected in message_of(GOOD, override)
+
+
+@each_row(
+    "override, expected",
+    [
+        (
+            "logging.profile_steps=[3]",
+            "override 'logging.profile_steps=[3]': logging.profile_steps.1: is required",
+        ),
+        (
+            "logging.profile_steps=[3, 1]",
+            "override 'logging.profile_steps=[3, 1]': logging.profile_steps: [3, 1]: expected",
+        ),
+        ("logging={dur: x}", "override 'logging={dur: x}': logging.dur: unknown key"),
+    ],
+)
+def test_an_override_is_named_before_the_files_section(message_of, override, expected):
+    """The file has the section, but not this value."""
+    assert any(line.startswith(expected) for line in message_of(GOOD, override).splitlines())
+
+
+def test_unknown_section_by_override_names_the_override(message_of):
+    assert message_of(GOOD, "tain.steps=4").startswith("override 'tain.steps=4': ")
+
+
+# ---- what is saved
+# ---------------------------------------------------------------------------------------------------
+
+
+@each_row(
+    "overrides",
+    [
+        [],
+        ["algorithm.name=grpo", "optimizer.lr=1e-6"],
+        [
+            "algorithm.name=advantage_mix",
+            "algorithm.mix_lambda=0.3",
+            "algorithm.dual_clip=null",
+            "rollout.replay=some/where",
+        ],
+        [
+            "algorithm.name=sdpo",
+            "megatron={recompute_granularity: full, recompute_num_layers: 1}",
+            "logging.dir=läufe/日本",
+        ],
+    ],
+)
+def test_saved_config_loads_again(config_of, tmp_path, overrides):
+    config = config_of(GOOD, *overrides)
+    file = tmp_path / "saved.yaml"
+    save_config(config, file)
+    assert load_config(file, []) == config
+    saved = yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert set(saved) == set(Config.model_fields)  # every default spelled out
+    assert set(saved["algorithm"]) == set(type(config.algorithm).model_fields)

@@ -1,0 +1,10 @@
+"""A small configuration that is right, as YAML text."""
+
+GOOD = """\
+model:
+  hf_path: some/folder
+train:
+  steps: 3
+logging:
+  dir: runs/first
+"""
