@@ -75,7 +75,7 @@ class BatchBuilder:
         self._recovered = self.ledger.recovered(step)
 
     def build(self, step: int, watch: Stopwatch | None = None) -> Batch:
-        """Sample the batch of `step`, all ranks together. watch: None in a background thread."""
+        """Sample the batch of `step`; all ranks together if groups are selected. watch: None in a thread."""
         settings, target = self.settings, self.settings.prompts_per_step
         self._last_step, self._last_step_began_at = step, self.next_prompt
         incomplete, self.carried = self._drop_stale(self.carried, step), []

@@ -1,10 +1,7 @@
 """/v1/completions with token ids in both directions, as vLLM and SGLang extend OpenAI's.
 
-Request: `prompt` is a list of token ids; `return_token_ids`, `stop_token_ids`, `ignore_eos` and
-`skip_special_tokens` are extensions; `logprobs: 1` asks for log-probabilities of the chosen tokens.
-Reply: choices[0] with token_ids, logprobs.token_logprobs and finish_reason, and the model's name.
-
-The log-probabilities must be those of the sampling temperature: SGLang's are; vLLM's are with
+Extensions: `return_token_ids`, `stop_token_ids`, `ignore_eos` and `skip_special_tokens`; a reply's choices[0]
+has token_ids. The log-probabilities must be those of the sampling temperature: SGLang's are; vLLM's are with
 --logprobs-mode processed_logprobs, which renormalises under top_p, or at temperature 1.
 """
 

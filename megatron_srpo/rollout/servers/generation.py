@@ -43,10 +43,7 @@ class CompletionsAPI(Protocol):
         ...
 
     def parse(self, reply: Any, limit: int, versions: Sequence[str]) -> Completion:
-        """Return the completion in a JSON reply. Raises InvalidReply for what no correct server answers.
-
-        limit: requested tokens; versions: weights that may have made the tokens, the newest last.
-        """
+        """Return the completion in a JSON reply. Raises InvalidReply. versions: accepted, newest last."""
         ...
 
     def abort_call(self, request_id: str) -> Call | None:
@@ -60,14 +57,11 @@ class CompletionsAPI(Protocol):
 
 @dataclass
 class Target:
-    """A server as this rank sees it.
-
-    After an invalid reply it stays in quarantine until its process is gone or the first rank has acted.
-    """
+    """A server as this rank sees it."""
 
     url: str
     quarantined: str | None = None  # why it gets no requests; None if it does
-    is_invalid: bool = False  # it gave an invalid reply
+    is_invalid: bool = False  # by a reply: quarantined until its process is gone or the first rank has acted
     calls: set[asyncio.Task] = field(default_factory=set)
 
 

@@ -18,7 +18,6 @@ LINUX = sys.platform == "linux"
 
 
 def prctl(option: int, value: int) -> None:
-    """Call Linux's prctl(2); does nothing elsewhere."""
     if LINUX:
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 

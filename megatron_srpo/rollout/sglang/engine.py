@@ -60,10 +60,7 @@ def create(config: Config, folder: HFFolder, layout: Layout, say: Callable[[str]
 
 @dataclass(eq=False)
 class SGLangEngine:
-    """See `Engine`. All ranks create one and update it together; each generates and closes on its own.
-
-    Raises ConfigError if the servers cannot be started, or cannot do what the run needs.
-    """
+    """See `Engine`. All ranks create and update it together. Raises ConfigError for unusable servers."""
 
     settings: RolloutSection
     folder: HFFolder

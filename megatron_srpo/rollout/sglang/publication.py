@@ -80,7 +80,6 @@ class Update:
             self.failures[server] = reason
 
     def pause(self) -> None:
-        """Pause generation; new requests wait."""
         self.each(lambda server: server.post("/pause_generation", {"mode": "retract"}))
 
     @contextlib.contextmanager
