@@ -1,16 +1,14 @@
 """The groups of a step: prompts are sampled and verified in rounds until the batch is full.
 
 A round is the same on every rank but for the share of its prompts that each rank samples. Without
-over-sampling and filtering there is one, and ranks need not communicate. With them, each rank stops when it
-has its share of the groups needed, ranks exchange what they have, and another round follows if that is not
-enough. What is left over (whole groups and partial rollouts) is carried into the next step and continued
-there, unless it is too stale.
+over-sampling and filtering there is one, without communication. With them, each rank stops when it has its
+share of the groups needed, ranks exchange what they have, and another round follows if that is not enough.
+What is left over (groups, partial rollouts) is continued in the next step, unless it is too stale.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from threading import Event
 from typing import NamedTuple
@@ -42,33 +40,19 @@ class _Round(NamedTuple):
     incomplete: list[PartialGroup]
 
 
+@dataclass(eq=False)
 class BatchBuilder:
-    """Cursor over the training prompts, and the partial rollouts carried between steps.
+    """Cursor over the training prompts, and the partial rollouts carried between steps."""
 
-    Args:
-        collector: samples and verifies this rank's share.
-        prompt: returns training prompt 0, 1, … of the run, without token ids.
-        ledger: stores finished samples.
-        settings: section `rollout`.
-        seed: train.seed.
-        has_signal: returns True for a verified group that the algorithm can learn from.
-    """
+    collector: Collector
+    prompt: Callable[[int], Prompt]  # returns training prompt 0, 1, … of the run, without token ids
+    ledger: Ledger
+    settings: RolloutSection
+    seed: int  # train.seed
+    has_signal: Callable[[Group], bool]  # True for a verified group that the algorithm can learn from
 
-    def __init__(
-        self,
-        collector: Collector,
-        prompt: Callable[[int], Prompt],
-        ledger: Ledger,
-        settings: RolloutSection,
-        seed: int,
-        has_signal: Callable[[Group], bool],
-    ):
-        self.collector = collector
-        self.prompt = prompt
-        self.ledger = ledger
-        self.settings = settings
-        self.seed = seed
-        self.has_signal = has_signal
+    def __post_init__(self) -> None:
+        settings, collector = self.settings, self.collector
         self.layout: Layout = collector.layout
         self.selects = settings.over_sampling > 1 or settings.dynamic_filtering
         self.sampling = Sampling(
@@ -91,12 +75,7 @@ class BatchBuilder:
         self._recovered = self.ledger.recovered(step)
 
     def build(self, step: int, watch: Stopwatch | None = None) -> Batch:
-        """Sample the batch of `step`. All ranks together when groups are selected.
-
-        Args:
-            step: from 1.
-            watch: counts the seconds of verification as phase `verify`; None in a background thread.
-        """
+        """Sample the batch of `step`; all ranks together if groups are selected. watch: None in a thread."""
         settings, target = self.settings, self.settings.prompts_per_step
         self._last_step, self._last_step_began_at = step, self.next_prompt
         incomplete, self.carried = self._drop_stale(self.carried, step), []
@@ -122,11 +101,8 @@ class BatchBuilder:
         left_over = [PartialGroup(prompt=group[0].prompt, samples=group) for group in chosen[target:]]
         self.carried = left_over + incomplete
         self.ledger.carry(step + 1, self.carried)
-        metrics: dict[str, float] = {
-            "groups_filtered": len(no_signal),
-            "groups_carried": len(self.carried),
-            "rounds": rounds,
-        }
+        metrics: dict[str, float] = {"groups_filtered": len(no_signal), "groups_carried": len(self.carried)}
+        metrics["rounds"] = rounds
         return Batch(chosen[:target][self.layout.rank :: self.layout.world_size], metrics)
 
     def _new_prompts(self, count: int) -> list[PartialGroup]:
@@ -150,9 +126,8 @@ class BatchBuilder:
         persist = partial(self.ledger.persist, step, round_number)
         groups: dict[str, Group] = {}
         useful = 0
-        for group in self.collector.collect(
-            pending, self.sampling, f"{self.seed}/{step}", stop, persist, watch
-        ):
+        seed = f"{self.seed}/{step}"
+        for group in self.collector.collect(pending, self.sampling, seed, stop, persist, watch):
             groups[group[0].prompt.id] = group
             useful += self._is_useful(group)
             if self.selects and useful >= share:
@@ -198,10 +173,10 @@ class BatchBuilder:
         oldest = step - 1 - self.settings.max_staleness
         groups = []
         for group in carried:
-            fresh = [
-                sample
-                for sample in group.samples
-                if min(int(version) for version, _, _ in sample.versions) >= oldest
-            ]
-            groups.append(group.model_copy(update={"samples": tuple(fresh)}))
+            fresh = tuple(sample for sample in group.samples if _oldest_version(sample) >= oldest)
+            groups.append(group.model_copy(update={"samples": fresh}))
         return groups
+
+
+def _oldest_version(sample: Sample) -> int:
+    return min(int(version) for version, _, _ in sample.versions)

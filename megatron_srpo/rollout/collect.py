@@ -1,9 +1,8 @@
 """From prompts to verified groups: this rank's share, and the exchange that gives every rank all groups."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
+from dataclasses import dataclass
 from threading import Event
 
 from pydantic import TypeAdapter
@@ -25,20 +24,13 @@ def encode_prompt(prompt: Prompt, folder: HFFolder, settings: RolloutSection) ->
     """Return the prompt with token ids. Raises ConfigError if it exceeds rollout.max_prompt_tokens."""
     ids = tuple(folder.encode(list(prompt.messages), settings.enable_thinking))
     if len(ids) > settings.max_prompt_tokens:
-        raise ConfigError(
-            f"rollout.max_prompt_tokens: {settings.max_prompt_tokens}, but prompt {prompt.id} has {len(ids)}"
-            " tokens; raise it"
-        )
+        found = f"{settings.max_prompt_tokens}, but prompt {prompt.id} has {len(ids)} tokens"
+        raise ConfigError(f"rollout.max_prompt_tokens: {found}; raise it")
     return prompt.model_copy(update={"ids": ids})
 
 
 class PendingGroups:
-    """Groups that are being sampled: the samples so far, and which are missing.
-
-    Args:
-        partial: the prompts in order, each with the finished and aborted samples so far.
-        size: samples a group.
-    """
+    """Groups of `size` samples that are being sampled: the finished and aborted ones, and the missing."""
 
     def __init__(self, partial: Sequence[PartialGroup], size: int):
         self.prompts = [group.prompt for group in partial]
@@ -78,17 +70,15 @@ class PendingGroups:
         return groups
 
 
+@dataclass(eq=False)
 class Collector:
     """Samples prompts with this rank's engine and verifies the responses."""
 
-    def __init__(
-        self, verifiers: Pool, engine: Engine, folder: HFFolder, layout: Layout, settings: RolloutSection
-    ):
-        self.verifiers = verifiers
-        self.engine = engine
-        self.folder = folder
-        self.layout = layout
-        self.settings = settings
+    verifiers: Pool
+    engine: Engine
+    folder: HFFolder
+    layout: Layout
+    settings: RolloutSection
 
     def prompts(self, prompt: Callable[[int], Prompt], numbers: range) -> list[Prompt]:
         """Return this rank's share of the prompts `numbers`, with token ids: every world_size-th."""
@@ -112,15 +102,9 @@ class Collector:
     ) -> Iterator[Group]:
         """Yield each group, verified, as soon as its last sample is finished, while others still run.
 
-        A sample's randomness depends on (seed, prompt id, index) alone.
-
-        Args:
-            pending: the groups; after the iteration `pending.incomplete()` holds what was aborted.
-            sampling: the sampling parameters.
-            seed: of this step.
-            stop: set by the consumer when it has enough groups: the rest is aborted.
-            persist: stores finished samples before they are verified, one engine batch a call.
-            watch: counts the seconds of verification as phase `verify`; None in a background thread.
+        A sample's randomness depends on (seed, prompt id, index) alone. The consumer sets `stop` when it has
+        enough groups: the rest is aborted, and afterwards in `pending.incomplete()`. persist: stores finished
+        samples before they are verified, one engine batch a call. watch: None in a background thread.
         """
         yield from self.verify(pending.recovered, watch)
         if stop.is_set():
@@ -153,18 +137,11 @@ class Collector:
                 yield samples
 
     def _sample(self, prompt: Prompt, index: int, completion: Completion) -> Sample:
-        segment = Segment(
-            ids=tuple(completion.ids),
-            logprobs=tuple(completion.logprobs),
-            versions=tuple(completion.versions),
-        )
-        return Sample(
-            prompt=prompt,
-            index=index,
-            segments=(segment,),
-            finish_reason=completion.finish_reason,
-            text=self.folder.tokenizer.decode(completion.ids, skip_special_tokens=True),
-        )
+        ids, logprobs = tuple(completion.ids), tuple(completion.logprobs)
+        segments = (Segment(ids=ids, logprobs=logprobs, versions=tuple(completion.versions)),)
+        text = self.folder.tokenizer.decode(completion.ids, skip_special_tokens=True)
+        reason = completion.finish_reason
+        return Sample(prompt=prompt, index=index, segments=segments, finish_reason=reason, text=text)
 
     def verify(self, groups: Sequence[Group], watch: Stopwatch | None = None) -> list[Group]:
         """Return the groups with verdicts; failed samples get the feedback of their prompt if it has one."""

@@ -1,7 +1,5 @@
 """The engine protocol: token ids in, token ids with log-probabilities out, weights as HF-named tensors."""
 
-from __future__ import annotations
-
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from threading import Event
 from typing import Literal, NamedTuple, Protocol
@@ -21,42 +19,32 @@ class Sampling(NamedTuple):
 class Completion(NamedTuple):
     """One response.
 
-    Attributes:
-        ids: token ids; a stop token is included.
-        logprobs: one a token, in nats, of the full softmax at the sampling temperature (temperature 1 when
-            greedy); top_p does not renormalise them.
-        versions: half-open spans (weight version, start, end) of `ids`.
-        finish_reason: "abort" marks a partial rollout, possibly empty.
+    `logprobs`: one a token, in nats, of the full softmax at the sampling temperature (temperature 1 when
+    greedy); top_p does not renormalise them.
     """
 
-    ids: list[int]
+    ids: list[int]  # token ids; a stop token is included
     logprobs: list[float]
-    versions: list[tuple[str, int, int]]
-    finish_reason: Literal["stop", "length", "abort"]
+    versions: list[tuple[str, int, int]]  # half-open spans (weight version, start, end) of `ids`
+    finish_reason: Literal["stop", "length", "abort"]  # "abort": a partial rollout, possibly empty
 
 
 EMPTY = Completion([], [], [], "abort")
 
 
 class Request(NamedTuple):
-    """One response to sample.
-
-    Attributes:
-        seed: decides the randomness of the response alone, whatever else is in its batch.
-        start: a partial rollout of an earlier attempt, which the response continues.
-    """
+    """One response to sample."""
 
     prompt_ids: tuple[int, ...]
-    seed: str
-    start: Completion | None = None
+    seed: str  # decides the randomness of the response alone, whatever else is in its batch
+    start: Completion | None = None  # partial rollout of an earlier attempt, which the response continues
 
     def aborted(self) -> Completion:
         """Return what is there without sampling more."""
         return (self.start or EMPTY)._replace(finish_reason="abort")
 
 
-Completions = Mapping[int, Completion]  # by the request's index
-CompletionStream = Generator[Completions, None, None]
+CompletionStream = Generator[Mapping[int, Completion], None, None]  # by the request's index
 
 
 class EngineFailed(RuntimeError):

@@ -1,9 +1,4 @@
-"""The engine named by `rollout.engine`: module `engine` of the folder with that name.
-
-Such a module defines the two functions below, which call it.
-"""
-
-from __future__ import annotations
+"""The engine named by `rollout.engine`: `check` and `create` of module `engine` in that folder."""
 
 import importlib
 from collections.abc import Callable
@@ -16,18 +11,12 @@ from megatron_srpo.rollout.engine import Engine
 
 
 def check_engine(config: Config, trains: bool) -> None:
-    """Check what can be found wrong before anything starts (`check`). Raises ConfigError.
-
-    trains: False for commands that update the weights once at most.
-    """
+    """Check settings before anything starts. Raises ConfigError. trains: weights are updated every step."""
     _module(config).check(config, trains)
 
 
 def create_engine(config: Config, folder: HFFolder, layout: Layout, say: Callable[[str], None]) -> Engine:
-    """Return the engine, still without weights (`create`). All ranks together.
-
-    say: prints a line to terminal and log of the first rank.
-    """
+    """Return the engine, still without weights. All ranks together. say: prints on the first rank."""
     return _module(config).create(config, folder, layout, say)
 
 

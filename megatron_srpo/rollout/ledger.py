@@ -4,16 +4,14 @@
                                                engine delivered together
                step_000007.carried.jsonl       left over by the step before: groups, partial rollouts
 
-A stopped run resumes from a checkpoint. Samples of the step after it are recovered, partial groups included:
-they were made by weights that the checkpoint has. Later steps were sampled by weights that are lost: they are
-discarded and sampled again.
+A resumed run recovers the samples of the step after its checkpoint, partial groups included: the checkpoint
+has their weights. The weights of later steps are lost: these steps are discarded and sampled again.
 """
-
-from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -40,22 +38,18 @@ class Recovered(NamedTuple):
     sample: Sample
 
 
+@dataclass(eq=False)
 class Ledger:
-    """The ledger of a run. Every rank writes its own samples.
+    """The ledger of a run. Every rank writes its own samples."""
 
-    Args:
-        directory: RUN/ledger.
-        layout: this rank's place.
-        keeps_samples: False for a run without checkpoints, which cannot be resumed.
-    """
+    directory: Path  # RUN/ledger
+    layout: Layout
+    keeps_samples: bool  # False for a run without checkpoints, which cannot be resumed
 
-    def __init__(self, directory: Path, layout: Layout, keeps_samples: bool):
-        self.directory = directory
-        self.layout = layout
-        self.keeps_samples = keeps_samples
+    def __post_init__(self) -> None:
         self._file: TextIO | None = None
-        if layout.rank == 0:
-            directory.mkdir(parents=True, exist_ok=True)
+        if self.layout.rank == 0:
+            self.directory.mkdir(parents=True, exist_ok=True)
 
     def resume(self, step: int) -> None:
         """Discard everything but the samples of the step after `step`."""
@@ -69,7 +63,6 @@ class Ledger:
             write_text(self._carried_file(step), text)
 
     def carried(self, step: int) -> list[PartialGroup]:
-        """Return the groups left over for `step`."""
         file = self._carried_file(step)
         lines = file.read_bytes().split(b"\n") if file.exists() else []
         return [PartialGroup.model_validate_json(line) for line in lines if line]
@@ -103,7 +96,6 @@ class Ledger:
         self._remove(lambda other: other <= step)
 
     def close(self) -> None:
-        """Close this rank's file."""
         if self._file is not None:
             self._file.close()
             self._file = None

@@ -1,7 +1,5 @@
 """Reads dumped rollouts as groups that a run can train on."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math
@@ -16,11 +14,7 @@ from megatron_srpo.model.hf_folder import HFFolder
 
 
 def replay(folder: Path, step: int, samples_per_prompt: int, model: HFFolder) -> list[Group]:
-    """Read the groups dumped for `step`, verified and without routes.
-
-    Raises ConfigError with file and line for a missing file, a damaged line, an id outside the vocabulary or
-    an incomplete group.
-    """
+    """Read the groups dumped for `step`, verified, without routes. Raises ConfigError with file and line."""
     file = step_file(folder, step)
     if not file.is_file():
         raise ConfigError(f"rollout.replay: {file} is missing; steps are replayed from 1 to train.steps")
@@ -39,22 +33,20 @@ def replay(folder: Path, step: int, samples_per_prompt: int, model: HFFolder) ->
         except ValidationError as error:
             problem = error.errors()[0]
             where = ".".join(str(part) for part in problem["loc"])
-            raise ConfigError(
-                f"{file}:{number}: {where}: {problem['msg'].removeprefix('Value error, ')}"
-            ) from None
+            text = problem["msg"].removeprefix("Value error, ")
+            raise ConfigError(f"{file}:{number}: {where}: {text}") from None
         except ValueError as error:
             raise ConfigError(f"{file}:{number}: {error}") from None
         ids = (*sample.prompt.ids, *sample.response_ids)
         if not sample.prompt.ids or min(ids) < 0 or max(ids) >= model.architecture.vocab_size:
-            raise ConfigError(
-                f"{file}:{number}: prompt.ids are missing or an id is outside the model's vocabulary"
-            )
+            problem = "prompt.ids are missing or an id is outside the model's vocabulary"
+            raise ConfigError(f"{file}:{number}: {problem}")
         samples.append(sample.model_copy(update={"route": None}))
     groups = [tuple(group) for _, group in itertools.groupby(samples, key=lambda sample: sample.prompt.id)]
     for group in groups:
-        if [sample.index for sample in group] != list(range(samples_per_prompt)):
-            raise ConfigError(
-                f"{file}: the group of {group[0].prompt.id} has samples {[sample.index for sample in group]},"
-                f" expected 0 to {samples_per_prompt - 1} (rollout.samples_per_prompt)"
-            )
+        indices = [sample.index for sample in group]
+        if indices != list(range(samples_per_prompt)):
+            expected = f"0 to {samples_per_prompt - 1} (rollout.samples_per_prompt)"
+            found = f"the group of {group[0].prompt.id} has samples {indices}"
+            raise ConfigError(f"{file}: {found}, expected {expected}")
     return groups

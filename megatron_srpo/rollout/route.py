@@ -1,7 +1,5 @@
 """Routes verified groups with the run's settings."""
 
-from __future__ import annotations
-
 from megatron_srpo.algorithm.routing import route_groups
 from megatron_srpo.config.schema import Config
 from megatron_srpo.data.records import Group

@@ -1,9 +1,8 @@
 """Where a step's groups come from: an engine fed with the policy's weights, or a folder of dumped steps."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -29,13 +28,9 @@ from megatron_srpo.tasks.pool import Pool
 
 
 class Rollouts(Protocol):
-    """The source of verified groups. All ranks call it together, but for `saved` and `close`.
+    """The source of verified groups. All ranks call it together, but for `saved` and `close`."""
 
-    Attributes:
-        metrics: what metrics.jsonl says about the selection of the groups that were collected last.
-    """
-
-    metrics: dict[str, float]
+    metrics: dict[str, float]  # what metrics.jsonl says about the selection of the groups collected last
 
     def collect(self, step: int) -> list[Group]:
         """Return this rank's share of the step's verified groups. Raises ConfigError, EngineFailed."""
@@ -64,16 +59,8 @@ class Rollouts(Protocol):
 
 def open_rollouts(
     config: Config, folder: HFFolder, layout: Layout, say: Callable[[str], None], watch: Stopwatch
-) -> LiveRollouts | ReplayedRollouts:
-    """Return the source of groups that `config` names; an engine has no weights yet.
-
-    Args:
-        config: the run's configuration.
-        folder: the model's architecture and tokenizer.
-        layout: this rank's place.
-        say: prints a line to terminal and log of the first rank.
-        watch: counts the seconds of phases `rollout` and `verify`.
-    """
+) -> "LiveRollouts | ReplayedRollouts":
+    """Return the source of groups that `config` names; an engine has no weights yet."""
     settings = config.rollout
     if settings.replay is not None:
         return ReplayedRollouts(settings.replay, settings, folder, layout)
@@ -90,38 +77,30 @@ def open_rollouts(
     return LiveRollouts(builder, watch, last_step_ahead, evaluated)
 
 
+@dataclass(eq=False)
 class LiveRollouts(Rollouts):
     """Groups sampled by an engine with the policy's weights.
 
-    Args:
-        builder: samples a step's batch.
-        watch: see `open_rollouts`.
-        last_step_ahead: steps up to this one are sampled by a thread while the step before trains
-            (rollout.async_steps: 1), with weights one version older; 0: none.
-        evaluated: evaluation tasks by name, for the collector.
+    Steps up to `last_step_ahead` (0: none) are sampled by a thread while the step before trains
+    (rollout.async_steps: 1), with weights one version older. evaluated: evaluation tasks by name.
     """
 
-    def __init__(
-        self,
-        builder: BatchBuilder,
-        watch: Stopwatch,
-        last_step_ahead: int = 0,
-        evaluated: Mapping[str, Task] | None = None,
-    ):
-        self.builder = builder
-        self.collector = builder.collector
-        self.evaluated = evaluated or {}
-        self.metrics: dict[str, float] = {}
-        self._watch = watch
-        self._last_step_ahead = last_step_ahead
+    builder: BatchBuilder
+    watch: Stopwatch  # counts the seconds of phases `rollout` and `verify`
+    last_step_ahead: int = 0
+    evaluated: Mapping[str, Task] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.collector = self.builder.collector
+        self.metrics = {}
         self._published = 0  # step
         self._thread = ThreadPoolExecutor(1, "rollouts")
         self._ahead: Future[Batch] | None = None
 
     def collect(self, step: int) -> list[Group]:
         ahead, self._ahead = self._ahead, None
-        batch = self.builder.build(step, self._watch) if ahead is None else ahead.result()
-        if step < self._last_step_ahead:
+        batch = self.builder.build(step, self.watch) if ahead is None else ahead.result()
+        if step < self.last_step_ahead:
             self._ahead = self._thread.submit(self.builder.build, step + 1)
         self.metrics = batch.metrics
         return batch.groups
@@ -131,7 +110,7 @@ class LiveRollouts(Rollouts):
 
     def publish(self, tensors: Iterable[tuple[str, Tensor]], step: int) -> None:
         if self._ahead is not None:
-            with self._watch("rollout"):
+            with self.watch("rollout"):
                 self._ahead.result()  # raises the thread's error before other ranks wait for this one
         self._published = step
         self.collector.engine.update_weights(tensors, str(step))
@@ -154,21 +133,19 @@ class LiveRollouts(Rollouts):
         self.collector.verifiers.close()
 
 
+@dataclass(eq=False)
 class ReplayedRollouts(Rollouts):
     """Groups dumped by another run (rollout.replay). All but `collect` does nothing."""
 
-    def __init__(self, directory: Path, settings: RolloutSection, folder: HFFolder, layout: Layout):
-        self.directory = directory
-        self.settings = settings
-        self.folder = folder
-        self.layout = layout
-        self.metrics: dict[str, float] = {}
+    directory: Path
+    settings: RolloutSection
+    folder: HFFolder
+    layout: Layout
+    metrics: dict[str, float] = field(default_factory=dict)
 
     def collect(self, step: int) -> list[Group]:
         groups = replay(self.directory, step, self.settings.samples_per_prompt, self.folder)
         if len(groups) != self.settings.prompts_per_step:
-            raise ConfigError(
-                f"rollout.replay: step {step} holds {len(groups)} groups;"
-                f" rollout.prompts_per_step is {self.settings.prompts_per_step}"
-            )
+            needed = f"rollout.prompts_per_step is {self.settings.prompts_per_step}"
+            raise ConfigError(f"rollout.replay: step {step} holds {len(groups)} groups; {needed}")
         return groups[self.layout.rank :: self.layout.world_size]

@@ -1,17 +1,13 @@
 """/v1/completions with token ids in both directions, as vLLM and SGLang extend OpenAI's.
 
-Request: `prompt` is a list of token ids; `return_token_ids`, `stop_token_ids`, `ignore_eos` and
-`skip_special_tokens` are extensions; `logprobs: 1` asks for log-probabilities of the chosen tokens.
-Reply: choices[0] with token_ids, logprobs.token_logprobs and finish_reason, and the model's name.
-
-The log-probabilities must be those of the sampling temperature: SGLang's are; vLLM's are with
+Extensions: `return_token_ids`, `stop_token_ids`, `ignore_eos` and `skip_special_tokens`; a reply's choices[0]
+has token_ids. The log-probabilities must be those of the sampling temperature: SGLang's are; vLLM's are with
 --logprobs-mode processed_logprobs, which renormalises under top_p, or at temperature 1.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_srpo.rollout.engine import Completion, Sampling
@@ -19,22 +15,15 @@ from megatron_srpo.rollout.servers.generation import Call
 from megatron_srpo.rollout.servers.replies import InvalidReply, check_tokens
 
 
+@dataclass(eq=False)
 class OpenAICompletions:
-    """See `CompletionsAPI`. No server says which weights it has: replies count as made by the newest.
+    """See `CompletionsAPI`. No server says which weights it has: replies count as made by the newest."""
 
-    Args:
-        model: name that requests and replies carry.
-        vocab_size: of the model.
-        weights_change: a server in quarantine may miss an update, and waits for the next one.
-    """
-
+    model: str  # name that requests and replies carry
+    vocab_size: int
+    weights_change: bool  # a server in quarantine may miss an update, and waits for the next one
     health_path = "/health"
     version_path = "/v1/models"
-
-    def __init__(self, model: str, vocab_size: int, weights_change: bool):
-        self.model = model
-        self.vocab_size = vocab_size
-        self.weights_change = weights_change
 
     def call(self, request_id: str, ids: list[int], limit: int, sampling: Sampling, seed: str) -> Call:
         digest = hashlib.sha256(seed.encode()).digest()

@@ -5,11 +5,10 @@ and a POST to rollout.openai.reload_path of each server. Without that key the se
 they serve: sample and eval work if these are those of model.hf_path, and train is refused.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -33,20 +32,17 @@ def check(config: Config, trains: bool) -> None:
     """Refuse what needs other weights than the servers' (see rollout/engines.py)."""
     settings = config.rollout.openai
     if settings.api_key_env is not None and not os.environ.get(settings.api_key_env):
-        raise ConfigError(
-            f"rollout.openai.api_key_env: the environment variable {settings.api_key_env} is not set"
-        )
+        variable = settings.api_key_env
+        raise ConfigError(f"rollout.openai.api_key_env: the environment variable {variable} is not set")
     if settings.reload_path is None and trains:
-        raise ConfigError(
-            "rollout.openai.reload_path: train needs it, the call that makes a server load new weights;"
-            " without it only sample, eval and replay are possible"
-        )
+        needed = "train needs it, the call that makes a server load new weights"
+        rest = "without it only sample, eval and replay are possible"
+        raise ConfigError(f"rollout.openai.reload_path: {needed}; {rest}")
     if settings.reload_path is None and config.evaluation.checkpoint is not None:
         raise ConfigError("rollout.openai.reload_path: evaluation.checkpoint needs it to send its weights")
 
 
-def create(config: Config, folder: HFFolder, layout: Layout, say: Callable[[str], None]) -> OpenAIEngine:
-    """Find the servers and the model's name (see rollout/engines.py)."""
+def create(config: Config, folder: HFFolder, layout: Layout, say: Callable[[str], None]) -> "OpenAIEngine":
     weights = config.logging.dir / "servers" / "weights"
     engine = OpenAIEngine(config.rollout.openai, config.rollout.urls, folder, layout, weights)
     say(f"{len(config.rollout.urls)} OpenAI-compatible servers (experimental), model {engine.model}")
@@ -78,30 +74,24 @@ class OpenAIServer(Server):
         self.post(self.settings.reload_path, _filled(self.settings.reload_body, values))
 
 
+@dataclass(eq=False)
 class OpenAIEngine:
-    """See `Engine`. All ranks create and update it together. Raises ConfigError for an unusable server.
+    """See `Engine`. All ranks create and update it together. Raises ConfigError for an unusable server."""
 
-    Args:
-        settings: section `rollout.openai`.
-        urls: of the servers.
-        folder: the model.
-        layout: this rank's place.
-        weights: folder for published weights; holds at most two versions.
-    """
+    settings: OpenAISection
+    urls: Sequence[str]
+    folder: HFFolder
+    layout: Layout
+    weights: Path  # folder for published weights; holds at most two versions
 
-    def __init__(
-        self, settings: OpenAISection, urls: Sequence[str], folder: HFFolder, layout: Layout, weights: Path
-    ):
-        self.settings = settings
-        self.folder = folder
-        self.layout = layout
-        self.weights = weights
-        self.servers = [OpenAIServer(url, settings) for url in urls]
+    def __post_init__(self) -> None:
+        settings, layout = self.settings, self.layout
+        self.servers = [OpenAIServer(url, settings) for url in self.urls]
         names = {server.model() for server in self.servers}
         if len(names) > 1:
             raise ConfigError(f"rollout.urls: the servers serve different models: {', '.join(sorted(names))}")
         self.model = names.pop()
-        vocab_size = folder.architecture.vocab_size
+        vocab_size = self.folder.architecture.vocab_size
         self.generation = Generation(
             OpenAICompletions(self.model, vocab_size, weights_change=settings.reload_path is not None),
             [server.url for server in self.servers],
@@ -117,7 +107,6 @@ class OpenAIEngine:
         return self.generation.generate(requests, sampling, stop)
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
-        """Write the weights and make every server load them. Raises EngineFailed if none could."""
         self.generation.start_publication(version)
         failures: dict[str, str | None] = {server.url: None for server in self.servers}
         if self.settings.reload_path is not None:

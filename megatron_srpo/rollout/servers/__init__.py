@@ -1,4 +1,1 @@
-"""What engines of HTTP servers share: processes, health, restarts, quarantine, load balancing, retries.
-
-Nothing here knows what a server is asked or answers; rollout/sglang and rollout/openai do.
-"""
+"""What engines of HTTP servers share: processes, health, restarts, quarantine, load balancing, retries."""

@@ -1,8 +1,8 @@
 """All servers, as the first rank sees them: those of the run are started, watched, restarted and stopped."""
 
-from __future__ import annotations
-
+import os
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -11,12 +11,64 @@ from pathlib import Path
 from typing import Generic, Literal, NamedTuple, TypeVar
 
 from megatron_srpo.distributed.heartbeat import beat
+from megatron_srpo.rollout.servers import guard
 from megatron_srpo.rollout.servers.http import Server, ServerFailed
-from megatron_srpo.rollout.servers.launch import Launch
 
+_LOG_TAIL = 1500  # characters of a server's log in a message
 _POLL = 0.2  # seconds between looks at a process
+# torchrun's variables are for the trainer's processes, and so is the trainer's Python path
+_NOT_INHERITED = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("PYTHONPATH", "VIRTUAL_ENV"),
+)
 State = Literal["starting", "outdated", "ready", "quarantined", "failed"]
 AnyServer = TypeVar("AnyServer", bound=Server)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """Starts the servers of a run, each under a guard; a subclass for each kind of server."""
+
+    logs: Path  # folder of their output
+    start_timeout: float  # seconds a server has to start
+    max_restarts: int  # failed starts in a row after which a server is marked failed
+    secret: str | None = None  # API key, which no message may contain
+
+    def command(self, number: int) -> Sequence[str]:
+        """Return the command line of server `number`."""
+        raise NotImplementedError
+
+    def environment(self) -> dict[str, str]:
+        """Return environment variables in addition to this process's."""
+        return {}
+
+    def start(self, number: int) -> subprocess.Popen:
+        """Start server `number`; its output is appended to its log."""
+        inherited = dict(os.environ)
+        for name in os.environ:
+            if name in _NOT_INHERITED or name.startswith("TORCHELASTIC"):
+                del inherited[name]
+        mode = 0o666 if self.secret is None else 0o600  # servers print their arguments, the key among them
+        with open(self.log(number), "ab", opener=lambda path, flags: os.open(path, flags, mode)) as log:
+            return subprocess.Popen(
+                [sys.executable, "-P", guard.__file__, str(os.getpid()), *self.command(number)],
+                env={**inherited, **self.environment()},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # the first Ctrl-C asks the trainer, not servers, to stop
+            )
+
+    def log(self, number: int) -> Path:
+        return self.logs / f"server_{number}.log"
+
+    def log_tail(self, number: int) -> str:
+        """Return the end of a server's log, without the secret."""
+        log = self.log(number)
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _LOG_TAIL))
+            tail = file.read().decode(errors="replace")
+        return tail if self.secret is None else tail.replace(self.secret, "…")
 
 
 @dataclass
@@ -50,21 +102,12 @@ class Weights(NamedTuple):
 
 
 class Fleet(Generic[AnyServer]):
-    """All servers.
-
-    Args:
-        servers: in the order of their numbers.
-        launch: starts them; None if they are external.
-        say: prints a line for the user.
-
-    Attributes:
-        newest: the newest weights, if they are on disk.
-    """
+    """All servers, in the order of their numbers. launch: starts them; None if they are external."""
 
     def __init__(self, servers: Sequence[AnyServer], launch: Launch | None, say: Callable[[str], None]):
         self.launch = launch
         self.say = say
-        self.newest: Weights | None = None
+        self.newest: Weights | None = None  # the newest weights, if they are on disk
         self.starts_allowed = True
         self._closing = threading.Event()
         state: State = "outdated" if launch is None else "starting"
@@ -87,7 +130,6 @@ class Fleet(Generic[AnyServer]):
         return None
 
     def is_starting(self) -> bool:
-        """Return True while some server is not there yet."""
         return any(handle.state == "starting" or handle.failure for handle in self.handles)
 
     def wait(self, seconds: float) -> None:
@@ -103,9 +145,7 @@ class Fleet(Generic[AnyServer]):
         for handle in self.handles:
             with handle.lock:  # no thread is about to start it
                 pass
-        while any(
-            handle.process and (handle.state == "starting" or handle.failure) for handle in self.handles
-        ):
+        while any(_is_ending(handle) for handle in self.handles):
             time.sleep(0.05)
 
     def allow_starts(self) -> None:
@@ -117,13 +157,7 @@ class Fleet(Generic[AnyServer]):
         return [handle for handle in self.handles if handle.state in states and handle.failure is None]
 
     def report_failure(self, url: str, reason: str, is_invalid: bool) -> None:
-        """Restart a server of the run in the background; put an external one in quarantine.
-
-        Args:
-            url: the server's.
-            reason: what it did.
-            is_invalid: it gave an invalid reply: an external one is not used again.
-        """
+        """Restart a server of the run in the background; quarantine an external one, for good if invalid."""
         handle = next(handle for handle in self.handles if handle.server.url == url)
         with handle.lock:
             if self.launch is not None:
@@ -143,7 +177,6 @@ class Fleet(Generic[AnyServer]):
                     handle.state = "outdated"
 
     def updated(self, handle: ServerHandle[AnyServer]) -> None:
-        """Mark a server as having the newest weights."""
         with handle.lock:
             if handle.state in ("outdated", "quarantined") and handle.failure is None:
                 self._set_ready(handle)
@@ -152,8 +185,7 @@ class Fleet(Generic[AnyServer]):
         """Return why each server must not be used, None if it may be, by URL."""
         found: dict[str, str | None] = {}
         for handle in self.handles:
-            usable = handle.state == "ready"
-            found[handle.server.url] = None if usable else handle.reason or handle.state
+            found[handle.server.url] = None if handle.state == "ready" else handle.reason or handle.state
         return found
 
     def close(self) -> None:
@@ -196,7 +228,7 @@ class Fleet(Generic[AnyServer]):
                     if self.starts_allowed:
                         self._start_again(handle, launch)
                 continue
-            problem = self._problem(handle, handle.process, launch)
+            problem = self._problem(handle, launch)
             if problem is not None:
                 self._restart(handle, launch, problem)
             elif handle.state == "starting" and not self.starts_allowed:
@@ -212,12 +244,10 @@ class Fleet(Generic[AnyServer]):
             handle.state, handle.reason = "failed", f"it could not be started: {error}"
             self.say(f"giving up on server {handle.number}: {handle.reason}")
 
-    def _problem(
-        self, handle: ServerHandle[AnyServer], process: subprocess.Popen, launch: Launch
-    ) -> str | None:
+    def _problem(self, handle: ServerHandle[AnyServer], launch: Launch) -> str | None:
         if handle.failure is not None:
             return handle.failure
-        status = process.poll()
+        status = None if handle.process is None else handle.process.poll()
         if status is not None:
             return f"exited with status {status}"
         if handle.state == "starting" and time.monotonic() > handle.deadline:
@@ -257,6 +287,10 @@ class Fleet(Generic[AnyServer]):
             if newest is not None:
                 self._set_ready(handle)
                 self.say(f"server {handle.number} is back, with version {newest.version}")
+
+
+def _is_ending(handle: ServerHandle) -> bool:
+    return handle.process is not None and (handle.state == "starting" or handle.failure is not None)
 
 
 def _is_up(server: Server) -> bool:

@@ -1,7 +1,5 @@
 """Requests of one rank to all servers: each to the least loaded one, and to another one if that fails."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 import uuid
@@ -15,15 +13,7 @@ import httpx
 
 from megatron_srpo.config.rollout_section import ServerSection
 from megatron_srpo.distributed.heartbeat import beat
-from megatron_srpo.rollout.engine import (
-    EMPTY,
-    Completion,
-    Completions,
-    CompletionStream,
-    EngineFailed,
-    Request,
-    Sampling,
-)
+from megatron_srpo.rollout.engine import EMPTY, Completion, CompletionStream, EngineFailed, Request, Sampling
 from megatron_srpo.rollout.servers.http import IDLE, headers
 from megatron_srpo.rollout.servers.replies import InvalidReply, joined
 
@@ -53,13 +43,7 @@ class CompletionsAPI(Protocol):
         ...
 
     def parse(self, reply: Any, limit: int, versions: Sequence[str]) -> Completion:
-        """Return the completion. Raises InvalidReply for what no correct server answers.
-
-        Args:
-            reply: the JSON reply.
-            limit: requested tokens.
-            versions: weight versions that may have made the tokens, the newest last.
-        """
+        """Return the completion in a JSON reply. Raises InvalidReply. versions: accepted, newest last."""
         ...
 
     def abort_call(self, request_id: str) -> Call | None:
@@ -73,54 +57,31 @@ class CompletionsAPI(Protocol):
 
 @dataclass
 class Target:
-    """A server as this rank sees it.
-
-    Attributes:
-        quarantined: why it gets no requests; None if it does.
-        is_invalid: it gave an invalid reply, and stays in quarantine until its process is gone or the first
-            rank has dealt with it.
-    """
+    """A server as this rank sees it."""
 
     url: str
-    quarantined: str | None = None
-    is_invalid: bool = False
+    quarantined: str | None = None  # why it gets no requests; None if it does
+    is_invalid: bool = False  # by a reply: quarantined until its process is gone or the first rank has acted
     calls: set[asyncio.Task] = field(default_factory=set)
 
 
+@dataclass(eq=False)
 class Generation:
-    """Gets completions from servers, some of which may fail.
+    """Gets completions from servers, some of which may fail."""
 
-    Args:
-        api: the kind of server.
-        urls: of all servers, the same on every rank.
-        settings: section of the servers.
-        vocab_size: of the model.
-        rank: this rank, for the server it prefers among equals.
-        world_size: ranks that share `settings.concurrency`.
-        report_failure: called with (url, reason, whether a reply was invalid) for a server in quarantine.
-        no_server_reason: called with the seconds without any server: why none will come back, or None while
-            one may.
-    """
+    api: CompletionsAPI
+    urls: Sequence[str]  # of all servers, the same on every rank
+    settings: ServerSection
+    vocab_size: int
+    rank: int  # decides which server this rank prefers among equals
+    world_size: int  # ranks that share `settings.concurrency`
+    report_failure: Callable[[str, str, bool], None]  # (url, reason, is_invalid) of a server in quarantine
+    no_server_reason: Callable[[float], str | None]  # after seconds without one: why none will come back
 
-    def __init__(
-        self,
-        api: CompletionsAPI,
-        urls: Sequence[str],
-        settings: ServerSection,
-        vocab_size: int,
-        rank: int,
-        world_size: int,
-        report_failure: Callable[[str, str, bool], None],
-        no_server_reason: Callable[[float], str | None],
-    ):
-        self.api = api
-        first = rank % len(urls)
-        self.targets = [Target(url) for url in [*urls[first:], *urls[:first]]]
-        self.settings = settings
-        self.vocab_size = vocab_size
-        self.report_failure = report_failure
-        self.no_server_reason = no_server_reason
-        self.concurrency = max(1, settings.concurrency // world_size)
+    def __post_init__(self) -> None:
+        first = self.rank % len(self.urls)
+        self.targets = [Target(url) for url in [*self.urls[first:], *self.urls[:first]]]
+        self.concurrency = max(1, self.settings.concurrency // self.world_size)
         self.versions: list[str] = []  # of the policy's weights, in the order of publication
         self.is_publishing = False
         self.tls = httpx.create_ssl_context(trust_env=False)  # shared: it takes longer to make than a request
@@ -133,10 +94,8 @@ class Generation:
         for number, request in enumerate(requests):
             ids = (*request.prompt_ids, *(request.start.ids if request.start else ()))
             if not request.prompt_ids or not all(0 <= token < self.vocab_size for token in ids):
-                raise ValueError(
-                    f"request {number}: its prompt is empty or has an id outside the vocabulary of"
-                    f" {self.vocab_size}"
-                )
+                problem = f"empty or has an id outside the vocabulary of {self.vocab_size}"
+                raise ValueError(f"request {number}: its prompt is {problem}")
         with asyncio.Runner() as runner:  # on exit it cancels what still runs
             batch = _Batch(self, requests, sampling)
             task = runner.get_loop().create_task(batch.run())
@@ -187,11 +146,10 @@ class _Batch:
         self.stopped = False
         self._waiting = deque(range(len(requests)))
         self._running: dict[str, tuple[Target, httpx.AsyncClient]] = {}  # by request id
-        self._done: asyncio.Queue[Completions | None] = asyncio.Queue()  # None: the end
+        self._done: asyncio.Queue[dict[int, Completion] | None] = asyncio.Queue()  # None: the end
         self._no_server_since: float | None = None
 
-    async def next(self) -> Completions | None:
-        """Return the next completion, or None when `run` has ended."""
+    async def next(self) -> dict[int, Completion] | None:
         return await self._done.get()
 
     async def run(self) -> None:
@@ -226,19 +184,14 @@ class _Batch:
             await asyncio.gather(*calls, return_exceptions=True)
             await asyncio.sleep(0.2)
         for target in {target.url: target for target, _ in self._running.values()}.values():
-            self.generation.quarantine(
-                target, f"abort: requests still run after {self.settings.health_timeout:g} s"
-            )
+            seconds = self.settings.health_timeout
+            self.generation.quarantine(target, f"abort: requests still run after {seconds:g} s")
 
     def _client(self) -> httpx.AsyncClient:
         # one a worker: a client looks through all its connections for every request, 8 ms of CPU time with 64
-        return httpx.AsyncClient(
-            timeout=None,
-            headers=headers(self.settings),
-            limits=httpx.Limits(keepalive_expiry=IDLE),
-            trust_env=False,
-            verify=self.generation.tls,
-        )
+        limits, tls = httpx.Limits(keepalive_expiry=IDLE), self.generation.tls
+        secret = headers(self.settings)
+        return httpx.AsyncClient(timeout=None, headers=secret, limits=limits, trust_env=False, verify=tls)
 
     async def _work(self) -> None:
         async with self._client() as http:
@@ -267,16 +220,11 @@ class _Batch:
                 break
         if self.stopped:
             return (done or EMPTY)._replace(finish_reason="abort")
-        raise EngineFailed(
-            f"a request failed {1 + self.settings.retries} times ({self.settings.key}.retries),"
-            f" the last time at {url}: {failure}"
-        )
+        times = f"{1 + self.settings.retries} times ({self.settings.key}.retries)"
+        raise EngineFailed(f"a request failed {times}, the last time at {url}: {failure}")
 
     async def _free_target(self) -> Target | None:
-        """Return the least loaded server, None once stopped. Waits for one to come back.
-
-        Raises EngineFailed if none will.
-        """
+        """Return the least loaded server, None once stopped. Raises EngineFailed if none will come back."""
         while not self.stopped:
             usable = [target for target in self.generation.targets if target.quarantined is None]
             if usable:
@@ -294,10 +242,7 @@ class _Batch:
     async def _ask(
         self, http: httpx.AsyncClient, target: Target, request: Request, start: Completion | None
     ) -> Completion:
-        """Return what one server makes of a request, without `start`.
-
-        Raises _AttemptFailed if it may be retried, EngineFailed if every server would refuse it.
-        """
+        """Return one server's reply, without `start`. Raises EngineFailed if every server would refuse."""
         done = start.ids if start else []
         limit = self.sampling.max_tokens - len(done)
         if limit <= 0:
@@ -321,11 +266,10 @@ class _Batch:
             # an abort that arrives with the last token wins over it
             return completion._replace(finish_reason="stop")
         if completion.finish_reason == "stop" and not ends_at_stop:
-            raise EngineFailed(
-                f"{target.url} ends responses at token {completion.ids[-1]}, which is not among the trainer's"
-                f" {self.sampling.stop_ids} (eos_token_id of the tokenizer and of generation_config.json):"
-                " name it in generation_config.json"
-            )
+            found = f"{target.url} ends responses at token {completion.ids[-1]}"
+            known = f"{self.sampling.stop_ids} (eos_token_id of the tokenizer and of generation_config.json)"
+            hint = "name it in generation_config.json"
+            raise EngineFailed(f"{found}, which is not among the trainer's {known}: {hint}")
         return completion
 
     def _check_status(self, target: Target, call: Call, response: httpx.Response, tokens: int) -> None:
@@ -344,9 +288,8 @@ class _Batch:
         try:
             await asyncio.wait({task}, timeout=self.settings.request_timeout)
             if not task.done():
-                raise _AttemptFailed(
-                    f"no answer in {self.settings.request_timeout:g} s ({self.settings.key}.request_timeout)"
-                )
+                seconds = self.settings.request_timeout
+                raise _AttemptFailed(f"no answer in {seconds:g} s ({self.settings.key}.request_timeout)")
             if task.cancelled():
                 raise _AttemptFailed(target.quarantined)
             return task.result()
@@ -370,9 +313,7 @@ class _Batch:
         try:
             response = await self._get(f"{target.url}{path}")
             if target.quarantined is None and target.calls:
-                # it makes tokens: the longest response may take longer than a watchdog waits, request_timeout
-                # ends that
-                beat()
+                beat()  # it makes tokens, maybe for longer than a watchdog waits; request_timeout ends that
             may_return = target.quarantined is not None and not target.is_invalid
             if may_return and api.has_version(response.json(), self.generation.versions[-1]):
                 await self._get(f"{target.url}{api.health_path}")  # a hung server has a version, too

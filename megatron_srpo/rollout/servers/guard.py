@@ -1,8 +1,6 @@
 """Runs a command and kills it with all its processes when the parent is gone or SIGTERM arrives.
 
-    python guard.py PARENT_PID COMMAND …
-
-Run by its path. Should the guard itself be killed, Linux kills the command's first process.
+`python guard.py PARENT_PID COMMAND …`. If the guard itself is killed, Linux kills the first process.
 """
 
 import contextlib
@@ -20,7 +18,6 @@ LINUX = sys.platform == "linux"
 
 
 def prctl(option: int, value: int) -> None:
-    """Call Linux's prctl(2); does nothing elsewhere."""
     if LINUX:
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 

@@ -1,7 +1,5 @@
 """Calls that control one server: plain HTTP, JSON in both directions."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any
@@ -25,24 +23,17 @@ def headers(settings: ServerSection) -> dict[str, str]:
 
 
 class Server:
-    """The server at `url`; a subclass for each kind of server.
-
-    Attributes:
-        incarnation: changes whenever another process may answer at the URL.
-    """
+    """The server at `url`; a subclass for each kind of server."""
 
     def __init__(self, url: str, settings: ServerSection):
-        self.url = url.rstrip("/")
+        url = url.rstrip("/")
+        self.url = url
         self.settings = settings
-        self.incarnation = 0
+        self.incarnation = 0  # changes whenever another process may answer at the URL
         self.host = httpx.URL(url).host
         # trust_env: the proxy of this machine's environment is not for servers of the same cluster
-        self._http = httpx.Client(
-            base_url=self.url,
-            headers=headers(settings),
-            trust_env=False,
-            limits=httpx.Limits(keepalive_expiry=IDLE),
-        )
+        limits = httpx.Limits(keepalive_expiry=IDLE)
+        self._http = httpx.Client(base_url=url, headers=headers(settings), trust_env=False, limits=limits)
 
     def get(self, path: str, timeout: float | None = None) -> dict[str, Any]:
         """GET `path`. timeout: in seconds, default health_timeout. Raises ServerFailed."""

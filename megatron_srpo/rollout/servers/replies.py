@@ -1,7 +1,5 @@
 """Checks of replies that hold for every kind of server, and continued completions."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
@@ -40,6 +38,5 @@ def joined(first: Completion | None, second: Completion) -> Completion:
         if spans[-1][0] == version:
             version, start = version, spans.pop()[1] - offset
         spans.append((version, start + offset, end + offset))
-    return Completion(
-        [*first.ids, *second.ids], [*first.logprobs, *second.logprobs], spans, second.finish_reason
-    )
+    ids, logprobs = [*first.ids, *second.ids], [*first.logprobs, *second.logprobs]
+    return Completion(ids, logprobs, spans, second.finish_reason)

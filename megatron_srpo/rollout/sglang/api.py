@@ -1,9 +1,8 @@
 """SGLang's /generate: the request, and the reply, which is checked before it is used."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_srpo.rollout.engine import Completion, Sampling
@@ -11,15 +10,15 @@ from megatron_srpo.rollout.servers.generation import Call
 from megatron_srpo.rollout.servers.replies import InvalidReply, check_tokens
 
 
+@dataclass(eq=False)
 class SGLangAPI:
     """See `CompletionsAPI`. is_seeded: the servers use sampling_seed."""
 
     health_path = "/health"
     version_path = "/model_info"
 
-    def __init__(self, vocab_size: int, is_seeded: bool):
-        self.vocab_size = vocab_size
-        self.is_seeded = is_seeded
+    vocab_size: int
+    is_seeded: bool
 
     def call(self, request_id: str, ids: list[int], limit: int, sampling: Sampling, seed: str) -> Call:
         parameters = {
@@ -34,12 +33,7 @@ class SGLangAPI:
         if self.is_seeded:
             digest = hashlib.sha256(seed.encode()).digest()
             parameters["sampling_seed"] = int.from_bytes(digest[:4], "little") >> 1
-        body = {
-            "rid": request_id,
-            "input_ids": ids,
-            "return_logprob": True,
-            "sampling_params": parameters,
-        }
+        body = {"rid": request_id, "input_ids": ids, "return_logprob": True, "sampling_params": parameters}
         return Call("/generate", body)
 
     def parse(self, reply: Any, limit: int, versions: Sequence[str]) -> Completion:
@@ -53,14 +47,7 @@ class SGLangAPI:
 
 
 def parse(reply: Any, limit: int, vocab_size: int, versions: Sequence[str]) -> Completion:
-    """Return the completion in a reply. Raises InvalidReply.
-
-    Args:
-        reply: JSON.
-        limit: requested tokens.
-        vocab_size: of the model.
-        versions: weight versions that may have made the tokens.
-    """
+    """Return the completion in a JSON reply (see `CompletionsAPI.parse`). Raises InvalidReply."""
     try:
         meta, ids = reply["meta_info"], list(reply["output_ids"])
         reason = meta["finish_reason"]["type"]
@@ -68,16 +55,14 @@ def parse(reply: Any, limit: int, vocab_size: int, versions: Sequence[str]) -> C
         rows = meta.get("output_token_logprobs") or [] if reason == "abort" else meta["output_token_logprobs"]
         logprobs = [float(row[0]) for row in rows]
         named = [row[1] for row in rows]
-        spans = meta.get("weight_versions") or [
-            {"version": meta.get("weight_version"), "start": 0, "end": len(ids)}
-        ]
+        whole = {"version": meta.get("weight_version"), "start": 0, "end": len(ids)}
+        spans = meta.get("weight_versions") or [whole]
         spans = [(str(span["version"]), span["start"], span["end"]) for span in spans] if ids else []
     except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
         raise InvalidReply(f"not of the shape of a reply: {type(error).__name__}: {error}") from None
     if named != ids:
-        raise InvalidReply(
-            f"{len(ids)} output_ids, but the log-probabilities are those of {len(named)} other tokens"
-        )
+        found = f"the log-probabilities are those of {len(named)} other tokens"
+        raise InvalidReply(f"{len(ids)} output_ids, but {found}")
     check_tokens(ids, logprobs, reason, limit, vocab_size)
     if [start for _, start, _ in spans] + [len(ids)] != [0] + [end for _, _, end in spans]:
         raise InvalidReply(f"weight_versions {spans} do not cover {len(ids)} tokens")

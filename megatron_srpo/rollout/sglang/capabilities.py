@@ -1,7 +1,5 @@
 """What a server must be able to do, by its own account, before a run begins."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Mapping
@@ -15,41 +13,29 @@ from megatron_srpo.rollout.servers.replies import InvalidReply
 from megatron_srpo.rollout.sglang.api import parse
 from megatron_srpo.rollout.sglang.server import SGLangServer
 
+Info = Mapping[str, Any]
 OLDEST, WITH_SESSIONS = (0, 5, 19), (0, 5, 21)
 
 
 class Capabilities(NamedTuple):
-    """What a server can do.
+    """What a server can do."""
 
-    Attributes:
-        version: of SGLang.
-        needs_session: weights must be sent between begin and end calls.
-        is_seeded: it uses sampling_seed.
-        tensor_parallel_size: its workers.
-    """
-
-    version: str
-    needs_session: bool
-    is_seeded: bool
-    tensor_parallel_size: int
+    version: str  # of SGLang
+    needs_session: bool  # weights must be sent between begin and end calls
+    is_seeded: bool  # it uses sampling_seed
+    tensor_parallel_size: int  # its workers
 
 
 def inspect(server: SGLangServer, settings: RolloutSection, folder: HFFolder) -> Capabilities:
-    """Ask the server, and let it make one token.
-
-    Raises ConfigError for what it cannot do, ServerFailed if it does not answer.
-    """
+    """Ask the server, and let it make one token. Raises ConfigError, ServerFailed if it does not answer."""
     found = check(server.url, server.get("/server_info"), server.get("/model_info"), settings, folder)
     if settings.urls:  # a trainer that was killed may have left it in the middle of a publication
         if found.needs_session:
             with contextlib.suppress(ServerFailed):  # mostly there is nothing to end
                 server.post("/end_weight_update", {})
         server.post("/continue_generation", {})
-    body = {
-        "input_ids": [folder.stop_ids[0]],
-        "sampling_params": {"max_new_tokens": 1},
-        "return_logprob": True,
-    }
+    parameters = {"max_new_tokens": 1}
+    body = {"input_ids": [folder.stop_ids[0]], "sampling_params": parameters, "return_logprob": True}
     try:
         reply = server.post("/generate", body, timeout=settings.sglang.request_timeout)
         parse(reply, 1, folder.architecture.vocab_size, [server.version()])
@@ -59,49 +45,35 @@ def inspect(server: SGLangServer, settings: RolloutSection, folder: HFFolder) ->
 
 
 def check(
-    url: str,
-    server_info: Mapping[str, Any],
-    model_info: Mapping[str, Any],
-    settings: RolloutSection,
-    folder: HFFolder,
+    url: str, server_info: Info, model_info: Info, settings: RolloutSection, folder: HFFolder
 ) -> Capabilities:
     """Return what the answers to /server_info and /model_info say. Raises ConfigError."""
     version = str(server_info.get("version"))
     match = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
     numbers = tuple(map(int, match.groups())) if match else None
     if numbers is None or numbers < OLDEST:
-        raise ConfigError(
-            f"rollout.engine: {url} is SGLang {version}; {'.'.join(map(str, OLDEST))} or newer is needed"
-        )
+        needed = ".".join(map(str, OLDEST))
+        raise ConfigError(f"rollout.engine: {url} is SGLang {version}; {needed} or newer is needed")
     config = folder.config
     for key in ("model_type", "architectures"):
         if model_info.get(key) is not None and model_info[key] != config.get(key):
-            raise ConfigError(
-                f"rollout.engine: {url} serves a model whose {key} is {model_info[key]!r}; that of"
-                f" model.hf_path is {config.get(key)!r}"
-            )
+            problem = f"{model_info[key]!r}; that of model.hf_path is {config.get(key)!r}"
+            raise ConfigError(f"rollout.engine: {url} serves a model whose {key} is {problem}")
     longest = settings.max_prompt_tokens + settings.max_response_tokens
-    limits = [
-        server_info.get("context_length") or folder.architecture.max_position_embeddings,
-        server_info.get("max_total_num_tokens"),
-    ]
+    context = server_info.get("context_length") or folder.architecture.max_position_embeddings
+    limits = [context, server_info.get("max_total_num_tokens")]
     limit = min(number for number in limits if number is not None)
     if longest > limit:
-        raise ConfigError(
-            f"rollout.max_response_tokens: with rollout.max_prompt_tokens a sequence has up to {longest}"
-            f" tokens; {url} takes {limit} (--context-length, --max-total-tokens)"
-        )
+        needed = f"with rollout.max_prompt_tokens a sequence has up to {longest} tokens"
+        found = f"{url} takes {limit} (--context-length, --max-total-tokens)"
+        raise ConfigError(f"rollout.max_response_tokens: {needed}; {found}")
     if settings.colocated and not server_info.get("enable_memory_saver"):
         raise ConfigError(f"rollout.colocated: {url} was started without --enable-memory-saver")
     for key in ("dp_size", "pp_size"):
         if settings.sglang.update != "disk" and server_info.get(key, 1) > 1:
             option = f"--{key.replace('_', '-')} {server_info[key]}"
-            raise ConfigError(
-                f"rollout.sglang.update: {url} has {option}, which takes updates from disk only"
-            )
-    return Capabilities(
-        version=version,
-        needs_session=numbers >= WITH_SESSIONS,
-        is_seeded=bool(server_info.get("enable_deterministic_inference")),
-        tensor_parallel_size=int(server_info.get("tp_size", 1)),
-    )
+            problem = f"{url} has {option}, which takes updates from disk only"
+            raise ConfigError(f"rollout.sglang.update: {problem}")
+    is_seeded = bool(server_info.get("enable_deterministic_inference"))
+    tensor_parallel_size = int(server_info.get("tp_size", 1))
+    return Capabilities(version, numbers >= WITH_SESSIONS, is_seeded, tensor_parallel_size)

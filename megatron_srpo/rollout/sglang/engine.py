@@ -1,11 +1,10 @@
 """SGLang servers as the run's engine. The first rank keeps and updates them, every rank asks them."""
 
-from __future__ import annotations
-
 import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from threading import Event
 
 from torch import Tensor
@@ -32,9 +31,8 @@ def check(config: Config, trains: bool) -> None:
     """Check settings and ports (see rollout/engines.py)."""
     settings, minutes = config.rollout.sglang, config.logging.watchdog_minutes
     if settings.api_key_env is not None and not os.environ.get(settings.api_key_env):
-        raise ConfigError(
-            f"rollout.sglang.api_key_env: the environment variable {settings.api_key_env} is not set"
-        )
+        variable = settings.api_key_env
+        raise ConfigError(f"rollout.sglang.api_key_env: the environment variable {variable} is not set")
     if trains and minutes is not None and settings.update_timeout >= 60 * minutes:
         raise ConfigError(
             f"logging.watchdog_minutes: {minutes:g} minutes would end a run that waits for"
@@ -45,8 +43,7 @@ def check(config: Config, trains: bool) -> None:
         launch.check(config.rollout.servers)
 
 
-def create(config: Config, folder: HFFolder, layout: Layout, say: Callable[[str], None]) -> SGLangEngine:
-    """Start or find the servers (see rollout/engines.py)."""
+def create(config: Config, folder: HFFolder, layout: Layout, say: Callable[[str], None]) -> "SGLangEngine":
     launch = launch_of(config)
     urls = [url.rstrip("/") for url in config.rollout.urls]
     if launch is not None:
@@ -61,33 +58,22 @@ def create(config: Config, folder: HFFolder, layout: Layout, say: Callable[[str]
     return SGLangEngine(config.rollout, folder, layout, urls, publisher)
 
 
+@dataclass(eq=False)
 class SGLangEngine:
-    """See `Engine`. All ranks create one and update it together; each generates and closes on its own.
+    """See `Engine`. All ranks create and update it together. Raises ConfigError for unusable servers."""
 
-    Raises ConfigError if the servers cannot be started, or cannot do what the run needs.
+    settings: RolloutSection
+    folder: HFFolder
+    layout: Layout
+    urls: Sequence[str]  # of all servers
+    publisher: Publisher | None  # keeps the servers; on the first rank only
 
-    Args:
-        settings: section `rollout`.
-        folder: the model's architecture and tokenizer.
-        layout: this rank's place.
-        urls: of all servers.
-        publisher: keeps the servers; on the first rank only.
-    """
-
-    def __init__(
-        self,
-        settings: RolloutSection,
-        folder: HFFolder,
-        layout: Layout,
-        urls: Sequence[str],
-        publisher: Publisher | None,
-    ):
-        self.settings = settings
-        self.layout = layout
-        self.publisher = publisher
+    def __post_init__(self) -> None:
+        settings, layout = self.settings, self.layout
+        vocab_size = self.folder.architecture.vocab_size
         try:
             is_seeded = self._meet_servers()
-            problems = layout.gather_json(find_unreachable(urls, settings, layout.rank))
+            problems = layout.gather_json(find_unreachable(self.urls, settings, layout.rank))
             for problem in problems:
                 if problem is not None:
                     raise ConfigError(f"{problem} (rollout.sglang.host, rollout.urls)")
@@ -95,10 +81,10 @@ class SGLangEngine:
             self.close()
             raise
         self.generation = Generation(
-            SGLangAPI(folder.architecture.vocab_size, is_seeded),
-            urls,
+            SGLangAPI(vocab_size, is_seeded),
+            self.urls,
             settings.sglang,
-            vocab_size=folder.architecture.vocab_size,
+            vocab_size=vocab_size,
             rank=layout.rank,
             world_size=layout.world_size,
             report_failure=self._report_failure,
@@ -109,10 +95,7 @@ class SGLangEngine:
         return self.generation.generate(requests, sampling, stop)
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
-        """Consume `tensors`, which must be iterable again: for servers that missed the update.
-
-        Raises EngineFailed if the first update has not left the same weights on all servers.
-        """
+        """Consume `tensors`, which must be iterable again: for servers that missed the update."""
         self.generation.start_publication(version)
         invalid = self.layout.gather_json(self.generation.invalid_replies())
         problem, needs_disk = None, False
@@ -162,8 +145,7 @@ class SGLangEngine:
         return is_seeded
 
     def _report_failure(self, url: str, reason: str, is_invalid: bool) -> None:
-        # only the first rank can act at once: it sees itself what does not answer, and hears of invalid
-        # replies at publications
+        # only the first rank can act at once; it hears of others' invalid replies at publications
         if self.publisher is not None:
             self.publisher.fleet.report_failure(url, reason, is_invalid)
 
@@ -178,10 +160,7 @@ class SGLangEngine:
 
 
 def find_unreachable(urls: Sequence[str], settings: RolloutSection, rank: int) -> str | None:
-    """Return why this rank cannot ask one of the servers, or None.
-
-    The first rank's 127.0.0.1 is another host to ranks elsewhere.
-    """
+    """Return why this rank cannot ask one of the servers (127.0.0.1 is each rank's own host), or None."""
     name = settings.sglang.api_key_env
     place = f"rank {rank} on {socket.gethostname()}"
     if name is not None and not os.environ.get(name):

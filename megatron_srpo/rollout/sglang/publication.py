@@ -15,6 +15,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,35 +40,20 @@ Result = TypeVar("Result")
 _REFUSAL = 0.01  # seconds in which a server that does not take a broadcast says so
 
 
+@dataclass(eq=False)
 class Update:
-    """One update of several servers at once. A server that fails is left out of what follows.
+    """One update of several servers at once. A server that fails is left out of what follows."""
 
-    Args:
-        servers: to be updated.
-        version: of the weights.
-        needs_session: the servers want begin and end around tensors.
-        before_resume: called for each server before it resumes sampling.
+    servers: Sequence[SGLangServer]
+    version: str
+    needs_session: bool  # the servers want begin and end around tensors
+    before_resume: Callable[[SGLangServer], Any] = lambda server: None  # for each, before it samples again
 
-    Attributes:
-        live: servers that have not failed.
-        failures: the reason of each that has.
-        missed: live servers that the failure of another one has kept from the update.
-    """
-
-    def __init__(
-        self,
-        servers: Sequence[SGLangServer],
-        version: str,
-        needs_session: bool,
-        before_resume: Callable[[SGLangServer], Any] = lambda server: None,
-    ):
-        self.version = version
-        self.needs_session = needs_session
-        self.before_resume = before_resume
-        self.live = list(servers)
-        self.failures: dict[SGLangServer, str] = {}
-        self.missed: set[SGLangServer] = set()
-        self._pool = ThreadPoolExecutor(max(1, len(servers)), "publication")
+    def __post_init__(self) -> None:
+        self.live = list(self.servers)  # those that have not failed
+        self.failures: dict[SGLangServer, str] = {}  # reasons
+        self.missed: set[SGLangServer] = set()  # live, and kept from the update by the failure of another one
+        self._pool = ThreadPoolExecutor(max(1, len(self.servers)), "publication")
 
     def begin(self, call: Callable[[SGLangServer], Result]) -> dict[Future[Result], SGLangServer]:
         """Start `call` for every live server, without waiting."""
@@ -89,13 +75,11 @@ class Update:
         return self.end(self.begin(call))
 
     def fail(self, server: SGLangServer, reason: str) -> None:
-        """Leave the server out of what follows."""
         if server in self.live:
             self.live.remove(server)
             self.failures[server] = reason
 
     def pause(self) -> None:
-        """Pause generation; new requests wait."""
         self.each(lambda server: server.post("/pause_generation", {"mode": "retract"}))
 
     @contextlib.contextmanager
@@ -131,19 +115,13 @@ class Transport(Protocol):
         """Consume the stream and update the live servers. `update` records failures."""
 
 
+@dataclass(eq=False)
 class Disk:
-    """Through a Hugging Face folder in `directory`, which servers must see under the same path.
+    """Through a Hugging Face folder in `directory`, which servers must see under the same path."""
 
-    Args:
-        reference: the model.
-        directory: holds at most two versions.
-        on_disk: called with folder and version when the folder is complete.
-    """
-
-    def __init__(self, reference: HFFolder, directory: Path, on_disk: Callable[[Path, str], None]):
-        self.reference = reference
-        self.directory = directory
-        self.on_disk = on_disk
+    reference: HFFolder  # the model
+    directory: Path  # holds at most two versions
+    on_disk: Callable[[Path, str], None]  # called with folder and version when the folder is complete
 
     def send(self, update: Update, tensors: Stream) -> None:
         path = self.directory / f"version_{update.version}"
@@ -183,11 +161,7 @@ def buckets(
 ) -> Iterator[Bucket]:
     """Cut the stream into buckets of at most `limit` bytes; a larger tensor has a bucket of its own.
 
-    Args:
-        tensors: the stream.
-        limit: in bytes.
-        allocate: returns memory, uint8 [bytes]; called once for each of `memories`, but for larger tensors.
-        memories: buckets that are valid at a time; the next one overwrites the oldest.
+    `memories` buckets are valid at a time, the next overwrites the oldest. allocate: returns uint8 [bytes].
     """
     buffers, entries, used = deque([torch.empty(0, dtype=uint8)] * memories), list[Entry](), 0
     for name, tensor in tensors:
@@ -205,13 +179,13 @@ def buckets(
         yield Bucket(buffers[0][:used], entries, is_last=True)
 
 
+@dataclass(eq=False)
 class SharedMemory:
     """Through memory that servers of this machine map: CUDA's IPC, or /dev/shm on CPUs."""
 
-    def __init__(self, limit: int, device: torch.device, tensor_parallel_size: Callable[[SGLangServer], int]):
-        self.limit = limit  # bytes a bucket
-        self.device = device
-        self.tensor_parallel_size = tensor_parallel_size
+    limit: int  # bytes a bucket
+    device: torch.device
+    tensor_parallel_size: Callable[[SGLangServer], int]
 
     def send(self, update: Update, tensors: Stream) -> None:
         # a server answers once its first worker has copied a bucket; the others have when it takes the next
@@ -283,33 +257,18 @@ class _BroadcastFailed(Exception):
     """The group is of no use any more; the message says why."""
 
 
+@dataclass(eq=False)
 class Broadcast:
-    """Through a process group of this process (rank 0) and all servers: NCCL on GPUs, gloo on CPUs.
+    """Through a process group of this process (rank 0) and all servers: NCCL on GPUs, gloo on CPUs."""
 
-    Args:
-        limit: bytes a bucket.
-        device: of the tensors.
-        host: this process's address for servers; None: loopback or the host name.
-        timeout: seconds for each broadcast.
-        tensor_parallel_size: returns a server's number of workers.
-        say: prints a line for the user.
-    """
+    limit: int  # bytes a bucket
+    device: torch.device
+    host: str | None  # this process's address for servers; None: loopback or the host name
+    timeout: float  # seconds for each broadcast
+    tensor_parallel_size: Callable[[SGLangServer], int]
+    say: Callable[[str], None]
 
-    def __init__(
-        self,
-        limit: int,
-        device: torch.device,
-        host: str | None,
-        timeout: float,
-        tensor_parallel_size: Callable[[SGLangServer], int],
-        say: Callable[[str], None],
-    ):
-        self.limit = limit
-        self.device = device
-        self.host = host
-        self.timeout = timeout
-        self.tensor_parallel_size = tensor_parallel_size
-        self.say = say
+    def __post_init__(self) -> None:
         self._group: dist.ProcessGroup | None = None
         self._name = ""
         self._incarnations: dict[SGLangServer, int] = {}  # of the members
@@ -414,10 +373,7 @@ class Broadcast:
             raise _BroadcastFailed("a server failed after a broadcast")
 
     def close(self, is_broken: bool = False) -> None:
-        """Leave the group; servers leave it when they restart or join another one.
-
-        is_broken: do not wait for its work, which for NCCL may never end.
-        """
+        """Leave the group. is_broken: do not wait for its work, which for NCCL may never end."""
         if self._group is not None:
             with contextlib.suppress(RuntimeError):
                 if is_broken and self.device.type == "cuda":

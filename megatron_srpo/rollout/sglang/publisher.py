@@ -1,8 +1,7 @@
 """The first rank's part: the servers, and every version of the weights brought to all of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,56 +17,39 @@ from megatron_srpo.rollout.sglang.publication import Broadcast, Disk, SharedMemo
 from megatron_srpo.rollout.sglang.server import SGLangLaunch, SGLangServer
 
 
+@dataclass(eq=False)
 class Publisher:
-    """Keeps the fleet and updates it.
+    """Keeps the fleet and updates it."""
 
-    Args:
-        settings: section `rollout`.
-        folder: the model's architecture and tokenizer.
-        urls: of all servers.
-        launch: starts them; None if they are external.
-        device: of the published tensors.
-        dtype: of the published tensors.
-        weights: folder for weights that go by disk.
-        say: prints a line for the user.
-    """
+    settings: RolloutSection
+    folder: HFFolder
+    urls: Sequence[str]  # of all servers
+    launch: SGLangLaunch | None  # starts them; None if they are external
+    device: torch.device  # of the published tensors
+    dtype: torch.dtype  # of the published tensors
+    weights: Path  # folder for weights that go by disk
+    say: Callable[[str], None]
 
-    def __init__(
-        self,
-        settings: RolloutSection,
-        folder: HFFolder,
-        urls: Sequence[str],
-        launch: SGLangLaunch | None,
-        device: torch.device,
-        dtype: torch.dtype,
-        weights: Path,
-        say: Callable[[str], None],
-    ):
-        self.settings = settings
-        self.folder = folder
-        self.device = device
-        shapes = folder.architecture.tensor_shapes().values()
-        self._model_bytes = sum(torch.Size(shape).numel() for shape in shapes) * dtype.itemsize
-        self.say = say
-        self.fleet = Fleet([SGLangServer(url, settings.sglang) for url in urls], launch, say)
+    def __post_init__(self) -> None:
+        shapes = self.folder.architecture.tensor_shapes().values()
+        self._model_bytes = sum(torch.Size(shape).numel() for shape in shapes) * self.dtype.itemsize
+        servers = [SGLangServer(url, self.settings.sglang) for url in self.urls]
+        self.fleet = Fleet(servers, self.launch, self.say)
         self.capabilities: dict[str, Capabilities] = {}
-        self.disk = Disk(
-            folder, weights, lambda path, version: self.fleet.weights_changed(Weights(path, version))
-        )
-        self.transport = self.transport_for(settings)
+        self.disk = Disk(self.folder, self.weights, self._on_disk)
+        self.transport = self.transport_for(self.settings)
         self._version: str | None = None  # published last
         self.released: dict[SGLangServer, int] = {}  # without memory: by incarnation, as a new one has it
 
-    def inspect(self) -> None:
-        """Check every server once all have started.
+    def _on_disk(self, path: Path, version: str) -> None:
+        self.fleet.weights_changed(Weights(path, version))
 
-        Raises ConfigError for a missing server and for what one cannot do.
-        """
+    def inspect(self) -> None:
+        """Check every server once all have started. Raises ConfigError for what is missing."""
         for handle in self.fleet.handles:
             if handle.state == "failed":
-                raise ConfigError(
-                    f"rollout.servers: server {handle.number} could not be started: {handle.reason}"
-                )
+                problem = f"server {handle.number} could not be started: {handle.reason}"
+                raise ConfigError(f"rollout.servers: {problem}")
             try:
                 self.capabilities[handle.server.url] = inspect(handle.server, self.settings, self.folder)
             except ServerFailed as failure:
@@ -76,21 +58,15 @@ class Publisher:
         way = self.settings.sglang.update
         self.say(f"SGLang {versions} on {len(self.capabilities)} servers; weights by {way}")
         if not self.is_seeded:
-            self.say(
-                "sampling is not reproducible: start the servers with --enable-deterministic-inference to use"
-                " our seeds"
-            )
+            hint = "start the servers with --enable-deterministic-inference to use our seeds"
+            self.say(f"sampling is not reproducible: {hint}")
 
     @property
     def is_seeded(self) -> bool:
-        """True if all servers use sampling_seed."""
         return all(found.is_seeded for found in self.capabilities.values())
 
     def publish(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> str | None:
-        """Bring every server to `version`, after waiting for those that restart. Consumes `tensors`.
-
-        Returns what is wrong if the first update has not left the same weights everywhere.
-        """
+        """Bring every server to `version`. Returns what the first update's checksums say is wrong."""
         self.fleet.allow_starts()
         self.fleet.wait(self.settings.sglang.return_timeout)
         self.fleet.weights_changed(None)
@@ -135,46 +111,34 @@ class Publisher:
         handles = [handle for handle in self.fleet.reachable() if handle.state != "quarantined"]
         update = self._update(handles, "")
         update.pause()  # a token would touch memory that is not there
-        update.each(
-            lambda server: server.post("/release_memory_occupation", {"tags": ["kv_cache", "weights"]})
-        )
+        body = {"tags": ["kv_cache", "weights"]}
+        update.each(lambda server: server.post("/release_memory_occupation", body))
         self.released = {server: server.incarnation for server in update.live}
         self._report(update)
         self.fleet.forbid_starts()  # waits for those that failed
 
     def close(self) -> None:
-        """Stop our servers."""
         if isinstance(self.transport, Broadcast):
             self.transport.close()
         self.fleet.close()
 
     def transport_for(self, settings: RolloutSection) -> Transport:
-        """Return the way of rollout.sglang.update."""
         sglang = settings.sglang
         if sglang.update == "disk":
             return self.disk
         limit = min(sglang.bucket_mib * 2**20, self._model_bytes)
         if sglang.update == "tensor":
             return SharedMemory(limit, self.device, self._tensor_parallel_size)
-        return Broadcast(
-            limit,
-            self.device,
-            sglang.trainer_host,
-            sglang.update_timeout,
-            self._tensor_parallel_size,
-            self.say,
-        )
+        host, timeout = sglang.trainer_host, sglang.update_timeout
+        return Broadcast(limit, self.device, host, timeout, self._tensor_parallel_size, self.say)
 
     def _tensor_parallel_size(self, server: SGLangServer) -> int:
         return self.capabilities[server.url].tensor_parallel_size
 
     def _update(self, handles: Iterable[ServerHandle[SGLangServer]], version: str) -> Update:
-        return Update(
-            [handle.server for handle in handles],
-            version,
-            any(found.needs_session for found in self.capabilities.values()),
-            lambda server: self._take_back(server, "kv_cache"),
-        )
+        servers = [handle.server for handle in handles]
+        needs_session = any(found.needs_session for found in self.capabilities.values())
+        return Update(servers, version, needs_session, lambda server: self._take_back(server, "kv_cache"))
 
     def _send(self, update: Update, tensors: Iterable[tuple[str, Tensor]], transport: Transport) -> None:
         update.each(lambda server: self._take_back(server, "weights"))
@@ -183,7 +147,6 @@ class Publisher:
         update.each(lambda server: None if server in update.missed else server.check_version(update.version))
 
     def _take_back(self, server: SGLangServer, what: str) -> None:
-        """Make a server allocate memory that it has released."""
         if self.released.get(server) == server.incarnation:
             server.post("/resume_memory_occupation", {"tags": [what]})
 
@@ -202,27 +165,22 @@ class Publisher:
     def _compare(
         self, before: dict[SGLangServer, str | None], after: dict[SGLangServer, str | None], version: str
     ) -> str | None:
-        """Return what the checksums of the first update say is wrong, or None.
-
-        Version "0" is the start model, which servers of the run hold before.
-        """
+        """Return what is wrong by the first update's checksums. Servers of the run start with version "0"."""
         by_size: dict[int, dict[str, str]] = {}
         for server, checksum in after.items():
             if checksum is not None:
                 by_size.setdefault(self._tensor_parallel_size(server), {})[server.url] = checksum
         for checksums in by_size.values():
             if len(set(checksums.values())) > 1:
-                return (
-                    f"after the first update, servers hold different weights, by their checksums: {checksums}"
-                )
+                problem = "servers hold different weights, by their checksums"
+                return f"after the first update, {problem}: {checksums}"
         if self.fleet.launch is None or version != "0":
             return None
         changed = [server.url for server, checksum in after.items() if checksum != before.get(server)]
         if not changed:
             return None
-        return (
-            f"the first update changed the start model's weights on {', '.join(changed)}, by their checksums"
-        )
+        where = f"on {', '.join(changed)}, by their checksums"
+        return f"the first update changed the start model's weights {where}"
 
 
 def _checksum(server: SGLangServer) -> str | None:

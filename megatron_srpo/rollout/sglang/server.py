@@ -1,7 +1,5 @@
 """One SGLang server: how it is started, looked at and given weights from disk."""
 
-from __future__ import annotations
-
 import math
 import os
 import socket
@@ -14,13 +12,11 @@ from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.rollout_section import SGLangSection
 from megatron_srpo.config.schema import Config
 from megatron_srpo.distributed.device import model_dtype
+from megatron_srpo.rollout.servers.fleet import Launch
 from megatron_srpo.rollout.servers.http import Server, ServerFailed
-from megatron_srpo.rollout.servers.launch import Launch
 
 
 class SGLangServer(Server):
-    """See `Server`."""
-
     def version(self) -> str:
         return str(self.get("/model_info").get("weight_version"))
 
@@ -42,21 +38,13 @@ class SGLangServer(Server):
 
 @dataclass(frozen=True, kw_only=True)
 class SGLangLaunch(Launch):
-    """Starts SGLang servers.
-
-    Attributes:
-        settings: section `rollout.sglang`.
-        model: folder of the start model.
-        dtype: the trainer's.
-        has_gpus: the servers run on GPUs.
-        saves_memory: they can release their memory (rollout.colocated).
-    """
+    """Starts SGLang servers."""
 
     settings: SGLangSection
-    model: Path
-    dtype: str
+    model: Path  # folder of the start model
+    dtype: str  # the trainer's
     has_gpus: bool
-    saves_memory: bool
+    saves_memory: bool  # they can release their memory (rollout.colocated)
 
     def urls(self, count: int) -> list[str]:
         """Return where `count` servers listen, as seen from other hosts unless they listen on loopback."""
@@ -86,18 +74,15 @@ class SGLangLaunch(Launch):
     def check(self, count: int) -> None:
         """Raise ConfigError for a missing interpreter and for ports in use."""
         if not os.access(self.settings.python, os.X_OK):
-            raise ConfigError(
-                f"rollout.sglang.python: {self.settings.python} is no interpreter; name that of an"
-                " environment with SGLang (bash tools/install_sglang.sh makes one for CPUs)"
-            )
+            problem = f"{self.settings.python} is no interpreter; name that of an environment with SGLang"
+            hint = "bash tools/install_sglang.sh makes one for CPUs"
+            raise ConfigError(f"rollout.sglang.python: {problem} ({hint})")
         for number in range(count):
             port = self.settings.port + number
             with socket.socket() as attempt:
                 if attempt.connect_ex(("127.0.0.1", port)) == 0:
-                    raise ConfigError(
-                        f"rollout.sglang.port: {port} is in use; {count} ports are needed from"
-                        f" {self.settings.port} on"
-                    )
+                    needed = f"{count} ports are needed from {self.settings.port} on"
+                    raise ConfigError(f"rollout.sglang.port: {port} is in use; {needed}")
 
 
 def launch_of(config: Config) -> SGLangLaunch | None:

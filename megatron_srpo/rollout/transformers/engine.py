@@ -3,8 +3,6 @@
 It shares no code with the trainer's model: their log-probabilities are compared every step.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from threading import Event
 from typing import NamedTuple
@@ -18,16 +16,22 @@ from megatron_srpo.distributed.device import model_dtype
 from megatron_srpo.distributed.heartbeat import beat
 from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.rollout.engine import EMPTY, Completion, CompletionStream, EngineFailed, Request, Sampling
+from megatron_srpo.rollout.engine import (
+    EMPTY,
+    Completion,
+    CompletionStream,
+    Engine,
+    EngineFailed,
+    Request,
+    Sampling,
+)
 
 
 def check(config: Config, trains: bool) -> None:
     """Accept every configuration (see rollout/engines.py)."""
 
 
-def create(
-    config: Config, folder: HFFolder, layout: Layout, say: Callable[[str], None]
-) -> TransformersEngine:
+def create(config: Config, folder: HFFolder, layout: Layout, say: Callable[[str], None]) -> Engine:
     return TransformersEngine(folder, layout.device, model_dtype(config.model), config.rollout.batch_size)
 
 
@@ -48,32 +52,23 @@ class TransformersEngine:
 
     @torch.no_grad()
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
-        """Copy the stream into the model.
-
-        Raises ValueError when a tensor is unknown, misshapen or missing.
-        """
-        own = {
-            stored: tensor
-            for name, parameter in self.model.named_parameters()
-            for stored, tensor in self.architecture.stored_tensors(name, parameter)
-        }
+        """Copy the stream into the model. Raises ValueError for an unknown, misshapen or missing tensor."""
+        own: dict[str, Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            own.update(self.architecture.stored_tensors(name, parameter))
         for name, tensor in tensors:
             parameter = own.pop(name, None)
             if parameter is None or parameter.shape != tensor.shape:
-                raise ValueError(
-                    f"weight update: {name} {list(tensor.shape)} does not fit the engine's model"
-                )
+                shape = list(tensor.shape)
+                raise ValueError(f"weight update: {name} {shape} does not fit the engine's model")
             parameter.copy_(tensor)
         if own:
             raise ValueError(f"weight update: {len(own)} tensors did not arrive, first {next(iter(own))}")
         self.version = version
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, stop: Event) -> CompletionStream:
-        """Batch requests of similar length; results depend on the batch by rounding alone.
-
-        `stop` is read between batches. Raises EngineFailed for a model that gives NaN.
-        """
-        order = sorted(range(len(requests)), key=lambda number: _length(requests[number]))
+        """Batch requests of similar length; `stop` is read between batches. Raises EngineFailed for NaN."""
+        order = sorted(range(len(requests)), key=lambda number: len(_context(requests[number])))
         for start in range(0, len(order), self.batch_size):
             numbers = order[start : start + self.batch_size]
             batch = [requests[number] for number in numbers]
@@ -86,8 +81,7 @@ class TransformersEngine:
     def release_memory(self) -> None:
         """Keep the model: rollout.colocated is for servers."""
 
-    def close(self) -> None:
-        pass
+    def close(self) -> None: ...
 
     @torch.inference_mode()
     def _generate_batch(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
@@ -104,14 +98,8 @@ class TransformersEngine:
         logprobs = torch.zeros(len(requests), sampling.max_tokens, device=self.device)
         for step in range(sampling.max_tokens - min(started)):
             beat()
-            output = self.model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+            inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+            output = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = output.past_key_values
             # a finished row may stay in the batch, past its limit
             place = (offsets[live] + step).clamp(max=sampling.max_tokens - 1)
@@ -129,8 +117,9 @@ class TransformersEngine:
                 cache.batch_select_indices(keep)
                 live, ids, mask, positions = live[keep], ids[keep], mask[keep], positions[keep]
         if logprobs.isnan().any():
+            version = self.version
             raise EngineFailed(
-                f"the model of weight version {self.version} gives no numbers (NaN): are its weights damaged?"
+                f"the model of weight version {version} gives no numbers (NaN): damaged weights?"
             )
         rows = zip(requests, tokens.tolist(), logprobs.tolist(), strict=True)
         return [self._completion(*row, sampling) for row in rows]
@@ -159,10 +148,6 @@ class TransformersEngine:
 
 def _context(request: Request) -> tuple[int, ...]:
     return request.prompt_ids + tuple(request.start.ids if request.start else ())
-
-
-def _length(request: Request) -> int:
-    return len(_context(request))
 
 
 def _uniforms(seed: str, count: int) -> np.ndarray:

@@ -145,7 +145,7 @@ def test_waits_for_servers_that_start_are_progress(monkeypatch):
     )
     folder, before = HFFolder(ROOT / "examples/quickstart/start"), PROGRESS.beats
     with server(is_healthy=True) as (url, _):
-        SGLangEngine(RolloutSection(), folder, Layout.single(), [url], publisher)
+        SGLangEngine(RolloutSection(), folder, Layout(), [url], publisher)
     assert PROGRESS.beats - before == 3
 
 
