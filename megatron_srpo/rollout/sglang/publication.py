@@ -301,7 +301,9 @@ class Broadcast:
         is_local = all(is_loopback(server.host) for server in update.live)
         host = self.host or ("127.0.0.1" if is_local else socket.gethostname())
         timeout, name = datetime.timedelta(seconds=self.timeout), f"srpo-{uuid.uuid4().hex}"
-        store = distributed_c10d.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+            host, 0, is_master=True, wait_for_workers=False, timeout=timeout
+        )
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         offsets, size = {}, 1
         for server in update.live:
