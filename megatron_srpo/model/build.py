@@ -124,7 +124,8 @@ def _local_spec(core: TransformerConfig, stage: int | None) -> TransformerBlockS
         layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
     attention.core_attention = PackedAttention
     layers = get_num_layers_to_build(core, vp_stage=stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)  # pyright: ignore[reportArgumentType]
+    norm: Any = RMSNorm  # Megatron names its own class
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
 
 
 def packed_params(cu_seqlens: Tensor, max_seqlen: int) -> PackedSeqParams:

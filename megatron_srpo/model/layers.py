@@ -20,7 +20,7 @@ class RMSNorm(torch.nn.Module):
         self.eps = eps
         ones = torch.ones(hidden_size, dtype=config.params_dtype, device=torch.get_default_device())
         self.weight = torch.nn.Parameter(ones)
-        self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

@@ -1,7 +1,7 @@
 """Tensors that wait in host memory while another phase of a step, or another process, needs the device's."""
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, UntypedStorage
@@ -71,4 +71,5 @@ def _storages(tensors: Iterable[Tensor]) -> Iterator[UntypedStorage]:
 
 
 def _bytes(storage: UntypedStorage, size: int) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (size,))  # pyright: ignore[reportCallIssue]
+    content: Any = torch.empty(0, dtype=torch.uint8, device=storage.device)
+    return content.set_(storage, 0, (size,))

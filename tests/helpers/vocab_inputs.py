@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
 import exact_vocab
+import pytest
 import torch
 from exact_vocab import WIDE, largest_error, norm_error
 
@@ -251,3 +253,13 @@ def check(inputs, loss, tolerance, gradient_tolerance=None, temperature=1.0, **o
     is_logits = inputs.form == "logits"
     padded = gradients[0][:, inputs.vocab_size :] if is_logits else gradients[1][inputs.vocab_size :]
     assert (padded == 0).all()
+
+
+JSD, FORWARD, REVERSE = DIVERGENCES[0], DIVERGENCES[3], DIVERGENCES[4]
+KINDS = [DIVERGENCES[1], FORWARD, REVERSE]
+# each of SORTS once, form and kernel in turn
+each_sort = pytest.mark.parametrize(
+    "function, form, kernel",
+    list(zip(SORTS, itertools.cycle(FORMS), itertools.cycle([*KERNELS, *KERNELS[::-1]]), strict=False)),
+    ids=str,
+)

@@ -1,6 +1,5 @@
 """Each function against float64 autograd over whole logits, in both forms, with both kernels."""
 
-import itertools
 import math
 
 import exact_vocab
@@ -12,13 +11,18 @@ from vocab_inputs import (
     DIVERGENCES,
     ENTROPY,
     FORMS,
+    FORWARD,
+    JSD,
     KERNELS,
+    KINDS,
     LOG_PROB,
+    REVERSE,
     SAMPLED_KL,
     SORTS,
     SUPPORTS,
     Inputs,
     check,
+    each_sort,
     whole_logits,
 )
 
@@ -26,14 +30,6 @@ from megatron_srpo.vocab_parallel import functional
 from megatron_srpo.vocab_parallel.fused import IGNORED, fused_objective
 from megatron_srpo.vocab_parallel.logits import InterpolatedLogits, Logits, Projection
 
-JSD, FORWARD, REVERSE = DIVERGENCES[0], DIVERGENCES[3], DIVERGENCES[4]
-KINDS = [DIVERGENCES[1], FORWARD, REVERSE]
-# each of SORTS once, form and kernel in turn
-each_sort = pytest.mark.parametrize(
-    "function, form, kernel",
-    list(zip(SORTS, itertools.cycle(FORMS), itertools.cycle([*KERNELS, *KERNELS[::-1]]), strict=False)),
-    ids=str,
-)
 SETTINGS = [(1.0, None, None), (0.7, 3, 0.3)]  # temperature, tile_tokens, interpolation of the teacher
 
 

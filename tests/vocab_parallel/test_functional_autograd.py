@@ -1,7 +1,5 @@
 """Autograd through the functional form: graphs, strides, buffers, and arguments that do not fit."""
 
-import itertools
-
 import pytest
 import torch
 from exact_vocab import WIDE, norm_error
@@ -10,25 +8,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vocab_inputs import (
     DIVERGENCES,
     FORMS,
+    FORWARD,
     KERNELS,
+    REVERSE,
     SORTS,
     Inputs,
+    each_sort,
 )
 
 from megatron_srpo.vocab_parallel import functional
 from megatron_srpo.vocab_parallel.fused import fused_objective
 from megatron_srpo.vocab_parallel.logits import InterpolatedLogits, Logits
 from megatron_srpo.vocab_parallel.shard import VocabShard
-
-JSD, FORWARD, REVERSE = DIVERGENCES[0], DIVERGENCES[3], DIVERGENCES[4]
-
-KINDS = [DIVERGENCES[1], FORWARD, REVERSE]
-# each of SORTS once, form and kernel in turn
-each_sort = pytest.mark.parametrize(
-    "function, form, kernel",
-    list(zip(SORTS, itertools.cycle(FORMS), itertools.cycle([*KERNELS, *KERNELS[::-1]]), strict=False)),
-    ids=str,
-)
 
 
 @pairwise(

@@ -256,7 +256,8 @@ def format_row(row: Row) -> str:
 def main() -> None:
     options = parse_options()
     quieten_libraries()
-    import megatron_srpo.training.trainer  # noqa: F401  (imported once, before the rows' processes are forked)
+    # Imported once, before the rows' processes are forked.
+    import megatron_srpo.training.trainer  # noqa: F401
 
     torch.set_num_threads(options.threads)
     model = make_model(options)

@@ -34,14 +34,14 @@ class TritonTileOps:
         for index, tile in enumerate(tiles):
             rows, constants = sums[:, index], _LAUNCH | {"WEIGHTED": index == 0}
             sizes = (rows.stride(0), tile.shape[1], tile.stride(0))
-            _row_sums[(len(tile),)](tile, rows, *sizes, **constants)  # pyright: ignore[reportIndexIssue, reportArgumentType]
+            _launch(_row_sums, (len(tile),), tile, rows, *sizes, **constants)
 
     def divergence_sums(self, tiles: list[Tensor], maximum: Tensor, total: Tensor) -> Tensor:
         student, teacher = tiles
         sums = student.new_empty(2, len(student))
         sizes, constants = (len(student), student.shape[1], student.stride(0)), self._constants()
         arguments = (student, teacher, maximum, total, sums, *sizes)
-        _divergence_sums[(len(student),)](*arguments, **constants)  # pyright: ignore[reportIndexIssue, reportArgumentType]
+        _launch(_divergence_sums, (len(student),), *arguments, **constants)
         return sums
 
     def gradient(self, terms: GradTerms, maximum: Tensor, total: Tensor) -> Tensor:
@@ -57,12 +57,16 @@ class TritonTileOps:
         sizes = (len(student), student.shape[1], student.stride(0), gradient.stride(0))
         grid = (len(student), triton.cdiv(max(student.shape[1], 1), _BLOCK))
         arguments = (student, teacher, gradient, *vectors, *sizes)
-        _gradient[grid](*arguments, **constants)  # pyright: ignore[reportIndexIssue, reportArgumentType]
+        _launch(_gradient, grid, *arguments, **constants)
         return gradient
 
     def _constants(self) -> dict[str, Any]:
         divergence = _DIVERGENCES[self.divergence.name]
         return {"ALPHA": self.divergence.alpha, "DIVERGENCE": divergence, **_LAUNCH}
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    kernel[grid](*arguments, **constants)
 
 
 _LAUNCH: dict[str, Any] = {"BLOCK": _BLOCK, "num_warps": _WARPS}

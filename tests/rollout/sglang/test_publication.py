@@ -120,7 +120,10 @@ def test_nobody_broadcasts_to_a_group_that_a_server_has_not_joined(monkeypatch):
         publication, "_group", lambda *_: SimpleNamespace(broadcast=lambda *_: pytest.fail("broadcast"))
     )
     monkeypatch.setattr(publication.dist, "destroy_process_group", lambda group: None)
-    refuses = lambda path, body: (400, {}) if path == "/init_weights_update_group" else (200, {})  # noqa: E731
+
+    def refuses(path, body):
+        return (400, {}) if path == "/init_weights_update_group" else (200, {})
+
     said = []
     with server() as (good, _), server(refuses) as (bad, _):
         update = update_of(good, bad)
