@@ -198,7 +198,7 @@ def errors(log: Path) -> list[str]:
     return [
         line
         for line in log.read_text().splitlines()
-        if line.startswith("[rank") and "Error: " in line or "no SGLang server" in line
+        if line.startswith("[rank") and "Error: " in line or "no server is left" in line
     ]
 
 
