@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from megatron_srpo.vocab_parallel.divergences import names
+
+if TYPE_CHECKING:
+    _DivergenceName = str
+else:
+    _DivergenceName = Literal[names()]
 
 
 class Algorithm(BaseModel):
@@ -44,8 +51,8 @@ class Algorithm(BaseModel):
         description="one denominator for all tokens; seq_mean averages per-sequence means",
     )
 
-    divergence: Literal["jsd", "forward", "reverse"] = Field(
-        default="jsd", description="student p, teacher q: jsd(α), KL(q‖p), KL(p‖q)"
+    divergence: _DivergenceName = Field(
+        default="jsd", description="student p, teacher q; jsd: of α; forward: KL(q‖p); reverse: KL(p‖q)"
     )
     divergence_alpha: float = Field(default=0.5, gt=0, lt=1, description="α of jsd: m = (1-α)p + αq")
     divergence_support: Literal["full", "student_topk", "teacher_topk", "sampled"] = Field(

@@ -1,25 +1,91 @@
-"""The rollout engines by name, and what planner and checks must know of each without importing it."""
+"""The rollout engines by name: their settings, and what planner and checks must know of each.
 
-from typing import Literal, NamedTuple
+An engine is a folder of megatron_srpo/rollout with two modules: `settings`, a subclass of EngineSettings that
+registers itself by its `name`, and `engine` (see rollout/engines.py). The configuration's schema has the
+settings of all engines, so this module imports every `settings`; they import only from `config`.
+"""
 
-EngineName = Literal["transformers", "sglang", "openai"]
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+from megatron_srpo.config.base import Section
+
+if TYPE_CHECKING:
+    from megatron_srpo.config.rollout_section import RolloutSection
 
 
-class EngineTraits(NamedTuple):
-    """Properties of a rollout engine that the configuration and the planner depend on.
+class EngineSettings(Section):
+    """Settings of one engine: section `rollout.<name>`, which exists if there are fields.
 
     Attributes:
-        in_process: every rank holds a copy of the model; otherwise rollout.urls or rollout.servers sample.
-        starts_servers: the run can start servers (rollout.servers) and share their GPUs (rollout.colocated).
+        name: The value of rollout.engine.
+        summary: Half a sentence for the key's description.
+        in_process: Every rank holds a copy of the model; otherwise rollout.urls or rollout.servers sample.
+        starts_servers: The run can start servers (rollout.servers) and share their GPUs (rollout.colocated).
     """
 
-    in_process: bool
-    starts_servers: bool
+    registered: ClassVar[dict[str, type[EngineSettings]]] = {}
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    in_process: ClassVar[bool] = False
+    starts_servers: ClassVar[bool] = False
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        if "name" in vars(cls):
+            cls.registered[cls.name] = cls
+
+    @property
+    def gpus_per_server(self) -> int:
+        """GPUs of one server, for `srpo plan`."""
+        return 1
+
+    def check(self, rollout: RolloutSection) -> None:
+        """Raise ValueError ("rollout.key: problem") where the rollout section contradicts these settings."""
 
 
-# Each name is a folder of megatron_srpo/rollout with a module `engine` (see rollout/engines.py).
-ENGINES: dict[EngineName, EngineTraits] = {
-    "transformers": EngineTraits(in_process=True, starts_servers=False),
-    "sglang": EngineTraits(in_process=False, starts_servers=True),
-    "openai": EngineTraits(in_process=False, starts_servers=False),
-}
+class ServerSettings(EngineSettings):
+    """How to request completions from servers. Numbers of requests are for all ranks together."""
+
+    api_key_env: str | None = Field(
+        default=None, description="name of the environment variable that holds the servers' API key"
+    )
+    concurrency: int = Field(default=512, gt=0, description="requests running at once")
+    retries: int = Field(default=4, ge=0, description="how often a failed request is retried")
+    request_timeout: float = Field(default=1800, gt=0, description="seconds until a request counts as failed")
+    health_timeout: float = Field(default=30, gt=0, description="seconds a server has for a health check")
+    return_timeout: float = Field(
+        default=180, ge=0, description="seconds to wait for restarting servers, or for any to sample with"
+    )
+    update_timeout: float = Field(
+        default=300, gt=0, description="seconds for a publication's call; below logging.watchdog_minutes"
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Return True if an address or host name means this machine alone."""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def host_of(url: str) -> str:
+    """Return the host of http://host:port."""
+    return re.split(r"//|[:/]", url)[2]
+
+
+def _discover() -> dict[str, type[EngineSettings]]:
+    folder = Path(__file__).parent.parent / "rollout"
+    for module in pkgutil.iter_modules([str(folder)]):
+        if module.ispkg and (folder / module.name / "settings.py").exists():
+            importlib.import_module(f"megatron_srpo.rollout.{module.name}.settings")
+    return EngineSettings.registered
+
+
+ENGINES = _discover()
+ENGINE_SECTIONS = {name: engine for name, engine in ENGINES.items() if engine.model_fields}

@@ -1,107 +1,27 @@
-"""The rollout section: engines, their servers, and how a batch is sampled."""
+"""The rollout section: the engine and its settings, servers, and how a batch is sampled."""
 
 import re
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, create_model, model_validator
 
 from megatron_srpo.config.base import Section
-from megatron_srpo.config.engines import ENGINES, EngineName, EngineTraits
+from megatron_srpo.config.engines import ENGINE_SECTIONS, ENGINES, EngineSettings
+
+_Engine = TypeVar("_Engine", bound=EngineSettings)
+if TYPE_CHECKING:
+    _EngineName = str
+else:
+    _EngineName = Literal[tuple(ENGINES)]
 
 
-class ServerSection(Section):
-    """How to request completions from servers. Numbers of requests are for all ranks together."""
+class _RolloutSection(Section):
+    """The keys of the section that all engines share."""
 
-    key: ClassVar[str]
-
-    api_key_env: str | None = Field(
-        default=None, description="name of the environment variable that holds the servers' API key"
-    )
-    concurrency: int = Field(default=512, gt=0, description="requests running at once")
-    retries: int = Field(default=4, ge=0, description="how often a failed request is retried")
-    request_timeout: float = Field(default=1800, gt=0, description="seconds until a request counts as failed")
-    health_timeout: float = Field(default=30, gt=0, description="seconds a server has for a health check")
-    return_timeout: float = Field(
-        default=180, ge=0, description="seconds to wait for restarting servers, or for any to sample with"
-    )
-    update_timeout: float = Field(
-        default=300, gt=0, description="seconds for a publication's call; below logging.watchdog_minutes"
-    )
-
-
-class SGLangSection(ServerSection):
-    """How to start and update SGLang servers."""
-
-    key: ClassVar[str] = "rollout.sglang"
-
-    python: str = Field(
-        default=".venv-sglang/bin/python", description="interpreter with SGLang, for our own servers"
-    )
-    arguments: tuple[str, ...] = Field(
-        default=(), description="added to our servers' command line: [--attention-backend, fa3]"
-    )
-    environment: dict[str, str] = Field(
-        default_factory=dict, description="environment variables of our servers, in addition to the trainer's"
-    )
-    host: str = Field(default="127.0.0.1", description="address our servers listen on")
-    port: int = Field(default=30000, gt=1023, lt=65536, description="of our first server; the others' follow")
-    tensor_parallel_size: int = Field(default=1, gt=0, description="GPUs of each of our servers")
-    base_gpu_id: int = Field(default=0, ge=0, description="first GPU of our first server; the others' follow")
-    start_timeout: float = Field(default=900, gt=0, description="seconds a server has to start")
-    max_restarts: int = Field(
-        default=3, ge=0, description="failed starts in a row after which one of our servers is marked failed"
-    )
-    update: Literal["disk", "distributed", "tensor"] = Field(
-        default="disk",
-        description="how servers get weights. disk: files in the run folder, which they must see;"
-        " distributed: broadcast (NCCL, gloo on CPUs); tensor: memory shared on one machine's GPUs or CPUs",
-    )
-    bucket_mib: int = Field(
-        default=512, gt=0, description="size of the buckets weights are sent in; a larger tensor has its own"
-    )
-    trainer_host: str | None = Field(
-        default=None, description="update: distributed: the first rank's address; null: loopback or host name"
-    )
-
-    @model_validator(mode="after")
-    def _not_open_to_the_network(self):
-        if not is_loopback(self.host) and self.api_key_env is None:
-            key, problem = "rollout.sglang.host", f"{self.host} can be reached from other machines"
-            raise ValueError(f"{key}: {problem}; set rollout.sglang.api_key_env")
-        return self
-
-
-def is_loopback(host: str) -> bool:
-    """Return True if an address or host name means this machine alone."""
-    return host in ("localhost", "::1") or host.startswith("127.")
-
-
-class OpenAISection(ServerSection):
-    """Servers with an OpenAI-compatible /v1/completions that takes and returns token ids (experimental)."""
-
-    key: ClassVar[str] = "rollout.openai"
-
-    model: str | None = Field(
-        default=None, description="model name in requests; null: the one a server lists"
-    )
-    reload_path: str | None = Field(
-        default=None,
-        pattern="^/",
-        description="POST path of each server that loads weights from a folder, such as"
-        " /update_weights_from_disk; null: the servers keep their weights, and train is refused",
-    )
-    reload_body: dict[str, Any] = Field(
-        default_factory=lambda: {"model_path": "{path}"},
-        description="JSON body of the reload call; {path} and {version} are replaced in its strings",
-    )
-
-
-class RolloutSection(Section):
-    engine: EngineName = Field(
+    engine: _EngineName = Field(
         default="transformers",
-        description="transformers: its model in this process; sglang: SGLang servers;"
-        " openai: servers with a compatible /v1/completions (experimental)",
+        description="; ".join(f"{name}: {engine.summary}" for name, engine in ENGINES.items()),
     )
     urls: tuple[str, ...] = Field(
         default=(), description="URLs of externally managed servers, [http://host:port, …]"
@@ -112,8 +32,6 @@ class RolloutSection(Section):
     colocated: bool = Field(
         default=False, description="engine: sglang: servers share the trainer's GPUs, and offload in training"
     )
-    sglang: SGLangSection = SGLangSection()
-    openai: OpenAISection = OpenAISection()
     prompts_per_step: int = Field(default=32, gt=0)
     samples_per_prompt: int = Field(default=8, gt=0, description="G, the group size")
     temperature: float = Field(default=1.0, gt=0)
@@ -151,8 +69,13 @@ class RolloutSection(Section):
     )
 
     @property
-    def traits(self) -> EngineTraits:
-        return ENGINES[self.engine]
+    def engine_settings(self) -> EngineSettings:
+        """The section of the engine that rollout.engine names."""
+        return self.section(ENGINES[self.engine])
+
+    def section(self, engine: type[_Engine]) -> _Engine:
+        """Return the section of an engine, whether rollout.engine names it or not."""
+        return getattr(self, engine.name, None) or engine()
 
     @model_validator(mode="before")
     @classmethod
@@ -163,19 +86,20 @@ class RolloutSection(Section):
 
     @model_validator(mode="after")
     def _check_engine_keys(self) -> Self:
-        if self.traits.in_process and self.urls:
+        if ENGINES[self.engine].in_process and self.urls:
             _refuse_key("urls", self.engine, [name for name in ENGINES if not ENGINES[name].in_process])
         for key in ("servers", "colocated"):
-            if getattr(self, key) and not self.traits.starts_servers:
+            if getattr(self, key) and not ENGINES[self.engine].starts_servers:
                 _refuse_key(key, self.engine, [name for name in ENGINES if ENGINES[name].starts_servers])
-        if not self.traits.in_process:
+        if not ENGINES[self.engine].in_process:
             self._check_servers()
+        self.engine_settings.check(self)
         return self
 
     def _check_servers(self) -> None:
         if bool(self.urls) == bool(self.servers):
             needed = "urls (externally managed servers)"
-            if self.traits.starts_servers:
+            if ENGINES[self.engine].starts_servers:
                 needed = f"either {needed} or servers (how many to start)"
             raise ValueError(f"rollout.engine: {self.engine} needs {needed}")
         for url in self.urls:
@@ -183,22 +107,18 @@ class RolloutSection(Section):
                 raise ValueError(f"rollout.urls: {url!r}: expected http://host:port")
         if len({url.rstrip("/") for url in self.urls}) < len(self.urls):
             raise ValueError("rollout.urls: a server is named twice")
-        elsewhere = [url for url in self.urls if not is_loopback(re.split(r"//|[:/]", url)[2])]
-        update, port = self.sglang.update, self.sglang.port
-        if self.traits.starts_servers and update == "tensor" and elsewhere:
-            raise ValueError(
-                "rollout.sglang.update: tensor shares memory, but rollout.urls names other machines"
-            )
         if self.colocated and self.async_steps:
             raise ValueError(
                 "rollout.async_steps: 1 samples while training; rollout.colocated cannot do both"
             )
-        if self.colocated and update == "distributed":
-            needed = "but rollout.colocated shares them; set tensor"
-            raise ValueError(f"rollout.sglang.update: distributed broadcasts between GPUs, {needed}")
-        if port + self.servers > 65536:
-            raise ValueError(f"rollout.sglang.port: {self.servers} servers from {port} on pass 65535")
 
 
-def _refuse_key(key: str, engine: str, engines: list[EngineName]) -> None:
+def _refuse_key(key: str, engine: str, engines: list[str]) -> None:
     raise ValueError(f"rollout.{key}: needs rollout.engine: {' or '.join(engines)}, not {engine}")
+
+
+if TYPE_CHECKING:
+    RolloutSection = _RolloutSection
+else:  # with a section of each engine that has settings
+    _sections = {name: (engine, engine()) for name, engine in ENGINE_SECTIONS.items()}
+    RolloutSection = create_model("RolloutSection", __base__=_RolloutSection, **_sections)

@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field, model_validator
 from megatron_srpo.algorithm import AnyAlgorithm
 from megatron_srpo.algorithm.methods.srpo import SRPO
 from megatron_srpo.config.base import Section
+from megatron_srpo.config.engines import ENGINE_SECTIONS
 from megatron_srpo.config.rollout_section import RolloutSection
 from megatron_srpo.config.task_section import TaskSection, TaskSource
 
@@ -182,7 +183,7 @@ class CheckpointSection(Section):
 
 
 _TRAINING_KEYS = ("optimizer.lr", "train.steps", "train.micro_batch_tokens", "train.logits_memory_mib")
-_ROLLOUT_KEYS = ("batch_size", "urls", "servers", "colocated", "sglang", "openai")
+_ROLLOUT_KEYS = ("batch_size", "urls", "servers", "colocated", *ENGINE_SECTIONS)
 _OVERRIDABLE = ("parallel", *_TRAINING_KEYS, *(f"rollout.{key}" for key in _ROLLOUT_KEYS))
 
 

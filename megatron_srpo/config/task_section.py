@@ -19,8 +19,8 @@ class TaskSource(Section):
     path: Path | None = Field(
         default=None, description="folder with train.jsonl and test.jsonl, a .jsonl file, or your .py file"
     )
-    verifier: Literal["exact", "multiple_choice", "tool_calls", "math"] | None = Field(
-        default=None, description="judges answers to questions in `path`; null: by name (README, Tasks)"
+    verifier: str | None = Field(
+        default=None, description="judges answers to questions in `path`; null: by name (docs/tasks.md)"
     )
     rule: Literal["paper", "strict"] = Field(
         default="paper", description="multiple_choice and tool_calls: as in the papers, or ours"

@@ -61,7 +61,7 @@ def plan_for(
     data_parallel_size(config.parallel, gpus)
     parts = memory(architecture, config, machine, gpus, Batch.worst(config, gpus, workload))
     room, needed = _cache(architecture, config, machine, gpus, parts)
-    if not config.rollout.traits.in_process and room is not None:
+    if not config.rollout.engine_settings.in_process and room is not None:
         parts["SGLang, asleep"] = SLEEPING
     seconds = step_seconds(architecture, config, machine, gpus, workload)
     return Plan(config, gpus, parts, seconds, room, needed)
@@ -78,11 +78,11 @@ def _cache(
     if rollout.replay is not None or not servers.colocated:
         return None, 0.0
     stay = ["weights", "reserve"]
-    if rollout.traits.in_process:
+    if rollout.engine_settings.in_process:
         stay += ["gradients", "optimizer", "teacher", "EMA"]
     kept = sum(parts.get(name, 0.0) for name in stay)
     room = machine.memory - kept - total_parameters(architecture) * size / servers.gpus_each
-    if not rollout.traits.in_process:
+    if not rollout.engine_settings.in_process:
         return room, MINIMUM_CACHE * machine.memory
     own = math.ceil(rollout.prompts_per_step / gpus) * rollout.samples_per_prompt
     tokens = min(rollout.batch_size, own) * (rollout.max_prompt_tokens + rollout.max_response_tokens)
@@ -155,7 +155,7 @@ def scale(
 
 def _more_servers(config: Config, factor: int) -> Config:
     rollout = config.rollout
-    if rollout.traits.in_process:
+    if rollout.engine_settings.in_process:
         return config
     changed = {"servers": rollout.servers * factor, "urls": rollout.urls * factor}
     return config.model_copy(update={"rollout": rollout.model_copy(update=changed)})

@@ -149,7 +149,7 @@ def state_bytes(
         parts["teacher"] = own.total * size
         if config.teacher.kind == "ema":
             parts["EMA"] = 4 * share
-    if config.rollout.traits.in_process and config.rollout.replay is None:
+    if config.rollout.engine_settings.in_process and config.rollout.replay is None:
         parts["embedded engine"] = total_parameters(architecture) * size
     return parts
 

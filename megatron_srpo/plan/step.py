@@ -243,10 +243,10 @@ class Servers(NamedTuple):
     @classmethod
     def of(cls, config: Config, gpus: int) -> Servers:
         rollout = config.rollout
-        if rollout.traits.in_process:
+        if rollout.engine_settings.in_process:
             return cls(gpus, 1, True)
         count = len(rollout.urls) or rollout.servers
-        return cls(count, rollout.sglang.tensor_parallel_size, rollout.colocated)
+        return cls(count, rollout.engine_settings.gpus_per_server, rollout.colocated)
 
 
 def cache_bytes(architecture: Architecture, size: int) -> int:
@@ -274,7 +274,7 @@ def sampling_seconds(
     seconds = read / (servers.gpus_each * machine.memory_bandwidth * DECODING)
     flops = 2 * active_parameters(architecture) * sequences * workload.document
     seconds += flops / (servers.gpus_each * machine.peak * machine.mfu)
-    if rollout.traits.in_process:
+    if rollout.engine_settings.in_process:
         rounds = math.ceil(sequences / rollout.batch_size)
         seconds = max(seconds, rounds * longest * architecture.num_hidden_layers * EMBEDDED_SECONDS)
     return seconds

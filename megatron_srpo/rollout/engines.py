@@ -1,4 +1,7 @@
-"""The engine named by `rollout.engine`: `check` and `create` of module `engine` in that folder."""
+"""The engine named by `rollout.engine`: `check` and `create` of module `engine` in that folder.
+
+An engine is one folder: `settings.py` (see config/engines.py) and `engine.py`, found by the folder's name.
+"""
 
 import importlib
 from collections.abc import Callable

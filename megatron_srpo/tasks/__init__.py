@@ -1,4 +1,4 @@
-"""Tasks: sources of prompts, and the verifiers that judge responses. One file per family."""
+"""Tasks: sources of prompts, and the verifiers that judge responses. One file each, found by `catalog`."""
 
 import importlib.util
 from typing import Protocol
@@ -7,21 +7,7 @@ from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.schema import Config, EvaluationSection
 from megatron_srpo.config.task_section import TaskSource
 from megatron_srpo.data.records import Prompt
-
-_RULES = {"paper": "verify", "strict": "verify_strict"}
-# Verifiers by name and rule: "module:function", (answer, text) → Verdict, called in a killable process.
-VERIFIERS = {
-    "exact": {"paper": "megatron_srpo.tasks.addition:verify"},
-    "multiple_choice": {rule: f"megatron_srpo.tasks.sciknoweval:{name}" for rule, name in _RULES.items()},
-    "tool_calls": {rule: f"megatron_srpo.tasks.tool_use:{name}" for rule, name in _RULES.items()},
-    "math": {"paper": "megatron_srpo.tasks.mathematics:verify"},
-}
-# Task names that imply a verifier.
-VERIFIER_OF = {
-    **dict.fromkeys(("sciknoweval", "chemistry", "physics", "biology", "materials"), "multiple_choice"),
-    "tool_use": "tool_calls",
-    **dict.fromkeys(("math", "gsm8k", "aime24", "aime25", "hmmt25", "minerva", "olympiadbench"), "math"),
-}
+from megatron_srpo.tasks.catalog import Verifier, builtin_tasks, verifiers
 
 
 class Task(Protocol):
@@ -52,40 +38,46 @@ def create_task(source: TaskSource, seed: int) -> Task:
         return create_own_task(source, seed)
     if source.path is not None:
         return _question_file(source, seed)
-    if source.name == "addition":
-        from megatron_srpo.tasks.addition import Addition
-
-        return Addition(seed)
-    if source.name.startswith("reasoning_gym/"):
-        from megatron_srpo.tasks.procedural import Procedural
-
-        return Procedural(source, seed)
-    if source.name in VERIFIER_OF:
+    for builtin in builtin_tasks().values():
+        if builtin.matches(source.name):
+            return builtin.create(source, seed)
+    implied = [name for verifier in verifiers().values() for name in verifier.tasks]
+    if source.name in implied:
         expected = "a folder with train.jsonl and test.jsonl, or a .jsonl file"
         raise ConfigError(f"task.path: {source.name} needs its questions: {expected}")
     raise ConfigError(
-        f"task.name: unknown task {source.name!r}; known: addition, reasoning_gym/DATASET, and with"
-        f" task.path: {', '.join(VERIFIER_OF)}; others need task.path and task.verifier, or a .py file there"
+        f"task.name: unknown task {source.name!r}; known: {', '.join(builtin_tasks())}, and with"
+        f" task.path: {', '.join(implied)}; others need task.path and task.verifier, or a .py file there"
     )
 
 
 def _question_file(source: TaskSource, seed: int) -> Task:
-    from megatron_srpo.tasks import mathematics
     from megatron_srpo.tasks.questions import QuestionFile
 
-    kind = source.verifier or VERIFIER_OF.get(source.name)
-    if kind is None:
+    verifier = _verifier_of(source)
+    if source.rule not in verifier.rules:
+        known = ", ".join(verifier.rules)
+        raise ConfigError(f"task.rule: {verifier.name} has no {source.rule} rule, only {known}")
+    if verifier.requires is not None and importlib.util.find_spec(verifier.requires) is None:
+        needed = f"needs {verifier.requires}; pip install 'megatron_srpo[tasks]'"
+        raise ConfigError(f"task.verifier: {source.name} {needed}")
+    return QuestionFile(source, seed, verifier.path(source.rule), verifier.phrase)
+
+
+def _verifier_of(source: TaskSource) -> Verifier:
+    known = verifiers()
+    if source.verifier is not None:
+        if source.verifier not in known:
+            problem = f"unknown verifier {source.verifier!r}; known: {', '.join(known)}"
+            raise ConfigError(f"task.verifier: {problem}")
+        return known[source.verifier]
+    implied = {name: verifier for verifier in known.values() for name in verifier.tasks}
+    if source.name not in implied:
         raise ConfigError(
             f"task.verifier: none for {source.name!r} in {source.path}. Set task.verifier"
-            f" ({', '.join(VERIFIERS)}), or a task.name that implies it ({', '.join(VERIFIER_OF)})"
+            f" ({', '.join(known)}), or a task.name that implies it ({', '.join(implied)})"
         )
-    if source.rule not in VERIFIERS[kind]:
-        raise ConfigError(f"task.rule: {kind} has no {source.rule} rule, only paper")
-    if kind == "math" and importlib.util.find_spec("math_verify") is None:
-        needed = "needs math-verify; pip install 'megatron_srpo[tasks]'"
-        raise ConfigError(f"task.verifier: {source.name} {needed}")
-    phrase = mathematics.phrase if kind == "math" else str
-    return QuestionFile(source, seed, VERIFIERS[kind][source.rule], phrase)
+    return implied[source.name]
 
 
 def training_tasks(config: Config) -> dict[str, Task]:
@@ -127,10 +119,11 @@ def _refuse_unused_keys(source: TaskSource) -> None:
     path = source.path
     is_own = path is not None and path.suffix == ".py"
     is_file = path is not None and not is_own
+    reads_options = any(one.reads_options and one.matches(source.name) for one in builtin_tasks().values())
     belongs = {
         "verifier": is_file,
         "rule": is_file,
-        "options": is_own or source.name.startswith("reasoning_gym/"),
+        "options": is_own or reads_options,
         "test_share": is_file and path is not None and not path.is_dir(),
         "validation_share": is_file,
     }

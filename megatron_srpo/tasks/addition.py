@@ -4,6 +4,7 @@ import random
 import zlib
 
 from megatron_srpo.data.records import Prompt, Verdict
+from megatron_srpo.tasks.catalog import BuiltinTask, Verifier
 from megatron_srpo.tasks.extract import last_answer_block, verdict_of
 
 DIGITS = 3
@@ -44,3 +45,7 @@ class Addition:
         message = {"role": "user", "content": text}
         identifier = f"addition/{split}/{index}"
         return Prompt(id=identifier, task=self.name, messages=(message,), answer=str(a + b))
+
+
+TASK = BuiltinTask("addition", lambda source, seed: Addition(seed))
+VERIFIER = Verifier("exact", {"paper": verify})

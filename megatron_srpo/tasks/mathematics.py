@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from megatron_srpo.data.records import Verdict
+from megatron_srpo.tasks.catalog import Verifier
 from megatron_srpo.tasks.extract import last_answer_block, last_boxed, verdict_of
 
 LONGEST_ANSWER = 1_000  # characters; a longer one is no short answer, and costs the parser minutes
@@ -93,3 +94,12 @@ def _parsed(answer: str) -> tuple[Any, ...]:
     extraction = [LatexExtractionConfig()]
     no_limit: Any = None  # the pool limits the time; the library's own limit needs the main thread's signals
     return tuple(parse(f"${answer}$", extraction_config=extraction, parsing_timeout=no_limit))
+
+
+VERIFIER = Verifier(
+    "math",
+    {"paper": verify},
+    tasks=("math", "gsm8k", "aime24", "aime25", "hmmt25", "minerva", "olympiadbench"),
+    phrase=phrase,
+    requires="math_verify",
+)

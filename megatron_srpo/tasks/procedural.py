@@ -10,6 +10,7 @@ from typing import Any
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.task_section import TaskSection, TaskSource
 from megatron_srpo.data.records import Prompt, Verdict
+from megatron_srpo.tasks.catalog import BuiltinTask
 from megatron_srpo.tasks.extract import last_answer_block, verdict_of
 from megatron_srpo.tasks.pool import Job, Pool
 from megatron_srpo.tasks.procedural_scorers import SCORERS
@@ -141,3 +142,6 @@ def _plain(value: Any) -> Any:
         if isinstance(value, kind):
             return kind(value)
     return value if value is None else str(value)
+
+
+TASK = BuiltinTask(f"{PREFIX}DATASET", Procedural, reads_options=True)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.data.records import Verdict
+from megatron_srpo.tasks.catalog import Verifier
 from megatron_srpo.tasks.extract import verdict_of
 from megatron_srpo.tasks.questions import read_objects
 
@@ -115,3 +116,10 @@ def verify_strict(answer: str, text: str) -> Verdict:
 def _verdict(correct: bool, format_ok: bool) -> Verdict:
     malformed = "Your response has no <answer> block with one letter and nothing else."
     return verdict_of(correct, format_ok, "Your answer is wrong." if format_ok else malformed)
+
+
+VERIFIER = Verifier(
+    "multiple_choice",
+    {"paper": verify, "strict": verify_strict},
+    tasks=("sciknoweval", "chemistry", "physics", "biology", "materials"),
+)

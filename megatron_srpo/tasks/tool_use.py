@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.data.records import Verdict
+from megatron_srpo.tasks.catalog import Verifier
 from megatron_srpo.tasks.extract import verdict_of
 
 PROMPT = """\
@@ -277,3 +278,6 @@ def _verdict(correct: bool, malformed: str | None) -> Verdict:
     if malformed is not None:
         return verdict_of(False, False, f"Your response could not be read: {malformed}.")
     return verdict_of(correct, True, "Your calls or their inputs are wrong.")
+
+
+VERIFIER = Verifier("tool_calls", {"paper": verify, "strict": verify_strict}, tasks=("tool_use",))

@@ -19,7 +19,7 @@ from typing import Any
 
 from megatron_srpo.data.records import Verdict
 
-Verifier = Callable[[str, str], Verdict]
+Verify = Callable[[str, str], Verdict]
 NUMERALS = {"Integer", "Float", "Rational", "sympy", "*"}  # by which sympy makes a number
 OWN_MODULE = "megatron_srpo_own_tasks"  # of a user's file, so that its dataclasses can be looked up
 
@@ -39,7 +39,7 @@ def load_attribute(reference: str) -> Any:
     return attrgetter(name)(module) if name else module
 
 
-def judge(verifier: Verifier, answer: str, text: str) -> dict[str, Any]:
+def judge(verifier: Verify, answer: str, text: str) -> dict[str, Any]:
     """Return the verdict as plain data, or {"failed": why}."""
     try:
         verdict = verifier(answer, text)

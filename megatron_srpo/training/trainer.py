@@ -30,7 +30,7 @@ from megatron_srpo.training.teacher import Teacher, TeacherScores
 from megatron_srpo.training.token_values import TokenValues
 from megatron_srpo.vocab_parallel.divergence import Divergence
 from megatron_srpo.vocab_parallel.fused import score
-from megatron_srpo.vocab_parallel.kernels.choice import kernel_name
+from megatron_srpo.vocab_parallel.kernels.choice import describe_kernel
 from megatron_srpo.vocab_parallel.logits import Projection
 from megatron_srpo.weights.transfer import Repeatable, export, load
 
@@ -96,10 +96,10 @@ class Trainer:
 
     def describe_loss(self) -> str:
         """Say how the vocabulary pass of the loss is computed."""
-        kernel = kernel_name(self.layout.device, model_dtype(self.settings.model))
+        divergence = self.loss_settings.divergence
+        kernel = describe_kernel(self.layout.device, model_dtype(self.settings.model), divergence)
         if not self.algorithm.uses_teacher:
             return f"log-probabilities: {kernel}"
-        divergence = self.loss_settings.divergence
         supports = {"full": "full vocabulary", "sampled": "sampled token"}
         top = f"{divergence.support} {divergence.top_k} and tail"
         return f"{divergence.name} on the {supports.get(divergence.support, top)}: {kernel}"

@@ -1,13 +1,4 @@
-"""Student–teacher divergences on a tile of log-probabilities with closed-form gradients (docs/method.md, 2).
-
-p is the student, q the teacher, both normalised over the full vocabulary. Every divergence here has the
-gradient
-
-    dD/dz_v = p_v (f_v - Σ_u p_u f_u)
-
-with respect to the student's logits z, where f is its log-ratio: log p - log q for KL(p‖q), 1 - q/p for
-KL(q‖p), and (1-α)(log p - log m) for JSD_α. Constants in f drop out; with these, f is exactly 0 where p = q.
-"""
+"""A divergence on its support: value and gradient on a tile of log-probabilities (docs/method.md, 2)."""
 
 import math
 from typing import Literal, NamedTuple, get_args
@@ -16,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_srpo.vocab_parallel.divergences import Formula, formula, names
 from megatron_srpo.vocab_parallel.shard import VocabShard, all_reduce, gather, local_columns
 
 Support = Literal["full", "student_topk", "teacher_topk", "sampled"]
@@ -24,16 +16,21 @@ Support = Literal["full", "student_topk", "teacher_topk", "sampled"]
 class Divergence(NamedTuple):
     """A divergence and the support on which it is computed.
 
-    name: "jsd" = (1-α) KL(p‖m) + α KL(q‖m), m = (1-α)p + αq; "forward" = KL(q‖p); "reverse" = KL(p‖q).
+    name: a module of `divergences`; alpha: its parameter, where it has one (jsd).
     support: "full" is exact. "student_topk" and "teacher_topk" keep one side's `top_k` likeliest ids and put
         the rest of both into one tail bucket: a lower bound. "sampled" knows only the target y, drawn from p:
         D = log p(y) - log q(y), with the gradient D · d log p(y)/dz: unbiased estimates of KL(p‖q)'s.
     """
 
-    name: Literal["jsd", "forward", "reverse"] = "jsd"
+    name: str = "jsd"
     alpha: float = 0.5
     support: Support = "full"
     top_k: int = 100
+
+    @property
+    def formula(self) -> Formula:
+        """The mathematics of this divergence."""
+        return formula(self.name)
 
     def has_tail(self, vocab_size: int) -> bool:
         """Return True if ids outside the top K form a tail bucket."""
@@ -41,10 +38,10 @@ class Divergence(NamedTuple):
 
     def validate(self) -> None:
         """Raise ValueError if the fields are out of range or contradict each other."""
-        if self.name not in ("jsd", "forward", "reverse") or self.support not in get_args(Support):
-            expected = f"expected jsd, forward or reverse on one of {get_args(Support)}"
+        if self.name not in names() or self.support not in get_args(Support):
+            expected = f"expected one of {names()} on one of {get_args(Support)}"
             raise ValueError(f"divergence: {self.name!r} on {self.support!r}: {expected}")
-        if self.name == "jsd" and not 0 < self.alpha < 1:
+        if not 0 < self.alpha < 1:
             raise ValueError(f"divergence: alpha {self.alpha}: expected 0 < α < 1 (forward, reverse are KL)")
         if self.support == "sampled" and self.name != "reverse":
             raise ValueError(f"divergence: {self.name} on sampled tokens: expected reverse")
@@ -64,8 +61,8 @@ def divergence_on_tile(
         return _with_tail(logp, logq, divergence, shard)
     terms, pf = divergence_terms(logp, logq, divergence)
     value, mean = all_reduce(torch.stack([terms.sum(1), pf.sum(1)]), shard.group)
-    if divergence.name == "forward":
-        mean.zero_()  # Σ p - Σ q, without its rounding
+    if divergence.formula.mean_is_zero:
+        mean.zero_()
     return value, pf - logp.exp() * mean[:, None]
 
 
@@ -73,25 +70,7 @@ def divergence_terms(logp: Tensor, logq: Tensor, divergence: Divergence) -> tupl
     """Return each column's term of D, and p·f, shaped like `logp`; exact zeros where p = q, 0 included."""
     p, q = logp.exp(), logq.exp()
     difference = torch.where(logp == logq, torch.zeros_like(logp), logq - logp)  # not -inf - -inf
-    if divergence.name == "forward":
-        return _times(q, difference), p - q
-    if divergence.name == "reverse":
-        pf = _times(p, -difference)
-        return pf, pf
-    # log m from the larger of the two: log m - log p = log(1 + α (q/p - 1)), which is exact near q = p
-    alpha = divergence.alpha
-    ratio = torch.expm1(-difference.abs())
-    from_p = torch.log1p(alpha * ratio)  # log m - log p where p is the larger
-    from_q = torch.log1p((1 - alpha) * ratio)  # log m - log q where q is the larger
-    p_over_m = torch.where(difference > 0, -difference - from_q, -from_p)  # log p - log m
-    q_over_m = torch.where(difference > 0, -from_q, difference - from_p)  # log q - log m
-    pf = (1 - alpha) * _times(p, p_over_m)
-    return pf + alpha * _times(q, q_over_m), pf
-
-
-def _times(probability: Tensor, log: Tensor) -> Tensor:
-    """Multiply with 0 · inf = 0: an id of probability 0 adds nothing."""
-    return torch.where(probability == 0, torch.zeros_like(log), probability * log)
+    return divergence.formula.terms(p, q, difference, divergence.alpha)
 
 
 def _with_tail(

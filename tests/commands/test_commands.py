@@ -14,7 +14,7 @@ from small_run import QUICKSTART, small_config, small_run
 from megatron_srpo.algorithm import METHODS
 from megatron_srpo.commands.config import PAPER, check, keys
 from megatron_srpo.config.base import ConfigError
-from megatron_srpo.config.rollout_section import OpenAISection, SGLangSection
+from megatron_srpo.config.engines import ENGINE_SECTIONS
 from megatron_srpo.config.schema import Config
 from megatron_srpo.data.rollout_file import step_file
 from megatron_srpo.observe.inspect import inspect, visible
@@ -106,7 +106,7 @@ def test_config_explains_every_key():
         for name, field in Config.model_fields.items()
         if hasattr(field.annotation, "model_fields")
     }
-    servers = {"rollout.sglang": SGLangSection, "rollout.openai": OpenAISection}
+    servers = {f"rollout.{name}": engine for name, engine in ENGINE_SECTIONS.items()}
     sections |= servers
     every = {f"{section}.{name}" for section, model in sections.items() for name in model.model_fields}
     assert every - set(servers) <= set(found) and not set(servers) & set(found)

@@ -9,7 +9,7 @@ import torch
 
 from megatron_srpo.vocab_parallel.divergence import Divergence
 from megatron_srpo.vocab_parallel.fused import fused_objective, score
-from megatron_srpo.vocab_parallel.kernels.choice import kernel_name
+from megatron_srpo.vocab_parallel.kernels.choice import describe_kernel
 from megatron_srpo.vocab_parallel.logits import InterpolatedLogits, Projection
 from megatron_srpo.vocab_parallel.shard import VocabShard
 
@@ -72,7 +72,7 @@ def test_against_float64(kind, dtype, of_values, of_gradients):
     rounding.
     """
     given = inputs(dtype)
-    assert kernel_name(torch.device("cuda"), dtype) == "Triton"
+    assert describe_kernel(torch.device("cuda"), dtype, Divergence()) == "Triton"
     found, statistics = run(kind, *given, tile_tokens=128)
     wanted, exact_statistics = run(kind, *(x.double() for x in given[:4]), given[4])
     if kind.support.endswith("topk"):

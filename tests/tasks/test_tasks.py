@@ -54,8 +54,9 @@ def test_a_folder_names_its_task_and_the_name_its_verifier(folder):
         ({"name": "chemistry"}, "task.path: chemistry needs its questions"),
         (
             {"path": "physics", "name": "mine"},
-            "none for 'mine' in .*physics. Set task.verifier \\(exact, multiple_choice, tool_calls",
+            "none for 'mine' in .*physics. Set task.verifier \\(exact, math, multiple_choice, tool_calls",
         ),
+        ({"path": "physics", "verifier": "exakt"}, "task.verifier: unknown verifier 'exakt'; known: exact, "),
         ({"path": "physics", "verifier": "exact", "rule": "strict"}, "task.rule: exact has no strict rule"),
         ({"rule": "strict"}, "task.rule: task addition does not read it; is task.path missing\\?"),
         ({"verifier": "math"}, "task.verifier: task addition does not read it"),

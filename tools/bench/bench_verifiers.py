@@ -20,7 +20,7 @@ from _memory import status_bytes
 from _report import Row, cpu_name, make_parser, publish
 
 from megatron_srpo.config.task_section import TaskSection
-from megatron_srpo.tasks import VERIFIERS
+from megatron_srpo.tasks.catalog import verifiers
 from megatron_srpo.tasks.pool import Job, Pool
 from megatron_srpo.tasks.worker import load_attribute
 
@@ -81,7 +81,7 @@ def make_jobs(kind: str, questions: int) -> list[tuple[Job, bool]]:
 
 def measure(kind: str, jobs: list[tuple[Job, bool]], workers: int) -> Row:
     """Return one row. Raises ValueError when a verdict is wrong."""
-    reference = VERIFIERS[kind]["paper"]
+    reference = verifiers()[kind].path("paper")
     pool = Pool({kind: reference}, TaskSection.model_validate({"verifier_workers": workers}))
     pool.verify([job for job, _ in jobs[: GROUP * workers]])  # imports
     start = time.perf_counter()

@@ -16,13 +16,13 @@ from typing import Any
 from torch import Tensor
 
 from megatron_srpo.config.base import ConfigError
-from megatron_srpo.config.rollout_section import OpenAISection
 from megatron_srpo.config.schema import Config
 from megatron_srpo.distributed.heartbeat import beat
 from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.engine import CompletionStream, EngineFailed, Request, Sampling
 from megatron_srpo.rollout.openai.api import OpenAICompletions
+from megatron_srpo.rollout.openai.settings import OpenAISettings
 from megatron_srpo.rollout.servers.generation import Generation
 from megatron_srpo.rollout.servers.http import Server, ServerFailed
 from megatron_srpo.weights.transfer import save_hf
@@ -30,7 +30,7 @@ from megatron_srpo.weights.transfer import save_hf
 
 def check(config: Config, trains: bool) -> None:
     """Refuse what needs other weights than the servers' (see rollout/engines.py)."""
-    settings = config.rollout.openai
+    settings = config.rollout.section(OpenAISettings)
     if settings.api_key_env is not None and not os.environ.get(settings.api_key_env):
         variable = settings.api_key_env
         raise ConfigError(f"rollout.openai.api_key_env: the environment variable {variable} is not set")
@@ -44,7 +44,8 @@ def check(config: Config, trains: bool) -> None:
 
 def create(config: Config, folder: HFFolder, layout: Layout, say: Callable[[str], None]) -> "OpenAIEngine":
     weights = config.logging.dir / "servers" / "weights"
-    engine = OpenAIEngine(config.rollout.openai, config.rollout.urls, folder, layout, weights)
+    settings = config.rollout.section(OpenAISettings)
+    engine = OpenAIEngine(settings, config.rollout.urls, folder, layout, weights)
     say(f"{len(config.rollout.urls)} OpenAI-compatible servers (experimental), model {engine.model}")
     return engine
 
@@ -52,7 +53,7 @@ def create(config: Config, folder: HFFolder, layout: Layout, say: Callable[[str]
 class OpenAIServer(Server):
     """A server that is told by a configured call to load weights."""
 
-    settings: OpenAISection
+    settings: OpenAISettings
 
     def model(self) -> str:
         """Return the name of the only model listed, or rollout.openai.model if it is. Raises ConfigError."""
@@ -78,7 +79,7 @@ class OpenAIServer(Server):
 class OpenAIEngine:
     """See `Engine`. All ranks create and update it together. Raises ConfigError for an unusable server."""
 
-    settings: OpenAISection
+    settings: OpenAISettings
     urls: Sequence[str]
     folder: HFFolder
     layout: Layout

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import httpx
 
-from megatron_srpo.config.rollout_section import ServerSection
+from megatron_srpo.config.engines import ServerSettings
 from megatron_srpo.distributed.heartbeat import beat
 from megatron_srpo.rollout.engine import EMPTY, Completion, CompletionStream, EngineFailed, Request, Sampling
 from megatron_srpo.rollout.servers.http import IDLE, headers
@@ -71,7 +71,7 @@ class Generation:
 
     api: CompletionsAPI
     urls: Sequence[str]  # of all servers, the same on every rank
-    settings: ServerSection
+    settings: ServerSettings
     vocab_size: int
     rank: int  # decides which server this rank prefers among equals
     world_size: int  # ranks that share `settings.concurrency`

@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 
-from megatron_srpo.config.rollout_section import ServerSection
+from megatron_srpo.config.engines import ServerSettings
 
 IDLE = 2.0  # seconds after which an idle connection is dropped; servers close theirs after 5
 
@@ -15,7 +15,7 @@ class ServerFailed(RuntimeError):
     """A call to a server failed; the message names the URL and says how."""
 
 
-def headers(settings: ServerSection) -> dict[str, str]:
+def headers(settings: ServerSettings) -> dict[str, str]:
     """Return the headers of every call: the API key, if the configuration names its variable."""
     if settings.api_key_env is None:
         return {}
@@ -25,7 +25,7 @@ def headers(settings: ServerSection) -> dict[str, str]:
 class Server:
     """The server at `url`; a subclass for each kind of server."""
 
-    def __init__(self, url: str, settings: ServerSection):
+    def __init__(self, url: str, settings: ServerSettings):
         url = url.rstrip("/")
         self.url = url
         self.settings = settings

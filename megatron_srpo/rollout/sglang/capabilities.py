@@ -12,6 +12,7 @@ from megatron_srpo.rollout.servers.http import ServerFailed
 from megatron_srpo.rollout.servers.replies import InvalidReply
 from megatron_srpo.rollout.sglang.api import parse
 from megatron_srpo.rollout.sglang.server import SGLangServer
+from megatron_srpo.rollout.sglang.settings import SGLangSettings
 
 Info = Mapping[str, Any]
 OLDEST, WITH_SESSIONS = (0, 5, 19), (0, 5, 21)
@@ -37,7 +38,7 @@ def inspect(server: SGLangServer, settings: RolloutSection, folder: HFFolder) ->
     parameters = {"max_new_tokens": 1}
     body = {"input_ids": [folder.stop_ids[0]], "sampling_params": parameters, "return_logprob": True}
     try:
-        reply = server.post("/generate", body, timeout=settings.sglang.request_timeout)
+        reply = server.post("/generate", body, timeout=settings.section(SGLangSettings).request_timeout)
         parse(reply, 1, folder.architecture.vocab_size, [server.version()])
     except InvalidReply as problem:
         raise ConfigError(f"rollout.engine: {server.url} gives no usable tokens: {problem}") from None
@@ -70,7 +71,7 @@ def check(
     if settings.colocated and not server_info.get("enable_memory_saver"):
         raise ConfigError(f"rollout.colocated: {url} was started without --enable-memory-saver")
     for key in ("dp_size", "pp_size"):
-        if settings.sglang.update != "disk" and server_info.get(key, 1) > 1:
+        if settings.section(SGLangSettings).update != "disk" and server_info.get(key, 1) > 1:
             option = f"--{key.replace('_', '-')} {server_info[key]}"
             problem = f"{url} has {option}, which takes updates from disk only"
             raise ConfigError(f"rollout.sglang.update: {problem}")

@@ -22,6 +22,7 @@ from megatron_srpo.rollout.servers.http import ServerFailed
 from megatron_srpo.rollout.sglang.api import SGLangAPI
 from megatron_srpo.rollout.sglang.publisher import Publisher
 from megatron_srpo.rollout.sglang.server import SGLangServer, launch_of
+from megatron_srpo.rollout.sglang.settings import SGLangSettings
 
 # seconds between the ranks' exchanges while servers start, which may take longer than a collective may
 _HEARTBEAT = 1.0
@@ -29,7 +30,7 @@ _HEARTBEAT = 1.0
 
 def check(config: Config, trains: bool) -> None:
     """Check settings and ports (see rollout/engines.py)."""
-    settings, minutes = config.rollout.sglang, config.logging.watchdog_minutes
+    settings, minutes = config.rollout.section(SGLangSettings), config.logging.watchdog_minutes
     if settings.api_key_env is not None and not os.environ.get(settings.api_key_env):
         variable = settings.api_key_env
         raise ConfigError(f"rollout.sglang.api_key_env: the environment variable {variable} is not set")
@@ -70,6 +71,7 @@ class SGLangEngine:
 
     def __post_init__(self) -> None:
         settings, layout = self.settings, self.layout
+        self.sglang = settings.section(SGLangSettings)
         vocab_size = self.folder.architecture.vocab_size
         try:
             is_seeded = self._meet_servers()
@@ -83,7 +85,7 @@ class SGLangEngine:
         self.generation = Generation(
             SGLangAPI(vocab_size, is_seeded),
             self.urls,
-            settings.sglang,
+            self.sglang,
             vocab_size=vocab_size,
             rank=layout.rank,
             world_size=layout.world_size,
@@ -152,21 +154,21 @@ class SGLangEngine:
     def _no_server_reason(self, seconds: float) -> str | None:
         if self.publisher is not None and (reason := self.publisher.fleet.failed()) is not None:
             return reason
-        settings = self.settings.sglang
-        limit = settings.return_timeout
+        limit = self.sglang.return_timeout
         if self.settings.servers:
-            limit = (1 + settings.max_restarts) * settings.start_timeout
+            limit = (1 + self.sglang.max_restarts) * self.sglang.start_timeout
         return f"none has come back in {limit:g} s" if seconds > limit else None
 
 
 def find_unreachable(urls: Sequence[str], settings: RolloutSection, rank: int) -> str | None:
     """Return why this rank cannot ask one of the servers (127.0.0.1 is each rank's own host), or None."""
-    name = settings.sglang.api_key_env
+    sglang = settings.section(SGLangSettings)
+    name = sglang.api_key_env
     place = f"rank {rank} on {socket.gethostname()}"
     if name is not None and not os.environ.get(name):
         return f"rollout.sglang.api_key_env: {place} does not have the environment variable {name}"
     for url in urls:
-        server = SGLangServer(url, settings.sglang)
+        server = SGLangServer(url, sglang)
         try:
             server.version()
         except ServerFailed as failure:

@@ -15,6 +15,7 @@ from megatron_srpo.rollout.servers.http import ServerFailed
 from megatron_srpo.rollout.sglang.capabilities import Capabilities, inspect
 from megatron_srpo.rollout.sglang.publication import Broadcast, Disk, SharedMemory, Transport, Update
 from megatron_srpo.rollout.sglang.server import SGLangLaunch, SGLangServer
+from megatron_srpo.rollout.sglang.settings import SGLangSettings
 
 
 @dataclass(eq=False)
@@ -33,7 +34,8 @@ class Publisher:
     def __post_init__(self) -> None:
         shapes = self.folder.architecture.tensor_shapes().values()
         self._model_bytes = sum(torch.Size(shape).numel() for shape in shapes) * self.dtype.itemsize
-        servers = [SGLangServer(url, self.settings.sglang) for url in self.urls]
+        self.sglang = self.settings.section(SGLangSettings)
+        servers = [SGLangServer(url, self.sglang) for url in self.urls]
         self.fleet = Fleet(servers, self.launch, self.say)
         self.capabilities: dict[str, Capabilities] = {}
         self.disk = Disk(self.folder, self.weights, self._on_disk)
@@ -55,7 +57,7 @@ class Publisher:
             except ServerFailed as failure:
                 raise ConfigError(f"rollout.engine: {failure}") from None
         versions = ", ".join(sorted({found.version for found in self.capabilities.values()}))
-        way = self.settings.sglang.update
+        way = self.sglang.update
         self.say(f"SGLang {versions} on {len(self.capabilities)} servers; weights by {way}")
         if not self.is_seeded:
             hint = "start the servers with --enable-deterministic-inference to use our seeds"
@@ -68,7 +70,7 @@ class Publisher:
     def publish(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> str | None:
         """Bring every server to `version`. Returns what the first update's checksums say is wrong."""
         self.fleet.allow_starts()
-        self.fleet.wait(self.settings.sglang.return_timeout)
+        self.fleet.wait(self.sglang.return_timeout)
         self.fleet.weights_changed(None)
         update = self._update(self.fleet.reachable(), version)
         is_first = self._version is None
@@ -123,7 +125,7 @@ class Publisher:
         self.fleet.close()
 
     def transport_for(self, settings: RolloutSection) -> Transport:
-        sglang = settings.sglang
+        sglang = settings.section(SGLangSettings)
         if sglang.update == "disk":
             return self.disk
         limit = min(sglang.bucket_mib * 2**20, self._model_bytes)

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from megatron_srpo.config.base import ConfigError
-from megatron_srpo.config.rollout_section import SGLangSection
 from megatron_srpo.config.schema import Config
 from megatron_srpo.distributed.device import model_dtype
 from megatron_srpo.rollout.servers.fleet import Launch
 from megatron_srpo.rollout.servers.http import Server, ServerFailed
+from megatron_srpo.rollout.sglang.settings import SGLangSettings
 
 
 class SGLangServer(Server):
@@ -40,7 +40,7 @@ class SGLangServer(Server):
 class SGLangLaunch(Launch):
     """Starts SGLang servers."""
 
-    settings: SGLangSection
+    settings: SGLangSettings
     model: Path  # folder of the start model
     dtype: str  # the trainer's
     has_gpus: bool
@@ -87,7 +87,7 @@ class SGLangLaunch(Launch):
 
 def launch_of(config: Config) -> SGLangLaunch | None:
     """Return how the servers of `config` are started; None if they are external."""
-    settings = config.rollout.sglang
+    settings = config.rollout.section(SGLangSettings)
     if not config.rollout.servers:
         return None
     return SGLangLaunch(

@@ -50,7 +50,7 @@ class TileOps(Protocol):
         """Fill sums [3, tiles, n] with m = max z, Σ exp(z - m) and the student's Σ exp(z - m)(z - m)."""
 
     def divergence_sums(self, tiles: list[Tensor], maximum: Tensor, total: Tensor) -> Tensor:
-        """Return [2, n]: Σ p·f (without JSD's 1-α); for JSD, forward KL the teacher's Σ q log q/m or q/p."""
+        """Return [2, n]: Σ p·f without Formula.pf_weight, and the teacher's sum (see Formula.value)."""
         ...
 
     def gradient(self, terms: GradTerms, maximum: Tensor, total: Tensor) -> Tensor:

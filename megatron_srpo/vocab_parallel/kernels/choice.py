@@ -17,15 +17,21 @@ KernelName = Literal["cpu", "triton", "reference"]
 _DESCRIPTIONS = {"cpu": "CPU, row by row in cache", "triton": "Triton", "reference": "plain torch"}
 
 
-def kernel_name(device: torch.device, dtype: torch.dtype) -> str:
+# Divergences with a form in triton_ops.py, which cannot be imported without Triton.
+_IN_TRITON = ("jsd", "reverse", "forward")
+
+
+def describe_kernel(device: torch.device, dtype: torch.dtype, divergence: Divergence) -> str:
     """Describe the kernel that computes inputs like these, for the log."""
-    return _DESCRIPTIONS[_fastest(device, dtype)]
+    return _DESCRIPTIONS[_fastest(device, dtype, divergence)]
 
 
-def _fastest(device: torch.device, dtype: torch.dtype) -> KernelName:
+def _fastest(device: torch.device, dtype: torch.dtype, divergence: Divergence) -> KernelName:
+    is_full = divergence.support == "full"  # other supports need no form of the divergence's own
     if device.type == "cpu":
-        return "cpu"
+        return "cpu" if divergence.formula.has_cpu_form or not is_full else "reference"
     has_triton = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    has_triton = has_triton and (divergence.name in _IN_TRITON or not is_full)
     return "triton" if has_triton and dtype != torch.float64 else "reference"
 
 
@@ -33,7 +39,7 @@ def create_kernel(
     name: KernelName | None, tile_tokens: int, shard: VocabShard, divergence: Divergence, like: Tensor
 ) -> ReferenceKernel | ExactKernel:
     """Create the kernel of this name, or the fastest one for inputs of `like`'s dtype and device."""
-    name = name or _fastest(like.device, like.dtype)
+    name = name or _fastest(like.device, like.dtype, divergence)
     if name == "reference":
         return ReferenceKernel(shard, divergence)
     if name == "cpu":

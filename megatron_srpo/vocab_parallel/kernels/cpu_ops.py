@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_srpo.vocab_parallel.divergence import Divergence
+from megatron_srpo.vocab_parallel.divergences import CpuBlock
 from megatron_srpo.vocab_parallel.kernels.base import FLOOR, TINY, GradTerms
 
 _BLOCK_ELEMENTS = 1 << 17  # handled together: several short rows, or one long one
@@ -51,23 +52,11 @@ class CpuTileOps:
         sums = tiles[0].new_zeros(2, len(tiles[0]))
         for rows in self._blocks(len(tiles[0])):
             x, y = tiles[0][rows], tiles[1][rows]  # log p = x - shift, p = scale · exp x
-            q, m, p = self.scratch[:, : len(x)]
+            q, *free = self.scratch[:, : len(x)]
             torch.exp(y, out=q).mul_(scale[1, rows])
-            if self.divergence.name == "jsd":  # log(p / m), not log p - log m: exactly 0 where p = q
-                terms, p = p, torch.exp(x, out=y).mul_(scale[0, rows])
-                torch.lerp(p, q, self.divergence.alpha, out=m).add_(TINY)
-                torch.add(q, TINY, out=terms).div_(m).log_().mul_(q)
-                torch.sum(terms, 1, out=sums[1, rows])
-                torch.add(p, TINY, out=x).div_(m).log_().mul_(p)
-            else:
-                torch.exp(x, out=p).mul_(scale[0, rows])
-                difference = shift[0, rows] - shift[1, rows]
-                if self.divergence.name == "reverse":
-                    x.sub_(y).sub_(difference).mul_(p)
-                else:
-                    torch.sum(y.sub_(x).add_(difference).mul_(q), 1, out=sums[1, rows])
-                    torch.sub(p, q, out=x)
-                y.copy_(p)
+            difference = shift[0, rows] - shift[1, rows]
+            block = CpuBlock(x, y, q, (free[0], free[1]), scale[0, rows], difference, sums[1, rows])
+            self.divergence.formula.on_cpu(block, self.divergence.alpha)
             torch.sum(x, 1, out=sums[0, rows])
         return sums
 

@@ -1,7 +1,7 @@
 """One tile on the full vocabulary: the collectives, and the algebra around the elementwise operations.
 
 With z the student's logits, p = softmax z, q the teacher's, H the entropy of p, y the target, D the
-divergence with its log-ratio f (see `divergence.py`), the gradient of any function of log p(y), H and D is
+divergence with its log-ratio f (see `divergences`), the gradient of any function of log p(y), H and D is
 
     dL/dz_v = g_logp (1[v = y] - p_v) - g_H p_v (log p_v + H) + g_D p_v (f_v - Σ_u p_u f_u)
 
@@ -70,14 +70,9 @@ class ExactKernel:
             return self.log_ratio
         sums = self.ops.divergence_sums(tiles, self.maximum, self.total)
         student_sum, teacher_sum = gather(sums, self.shard, while_waiting).sum(0)
-        self.mean_f = student_sum
-        if self.divergence.name == "reverse":
-            return student_sum
-        if self.divergence.name == "jsd":
-            alpha = self.divergence.alpha
-            return (1 - alpha) * student_sum + alpha * teacher_sum
-        self.mean_f = torch.zeros_like(student_sum)  # Σ p - Σ q, without its rounding
-        return teacher_sum
+        formula = self.divergence.formula
+        self.mean_f = torch.zeros_like(student_sum) if formula.mean_is_zero else student_sum
+        return formula.value(student_sum, teacher_sum, self.divergence.alpha)
 
     def logits_grad(self, grads: StatisticsGrad) -> Tensor:
         """Return the [n, width] gradient of the last tile's student logits; valid until the next one."""
@@ -90,8 +85,7 @@ class ExactKernel:
         if entropy_grad is not None:
             p_scale, plogp_scale = p_scale - entropy_grad * self.entropy, -entropy_grad
         if divergence_grad is not None:
-            is_jsd = self.divergence.name == "jsd"
-            pf_scale = divergence_grad * (1 - self.divergence.alpha) if is_jsd else divergence_grad
+            pf_scale = divergence_grad * self.divergence.formula.pf_weight(self.divergence.alpha)
             p_scale = p_scale - pf_scale * self.mean_f
         terms = GradTerms(self.target_columns, target_grad, p_scale, pf_scale, plogp_scale)
         return self.ops.gradient(terms, self.maximum, self.total)

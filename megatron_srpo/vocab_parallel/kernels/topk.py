@@ -2,7 +2,7 @@
 
 The head's columns are removed from the tiles before the row sums, which then describe the tail; what remains
 is mathematics on [n, K + 1], little enough to be done in float64. With P_tail the student's mass in the tail
-and p f of the buckets as in `divergence.py`, a column v outside the head has the gradient
+and p f of the buckets as in `divergences`, a column v outside the head has the gradient
 
     dD/dz_v = (p_v / P_tail) ((p f)_tail - P_tail Σ p f)
 
@@ -85,7 +85,7 @@ class TopKKernel(ExactKernel):
             # within the tail, log p = log (p / P_tail) + log P_tail
             plogp_scale = (-entropy_grad * p[:, -1]).to(dtype)
         if divergence_grad is not None:
-            mean_f = 0.0 if self.divergence.name == "forward" else self.pf.sum(1, keepdim=True)
+            mean_f = 0.0 if self.divergence.formula.mean_is_zero else self.pf.sum(1, keepdim=True)
             bucket_grad += divergence_grad[:, None] * (self.pf - p * mean_f)
         target_columns = self.target_columns
         if self.targets is not None:

@@ -61,7 +61,7 @@ class TritonTileOps:
         return gradient
 
     def _constants(self) -> dict[str, Any]:
-        divergence = _DIVERGENCES[self.divergence.name]
+        divergence = _DIVERGENCES.get(self.divergence.name, NONE.value)
         return {"ALPHA": self.divergence.alpha, "DIVERGENCE": divergence, **_LAUNCH}
 
 

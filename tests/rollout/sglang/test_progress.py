@@ -17,7 +17,7 @@ from servers import listening
 
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.load import load_config
-from megatron_srpo.config.rollout_section import RolloutSection, SGLangSection
+from megatron_srpo.config.rollout_section import RolloutSection
 from megatron_srpo.distributed.heartbeat import PROGRESS
 from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.model.hf_folder import HFFolder
@@ -32,6 +32,7 @@ from megatron_srpo.rollout.sglang.api import SGLangAPI
 from megatron_srpo.rollout.sglang.engine import SGLangEngine
 from megatron_srpo.rollout.sglang.publication import Update
 from megatron_srpo.rollout.sglang.server import SGLangServer
+from megatron_srpo.rollout.sglang.settings import SGLangSettings
 
 ROOT = Path(__file__).parents[3]
 REPLY = {
@@ -66,7 +67,7 @@ def server(is_healthy):
 def generating(url, no_server_reason=lambda seconds: None):
     """(a rank that asks the server at `url`, its completions of one request as an iterator)."""
     api = SGLangAPI(3, False)
-    made = Generation(api, [url], SGLangSection(), 3, 0, 1, lambda *_: None, no_server_reason)
+    made = Generation(api, [url], SGLangSettings(), 3, 0, 1, lambda *_: None, no_server_reason)
     made.versions = ["0"]
     return made, made.generate([Request((0, 1), "x")], Sampling(1.0, 1.0, 4, (2,)), threading.Event())
 
@@ -111,7 +112,7 @@ def test_waiting_for_a_server_to_come_back_is_progress_until_it_is_hopeless():
 
 def test_each_answer_to_a_publication_is_progress_and_silence_is_none():
     """Three calls to two servers, one of which fails; then one that is not answered."""
-    servers = [SGLangServer(f"http://127.0.0.1:{port}", SGLangSection()) for port in (8, 9)]
+    servers = [SGLangServer(f"http://127.0.0.1:{port}", SGLangSettings()) for port in (8, 9)]
     update, answer = Update(servers, "1", needs_session=False), threading.Event()
 
     def call(server):
@@ -132,7 +133,7 @@ def test_each_answer_to_a_publication_is_progress_and_silence_is_none():
 
 def test_waits_for_servers_that_start_are_progress(monkeypatch):
     """At the start and before a publication; both are bounded by settings of their own."""
-    fleet = Fleet([SGLangServer("http://127.0.0.1:9", SGLangSection())], None, lambda text: None)
+    fleet = Fleet([SGLangServer("http://127.0.0.1:9", SGLangSettings())], None, lambda text: None)
     fleet.handles[0].state, before = "starting", PROGRESS.beats
     fleet.wait(0.3)
     assert PROGRESS.beats - before >= 3

@@ -19,7 +19,7 @@ import torch.multiprocessing
 from servers import listening
 
 from megatron_srpo.config.load import load_config
-from megatron_srpo.config.rollout_section import RolloutSection, SGLangSection
+from megatron_srpo.config.rollout_section import RolloutSection
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.engine import Request, Sampling
 from megatron_srpo.rollout.servers import generation
@@ -32,6 +32,7 @@ from megatron_srpo.rollout.sglang.engine import find_unreachable
 from megatron_srpo.rollout.sglang.publication import Broadcast, SharedMemory, Update, buckets
 from megatron_srpo.rollout.sglang.publisher import Publisher
 from megatron_srpo.rollout.sglang.server import SGLangLaunch, SGLangServer
+from megatron_srpo.rollout.sglang.settings import SGLangSettings
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
@@ -53,7 +54,7 @@ def server(answer=lambda path, body: (200, {})):
         yield stand_in.url, asked
 
 
-NOWHERE = SGLangServer("http://127.0.0.1:9", SGLangSection())
+NOWHERE = SGLangServer("http://127.0.0.1:9", SGLangSettings())
 
 
 def launch_with(logs, start):
@@ -64,7 +65,7 @@ def launch_with(logs, start):
 
 
 def update_of(*urls):
-    return Update([SGLangServer(url, SGLangSection()) for url in urls], "7", needs_session=True)
+    return Update([SGLangServer(url, SGLangSettings()) for url in urls], "7", needs_session=True)
 
 
 def test_a_server_has_the_version_only_with_the_last_bucket():
@@ -224,7 +225,7 @@ def test_a_log_that_holds_the_key_is_its_owners_alone(tmp_path, monkeypatch):
     """SGLang writes all its arguments to its log."""
     monkeypatch.setenv("A_KEY", "open sesame")
     for name, others_read in (("A_KEY", False), (None, True)):
-        settings = SGLangSection(python="/bin/true", api_key_env=name)
+        settings = SGLangSettings(python="/bin/true", api_key_env=name)
         logs = tmp_path / str(name)
         logs.mkdir()
         launch = SGLangLaunch(
@@ -250,13 +251,13 @@ def test_a_rank_that_reaches_no_server_says_so_at_the_start():
     )
     with server(lambda path, body: (200, {"weight_version": "default"})) as (url, _):
         assert find_unreachable([url], RolloutSection(), 8) is None
-    said = find_unreachable([], RolloutSection(sglang=SGLangSection(api_key_env="NOBODY_SETS_THIS")), 8)
+    said = find_unreachable([], RolloutSection(sglang=SGLangSettings(api_key_env="NOBODY_SETS_THIS")), 8)
     assert "rank 8 on " in said and "NOBODY_SETS_THIS" in said
 
 
 def asking(url):
     """(a rank that asks the server at `url`, a function that samples, the completions so far)."""
-    settings = SGLangSection(health_timeout=0.3, retries=2)
+    settings = SGLangSettings(health_timeout=0.3, retries=2)
     made = Generation(SGLangAPI(3, False), [url], settings, 3, 0, 1, lambda *_: None, lambda seconds: None)
     made.versions, done = ["0"], []
 

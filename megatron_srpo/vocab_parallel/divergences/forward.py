@@ -1,0 +1,32 @@
+"""forward: KL(q‖p), so f = 1 - q/p."""
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from megatron_srpo.vocab_parallel.divergences import CpuBlock, Formula
+from megatron_srpo.vocab_parallel.divergences._product import times
+
+
+class ForwardKL(Formula):
+    mean_is_zero = True
+    has_cpu_form = True
+
+    @override
+    def terms(self, p: Tensor, q: Tensor, difference: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+        return times(q, difference), p - q
+
+    @override
+    def on_cpu(self, block: CpuBlock, alpha: float) -> None:
+        x, y = block.x, block.y
+        p = torch.exp(x, out=block.scratch[1]).mul_(block.scale)
+        torch.sum(y.sub_(x).add_(block.difference).mul_(block.q), 1, out=block.teacher_sum)
+        torch.sub(p, block.q, out=x)
+        y.copy_(p)
+
+    @override
+    def value(self, student_sum: Tensor, teacher_sum: Tensor, alpha: float) -> Tensor:
+        return teacher_sum
+
+
+FORMULA = ForwardKL()

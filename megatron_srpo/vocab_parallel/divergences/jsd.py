@@ -1,0 +1,45 @@
+"""jsd: (1-α) KL(p‖m) + α KL(q‖m) with m = (1-α)p + αq, so f = (1-α)(log p - log m)."""
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from megatron_srpo.vocab_parallel.divergences import CpuBlock, Formula
+from megatron_srpo.vocab_parallel.divergences._product import times
+from megatron_srpo.vocab_parallel.kernels.base import TINY
+
+
+class JensenShannon(Formula):
+    has_cpu_form = True
+
+    @override
+    def terms(self, p: Tensor, q: Tensor, difference: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+        # log m from the larger of the two: log m - log p = log(1 + α (q/p - 1)), which is exact near q = p
+        ratio = torch.expm1(-difference.abs())
+        from_p = torch.log1p(alpha * ratio)  # log m - log p where p is the larger
+        from_q = torch.log1p((1 - alpha) * ratio)  # log m - log q where q is the larger
+        p_over_m = torch.where(difference > 0, -difference - from_q, -from_p)  # log p - log m
+        q_over_m = torch.where(difference > 0, -from_q, difference - from_p)  # log q - log m
+        pf = (1 - alpha) * times(p, p_over_m)
+        return pf + alpha * times(q, q_over_m), pf
+
+    @override
+    def on_cpu(self, block: CpuBlock, alpha: float) -> None:
+        # log(p / m), not log p - log m: exactly 0 where p = q
+        x, q, (m, terms) = block.x, block.q, block.scratch
+        p = torch.exp(x, out=block.y).mul_(block.scale)
+        torch.lerp(p, q, alpha, out=m).add_(TINY)
+        torch.add(q, TINY, out=terms).div_(m).log_().mul_(q)
+        torch.sum(terms, 1, out=block.teacher_sum)
+        torch.add(p, TINY, out=x).div_(m).log_().mul_(p)
+
+    @override
+    def pf_weight(self, alpha: float) -> float:
+        return 1 - alpha
+
+    @override
+    def value(self, student_sum: Tensor, teacher_sum: Tensor, alpha: float) -> Tensor:
+        return (1 - alpha) * student_sum + alpha * teacher_sum
+
+
+FORMULA = JensenShannon()

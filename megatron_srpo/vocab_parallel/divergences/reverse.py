@@ -1,0 +1,30 @@
+"""reverse: KL(p‖q), so f = log p - log q."""
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from megatron_srpo.vocab_parallel.divergences import CpuBlock, Formula
+from megatron_srpo.vocab_parallel.divergences._product import times
+
+
+class ReverseKL(Formula):
+    has_cpu_form = True
+
+    @override
+    def terms(self, p: Tensor, q: Tensor, difference: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+        pf = times(p, -difference)
+        return pf, pf
+
+    @override
+    def on_cpu(self, block: CpuBlock, alpha: float) -> None:
+        p = torch.exp(block.x, out=block.scratch[1]).mul_(block.scale)
+        block.x.sub_(block.y).sub_(block.difference).mul_(p)
+        block.y.copy_(p)
+
+    @override
+    def value(self, student_sum: Tensor, teacher_sum: Tensor, alpha: float) -> Tensor:
+        return student_sum
+
+
+FORMULA = ReverseKL()
