@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 from megatron_srpo.config.base import ConfigError
+from megatron_srpo.distributed.files import write_text
 
 
 def print_report(lines: Iterable[str]) -> int:
@@ -17,3 +21,12 @@ def print_report(lines: Iterable[str]) -> int:
         print(f"error: {str(error).removeprefix('task.path: ')}", file=sys.stderr)
         return 2
     return 0
+
+
+def write_questions(rows: Iterable[dict[str, Any]], path: Path) -> None:
+    """Write rows for `read_questions`, whole or not at all; raise ConfigError if that fails."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None

@@ -20,13 +20,14 @@ import sys
 from pathlib import Path
 
 from _cli import DTYPES, add_dtype, run_tool
+from _folders import checkpoint_folder
 
 from megatron_srpo.checkpoint.weights import RunTensors, is_of_a_run
 from megatron_srpo.distributed.files import FileError
 from megatron_srpo.distributed.processes import Processes
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.weights.convert import to_hf
-from megatron_srpo.weights.sources import MegatronTensors, checkpoint_folder
+from megatron_srpo.weights.sources import MegatronTensors
 
 
 def main() -> int:

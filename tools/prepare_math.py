@@ -11,15 +11,51 @@ preparation.
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from _prepare import print_report
+from _prepare import print_report, write_questions
 
 from megatron_srpo.config.base import ConfigError
-from megatron_srpo.tasks.mathematics import published_row
-from megatron_srpo.tasks.questions import read_objects, write_questions
+from megatron_srpo.tasks.extract import last_boxed
+from megatron_srpo.tasks.questions import read_objects
+
+QUESTION_FIELDS = ("question", "problem", "prompt")
+ANSWER_FIELDS = ("final_answer", "answer", "expected_answer", "solution")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
+
+
+def published_row(row: dict[str, Any]) -> tuple[str, str]:
+    """Return (question, short answer) of a row as benchmarks publish it; ValueError names the field.
+
+    GSM8K's answer follows "####", Minerva's is the last \\boxed{} of its solution, OlympiadBench's a list.
+    """
+    texts = (row.get(field) for field in QUESTION_FIELDS)
+    question = next((text for text in texts if isinstance(text, str) and text.strip()), None)
+    if question is None:
+        raise ValueError(f"question: is missing; expected one of {', '.join(QUESTION_FIELDS)}")
+    field = next((field for field in ANSWER_FIELDS if row.get(field) not in (None, "", [])), None)
+    if field is None:
+        raise ValueError(f"answer: is missing; expected one of {', '.join(ANSWER_FIELDS)}")
+    answer = row[field]
+    if isinstance(answer, list):
+        if len(answer) != 1:
+            raise ValueError(f"{field}: expected one answer, not {len(answer)}")
+        answer = answer[0]
+    text = answer if isinstance(answer, str) else json.dumps(answer)
+    if "####" in text:
+        text = _THOUSANDS.sub("", text.rsplit("####", 1)[1].strip())
+    elif field == "solution" or "\\boxed" in text:
+        text = last_boxed(text)
+        if text is None:
+            raise ValueError(f"{field}: holds no \\boxed{{…}} answer")
+    if not text.strip():
+        raise ValueError(f"{field}: is empty")
+    return question, text.strip()
 
 
 def prepare(raw: Path, output: Path) -> Iterator[str]:

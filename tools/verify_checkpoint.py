@@ -15,6 +15,8 @@ from math import prod
 from pathlib import Path
 
 from _cli import run_tool
+from _compare import Difference, compare_tensors, difference, logits
+from _folders import architecture_folder, open_tensors
 
 from megatron_srpo.__main__ import quieten_libraries
 from megatron_srpo.checkpoint.weights import RunTensors, is_of_a_run
@@ -22,8 +24,7 @@ from megatron_srpo.distributed.byte_progress import ByteProgress
 from megatron_srpo.distributed.files import FileError
 from megatron_srpo.distributed.processes import Processes
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.weights.compare import Difference, compare_tensors, difference, logits
-from megatron_srpo.weights.sources import Tensors, architecture_folder, open_tensors
+from megatron_srpo.weights.sources import Tensors
 
 
 def tensors_are_equal(first: Tensors, second: Tensors, tolerance: float) -> bool:

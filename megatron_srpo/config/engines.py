@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -72,11 +71,6 @@ class ServerSettings(EngineSettings):
 def is_loopback(host: str) -> bool:
     """Return True if an address or host name means this machine alone."""
     return host in ("localhost", "::1") or host.startswith("127.")
-
-
-def host_of(url: str) -> str:
-    """Return the host of http://host:port."""
-    return re.split(r"//|[:/]", url)[2]
 
 
 def _discover() -> dict[str, type[EngineSettings]]:

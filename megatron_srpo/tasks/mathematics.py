@@ -1,6 +1,5 @@
 """Mathematics: GSM8K, AIME, HMMT, Minerva, OlympiadBench and other short answers, compared by math-verify."""
 
-import json
 import re
 from functools import lru_cache
 from typing import Any
@@ -10,8 +9,6 @@ from megatron_srpo.tasks.catalog import Verifier
 from megatron_srpo.tasks.extract import last_answer_block, last_boxed, verdict_of
 
 LONGEST_ANSWER = 1_000  # characters; a longer one is no short answer, and costs the parser minutes
-QUESTION_FIELDS = ("question", "problem", "prompt")
-ANSWER_FIELDS = ("final_answer", "answer", "expected_answer", "solution")
 _INTEGER = re.compile(r"[+-]?[0-9]{1,100}")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
 _SPACED_THOUSANDS = re.compile(r"(?<=\d)\\[,;: ](?=\d{3}(?!\d))")  # which math-verify adds up: 1\,234 = 235
@@ -21,35 +18,6 @@ _FULL_STOP = re.compile(r"(?<![.\\])(?<!\\right)\.$")
 
 def phrase(question: str) -> str:
     return f"{question}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
-
-
-def published_row(row: dict[str, Any]) -> tuple[str, str]:
-    """Return (question, short answer) of a row as benchmarks publish it; ValueError names the field.
-
-    GSM8K's answer follows "####", Minerva's is the last \\boxed{} of its solution, OlympiadBench's a list.
-    """
-    texts = (row.get(field) for field in QUESTION_FIELDS)
-    question = next((text for text in texts if isinstance(text, str) and text.strip()), None)
-    if question is None:
-        raise ValueError(f"question: is missing; expected one of {', '.join(QUESTION_FIELDS)}")
-    field = next((field for field in ANSWER_FIELDS if row.get(field) not in (None, "", [])), None)
-    if field is None:
-        raise ValueError(f"answer: is missing; expected one of {', '.join(ANSWER_FIELDS)}")
-    answer = row[field]
-    if isinstance(answer, list):
-        if len(answer) != 1:
-            raise ValueError(f"{field}: expected one answer, not {len(answer)}")
-        answer = answer[0]
-    text = answer if isinstance(answer, str) else json.dumps(answer)
-    if "####" in text:
-        text = _THOUSANDS.sub("", text.rsplit("####", 1)[1].strip())
-    elif field == "solution" or "\\boxed" in text:
-        text = last_boxed(text)
-        if text is None:
-            raise ValueError(f"{field}: holds no \\boxed{{…}} answer")
-    if not text.strip():
-        raise ValueError(f"{field}: is empty")
-    return question, text.strip()
 
 
 def final_answer(text: str) -> str | None:

@@ -7,7 +7,7 @@ A line has `answer` and either `messages` (chat, one user message last), `questi
 import json
 import random
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.task_section import TaskSource
 from megatron_srpo.data.records import Prompt
-from megatron_srpo.distributed.files import write_text
 
 SPLITS = ("train", "validation", "test")
 LONGEST_LINE = 16 << 20  # bytes; a longer line is no question
@@ -86,15 +85,6 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, row
     if not seen:
         raise ConfigError(f"task.path: {path}: is empty; expected one question a line (JSONL)")
-
-
-def write_questions(rows: Iterable[dict[str, Any]], path: Path) -> None:
-    """Write rows for `read_questions`, whole or not at all; raise ConfigError if that fails."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def _question(row: dict[str, Any], number: int, where: str, phrase: Callable[[str], str]) -> Question:

@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from prepare_math import published_row
 from tables import each_row
 
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.task_section import TaskSource
 from megatron_srpo.tasks import create_task
 from megatron_srpo.tasks.extract import last_answer_block, last_boxed
-from megatron_srpo.tasks.mathematics import final_answer, published_row, verify
+from megatron_srpo.tasks.mathematics import final_answer, verify
 from megatron_srpo.tasks.questions import read_questions
 
 ROOT = Path(__file__).parents[2]

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 from paper_cases import CHOICE_CASES
+from prepare_sciknoweval import Choice, read_domain, split
 from real_data import real_data
 from tables import each_row
 
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.tasks.questions import read_questions
-from megatron_srpo.tasks.sciknoweval import Choice, read_domain, split, verify, verify_strict
+from megatron_srpo.tasks.sciknoweval import verify, verify_strict
 
 ROOT = Path(__file__).parents[2]
 

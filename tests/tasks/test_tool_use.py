@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 from paper_cases import NESTED, NONE, ONE, OPTIONAL, SAME, TOOL_CASES, TWO, said
+from prepare_tool_use import read_toolalpaca
 from real_data import real_data
 from tables import each_row
 
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.tasks.questions import read_questions
-from megatron_srpo.tasks.tool_use import parse_calls, read_toolalpaca, verify, verify_strict
+from megatron_srpo.tasks.tool_use import parse_calls, verify, verify_strict
 
 ROOT = Path(__file__).parents[2]
 

@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 import torch
+from _compare import compare_tensors
 from _memory import peak_resident_bytes, reset_peak
 from _models import SHARED, SIZES, qwen3_config
 from _report import Row, add_ratios, cpu_name, make_parser, publish
@@ -29,7 +30,6 @@ from _report import Row, add_ratios, cpu_name, make_parser, publish
 from megatron_srpo.distributed.byte_progress import ByteProgress
 from megatron_srpo.distributed.processes import Processes
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.weights.compare import compare_tensors
 from megatron_srpo.weights.convert import to_hf, to_megatron
 from megatron_srpo.weights.hf_output import SHARD_BYTES, plan_shards, write_companions
 from megatron_srpo.weights.safetensors_file import Writer

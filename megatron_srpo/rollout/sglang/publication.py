@@ -28,7 +28,7 @@ from torch import Tensor, uint8
 from torch.distributed import distributed_c10d
 from torch.multiprocessing import reductions
 
-from megatron_srpo.config.rollout_section import is_loopback
+from megatron_srpo.config.engines import is_loopback
 from megatron_srpo.distributed.heartbeat import beat
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.servers.http import ServerFailed

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import override
 
-from megatron_srpo.config.engines import ServerSettings, host_of, is_loopback
+from megatron_srpo.config.engines import ServerSettings, is_loopback
 
 if TYPE_CHECKING:
     from megatron_srpo.config.rollout_section import RolloutSection
@@ -63,7 +64,7 @@ class SGLangSettings(ServerSettings):
 
     @override
     def check(self, rollout: RolloutSection) -> None:
-        elsewhere = [url for url in rollout.urls if not is_loopback(host_of(url))]
+        elsewhere = [url for url in rollout.urls if not is_loopback(re.split(r"//|[:/]", url)[2])]
         if self.update == "tensor" and elsewhere:
             raise ValueError(
                 "rollout.sglang.update: tensor shares memory, but rollout.urls names other machines"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def names() -> tuple[str, ...]:
     """Return the names of all divergences."""
-    return tuple(module.name for module in pkgutil.iter_modules(__path__) if module.name[0] != "_")
+    return tuple(module.name for module in pkgutil.iter_modules(__path__))
 
 
 @cache

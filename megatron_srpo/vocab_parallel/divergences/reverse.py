@@ -5,7 +5,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from megatron_srpo.vocab_parallel.divergences import CpuBlock, Formula
-from megatron_srpo.vocab_parallel.divergences._product import times
+from megatron_srpo.vocab_parallel.kernels.base import times
 
 
 class ReverseKL(Formula):

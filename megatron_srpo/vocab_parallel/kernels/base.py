@@ -2,10 +2,16 @@
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 FLOOR = -1e30  # replaces logits of -inf: a probability of exactly 0, without NaN
 TINY = 1e-37  # for logarithms of 0 and of 0/0, where the factor before them is 0
+
+
+def times(probability: Tensor, log: Tensor) -> Tensor:
+    """Multiply with 0 · inf = 0: an id of probability 0 adds nothing."""
+    return torch.where(probability == 0, torch.zeros_like(log), probability * log)
 
 
 class Statistics(NamedTuple):

@@ -6,14 +6,15 @@ import shutil
 
 import pytest
 import torch
+from _compare import LOGIT_TOKENS, difference, logits
+from _folders import open_tensors
 from safetensors.torch import load_file, save_file
 from test_convert import there, tool
 from tiny import make_model, save_folder
 from transformers import AutoModelForCausalLM
 
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.weights.compare import LOGIT_TOKENS, difference, logits
-from megatron_srpo.weights.sources import MegatronTensors, open_tensors
+from megatron_srpo.weights.sources import MegatronTensors
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
