@@ -21,4 +21,11 @@ export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 .venv/bin/python -m ruff format --check .
 .venv/bin/lint-imports --no-cache
 .venv/bin/pyright --threads 2
-exec .venv/bin/python -m pytest "$@"
+if [ $# -gt 0 ]; then
+    exec .venv/bin/python -m pytest "$@"
+fi
+# Two workers, each with files of its own; then tests/sglang, which shares its servers, in one process.
+status=0
+.venv/bin/python -m pytest -n 2 --dist loadfile --ignore tests/sglang || status=$?
+.venv/bin/python -m pytest tests/sglang || status=$?
+exit "$status"
