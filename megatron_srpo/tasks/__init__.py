@@ -59,7 +59,7 @@ def _question_file(source: TaskSource, seed: int) -> Task:
         known = ", ".join(verifier.rules)
         raise ConfigError(f"task.rule: {verifier.name} has no {source.rule} rule, only {known}")
     if verifier.requires is not None and importlib.util.find_spec(verifier.requires) is None:
-        needed = f"needs {verifier.requires}; pip install 'megatron_srpo[tasks]'"
+        needed = f"needs {verifier.requires.replace('_', '-')}; pip install 'megatron_srpo[tasks]'"
         raise ConfigError(f"task.verifier: {source.name} {needed}")
     return QuestionFile(source, seed, verifier.path(source.rule), verifier.phrase)
 

@@ -39,8 +39,8 @@ def test_one_file_adds_a_divergence(hellinger, support, top_k):
     loss = fused_objective(
         Logits(student),
         targets,
-        VocabShard(0, WIDTH, WIDTH),
         lambda rows, tile: tile.divergence.sum(),
+        VocabShard(0, WIDTH, WIDTH),
         teacher=Logits(teacher),
         divergence=Divergence("hellinger", support=support, top_k=top_k),
     )[0]

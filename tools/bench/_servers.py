@@ -13,6 +13,7 @@ from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.engines import create_engine
 from megatron_srpo.rollout.sglang.engine import SGLangEngine
+from megatron_srpo.rollout.sglang.settings import SGLangSettings
 
 START = QUICKSTART / "start"
 LARGE_MODEL = ("--mem-fraction-static=0.8", "--max-total-tokens=2048")  # room for its weights on a CPU
@@ -47,7 +48,7 @@ def start_servers(options: argparse.Namespace, model: HFFolder, run: Path, *over
     ]
     config = load_config(file, settings)
     if model.path != START:
-        arguments = [*config.rollout.sglang.arguments, *LARGE_MODEL]
+        arguments = [*config.rollout.section(SGLangSettings).arguments, *LARGE_MODEL]
         config = load_config(file, [*settings, f"rollout.sglang.arguments={json.dumps(arguments)}"])
     engine = create_engine(config, model, Layout(), lambda text: None)
     assert isinstance(engine, SGLangEngine)

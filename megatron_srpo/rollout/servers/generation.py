@@ -220,7 +220,7 @@ class _Batch:
                 break
         if self.stopped:
             return (done or EMPTY)._replace(finish_reason="abort")
-        times = f"{1 + self.settings.retries} times ({self.settings.key}.retries)"
+        times = f"{1 + self.settings.retries} times (rollout.{self.settings.name}.retries)"
         raise EngineFailed(f"a request failed {times}, the last time at {url}: {failure}")
 
     async def _free_target(self) -> Target | None:
@@ -289,7 +289,9 @@ class _Batch:
             await asyncio.wait({task}, timeout=self.settings.request_timeout)
             if not task.done():
                 seconds = self.settings.request_timeout
-                raise _AttemptFailed(f"no answer in {seconds:g} s ({self.settings.key}.request_timeout)")
+                raise _AttemptFailed(
+                    f"no answer in {seconds:g} s (rollout.{self.settings.name}.request_timeout)"
+                )
             if task.cancelled():
                 raise _AttemptFailed(target.quarantined)
             return task.result()
