@@ -40,7 +40,7 @@ class _RolloutSection(Section):
     max_prompt_tokens: int = Field(default=2048, gt=0, description="limit of a prompt in tokens")
     max_response_tokens: int = Field(default=8192, gt=0, description="limit of a response in tokens")
     enable_thinking: bool = Field(default=False, description="passed to the chat template")
-    batch_size: int = Field(default=256, gt=0, description="sequences the in-process engine samples at once")
+    batch_size: int = Field(default=256, gt=0, description="sequences transformers samples at once")
     over_sampling: float = Field(
         default=1.0, ge=1, description="over-sampling factor; partial rollouts continue in the next step"
     )
