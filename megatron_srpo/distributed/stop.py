@@ -38,10 +38,10 @@ class StopRequest:
     def reason(self) -> str | None:
         """Return the reason to stop now, or None; the same on every rank. One small all-reduce."""
         late = self.layout.rank == 0 and self._deadline is not None and time.monotonic() >= self._deadline
-        asked = torch.tensor(_CLOCK if late else self._received, device=self.layout.device)
+        request = torch.tensor(_CLOCK if late else self._received, device=self.layout.device)
         if self.layout.world_size > 1:
-            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        if (number := int(asked)) == 0:
+            dist.all_reduce(request, op=dist.ReduceOp.MAX)
+        if (number := int(request)) == 0:
             return None
         if number == _CLOCK:
             return "checkpoint.exit_duration_in_mins has passed"

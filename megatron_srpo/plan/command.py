@@ -127,13 +127,13 @@ def _best(
 ) -> list:
     fitting, impossible, too_large = layouts(architecture, config, machine, gpus, workload)
     undivided = f"{impossible} layouts that do not divide the model or the GPUs"
-    said = f"left out: {undivided}, {too_large} that do not fit"
+    summary = f"left out: {undivided}, {too_large} that do not fit"
     if not fitting:
-        return [f"[bold red]no layout of {gpus} GPUs fits[/]; {said}"]
+        return [f"[bold red]no layout of {gpus} GPUs fits[/]; {summary}"]
     table = Table("fastest layouts that fit", "seconds", "GB")
     for one in fitting[:SHOWN]:
         table.add_row(_describe(one.config, gpus), f"{one.step:.2f}", f"{one.bytes / 1e9:.1f}")
-    return [table, said]
+    return [table, summary]
 
 
 def _scale_table(rows: list[Scaled], workload: Workload) -> Table:

@@ -177,19 +177,19 @@ def _more_prompts(config: Config, factor: int) -> Config:
 
 def where_it_stops(rows: list[Scaled]) -> list[str]:
     """Say where doubling gains less than 1.4 times, or a growing batch's step takes 1.4 times as long."""
-    said = []
+    lines = []
     strong = [(row.gpus, row.strong) for row in rows if row.strong is not None]
     for (fewer, before), (more, after) in itertools.pairwise(strong):
         if (gain := before.step / after.step) < 1.4:
-            said.append(f"same batch: {more} GPUs are {gain:.2f} times as fast as {fewer}; {_most_of(after)}")
+            lines.append(f"same batch: {more} GPUs are {gain:.2f} times as fast as {fewer}; {_most_of(after)}")
             break
     growing = [row.weak for row in rows if row.weak is not None]
     for plan in growing:
         if (slower := plan.step / growing[0].step) > 1.4:
             step = f"on {plan.gpus} GPUs a step takes {slower:.2f} times as long as on {growing[0].gpus}"
-            said.append(f"growing batch: {step}; {_what_grew(growing[0], plan)}")
+            lines.append(f"growing batch: {step}; {_what_grew(growing[0], plan)}")
             break
-    return said or ["no limit in this range"]
+    return lines or ["no limit in this range"]
 
 
 _WHY = {
@@ -210,4 +210,4 @@ def _most_of(plan: Plan) -> str:
 def _what_grew(before: Plan, after: Plan) -> str:
     grown = {part: seconds - before.seconds.get(part, 0.0) for part, seconds in after.seconds.items()}
     part = max(grown, key=grown.__getitem__)
-    return f"{grown[part]:.1f} s more go to {part}: {_WHY.get(part, 'it grows with the ranks')}"
+    return f"{grown[part]:.1f} s more in {part}: {_WHY.get(part, 'it grows with the ranks')}"

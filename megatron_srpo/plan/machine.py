@@ -37,7 +37,7 @@ class Machine(NamedTuple):
         return self.name != "cpu"
 
     def bandwidth(self, ranks: int, abreast: int = 1) -> float:
-        """Return a rank's bytes/s in a group of `ranks`; across nodes, `abreast` groups share the adapters."""
+        """Return a rank's bytes/s in a group of `ranks`; across nodes, `abreast` groups share adapters."""
         if ranks <= self.gpus_per_node:
             return self.node_bandwidth
         return min(self.node_bandwidth, self.network_bandwidth * max(1, self.gpus_per_node // abreast))
@@ -75,7 +75,7 @@ class Workload(NamedTuple):
         return self.prompt_tokens + self.response_tokens
 
     def teacher_document(self, config: Config) -> int:
-        """Return the teacher's tokens of a sample; its prompt adds a sibling's response and some 40 tokens."""
+        """Return the teacher's tokens of a sample; its prompt adds a sibling's response and 40 tokens."""
         return min(config.teacher.max_prompt_tokens, self.document + 40) + self.response_tokens
 
 

@@ -81,9 +81,8 @@ def traffic(
 ) -> dict[str, Transfer]:
     """Return the transfers of a rank of the fullest stage, by purpose.
 
-    A ring over n ranks sends (n - 1)/n of the bytes that are gathered or scattered, and twice that in an
-    all-reduce (Patarasuk & Yuan 2009). t: tokens that pass the rank forward, shared with its tensor-parallel
-    ranks.
+    A ring over n ranks sends (n - 1)/n of the gathered or scattered bytes, twice that in an all-reduce
+    (Patarasuk & Yuan 2009). t: tokens that pass the rank forward, shared with its tensor-parallel ranks.
 
     tensor: two all-reduces of [t, H] per layer, forward and backward (Shoeybi et al., arXiv 1909.08053; the
     same bytes with sequence parallelism, and two more gathers backward, arXiv 2205.05198). experts: dispatch

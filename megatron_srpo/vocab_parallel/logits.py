@@ -97,7 +97,7 @@ class Projection(NamedTuple):
     def gradients(self, needed: tuple[bool, ...], weight_grad: Tensor | None = None) -> ProjectionGradient:
         """Create the accumulator of dHidden and dWeight.
 
-        `needed` says for each of the two whether it is computed; for `weight_grad` see `fused_objective`.
+        `needed` is (for dHidden, for dWeight); for `weight_grad` see `fused_objective`.
         """
         return ProjectionGradient(self, needed, weight_grad)
 

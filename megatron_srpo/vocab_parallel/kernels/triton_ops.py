@@ -47,7 +47,7 @@ class TritonTileOps:
         return sums
 
     def gradient(self, terms: GradTerms, maximum: Tensor, total: Tensor) -> Tensor:
-        """Return the gradient in a buffer of its own, in the model's dtype."""
+        """Return the gradient in a separate buffer, in the model's dtype."""
         student, teacher = self.tiles[0], self.tiles[-1]
         gradient = self.gradient_buffer[: len(student)]
         columns, target_grad, p_scale, pf_scale, plogp_scale = terms
