@@ -181,7 +181,9 @@ def where_it_stops(rows: list[Scaled]) -> list[str]:
     strong = [(row.gpus, row.strong) for row in rows if row.strong is not None]
     for (fewer, before), (more, after) in itertools.pairwise(strong):
         if (gain := before.step / after.step) < 1.4:
-            lines.append(f"same batch: {more} GPUs are {gain:.2f} times as fast as {fewer}; {_most_of(after)}")
+            lines.append(
+                f"same batch: {more} GPUs are {gain:.2f} times as fast as {fewer}; {_most_of(after)}"
+            )
             break
     growing = [row.weak for row in rows if row.weak is not None]
     for plan in growing:
