@@ -38,9 +38,9 @@ def _ratio(logprob: Tensor, old_logprob: Tensor) -> Tensor:
 
 
 def policy_term(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, algorithm: Algorithm) -> Tensor:
-    """Return ℓ^GRPO = -min(w A, clip(w, 1 - ε_low, 1 + ε_high) A) with w = π_θ/π_old, [T].
+    """Return -min(w A, clip(w, 1 - ε_low, 1 + ε_high) A) with w = π_θ/π_old, [T].
 
-    With dual clip c, the loss of a token with A < 0 is at most -c·A.
+    With dual clip c, the loss of a token with A < 0 is at most -c·A (docs/method.md, section 1).
     """
     ratio = _ratio(logprob, old_logprob)
     clipped = ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high)
@@ -53,11 +53,13 @@ def policy_term(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, algorit
 def routed_objective(
     logprob: Tensor, divergence: Tensor | None, terms: TokenTerms, algorithm: Algorithm
 ) -> Tensor:
-    """Return Σ_t policy_weight · ρ · ℓ^GRPO + distillation_weight · ρ · min(sg[π_θ/π_old], cap) · ℓ^SDPO.
+    """Return the weighted sum of both losses over the tokens, a scalar (docs/method.md, section 3).
+
+        Σ_t policy_weight · ρ · policy_term + distillation_weight · ρ · min(sg[π_θ/π_old], cap) · divergence
 
     Args:
         logprob: [T] log π_θ(y_t) of the sampled tokens, with gradient.
-        divergence: [T] ℓ^SDPO between student and teacher, with gradient; None if no token is distilled.
+        divergence: [T] between student and teacher, with gradient; None if no token is distilled.
         terms: Advantages, weights and earlier log-probs of the same T tokens, without gradient.
         algorithm: Supplies the clip limits and the cap of ρ and of π_θ/π_old.
     """

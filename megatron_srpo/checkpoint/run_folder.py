@@ -31,7 +31,7 @@ def check_run_folder(config: Config, architecture: Architecture) -> None:
     if config.resume.mode == "never":
         raise ConfigError(f"{what}; name another folder, or set resume: auto to resume it")
     if _was_only_sampled(directory):
-        advice = "name another folder (and train on its samples by rollout.replay)"
+        advice = "name another folder (and train on its samples with rollout.replay)"
         raise ConfigError(f"{what} of the sample command; {advice}")
     steps = folders.steps(directory / "checkpoints")
     if not steps and ("hf" in held or not config.checkpoint.save_interval):

@@ -14,6 +14,7 @@ complete. No gradient flows to a teacher.
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from megatron_srpo.vocab_parallel.divergence import Divergence, Support
 from megatron_srpo.vocab_parallel.fused import PassInputs, TiledPass
@@ -92,6 +93,7 @@ def _compute(name: str, inputs: PassInputs) -> Tensor:
 
 class _PerToken(torch.autograd.Function):
     @staticmethod
+    @override
     def forward(ctx, name: str, inputs: PassInputs, *student: Tensor):
         ctx.name, ctx.inputs, ctx.source = name, inputs._replace(student=None), type(inputs.student)
         targets = [] if inputs.targets is None else [inputs.targets]
@@ -100,6 +102,7 @@ class _PerToken(torch.autograd.Function):
         return _compute(name, inputs)
 
     @staticmethod
+    @override
     def backward(ctx, values_grad: Tensor):
         if torch.is_grad_enabled():
             raise RuntimeError("vocab_parallel: second derivatives (create_graph) are not implemented")

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from megatron_srpo.vocab_parallel.divergence import Divergence
 from megatron_srpo.vocab_parallel.kernels.base import Statistics, StatisticsGrad
@@ -274,6 +275,7 @@ def _tile_tokens(memory: int | None, width: int, like: Tensor) -> int:
 
 class _FusedObjective(torch.autograd.Function):
     @staticmethod
+    @override
     def forward(ctx, tiled_pass: TiledPass, objective: Objective, weight_grad: Tensor | None, *student):
         source, needed = tiled_pass.inputs.student, ctx.needs_input_grad[3:]
         assert not isinstance(source, InterpolatedLogits)
@@ -296,6 +298,7 @@ class _FusedObjective(torch.autograd.Function):
         return loss, *statistics
 
     @staticmethod
+    @override
     def backward(ctx, loss_grad: Tensor, *_):
         gradients, ctx.gradients = ctx.gradients, None  # sole owner: scaled in place, without a second [V, H]
         if gradients is None:

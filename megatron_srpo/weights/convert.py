@@ -133,7 +133,7 @@ def _check_dtypes(parts: Sequence[CheckpointSlice], dtypes: dict[str, torch.dtyp
         for name in part.names:
             dtype, first = seen.setdefault(part.key, (dtypes[name], name))
             if dtypes[name] != dtype:
-                hint = f"both belong to {part.key}: choose one by --dtype float32 or bfloat16"
+                hint = f"both belong to {part.key}: choose one with --dtype float32 or bfloat16"
                 raise FileError(f"{name} is {dtypes[name]} but {first} is {dtype}, and {hint}")
 
 
