@@ -246,7 +246,7 @@ class LoggingSection(Section):
         default="online", description="offline: kept in RUN/wandb, for `wandb sync`"
     )
     profile_steps: tuple[int, int] | None = Field(
-        default=None, description="[first, last] step to trace with torch's profiler, into RUN/profile"
+        default=None, description="first and last step to trace with torch's profiler, into RUN/profile"
     )
     profile_ranks: tuple[int, ...] = Field(default=(0,), description="ranks that are profiled")
     tokens_every: int = Field(
