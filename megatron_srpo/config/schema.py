@@ -119,8 +119,8 @@ class TeacherSection(Section):
     )
     feedback: Literal["off", "without_solution", "always"] = Field(
         default="off",
-        description="show a failed sample's environment feedback to its teacher: never; only if no sibling is"
-        " correct; or always. Feedback from your data is shown unchanged, so it may reveal the answer",
+        description="show a failed sample's environment feedback to its teacher; without_solution: only if no"
+        " sibling is correct; always: also next to a solution. It is shown unchanged and may hold the answer",
     )
 
 
@@ -143,7 +143,7 @@ class TrainSection(Section):
     """Length, seed and memory limits of the training."""
 
     steps: int = Field(gt=0, description="training steps, each with one rollout batch")
-    seed: int = Field(default=1, ge=0, description="decides the prompts' order and all random draws")
+    seed: int = Field(default=1, ge=0, description="seed of prompts, sampling and routing")
     micro_batch_tokens: int = Field(
         default=20480,
         gt=0,
