@@ -116,7 +116,6 @@ class _Finder(importlib.abc.MetaPathFinder):
     def __init__(self):
         self.torch = _torch_view()
 
-    @override
     def find_spec(self, name, path, target=None):
         if not name.startswith("megatron.core"):
             return None
