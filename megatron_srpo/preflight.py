@@ -1,4 +1,4 @@
-"""Everything that can be found wrong before processes meet or weights are read."""
+"""Checks of the configuration before processes communicate or weights are read."""
 
 from collections.abc import Mapping
 
@@ -19,9 +19,17 @@ from megatron_srpo.tasks import Task, evaluation_tasks, question_count, training
 
 @naming_key("model.hf_path")
 def preflight(config: Config, trains: bool = True) -> HFFolder:
-    """Check the configuration against the model folder, the processes and the disk; returns the folder.
+    """Check the configuration against the model folder, the processes and the disk.
 
-    trains: False if the weights stay as they are. Raises ConfigError.
+    Args:
+        config: The run's configuration.
+        trains: False if the weights will not change.
+
+    Returns:
+        The model folder, validated.
+
+    Raises:
+        ConfigError: The configuration cannot be run.
     """
     check_trackers(config)
     folder = HFFolder(config.model.hf_path)
@@ -30,9 +38,7 @@ def preflight(config: Config, trains: bool = True) -> HFFolder:
     uses_transformer_engine(config.model)
     transformer_config(folder.architecture, config.model, config.parallel, config.megatron)
     folder.validate()
-    for task in training_tasks(
-        config
-    ).values():  # of a finite task all prompts, each of which is in the first epoch
+    for task in training_tasks(config).values():  # a finite task: all prompts, which the first epoch contains
         _check_prompts(config, folder, task, "train", task.size("train") or config.rollout.prompts_per_step)
     if config.evaluation.every > 0 and config.rollout.replay is None:
         check_evaluation(config, folder, evaluation_tasks(config))
@@ -51,7 +57,7 @@ def preflight(config: Config, trains: bool = True) -> HFFolder:
 
 
 def describe_setup(config: Config, folder: HFFolder, layout: Layout) -> list[str]:
-    """Return what the terminal says of the run: device, dtype and layers; a warning about long sequences."""
+    """Return lines for the terminal: device, dtype and layers; a warning if sequences may be too long."""
     layers = "local layers, torch SDPA attention"
     if uses_transformer_engine(config.model):
         layers = "Transformer Engine"
@@ -63,15 +69,12 @@ def describe_setup(config: Config, folder: HFFolder, layout: Layout) -> list[str
     positions = folder.architecture.max_position_embeddings
     if longest > positions:
         keys = "rollout.max_*_tokens, teacher.max_prompt_tokens"
-        lines.append(f"sequences may reach {longest} tokens ({keys}); the model was made for {positions}")
+        lines.append(f"sequences may reach {longest} tokens ({keys}), but the model supports {positions}")
     return lines
 
 
 def check_evaluation(config: Config, folder: HFFolder, tasks: Mapping[str, Task]) -> None:
-    """Check that the questions of evaluation.splits fit rollout.max_prompt_tokens, and have ids of their own.
-
-    Raises ConfigError.
-    """
+    """Raise ConfigError if questions of evaluation.splits exceed rollout.max_prompt_tokens or share an id."""
     for task in tasks.values():
         for split in config.evaluation.splits:
             _check_prompts(config, folder, task, split, question_count(task, split, config.evaluation))

@@ -1,5 +1,7 @@
-"""The driver of the sample command: rollouts of a start model or a checkpoint, verified, routed and dumped
-as a training run's, without training. `report` and `inspect` show them; `rollout.replay` trains on them.
+"""The driver of the sample command: sample, verify, route and dump rollouts without training.
+
+The rollouts are dumped as in a training run: `report` and `inspect` show them, `rollout.replay` trains on
+them.
 """
 
 import os
@@ -24,16 +26,16 @@ from megatron_srpo.rollout.source import open_rollouts
 
 
 def sample(config: Config) -> Path:
-    """Sample and dump train.steps batches by model.hf_path, or by the run evaluation.checkpoint.
+    """Sample and dump train.steps batches with the weights of model.hf_path, or of evaluation.checkpoint.
 
     Returns:
         The run folder.
 
     Raises:
-        ConfigError: What a training run would refuse, and the keys that only make sense with training.
+        ConfigError: The configuration is invalid for a training run, or has keys that only apply to training.
     """
     if config.rollout.replay is not None:
-        raise ConfigError("rollout.replay: the sample command samples; leave it out (train replays)")
+        raise ConfigError("rollout.replay: the sample command does not replay; remove it (train replays)")
     if config.rollout.async_steps:
         raise ConfigError(
             "rollout.async_steps: 1 overlaps sampling with training; the sample command does not train: set 0"
@@ -51,7 +53,7 @@ def _sample_steps(config: Config, folder: HFFolder, layout: Layout, terminal: Te
     directory, is_first = config.logging.dir, layout.rank == 0
     if is_first:
         save_config(config, directory / "config.yaml")
-    # The weights stay, so no sample gets stale; nothing is resumed, so the ledger keeps no samples.
+    # The weights do not change, so no sample gets stale; nothing is resumed, so the ledger keeps no samples.
     stays = {"rollout": config.rollout.model_copy(update={"max_staleness": config.train.steps})}
     config = config.model_copy(
         update={**stays, "checkpoint": config.checkpoint.model_copy(update={"save_interval": 0})}

@@ -25,16 +25,16 @@ from megatron_srpo.weights.transfer import save_hf
 
 
 def train(config: Config) -> Path:
-    """Train on this process's share of the work, from the start or the newest checkpoint. All ranks together.
+    """Train on all ranks together, from the start or from the newest checkpoint of the run folder.
 
     Returns:
         The run folder (logging.dir).
 
     Raises:
-        ConfigError: the configuration cannot be run.
-        TrainingStopped: training cannot continue.
-        TrainingInterrupted: a signal or the time limit ended the run early.
-        SaveFailed: the last checkpoint could not be written.
+        ConfigError: The configuration cannot be run.
+        TrainingStopped: Training cannot continue.
+        TrainingInterrupted: A signal or the time limit ended the run early.
+        SaveFailed: The last checkpoint could not be written.
     """
     folder = preflight(config)
     title = f"{config.algorithm.name} · {folder.path.name}"
@@ -80,7 +80,7 @@ class Training:
         try:
             try:
                 self._loop()
-            except TrainingStopped as error:  # raised on every rank; what was learned before is exported
+            except TrainingStopped as error:  # raised on every rank; the policy so far is exported
                 stopped = error
             finally:
                 self.rollouts.close()
@@ -105,14 +105,14 @@ class Training:
             PROGRESS.step = step
             with self.profiler(step):
                 self.step(step)
-            reason = self.stop.reason()  # all ranks ask after the same step
+            reason = self.stop.reason()  # a collective after every step
             evaluation = self._evaluate(step) if reason is None else None
             self.checkpoints.save(step, *saved, evaluation, is_ending=reason is not None)
             if reason is not None and self._is_unfinished(step):
                 self.checkpoints.interrupt(step, reason)
 
     def step(self, step: int) -> None:
-        """Sample, route, score, update and publish once. Raises TrainingStopped."""
+        """Run one training step: sample, route, score, update, publish. Raises TrainingStopped."""
         rollouts, trainer, watch = self.rollouts, self.trainer, self.watch
         with watch("rollout"):
             groups = rollouts.collect(step)
@@ -135,13 +135,13 @@ class Training:
             self.rollouts.publish(self.trainer.export(), step)
 
     def _evaluate(self, step: int) -> dict | None:
-        """Evaluate the policy after `step` if that is due; return the row of metrics.jsonl."""
+        """Evaluate the policy after `step` if that is due, and return the row of metrics.jsonl."""
         if self.evaluator is None or not self.evaluator.is_due(step):
             return None
         self.terminal.phase("evaluate")
         return self.reporter.evaluation(step, self.evaluator(self.reporter.evaluations))
 
     def _is_unfinished(self, step: int) -> bool:
-        """Return True if a resumed run has something to do after `step`: steps, or the last evaluation."""
+        """Return True if a resumed run has work left after `step`: steps, or the last evaluation."""
         evaluates = self.evaluator is not None and self.config.checkpoint.save_interval > 0
         return step < self.config.train.steps or evaluates

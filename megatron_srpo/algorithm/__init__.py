@@ -1,4 +1,4 @@
-"""The mathematics of the papers: pure functions on small arrays. No processes, devices or shards here."""
+"""The mathematics of the papers: pure functions on small arrays, without processes, devices or shards."""
 
 import functools
 import operator

@@ -1,4 +1,4 @@
-"""Per-token loss terms and entropy weights (docs/method.md, sections 1–3): plain torch on [T] vectors."""
+"""Per-token loss terms and entropy weights (docs/method.md, sections 1–3), in plain torch on [T] vectors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_srpo.algorithm.settings import Algorithm
 
 
 class TokenTerms(NamedTuple):
-    """The objective's inputs for T policy tokens, each [T]; weights are divided by the loss's denominator."""
+    """Inputs of the objective for T policy tokens, [T] each; the weights include the loss's 1/denominator."""
 
     advantage: Tensor
     policy_weight: Tensor  # z^GRPO
@@ -20,6 +20,7 @@ class TokenTerms(NamedTuple):
     old_logprob: Tensor | None  # log π_old; None if the policy has not changed since sampling
 
     def rows(self, rows: slice | Tensor) -> TokenTerms:
+        """Return the terms of some of the tokens, given by a slice or by indices."""
         old = None if self.old_logprob is None else self.old_logprob[rows]
         return TokenTerms(*(field[rows] for field in self[:4]), old_logprob=old)
 
@@ -32,12 +33,15 @@ def truncated_importance(old_logprob: Tensor, engine_logprob: Tensor, cap: float
 
 
 def _ratio(logprob: Tensor, old_logprob: Tensor) -> Tensor:
-    """Return π_θ/π_old, [T], within e^±20: beyond, fp32 overflows, and weight 0 times infinity is NaN."""
+    """Return π_θ/π_old, [T], limited to e^±20: fp32 would overflow, and weight 0 times infinity is NaN."""
     return (logprob - old_logprob).clamp(-20.0, 20.0).exp()
 
 
 def policy_term(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, algorithm: Algorithm) -> Tensor:
-    """Return -min(w A, clip(w, 1 - ε_low, 1 + ε_high) A), w = π_θ/π_old, [T]; where A < 0, at most -c·A."""
+    """Return -min(w A, clip(w, 1 - ε_low, 1 + ε_high) A) with w = π_θ/π_old, [T].
+
+    With dual clip c, the loss of a token with A < 0 is at most -c·A (docs/method.md, section 1).
+    """
     ratio = _ratio(logprob, old_logprob)
     clipped = ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high)
     loss = -torch.minimum(ratio * advantage, clipped * advantage)
@@ -49,11 +53,15 @@ def policy_term(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, algorit
 def routed_objective(
     logprob: Tensor, divergence: Tensor | None, terms: TokenTerms, algorithm: Algorithm
 ) -> Tensor:
-    """Return Σ_t policy_weight · ρ · ℓ^GRPO + distillation_weight · ρ · min(sg[π_θ/π_old], cap) · ℓ^SDPO.
+    """Return the weighted sum of both losses over the tokens, a scalar (docs/method.md, section 3).
+
+        Σ_t policy_weight · ρ · policy_term + distillation_weight · ρ · min(sg[π_θ/π_old], cap) · divergence
 
     Args:
         logprob: [T] log π_θ(y_t) of the sampled tokens, with gradient.
         divergence: [T] between student and teacher, with gradient; None if no token is distilled.
+        terms: Advantages, weights and earlier log-probs of the same T tokens, without gradient.
+        algorithm: Supplies the clip limits and the cap of ρ and of π_θ/π_old.
     """
     old = logprob.detach() if terms.old_logprob is None else terms.old_logprob
     importance = truncated_importance(old, terms.engine_logprob, algorithm.importance_cap)
@@ -74,11 +82,11 @@ def entropy_weights(
     Args:
         teacher_entropy: [D] over the full vocabulary, in nats.
         beta: Sharpness; 0 gives weight 1 everywhere.
-        mean: Of exp(-beta · entropy) over Ω, every distilled token of the optimizer batch on all ranks.
+        mean: Mean of exp(-beta · entropy) over Ω, all distilled tokens of the optimizer batch on all ranks.
         cap: Upper bound of the weights, applied last.
 
     Returns:
-        [D] float64 (in fp32 all would be 0 from beta · entropy = 104), detached; their mean over Ω is 1.
+        [D] float64, detached, with mean 1 over Ω. In fp32 they would underflow from beta · entropy = 104.
     """
     weights = torch.exp(-beta * teacher_entropy.detach().double()) / mean
     return weights if cap is None else weights.clamp(max=cap)

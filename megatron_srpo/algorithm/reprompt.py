@@ -14,30 +14,30 @@ Message = dict[str, str]
 
 
 class TeacherPrompt(NamedTuple):
-    """The teacher's prompt; `ids` is None without a demonstration or feedback, or if neither fits."""
+    """The teacher's prompt; `ids` is None if there is no demonstration or feedback, or if neither fits."""
 
     ids: list[int] | None
-    shows_solution: bool  # some of the demonstration is in it
-    demonstration_cut: bool  # not all of it is
+    shows_solution: bool  # it contains at least the beginning of the demonstration
+    demonstration_cut: bool  # the demonstration was shortened or left out
 
 
 NOTHING_SHOWN = TeacherPrompt(None, False, False)
 
 
 def clean_demonstration(text: str) -> str:
-    """Return a sibling's decoded response without its thinking, nor what precedes or follows a lone tag."""
+    """Remove the thinking from a sibling's decoded response, an unopened or unclosed block included."""
     text = _THINK.sub("", text)
     text = text.rsplit("</think>", 1)[-1]  # the chat template may have opened the block in the prompt
-    return text.split("<think>", 1)[0].strip()  # the response may have been cut inside it
+    return text.split("<think>", 1)[0].strip()  # the response may end inside the block
 
 
 def teacher_messages(
     messages: Sequence[Message], demonstration: str, feedback: str | None = None
 ) -> list[Message]:
-    """Return the system messages, and one user message: question, solution, feedback, final sentence.
+    """Return the system messages and one user message: question, solution, feedback, final sentence.
 
     Raises:
-        ValueError: the prompt does not end with a user message or has assistant turns.
+        ValueError: If the prompt does not end with a user message, or has assistant turns.
     """
     *system, user = messages
     roles = [message["role"] for message in messages]
@@ -58,9 +58,9 @@ def build_teacher_prompt(
     max_tokens: int,
     feedback: str | None = None,
 ) -> TeacherPrompt:
-    """Return the longest teacher prompt of at most `max_tokens` tokens; only the demonstration is cut.
+    """Build the longest teacher prompt of at most `max_tokens` tokens; only the demonstration is shortened.
 
-    `encode` renders chat messages to ids with the generation header.
+    `encode` renders chat messages to token ids, generation header included.
     """
 
     def ids_for(characters: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Group advantages and sample routing: what each sample learns (docs/method.md, sections 1 and 3)."""
+"""Group advantages and sample routing: which loss each sample gets (docs/method.md, sections 1 and 3)."""
 
 import random
 import statistics
@@ -16,8 +16,8 @@ ShowTeacher = Callable[[Sample, Sample | None], TeacherPrompt]
 
 
 def group_advantages(rewards: Sequence[float], divide_by_std: bool = False) -> list[float]:
-    """Return A_i = r_i - mean(r) of one prompt's rewards; optionally / (std + 1e-6), ddof 1."""
-    mean = statistics.mean(rewards)  # exact: equal rewards have advantage 0, also if they are neither 0 nor 1
+    """Return A_i = r_i - mean(r) of one prompt's rewards, optionally divided by std + 1e-6 (ddof 1)."""
+    mean = statistics.mean(rewards)  # exact: equal rewards have advantage 0, whatever their value
     centred = [reward - mean for reward in rewards]
     if not divide_by_std:
         return centred
@@ -26,13 +26,13 @@ def group_advantages(rewards: Sequence[float], divide_by_std: bool = False) -> l
 
 
 def choose_sibling(correct: Sequence[bool], index: int, seed: str) -> int | None:
-    """Choose a correct rollout other than `index`, uniformly by `seed`; None if there is none."""
+    """Return the index of a correct rollout other than `index`, drawn uniformly with `seed`, or None."""
     others = [other for other, is_correct in enumerate(correct) if is_correct and other != index]
     return random.Random(seed).choice(others) if others else None
 
 
 def has_signal(group: Group, algorithm: Algorithm, feedback: Feedback = "off") -> bool:
-    """Return True if a sample of the group has a non-zero advantage that is trained, or a teacher."""
+    """Return True if the group yields a gradient: a distilled sample, or a trained non-zero advantage."""
     verdicts = [sample.judged for sample in group if not sample.judged.excluded]
     differ = len({verdict.reward for verdict in verdicts}) > 1
     right = sum(verdict.correct for verdict in verdicts)
@@ -55,12 +55,18 @@ def route_groups(
 ) -> list[Group]:
     """Give each sample its advantage, branch weights and, if it is distilled, its teacher's prompt.
 
-    An excluded sample takes no part: neither in its group's mean nor as a sibling, and it learns nothing.
+    Excluded samples do not count in their group's mean, are never shown as a sibling, and get weight 0.
 
     Args:
-        encode: Renders chat messages to ids (see `build_teacher_prompt`).
-        seed: Names run and step, and so decides which sibling is shown: a replay routes exactly alike.
-        feedback: When a teacher sees a failed sample's feedback; `without_solution`: if no sibling is right.
+        groups: The verified samples of each prompt.
+        algorithm: Defines the branch weights.
+        encode: Renders chat messages to token ids (see `build_teacher_prompt`).
+        max_teacher_prompt_tokens: Limit of a teacher's prompt, in tokens.
+        seed: Names run and step. It decides which sibling is shown, so that a replay routes identically.
+        feedback: When a teacher sees a failed sample's feedback; without_solution: if no sibling is correct.
+
+    Returns:
+        Copies of the samples with `route` set, in the same groups and order.
     """
 
     def teacher_prompt(sample: Sample, sibling: Sample | None) -> TeacherPrompt:

@@ -1,4 +1,4 @@
-"""Settings that all training methods share; a method is a subclass in a module of `methods/`."""
+"""Settings shared by all training methods; a method is a subclass in a module of `methods/`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ else:
 
 
 class Algorithm(BaseModel):
-    """Settings of a training method. A subclass sets its paper's defaults and says which loss a sample gets.
+    """Settings of a training method. A subclass sets its paper's defaults and defines `branch_weights`.
 
     A field declared again in a subclass loses the limits set here: repeat them in its type (PositiveFloat).
     """
@@ -23,12 +23,12 @@ class Algorithm(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     registered: ClassVar[dict[str, type[Algorithm]]] = {}  # subclasses with a Literal `name`
     uses_teacher: ClassVar[bool] = True
-    expected_distilled_share: ClassVar[float] = 1.0  # of the response tokens, for `srpo plan`
+    expected_distilled_share: ClassVar[float] = 1.0  # share of the response tokens, for `srpo plan`
 
     name: str
-    lr: float = Field(gt=0, description="the paper's learning rate, used when optimizer.lr is not given")
+    lr: float = Field(gt=0, description="the paper's learning rate, used when optimizer.lr is null")
     mini_batch_prompts: int | None = Field(
-        default=None, gt=0, description="prompts per optimizer step; null: all"
+        default=None, gt=0, description="prompts per optimizer step; null: the entire batch"
     )
 
     advantage_std: bool = Field(
@@ -37,33 +37,37 @@ class Algorithm(BaseModel):
     clip_low: float = Field(
         default=0.2, ge=0, lt=1, description="ratio clipped to [1 - clip_low, 1 + clip_high]"
     )
-    clip_high: float = Field(default=0.28, ge=0)
+    clip_high: float = Field(default=0.28, ge=0, description="see clip_low")
     dual_clip: float | None = Field(
-        default=3.0, gt=1, description="c: the loss of A < 0 is at most -c·A; null: off"
+        default=3.0, gt=1, description="c: the loss of a token with A < 0 is at most -c·A; null: off"
     )
     importance_cap: float | None = Field(
         default=2.0,
         gt=0,
-        description="cap of π_old/π_roll (TIS) and of π_θ/π_old in the distillation; null: off",
+        description="cap of π_old/π_roll (TIS) and, in the distillation loss, of π_θ/π_old; null: off",
     )
     loss_aggregation: Literal["token_mean", "seq_mean"] = Field(
         default="token_mean",
-        description="one denominator for all tokens; seq_mean averages per-sequence means",
+        description="token_mean: one denominator for all tokens; seq_mean: mean of per-sequence means",
     )
 
     divergence: _DivergenceName = Field(
-        default="jsd", description="student p, teacher q; jsd: of α; forward: KL(q‖p); reverse: KL(p‖q)"
+        default="jsd",
+        description="between student p and teacher q; jsd: Jensen–Shannon with divergence_alpha;"
+        " forward: KL(q‖p); reverse: KL(p‖q)",
     )
     divergence_alpha: float = Field(default=0.5, gt=0, lt=1, description="α of jsd: m = (1-α)p + αq")
     divergence_support: Literal["full", "student_topk", "teacher_topk", "sampled"] = Field(
         default="full",
-        description="full: exact; student_topk, teacher_topk: the likeliest K ids of one side and one tail"
-        " bucket; sampled: the response's own token (divergence: reverse)",
+        description="full: exact; student_topk, teacher_topk: one side's top K ids and one tail bucket"
+        " for the rest; sampled: only the response's token (needs divergence: reverse)",
     )
     divergence_topk: int = Field(default=100, gt=0, description="K of student_topk and teacher_topk")
-    entropy_beta: float = Field(default=0.0, ge=0, description="β of w = exp(-β H) / mean; 0: no weighting")
+    entropy_beta: float = Field(
+        default=0.0, ge=0, description="β of the token weight w = exp(-β H) / mean; 0: no weighting"
+    )
     entropy_weight_cap: float | None = Field(
-        default=None, gt=0, description="upper bound of normalised w, optional"
+        default=None, gt=0, description="upper bound of the normalised w; null: none"
     )
 
     @classmethod
@@ -84,7 +88,7 @@ class Algorithm(BaseModel):
         """Return (z^GRPO, z^SDPO), the weights of one sample's two losses.
 
         Args:
-            correct: c_i, the sample's reward is at least 0.5.
-            has_teacher: m_i, another correct rollout of the same prompt exists and its demonstration fits.
+            correct: c_i: the sample's reward is at least 0.5.
+            has_teacher: m_i: a correct sibling's solution (or feedback) fits into a teacher's prompt.
         """
         raise NotImplementedError

@@ -1,1 +1,1 @@
-"""Saving a run's exact state during training; finding, checking and restoring it on any layout."""
+"""Checkpoints: save a run's exact state during training; find, check and restore it on any layout."""

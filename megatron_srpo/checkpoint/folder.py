@@ -1,12 +1,12 @@
-"""The folder of a run's checkpoints: valid ones, the newest one, and those that may be removed.
+"""The folder of a run's checkpoints: read, check, commit and discard them.
 
     RUN/checkpoints/step_000010/__0_0.distcp …   each rank's tensors, in megatron-core's format torch_dist
                                 .metadata, common.pt, metadata.json   the same format's
                                 manifest.json    step, configuration, versions, counters, and every file's
                                                  size and checksum
-                    latest                       the newest one's name
+                    latest                       the name of the newest one
 
-A checkpoint is written in `.step_000010.…`, synced, and renamed when it is complete.
+A checkpoint is written to `.step_000010.…`, synced, and renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ _NAME = re.compile(r"step_(\d{6,})")
 
 
 class SavedFile(BaseModel, extra="forbid"):
+    """Size and checksum of a file."""
+
     bytes: int
     crc32: int
 
@@ -50,6 +52,7 @@ class RunInfo(BaseModel, extra="forbid"):
 
     @classmethod
     def of(cls, config: Config, architecture: Architecture, layout: Layout) -> RunInfo:
+        """Describe this process's run."""
         return cls(
             architecture=dataclasses.asdict(architecture),
             dtype=str(model_dtype(config.model)).removeprefix("torch."),
@@ -60,29 +63,30 @@ class RunInfo(BaseModel, extra="forbid"):
 
 
 class Counters(NamedTuple):
-    """State of a run besides the trainer's."""
+    """State of a run in addition to the trainer's."""
 
-    skipped_in_a_row: int = 0  # updates since the last finite one
+    skipped_in_a_row: int = 0  # skipped updates since the last applied one
     next_prompt: int = 0  # position in the training prompts
 
 
 class Manifest(RunInfo):
-    """Content of manifest.json."""
+    """The content of manifest.json."""
 
     format: int
     step: int
     session: str
     state: dict[str, int]  # the trainer's scalars and `Counters`
-    evaluation: dict[str, Any] | None  # the row of metrics.jsonl of one at this step
+    evaluation: dict[str, Any] | None  # the row of metrics.jsonl, if this step was evaluated
     files: dict[str, SavedFile]
 
     @property
     def counters(self) -> Counters:
+        """The run's counters, from `state`."""
         return Counters(self.state["skipped_in_a_row"], self.state["next_prompt"])
 
 
 class DamagedCheckpoint(FileError):
-    """A checkpoint that cannot be used; the message names the file and what is wrong with it."""
+    """A checkpoint that cannot be used; the message names the file and the problem."""
 
 
 def package_versions() -> dict[str, str]:
@@ -112,13 +116,14 @@ def read_manifest(folder: Path) -> Manifest:
         raise DamagedCheckpoint(f"{file}: is damaged: {error.errors()[0]['msg']}") from None
     if manifest.format != FORMAT:
         found = f"{file}: has format {manifest.format}, and this version reads format {FORMAT}"
-        advice = "resume with the version that saved it, which that file names, or start a new run from the"
-        advice += " Hugging Face folder that its convert_megatron_to_hf.py makes"
+        advice = "resume with the version that saved it (see that file), or start a new run from the"
+        advice += " Hugging Face folder that its convert_megatron_to_hf.py writes"
         raise DamagedCheckpoint(f"{found}; {advice}")
     return manifest
 
 
 def describe(file: Path) -> SavedFile:
+    """Return the file's size and CRC-32."""
     size, crc32 = 0, 0
     with file.open("rb") as content:
         while block := content.read(_READ_BYTES):
@@ -127,7 +132,7 @@ def describe(file: Path) -> SavedFile:
 
 
 def check_files(folder: Path, manifest: Manifest, share: slice = slice(None)) -> None:
-    """Compare sizes and checksums of a share of the files with the manifest. Raises DamagedCheckpoint."""
+    """Compare sizes and checksums of a slice of the files with the manifest. Raises DamagedCheckpoint."""
     for name, expected in sorted(manifest.files.items())[share]:
         file = folder / name
         try:
@@ -141,11 +146,11 @@ def check_files(folder: Path, manifest: Manifest, share: slice = slice(None)) ->
 
 
 def commit(partial: Path, manifest: Manifest, directory: Path) -> Path:
-    """Give the checkpoint written in `partial` its name, point `latest` at it, discard later ones."""
+    """Rename the complete checkpoint in `partial`, point `latest` to it, and discard later ones."""
     write_text(partial / "manifest.json", manifest.model_dump_json(indent=1))
     sync(partial)
     final = folder_of(directory, manifest.step)
-    if final.exists():  # one that was damaged
+    if final.exists():  # a damaged one
         discard(final)
     partial.rename(final)
     sync(directory)
@@ -157,7 +162,7 @@ def commit(partial: Path, manifest: Manifest, directory: Path) -> Path:
 
 
 def discard(folder: Path) -> None:
-    """Remove a checkpoint; half-removed, it no longer looks like one."""
+    """Remove a checkpoint. It is renamed first, so that a partly removed one is not taken for valid."""
     doomed = folder.with_name(f".{folder.name}.removed")
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
@@ -165,14 +170,14 @@ def discard(folder: Path) -> None:
 
 
 def tidy(directory: Path) -> None:
-    """Remove what killed saves and removals left."""
+    """Remove the remains of interrupted saves and removals."""
     for entry in directory.iterdir() if directory.is_dir() else ():
         if entry.name.startswith(".step_"):
             shutil.rmtree(entry)
 
 
 def retain(directory: Path, keep_last: int, keep_best: int) -> list[int]:
-    """Discard all but the newest `keep_last` and the `keep_best` by evaluation; return the steps kept."""
+    """Discard all but the newest `keep_last` and the best `keep_best` checkpoints; return the kept steps."""
     saved = steps(directory)
     scores = {step: score for step in saved if (score := _score(folder_of(directory, step))) is not None}
     best = sorted(scores, key=lambda step: (-scores[step], -step))[:keep_best]
@@ -195,7 +200,7 @@ def _score(folder: Path) -> float | None:
 def newest_valid(
     directory: Path, check: Callable[[Path, Manifest], str | None], say: Callable[[str], None]
 ) -> tuple[Path, Manifest] | None:
-    """Return the newest checkpoint that `check` finds nothing wrong with; say which ones are skipped."""
+    """Return the newest checkpoint in which `check` finds no problem, or None; report skipped ones."""
     for step in steps(directory):
         folder = folder_of(directory, step)
         try:

@@ -1,4 +1,4 @@
-"""Finding the checkpoint that a run resumes from, and restoring its state."""
+"""Find the checkpoint that a run resumes from, and restore its state."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,9 +23,12 @@ class Checkpoint(NamedTuple):
 
 
 def find(config: Config, layout: Layout, say: Callable[[str], None]) -> Checkpoint | None:
-    """Return the newest checkpoint of the run with intact files, if there is one; ranks share the reading.
+    """Return the run's newest checkpoint with intact files, or None if it has none. A collective.
 
-    `say` reports the checkpoints that are skipped. Raises ConfigError when all are.
+    The ranks share the files to check; `say` reports skipped checkpoints.
+
+    Raises:
+        ConfigError: If there are checkpoints, but all are damaged.
     """
 
     def check(folder: Path, manifest: Manifest) -> str | None:
@@ -47,9 +50,9 @@ def find(config: Config, layout: Layout, say: Callable[[str], None]) -> Checkpoi
 
 
 class Resumed(NamedTuple):
-    """The state that a run continues from."""
+    """The state from which a run continues."""
 
-    step: int = 0  # the last one done
+    step: int = 0  # the last completed step
     is_evaluated: bool = False
     counters: Counters = Counters()
 
@@ -57,7 +60,7 @@ class Resumed(NamedTuple):
 def restore(
     checkpoint: Checkpoint | None, trainer: Trainer, layout: Layout, say: Callable[[str], None]
 ) -> Resumed:
-    """Restore the trainer from `checkpoint`, if any, and random states where as many ranks saved them."""
+    """Restore the trainer from `checkpoint`, if any, and random states if the world size is the same."""
     if checkpoint is None:
         return Resumed()
     manifest = checkpoint.manifest

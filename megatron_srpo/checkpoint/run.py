@@ -1,4 +1,4 @@
-"""The checkpoints of one run: restored at its start, saved while it trains, and before it ends early."""
+"""The checkpoints of one run: restored at its start, saved during training and before an early exit."""
 
 from typing import Any
 
@@ -16,16 +16,16 @@ from megatron_srpo.training.trainer import Trainer
 
 
 class TrainingInterrupted(RuntimeError):
-    """The run was asked to end and has saved itself; the same command resumes it."""
+    """The run was interrupted and has saved a checkpoint; the same command resumes it."""
 
 
 class RunCheckpoints:
-    """Restores and saves trainer, rollouts and reporter. All ranks call its methods together."""
+    """Checkpoints of trainer, rollouts and reporter. All ranks call its methods together."""
 
     def __init__(
         self, config: Config, folder: HFFolder, layout: Layout, terminal: Terminal, watch: Stopwatch
     ):
-        """Find the newest valid checkpoint of the run; skipped ones are reported."""
+        """Find the newest valid checkpoint of the run, and report skipped ones."""
         self._settings, self._last_step = config.checkpoint, config.train.steps
         self._layout, self._terminal, self._watch = layout, terminal, watch
         self._found = resume.find(config, layout, lambda text: terminal.say(text, "bold red"))
@@ -34,10 +34,11 @@ class RunCheckpoints:
 
     @property
     def is_resumed(self) -> bool:
+        """True if the run continues from a checkpoint."""
         return self._found is not None
 
     def restore(self, trainer: Trainer, rollouts: Rollouts, reporter: Reporter) -> tuple[int, bool]:
-        """Restore the checkpoint, if there is one. Returns its step (else 0), and whether it is evaluated."""
+        """Restore the checkpoint, if any; return its step (else 0), and True if that was evaluated."""
         restored = resume.restore(self._found, trainer, self._layout, self._terminal.say)
         step, is_evaluated, counters = restored
         reporter.resume(step, is_evaluated, counters.skipped_in_a_row)
@@ -54,16 +55,16 @@ class RunCheckpoints:
         evaluation: dict[str, Any] | None,
         is_ending: bool,
     ) -> None:
-        """Begin a checkpoint if one is due after `step` or the run `is_ending`; report an earlier failure.
+        """Start a checkpoint if one is due after `step` or the run `is_ending`; report an earlier failure.
 
-        `evaluation`: the row of metrics.jsonl, if `step` was evaluated.
+        `evaluation` is the row of metrics.jsonl, if `step` was evaluated.
         """
         interval = self._settings.save_interval
         if interval and (step % interval == 0 or step == self._last_step or is_ending):
             with self._watch("checkpoint"):
                 counters = Counters(reporter.skipped_in_a_row, rollouts.next_prompt)
                 self._saver.save(step, trainer, counters, evaluation)
-        if problem := self._saver.news():  # the previous checkpoint stays
+        if problem := self._saver.news():  # the previous checkpoint is kept
             self._terminal.say(problem, "bold red")
 
     def interrupt(self, step: int, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""Checks that a run folder can take a run: it is empty, or holds this run, which can be resumed."""
+"""Check that a run folder is usable: it is empty, or contains this run, which can be resumed."""
 
 import dataclasses
 import os
@@ -18,7 +18,7 @@ _OF_A_RUN = ("metrics.jsonl", "rollouts", "checkpoints", "hf", "hf.partial")
 
 
 def check_run_folder(config: Config, architecture: Architecture) -> None:
-    """Raise ConfigError when logging.dir holds another run, or one that cannot be resumed."""
+    """Raise ConfigError if logging.dir contains another run, or one that cannot be resumed."""
     directory = config.logging.dir
     check_writable(directory)
     place = f"logging.dir: {directory.resolve()}"
@@ -31,7 +31,7 @@ def check_run_folder(config: Config, architecture: Architecture) -> None:
     if config.resume.mode == "never":
         raise ConfigError(f"{what}; name another folder, or set resume: auto to resume it")
     if _was_only_sampled(directory):
-        advice = "name another folder (and train on its samples by rollout.replay)"
+        advice = "name another folder (and train on its samples with rollout.replay)"
         raise ConfigError(f"{what} of the sample command; {advice}")
     steps = folders.steps(directory / "checkpoints")
     if not steps and ("hf" in held or not config.checkpoint.save_interval):
@@ -42,7 +42,7 @@ def check_run_folder(config: Config, architecture: Architecture) -> None:
 
 
 def check_writable(directory: Path) -> None:
-    """Raise ConfigError when the folder logging.dir can be neither made nor written to."""
+    """Raise ConfigError if the folder logging.dir cannot be created or written to."""
     above = directory.absolute()
     place = next(path for path in (above, *above.parents) if os.path.lexists(path))
     if not place.is_dir():
@@ -52,7 +52,7 @@ def check_writable(directory: Path) -> None:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Return {dotted key: (old value, new value)} of all that differs; tuples and lists are alike."""
+    """Return {dotted key: (old value, new value)} for all differences; tuples equal lists."""
     found: dict[str, tuple[Any, Any]] = {}
     for key in dict.fromkeys([*old, *new]):
         one, other = old.get(key), new.get(key)
@@ -68,14 +68,14 @@ def _as_list(value: Any) -> Any:
 
 
 def _was_only_sampled(directory: Path) -> bool:
-    """Return True if the folder's steps were sampled and not trained."""
+    """Return True if the folder's steps were sampled but not trained."""
     file = directory / "metrics.jsonl"
     rows = file.read_bytes() if file.is_file() else b""
     return b'"pass_rate":' in rows and b'"loss":' not in rows
 
 
 def _check_configuration(config: Config, what: str) -> None:
-    """Compare with the configuration that the run was last started with; resume.override may differ."""
+    """Compare with the configuration of the run's last start; keys of resume.override may differ."""
     file = config.logging.dir / "config.yaml"
     try:
         before = yaml.safe_load(file.read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
-"""Saving in the background: a thread of each rank writes its file, the first rank's completes the checkpoint.
+"""Save in the background: a thread of each rank writes its file, the first rank's completes the checkpoint.
 
-Ranks do not communicate: each leaves a note beside its file, the first rank waits for all notes. So all ranks
-must see the folder.
+Ranks do not communicate: each writes a note next to its file, and the first rank waits for all notes. So all
+ranks must share the folder.
 """
 
 import json
@@ -32,12 +32,12 @@ _NOTE = "rank_{:05d}.note"
 
 
 class SaveFailed(RuntimeError):
-    """The last checkpoint could not be written; the one before is still there."""
+    """The last checkpoint could not be written; the previous one is intact."""
 
 
 @dataclass(eq=False)
 class Saver:
-    """Writes checkpoints into `directory`, one at a time."""
+    """Writer of checkpoints to `directory`, one at a time."""
 
     directory: Path
     settings: CheckpointSection
@@ -48,22 +48,22 @@ class Saver:
     def __post_init__(self) -> None:
         if self.layout.rank == 0:
             folders.tidy(self.directory)
-        # No other process uses this name: what another one left behind is never taken for ours.
+        # The name is unique, so that files of an earlier process are never taken for this one's.
         self.session = self.layout.broadcast(f"{time.time_ns():x}")
         folder = self.directory.parent
         if not folder.is_dir():
-            problem = f"was made by the first rank, but rank {self.layout.rank} does not see it"
+            problem = f"was created by the first rank, but rank {self.layout.rank} cannot see it"
             raise ConfigError(f"logging.dir: {folder} {problem}; all ranks need the same folder")
         self._thread: threading.Thread | None = None
-        self._problem: str | None = None  # of the last checkpoint
+        self._problem: str | None = None  # the last checkpoint's failure
         self._unreported: str | None = None
 
     def save(
         self, step: int, trainer: Trainer, counters: Counters, evaluation: dict[str, Any] | None
     ) -> None:
-        """Begin a checkpoint of the state after `step`, when the previous one is written. All ranks together.
+        """Wait for the previous checkpoint, then start one of the state after `step`. All ranks together.
 
-        `news` and `finish` report errors. `evaluation`: the row of metrics.jsonl, if `step` was evaluated.
+        `news` and `finish` report errors. `evaluation` is the row of metrics.jsonl, if `step` was evaluated.
         """
         manifest = Manifest(
             **self.info.model_dump(),
@@ -85,12 +85,12 @@ class Saver:
             self._join()
 
     def news(self) -> str | None:
-        """Return the failure since the last call, if there is one."""
+        """Return the failure since the last call, or None."""
         problem, self._unreported = self._unreported, None
         return problem
 
     def finish(self) -> None:
-        """Wait for the last checkpoint. Raises SaveFailed when it could not be written."""
+        """Wait for the last checkpoint. Raises SaveFailed if it could not be written."""
         self._join()
         if self._problem is not None:
             raise SaveFailed(self._problem)
@@ -101,7 +101,7 @@ class Saver:
             self._thread = None
 
     def _write(self, partial: Path, slices: Sequence[TensorSlice], manifest: Manifest) -> None:
-        """Write this rank's file and a note for the first rank, which then makes the checkpoint."""
+        """Write this rank's file and a note for the first rank, which then completes the checkpoint."""
         self._problem, rank = None, self.layout.rank
         try:
             partial.mkdir(parents=True, exist_ok=True)
@@ -109,20 +109,20 @@ class Saver:
                 note = {"file": write_slices(partial, rank, slices).to_json()}
             except Exception as error:  # a full disk, a quota: the first rank reports it
                 for file in partial.glob(f"__{rank}_0.distcp"):
-                    file.unlink()  # makes room for the note
+                    file.unlink()  # frees space for the note
                 note = {"error": f"rank {rank}: {error}"}
             write_text(partial / _NOTE.format(rank), json.dumps(note))
             if rank == 0:
                 self._finish(partial, manifest)
-        except Exception as error:  # the first rank's own, or a rank that cannot even leave a note
+        except Exception as error:  # on the first rank, or on a rank that cannot even write a note
             self._problem = f"the checkpoint of step {manifest.step} could not be written: {error}"
             self._unreported = self._problem
 
     def _finish(self, partial: Path, manifest: Manifest) -> None:
-        """Wait for all ranks' notes, then commit the checkpoint and discard old ones; on the first rank."""
+        """Wait for all ranks' notes, commit the checkpoint and discard old ones; only on the first rank."""
         notes = [_await_note(partial / _NOTE.format(rank)) for rank in range(self.layout.world_size)]
         if problems := [note["error"] for note in notes if "error" in note]:
-            shutil.rmtree(partial)  # what was written takes space, and is of no use
+            shutil.rmtree(partial)  # an incomplete checkpoint only takes space
             raise OSError("; ".join(problems))
         files = [torch_dist.RankFile.from_json(note["file"]) for note in notes]
         architecture = architecture_from_dict(manifest.architecture)
@@ -137,7 +137,7 @@ class Saver:
 
 
 def write_slices(folder: Path, rank: int, slices: Iterable[TensorSlice]) -> torch_dist.RankFile:
-    """Write a rank's file to disk."""
+    """Write a rank's file, and return its description once it is on disk."""
     writer = torch_dist.Writer(folder, rank)
     for part in slices:
         beat()

@@ -1,7 +1,7 @@
-"""Places of a rank's shards of parameters in a checkpoint's tensors, of Megatron's names and shapes.
+"""Map a rank's parameter shards to slices of a checkpoint's tensors, which have Megatron's names and shapes.
 
-A distributed optimizer holds a range of a shard's flat elements: in the global tensor, a few rectangles. A
-rank writes the rectangles of what it holds; at any layout, a rank reads those that it needs.
+A distributed optimizer holds a range of a shard's flat elements: a few rectangles of the global tensor. A
+rank writes the rectangles that it holds; with any layout, a rank reads the rectangles that it needs.
 """
 
 import math
@@ -18,7 +18,7 @@ from megatron_srpo.weights.sources import CheckpointSlice
 from megatron_srpo.weights.torch_dist import Folder
 from megatron_srpo.weights.transfer import ParameterShard
 
-# What a checkpoint holds of every parameter → prefix of its keys. Optimizer states have Megatron's keys.
+# Kinds of values that a checkpoint stores per parameter → prefix of the keys (Megatron's for the optimizer).
 PREFIXES = {
     "policy": "",  # fp32 master weights
     "exp_avg": "optimizer.state.exp_avg.",
@@ -28,7 +28,7 @@ PREFIXES = {
 
 
 class TensorSlice(NamedTuple):
-    """A rectangle of the checkpoint's tensor `key`, as `torch_dist.Writer.write` takes it."""
+    """A rectangle of the checkpoint's tensor `key`, the arguments of `torch_dist.Writer.write`."""
 
     key: str
     tensor: Tensor
@@ -37,7 +37,7 @@ class TensorSlice(NamedTuple):
 
 
 class Rectangle(NamedTuple):
-    """Flat elements first … last - 1 of a shard: the part of `shape` at `start` of a checkpoint's tensor."""
+    """Flat elements first … last - 1 of a shard: the region of `shape` at `start` in the stored tensor."""
 
     first: int
     last: int
@@ -47,15 +47,15 @@ class Rectangle(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardLocation:
-    """A rank's shard of a parameter, and the parameter's place in the checkpoint."""
+    """A rank's shard of a parameter, and the parameter's location in the checkpoint."""
 
     place: CheckpointSlice
     shard: ParameterShard
-    shape: tuple[int, ...]  # the shard's, [n] or [rows, columns], as this rank's layout pads it
+    shape: tuple[int, ...]  # of the shard, [n] or [rows, columns], with this layout's padding
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
-        """Return the shape of the checkpoint's tensor, stacks included."""
+        """The shape of the checkpoint's tensor, with stacked dimensions."""
         whole = list(self.shape)
         if (dim := self.place.mapping.dim) is not None:
             whole[dim] *= self.shard.count
@@ -65,7 +65,7 @@ class ShardLocation:
         """Cut flat elements start … end - 1 of the shard into rectangles of the checkpoint's tensor."""
         rows, width = self.shape[0], math.prod(self.shape[1:])
         mapping, index, count = self.place.mapping, self.shard.index, self.shard.count
-        # Stacked matrices, such as gate over up, are sharded one by one.
+        # Stacked matrices, such as gate and up, are sharded one by one.
         block = rows // mapping.fusion.count if isinstance(mapping.fusion, Stacked) else rows
         while start < end:
             row, column = divmod(start, width)
@@ -85,13 +85,13 @@ class ShardLocation:
             start = last
 
     def cut(self, prefix: str, values: Tensor, start: int) -> Iterator[TensorSlice]:
-        """Yield copies on the CPU of flat `values`, the shard's elements from `start` on."""
+        """Yield CPU copies of flat `values`, the shard's elements from `start` on, as slices."""
         for part in self.rectangles(start, start + values.numel()):
             copy = values[part.first - start : part.last - start].detach().to("cpu", copy=True)
             yield TensorSlice(prefix + self.place.key, copy.view(part.shape), self.tensor_shape, part.start)
 
     def read(self, folder: Folder, prefix: str, start: int, end: int) -> Tensor:
-        """Read flat elements start … end - 1 of the shard, as saved. Raises FileError, DamagedCheckpoint."""
+        """Read flat elements start … end - 1 of the shard. Raises FileError or DamagedCheckpoint."""
         key = prefix + self.place.key
         if key not in folder.chunks:
             raise DamagedCheckpoint(f"{folder.path}: {key} is not in the checkpoint")
@@ -103,7 +103,7 @@ class ShardLocation:
             raise DamagedCheckpoint(f"{folder.path}: {key} has shape {list(saved)}, expected {list(wanted)}")
         values = torch.zeros(end - start, dtype=folder.dtype(key))
         for part in self.rectangles(start, end):
-            rows = min(part.shape[axis], saved[axis] - part.start[axis])  # fewer where less was padded
+            rows = min(part.shape[axis], saved[axis] - part.start[axis])  # fewer if saved with less padding
             if rows > 0:
                 shape = (*part.shape[:axis], rows, *part.shape[axis + 1 :])
                 found = folder.read_region(key, part.start, shape).reshape(-1)

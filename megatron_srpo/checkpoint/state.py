@@ -1,4 +1,4 @@
-"""The trainer's state, copied to a checkpoint's slices and restored from a checkpoint's folder."""
+"""Copy the trainer's state to slices of a checkpoint, and restore it from a checkpoint's folder."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -22,7 +22,7 @@ class _Parameter(NamedTuple):
 
 
 def snapshot(trainer: Trainer) -> list[TensorSlice]:
-    """Copy this rank's part of a checkpoint to the CPU; every element is in exactly one rank's part."""
+    """Copy this rank's part of a checkpoint to the CPU; every element belongs to exactly one rank's part."""
     slices: list[TensorSlice] = []
     teacher = trainer.teacher if trainer.teacher is not None and trainer.teacher.has_weights else None
     for position, (parameter, location) in enumerate(_parameters(trainer)):
@@ -41,14 +41,14 @@ def snapshot(trainer: Trainer) -> list[TensorSlice]:
 
 
 def scalars(trainer: Trainer) -> dict[str, int]:
-    """Return the trainer's counters, which are the same on every rank."""
+    """Return the trainer's counters, the same on every rank."""
     optimizer = trainer.optimizer
     return {"schedule_steps": optimizer.schedule.num_steps, "optimizer_updates": optimizer.updates}
 
 
 @torch.no_grad()
 def restore_trainer(trainer: Trainer, saved: Folder, state: dict[str, int]) -> None:
-    """Restore policy, optimizer, schedule and teacher at any layout. Raises FileError for what is missing."""
+    """Restore policy, optimizer, schedule and teacher on any layout. Raises FileError (DamagedCheckpoint)."""
     optimizer, teacher = trainer.optimizer, trainer.teacher
     optimizer.schedule.num_steps, optimizer.updates = state["schedule_steps"], state["optimizer_updates"]
     with trainer.onloaded(), trainer.update_state_onloaded():

@@ -1,9 +1,10 @@
-"""The policy or the teacher of a run, tensor by tensor in Hugging Face names (see `weights/sources.py`)."""
+"""The policy or the teacher of a run, tensor by tensor with Hugging Face names (see `weights/sources.py`)."""
 
 from pathlib import Path
 from typing import Literal
 
 import torch
+from typing_extensions import override
 
 from megatron_srpo.checkpoint import folder as folders
 from megatron_srpo.checkpoint.slices import PREFIXES
@@ -14,7 +15,7 @@ from megatron_srpo.weights.torch_dist import Folder
 
 
 def is_of_a_run(path: Path) -> bool:
-    """Return True for a run folder with checkpoints, and for one of its checkpoints."""
+    """Return True if `path` is a run folder with checkpoints, or a checkpoint of a run."""
     return (path / "manifest.json").exists() or bool(folders.steps(path / "checkpoints"))
 
 
@@ -27,9 +28,9 @@ def checkpoint_of(path: Path) -> Path:
 
 
 class RunTensors(MegatronTensors):
-    """The policy or the teacher of a run's checkpoint, which keeps them in fp32; `dtype` is the run's.
+    """The policy or the teacher of a run's checkpoint. They are stored in fp32; `dtype` is the run's dtype.
 
-    Raises FileError when the checkpoint is damaged, or the run's algorithm has no teacher of its own.
+    Raises FileError if the checkpoint is damaged, or if the run has no teacher in addition to the policy.
     """
 
     def __init__(self, path: Path, kind: Literal["policy", "teacher"]):
@@ -38,10 +39,11 @@ class RunTensors(MegatronTensors):
         folders.check_files(checkpoint, manifest)
         prefix = PREFIXES[kind]
         if not any(key.startswith(prefix) for key in Folder(checkpoint).chunks):
-            problem = "this run has none besides the policy (grpo, or teacher.kind: live)"
+            problem = "this run has none in addition to the policy (grpo, or teacher.kind: live)"
             raise FileError(f"{checkpoint}: holds no {kind}: {problem}")
         super().__init__(checkpoint, architecture_from_dict(manifest.architecture), prefix)
         self._run_dtype: torch.dtype = getattr(torch, manifest.dtype)
 
+    @override
     def dtype(self, name: str) -> torch.dtype:
         return self._run_dtype

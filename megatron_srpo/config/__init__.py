@@ -1,1 +1,1 @@
-"""The configuration: its schema, and loading it from YAML and the command line."""
+"""The configuration: its schema, and how it is loaded from YAML and the command line."""

@@ -1,8 +1,8 @@
-"""The rollout engines by name: their settings, and what planner and checks must know of each.
+"""The rollout engines by name: their settings, and the facts that planner and checks need about each.
 
-An engine is a folder of megatron_srpo/rollout with two modules: `settings`, a subclass of EngineSettings that
-registers itself by its `name`, and `engine` (see rollout/engines.py). The configuration's schema has the
-settings of all engines, so this module imports every `settings`; they import only from `config`.
+An engine is a folder of megatron_srpo/rollout with two modules: `settings`, with a subclass of EngineSettings
+that registers itself under its `name`, and `engine` (see rollout/engines.py). The configuration's schema
+contains the settings of all engines, so this module imports every `settings`; they import only from `config`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 class EngineSettings(Section):
-    """Settings of one engine: section `rollout.<name>`, which exists if there are fields.
+    """Settings of one engine: section `rollout.<name>`, which exists if the subclass has fields.
 
     Attributes:
         name: The value of rollout.engine.
-        summary: Half a sentence for the key's description.
+        summary: Short text for the description of rollout.engine.
         in_process: Every rank holds a copy of the model; otherwise rollout.urls or rollout.servers sample.
         starts_servers: The run can start servers (rollout.servers) and share their GPUs (rollout.colocated).
     """
@@ -43,33 +43,36 @@ class EngineSettings(Section):
 
     @property
     def gpus_per_server(self) -> int:
-        """GPUs of one server, for `srpo plan`."""
+        """Number of GPUs per server, for `srpo plan`."""
         return 1
 
     def check(self, rollout: RolloutSection) -> None:
-        """Raise ValueError ("rollout.key: problem") where the rollout section contradicts these settings."""
+        """Raise ValueError ("rollout.key: problem") if the rollout section contradicts these settings."""
 
 
 class ServerSettings(EngineSettings):
-    """How to request completions from servers. Numbers of requests are for all ranks together."""
+    """Settings for requesting completions from servers. Request counts are totals over all ranks."""
 
     api_key_env: str | None = Field(
         default=None, description="name of the environment variable that holds the servers' API key"
     )
-    concurrency: int = Field(default=512, gt=0, description="requests running at once")
-    retries: int = Field(default=4, ge=0, description="how often a failed request is retried")
-    request_timeout: float = Field(default=1800, gt=0, description="seconds until a request counts as failed")
-    health_timeout: float = Field(default=30, gt=0, description="seconds a server has for a health check")
+    concurrency: int = Field(default=512, gt=0, description="requests in flight, over all ranks")
+    retries: int = Field(default=4, ge=0, description="retries of a failed request")
+    request_timeout: float = Field(default=1800, gt=0, description="timeout of a request in seconds")
+    health_timeout: float = Field(default=30, gt=0, description="timeout of a health check in seconds")
     return_timeout: float = Field(
-        default=180, ge=0, description="seconds to wait for restarting servers, or for any to sample with"
+        default=180, ge=0, description="seconds to wait for restarting servers, or until any is available"
     )
     update_timeout: float = Field(
-        default=300, gt=0, description="seconds for a publication's call; below logging.watchdog_minutes"
+        default=300,
+        gt=0,
+        description="timeout in seconds of each call that publishes weights; keep it below"
+        " logging.watchdog_minutes",
     )
 
 
 def is_loopback(host: str) -> bool:
-    """Return True if an address or host name means this machine alone."""
+    """Return True if an address or host name refers only to this machine."""
     return host in ("localhost", "::1") or host.startswith("127.")
 
 

@@ -15,7 +15,7 @@ from megatron_srpo.config.task_section import TaskSource
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-6 as a number; YAML 1.1 makes text of it."""
+    """A YAML loader that reads 1e-6 as a number; YAML 1.1 reads it as text."""
 
 
 _Loader.add_implicit_resolver(
@@ -23,15 +23,16 @@ _Loader.add_implicit_resolver(
 )
 
 
-# Keys that overrides may call by their last name.
+# Keys that overrides may shorten to their last name.
 SHORT = {"hf_path": "model.hf_path", "checkpoint": "evaluation.checkpoint"}
 
 
 def load_config(path: Path, overrides: list[str]) -> Config:
-    """Load YAML file `path` and apply `section.key=value` overrides, whose values are YAML, too.
+    """Load YAML file `path` and apply `section.key=value` overrides, whose values are YAML as well.
 
     Raises:
-        ConfigError: Names every wrong key with its file and line (or override), and the nearest valid name.
+        ConfigError: If any key is invalid. Names each with its file and line (or override) and the nearest
+            valid name.
     """
     tree, places = _read_yaml(path)
     for override in overrides:
@@ -64,7 +65,7 @@ def load_config(path: Path, overrides: list[str]) -> Config:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write the configuration as run, every default spelled out."""
+    """Write the configuration as run, with every default."""
     path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
@@ -72,7 +73,7 @@ def _read_yaml(path: Path) -> tuple[dict, dict[str, str]]:
     """Return the file's tree and the place ("file:line") of every dotted key.
 
     Raises:
-        ConfigError: Bad YAML or a repeated key.
+        ConfigError: If the file is not valid YAML or repeats a key.
     """
     places: dict[str, str] = {}
 
@@ -110,7 +111,7 @@ def _explain(problem: ErrorDetails, path: Path, places: dict[str, str]) -> str:
     key = ".".join(location)
     message = problem["msg"].removeprefix("Value error, ")
     name, _, rest = message.partition(": ")
-    for named in (name, f"{key}.{name}"):  # a check of several keys names the one to change
+    for named in (name, f"{key}.{name}"):  # a validator of several keys names the one to change
         if named in places:
             key, message = named, rest
     place = next((places[nearest] for nearest in _and_above(key) if nearest in places), str(path))
@@ -129,12 +130,12 @@ def _explain(problem: ErrorDetails, path: Path, places: dict[str, str]) -> str:
 
 
 def _and_above(key: str) -> list[str]:
-    """Return a dotted key and the sections it is in, innermost first."""
+    """Return a dotted key and its sections, innermost first."""
     return [key, *(key[:end] for end in range(len(key) - 1, 0, -1) if key[end] == ".")]
 
 
 def _known_names(section: list[str], problem: ErrorDetails) -> list[str]:
-    """Return the keys of a section (its dotted name, split)."""
+    """Return the keys of a section, given by the parts of its dotted name."""
     if section[:1] == ["algorithm"]:
         return list(METHODS[str(problem["loc"][1])].model_fields)
     if section[:1] in (["task"], ["evaluation"]) and len(section) > 1:  # an entry of a list of tasks

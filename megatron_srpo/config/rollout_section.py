@@ -17,7 +17,7 @@ else:
 
 
 class _RolloutSection(Section):
-    """The keys of the section that all engines share."""
+    """The keys that all engines share."""
 
     engine: _EngineName = Field(
         default="transformers",
@@ -27,61 +27,63 @@ class _RolloutSection(Section):
         default=(), description="URLs of externally managed servers, [http://host:port, …]"
     )
     servers: int = Field(
-        default=0, ge=0, description="engine: sglang: servers the first rank starts and stops"
+        default=0, ge=0, description="number of servers the first rank starts and stops (engine: sglang)"
     )
     colocated: bool = Field(
-        default=False, description="engine: sglang: servers share the trainer's GPUs, and offload in training"
+        default=False,
+        description="servers share the trainer's GPUs and offload during training (engine: sglang)",
     )
-    prompts_per_step: int = Field(default=32, gt=0)
+    prompts_per_step: int = Field(default=32, gt=0, description="prompts in the batch of one training step")
     samples_per_prompt: int = Field(default=8, gt=0, description="G, the group size")
-    temperature: float = Field(default=1.0, gt=0)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    max_prompt_tokens: int = Field(default=2048, gt=0)
-    max_response_tokens: int = Field(default=8192, gt=0)
+    temperature: float = Field(default=1.0, gt=0, description="divides the logits, in the loss as well")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="nucleus sampling; 1: off")
+    max_prompt_tokens: int = Field(default=2048, gt=0, description="limit of a prompt in tokens")
+    max_response_tokens: int = Field(default=8192, gt=0, description="limit of a response in tokens")
     enable_thinking: bool = Field(default=False, description="passed to the chat template")
-    batch_size: int = Field(default=256, gt=0, description="sequences the embedded engine samples at once")
+    batch_size: int = Field(default=256, gt=0, description="sequences transformers samples at once")
     over_sampling: float = Field(
         default=1.0, ge=1, description="over-sampling factor; partial rollouts continue in the next step"
     )
     dynamic_filtering: bool = Field(
-        default=False, description="replace groups without signal (equal rewards and no teacher) by others"
+        default=False, description="replace groups without signal (equal rewards and no teacher) by new ones"
     )
     filter_rounds: int = Field(
         default=4, gt=0, description="rounds of sampling before groups without signal fill the batch"
     )
     max_staleness: int = Field(
-        default=1, ge=0, description="versions that a partial rollout may be older than the policy"
+        default=1, ge=0, description="weight versions by which a partial rollout may lag behind the policy"
     )
     async_steps: Literal[0, 1] = Field(
-        default=0, description="1: the next batch is sampled while one trains, by weights one version older"
+        default=0, description="1: sample the next batch during training, with weights one version older"
     )
     logprob_gap_warning: float = Field(
         default=0.05,
         gt=0,
-        description="mean |log π_trainer - log π_engine|, nats a token, that raises an alarm;"
-        " async_steps adds the policy's move",
+        description="mean |log π_trainer - log π_engine|, in nats per token, that raises an alarm;"
+        " with async_steps: 1 it includes one update of the policy",
     )
     logprob_gap_stop: float | None = Field(
-        default=0.5, gt=0, description="… and from which the run stops; null: never"
+        default=0.5, gt=0, description="the same gap at which the run stops; null: never"
     )
     replay: Path | None = Field(
-        default=None, description="train on this run's dumped rollouts (its folder or rollouts/), no engine"
+        default=None,
+        description="run folder (or its rollouts/) whose dumped rollouts are trained on, without an engine",
     )
 
     @property
     def engine_settings(self) -> EngineSettings:
-        """The section of the engine that rollout.engine names."""
+        """The section of the selected engine."""
         return self.section(ENGINES[self.engine])
 
     def section(self, engine: type[_Engine]) -> _Engine:
-        """Return the section of an engine, whether rollout.engine names it or not."""
+        """Return the section of an engine, selected or not."""
         return getattr(self, engine.name, None) or engine()
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_overlap(cls, given: Any) -> Any:
         if isinstance(given, dict) and "overlap" in given:
-            raise ValueError("rollout.overlap: is called rollout.async_steps now (0 or 1)")
+            raise ValueError("rollout.overlap: was renamed to rollout.async_steps (0 or 1)")
         return given
 
     @model_validator(mode="after")
@@ -106,7 +108,7 @@ class _RolloutSection(Section):
             if not re.fullmatch(r"https?://[^/?#]+/?", url):
                 raise ValueError(f"rollout.urls: {url!r}: expected http://host:port")
         if len({url.rstrip("/") for url in self.urls}) < len(self.urls):
-            raise ValueError("rollout.urls: a server is named twice")
+            raise ValueError("rollout.urls: a server is listed twice")
         if self.colocated and self.async_steps:
             raise ValueError(
                 "rollout.async_steps: 1 samples while training; rollout.colocated cannot do both"
@@ -119,6 +121,6 @@ def _refuse_key(key: str, engine: str, engines: list[str]) -> None:
 
 if TYPE_CHECKING:
     RolloutSection = _RolloutSection
-else:  # with a section of each engine that has settings
+else:  # with a section for each engine that has settings
     _sections = {name: (engine, engine()) for name, engine in ENGINE_SECTIONS.items()}
     RolloutSection = create_model("RolloutSection", __base__=_RolloutSection, **_sections)

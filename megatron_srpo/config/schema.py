@@ -1,4 +1,4 @@
-"""The run's configuration: one typed tree with every key's default and bounds, and rules between keys."""
+"""The run's configuration: a typed tree with every key's default and limits, and rules between keys."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,8 @@ from megatron_srpo.config.task_section import TaskSection, TaskSource
 
 
 class ModelSection(Section):
+    """The policy's architecture, initial weights and layer implementation."""
+
     hf_path: Path = Field(
         description="Hugging Face folder (config.json, safetensors, tokenizer); defines the architecture"
     )
@@ -21,7 +23,7 @@ class ModelSection(Section):
         default="auto", description="auto: bfloat16 on CUDA, float32 on CPU"
     )
     transformer_impl: Literal["auto", "local", "transformer_engine"] = Field(
-        default="auto", description="auto: transformer_engine where installed and on CUDA, else local"
+        default="auto", description="auto: transformer_engine if installed and on CUDA, else local"
     )
     make_vocab_size_divisible_by: int = Field(
         default=16, gt=0, description="pad the vocabulary to a multiple of this times TP"
@@ -29,19 +31,29 @@ class ModelSection(Section):
 
 
 class ParallelSection(Section):
-    tensor_model_parallel_size: int = Field(default=1, gt=0)
-    pipeline_model_parallel_size: int = Field(default=1, gt=0)
+    """Megatron's parallel layout."""
+
+    tensor_model_parallel_size: int = Field(
+        default=1, gt=0, description="TP: ranks that share each layer's matrices"
+    )
+    pipeline_model_parallel_size: int = Field(
+        default=1, gt=0, description="PP: pipeline stages that share the layers"
+    )
     virtual_pipeline_model_parallel_size: int | None = Field(
         default=None, gt=1, description="model chunks per pipeline rank (interleaved 1F1B)"
     )
-    context_parallel_size: int = Field(default=1, gt=0, description="ranks that share each sequence's tokens")
+    context_parallel_size: int = Field(
+        default=1, gt=0, description="CP: ranks that share each sequence's tokens"
+    )
     expert_model_parallel_size: int = Field(
-        default=1, gt=0, description="ranks that share a layer's experts; they have other tokens"
+        default=1, gt=0, description="EP: ranks that share a layer's experts, each with different tokens"
     )
     expert_tensor_parallel_size: int | None = Field(
-        default=None, gt=0, description="ranks that share an expert's matrices; null: as tensor parallelism"
+        default=None, gt=0, description="ranks that share an expert's matrices; null: the same as TP"
     )
-    sequence_parallel: bool = False
+    sequence_parallel: bool = Field(
+        default=False, description="split activations outside TP regions along the sequence; needs TP > 1"
+    )
     use_distributed_optimizer: bool = Field(
         default=True, description="shard the optimizer's state over the data-parallel ranks"
     )
@@ -55,7 +67,7 @@ class ParallelSection(Section):
         default=None, gt=0, description="parameters per gradient bucket; null: Megatron's, 40 million or more"
     )
     distributed_timeout_minutes: float = Field(
-        default=10, gt=0, description="a collective that waits longer ends the run"
+        default=10, gt=0, description="timeout of a collective, after which the run ends"
     )
 
     @property
@@ -91,47 +103,55 @@ class ParallelSection(Section):
 
 
 class TeacherSection(Section):
+    """The self-teacher: its weights and its prompt."""
+
     kind: Literal["ema", "frozen", "live", "trust_region"] = Field(
         default="ema",
         description="ema: θ' ← (1-rate) θ' + rate θ after each step, fp32; frozen: the initial model;"
         " live: the policy; trust_region: softmax of (1-a) z_initial + a z_policy",
     )
-    ema_rate: float = Field(default=0.05, gt=0, le=1)
+    ema_rate: float = Field(default=0.05, gt=0, le=1, description="rate of ema")
     interpolation: float = Field(
         default=0.05, gt=0, lt=1, description="a of trust_region: the policy's share of the logits"
     )
-    max_prompt_tokens: int = Field(default=10240, gt=0, description="the demonstration is shortened to fit")
+    max_prompt_tokens: int = Field(
+        default=10240, gt=0, description="limit of a teacher's prompt; the demonstration is shortened to fit"
+    )
     feedback: Literal["off", "without_solution", "always"] = Field(
         default="off",
-        description="show a failed sample's environment feedback to its teacher: never; if no sibling is"
-        " correct; or beside the solution, too. Your data's feedback is shown as is: it may hold the answer",
+        description="show a failed sample's environment feedback to its teacher; without_solution: only if no"
+        " sibling is correct; always: also next to a solution. It is shown unchanged and may hold the answer",
     )
 
 
 class OptimizerSection(Section):
-    lr: float | None = Field(default=None, gt=0, description="null: the algorithm's own")
+    """AdamW with linear warm-up and a constant learning rate."""
+
+    lr: float | None = Field(default=None, gt=0, description="peak learning rate; null: algorithm.lr")
     lr_warmup_steps: int = Field(default=10, ge=0, description="steps of linear warm-up, then constant")
-    weight_decay: float = Field(default=0.01, ge=0)
-    clip_grad: float = Field(default=1.0, gt=0, description="global gradient norm")
-    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
-    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
-    adam_eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0, description="decoupled weight decay; not for norms")
+    clip_grad: float = Field(default=1.0, gt=0, description="limit of the global gradient norm")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of Adam's first moment")
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="decay of Adam's second moment")
+    adam_eps: float = Field(default=1e-8, gt=0, description="added to the root of Adam's second moment")
     optimizer_cpu_offload: bool = Field(
-        default=False, description="keep fp32 weights, Adam's moments and EMA in host memory"
+        default=False, description="keep fp32 weights, Adam's moments and EMA in host memory between updates"
     )
 
 
 class TrainSection(Section):
-    steps: int = Field(gt=0)
-    seed: int = Field(default=1, ge=0)
+    """Length, seed and memory limits of the training."""
+
+    steps: int = Field(gt=0, description="training steps, each with one rollout batch")
+    seed: int = Field(default=1, ge=0, description="seed of prompts, sampling and routing")
     micro_batch_tokens: int = Field(
         default=20480,
         gt=0,
-        description="tokens of a packed micro-batch on one rank (context-parallel ranks share as many times"
-        " more); a longer sequence gets a micro-batch of its own",
+        description="tokens per packed micro-batch and context-parallel rank; a longer sequence gets a"
+        " micro-batch to itself",
     )
     logits_memory_mib: int | None = Field(
-        default=None, gt=0, description="for tiles of logits (speed only); null: CPU 320, CUDA 2048"
+        default=None, gt=0, description="MiB for tiles of logits (speed only); null: 320 on CPU, 2048 on CUDA"
     )
     max_skipped_updates: int = Field(
         default=3, gt=0, description="stop after this many non-finite updates in a row"
@@ -139,25 +159,28 @@ class TrainSection(Section):
 
 
 class EvaluationSection(Section):
+    """Evaluation during training, and `srpo eval`."""
+
     every: int = Field(
         default=5, ge=0, description="steps between evaluations, first and last included; 0: never"
     )
     tasks: list[TaskSource] | None = Field(
-        default=None, description="tasks as in task.mixture, or training tasks' names; null: those"
+        default=None, description="tasks as in task.mixture, or names of training tasks; null: all of these"
     )
     splits: list[Literal["test", "validation"]] = Field(
         default=["test"], min_length=1, description="validation: held out of the training questions"
     )
     prompts: int | None = Field(
-        default=64, gt=0, description="questions of each task and split, the first of them; null: all"
+        default=64, gt=0, description="number of questions per task and split, from the first; null: all"
     )
-    samples: int = Field(default=16, gt=0, description="samples a prompt: K of avg@K and pass@K")
+    samples: int = Field(default=16, gt=0, description="samples per question: K of avg@K and pass@K")
     temperature: float = Field(default=0.6, ge=0, description="0: greedy")
-    top_p: float = Field(default=0.95, gt=0, le=1)
+    top_p: float = Field(default=0.95, gt=0, le=1, description="nucleus sampling; 1: off")
     checkpoint: Path | None = Field(
-        default=None, description="eval: use this run's newest (or this) checkpoint, not model.hf_path"
+        default=None,
+        description="srpo eval, sample: a checkpoint, or a run for its newest, instead of model.hf_path",
     )
-    greedy: bool = Field(default=True, description="eval: also take one greedy answer to each question")
+    greedy: bool = Field(default=True, description="srpo eval: also sample one greedy answer per question")
 
     @model_validator(mode="after")
     def _greedy_once(self):
@@ -169,16 +192,18 @@ class EvaluationSection(Section):
 
 
 class CheckpointSection(Section):
+    """Checkpoints of the run, and its time limit."""
+
     save_interval: int = Field(
         default=10, ge=0, description="steps between checkpoints, also after the last step; 0: never"
     )
     async_save: bool = Field(default=True, description="write them while training continues")
     keep_last: int = Field(default=2, gt=0, description="number of the newest checkpoints to keep")
     keep_best: int = Field(
-        default=1, ge=0, description="number of others to keep, by evaluation (the first task's avg@K)"
+        default=1, ge=0, description="number of others to keep, the best by the first task's avg@K"
     )
     exit_duration_in_mins: float | None = Field(
-        default=None, gt=0, description="save and exit when the run has lasted this long"
+        default=None, gt=0, description="save and exit after this many minutes"
     )
 
 
@@ -188,8 +213,10 @@ _OVERRIDABLE = ("parallel", *_TRAINING_KEYS, *(f"rollout.{key}" for key in _ROLL
 
 
 class ResumeSection(Section):
+    """Resuming a run from its folder."""
+
     mode: Literal["auto", "never"] = Field(
-        default="auto", description="auto: resume the run that the run folder holds; never: refuse to"
+        default="auto", description="auto: resume the run in the run folder; never: refuse a used folder"
     )
     override: tuple[str, ...] = Field(
         default=(*_OVERRIDABLE, "evaluation", "checkpoint", "logging"),
@@ -206,26 +233,26 @@ AlarmName = Literal["collapse", "dead_groups", "teacher_still", "uniform_weights
 
 
 class LoggingSection(Section):
+    """The run folder, trackers, profiler, token dumps, alarms and watchdog."""
+
     dir: Path = Field(description="the run folder")
-    rollouts: bool = Field(default=True, description="dump every sample, one file a step (replayable)")
+    rollouts: bool = Field(default=True, description="dump every sample, one file per step (replayable)")
     tensorboard: bool = Field(default=False, description="event files in RUN/tensorboard")
-    wandb_project: str | None = Field(
-        default=None, description="Weights & Biases project; null: no logging there"
-    )
+    wandb_project: str | None = Field(default=None, description="Weights & Biases project; null: off")
     wandb_exp_name: str | None = Field(
-        default=None, description="the run's name there; null: the run folder's"
+        default=None, description="Weights & Biases run name; null: the run folder's name"
     )
     wandb_mode: Literal["online", "offline"] = Field(
         default="online", description="offline: kept in RUN/wandb, for `wandb sync`"
     )
     profile_steps: tuple[int, int] | None = Field(
-        default=None, description="first and last step under torch's profiler, into RUN/profile"
+        default=None, description="first and last step to trace with torch's profiler, into RUN/profile"
     )
     profile_ranks: tuple[int, ...] = Field(default=(0,), description="ranks that are profiled")
     tokens_every: int = Field(
-        default=10, ge=0, description="steps between dumps of single tokens' values, from the first; 0: never"
+        default=10, ge=0, description="steps between dumps of per-token values, also at step 1; 0: never"
     )
-    tokens_samples: int = Field(default=8, gt=0, description="samples whose tokens are dumped then")
+    tokens_samples: int = Field(default=8, gt=0, description="samples per dump of per-token values")
     dead_group_share: float = Field(
         default=0.9, gt=0, le=1, description="share of groups with equal rewards that raises dead_groups"
     )
@@ -235,8 +262,8 @@ class LoggingSection(Section):
     watchdog_minutes: float | None = Field(
         default=8.0,
         gt=0,
-        description="minutes without progress on any rank until stacks are written and the run ends; null:"
-        " never. Keep it below parallel.distributed_timeout_minutes, which reports one rank only",
+        description="minutes without progress on a rank until all stacks are written and the run ends; null:"
+        " never. Keep it below parallel.distributed_timeout_minutes, which reports only one rank",
     )
 
     @model_validator(mode="after")
@@ -248,7 +275,7 @@ class LoggingSection(Section):
 
 
 class Config(Section):
-    """Everything a run depends on."""
+    """The configuration of a run."""
 
     model: ModelSection
     parallel: ParallelSection = ParallelSection()
@@ -268,18 +295,18 @@ class Config(Section):
 
     @property
     def lr(self) -> float:
-        """Peak learning rate: optimizer.lr or the algorithm's own."""
+        """Peak learning rate: optimizer.lr or algorithm.lr."""
         return self.optimizer.lr or self.algorithm.lr
 
     @property
     def mini_batch_prompts(self) -> int:
-        """Prompts per optimizer step: the algorithm's, or the whole batch where that is not larger."""
+        """Prompts per optimizer step: algorithm.mini_batch_prompts, at most the entire batch."""
         batch = self.rollout.prompts_per_step
         return min(self.algorithm.mini_batch_prompts or batch, batch)
 
     @property
     def evaluation_tasks(self) -> tuple[TaskSource, ...]:
-        """The tasks evaluated; a bare name means the training task of that name, if there is one.
+        """The tasks to evaluate; a bare name refers to the training task of that name, if there is one.
 
         A file or folder that is also trained on is split as in training, unless shares are given, so that no
         training question is evaluated.
@@ -309,24 +336,24 @@ class Config(Section):
             raise ValueError(f"rollout.samples_per_prompt: {needed}")
         for key in self.resume.override:
             if not _is_key(self, key):
-                raise ValueError(f"resume.override: {key!r} is no key and no section of the configuration")
+                raise ValueError(f"resume.override: {key!r} is not a key or section of the configuration")
         stale = f"rollout.max_staleness: {rollout.max_staleness}, but with rollout.async_steps: 1"
         if rollout.async_steps > rollout.max_staleness:
             raise ValueError(f"{stale} every sample is one version old; set 1")
         continues = rollout.over_sampling > 1 or rollout.dynamic_filtering
         if rollout.async_steps and rollout.max_staleness < 2 and continues:
-            problem = "what over_sampling and dynamic_filtering continue is two versions old"
+            problem = "partial rollouts of over_sampling and dynamic_filtering are two versions old"
             raise ValueError(f"{stale} {problem}, and would all be discarded: set 2")
         if rollout.prompts_per_step % mini_batch:
             problem = (
-                f"is not a multiple of algorithm.mini_batch_prompts ({mini_batch}; null: the whole batch)"
+                f"is not a multiple of algorithm.mini_batch_prompts ({mini_batch}; null: the entire batch)"
             )
             raise ValueError(f"rollout.prompts_per_step: {rollout.prompts_per_step} {problem}")
         return self
 
 
 def _is_key(section: Any, key: str) -> bool:
-    """Return True if `key` (dotted) names something in the section; a mapping may hold any key."""
+    """Return True if the section has this dotted key; a mapping accepts any key."""
     name, _, rest = key.partition(".")
     if not isinstance(section, BaseModel):
         return isinstance(section, dict)

@@ -1,4 +1,4 @@
-"""The task section: which tasks, their files and verifiers."""
+"""The task section: the tasks to train on, their files and verifiers."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +9,7 @@ from megatron_srpo.config.base import Section
 
 
 class TaskSource(Section):
-    """One task: the source of its questions and its verifier. A bare word means the task of that name."""
+    """One task: the source of its questions and its verifier. A bare word is short for its name."""
 
     name: str = Field(
         default="addition",
@@ -20,10 +20,10 @@ class TaskSource(Section):
         default=None, description="folder with train.jsonl and test.jsonl, a .jsonl file, or your .py file"
     )
     verifier: str | None = Field(
-        default=None, description="judges answers to questions in `path`; null: by name (docs/tasks.md)"
+        default=None, description="verifier of the questions in `path`; null: by name (docs/tasks.md)"
     )
     rule: Literal["paper", "strict"] = Field(
-        default="paper", description="multiple_choice and tool_calls: as in the papers, or ours"
+        default="paper", description="multiple_choice and tool_calls: the papers' rule, or our strict one"
     )
     options: dict[str, Any] = Field(
         default_factory=dict, description="passed to the reasoning_gym dataset or to your own class"
@@ -35,7 +35,7 @@ class TaskSource(Section):
         default=None, ge=0, le=1, description="test share of a .jsonl file; null: 0.1, or 1 if not trained on"
     )
     validation_share: float = Field(
-        default=0.0, ge=0, lt=1, description="share of training questions held out without validation.jsonl"
+        default=0.0, ge=0, lt=1, description="share of training questions held out if no validation.jsonl"
     )
 
     @model_validator(mode="before")
@@ -49,21 +49,23 @@ class TaskSource(Section):
 
 
 class TaskSection(TaskSource):
+    """One task or a mixture of tasks, and the limits of the verifier processes."""
+
     mixture: list[TaskSource] | None = Field(
         default=None, min_length=1, description="several tasks, instead of name and path"
     )
-    verifier_workers: int = Field(default=2, gt=0, description="verifier processes of each rank")
+    verifier_workers: int = Field(default=2, gt=0, description="verifier processes per rank")
     verifier_seconds: float = Field(
-        default=10.0, gt=0, description="a verifier that takes longer for one sample is killed"
+        default=10.0, gt=0, description="timeout per sample; the verifier process is killed when it expires"
     )
-    verifier_memory_mib: int = Field(default=2048, ge=256, description="memory of a verifier process")
+    verifier_memory_mib: int = Field(default=2048, ge=256, description="memory limit of a verifier process")
     verifier_failed: Literal["exclude", "zero"] = Field(
         default="exclude", description="exclude a sample whose verifier failed, or count it as wrong"
     )
 
     @property
     def sources(self) -> tuple[TaskSource, ...]:
-        """The tasks trained on."""
+        """The tasks to train on."""
         own = {name: getattr(self, name) for name in TaskSource.model_fields}
         return tuple(self.mixture or [TaskSource(**own)])
 
@@ -87,5 +89,5 @@ class TaskSection(TaskSource):
                 f"task.mixture: two tasks are called {repeated[0]}; rename one (and set its verifier)"
             )
         if self.mixture is None and self.weight != 1:
-            raise ValueError("task.weight: says a task's share of task.mixture, but there is no mixture")
+            raise ValueError("task.weight: is a task's share of task.mixture, but there is no mixture")
         return self

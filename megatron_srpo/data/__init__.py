@@ -1,1 +1,1 @@
-"""Records of a training step and their files on disk. No computation, no processes."""
+"""Records of a training step, and their files on disk. No computation, no processes."""

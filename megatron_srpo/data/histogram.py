@@ -1,4 +1,4 @@
-"""Quantiles of values that lie on many ranks, from counts in fixed bins, which can be added."""
+"""Quantiles of values on many ranks, from counts in fixed bins, which can be added."""
 
 import torch
 from torch import Tensor
@@ -8,14 +8,14 @@ BINS = 2 + _PER_DECADE * _DECADES
 
 
 def counts(values: Tensor) -> Tensor:
-    """Count the non-negative `values` [T] by bin: [BINS] float64. The first bin holds what is nearly 0."""
+    """Count the non-negative `values` [T] by bin: [BINS] float64. The first bin is for values near 0."""
     scaled = values.double().clamp(min=_SMALLEST / 10) / _SMALLEST
     bins = torch.floor(torch.log10(scaled) * _PER_DECADE).long() + 1
     return torch.bincount(bins.clamp(0, BINS - 1), minlength=BINS).double()
 
 
 def quantile(counted: Tensor, share: float) -> float:
-    """Return the value below which `share` (0 < share <= 1) of the counted lies, to 3 %; 0 for no values."""
+    """Return the `share` quantile (0 < share <= 1) of the counted values, to 3 %; 0 if there are none."""
     total = float(counted.sum())
     if not total:
         return 0.0

@@ -1,7 +1,7 @@
 """The data of one training step in order of creation: Prompt, Sample, Verdict, Route.
 
-All records are frozen; a later phase returns copies with one more field. One `Sample` is one line of
-`rollouts/step_NNNNNN.jsonl`, and the same line is what ranks exchange and what replay reads.
+All records are frozen; each phase returns copies with one more field. One `Sample` is one line of
+`rollouts/step_NNNNNN.jsonl`; ranks exchange the same line, and replay reads it.
 """
 
 from typing import Any, Literal, Self
@@ -16,10 +16,10 @@ class _Record(BaseModel):
 class Prompt(_Record):
     """One question as the policy sees it."""
 
-    id: str = Field(description="task/split/…, unique in a run, also over epochs; fixed by the seed")
+    id: str = Field(description="task/split/…, unique in a run, also across epochs; fixed by the seed")
     task: str = Field(description="the task's name, which selects the verifier")
     messages: tuple[dict[str, str], ...] = Field(description="chat messages: role, content")
-    answer: str = Field(description="ground truth, read by the verifier alone")
+    answer: str = Field(description="ground truth, read only by the verifier")
     feedback: str | None = Field(default=None, description="the data's feedback for a failed attempt")
     ids: tuple[int, ...] = Field(default=(), description="token ids, generation header included")
 
@@ -38,7 +38,7 @@ class Verdict(_Record):
     def _correct_by_its_reward(self) -> Self:
         if self.correct != (self.reward >= 0.5):
             found = f"correct: {self.correct}, but reward is {self.reward}"
-            raise ValueError(f"{found}; a response is correct from 0.5 on")
+            raise ValueError(f"{found}; a response is correct if its reward is at least 0.5")
         return self
 
 
@@ -49,18 +49,18 @@ class Route(_Record):
     policy_weight: float
     distillation_weight: float
     advantage: float
-    sibling: int | None = Field(default=None, description="index of the sibling that the teacher is shown")
+    sibling: int | None = Field(default=None, description="index of the sibling in the teacher's prompt")
     teacher_ids: tuple[int, ...] | None = Field(default=None, description="the teacher's longer prompt")
     no_teacher: Literal["no_correct_sibling", "nothing_to_show"] | None = None
     demonstration_cut: bool = Field(default=False, description="the sibling's text was shortened to fit")
 
 
 class Segment(_Record):
-    """Consecutive tokens of one author. Only the policy's have log-probabilities and are trained."""
+    """Consecutive tokens of one author. Only the policy's tokens have log-probs and are trained."""
 
     author: Literal["policy", "environment"] = "policy"
     ids: tuple[int, ...] = Field(min_length=1)
-    logprobs: tuple[float, ...] = Field(default=(), description="the engine's, in nats, one a policy token")
+    logprobs: tuple[float, ...] = Field(default=(), description="the engine's, in nats, one per policy token")
     # Half-open spans of a policy segment's `ids`: (weight version, start, end).
     versions: tuple[tuple[str, int, int], ...] = ()
 
@@ -73,9 +73,9 @@ class Segment(_Record):
 
 
 class Sample(_Record):
-    """One rollout: the prompt and what follows it, in segments.
+    """One rollout: the prompt, and the segments that follow it.
 
-    All that counts or trains tokens reads the policy's segments: `loss_mask`, `policy_ids`, `logprobs`.
+    Only the policy's segments are counted and trained: see `loss_mask`, `policy_ids` and `logprobs`.
     """
 
     prompt: Prompt
@@ -89,7 +89,7 @@ class Sample(_Record):
     @model_validator(mode="before")
     @classmethod
     def _from_one_response(cls, data: Any) -> Any:
-        """Read the form of older run folders, whose samples have one response and no segments."""
+        """Read the format of older run folders, whose samples have one response and no segments."""
         if isinstance(data, dict) and "response_ids" in data and "segments" not in data:
             data = dict(data)
             names = {"ids": "response_ids", "logprobs": "logprobs", "versions": "versions"}
@@ -111,7 +111,7 @@ class Sample(_Record):
 
     @property
     def loss_mask(self) -> tuple[bool, ...]:
-        """True for each of `response_ids` that the policy wrote, [n]."""
+        """True for those of `response_ids` that the policy wrote, [n]."""
         return tuple(segment.author == "policy" for segment in self.segments for _ in segment.ids)
 
     @property
@@ -121,7 +121,7 @@ class Sample(_Record):
 
     @property
     def logprobs(self) -> tuple[float, ...]:
-        """The engine's log-probabilities of `policy_ids` at the rollout temperature, [p], in nats."""
+        """The engine's log-probs of `policy_ids` at the rollout temperature, [p], in nats."""
         return tuple(value for segment in self._policy_segments for value in segment.logprobs)
 
     @property
@@ -141,13 +141,13 @@ class Sample(_Record):
 
     @property
     def judged(self) -> Verdict:
-        """The verdict of a sample that has one."""
+        """The verdict, once the sample is verified."""
         assert self.verdict is not None
         return self.verdict
 
     @property
     def routed(self) -> Route:
-        """The route of a sample that has one."""
+        """The route, once the sample is routed."""
         assert self.route is not None
         return self.route
 

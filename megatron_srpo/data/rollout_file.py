@@ -1,6 +1,4 @@
-"""Rollouts on disk: one file a step, one JSON line a sample, readable by people and replayable by the
-trainer.
-"""
+"""Rollouts on disk: one file per step, one JSON line per sample; people can read them, a run can replay."""
 
 import itertools
 import json
@@ -13,15 +11,13 @@ from megatron_srpo.data.records import Group
 
 
 def step_file(folder: Path, step: int) -> Path:
-    """Where step `step` (from 1) is kept in a folder of rollouts, or in that of the run whose folder is
-    given.
-    """
+    """Return the file of step `step` (from 1), given a run folder or its folder of rollouts."""
     inner = folder / "rollouts"
     return (inner if inner.is_dir() else folder) / f"step_{step:06d}.jsonl"
 
 
 def dump(groups: Sequence[Group], folder: Path, step: int) -> None:
-    """Write the step's samples; the file appears whole or not at all."""
+    """Write the step's samples atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     file = step_file(folder, step)
     partial = file.with_suffix(".partial")
@@ -34,7 +30,7 @@ def dump(groups: Sequence[Group], folder: Path, step: int) -> None:
 
 
 def policy_tokens(row: dict[str, Any]) -> int:
-    """Return how many tokens the policy wrote in a sample, given as its JSON object (also of older runs)."""
+    """Count the policy's tokens in a sample, given as a JSON object, also of an older run."""
     if "response_ids" in row:
         return len(row["response_ids"])
     return sum(len(segment["ids"]) for segment in row["segments"] if segment["author"] == "policy")

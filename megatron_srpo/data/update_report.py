@@ -1,4 +1,4 @@
-"""Numbers that one training step's updates report."""
+"""Results of one training step's optimizer updates."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class TokenSums(NamedTuple):
     Attributes:
         loss: Terms of the objective, each divided by the optimizer batch's denominator.
         gap: |log π_old - log π_roll|.
-        clipped: Tokens whose importance weight was above its cap.
+        clipped: Number of tokens whose importance weight was above its cap.
         importance: Capped importance weights.
         weight: Entropy weights.
         entropy_counts: Teacher entropies by bin (`data.histogram`), [BINS].
@@ -38,16 +38,17 @@ class TokenSums(NamedTuple):
 
     @property
     def vector(self) -> Tensor:
-        """All sums as one float64 vector, as `zeros` has and `from_vector` takes; vectors can be added."""
+        """All sums as one float64 vector, the inverse of `from_vector`; vectors can be added."""
         return torch.cat([torch.stack(self[:-1]), self.entropy_counts])
 
     @classmethod
     def zeros(cls, device: torch.device | None = None) -> Tensor:
-        """Return the vector of no tokens."""
+        """Return the vector for no tokens."""
         return torch.zeros(len(cls._fields) - 1 + BINS, dtype=torch.float64, device=device)
 
     @classmethod
     def from_vector(cls, vector: Tensor) -> TokenSums:
+        """Split a vector, see `vector`."""
         scalars = vector[:-BINS].unbind()
         return cls(*scalars, entropy_counts=vector[-BINS:])
 
@@ -56,10 +57,10 @@ class OptimizerUpdate(NamedTuple):
     """One optimizer update, the same on every rank.
 
     Attributes:
-        grad_norm: Before clipping.
-        applied: False if loss or gradient norm was not finite, so that the update was skipped.
-        sums: Over all ranks, on the CPU.
-        gap_max: Largest |log π_old - log π_roll| of a token, in nats.
+        grad_norm: Global gradient norm before clipping.
+        applied: False if the update was skipped because loss or gradient norm was not finite.
+        sums: Token sums over all ranks, on the CPU.
+        gap_max: Largest |log π_old - log π_roll| of any token, in nats.
     """
 
     loss: float
@@ -73,8 +74,9 @@ class UpdateReport(NamedTuple):
     """One training step's updates.
 
     Attributes:
-        teacher_distances: ‖θ - θ'‖ / ‖θ‖ before and after the teacher's own update; None without a teacher
-            that has weights of its own.
+        lr: Learning rate of the updates.
+        teacher_distances: ‖θ - θ'‖ / ‖θ‖ before and after the teacher's update; None without a teacher, or if
+            the teacher is the live policy.
     """
 
     updates: Sequence[OptimizerUpdate]
@@ -83,19 +85,22 @@ class UpdateReport(NamedTuple):
 
     @property
     def losses(self) -> list[float]:
+        """The loss of each update."""
         return [update.loss for update in self.updates]
 
     @property
     def grad_norms(self) -> list[float]:
+        """The global gradient norm of each update, before clipping."""
         return [update.grad_norm for update in self.updates]
 
     @property
     def applied(self) -> list[bool]:
+        """False for each update that was skipped."""
         return [update.applied for update in self.updates]
 
     @property
     def sums(self) -> TokenSums:
-        """Token sums of all updates."""
+        """Token sums over all updates."""
         total = TokenSums.zeros()
         for update in self.updates:
             total += update.sums.vector
@@ -103,14 +108,16 @@ class UpdateReport(NamedTuple):
 
     @property
     def gap_max(self) -> float:
+        """Largest |log π_old - log π_roll| of any token, in nats; 0 without updates."""
         return max((update.gap_max for update in self.updates), default=0.0)
 
     @property
     def skipped_updates(self) -> list[OptimizerUpdate]:
+        """The updates that were not applied."""
         return [update for update in self.updates if not update.applied]
 
     def skipped_in_a_row(self, before: int) -> int:
-        """Return the skipped updates since the last applied one; `before` were skipped before this step."""
+        """Count the skipped updates since the last applied one; `before` were skipped before this step."""
         for applied in self.applied:
             before = 0 if applied else before + 1
         return before

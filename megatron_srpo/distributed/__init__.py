@@ -1,1 +1,1 @@
-"""The ground of every process: process groups, Megatron behind the CPU shim, heartbeat, files."""
+"""The base of every process: process groups, Megatron behind the CPU shim, heartbeat, files."""

@@ -1,4 +1,4 @@
-"""Progress over bytes: a bar on a terminal, elsewhere a plain line a tenth, at least two seconds apart."""
+"""Progress over bytes: a bar on a terminal, else a plain line per tenth, at least two seconds apart."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.text import Text
 
 
 class ByteProgress:
-    """Shows progress over `total` bytes on standard error; `enabled` is False on all ranks but the first."""
+    """Progress over `total` bytes, shown on standard error; `enabled` is False on all ranks but the first."""
 
     def __init__(self, title: str, total: int, enabled: bool = True):
         self.console = Console(stderr=True, quiet=not enabled, highlight=False)
@@ -33,6 +33,7 @@ class ByteProgress:
         self.bar.stop()
 
     def advance(self, size: int) -> None:
+        """Add `size` bytes to the progress."""
         self.done += size
         self.bar.update(self.task, completed=self.done)
         now, tenths = time.perf_counter(), 10 * self.done // max(1, self.total)
@@ -44,11 +45,11 @@ class ByteProgress:
             self.say(f"{self.title}: {done} of {total}, {second}/s, {left:.0f} s left")
 
     def say(self, message: str) -> None:
-        """Print one line that stays."""
+        """Print a line above the bar."""
         self.console.print(Text(message), soft_wrap=True)
 
     def warn(self, message: str) -> None:
-        """Print a warning that stays, from any rank."""
+        """Print a warning above the bar, from any rank."""
         if self.console.quiet:
             print(f"warning: {message}", file=sys.stderr, flush=True)
         else:

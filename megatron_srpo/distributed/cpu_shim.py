@@ -1,8 +1,8 @@
-"""Stand-ins on the CPU for what megatron-core asks of CUDA. The only module that knows of this.
+"""CPU stand-ins for the CUDA calls of megatron-core. No other module knows about them.
 
-megatron-core calls `torch.cuda.*` and `device="cuda"` in some thirty places. An import hook gives every
-`megatron.core.*` module a view of `torch` whose `cuda` is the CPU; torch itself stays as it is, save for
-`Tensor.cuda` and `Module.cuda`, which could only raise here.
+megatron-core uses `torch.cuda.*` and `device="cuda"` in some thirty places. An import hook gives every
+`megatron.core.*` module a view of `torch` whose `cuda` is the CPU. torch itself is unchanged, except for
+`Tensor.cuda` and `Module.cuda`, which could only raise without CUDA.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import override
 
 _CPU = torch.device("cpu")
 _FACTORIES = "tensor as_tensor empty zeros ones full arange linspace rand randn randint eye empty_strided"
@@ -22,7 +23,7 @@ _LIKE_FACTORIES = "empty_like zeros_like ones_like full_like rand_like randn_lik
 
 
 def install() -> None:
-    """Make `megatron.core` usable without CUDA. Raises RuntimeError when it was imported before."""
+    """Make `megatron.core` usable without CUDA. Raises RuntimeError if it is imported already."""
     if torch.cuda.is_available() or any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
     if any(name.startswith("megatron.core") for name in sys.modules):
@@ -42,7 +43,7 @@ class _View(types.ModuleType):
 
 
 class _NoStream:
-    """Takes the place of CUDA streams and events: everything is already in order on a CPU."""
+    """A replacement for CUDA streams and events: on a CPU everything runs in order."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -64,7 +65,7 @@ class _NoStream:
 
 
 def _to_cpu(device: Any) -> Any:
-    """Return the CPU for a CUDA device or its name, anything else as it is."""
+    """Return the CPU for a CUDA device or its name, and anything else unchanged."""
     if isinstance(device, torch.device):
         return _CPU if device.type == "cuda" else device
     return _CPU if isinstance(device, str) and device.startswith("cuda") else device
@@ -110,7 +111,7 @@ def _torch_view() -> _View:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds megatron.core modules as usual and patches each right after it has run."""
+    """A finder that loads megatron.core modules as usual and patches each one after it has run."""
 
     def __init__(self):
         self.torch = _torch_view()
@@ -173,7 +174,7 @@ def _all_gather(outputs: list[Tensor], tensor: Tensor, group) -> None:
 
 
 def _reduce_scatter(output: Tensor, tensors: list[Tensor], group) -> None:
-    """Sum what the ranks have for each other: the backward of `_all_gather`."""
+    """Sum all ranks' tensors for this rank, of unequal length: the backward of `_all_gather`."""
     lengths, size = [len(tensor) for tensor in tensors], len(tensors)
     parts = output.new_empty(size, *output.shape)
     received = [len(output)] * size
@@ -182,7 +183,7 @@ def _reduce_scatter(output: Tensor, tensors: list[Tensor], group) -> None:
 
 
 def _already_on_cpu(tensor, as_numpy: bool = False, record_stream: bool = False):
-    """Replace the token dispatcher's copy to the host, which makes numpy arrays of CUDA tensors only."""
+    """Replace the token dispatcher's copy to the host, which makes numpy arrays only of CUDA tensors."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
@@ -209,7 +210,10 @@ def _with_cuda_type_names(function):
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """AdamW with Apex's state layout, the step in the group, as core's distributed checkpoints expect."""
+    """AdamW with Apex's state layout (the step in the group), which core's distributed checkpoints expect.
+
+    θ ← θ - lr (wd θ + m̂ / (√v̂ + eps)) for every parameter with a gradient.
+    """
 
     def __init__(
         self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, adam_w_mode=True, **_
@@ -219,9 +223,9 @@ class FusedAdam(torch.optim.Optimizer):
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=True)
         super().__init__(params, defaults)
 
+    @override
     @torch.no_grad()
     def step(self, closure=None):
-        """θ ← θ - lr (wd θ + m̂ / (√v̂ + eps)) for every parameter with a gradient."""
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
             beta1, beta2 = group["betas"]

@@ -1,4 +1,4 @@
-"""Dtype of the model, and whose layers it has, on this process's device."""
+"""Dtype and layer implementation of the model on this process's device."""
 
 import importlib.util
 
@@ -17,7 +17,7 @@ def model_dtype(model: ModelSection, on_gpu: bool | None = None) -> torch.dtype:
 
 
 def uses_transformer_engine(model: ModelSection) -> bool:
-    """Return whether layers are Transformer Engine's. Raises ConfigError if they must be but cannot."""
+    """Return True if layers are Transformer Engine's. Raises ConfigError if required but not available."""
     available = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
     if model.transformer_impl == "transformer_engine" and not available:
         needs = "transformer_engine needs CUDA and its package installed"

@@ -1,4 +1,4 @@
-"""Files and folders that survive a kill, a full disk or a power cut: written apart, synced, then renamed."""
+"""Files and folders that survive a kill, a full disk or a power cut: write, sync, then rename."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-if TYPE_CHECKING:  # torch, which most readers of files do not need
+if TYPE_CHECKING:  # imports torch, which most readers of files do not need
     from megatron_srpo.distributed.processes import Processes
 
 _WRITE_BACK_BYTES = 32 * 2**20
 
 
 class FileError(ValueError):
-    """A file cannot be read or written; the message names it (and the tensor), and what to do."""
+    """A file cannot be read or written; the message names it (and the tensor) and what to do."""
 
 
 class DurableFile:
@@ -26,10 +26,10 @@ class DurableFile:
     def __init__(self, path: Path):
         self.path = path
         self._file = path.open("xb", buffering=0)
-        self._start = self._end = 0  # the range that is written, but whose write-back has not started
+        self._start = self._end = 0  # the range that is written but whose write-back has not started
 
     def write_at(self, data: memoryview | bytes, offset: int) -> None:
-        """Write `data` at `offset` (bytes), without the GIL. Raises FileError, such as for a full disk."""
+        """Write `data` at `offset` (bytes), without the GIL. Raises FileError, for example on a full disk."""
         data = memoryview(data)
         if offset != self._end:
             self._write_back(offset)
@@ -52,7 +52,7 @@ class DurableFile:
             self._file.close()
 
     def _write_back(self, next_offset: int) -> None:
-        """Start write-back without waiting: on Linux, POSIX_FADV_DONTNEED does."""
+        """Start write-back without waiting, which POSIX_FADV_DONTNEED does on Linux."""
         if hasattr(os, "posix_fadvise") and self._end - self._start >= _WRITE_BACK_BYTES:
             size = self._end - self._start
             os.posix_fadvise(self._file.fileno(), self._start, size, os.POSIX_FADV_DONTNEED)
@@ -66,7 +66,10 @@ class DurableFile:
 def atomic_directory(output: Path, processes: Processes, replace: bool = False) -> Iterator[Path]:
     """Yield a folder to write to, and rename it to `output` at the end; remove it after an error.
 
-    An `output` or an attempt's folder that exists is removed with `replace`, else FileError is raised.
+    If `output` or the folder of an earlier attempt exists, `replace` removes it.
+
+    Raises:
+        FileError: If one of the two exists without `replace`, or the folder cannot be created.
     """
     partial, is_first = output.with_name(output.name + ".partial"), processes.rank == 0
     if is_first:
@@ -98,10 +101,10 @@ def _make(partial: Path, output: Path | None) -> None:
     try:
         partial.mkdir(parents=True)
     except FileExistsError:
-        problem = "is there already, left by an attempt that did not finish or still runs; delete it"
+        problem = "exists already, from an attempt that did not finish or is still running; delete it"
         raise FileError(f"{partial}: {problem}") from None
     except OSError as error:
-        raise FileError(f"{partial}: cannot be made: {error.strerror}") from None
+        raise FileError(f"{partial}: cannot be created: {error.strerror}") from None
 
 
 def sync(path: Path) -> None:
@@ -128,7 +131,7 @@ def write_text(file: Path, text: str) -> None:
 
 
 class JsonLines(NamedTuple):
-    """The objects of a JSONL file, their line numbers (from 1), and what is wrong with the other lines."""
+    """The objects of a JSONL file, their line numbers (from 1), and the problems of the other lines."""
 
     rows: list[dict[str, Any]]
     numbers: list[int]

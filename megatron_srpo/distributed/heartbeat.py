@@ -1,6 +1,6 @@
-"""Progress of this process, for the watchdog: step, phase, heartbeats, the last collective.
+"""Progress of this process, for the watchdog: step, phase, heartbeats, last collective.
 
-There is one record a process. Everything that takes long calls `beat`, which costs less than a microsecond.
+There is one record per process. All long operations call `beat`, which costs less than a microsecond.
 """
 
 import time
@@ -35,30 +35,32 @@ class Progress:
         self.is_in_collective = False
 
     def beat(self) -> None:
-        """Note that this process is making progress."""
+        """Record that this process is making progress."""
         self.beats += 1
         self.last_beat = time.monotonic()
 
     def enter(self, phase: str) -> None:
+        """Record the start of a phase, which counts as a heartbeat."""
         self.phase = phase
         self.beat()
 
     def describe(self) -> str:
+        """Describe the progress in one line, for the watchdog's report."""
         now = time.monotonic()
-        text = f"step {self.step}, phase {self.phase}, last sign of life {now - self.last_beat:.0f} s ago"
+        text = f"step {self.step}, phase {self.phase}, last heartbeat {now - self.last_beat:.0f} s ago"
         if self.collective is None:
             return f"{text}, no collective so far"
         call = self.collective
         size = f" of {list(call.shape)} {call.dtype}" if call.shape is not None else ""
         state = "waiting in" if self.is_in_collective else "last collective"
-        started = f"begun {now - call.started:.0f} s ago"
+        started = f"started {now - call.started:.0f} s ago"
         return f"{text}, {state} {call.name}{size} among {call.ranks} ranks, {started}"
 
 
 PROGRESS = Progress()
 beat = PROGRESS.beat
 
-# Looked up in torch.distributed at run time. A function imported by name earlier is not seen: harmless.
+# Patched in torch.distributed at run time. Calls of a function imported by name earlier are missed: harmless.
 _GATHERS = "all_gather all_gather_into_tensor all_gather_single reduce_scatter_tensor reduce_scatter_single"
 _OTHERS = "all_reduce broadcast all_to_all_single barrier batch_isend_irecv send recv"
 _COLLECTIVES = f"{_GATHERS} {_OTHERS}".split()

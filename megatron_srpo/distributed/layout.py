@@ -1,4 +1,4 @@
-"""Processes: backends, Megatron's process groups, seeds, and the few exchanges that are not Megatron's."""
+"""Processes: backends, Megatron's process groups, seeds, and the few collectives that are not Megatron's."""
 
 import datetime
 import gc
@@ -39,7 +39,7 @@ class Layout:
 
     @property
     def data_parallel_group(self) -> dist.ProcessGroup:
-        """Return the ranks with the same model shard and other tokens: data- and context-parallel ones."""
+        """The ranks with the same model shard and different tokens: data- and context-parallel ones."""
         return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
     def sum_over_data_parallel(self, values: torch.Tensor) -> torch.Tensor:
@@ -60,7 +60,10 @@ class Layout:
         return values
 
     def gather_bytes(self, own: bytes, background: bool = False) -> list[bytes]:
-        """Return every rank's bytes, in rank order, on every rank; `background`: from another thread."""
+        """Return every rank's bytes, in rank order, on every rank.
+
+        With `background` it may be called from another thread while training runs collectives.
+        """
         if self.world_size == 1:
             return [own]
         if background:
@@ -68,23 +71,27 @@ class Layout:
         return gather_bytes(own, self.device)
 
     def gather_json(self, own: Any, background: bool = False) -> list[Any]:
-        """Return every rank's JSON value, in rank order, on every rank (see `gather_bytes`)."""
+        """Return every rank's JSON value, in rank order, on every rank; `background` as in `gather_bytes`."""
         return [json.loads(part) for part in self.gather_bytes(json.dumps(own).encode(), background)]
 
     def broadcast(self, value: Any) -> Any:
-        """Return the first rank's JSON value on every rank; the others' is ignored. All ranks together."""
+        """Return the first rank's JSON value on every rank; other ranks' values are ignored. A collective."""
         return self.gather_json(value if self.rank == 0 else None)[0]
 
 
 def replica_group(parameter: torch.nn.Parameter) -> dist.ProcessGroup:
-    """Return the ranks that hold the same elements: data- and context-parallel ones, fewer for experts."""
+    """Return the ranks that hold the same elements: data- and context-parallel ones, or fewer for experts."""
     if getattr(parameter, "allreduce", True):  # Megatron's mark
         return parallel_state.get_data_parallel_group(with_context_parallel=True)
     return parallel_state.get_expert_data_parallel_group()
 
 
 def data_parallel_size(parallel: ParallelSection, world_size: int) -> int:
-    """Count the groups of `world_size` ranks that train different samples. Raises ConfigError if uneven."""
+    """Return how many groups of ranks train different samples.
+
+    Raises:
+        ConfigError: If the layout does not divide `world_size`.
+    """
     replica, stages = parallel.replica_size, parallel.pipeline_model_parallel_size
     problem = f"does not divide the {world_size} processes that were started"
     if world_size % replica:
@@ -94,7 +101,7 @@ def data_parallel_size(parallel: ParallelSection, world_size: int) -> int:
     experts = parallel.expert_tensor_size * parallel.expert_model_parallel_size * stages
     if world_size % experts:
         names = "expert_tensor_parallel_size × expert_model_parallel_size × pipeline_model_parallel_size"
-        shared = "experts are shared out over data- and context-parallel ranks"
+        shared = "experts are distributed over data- and context-parallel ranks"
         raise ConfigError(f"parallel: {names} = {experts} {problem}; {shared}")
     return world_size // replica
 
@@ -158,7 +165,7 @@ def random_states() -> dict[str, torch.Tensor]:
 
 
 def restore_random_states(states: dict[str, torch.Tensor]) -> None:
-    """Restore what `random_states` returned."""
+    """Restore the states that `random_states` returned."""
     prefix = "megatron|"
     named = {name.removeprefix(prefix): state for name, state in states.items() if name.startswith(prefix)}
     tracker: Any = tensor_parallel.random.get_cuda_rng_tracker()
@@ -172,9 +179,10 @@ def restore_random_states(states: dict[str, torch.Tensor]) -> None:
 def process_group(
     parallel: ParallelSection, seed: int, collective_errors: tuple[type[BaseException], ...] = ()
 ) -> Iterator[Layout]:
-    """Call `initialize`, then `shut_down` without an error or on a `collective_errors` that all ranks raise.
+    """Call `initialize`, and `shut_down` at the end or after a `collective_errors`, which all ranks raise.
 
-    A rank that fails alone leaves its groups: NCCL would wait for others, and the error not be printed.
+    After any other error the groups are not destroyed: NCCL would wait for the other ranks, and the error
+    would not be printed.
     """
     layout = initialize(parallel, seed)
     try:
@@ -187,7 +195,7 @@ def process_group(
 
 
 def shut_down(layout: Layout) -> None:
-    """Destroy Megatron's groups, and the process group if `initialize` made it."""
+    """Destroy Megatron's groups, and the process group if `initialize` created it."""
     parallel_state.destroy_model_parallel()
     if layout.owns_process_group:
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Megatron's names, behind the CPU shim. Every other module imports megatron-core from here."""
+"""megatron-core behind the CPU shim: all other modules import its names from here."""
 
 from typing import Any
 
@@ -33,4 +33,4 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 if not hasattr(moe_utils, "te_general_gemm"):  # core 0.16's router reads it without Transformer Engine, too
     moe_utils.te_general_gemm = None
 
-parallel_state: Any = _parallel_state  # it says that a group may be an int, a list or None
+parallel_state: Any = _parallel_state  # its annotations allow a group to be an int, a list or None

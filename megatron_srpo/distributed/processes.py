@@ -1,4 +1,4 @@
-"""Processes without Megatron: how many torchrun started, and exchanging bytes between them."""
+"""Processes without Megatron: torchrun's rank and world size, and exchange of bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def rank_from_environment() -> int:
 
 
 def wait_for_first_rank(rank: int) -> None:
-    """Give rank 0 time to print an error that all ranks found: torchrun ends all when one leaves."""
+    """Wait on all other ranks until rank 0 has printed a common error: torchrun kills all when one exits."""
     if rank > 0:
         time.sleep(5)
 
@@ -33,7 +33,7 @@ def gather_bytes(mine: bytes, device: torch.device, group: dist.ProcessGroup | N
     sizes = torch.zeros(world_size, dtype=torch.long, device=device)
     sizes[dist.get_rank()] = len(mine)
     dist.all_reduce(sizes, group=group)
-    longest = max(int(sizes.max()), 1)  # a collective of nothing is not for every backend
+    longest = max(int(sizes.max()), 1)  # not every backend supports an empty collective
     buffer = torch.zeros(longest, dtype=torch.uint8, device=device)
     own = torch.frombuffer(bytearray(mine or b"\0"), dtype=torch.uint8)
     buffer[: len(mine)] = own[: len(mine)].to(device)
@@ -45,7 +45,7 @@ def gather_bytes(mine: bytes, device: torch.device, group: dist.ProcessGroup | N
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a command-line tool, on CPUs: one, or torchrun's on gloo."""
+    """The processes of a command-line tool, on CPUs: a single one, or torchrun's with gloo."""
 
     rank: int
     world_size: int
@@ -63,9 +63,11 @@ class Processes:
         return [mine] if self.world_size == 1 else gather_bytes(mine, torch.device("cpu"))
 
     def barrier(self) -> None:
+        """Wait for all processes."""
         if self.world_size > 1:
             dist.barrier()
 
     def leave(self) -> None:
+        """Destroy the process group, if there is one."""
         if self.world_size > 1:
             dist.destroy_process_group()

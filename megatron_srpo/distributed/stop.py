@@ -1,4 +1,4 @@
-"""Ending a run early: a signal or the time limit asks, all ranks end after the same step."""
+"""Early exit: after a signal or at the time limit, all ranks stop after the same step."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _CLOCK = 1 << 16  # above any signal's number
 
 
 class StopRequest:
-    """Catches SIGTERM, SIGUSR1 and Ctrl-C while entered; a second Ctrl-C interrupts at once."""
+    """A handler of SIGTERM, SIGUSR1 and Ctrl-C while entered; a second Ctrl-C interrupts at once."""
 
     def __init__(self, layout: Layout, limit_minutes: float | None):
-        """`limit_minutes`: wall-clock time from now on, by the first rank's clock; None for no limit."""
+        """Start the time limit, in wall-clock minutes from now by the first rank's clock; None: no limit."""
         self.layout, self._received, self._before = layout, 0, {}
         self._deadline = None if limit_minutes is None else time.monotonic() + 60 * limit_minutes
 
@@ -36,13 +36,13 @@ class StopRequest:
         self._received = number
 
     def reason(self) -> str | None:
-        """Return why to end now, or None; the same on every rank. One small all-reduce of all ranks."""
+        """Return the reason to stop now, or None; the same on every rank. One small all-reduce."""
         late = self.layout.rank == 0 and self._deadline is not None and time.monotonic() >= self._deadline
-        asked = torch.tensor(_CLOCK if late else self._received, device=self.layout.device)
+        request = torch.tensor(_CLOCK if late else self._received, device=self.layout.device)
         if self.layout.world_size > 1:
-            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        if (number := int(asked)) == 0:
+            dist.all_reduce(request, op=dist.ReduceOp.MAX)
+        if (number := int(request)) == 0:
             return None
         if number == _CLOCK:
-            return "checkpoint.exit_duration_in_mins is over"
+            return "checkpoint.exit_duration_in_mins has passed"
         return f"{signal.Signals(number).name} was received"

@@ -1,1 +1,1 @@
-"""The policy network: reading a Hugging Face folder, building Megatron chunks, local layers."""
+"""The policy network: Hugging Face folders, Megatron model chunks, local layers."""

@@ -1,4 +1,4 @@
-"""Reads config.json, and derives tensor shapes and the table HF ↔ Megatron from it."""
+"""Read config.json, and derive tensor shapes and the HF ↔ Megatron mapping from it."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from torch import Tensor
 from megatron_srpo.model.mapping import ParamLocation, TensorMapping
 
 EXPERT_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")  # 0 in dense models
-# Transformer Engine fuses a norm into the matrix product after it, and names its weight there.
+# Transformer Engine fuses a norm into the following matrix product, which then holds the norm's weight.
 FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
-# Local layers keep a module for each expert; Transformer Engine keeps all experts' matrices in one, numbered.
+# Local layers have a module for each expert; Transformer Engine has one with all experts' matrices, numbered.
 _EXPERT = re.compile(r"(mlp\.experts\.)(?:local_experts\.(\d+)\.)?(linear_fc[12]\.weight)(\d*)")
 _Made = TypeVar("_Made", "Architecture", "RopeScaling")
 
 
 class UnsupportedModel(ValueError):
-    """config.json is incomplete or describes what our layers do not compute; the message names the key."""
+    """config.json is incomplete or describes an unsupported model; the message names the key."""
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's stretched rotary frequencies (rope type llama3); names as in config.json."""
+    """Llama 3's scaling of rotary frequencies (rope type llama3); names as in config.json."""
 
     factor: float
     low_freq_factor: float
@@ -47,8 +47,8 @@ class Architecture:
     qk_norm: ClassVar[bool] = False  # each head's queries and keys are normalised
     qkv_bias: ClassVar[bool] = False
     has_experts: ClassVar[bool] = False
-    only: ClassVar[dict[str, Any]] = {}  # the only values of some keys that our layers compute
-    defaults: ClassVar[dict[str, Any]] = {  # transformers' values of absent keys
+    only: ClassVar[dict[str, Any]] = {}  # the only supported values of some keys
+    defaults: ClassVar[dict[str, Any]] = {  # transformers' defaults for absent keys
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": False,
         "rope_theta": 10000.0,
@@ -99,7 +99,7 @@ class Architecture:
 
     @classmethod
     def check_config(cls, config: dict[str, Any]) -> None:
-        """Raise UnsupportedModel for values that our layers do not compute."""
+        """Raise UnsupportedModel for values that our layers do not support."""
         for key, only in cls.only.items():
             if (given := config.get(key)) is not None and given != only:
                 raise UnsupportedModel(f"{key} is {given!r}; only {only!r} is supported")
@@ -115,7 +115,7 @@ class Architecture:
 
     @classmethod
     def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Add what follows from other keys: head_dim, and the sizes that a dense model does not have."""
+        """Add values implied by other keys: head_dim, and zeros for the expert sizes of a dense model."""
         hidden, heads = values.get("hidden_size"), values.get("num_attention_heads")
         if isinstance(hidden, int) and isinstance(heads, int):
             values.setdefault("head_dim", hidden // max(heads, 1))
@@ -124,7 +124,7 @@ class Architecture:
         return values
 
     def transformer_settings(self) -> dict[str, Any]:
-        """Return the arguments of Megatron's TransformerConfig that follow from the model."""
+        """Return the arguments of Megatron's TransformerConfig that the architecture defines."""
         raise NotImplementedError
 
     def table(self) -> Iterator[TensorMapping]:
@@ -132,11 +132,12 @@ class Architecture:
         raise NotImplementedError
 
     def stored_tensors(self, name: str, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Yield the stored tensors, by name, that a parameter of transformers' module holds."""
+        """Yield (name, tensor) as stored in HF folders from a parameter of transformers' module."""
         yield name, parameter
 
     @cached_property
     def mappings(self) -> tuple[TensorMapping, ...]:
+        """The mappings of `table`."""
         return tuple(self.table())
 
     @cached_property
@@ -146,11 +147,11 @@ class Architecture:
 
     @cached_property
     def layer_mappings(self) -> dict[str, TensorMapping]:
-        """Mappings of a layer's parameters, by their Megatron names inside it."""
+        """Mappings of a layer's parameters, by Megatron name inside the layer."""
         return {mapping.megatron: mapping for mapping in self.mappings if mapping.in_layer}
 
     def locations(self) -> Iterator[ParamLocation]:
-        """Yield every parameter of the model once, in a fixed order: the ends, then layer by layer."""
+        """Yield every parameter of the model once: first those outside the layers, then layer by layer."""
         layer = self.layer_mappings.values()
         for mapping in self.end_mappings.values():
             if mapping.tied_to is None:
@@ -161,7 +162,7 @@ class Architecture:
                 yield from (ParamLocation(mapping, number, expert) for mapping in layer if mapping.is_expert)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return name and shape of every tensor that a folder of the model must hold."""
+        """Return name and shape of every tensor that the model's folder must contain."""
         shapes: dict[str, tuple[int, ...]] = {}
         for location in self.locations():
             shapes |= zip(location.names, location.mapping.tensors.values(), strict=True)
@@ -170,7 +171,7 @@ class Architecture:
     def locate(self, name: str, layer_offset: int = 0, expert_offset: int = 0) -> ParamLocation:
         """Find the parameter `name` of a chunk's `named_parameters()`. Raises KeyError if unknown.
 
-        layer_offset, expert_offset: the chunk's first layer and the rank's first expert in the whole model.
+        layer_offset and expert_offset: numbers of the chunk's first layer and the rank's first expert.
         """
         if not name.startswith("decoder.layers."):
             return ParamLocation(self.end_mappings[name])
@@ -191,7 +192,7 @@ def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
 
 
 def _checked(kind: type[_Made], values: dict[str, Any]) -> _Made:
-    """Construct a `kind` of `values`; raise UnsupportedModel if one is missing or of another type."""
+    """Construct a `kind` from `values`; raise UnsupportedModel if one is missing or of the wrong type."""
     types = {"int": int, "float": (int, float), "bool": bool}
     fields = {field.name: field.type for field in dataclasses.fields(kind) if field.type in types}
     if missing := [name for name in fields if values.get(name) is None]:

@@ -1,4 +1,4 @@
-"""Builds this rank's chunks of the policy on megatron-core, of Transformer Engine's layers or local ones."""
+"""Build this rank's chunks of the policy on megatron-core, with Transformer Engine's layers or local ones."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from megatron_srpo.config.schema import ModelSection, ParallelSection
 from megatron_srpo.distributed.device import uses_transformer_engine
@@ -32,8 +33,9 @@ class PolicyModel(GPTModel):
 
     unpadded_vocab_size: int  # rows of the output matrix that are real tokens; set by `build_chunks`
 
+    @override
     def _postprocess(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-        # overlap_param_gather waits for weights before their module's forward pass; the loss reads these.
+        # overlap_param_gather waits for weights in a hook of their module's forward, which the loss bypasses.
         if self.post_process:
             for wait in self.output_layer._forward_pre_hooks.values():
                 wait(self.output_layer)
@@ -50,6 +52,7 @@ class PolicyModel(GPTModel):
 
     @property
     def vocab_shard(self) -> VocabShard:
+        """This rank's slice of the vocabulary."""
         rank = parallel_state.get_tensor_model_parallel_rank()
         group = parallel_state.get_tensor_model_parallel_group()
         return VocabShard.of_rank(rank, self.output_weight.shape[0], self.unpadded_vocab_size, group)
@@ -57,9 +60,9 @@ class PolicyModel(GPTModel):
     def final_hidden(self, output: Tensor) -> Tensor:
         """Gather the last stage's output, [this rank's tokens, 1, H], to [T, H] on all TP and CP ranks.
 
-        Backward sums the ranks' gradients, since each rank's loss sees only its vocabulary shard and, with
-        context parallelism, its rows of T (the ranks' parts one after another). With sequence parallelism:
-        one all-gather forward, one reduce-scatter backward.
+        Backward sums the ranks' gradients, because each rank's loss covers only its vocabulary shard and,
+        with context parallelism, its rows of T (the concatenated parts of the CP ranks). With sequence
+        parallelism: one all-gather forward, one reduce-scatter backward.
         """
         gather = tensor_parallel.gather_from_sequence_parallel_region
         if self.config.sequence_parallel:
@@ -76,7 +79,7 @@ def build_chunks(
     megatron: Mapping[str, Any],
     device: torch.device,
 ) -> list[PolicyModel]:
-    """Build this rank's model chunks (one, or one per virtual stage) with unloaded weights."""
+    """Build this rank's model chunks (one, or one per virtual stage); the weights are not loaded yet."""
     core = transformer_config(architecture, model, parallel, megatron)
     use_transformer_engine = uses_transformer_engine(model)
     multiple, tensor_size = model.make_vocab_size_divisible_by, parallel.tensor_model_parallel_size
@@ -98,7 +101,7 @@ def build_chunks(
             vp_stage=stage,
         )
         chunk.unpadded_vocab_size = architecture.vocab_size
-        if architecture.rope_scaling is not None:  # GPTModel takes the factor, but not the other three
+        if architecture.rope_scaling is not None:  # GPTModel accepts the factor, but not the other three
             scaling = dataclasses.asdict(architecture.rope_scaling)
             rotary: Any = chunk.rotary_pos_emb
             rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **scaling)
@@ -120,19 +123,19 @@ def _local_spec(core: TransformerConfig, stage: int | None) -> TransformerBlockS
     if core.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if core.num_moe_experts:
-        # Transformer Engine fuses this norm into dense layers only, so checkpoints name it as it is here.
+        # Transformer Engine fuses this norm only into dense layers, so checkpoints use its name here.
         layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
     attention.core_attention = PackedAttention
     layers = get_num_layers_to_build(core, vp_stage=stage)
-    norm: Any = RMSNorm  # Megatron names its own class
+    norm: Any = RMSNorm  # Megatron's annotation is its own class
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
 
 
 def packed_params(cu_seqlens: Tensor, max_seqlen: int) -> PackedSeqParams:
-    """Describe packed documents to Megatron: bounds [documents + 1] int32 in tokens of the whole row.
+    """Describe packed documents to Megatron: bounds [documents + 1] int32, in tokens of the complete row.
 
-    Transformer Engine's context parallelism wants padded bounds too. Its flash kernels take no padding
-    between documents: all of a document counts, and causality hides the padding at its end.
+    Transformer Engine's context parallelism needs padded bounds as well. Its flash kernels allow no padding
+    between documents, so each document includes its padding, which the causal mask hides at its end.
     """
     padded: Any = cu_seqlens if parallel_state.get_context_parallel_world_size() > 1 else None
     return PackedSeqParams(

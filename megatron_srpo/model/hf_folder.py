@@ -1,4 +1,4 @@
-"""Reads a Hugging Face model folder: architecture, files of the tensors, tokenizer."""
+"""Read a Hugging Face model folder: architecture, files of the tensors, tokenizer."""
 
 import json
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ class FolderError(FileError):
 
 @contextmanager
 def naming_key(key: str) -> Iterator[None]:
-    """Turn a FolderError of the block into a ConfigError that begins with the configuration's key."""
+    """Convert a FolderError raised in the block to a ConfigError that begins with the configuration's key."""
     try:
         yield
     except FolderError as error:
@@ -30,7 +30,7 @@ def naming_key(key: str) -> Iterator[None]:
 
 
 class HFFolder:
-    """The folder at `path`. Every method raises FolderError that names the file and what is wrong with it."""
+    """The folder at `path`. Every method raises FolderError, which names the file and the problem."""
 
     def __init__(self, path: Path):
         self.path = Path(path)
@@ -51,23 +51,25 @@ class HFFolder:
 
     @cached_property
     def config(self) -> dict[str, Any]:
+        """The content of config.json."""
         return self._json("config.json")
 
     @cached_property
     def architecture(self) -> Architecture:
+        """The architecture that config.json describes."""
         try:
             return architecture_of(self.config)
         except UnsupportedModel as error:
             raise FolderError(f"{self.path / 'config.json'}: {error}") from None
 
     def validate(self) -> None:
-        """Check config.json, names and shapes of all tensors, and the tokenizer."""
+        """Raise FolderError if config.json, a tensor's name or shape, or the tokenizer is invalid."""
         _ = self.file_of
         _ = self.tokenizer
 
     @cached_property
     def file_of(self) -> dict[str, Path]:
-        """The safetensors file of every tensor. Checks names and shapes, reading headers only."""
+        """The safetensors file of every tensor. Checks names and shapes; reads only headers."""
         found: dict[str, tuple[Path, tuple[int, ...]]] = {}
         for file in self._weight_files():
             try:
@@ -75,7 +77,7 @@ class HFFolder:
                     for key in tensors.keys():  # noqa: SIM118  (not a dict)
                         found[key] = file, tuple(tensors.get_slice(key).get_shape())
             except (SafetensorError, OSError) as error:
-                raise FolderError(f"{file} is damaged or no safetensors file: {error}") from None
+                raise FolderError(f"{file} is damaged or not a safetensors file: {error}") from None
         expected = self.architecture.tensor_shapes()
         for key, shape in expected.items():
             if key not in found:
@@ -96,7 +98,7 @@ class HFFolder:
         if index.exists():
             weight_map = self._json(index.name).get("weight_map", {})
             if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-                raise FolderError(f"{index}: weight_map is not an object of tensors' names and their files'")
+                raise FolderError(f"{index}: weight_map is not an object of tensor names and file names")
             names, listed = sorted(set(weight_map.values())), f" ({index.name} lists it)"
         files = [self.path / name for name in names]
         for file in files:
@@ -106,15 +108,15 @@ class HFFolder:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The folder's tokenizer, with a chat template and no token beyond the embedding."""
+        """The folder's tokenizer; has a chat template, and no more tokens than the embedding has rows."""
         from transformers import AutoTokenizer
 
         if not (self.path / "tokenizer.json").is_file() and not (self.path / "vocab.json").is_file():
             raise FolderError(f"{self.path}: tokenizer.json is missing")
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.path, local_files_only=True)
-        except Exception as error:  # the libraries raise whatever a damaged file makes them trip over
-            raise FolderError(f"{self.path}: no tokenizer can be loaded: {error}") from None
+        except Exception as error:  # the libraries raise many kinds of errors for a damaged file
+            raise FolderError(f"{self.path}: the tokenizer cannot be loaded: {error}") from None
         size, rows = len(tokenizer), self.architecture.vocab_size
         if size > rows:
             raise FolderError(f"{self.path}: the tokenizer has {size} tokens but the embedding only {rows}")
@@ -126,7 +128,7 @@ class HFFolder:
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end a response: eos_token_id of generation_config.json and of the tokenizer."""
+        """Ids that end a response: the eos_token_id of the tokenizer and of generation_config.json."""
         ids = {self.tokenizer.eos_token_id}
         if (self.path / "generation_config.json").exists():
             given = self._json("generation_config.json").get("eos_token_id")
@@ -134,7 +136,7 @@ class HFFolder:
         return tuple(sorted(ids))
 
     def encode(self, messages: list[dict[str, str]], enable_thinking: bool = False) -> list[int]:
-        """Encode chat messages with the assistant's generation header."""
+        """Return the token ids of chat messages, with the assistant's generation header."""
         options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": enable_thinking}
         try:
             text = self.tokenizer.apply_chat_template(messages, **options)

@@ -1,4 +1,4 @@
-"""Local layers in place of Transformer Engine's: RMSNorm, and attention over packed documents."""
+"""Local replacements of Transformer Engine's layers: RMSNorm, and attention over packed documents."""
 
 import itertools
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
+from typing_extensions import override
 
 from megatron_srpo.distributed.context_parallel import gathered_positions
 from megatron_srpo.distributed.megatron import MegatronModule, parallel_state, tensor_parallel
@@ -22,12 +23,16 @@ class RMSNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(ones)
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class PackedAttention(MegatronModule):
-    """Causal (grouped-query) attention inside each document of a packed `thd` micro-batch, by SDPA."""
+    """Causal (grouped-query) attention within each document of a packed `thd` micro-batch, by SDPA.
+
+    Query [t, heads, d], key and value [t, kv_heads, d] → [t, heads · d].
+    """
 
     def __init__(self, config, layer_number, attn_mask_type, attention_type, softmax_scale=None, **_):
         super().__init__(config=config)
@@ -35,10 +40,10 @@ class PackedAttention(MegatronModule):
         if config.attention_dropout:
             raise ValueError("attention_dropout is not supported by the local attention")
 
+    @override
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, packed_seq_params, **_
     ) -> Tensor:
-        """Attend: query [t, heads, d], key and value [t, kv_heads, d] → [t, heads · d]."""
         if self.config.context_parallel_size > 1:
             return self._shared(query, key, value, packed_seq_params.cu_seqlens_q)
         bounds = packed_seq_params.cu_seqlens_q.tolist()
@@ -50,9 +55,9 @@ class PackedAttention(MegatronModule):
         return torch.cat(outputs).flatten(1)
 
     def _padded(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
-        """Attend to documents of like length as one batch, padded at their ends, where causality hides it.
+        """Attend in documents of similar length as one batch, with padding that the causal mask hides.
 
-        No row is read twice: on CUDA the gradient of a repeated index is summed serially.
+        No row is read twice, because CUDA sums the gradient of a repeated index serially.
         """
         count, longest = len(lengths), max(lengths)
         sizes = torch.tensor(lengths)
@@ -65,7 +70,7 @@ class PackedAttention(MegatronModule):
         return self._attend(*batch).flatten(0, 1).index_select(0, place).flatten(1)
 
     def _shared(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Attend from this rank's two chunks of each document to the document's keys up to each one's end.
+        """Attend from this rank's two chunks of each document to the document's keys up to each chunk's end.
 
         Context parallelism: one all-gather of keys and values forward, one reduce-scatter backward.
         """
@@ -84,7 +89,7 @@ class PackedAttention(MegatronModule):
         return torch.cat(outputs).flatten(1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attend, [documents, length, heads, d]: the last query sees all keys, the one before all but one."""
+        """Attend causally, [documents, length, heads, d]; the last query attends to all keys."""
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         mask, (length, keys) = None, (query.shape[2], key.shape[2])
         if length < keys and query.is_cuda:

@@ -1,4 +1,4 @@
-"""Maps a Megatron parameter to the Hugging Face tensors that it is made of, in both directions at any TP.
+"""Map Megatron parameters to the Hugging Face tensors they consist of, in both directions, at any TP size.
 
 Every HF tensor is sharded over tensor-parallel ranks by contiguous slices along one dimension, and a rank's
 parameter is a local arrangement of its slices: slice ↔ concatenate, and `Fusion.merge` ↔ `Fusion.split`.
@@ -14,23 +14,29 @@ from torch import Tensor
 
 
 class Fusion(Protocol):
-    """Arranges the HF tensors of a mapping, or a rank's slices of them, in one parameter."""
+    """An arrangement of a mapping's HF tensors, or of a rank's slices of them, in one parameter."""
 
-    def merge(self, pieces: Sequence[Tensor]) -> Tensor: ...
+    def merge(self, pieces: Sequence[Tensor]) -> Tensor:
+        """Arrange the pieces in one tensor."""
+        ...
 
-    def split(self, tensor: Tensor) -> list[Tensor]: ...
+    def split(self, tensor: Tensor) -> list[Tensor]:
+        """Return the pieces of a merged tensor, the inverse of `merge`."""
+        ...
 
 
 @dataclass(frozen=True)
 class Stacked:
-    """`count` tensors of one shape, one after another along the first dimension."""
+    """`count` tensors of one shape, concatenated along the first dimension."""
 
     count: int = 1
 
     def merge(self, pieces: Sequence[Tensor]) -> Tensor:
+        """Concatenate the pieces."""
         return pieces[0] if self.count == 1 else torch.cat(list(pieces))
 
     def split(self, tensor: Tensor) -> list[Tensor]:
+        """Return `count` pieces of equal size."""
         return list(tensor.chunk(self.count)) if self.count > 1 else [tensor]
 
 
@@ -42,10 +48,12 @@ class QueryGroups:
     head_dim: int
 
     def merge(self, pieces: Sequence[Tensor]) -> Tensor:
+        """Interleave queries, keys and values, group by group."""
         groups, inner = pieces[1].shape[0] // self.head_dim, pieces[1].shape[1:]
         return torch.cat([piece.view(groups, -1, *inner) for piece in pieces], dim=1).reshape(-1, *inner)
 
     def split(self, tensor: Tensor) -> list[Tensor]:
+        """Return queries, keys and values."""
         widths = [self.queries_per_group * self.head_dim, self.head_dim, self.head_dim]
         inner = tensor.shape[1:]
         grouped = tensor.view(-1, sum(widths), *inner)
@@ -56,12 +64,13 @@ class QueryGroups:
 class TensorMapping:
     """A Megatron parameter of the model, of every layer, or of every expert of every layer.
 
-    Args:
-        megatron: Name of the parameter, inside its layer where it has one.
-        tensors: Name in HF folders → shape; "{layer}" and "{expert}" stand for their numbers.
+    Attributes:
+        megatron: Name of the parameter; a layer's parameter is named inside its layer.
+        tensors: Name in HF folders → shape, with "{layer}" and "{expert}" in place of their numbers.
         dim: Dimension sharded over tensor-parallel (experts: expert-tensor-parallel) ranks, or None.
-        padded: Its first dimension is the vocabulary, which Megatron pads at the end.
-        tied_to: HF tensor that is stored in its place where the two are tied.
+        fusion: Arrangement of the HF tensors in the parameter.
+        padded: The first dimension is the vocabulary, which Megatron pads at the end.
+        tied_to: HF tensor that is stored instead if the two are tied, or None.
     """
 
     megatron: str
@@ -73,24 +82,27 @@ class TensorMapping:
 
     @property
     def in_layer(self) -> bool:
+        """True for a parameter of every layer."""
         return "{layer}" in next(iter(self.tensors))
 
     @property
     def is_expert(self) -> bool:
+        """True for a parameter of every expert."""
         return "{expert}" in next(iter(self.tensors))
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the whole parameter, without padding: merging adds up the first dimensions."""
+        """Shape of the complete parameter without padding: merging adds up the first dimensions."""
         shapes = list(self.tensors.values())
         return sum(shape[0] for shape in shapes), *shapes[0][1:]
 
     @property
     def numel(self) -> int:
+        """Number of elements of the complete parameter, without padding."""
         return math.prod(self.shape)
 
     def cut(self, tensors: Sequence[Any], index: int, count: int, shape: Sequence[int]) -> Tensor:
-        """Cut shard `index` of `count`, of `shape`, from HF tensors or safetensors' slices (read in part)."""
+        """Cut shard `index` of `count`, of `shape`, from HF tensors or safetensors' lazy slices."""
         pieces = []
         for tensor in tensors:
             if self.dim is None:
@@ -106,7 +118,7 @@ class TensorMapping:
         return merged
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        """Assemble the HF tensors from all tensor-parallel shards, or from the whole parameter."""
+        """Assemble the HF tensors from all tensor-parallel shards, or from the complete parameter."""
         joined = []
         split = zip(*map(self.fusion.split, shards), strict=True)
         for (rows, *_), pieces in zip(self.tensors.values(), split, strict=True):
@@ -119,7 +131,7 @@ class TensorMapping:
 
 
 class ParamLocation(NamedTuple):
-    """One parameter of the whole model: a mapping, and its layer and expert (0 where it has none)."""
+    """One parameter of the complete model: a mapping, its layer and its expert (0 if it has none)."""
 
     mapping: TensorMapping
     layer: int = 0
@@ -127,6 +139,6 @@ class ParamLocation(NamedTuple):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the stored HF tensors that it is made of."""
+        """Names of the stored HF tensors that the parameter consists of."""
         names = [self.mapping.tied_to] if self.mapping.tied_to else self.mapping.tensors
         return tuple(name.format(layer=self.layer, expert=self.expert) for name in names)

@@ -1,4 +1,4 @@
-"""Builds Megatron's TransformerConfig and checks that the layout divides the model."""
+"""Build Megatron's TransformerConfig, and check that the layout divides the model."""
 
 import dataclasses
 import difflib
@@ -21,7 +21,7 @@ def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: 
 
 
 def check_layout(architecture: Architecture, parallel: ParallelSection, megatron: Mapping[str, Any]) -> None:
-    """Raise ConfigError when heads, feed-forward width, experts or layers do not divide over the ranks."""
+    """Raise ConfigError if heads, feed-forward width, experts or layers do not divide over the ranks."""
     tensor = "tensor_model_parallel_size", parallel.tensor_model_parallel_size
     divided: dict[str, tuple[str, int]] = {"num_attention_heads": tensor, "num_key_value_heads": tensor}
     if architecture.num_experts:
@@ -40,13 +40,13 @@ def check_layout(architecture: Architecture, parallel: ParallelSection, megatron
             raise ConfigError(f"parallel.{key}: {size} does not divide the model's {name} ({value})")
     layers = architecture.num_hidden_layers
     stages = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
-    uneven = any("pipeline" in key for key in megatron)  # Megatron's own keys place layers otherwise
+    uneven = any("pipeline" in key for key in megatron)  # Megatron's own keys may distribute layers unevenly
     if layers % stages and not uneven:
         fault = f"{layers} layers do not divide into {stages} stages (pipeline × virtual pipeline)"
         raise ConfigError(f"parallel.pipeline_model_parallel_size: the model's {fault}")
 
 
-# Balance within a micro-batch is no sum over tokens, and Megatron scales router losses by token counts.
+# A micro-batch's balance loss is not a sum over tokens, and Megatron scales router losses by token counts.
 _SPLIT_DEPENDENT = "is not supported: it would depend on how the batch is split"
 _ROUTER_LOSSES = ("moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_z_loss_coeff")
 _CONTEXT = ("hybrid_context_parallel", "hierarchical_context_parallel_sizes")  # need other process groups
@@ -71,11 +71,11 @@ def transformer_config(
     try:
         return TransformerConfig(**derived, **(defaults | dict(megatron)))
     except (ValueError, AssertionError, TypeError) as error:
-        raise ConfigError(f"megatron: TransformerConfig refuses these settings: {error}") from None
+        raise ConfigError(f"megatron: TransformerConfig rejects these settings: {error}") from None
 
 
 def _run_settings(model: ModelSection, parallel: ParallelSection) -> dict[str, Any]:
-    """Return what follows from the sections model and parallel."""
+    """Return the arguments that follow from the sections model and parallel."""
     dtype = model_dtype(model)
     return dict(
         params_dtype=dtype,
@@ -88,13 +88,13 @@ def _run_settings(model: ModelSection, parallel: ParallelSection) -> dict[str, A
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
-        # The loss arrives already divided by the batch's one denominator: Megatron must not divide again.
+        # The loss is divided by the batch's common denominator already: Megatron must not divide again.
         calculate_per_token_loss=True,
     )
 
 
 def _default_settings(interleaved: bool) -> dict[str, Any]:
-    """Return what `megatron:` may override."""
+    """Return the arguments that `megatron:` may override."""
     on_gpu = torch.cuda.is_available()
     return dict(
         hidden_dropout=0.0,
@@ -115,13 +115,13 @@ def _default_settings(interleaved: bool) -> dict[str, Any]:
 
 
 def _refusal(key: str, value: Any, model: ModelSection, derived: Mapping[str, Any]) -> str | None:
-    """Return why `megatron.<key>` may not be set to `value`, or None."""
+    """Return the reason why `megatron.<key>` must not be `value`, or None."""
     known = {field.name for field in dataclasses.fields(TransformerConfig)}
     if key not in known:
         near = difflib.get_close_matches(key, known, n=1)
         return "TransformerConfig has no such field" + (f"; did you mean {near[0]}?" if near else "")
     if "cuda_graph" in key:
-        return "Megatron's CUDA graphs take no packed sequences, and rows of thousands of tokens need none"
+        return "Megatron's CUDA graphs do not support packed sequences, and long rows do not need them"
     if key == "cp_comm_type" and not uses_transformer_engine(model):
         return "is for Transformer Engine's attention; local layers gather keys and values"
     if key in _REFUSED and value:

@@ -1,1 +1,1 @@
-"""The planner: memory, time and traffic of a run on paper, as pure functions; see `command.plan`."""
+"""The planner: estimates of a run's memory, time and traffic, as pure functions; see `command.plan`."""

@@ -1,4 +1,4 @@
-"""`python -m megatron_srpo plan`: a configuration's memory and step time, whether it fits, better layouts."""
+"""`python -m megatron_srpo plan`: memory and step time of a configuration, and better layouts."""
 
 import argparse
 
@@ -20,7 +20,7 @@ SHOWN = 5  # layouts
 
 @naming_key("model.hf_path")
 def plan(config: Config, options: argparse.Namespace) -> int:
-    """Print the plan from config.json of model.hf_path; return 0 if it fits, 1 if not. Raises ConfigError."""
+    """Print the plan, given config.json of model.hf_path; return 0 if it fits, else 1. Raises ConfigError."""
     if options.gpus < 1:
         raise ConfigError(f"--gpus: {options.gpus}; expected 1 or more")
     machine, workload = _machine(options), _workload(config, options)
@@ -32,8 +32,8 @@ def plan(config: Config, options: argparse.Namespace) -> int:
     console.print(f"[bold red]does not fit: {problem}" if problem else "[bold green]fits")
     if own.cache_room is not None and problem is None:
         tokens = own.cache_room / cache_bytes(architecture, planned_dtype(config, machine).itemsize)
-        room = f"{own.cache_room / 1e9:.1f} GB of a GPU for keys and values: {tokens:,.0f} tokens"
-        console.print(f"while it samples, the engine has {room}")
+        room = f"{own.cache_room / 1e9:.1f} GB per GPU for keys and values: {tokens:,.0f} tokens"
+        console.print(f"during sampling, the engine has {room}")
     console.print(*_best(architecture, config, machine, options.gpus, workload))
     if options.scale:
         counts = [options.gpus * 2**n for n in range(13) if options.gpus * 2**n <= 4096]
@@ -74,12 +74,12 @@ def _title(
 ) -> str:
     size = f"{total_parameters(architecture):,} parameters"
     if architecture.num_experts:
-        size += f", {active_parameters(architecture):,} of them active in a token's layers"
+        size += f", {active_parameters(architecture):,} of them active per token in the layers"
     dtype = str(planned_dtype(config, machine)).removeprefix("torch.")
     gpu = f"{machine.memory / 1e9:.0f} GB, {machine.peak / 1e12:.0f} TFLOPS, MFU {machine.mfu:.2f} assumed"
     samples = f"{config.rollout.prompts_per_step} × {config.rollout.samples_per_prompt} samples"
     tokens = f"{workload.prompt_tokens} + {workload.response_tokens} tokens on average"
-    fullest = f"fullest micro-batch {Batch.worst(config, gpus, workload).tokens:,} tokens a GPU"
+    fullest = f"fullest micro-batch {Batch.worst(config, gpus, workload).tokens:,} tokens per GPU"
     return (
         f"{config.model.hf_path.name}: {size}; {dtype}\n"
         f"{gpus} × {machine.name} ({gpu}): {_describe(config, gpus)}\n"
@@ -102,13 +102,13 @@ def _memory_table(plan: Plan, machine: Machine) -> Table:
     for name, size in plan.memory.items():
         table.add_row(name, f"{size / 1e9:.2f}")
     table.add_section()
-    table.add_row("together", f"{plan.bytes / 1e9:.2f} of {machine.memory / 1e9:.0f}")
+    table.add_row("total", f"{plan.bytes / 1e9:.2f} of {machine.memory / 1e9:.0f}")
     return table
 
 
 def _step_table(plan: Plan, architecture: Architecture, machine: Machine, workload: Workload) -> Table:
     sent = traffic(architecture, plan.config, machine, plan.gpus, workload)
-    table = Table("a step, estimated", "seconds", "GB sent a GPU")
+    table = Table("estimated step", "seconds", "GB sent per GPU")
     for name, seconds in plan.seconds.items():
         transfer = sent.get(name.removeprefix("traffic: ")) if name.startswith("traffic") else None
         table.add_row(name, f"{seconds:.2f}", f"{transfer.bytes / 1e9:.2f}" if transfer else "")
@@ -117,8 +117,8 @@ def _step_table(plan: Plan, architecture: Architecture, machine: Machine, worklo
     flops = sum(step_flops(architecture, plan.config, workload).values())
     gigabytes = sum(transfer.bytes for transfer in sent.values()) / 1e9
     table.add_section()
-    table.add_row("together", f"{plan.step:.2f}", f"{gigabytes:.2f}")
-    table.add_row("tokens a second", f"{tokens / plan.step:,.0f}", f"{flops / 1e15:.1f} PFLOP")
+    table.add_row("total", f"{plan.step:.2f}", f"{gigabytes:.2f}")
+    table.add_row("tokens per second", f"{tokens / plan.step:,.0f}", f"{flops / 1e15:.1f} PFLOP")
     return table
 
 
@@ -127,17 +127,17 @@ def _best(
 ) -> list:
     fitting, impossible, too_large = layouts(architecture, config, machine, gpus, workload)
     undivided = f"{impossible} layouts that do not divide the model or the GPUs"
-    said = f"left out: {undivided}, {too_large} that do not fit"
+    summary = f"left out: {undivided}, {too_large} that do not fit"
     if not fitting:
-        return [f"[bold red]no layout of {gpus} GPUs fits[/]; {said}"]
-    table = Table("the fastest layouts that fit", "seconds", "GB")
+        return [f"[bold red]no layout of {gpus} GPUs fits[/]; {summary}"]
+    table = Table("fastest layouts that fit", "seconds", "GB")
     for one in fitting[:SHOWN]:
         table.add_row(_describe(one.config, gpus), f"{one.step:.2f}", f"{one.bytes / 1e9:.1f}")
-    return [table, said]
+    return [table, summary]
 
 
 def _scale_table(rows: list[Scaled], workload: Workload) -> Table:
-    speed = ("seconds", "tokens/s a GPU")
+    speed = ("seconds", "tokens/s per GPU")
     table = Table("GPUs", "same batch: layout", *speed, "batch × GPUs: layout", *speed)
     for row in rows:
         cells = [f"{row.gpus}"]

@@ -1,4 +1,4 @@
-"""Which layouts fit, which are fast, and where more GPUs stop helping."""
+"""Plans for layouts: those that fit, the fastest, and the point where more GPUs stop helping."""
 
 import itertools
 import math
@@ -15,14 +15,16 @@ from megatron_srpo.plan.step import Servers, cache_bytes, step_seconds, total
 
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 POWERS = tuple(2**n for n in range(8))
-MINIMUM_CACHE = 0.05  # of the memory, which SGLang must have for keys and values at least; assumed
+MINIMUM_CACHE = 0.05  # share of the memory that SGLang needs for keys and values at least; assumed
 SLEEPING = 2e9  # bytes a colocated server keeps while offloaded: its CUDA context and graphs; assumed
 
 
 class Plan(NamedTuple):
-    """A configuration on so many GPUs; memory (bytes) and seconds by part.
+    """A configuration on a number of GPUs; memory (bytes) and seconds by part.
 
-    cache_room: bytes for keys and values of an engine on a training GPU, which needs cache_needed; or None.
+    Attributes:
+        cache_room: Bytes for the engine's keys and values on a training GPU; None if no engine runs there.
+        cache_needed: Bytes that the engine needs for them.
     """
 
     config: Config
@@ -34,21 +36,22 @@ class Plan(NamedTuple):
 
     @property
     def bytes(self) -> float:
-        """Return the bytes of the fullest rank."""
+        """Bytes on the fullest rank."""
         return sum(self.memory.values())
 
     @property
     def step(self) -> float:
+        """Seconds of a step."""
         return total(self.seconds, self.config)
 
     def problem(self, machine: Machine) -> str | None:
-        """Return why it does not fit, or None."""
+        """Return the reason why the plan does not fit, or None."""
         if self.bytes > machine.memory:
             largest = max(self.memory, key=self.memory.__getitem__)
             needs = f"{self.bytes / 1e9:.1f} GB of {machine.memory / 1e9:.0f} GB on its fullest GPU"
             return f"needs {needs}, most of it for {largest} ({self.memory[largest] / 1e9:.1f} GB)"
         if self.cache_room is not None and self.cache_room < self.cache_needed:
-            room = f"{self.cache_room / 1e9:.1f} GB of a GPU for keys and values while it samples"
+            room = f"{self.cache_room / 1e9:.1f} GB per GPU for keys and values during sampling"
             return f"leaves the engine {room}; it needs {self.cache_needed / 1e9:.1f} GB"
         return None
 
@@ -56,13 +59,13 @@ class Plan(NamedTuple):
 def plan_for(
     architecture: Architecture, config: Config, machine: Machine, gpus: int, workload: Workload
 ) -> Plan:
-    """Plan this very configuration. Raises ConfigError with the reason if its layout is impossible."""
+    """Plan exactly this configuration. Raises ConfigError with the reason if its layout is impossible."""
     check_layout(architecture, config.parallel, config.megatron)
     data_parallel_size(config.parallel, gpus)
     parts = memory(architecture, config, machine, gpus, Batch.worst(config, gpus, workload))
     room, needed = _cache(architecture, config, machine, gpus, parts)
     if not config.rollout.engine_settings.in_process and room is not None:
-        parts["SGLang, asleep"] = SLEEPING
+        parts["SGLang, offloaded"] = SLEEPING
     seconds = step_seconds(architecture, config, machine, gpus, workload)
     return Plan(config, gpus, parts, seconds, room, needed)
 
@@ -70,9 +73,10 @@ def plan_for(
 def _cache(
     architecture: Architecture, config: Config, machine: Machine, gpus: int, parts: dict[str, float]
 ) -> tuple[float | None, float]:
-    """Return (bytes for keys and values, bytes needed); (None, 0) if nothing samples on training GPUs.
+    """Return (bytes for keys and values, bytes needed); (None, 0) if no engine runs on training GPUs.
 
-    The embedded engine pads to the longest sequence; for SGLang, all but the weights waits on the host.
+    The embedded engine pads to the longest sequence. While SGLang samples, all but the trainer's weights is
+    offloaded to the host.
     """
     rollout, servers, size = config.rollout, Servers.of(config, gpus), planned_dtype(config, machine).itemsize
     if rollout.replay is not None or not servers.colocated:
@@ -92,9 +96,12 @@ def _cache(
 def layouts(
     architecture: Architecture, config: Config, machine: Machine, gpus: int, workload: Workload
 ) -> tuple[list[Plan], int, int]:
-    """Return the layouts of powers of two that fit, fastest first; the number of impossible and of too large.
+    """Try all layouts with powers of two, each with and without full recomputation.
 
-    Tensor and context parallelism stay inside a node. Each layout comes with and without full recomputation.
+    Tensor and context parallelism are limited to a node.
+
+    Returns:
+        The plans that fit, fastest first; the number of impossible layouts; the number of those too large.
     """
     fitting: list[Plan] = []
     impossible = too_large = 0
@@ -132,23 +139,23 @@ def layouts(
 
 
 class Scaled(NamedTuple):
-    """The best plans for so many GPUs: of the same batch, of one that grows with them; None: nothing fits."""
+    """The best plans for a number of GPUs; None if nothing fits."""
 
     gpus: int
-    strong: Plan | None
-    weak: Plan | None
+    strong: Plan | None  # with the same batch
+    weak: Plan | None  # with a batch that grows in proportion to the GPUs
 
 
 def scale(
     architecture: Architecture, config: Config, machine: Machine, workload: Workload, counts: list[int]
 ) -> list[Scaled]:
-    """Plan for each of `counts` of GPUs, with proportionally more servers on GPUs of their own."""
+    """Plan for each number of GPUs in `counts`; servers on separate GPUs grow in proportion."""
     rows = []
     for gpus in counts:
         factor = gpus // counts[0]
-        aside = _more_servers(config, factor)
-        larger = _more_prompts(aside, factor)
-        best = [layouts(architecture, one, machine, gpus, workload)[0][:1] for one in (aside, larger)]
+        same = _more_servers(config, factor)
+        larger = _more_prompts(same, factor)
+        best = [layouts(architecture, one, machine, gpus, workload)[0][:1] for one in (same, larger)]
         rows.append(Scaled(gpus, *(found[0] if found else None for found in best)))
     return rows
 
@@ -169,20 +176,22 @@ def _more_prompts(config: Config, factor: int) -> Config:
 
 
 def where_it_stops(rows: list[Scaled]) -> list[str]:
-    """Say where a doubling gains less than 1.4 times, or a growing batch's step takes 1.4 times as long."""
-    said = []
+    """Say where doubling gains less than 1.4 times, or a growing batch's step takes 1.4 times as long."""
+    lines = []
     strong = [(row.gpus, row.strong) for row in rows if row.strong is not None]
     for (fewer, before), (more, after) in itertools.pairwise(strong):
         if (gain := before.step / after.step) < 1.4:
-            said.append(f"same batch: {more} GPUs are {gain:.2f} times as fast as {fewer}; {_most_of(after)}")
+            lines.append(
+                f"same batch: {more} GPUs are {gain:.2f} times as fast as {fewer}; {_most_of(after)}"
+            )
             break
     growing = [row.weak for row in rows if row.weak is not None]
     for plan in growing:
         if (slower := plan.step / growing[0].step) > 1.4:
             step = f"on {plan.gpus} GPUs a step takes {slower:.2f} times as long as on {growing[0].gpus}"
-            said.append(f"growing batch: {step}; {_what_grew(growing[0], plan)}")
+            lines.append(f"growing batch: {step}; {_what_grew(growing[0], plan)}")
             break
-    return said or ["nothing stops it in this range"]
+    return lines or ["no limit in this range"]
 
 
 _WHY = {
@@ -190,7 +199,7 @@ _WHY = {
     " rollout.async_steps: 1 hides training behind it",
     "idle": "there are fewer samples than data-parallel ranks",
     "bubble": "there are too few micro-batches for the pipeline's stages",
-    "reading samples": "every rank reads the whole batch",
+    "reading samples": "every rank reads the entire batch",
 }
 
 
@@ -203,4 +212,4 @@ def _most_of(plan: Plan) -> str:
 def _what_grew(before: Plan, after: Plan) -> str:
     grown = {part: seconds - before.seconds.get(part, 0.0) for part, seconds in after.seconds.items()}
     part = max(grown, key=grown.__getitem__)
-    return f"{grown[part]:.1f} s more go to {part}: {_WHY.get(part, 'it grows with the ranks')}"
+    return f"{grown[part]:.1f} s more in {part}: {_WHY.get(part, 'it grows with the ranks')}"

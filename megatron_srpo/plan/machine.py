@@ -1,4 +1,4 @@
-"""What is planned for: a machine's data sheet and the lengths that sampling will bring."""
+"""The planner's inputs: a machine's data sheet, and the expected lengths of samples."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from megatron_srpo.distributed.device import model_dtype
 
 
 class Machine(NamedTuple):
-    """One accelerator and its links in bytes, FLOP and seconds: the maker's figures, one way, not sparse.
+    """One accelerator and its links, in bytes, FLOP/s and bytes/s: the vendor's figures, one way, dense.
 
-    host_bandwidth: to the host's memory (PCIe 5 or 4, 16 lanes). network: of a GPU's own 400 Gb/s adapter.
-    mfu, reserve: assumed for matrix products, and for CUDA's context, NCCL, cuBLAS and fragmentation.
+    Attributes:
+        network_bandwidth: Of the GPU's own network adapter (50e9 is 400 Gb/s).
+        host_bandwidth: To host memory (PCIe 5 or 4, 16 lanes).
+        mfu: Assumed share of the peak in matrix products.
+        reserve: Assumed bytes for CUDA's context, NCCL, cuBLAS and fragmentation.
     """
 
     name: str
@@ -30,11 +33,11 @@ class Machine(NamedTuple):
 
     @property
     def is_gpu(self) -> bool:
-        """Return True if it computes in bf16 with fused kernels."""
+        """True if the machine computes in bf16 with fused kernels."""
         return self.name != "cpu"
 
     def bandwidth(self, ranks: int, abreast: int = 1) -> float:
-        """Return a rank's bytes/s in a group of `ranks`; between nodes, `abreast` groups share adapters."""
+        """Return a rank's bytes/s in a group of `ranks`; across nodes, `abreast` groups share adapters."""
         if ranks <= self.gpus_per_node:
             return self.node_bandwidth
         return min(self.node_bandwidth, self.network_bandwidth * max(1, self.gpus_per_node // abreast))
@@ -53,7 +56,7 @@ MACHINES = {
 
 
 class Workload(NamedTuple):
-    """What the tokens of a step will be like. Means; `distilled_share` is of response tokens."""
+    """Expected tokens of a sample, as means; `distilled_share` is the share of the response tokens."""
 
     prompt_tokens: int
     response_tokens: int
@@ -61,19 +64,21 @@ class Workload(NamedTuple):
 
     @classmethod
     def expected(cls, config: Config) -> Workload:
-        """Expect an eighth of the limits, as in the papers' runs, and the algorithm's distilled share."""
+        """Assume an eighth of the limits, as in the papers' runs, and the algorithm's distilled share."""
         prompt = max(1, config.rollout.max_prompt_tokens // 8)
         response = max(1, config.rollout.max_response_tokens // 8)
         return cls(prompt, response, config.algorithm.expected_distilled_share)
 
     @property
     def document(self) -> int:
+        """Tokens of a sample."""
         return self.prompt_tokens + self.response_tokens
 
     def teacher_document(self, config: Config) -> int:
-        """Return the teacher's tokens of a sample; its prompt has a sibling's response and some 40 more."""
+        """Return the teacher's tokens of a sample; its prompt adds a sibling's response and 40 tokens."""
         return min(config.teacher.max_prompt_tokens, self.document + 40) + self.response_tokens
 
 
 def planned_dtype(config: Config, machine: Machine) -> torch.dtype:
+    """Return the dtype of weights and activations on the planned machine."""
     return model_dtype(config.model, machine.is_gpu)

@@ -1,4 +1,4 @@
-"""Bytes on one rank, by part: parameters and their states exactly, activations by what autograd keeps."""
+"""Bytes on one rank, by part: parameters and their states, and the activations that autograd keeps."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ from megatron_srpo.vocab_parallel.fused import MEMORY
 
 
 class Parameters(NamedTuple):
-    """Elements that one rank holds; experts are replicated over fewer ranks than dense parameters."""
+    """Elements on one rank; experts are replicated over fewer ranks than dense parameters."""
 
     dense: int
     experts: int
 
     @property
     def total(self) -> int:
+        """All elements."""
         return self.dense + self.experts
 
 
 @functools.cache
 def total_parameters(architecture: Architecture) -> int:
-    """Count the elements of all stored tensors: a tied matrix once, no padding."""
+    """Count the elements of all stored tensors: a tied matrix once, without padding."""
     return sum(math.prod(shape) for shape in architecture.tensor_shapes().values())
 
 
 def layer_parameters(architecture: Architecture, config: Config) -> Parameters:
-    """Count one layer's elements on one rank."""
+    """Count the elements of one layer on one rank."""
     parallel, dense, experts = config.parallel, 0, 0
     for mapping in architecture.layer_mappings.values():
         if mapping.is_expert:
@@ -44,11 +45,11 @@ def layer_parameters(architecture: Architecture, config: Config) -> Parameters:
 
 
 def stage_parameters(architecture: Architecture, config: Config, stage: int) -> Parameters:
-    """Count the elements on a rank of `stage`; a tied matrix is on first and last stage, padding included."""
+    """Count the elements on a rank of `stage`, padding included; a tied matrix is on first and last stage."""
     parallel = config.parallel
     stages, tensor = parallel.pipeline_model_parallel_size, parallel.tensor_model_parallel_size
     if key := next((key for key in config.megatron if "pipeline" in key), None):
-        raise ConfigError(f"megatron.{key}: the planner knows evenly divided layers only")
+        raise ConfigError(f"megatron.{key}: the planner supports only evenly divided layers")
     layers = architecture.num_hidden_layers // stages
     layer, is_last = layer_parameters(architecture, config), stage == stages - 1
     matrix = padded_rows(architecture, config) // tensor * architecture.hidden_size
@@ -65,7 +66,7 @@ def padded_rows(architecture: Architecture, config: Config) -> int:
 
 
 def replicas(config: Config, gpus: int) -> tuple[int, int]:
-    """Count the ranks with the same dense parameters, and with the same experts."""
+    """Return the number of ranks with the same dense parameters, and of those with the same experts."""
     parallel = config.parallel
     experts = parallel.expert_tensor_size * parallel.expert_model_parallel_size
     experts *= parallel.pipeline_model_parallel_size
@@ -73,7 +74,7 @@ def replicas(config: Config, gpus: int) -> tuple[int, int]:
 
 
 class Batch(NamedTuple):
-    """Tokens and responses of a rank's micro-batch; distilled: response tokens of its whole step."""
+    """Tokens and response tokens of a rank's micro-batch, and distilled response tokens of its step."""
 
     tokens: int
     responses: int
@@ -81,7 +82,7 @@ class Batch(NamedTuple):
 
     @classmethod
     def worst(cls, config: Config, gpus: int, workload: Workload) -> Batch:
-        """Return the fullest micro-batch (budget or longest sequence), as if all of it were responses."""
+        """Return the fullest micro-batch (budget or longest sequence), assuming only response tokens."""
         rollout, size = config.rollout, data_parallel_size(config.parallel, gpus)
         context = config.parallel.context_parallel_size
         longest = math.ceil((rollout.max_prompt_tokens + rollout.max_response_tokens) / context)
@@ -94,10 +95,11 @@ class Batch(NamedTuple):
 def memory(
     architecture: Architecture, config: Config, machine: Machine, gpus: int, batch: Batch
 ) -> dict[str, float]:
-    """Return bytes by part on the fullest rank while it trains.
+    """Return bytes by part on the fullest rank during training.
 
-    Besides `state_bytes`, `activation_bytes` and `loss_bytes`: the hidden states the teacher leaves for the
-    loss, [distilled, H] a model; and the batch's ids, positions, targets and weights (8 + 8 + 8 + 5·4 bytes).
+    In addition to `state_bytes`, `activation_bytes` and `loss_bytes`: the hidden states that the teacher
+    keeps for the loss, [distilled, H] per model; and the batch's ids, positions, targets and weights (8 + 8 +
+    8 + 5·4 bytes per token).
     """
     stages = range(config.parallel.pipeline_model_parallel_size)
     parts = [_of_stage(architecture, config, machine, gpus, batch, stage) for stage in stages]
@@ -115,16 +117,16 @@ def _of_stage(
     visitors = 0.0
     if config.optimizer.optimizer_cpu_offload:
         visitors = parts.pop("optimizer") + parts.pop("EMA", 0.0)
-    # Tiles are gone when the backward pass begins.
+    # The tiles are freed before the backward pass begins.
     parts["activations"] = kept + rows + max(0.0, transient - tiles)
     parts["loss tiles"] = tiles
     if config.algorithm.uses_teacher and is_last:
         models = 2 if config.teacher.kind == "trust_region" else 1
         parts["teacher's hidden states"] = models * batch.distilled * (architecture.hidden_size * size + 4)
     parts["packed batch"] = batch.tokens * 44
-    if visitors:  # activations and tiles are gone when they come
+    if visitors:  # they are onloaded after activations and tiles are freed
         beyond = visitors - parts["activations"] - tiles
-        parts["optimizer on its visits, beyond activations"] = max(0.0, beyond)
+        parts["optimizer during updates, beyond activations"] = max(0.0, beyond)
     parts["reserve"] = machine.reserve
     return parts
 
@@ -132,13 +134,13 @@ def _of_stage(
 def state_bytes(
     architecture: Architecture, config: Config, machine: Machine, gpus: int, stage: int
 ) -> dict[str, float]:
-    """Return the bytes that stay for the whole run on a rank of `stage`.
+    """Return the bytes that a rank of `stage` holds throughout the run.
 
-    With P elements of b bytes on the rank, D replicas of each: weights b·P; gradients 4·P
-    (`grad_reduce_in_fp32`); Adam's two moments 8·P, and 4·P for the fp32 masters of bf16 weights, both over D
-    with the distributed optimizer (Rajbhandari et al., arXiv 1910.02054, P_os); a teacher b·P for its copy to
-    score with, an EMA 4·P/D for its fp32 share. The embedded engine holds the whole model, b a parameter, on
-    every rank.
+    With P elements of b bytes on the rank and D replicas of each: weights b·P; gradients 4·P
+    (`grad_reduce_in_fp32`); Adam's two moments 8·P, and 4·P for the fp32 masters of bf16 weights, both
+    divided by D with the distributed optimizer (Rajbhandari et al., arXiv 1910.02054, P_os); b·P for the copy
+    with which a teacher scores, and 4·P/D for an EMA's fp32 share. The embedded engine holds the complete
+    model, b bytes per parameter, on every rank.
     """
     size, parallel = planned_dtype(config, machine).itemsize, config.parallel
     own = stage_parameters(architecture, config, stage)
@@ -157,12 +159,13 @@ def state_bytes(
 def activation_bytes(
     architecture: Architecture, config: Config, machine: Machine, batch: Batch, stage: int
 ) -> tuple[float, float]:
-    """Return (kept from forward to backward, the most that a backward pass adds to it) on a rank of `stage`.
+    """Return (bytes kept from forward to backward, maximum that backward adds to them) on a rank of `stage`.
 
-    A stage of 1F1B keeps as many micro-batches as stages follow it, itself included; interleaved, stage s of
-    p keeps (v - 1)·p + 2·(p - s - 1) + 1 of its v chunks' (Narayanan et al., arXiv 2104.04473, §2.2;
-    Megatron's warm-up). Full recompute keeps each `recompute_num_layers`-th layer's input, and one such group
-    whole while it is computed again. Selective recompute is not counted: it only saves.
+    A stage of 1F1B keeps as many micro-batches as there are stages from it to the last. Interleaved, stage s
+    of p keeps (v - 1)·p + 2·(p - s - 1) + 1 micro-batches of its v chunks (Narayanan et al., arXiv
+    2104.04473, §2.2; Megatron's warm-up). Full recompute keeps the input of each `recompute_num_layers`-th
+    layer, and one such group completely while it is recomputed. Selective recompute, which only saves, is
+    ignored.
     """
     parallel, size = config.parallel, planned_dtype(config, machine).itemsize
     stages = parallel.pipeline_model_parallel_size
@@ -188,24 +191,25 @@ def _sequence_shards(config: Config) -> int:
 def layer_bytes(
     architecture: Architecture, config: Config, machine: Machine, batch: Batch
 ) -> tuple[float, float]:
-    """Return (what autograd keeps of one layer for a micro-batch, what its backward pass adds) on one rank.
+    """Return (bytes that autograd keeps of one layer per micro-batch, bytes that backward adds) on one rank.
 
-    Numbers a token, A = query heads · d, K = key heads · d, F the feed-forward width, all over TP; H over TP
-    with sequence parallelism only. Each tensor is counted once, where it is first kept (cf. Korthikanti et
-    al., arXiv 2205.05198, eq. 2, for another layer):
+    In numbers per token, with A = query heads · d, K = key heads · d and F the feed-forward width, all
+    divided by TP, and H divided by TP only with sequence parallelism. Each tensor is counted once, where it
+    is first kept (cf. Korthikanti et al., arXiv 2205.05198, eq. 2, for a different layer):
 
-    local: two norms, each its input, normalised input and output, 6H (bf16: the input in fp32, so 8H);
-    query-key-value product A + 2K; queries copied out of it and normalised, keys normalised, 2A + K (bf16:
-    inputs in fp32, 3A + 3K); rotated A + K, by 4d cosines and sines; attention's output and the projection's
-    input 2A; feed-forward: both halves 2F, silu(first) F, second + offset F, product F; the fused kernel on a
-    GPU keeps 2F + F. In fp32: 4 bytes a norm and query head, for its scale and its log-sum-exp. Transformer
-    Engine: norms keep input and output, 4H; A + 2K, queries 2A, keys K, output A, cosines as above; 3F.
+    Local layers: two norms, each with input, normalised input and output, 6H (bf16: the input in fp32, so
+    8H); query-key-value product A + 2K; queries copied out of it and normalised, keys normalised, 2A + K
+    (bf16: inputs in fp32, 3A + 3K); rotated A + K, by 4d cosines and sines; attention's output and the
+    projection's input 2A; feed-forward: both halves 2F, silu(first) F, second + offset F, product F; the
+    fused kernel on a GPU keeps 2F + F. In fp32: 4 bytes per norm and query head, for scale and log-sum-exp.
+    Transformer Engine: norms keep input and output, 4H; A + 2K, queries 2A, keys K, output A, cosines as
+    above; 3F.
 
-    Experts: for each of the k that a token goes to (evenly spread), its input H and a feed-forward as above
-    and F for its weight; 5 bytes an expert for the router's map, 24 for each choice. Backward: gradients of
+    Experts: for each of a token's k experts (evenly loaded), its input H, a feed-forward network as above and
+    F for its weight; 5 bytes per expert for the router's map, 24 per chosen expert. Backward: gradients of
     the feed-forward's tensors, 4F, and of the residual stream, 2H. Local, with C context-parallel ranks: keys
-    and values of all of them, 2K·C, instead of the rotated keys, and their places, 8·C bytes; as many
-    gradients backward. (Transformer Engine passes keys and values on.)
+    and values of all ranks, 2K·C, instead of the rotated keys, and their positions, 8·C bytes; in backward
+    as many gradients. (Transformer Engine sends keys and values around instead.)
     """
     a, size = architecture, planned_dtype(config, machine).itemsize
     tensor = config.parallel.tensor_model_parallel_size
@@ -237,16 +241,16 @@ def layer_bytes(
 def loss_bytes(
     architecture: Architecture, config: Config, machine: Machine, batch: Batch
 ) -> tuple[float, float]:
-    """Return (tiles of logits, what else the last stage keeps for the loss).
+    """Return (bytes of the tiles of logits, other bytes that the last stage keeps for the loss).
 
-    Tiles: at most `train.logits_memory_mib`, and what the response tokens need: two in fp32 (one without a
-    teacher), on a GPU one in the model's dtype. Besides, the final norm's three [T, H], the hidden states
-    [T, H] of all context-parallel ranks, and [R, H] of responses with their gradient and the teacher's.
+    Tiles: at most `train.logits_memory_mib`, and at most the response tokens' need: two in fp32 (one without
+    a teacher), and on a GPU one in the model's dtype. Others: the final norm's three [T, H], the hidden
+    states [T, H] of all context-parallel ranks, and [R, H] of the responses, their gradient and the teacher.
     """
     size, has_teacher = planned_dtype(config, machine).itemsize, config.algorithm.uses_teacher
     limit = (config.train.logits_memory_mib or 0) * 2**20 or MEMORY["cuda" if machine.is_gpu else "cpu"]
     width = padded_rows(architecture, config) // config.parallel.tensor_model_parallel_size
-    sized = 8 + (size if machine.is_gpu else 0)  # what a tile's size is chosen by
+    sized = 8 + (size if machine.is_gpu else 0)  # bytes per number that decide a tile's size
     used = (8 if has_teacher else 4) + (size if machine.is_gpu else 0)
     tile_tokens = min(max(16, limit // (sized * width)), batch.responses)
     rows = (3 + config.parallel.context_parallel_size) * batch.tokens

@@ -1,4 +1,4 @@
-"""Seconds and bytes on the wire of one training step, by part: a model to choose layouts by."""
+"""Seconds and transferred bytes of one training step, by part: a model for choosing layouts."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from megatron_srpo.model.architecture import Architecture
 from megatron_srpo.plan.machine import Machine, Workload, planned_dtype
 from megatron_srpo.plan.memory import Parameters, replicas, stage_parameters, state_bytes, total_parameters
 
-# Bytes of one prompt and one response token in the JSON that ranks exchange: ids, log-probability, text.
+# Bytes per prompt token and per response token in the JSON that ranks exchange: ids, log-prob, text.
 SAMPLE_BYTES = (8, 31)
-SAMPLE_SECONDS = 2e-7  # of reading one such token; measured on one core of a busy x86 machine, 2026-11-24
-LATENCY = 1e-5  # seconds a collective takes however small it is, for each doubling of its ranks; assumed
-LONGEST = 4  # the longest response of a step, in mean ones, never beyond rollout.max_response_tokens; assumed
-DECODING = 0.6  # of the memory bandwidth, for a server; assumed
-EMBEDDED_SECONDS = 1e-3  # of Python, for each layer and token of transformers' loop; assumed
+SAMPLE_SECONDS = 2e-7  # to read one such token; measured on one core of a busy x86 machine, 2026-11-24
+LATENCY = 1e-5  # minimum seconds of a collective per doubling of its ranks; assumed
+LONGEST = 4  # longest response of a step over the mean one, up to rollout.max_response_tokens; assumed
+DECODING = 0.6  # share of the memory bandwidth that a server reaches; assumed
+EMBEDDED_SECONDS = 1e-3  # of Python, per layer and token of transformers' loop; assumed
 
 
 def active_parameters(architecture: Architecture) -> int:
-    """Count the elements of the layers' matrices that a token is multiplied with: of experts, the chosen."""
+    """Count the elements of the layers' matrices that each token uses: only its chosen experts."""
     active = 0
     for mapping in architecture.layer_mappings.values():
         if len(mapping.shape) == 2:
@@ -32,8 +32,8 @@ def active_parameters(architecture: Architecture) -> int:
 def forward_flops(architecture: Architecture, tokens: float, document: float) -> float:
     """Return the FLOP of `tokens` through all layers, in documents of `document` tokens.
 
-    Two a parameter and token; attention, 4·A for each pair of query and key (scores and values, A = heads ·
-    d), of which causality leaves half of document² (Chowdhery et al., arXiv 2204.02311, appendix B).
+    Two per parameter and token; for attention 4·A per pair of query and key (scores and values, A = heads ·
+    d), with document²/2 pairs due to the causal mask (Chowdhery et al., arXiv 2204.02311, appendix B).
     """
     width = architecture.num_attention_heads * architecture.head_dim
     attention = 2 * width * document * architecture.num_hidden_layers
@@ -43,9 +43,10 @@ def forward_flops(architecture: Architecture, tokens: float, document: float) ->
 def step_flops(architecture: Architecture, config: Config, workload: Workload) -> dict[str, float]:
     """Return the model FLOP of a training step on all ranks, by phase; recomputation is not counted.
 
-    update: forward and twice as much backward; of the output matrix, on response tokens only, three products
-    and the teacher's where distilled (`vocab_parallel.fused`). scoring: the old policy's log-probabilities,
-    for several optimizer steps. teacher: forward and one product for entropies, on distilled samples.
+    update: forward, and backward with twice as much; for the output matrix, only on response tokens, three
+    products and for distilled tokens the teacher's (`vocab_parallel.fused`). scoring: log-probs of the old
+    policy, if there are several optimizer steps. teacher: forward and one product for entropies, on distilled
+    samples.
     """
     samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     head = 2.0 * architecture.hidden_size * architecture.vocab_size
@@ -62,7 +63,7 @@ def step_flops(architecture: Architecture, config: Config, workload: Workload) -
 
 
 class Transfer(NamedTuple):
-    """Bytes one rank sends in a step, in `calls` collectives of `ranks`, at `bandwidth` bytes a second."""
+    """Bytes that one rank sends per step, in `calls` collectives of `ranks`, at `bandwidth` bytes/s."""
 
     bytes: float
     calls: float
@@ -71,32 +72,32 @@ class Transfer(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """Return the seconds without overlap (on GPUs, gradients are reduced during backward passes)."""
+        """Seconds without overlap (on GPUs, gradients are reduced during backward passes)."""
         return self.bytes / self.bandwidth + self.calls * LATENCY * math.log2(max(2, self.ranks))
 
 
 def traffic(
     architecture: Architecture, config: Config, machine: Machine, gpus: int, workload: Workload
 ) -> dict[str, Transfer]:
-    """Return what a rank of the fullest stage sends, by purpose.
+    """Return the transfers of a rank of the fullest stage, by purpose.
 
-    A ring over n ranks sends (n - 1)/n of what is gathered or scattered, twice that to reduce (Patarasuk &
-    Yuan 2009). t: tokens through the rank, forward, shared with its tensor-parallel ranks; b: bytes a number.
+    A ring over n ranks sends (n - 1)/n of the gathered or scattered bytes, twice that in an all-reduce
+    (Patarasuk & Yuan 2009). t: tokens that pass the rank forward, shared with its tensor-parallel ranks.
 
-    tensor: two all-reduces of [t, H] a layer each way (Shoeybi et al., arXiv 1909.08053; the same bytes with
-    sequence parallelism, and two more gathers backward, arXiv 2205.05198). experts: dispatch and combine of
-    k·[t, H] a layer each way. pipeline: [t, H] each way. context: keys and values of [t, K], C - 1 times a
-    layer, and their gradients as often backward (Transformer Engine sends keys and values once more then);
-    the last hidden states likewise. gradients: reduce-scatter in fp32, weights gathered back (all-reduce
-    without the distributed optimizer), for each optimizer step. host: what waits there
-    (offloading), there and back. teacher: `Teacher.follow`, one all-reduce a parameter. samples: every rank
-    gets the complete batch. export: every rank sees every tensor.
+    tensor: two all-reduces of [t, H] per layer, forward and backward (Shoeybi et al., arXiv 1909.08053; the
+    same bytes with sequence parallelism, and two more gathers backward, arXiv 2205.05198). experts: dispatch
+    and combine of k·[t, H] per layer, forward and backward. pipeline: [t, H] forward and backward. context:
+    keys and values of [t, K], C - 1 times per layer, and as often their gradients backward (when Transformer
+    Engine also sends keys and values again); the same for the last hidden states. gradients: reduce-scatter
+    in fp32 and all-gather of weights (all-reduce without the distributed optimizer), per optimizer step.
+    host: offloaded tensors, in both directions. teacher: `Teacher.follow`, one all-reduce per parameter.
+    samples: every rank receives the complete batch. export: every rank receives every tensor.
     """
     a, parallel, rollout = architecture, config.parallel, config.rollout
     size, tensor = planned_dtype(config, machine).itemsize, parallel.tensor_model_parallel_size
     stages = parallel.pipeline_model_parallel_size
     context, samples = parallel.context_parallel_size, rollout.prompts_per_step * rollout.samples_per_prompt
-    ranks = data_parallel_size(parallel, gpus) * context  # with other tokens
+    ranks = data_parallel_size(parallel, gpus) * context  # ranks with different tokens
     shards = tensor if parallel.sequence_parallel else 1
     trained = samples * workload.document / ranks
     taught = 0.0
@@ -147,7 +148,7 @@ def _layer_tensors(a: Architecture) -> int:
 def _replication(
     a: Architecture, config: Config, machine: Machine, gpus: int, own: Parameters, size: int
 ) -> dict[str, Transfer]:
-    """Return the transfers that keep a parameter's replicas alike."""
+    """Return the transfers that keep a parameter's replicas identical."""
     parallel, copies = config.parallel, replicas(config, gpus)
     shares = [(count, ranks) for count, ranks in zip(own, copies, strict=True) if count and ranks > 1]
     if not shares:
@@ -167,7 +168,7 @@ def _replication(
 
 
 def _host_bytes(architecture: Architecture, config: Config, machine: Machine, gpus: int) -> float:
-    """Return the bytes that go to the host and come back in a step, both counted: one follows the other."""
+    """Return the bytes sent to the host plus those sent back in a step, which do not overlap."""
     stages = range(config.parallel.pipeline_model_parallel_size)
     parts = [state_bytes(architecture, config, machine, gpus, stage) for stage in stages]
     states = max(parts, key=lambda of_stage: sum(of_stage.values()))
@@ -178,13 +179,13 @@ def _host_bytes(architecture: Architecture, config: Config, machine: Machine, gp
 
 
 def exchanged_bytes(config: Config, workload: Workload) -> float:
-    """Return the bytes of a step's samples as JSON lines (`rollout.collect.exchange`), whatever the ranks."""
+    """Return the bytes of a step's samples as JSON lines (`rollout.collect.exchange`), for any rank count."""
     samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     return samples * (SAMPLE_BYTES[0] * workload.prompt_tokens + SAMPLE_BYTES[1] * workload.response_tokens)
 
 
 def micro_batch_count(config: Config, gpus: int, workload: Workload) -> int:
-    """Count a rank's micro-batches of whole samples in one step, the same number on every rank."""
+    """Count a rank's micro-batches of complete samples in one step, the same number on every rank."""
     data, mini = data_parallel_size(config.parallel, gpus), config.mini_batch_prompts
     each = math.ceil(mini * config.rollout.samples_per_prompt / data)
     budget = config.train.micro_batch_tokens * config.parallel.context_parallel_size
@@ -197,10 +198,10 @@ def step_seconds(
 ) -> dict[str, float]:
     """Return the seconds of a step by part; see `total`.
 
-    sampling: `sampling_seconds`. update, scoring, teacher: FLOP over ranks, peak and MFU; a full recompute
-    repeats the update's forward pass. idle: a rank trains whole samples, ⌈n/D⌉ of an optimizer batch's n.
-    bubble: (p - 1)/(v·m) of the computation, of p stages and m micro-batches (arXiv 2104.04473, §2.2). Then
-    `traffic`, and reading the samples on a CPU.
+    sampling: `sampling_seconds`. update, scoring, teacher: FLOP divided by ranks, peak and MFU; full
+    recompute repeats the update's forward pass. idle: a rank trains complete samples, ⌈n/D⌉ of an optimizer
+    batch's n. bubble: (p - 1)/(v·m) of the computation, for p stages and m micro-batches (arXiv 2104.04473,
+    §2.2). Then `traffic`, and the time to read the samples on a CPU.
     """
     rate, rollout = machine.peak * machine.mfu * gpus, config.rollout
     samples = rollout.prompts_per_step * rollout.samples_per_prompt
@@ -228,13 +229,13 @@ def step_seconds(
 
 
 def total(parts: dict[str, float], config: Config) -> float:
-    """Return a step's seconds; with `rollout.async_steps: 1` the next batch is sampled while one trains."""
+    """Return a step's seconds; with `rollout.async_steps: 1` sampling and training overlap."""
     training = sum(parts.values()) - parts.get("sampling", 0.0)
     return max(training, parts.get("sampling", 0.0)) if config.rollout.async_steps else sum(parts.values())
 
 
 class Servers(NamedTuple):
-    """The engines that sample."""
+    """The engines that sample, embedded or servers."""
 
     count: float
     gpus_each: int
@@ -242,6 +243,7 @@ class Servers(NamedTuple):
 
     @classmethod
     def of(cls, config: Config, gpus: int) -> Servers:
+        """Return the engines of a configuration; an embedded engine runs on each of the `gpus`."""
         rollout = config.rollout
         if rollout.engine_settings.in_process:
             return cls(gpus, 1, True)
@@ -250,7 +252,7 @@ class Servers(NamedTuple):
 
 
 def cache_bytes(architecture: Architecture, size: int) -> int:
-    """Return the bytes of one token's keys and values in all layers, `size` a number."""
+    """Return the bytes of one token's keys and values in all layers, `size` bytes per number."""
     width = architecture.num_key_value_heads * architecture.head_dim
     return 2 * architecture.num_hidden_layers * width * size
 
@@ -258,10 +260,10 @@ def cache_bytes(architecture: Architecture, size: int) -> int:
 def sampling_seconds(
     architecture: Architecture, config: Config, machine: Machine, gpus: int, workload: Workload
 ) -> float:
-    """Return the seconds of decoding, bound by memory and by computation; 0 when replaying.
+    """Return the seconds of decoding: the sum of memory and computation time; 0 for a replay.
 
-    Each token of the longest response reads all weights, each token its sequence's keys and values (cf. Pope
-    et al., arXiv 2211.05102, §2), and costs two FLOP a parameter, prompts included.
+    Each token of the longest response reads all weights, and each token its sequence's keys and values (cf.
+    Pope et al., arXiv 2211.05102, §2); each token, prompts included, costs two FLOP per parameter.
     """
     if config.rollout.replay is not None:
         return 0.0

@@ -1,1 +1,1 @@
-"""One optimizer step: packing, pipeline schedule, routed loss, optimizer, teacher. No sampling."""
+"""One training step after sampling: packing, pipeline schedule, routed loss, optimizer, teacher."""

@@ -23,6 +23,8 @@ from megatron_srpo.vocab_parallel.logits import Projection, Rows
 
 
 class LossSettings(NamedTuple):
+    """Settings of the loss, the same in every step."""
+
     algorithm: Algorithm
     divergence: Divergence
     temperature: float
@@ -31,7 +33,7 @@ class LossSettings(NamedTuple):
 
 @dataclass(eq=False)
 class RoutedLoss:
-    """Called with each micro-batch's hidden states; adds up token sums over the micro-batches."""
+    """The loss of an optimizer batch: call it with each micro-batch's hidden states. Adds up token sums."""
 
     settings: LossSettings
     batch: OptimizerBatch
@@ -43,17 +45,20 @@ class RoutedLoss:
 
     def __post_init__(self) -> None:
         device = self.mean_entropy_weight.device
-        self.sums = TokenSums.zeros(device)  # of this rank so far, a vector
+        self.sums = TokenSums.zeros(device)  # this rank's sums so far, as a vector
         self.gap_max = torch.zeros((), device=device)  # largest |log π_old - log π_roll|, in nats
 
     def __call__(self, number: int, hidden: Tensor, model: PolicyModel) -> Tensor:
-        """Return the loss of micro-batch `number`, from `hidden` [R, H]; a partial sum of the batch's."""
+        """Return micro-batch `number`'s part of the batch's loss, from `hidden` [R, H].
+
+        The gradient of the output matrix is added to its `main_grad`, that of `hidden` returned to autograd.
+        """
         settings, micro_batch = self.settings, self.batch.micro_batches[number]
         algorithm, device = settings.algorithm, hidden.device
         keys = micro_batch.distilled_keys
         teacher_entropy, teacher = torch.empty(0, device=device), None
         if keys:
-            # Student and teacher must have scored the same tokens, though their prompts differ in length.
+            # Student and teacher must have scored the same tokens, although their prompts differ in length.
             counts = [len(self.scores.entropy[key]) for key in keys]
             assert counts == micro_batch.target_counts[: len(keys)]
             teacher_entropy = torch.cat([self.scores.entropy[key] for key in keys])
@@ -66,7 +71,7 @@ class RoutedLoss:
         assert isinstance(weight, torch.nn.Parameter)
         if hidden.requires_grad:
             hidden.register_hook(lambda _: gradient_is_ready(self.last_chunk, weight))
-        policy = Projection(hidden, weight.detach())  # its gradient goes past autograd
+        policy = Projection(hidden, weight.detach())  # the weight's gradient bypasses autograd
         loss, statistics = fused_objective(
             policy,
             micro_batch.targets.to(device),

@@ -1,4 +1,4 @@
-"""Tensors that wait in host memory while another phase of a step, or another process, needs the device's."""
+"""Offload tensors to host memory while another phase of a step, or another process, needs the device."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -9,13 +9,14 @@ from torch import Tensor, UntypedStorage
 
 class _Offloaded(NamedTuple):
     size: int  # bytes on the device
-    copy: Tensor | None  # [size] uint8 on the host, pinned where there is CUDA; None: nothing is kept
+    copy: Tensor | None  # [size] uint8 on the host, pinned with CUDA; None: the values are not kept
 
 
 class HostMemory:
-    """Offloads tensors to the host and onloads them again, in place and bit for bit.
+    """Host copies of offloaded tensors; onloading restores the tensors in place, bit for bit.
 
-    Works on whole storages: views of an offloaded tensor have no memory. Host copies are kept for next time.
+    Complete storages are offloaded, so views of an offloaded tensor have no memory either. Host buffers are
+    reused.
     """
 
     def __init__(self) -> None:
@@ -23,7 +24,7 @@ class HostMemory:
 
     @torch.no_grad()
     def offload(self, tensors: Iterable[Tensor], keep: bool = True) -> None:
-        """Free the device memory of `tensors`; without `keep` they are onloaded as zeros."""
+        """Free the device memory of `tensors`; without `keep`, onloading fills them with zeros."""
         freed: list[UntypedStorage] = []
         is_cuda = False
         for storage in _storages(tensors):
@@ -44,7 +45,7 @@ class HostMemory:
 
     @torch.no_grad()
     def onload(self, tensors: Iterable[Tensor]) -> None:
-        """Give `tensors` their device memory and values back."""
+        """Restore the device memory and values of `tensors`."""
         for storage in _storages(tensors):
             entry = self._offloaded.get(storage._cdata)
             if storage.nbytes() == 0 and entry is not None:
@@ -56,7 +57,7 @@ class HostMemory:
                     content.copy_(entry.copy, non_blocking=True)
 
     def values(self, tensor: Tensor) -> Tensor:
-        """Return `tensor` or, while it is offloaded, the same view of the host's copy."""
+        """Return `tensor` or, while it is offloaded, the same view of the host copy."""
         entry = self._offloaded.get(tensor.untyped_storage()._cdata)
         if entry is None or entry.copy is None or tensor.untyped_storage().nbytes():
             return tensor
@@ -65,7 +66,7 @@ class HostMemory:
 
 
 def _storages(tensors: Iterable[Tensor]) -> Iterator[UntypedStorage]:
-    """Yield the storage of each tensor, each storage once."""
+    """Yield the tensors' storages, each one once."""
     storages = (tensor.untyped_storage() for tensor in tensors)
     yield from {storage._cdata: storage for storage in storages}.values()
 

@@ -20,7 +20,7 @@ from megatron_srpo.training.offload import HostMemory
 def wrap_data_parallel(
     chunks: Sequence[PolicyModel], parallel: ParallelSection
 ) -> list[DistributedDataParallel]:
-    """Give the chunks fp32 gradient buffers, summed, not averaged, over data-parallel ranks."""
+    """Wrap the chunks in Megatron's DDP: fp32 gradient buffers, summed (not averaged) over the ranks."""
     overlaps_reduce, overlaps_gather = parallel.overlap_grad_reduce, parallel.overlap_param_gather
     if overlaps_reduce is None:
         overlaps_reduce = torch.cuda.is_available()
@@ -41,13 +41,13 @@ def wrap_data_parallel(
 
 
 def gradient_is_ready(chunk: DistributedDataParallel, parameter: Parameter) -> None:
-    """Mark a gradient as ready that the backward pass wrote to `parameter.main_grad` outside autograd."""
+    """Mark the gradient in `parameter.main_grad` as ready; needed if it was written outside autograd."""
     if chunk.ddp_config.overlap_grad_reduce:
         chunk.param_to_bucket_group[parameter].register_grad_ready(parameter, chunk.force_all_reduce)
 
 
 def _finalize(chunks, num_tokens=None, **kwargs) -> None:
-    """Reduce gradients without Megatron's division by `num_tokens`: the loss is divided already."""
+    """Reduce gradients without Megatron's division by `num_tokens`: the loss has been divided already."""
     megatron.finalize_model_grads(chunks, None, **kwargs)
 
 
@@ -56,7 +56,7 @@ _ADAM_SETTINGS = {"weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_
 
 
 class Shard(NamedTuple):
-    """Flat elements start … end - 1 of a parameter in fp32, and Adam's moments (zeros before updates)."""
+    """Flat elements start … end - 1 of a parameter in fp32, and Adam's moments (zeros before any update)."""
 
     start: int
     end: int
@@ -65,6 +65,8 @@ class Shard(NamedTuple):
 
 
 class StepResult(NamedTuple):
+    """The result of `Optimizer.step`."""
+
     grad_norm: float  # before clipping
     applied: bool
 
@@ -105,7 +107,7 @@ class Optimizer:
         overrides = megatron.get_standard_config_overrides(self.config)
         wrapped: Any = self.chunks
         self.inner = megatron.get_megatron_optimizer(self.config, wrapped, config_overrides=overrides)
-        # It also applies the weight-decay multipliers (none for norms): it must exist before the first step.
+        # The schedule also sets each group's weight decay (0 for norms), so it must precede the first step.
         self.schedule = megatron.OptimizerParamScheduler(
             self.inner,
             init_lr=0.0,
@@ -127,7 +129,7 @@ class Optimizer:
 
     @property
     def lr(self) -> float:
-        """Return the learning rate of the next update."""
+        """The learning rate of the next update."""
         return self.inner.param_groups[0]["lr"]
 
     def start_step(self) -> None:
@@ -135,12 +137,13 @@ class Optimizer:
         self.schedule.step(1)
 
     def zero_grad(self) -> None:
+        """Set all gradients to zero."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.inner.zero_grad()
 
     def step(self, loss: float) -> StepResult:
-        """Clip and update, unless loss or gradient norm is not finite; both are the same on all ranks."""
+        """Clip and update, unless loss or gradient norm is not finite (which is the same on all ranks)."""
         self.inner.prepare_grads()
         norm = float(self.inner.get_grad_norm())
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -150,13 +153,13 @@ class Optimizer:
         return StepResult(norm, True)
 
     def gather_weights(self) -> None:
-        """Bring the updated weights to all ranks now; else it happens during the next forward pass."""
+        """Gather the updated weights on all ranks now instead of in the next forward pass."""
         for chunk in self.chunks:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
 
     def state(self) -> Iterator[Tensor]:
-        """Yield what only updates need: Adam's moments, and fp32 masters that are no model parameters."""
+        """Yield the tensors only updates need: Adam's moments, and fp32 masters apart from parameters."""
         parameters = chain.from_iterable(chunk.parameters() for chunk in self.chunks)
         own = {parameter.untyped_storage()._cdata for parameter in parameters}
         for inner in self._chained:
@@ -168,18 +171,22 @@ class Optimizer:
                     yield from (state[name] for name in state if name in MOMENTS)
 
     def gradients(self) -> Iterator[Tensor]:
+        """Yield the gradient buffers."""
         for chunk in self.chunks:
             buffers: Any = chunk.buffers  # Megatron's own, not torch's method
             for buffer in [*buffers, *chunk.expert_parallel_buffers]:
                 yield buffer.grad_data
 
     def held_range(self, parameter: Parameter) -> tuple[int, int]:
-        """Return (start, end) of the flat elements that this rank's optimizer holds."""
+        """Return (start, end) of the parameter's flat elements in this rank's optimizer."""
         holding = self._holding(parameter)
         return (0, 0) if holding is None else (holding.start, holding.end)
 
     def shard_of(self, parameter: Parameter) -> Shard:
-        """Return the elements that this rank keeps where each is kept once, or the host's copy of them."""
+        """Return this rank's part of the parameter, disjoint between the ranks of its replica group.
+
+        While the tensors are offloaded, these are views of the host copies.
+        """
         holding = self._holding(parameter)
         if holding is None:
             return Shard(0, 0, parameter.new_empty(0, dtype=torch.float32), {})
@@ -196,7 +203,7 @@ class Optimizer:
 
     @torch.no_grad()
     def restore(self, parameter: Parameter, values: Tensor, moments: dict[str, Tensor]) -> None:
-        """Put back the flat fp32 `values` and `moments` of the `held_range`; set `updates` first."""
+        """Restore the flat fp32 `values` and `moments` of the `held_range`; set `updates` before."""
         holding = self._holding(parameter)
         if holding is None:
             return
@@ -206,15 +213,15 @@ class Optimizer:
             state = adam.state[master]
             for name in MOMENTS:
                 state[name] = moments[name].to(master.device, torch.float32, copy=True).view(master.shape)
-            if isinstance(adam, torch.optim.Adam):  # torch's Adam counts updates for each parameter
+            if isinstance(adam, torch.optim.Adam):  # torch's Adam counts updates per parameter
                 state["step"] = torch.tensor(float(self.updates), dtype=torch.float32)
-            else:  # Apex's for each group
+            else:  # Apex's Adam counts them per group
                 for group in adam.param_groups:
                     group["step"] = self.updates
 
     @property
     def _chained(self) -> list:
-        """Return Megatron's optimizers, one for dense parameters and one for experts."""
+        """Megatron's optimizers, one for dense parameters and one for experts."""
         return getattr(self.inner, "chained_optimizers", [self.inner])
 
     def _holding(self, parameter: Parameter) -> _Holding | None:

@@ -1,6 +1,6 @@
 """Packing of routed samples into micro-batches, the same number on every data-parallel rank.
 
-Every rank knows every sample and computes the complete plan, without a collective.
+Every rank knows all samples and computes the complete plan, without a collective.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ class PackedSequence(NamedTuple):
     key: int  # the sample's index in its optimizer batch
     prompt_ids: Sequence[int]
     response_ids: Sequence[int]
-    policy_positions: Sequence[int]  # of `response_ids`, those that the policy wrote; only they are predicted
+    policy_positions: Sequence[int]  # positions in `response_ids` of the policy's tokens, the only targets
 
     @classmethod
     def of(cls, key: int, prompt_ids: Sequence[int], sample: Sample) -> PackedSequence:
+        """Return the sequence of a sample's response after `prompt_ids` (the student's or the teacher's)."""
         positions = [position for position, is_policy in enumerate(sample.loss_mask) if is_policy]
         return cls(key, prompt_ids, sample.response_ids, positions)
 
     @property
     def length(self) -> int:
-        """Count input tokens; the last policy token and what follows predict nothing, so they are not fed."""
+        """Number of input tokens: those before the last policy token, after which nothing is predicted."""
         return len(self.prompt_ids) + self.policy_positions[-1]
 
 
@@ -43,42 +44,43 @@ _Row = list[PackedSequence]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences in one row of T tokens, of which this rank holds a part; R policy tokens in their order."""
+    """Sequences in one row of T tokens: this rank's part of it, with R policy tokens in sequence order."""
 
     sequences: tuple[PackedSequence, ...]
-    distilled: int  # so many of the sequences, which come first
+    distilled: int  # number of distilled sequences, which come first
     ids: Tensor  # [T / context-parallel size] int64
     positions: Tensor  # [T / context-parallel size] int64
     cu_seqlens: Tensor  # [sequences + 1] int32, of the complete row, including a padding sequence
     max_seqlen: int
-    predicts: Tensor  # [R] hidden states to predict from, of the context-parallel parts concatenated
-    targets: Tensor  # [R]
-    shares: tuple[slice, ...]  # of each sequence, which of its policy tokens are this rank's
+    predicts: Tensor  # [R] int64, rows of `PolicyModel.final_hidden` that predict the targets
+    targets: Tensor  # [R] int64 token ids
+    shares: tuple[slice, ...]  # for each sequence, this rank's part of its policy tokens
 
     @property
     def target_counts(self) -> list[int]:
-        """Count this rank's policy tokens of each sequence."""
+        """Number of this rank's policy tokens in each sequence."""
         return [share.stop - share.start for share in self.shares]
 
     @property
     def distilled_keys(self) -> list[int]:
+        """Keys of the distilled sequences, in order."""
         return [sequence.key for sequence in self.sequences[: self.distilled]]
 
 
 @dataclass(frozen=True)
 class OptimizerBatch:
-    """One optimizer step's work of this rank."""
+    """This rank's work for one optimizer step."""
 
-    samples: tuple[Sample, ...]  # all ranks'
+    samples: tuple[Sample, ...]  # of all ranks
     micro_batches: list[MicroBatch]
     teacher_micro_batches: list[MicroBatch]
-    loss_scale: tuple[float, ...]  # of each sample: the factor of each of its tokens' terms
+    loss_scale: tuple[float, ...]  # for each sample, 1 / (denominator of the loss)
     distilled_tokens: int  # |Ω|, over all ranks
 
     def terms(
         self, micro_batch: MicroBatch, weights: Tensor, old_logprobs: Tensor | None, device: torch.device
     ) -> TokenTerms:
-        """Return the objective's inputs [R], float32, from entropy `weights` [D] and `old_logprobs` [R]."""
+        """Return the objective's inputs, [R] float32, given entropy `weights` [D] and `old_logprobs` [R]."""
         counts = torch.tensor(micro_batch.target_counts, dtype=torch.long)
 
         def per_token(values: list[float]) -> Tensor:
@@ -108,15 +110,19 @@ class OptimizerBatch:
 class PackingRules(NamedTuple):
     """Limits and shapes of the rows."""
 
-    token_budget: int  # tokens of a row, of all context-parallel ranks together
-    length_multiple: int = 1  # the tensor-parallel size under sequence parallelism
-    uniform: bool = False  # pipelines send tensors of one shape
-    count_multiple: int = 1  # interleaved pipelines want micro-batches in multiples of their stages
+    token_budget: int  # tokens of a row, over all context-parallel ranks
+    length_multiple: int = 1  # the tensor-parallel size with sequence parallelism
+    uniform: bool = False  # all rows have the same length, as pipelines require
+    count_multiple: int = 1  # divisor of the number of micro-batches, the stages of an interleaved pipeline
     context: ContextParallel = ContextParallel()
 
 
 def loss_scales(samples: Sequence[Sample], aggregation: str) -> tuple[float, ...]:
-    """Return 1 / (the loss's denominator) for every sample; 0 for a sample that is routed nowhere."""
+    """Return the factor of each sample's token losses, 1 / denominator; 0 for a sample with branch none.
+
+    token_mean: the denominator is the number of policy tokens of all routed samples. seq_mean: it is the
+    number of routed samples times the sample's own number of policy tokens.
+    """
     lengths = [sample.policy_tokens if sample.routed.branch != "none" else 0 for sample in samples]
     if aggregation == "seq_mean":
         routed = sum(length > 0 for length in lengths)
@@ -135,7 +141,7 @@ def pack(
         if sample.routed.distillation_weight > 0:
             assert sample.routed.teacher_ids is not None
             teachers[key] = PackedSequence.of(key, sample.routed.teacher_ids, sample)
-    # Forward and backward of the student cost three forwards; the teacher adds one.
+    # The student's forward and backward cost as much as three forwards; the teacher adds one.
     costs = [3 * student.length for student in students]
     for key, teacher in teachers.items():
         costs[key] += teacher.length
@@ -153,7 +159,7 @@ def pack(
 
 
 def balance(costs: Sequence[int], bins: int) -> list[list[int]]:
-    """Distribute items to bins, the largest first and each to the least loaded bin; ties to the lowest."""
+    """Distribute items over bins, largest first, each to the least loaded bin (of equal ones, the first)."""
     loads: list[int] = [0] * bins
     contents: list[list[int]] = [[] for _ in range(bins)]
     for item in sorted(range(len(costs)), key=lambda item: (-costs[item], item)):
@@ -164,7 +170,7 @@ def balance(costs: Sequence[int], bins: int) -> list[list[int]]:
 
 
 def _fill_all(sequences_of_rank: list[_Row], rules: PackingRules) -> list[list[_Row]]:
-    """Fill every rank's rows, then add empty rows until all ranks have the same number of them."""
+    """Fill every rank's rows, then add empty rows until all ranks have the same number."""
     rows_of_rank = [_fill(sequences, rules.token_budget, rules.context) for sequences in sequences_of_rank]
     count = max(max(len(rows) for rows in rows_of_rank), 1)
     count = -(-count // rules.count_multiple) * rules.count_multiple
@@ -172,7 +178,7 @@ def _fill_all(sequences_of_rank: list[_Row], rules: PackingRules) -> list[list[_
 
 
 def _fill(sequences: _Row, budget: int, context: ContextParallel) -> list[_Row]:
-    """Fill rows by first fit, longest first. A sequence longer than the budget gets a row of its own."""
+    """Fill rows by first fit, longest first. A sequence longer than the budget gets its own row."""
     rows: list[_Row] = []
     room: list[int] = []
     for sequence in sorted(sequences, key=lambda sequence: (-sequence.length, sequence.key)):
@@ -191,7 +197,7 @@ def _fill(sequences: _Row, budget: int, context: ContextParallel) -> list[_Row]:
 def _micro_batches(
     rows: list[_Row], teachers: dict[int, PackedSequence], rules: PackingRules
 ) -> list[MicroBatch]:
-    """Build the rows' micro-batches, of one length if the rules say so; distilled sequences come first."""
+    """Build the rows' micro-batches, of equal length if `rules.uniform`; distilled sequences come first."""
     context = rules.context
     multiple = math.lcm(context.multiple, context.size * rules.length_multiple)
     lengths = [max(sum(context.padded(sequence.length) for sequence in row), 1) for row in rows]
@@ -211,7 +217,7 @@ def micro_batch(
     context: ContextParallel = ContextParallel(),  # noqa: B008  (immutable)
     distilled: int = 0,
 ) -> MicroBatch:
-    """Build this rank's part of one row of `total` tokens: the sequences, if any, and a padding sequence."""
+    """Build this rank's part of a row of `total` tokens: the sequences, if any, and a padding sequence."""
     ids: list[int] = []
     bounds = [0]
     predicts: list[int] = []
@@ -223,7 +229,7 @@ def micro_batch(
             predicts.append(first + position)
             targets.append(sequence.response_ids[position])
         ids.extend([*sequence.prompt_ids, *sequence.response_ids][: sequence.length])
-        ids.extend([0] * (context.padded(sequence.length) - sequence.length))  # causality hides the end
+        ids.extend([0] * (context.padded(sequence.length) - sequence.length))  # hidden by the causal mask
         bounds.append(len(ids))
     if len(ids) < total:
         bounds.append(total)

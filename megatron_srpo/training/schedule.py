@@ -11,7 +11,7 @@ from megatron_srpo.distributed.megatron import get_forward_backward_func
 from megatron_srpo.model.build import PolicyModel, packed_params
 from megatron_srpo.training.packing import MicroBatch
 
-# on_output(number of the micro-batch, final hidden states that predict its targets [R, H], model) → loss
+# on_output(index of the micro-batch, final hidden states that predict its targets [R, H], model) → loss
 OnOutput = Callable[[int, Tensor, PolicyModel], Tensor]
 
 
@@ -21,7 +21,10 @@ def run_schedule(
     on_output: OnOutput,
     backward: bool,
 ) -> None:
-    """Send micro-batches through the pipeline; the losses of `on_output`, on the last stage, are summed."""
+    """Run the micro-batches through the pipeline; on the last stage, `on_output` returns each one's loss.
+
+    With `backward`, gradients of the sum of the losses are accumulated.
+    """
     if not micro_batches:
         return
     device = next(chunks[0].parameters()).device
@@ -41,7 +44,7 @@ def run_schedule(
             data_iterator=iterators if interleaved else iterators[0],
             model=list(chunks) if interleaved else chunks[0],
             num_microbatches=len(micro_batches),
-            seq_length=int(micro_batches[0].cu_seqlens[-1]),  # a pipeline's rows have one length
+            seq_length=int(micro_batches[0].cu_seqlens[-1]),  # with pipelines, all rows have this length
             micro_batch_size=1,
             forward_only=not backward,
         )
@@ -50,7 +53,7 @@ def run_schedule(
 def _loss(
     on_output: OnOutput, number: int, predicts: Tensor, model: torch.nn.Module, output: Tensor
 ) -> tuple[Tensor, Tensor, dict]:
-    """Return the loss and, as Megatron wants, a number of tokens that is not used, and nothing to log."""
+    """Return the loss and, as Megatron expects, an unused number of tokens and an empty log."""
     inner: Any = model
     while hasattr(inner, "module"):
         inner = inner.module

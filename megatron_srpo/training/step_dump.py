@@ -1,4 +1,4 @@
-"""Files of a step under RUN/rollouts: its samples, and the values of single tokens of some of them."""
+"""Files of a step in RUN/rollouts: its samples, and per-token values of some of them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,26 +13,27 @@ from megatron_srpo.training.token_values import TokenValues
 
 @dataclass(frozen=True)
 class StepDump:
-    """Writes what logging.rollouts and logging.tokens_* ask for; the first rank writes, all ranks call."""
+    """Writer of the files of logging.rollouts and logging.tokens_*; all ranks call it, rank 0 writes."""
 
     settings: LoggingSection
     layout: Layout
-    temperature: float  # of the rollouts; token values are taken at it
+    temperature: float  # of the rollouts and of the token values
     decode: Callable[[Sequence[int]], str]  # token ids to text
 
     def samples(self, step: int, groups: Sequence[Group]) -> None:
+        """Write the samples of `step`, if logging.rollouts is set."""
         if self.settings.rollouts and self.layout.rank == 0:
             dump(groups, self.settings.dir / "rollouts", step)
 
     def token_values(self, step: int, groups: Sequence[Group]) -> TokenValues | None:
-        """Return a recorder for the update of `step`, or None if its tokens are not dumped."""
+        """Return a recorder for the updates of `step`, or None if its tokens are not dumped."""
         every = self.settings.tokens_every
         if not self.settings.rollouts or not every or (step != 1 and step % every != 0):
             return None
         return TokenValues(choose(groups, self.settings.tokens_samples), self.layout, self.temperature)
 
     def tokens(self, step: int, groups: Sequence[Group], values: TokenValues | None) -> None:
-        """Write what `values` recorded on all ranks. All ranks together."""
+        """Write the token values that all ranks recorded. A collective."""
         rows = values.gather() if values is not None else []
         if rows and self.layout.rank == 0:
             write_tokens(rows, groups, self.decode, self.settings.dir / "rollouts", step)

@@ -1,4 +1,4 @@
-"""The self-teacher: its weights, and its scores of the students' responses (docs/method.md, section 2)."""
+"""The self-teacher: its weights, and its scores of the policy's responses (docs/method.md, section 2)."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -23,13 +23,19 @@ from megatron_srpo.weights.transfer import ParameterShard, parameters_of
 
 @dataclass
 class TeacherScores:
-    """The teacher's scores of an optimizer batch's distilled samples on this rank, of the last stage."""
+    """The teacher's scores of this rank's distilled samples in an optimizer batch, on the last stage.
 
-    # By sample key: of each model, final hidden states [R, H]; and entropies [R], in nats.
+    Attributes:
+        hidden: By sample key, each model's final hidden states [R, H]; `trust_region` has two models.
+        entropy: By sample key, the teacher's entropies [R], in nats.
+        weights: Each model's output matrix, [padded vocabulary / TP, H].
+        interpolation: The second model's share of the logits, if there are two.
+    """
+
     hidden: dict[int, list[Tensor]] = field(default_factory=dict)
     entropy: dict[int, Tensor] = field(default_factory=dict)
-    weights: list[Tensor] = field(default_factory=list)  # of each model, [padded vocabulary / TP, H]
-    interpolation: float = 0.0  # the second model's share of the logits, where there are two
+    weights: list[Tensor] = field(default_factory=list)
+    interpolation: float = 0.0
 
     def logits(self, keys: Sequence[int]) -> Projection | InterpolatedLogits:
         """Return the teacher's logits for these samples' policy tokens, concatenated."""
@@ -43,9 +49,10 @@ class TeacherScores:
 
 @dataclass(eq=False)
 class Teacher:
-    """The teacher. `ema` and `frozen` hold a copy of the model, `live` is the policy, `trust_region` both.
+    """The teacher. `ema` and `frozen` use a copy of the model, `live` the policy, `trust_region` both.
 
-    An EMA is kept in fp32 `shares`, parts on the ranks of a replica group; the copy that scores follows them.
+    An EMA is kept in fp32 in `shares`, distributed over the ranks of a replica group; the copy that scores is
+    set from them after each update.
     """
 
     settings: TeacherSection
@@ -53,7 +60,7 @@ class Teacher:
     logits_memory: int | None
     host: HostMemory
     policy_chunks: Sequence[torch.nn.Module]
-    copy_of_policy: InitVar[Callable[[], Sequence[PolicyModel]]]  # with its present weights
+    copy_of_policy: InitVar[Callable[[], Sequence[PolicyModel]]]  # returns a copy with the current weights
 
     def __post_init__(self, copy_of_policy: Callable[[], Sequence[PolicyModel]]) -> None:
         self.chunks: Sequence[PolicyModel] = [] if self.settings.kind == "live" else copy_of_policy()
@@ -63,11 +70,12 @@ class Teacher:
 
     @property
     def has_weights(self) -> bool:
-        """Return True if there are weights besides the policy's."""
+        """True if the teacher has weights in addition to the policy's."""
         return self.settings.kind != "live"
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
+        """The parameters of the copy, chunk by chunk, in the policy's order; empty for `live`."""
         return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
 
     def share(self, position: int, shard: Shard) -> Tensor:
@@ -78,7 +86,7 @@ class Teacher:
 
     @torch.no_grad()
     def restore(self, weights: Iterable[tuple[Tensor, Shard]]) -> None:
-        """Put back every parameter's flat weights, in order; of an EMA, the shard's range in fp32 as well."""
+        """Restore all parameters from flat weights, in order, and for an EMA the fp32 shares."""
         self.shares = []
         for parameter, (values, shard) in zip(self.parameters, weights, strict=True):
             parameter.view(-1).copy_(values)
@@ -87,7 +95,7 @@ class Teacher:
                 self.shares.append(own.to(parameter.device, torch.float32, copy=True))
 
     def score(self, batch: OptimizerBatch) -> TeacherScores:
-        """Score the distilled samples after the teacher's prompts: one pass, two for `trust_region`."""
+        """Score the distilled samples' responses after the teacher's prompts; two passes for trust_region."""
         scores = TeacherScores(interpolation=self.settings.interpolation)
         models = {"live": [self.policy_chunks], "trust_region": [self.chunks, self.policy_chunks]}
         passes = models.get(self.settings.kind, [self.chunks])
@@ -98,12 +106,12 @@ class Teacher:
     def _forward(
         self, chunks: Sequence[torch.nn.Module], batch: OptimizerBatch, scores: TeacherScores, is_last: bool
     ) -> None:
-        """Add one model's hidden states and output matrix to `scores`; after the last model the entropies."""
+        """Add a model's hidden states and output matrix to `scores`, after the last model the entropies."""
         position = len(scores.weights)
 
         def keep(number: int, hidden: Tensor, model: PolicyModel) -> Tensor:
             micro_batch = batch.teacher_micro_batches[number]
-            if len(scores.weights) == position:  # the live policy's own matrix moves between mini-batches
+            if len(scores.weights) == position:  # cloned: the live policy changes between mini-batches
                 weight = model.output_weight.detach()
                 scores.weights.append(weight.clone() if chunks is self.policy_chunks else weight)
             keys, counts = micro_batch.distilled_keys, micro_batch.target_counts
@@ -135,13 +143,13 @@ class Teacher:
             group = replica_group(parameter)
             if group.size() == 1:
                 flat.copy_(share)
-            else:  # every rank adds its own part to zeros: exact, however the parts are cut
+            else:  # a sum of each rank's part and zeros: exact for any division into parts
                 flat.zero_()[shard.start : shard.end] = share.to(flat.dtype)
                 dist.all_reduce(flat, group=group)
 
     @torch.no_grad()
     def distance(self, optimizer: Optimizer, architecture: Architecture) -> float | None:
-        """Return ‖θ - θ'‖ / ‖θ‖ over all weights, the same on every rank; None for `live`. A collective."""
+        """Return ‖θ - θ'‖ / ‖θ‖ over all weights, the same on every rank; None for live. A collective."""
         if not self.has_weights:
             return None
         sums = torch.zeros(2, dtype=torch.float64, device=next(self.policy_chunks[0].parameters()).device)

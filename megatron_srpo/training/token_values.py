@@ -1,4 +1,4 @@
-"""Values of single tokens in the loss, for a few samples that people will look at."""
+"""Per-token values of the loss, for a few samples that people will look at."""
 
 from collections.abc import Collection
 from itertools import chain
@@ -19,10 +19,10 @@ TOP = 5
 
 
 class TokenValues:
-    """Collects token-level values of `chosen` samples, the same on all ranks, during an update.
+    """A recorder of per-token values of the `chosen` samples (the same on all ranks) during an update.
 
-    A row holds lists of one value a policy token, in nats at the rollout temperature; logprob is the
-    policy's before the update, top and teacher_top are the likeliest [id, logprob] pairs.
+    A row holds lists with one value per policy token, in nats at the rollout temperature. logprob is the
+    policy's before the update; top and teacher_top are the likeliest [id, logprob] pairs.
     """
 
     def __init__(self, chosen: Collection[SampleKey], layout: Layout, temperature: float):
@@ -41,7 +41,7 @@ class TokenValues:
         entropy_weights: Tensor,
         scores: TeacherScores,
     ) -> None:
-        """Record one micro-batch, on all tensor-parallel ranks of the last stage; distilled tokens first."""
+        """Record one micro-batch, whose distilled tokens come first; on all TP ranks of the last stage."""
         start = 0
         counts = micro_batch.target_counts
         for number, sequence in enumerate(micro_batch.sequences):
@@ -73,12 +73,12 @@ class TokenValues:
             self.rows.append(row)
 
     def gather(self) -> list[dict[str, Any]]:
-        """Return all ranks' rows on every rank, the context-parallel parts of a sample as one row."""
+        """Return all ranks' rows on every rank; joins a sample's context-parallel parts. A collective."""
         has_rows = self.layout.is_last_stage and self.layout.tensor_parallel_rank == 0
         merged: dict[SampleKey, dict[str, Any]] = {}
         for row in chain.from_iterable(self.layout.gather_json(self.rows if has_rows else [])):
             before = merged.setdefault((row["prompt_id"], row["index"]), row)
-            if before is not row:  # ranks come in the order of their shares (ContextParallel.share)
+            if before is not row:  # ranks are in the order of their parts (ContextParallel.share)
                 for name, values in row.items():
                     if isinstance(values, list):
                         before[name] = before[name] + values
@@ -86,7 +86,7 @@ class TokenValues:
 
 
 def _short(values: Tensor) -> list[float]:
-    """Round to five digits, enough to look at."""
+    """Round to five significant digits."""
     return [float(f"{value:.5g}") for value in values.tolist()]
 
 

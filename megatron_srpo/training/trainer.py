@@ -1,4 +1,4 @@
-"""The policy on its ranks: packs routed samples, scores, runs forward-backward, updates."""
+"""Train the policy on its ranks: pack routed samples, score, run forward and backward, update."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from megatron_srpo.vocab_parallel.kernels.choice import describe_kernel
 from megatron_srpo.vocab_parallel.logits import Projection
 from megatron_srpo.weights.transfer import Repeatable, export, load
 
-_Logprobs = dict[int, Tensor]  # log π_old [R] by number of the micro-batch, on the last stage
+_Logprobs = dict[int, Tensor]  # log π_old [R] by index of the micro-batch, on the last stage
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class TrainerSettings:
 
     @classmethod
     def of(cls, config: schema.Config) -> TrainerSettings:
+        """Return the trainer's part of a run's configuration."""
         names = ("model", "parallel", "megatron", "algorithm", "teacher", "optimizer", "train")
         sections = {name: getattr(config, name) for name in (*names, "lr", "mini_batch_prompts")}
         rollout = config.rollout
@@ -65,7 +66,7 @@ class Trainer:
     """Policy, optimizer and teacher of this rank."""
 
     def __init__(self, settings: TrainerSettings, folder: HFFolder, layout: Layout, is_resumed: bool = False):
-        """`is_resumed`: the weights are restored from a checkpoint later, not loaded from `folder`."""
+        """Build model, optimizer and teacher; load weights from `folder` unless the run is resumed."""
         self.settings = settings
         self.folder = folder
         self.layout = layout
@@ -90,12 +91,12 @@ class Trainer:
         self._offload()
 
     def close(self) -> None:
-        """Release the model, which DDP and its gradient hooks hold in C++, where no collector looks."""
+        """Release the model: DDP's hooks refer to it from C++, invisible to the garbage collector."""
         for chunk in self.chunks:
             vars(chunk).clear()
 
     def describe_loss(self) -> str:
-        """Say how the vocabulary pass of the loss is computed."""
+        """Describe, for the log, how the loss computes its pass over the vocabulary."""
         divergence = self.loss_settings.divergence
         kernel = describe_kernel(self.layout.device, model_dtype(self.settings.model), divergence)
         if not self.algorithm.uses_teacher:
@@ -106,7 +107,7 @@ class Trainer:
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
-        """Return the policy's parameters on this rank, chunk by chunk."""
+        """The policy's parameters on this rank, chunk by chunk."""
         return [parameter for chunk in self.chunks for parameter in chunk.module.parameters()]
 
     def _build_chunks(self) -> list[PolicyModel]:
@@ -123,12 +124,12 @@ class Trainer:
         return copies
 
     def export(self) -> Repeatable:
-        """Return the policy as HF-named full tensors; all ranks must iterate over it equally often."""
+        """Return the policy as full tensors with HF names; each iteration over it is a collective."""
         return Repeatable(lambda: export(self.chunks, self.folder.architecture))
 
     @contextmanager
     def onloaded(self) -> Iterator[None]:
-        """Hold on the device what scoring and updates need; with rollout.colocated only inside."""
+        """Onload gradients, teacher and, without optimizer_cpu_offload, update state; offload at the end."""
         self.host.onload([*self.optimizer.gradients(), *self._teacher_weights()])
         if not self.settings.optimizer.optimizer_cpu_offload:
             self.host.onload(self._update_state())
@@ -139,7 +140,7 @@ class Trainer:
 
     @contextmanager
     def update_state_onloaded(self) -> Iterator[None]:
-        """Hold on the device what only updates need; with optimizer_cpu_offload it is there only inside."""
+        """Onload the tensors that only updates need; with optimizer_cpu_offload, offload them at the end."""
         self.host.onload(self._update_state())
         try:
             yield
@@ -148,7 +149,7 @@ class Trainer:
                 self.host.offload(self._update_state())
 
     def _offload(self) -> None:
-        """Free the device memory of what is not needed outside `onloaded`."""
+        """Offload the tensors that are not needed outside `onloaded`, depending on the settings."""
         if self.settings.colocated:
             self.host.offload([*self._update_state(), *self._teacher_weights()])
             self.host.offload(self.optimizer.gradients(), keep=False)
@@ -164,7 +165,7 @@ class Trainer:
         return [*self.optimizer.state(), *(self.teacher.shares if self.teacher else ())]
 
     def pack(self, groups: Sequence[Group]) -> list[OptimizerBatch]:
-        """Return the step's optimizer batches of `mini_batch_prompts` groups; `groups` are all ranks'."""
+        """Return the step's optimizer batches, `mini_batch_prompts` groups each; `groups` are all ranks'."""
         size, layout = self.settings.mini_batch_prompts, self.layout
         batches: list[OptimizerBatch] = []
         for start in range(0, len(groups), size):
@@ -185,7 +186,10 @@ class Trainer:
         scores: Sequence[TeacherScores],
         token_values: TokenValues | None = None,
     ) -> UpdateReport:
-        """Make one optimizer update per batch, then the teacher's, unless all updates were skipped."""
+        """Make one optimizer update per batch; then update the teacher, unless all updates were skipped.
+
+        With several batches, log π_old is computed for all of them before the first update.
+        """
         self.optimizer.start_step()
         lr = self.optimizer.lr
         old_logprobs = [self._score_old_policy(batch) if len(batches) > 1 else None for batch in batches]
@@ -216,7 +220,7 @@ class Trainer:
     def _accumulate_gradients(
         self, batch: OptimizerBatch, scores: TeacherScores, old: _Logprobs | None, values: TokenValues | None
     ) -> RoutedLoss:
-        """Run forward and backward over the batch; return its loss, reduced over all ranks."""
+        """Run forward and backward over the batch; return its loss with sums over all ranks."""
         mean = self._mean_entropy_weight(batch, scores)
         loss = RoutedLoss(self.loss_settings, batch, scores, mean, old, self.chunks[-1], values)
         self.optimizer.zero_grad()
@@ -240,7 +244,7 @@ class Trainer:
         return OptimizerUpdate(value, result.grad_norm, result.applied, sums, float(loss.gap_max))
 
     def _update_teacher(self, has_moved: bool) -> tuple[float, float] | None:
-        """Let the teacher follow the policy if that `has_moved`; return their distances before and after."""
+        """Update the teacher if the policy `has_moved`; return their distances before and after."""
         self.optimizer.gather_weights()
         if self.teacher is None:
             return None
@@ -252,6 +256,7 @@ class Trainer:
 
 
 def packing_rules(settings: TrainerSettings, layout: Layout) -> PackingRules:
+    """Return the packing rules that the parallel layout requires."""
     parallel = settings.parallel
     stages = parallel.pipeline_model_parallel_size
     return PackingRules(

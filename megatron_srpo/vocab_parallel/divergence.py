@@ -1,4 +1,4 @@
-"""A divergence on its support: value and gradient on a tile of log-probabilities (docs/method.md, 2)."""
+"""A divergence on its support: value and gradient on a tile of log-probs (docs/method.md, section 2)."""
 
 import math
 from typing import Literal, NamedTuple, get_args
@@ -16,10 +16,14 @@ Support = Literal["full", "student_topk", "teacher_topk", "sampled"]
 class Divergence(NamedTuple):
     """A divergence and the support on which it is computed.
 
-    name: a module of `divergences`; alpha: its parameter, where it has one (jsd).
-    support: "full" is exact. "student_topk" and "teacher_topk" keep one side's `top_k` likeliest ids and put
-        the rest of both into one tail bucket: a lower bound. "sampled" knows only the target y, drawn from p:
-        D = log p(y) - log q(y), with the gradient D · d log p(y)/dz: unbiased estimates of KL(p‖q)'s.
+    Attributes:
+        name: A module of `divergences`.
+        alpha: Parameter of jsd, unused by the others.
+        support: "full" is exact. "student_topk" and "teacher_topk" keep one side's `top_k` likeliest ids and
+            put the rest of both distributions into one tail bucket, which gives a lower bound. "sampled" uses
+            only the target y, drawn from p: D = log p(y) - log q(y) with the gradient D · d log p(y)/dz, both
+            unbiased estimates for KL(p‖q).
+        top_k: K, the number of ids in the head.
     """
 
     name: str = "jsd"
@@ -29,7 +33,7 @@ class Divergence(NamedTuple):
 
     @property
     def formula(self) -> Formula:
-        """The mathematics of this divergence."""
+        """The value and gradient formulas of this divergence."""
         return formula(self.name)
 
     def has_tail(self, vocab_size: int) -> bool:
@@ -54,8 +58,8 @@ def divergence_on_tile(
 ) -> tuple[Tensor, Tensor]:
     """Compute D [n] and dD/dz [n, width] from [n, width] log p and log q, on the full support or a top K.
 
-    Collectives: one of [2, n] on the full support; else two all-gathers of [n, K] a rank, and all-reduces of
-    [2, n, K] and twice [2, n]. Memory: about six times the size of `logp`.
+    Collectives: one all-reduce of [2, n] on the full support; with a tail, two all-gathers of [n, K] per rank
+    and all-reduces of [2, n, K] and twice [2, n]. Memory: about six times the size of `logp`.
     """
     if divergence.has_tail(shard.vocab_size):
         return _with_tail(logp, logq, divergence, shard)
@@ -67,7 +71,7 @@ def divergence_on_tile(
 
 
 def divergence_terms(logp: Tensor, logq: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
-    """Return each column's term of D, and p·f, shaped like `logp`; exact zeros where p = q, 0 included."""
+    """Return each column's term of D and its p·f, shaped like `logp`; exactly 0 where p = q, also for 0."""
     p, q = logp.exp(), logq.exp()
     difference = torch.where(logp == logq, torch.zeros_like(logp), logq - logp)  # not -inf - -inf
     return divergence.formula.terms(p, q, difference, divergence.alpha)
@@ -89,7 +93,7 @@ def _with_tail(
     buckets = torch.cat([head, tails[..., None]], dim=2)  # [2, n, K + 1]
     terms, pf = divergence_terms(buckets[0], buckets[1], divergence)
     mean = pf.sum(1, keepdim=True)
-    share = (logp - tails[0][:, None].clamp(min=-1e30)).exp()  # of the tail, which may be empty
+    share = (logp - tails[0][:, None].clamp(min=-1e30)).exp()  # p_v / P_tail; the tail may be empty
     gradient = share * pf[:, -1:]
     if shard.width:
         head_gradient = torch.zeros_like(logp).scatter_add_(1, columns, pf[:, :-1] * is_local)
@@ -98,7 +102,10 @@ def _with_tail(
 
 
 def log_sum_exp(logs: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Reduce the last dimension over all shards' columns (none here is fine); two all-reduces."""
+    """Reduce the last dimension over all shards' columns, of which this rank may have none.
+
+    Collectives: two all-reduces.
+    """
     largest = logs.amax(-1) if logs.shape[-1] else logs.new_full(logs.shape[:-1], -math.inf)
     largest = all_reduce(largest, group, dist.ReduceOp.MAX).clamp(min=-1e30)
     total = all_reduce((logs - largest[..., None]).exp().sum(-1), group)
@@ -116,7 +123,7 @@ def top_ids(logs: Tensor, k: int, shard: VocabShard) -> Tensor:
     ids = torch.nn.functional.pad(columns + shard.start, padding, value=-1)
     all_values = gather(values, shard).transpose(0, 1).reshape(rows, -1)
     all_ids = gather(ids, shard).transpose(0, 1).reshape(rows, -1)
-    # -inf columns of the vocabulary tie with the padding: real ids go first
+    # real ids must win against the padding, also those with log-prob -inf
     all_values = all_values.clamp(min=torch.finfo(values.dtype).min / 2)
     best = all_values.masked_fill(all_ids < 0, -math.inf).topk(k, dim=1).indices
     return all_ids.gather(1, best)

@@ -1,14 +1,14 @@
-"""Computes everything the loss needs in one pass over the vocabulary, from hidden states, tile by tile.
+"""Compute everything the loss needs in one pass over the vocabulary, from hidden states, tile by tile.
 
 For each tile of tokens: logits of this rank's shard → statistics (log-prob, entropy, divergence) → the
 caller's objective on these vectors, differentiated by autograd → the closed-form gradient of the logits →
-accumulated into dHidden and dWeight. Nothing of size [tokens, vocabulary] outlives a tile and nothing is
-computed twice: four matrix products a distilled token, three otherwise.
+accumulated into dHidden and dWeight. No [tokens, vocabulary] tensor outlives its tile, and nothing is
+computed twice: four matrix products per distilled token, three for any other.
 
 Memory, for any number of tokens: two tiles [tile_tokens, width] in fp32 (one without a teacher) and, on CUDA,
-one in the model's dtype; and an fp32 dWeight, unless the caller has one to add to (`weight_grad`).
-Collectives a tile, exact: one all-gather of [4, 2, n] fp32, and [2, n] for a divergence; on CUDA they overlap
-with the products of the previous tile. One all-gather of ten integers a call.
+one in the model's dtype; and an fp32 dWeight, unless the caller supplies one (`weight_grad`).
+Collectives per tile on the full support: one all-gather of [4, 2, n] fp32, and of [2, n] for a divergence; on
+CUDA they overlap with the matrix products of the previous tile. Per call: one all-gather of ten integers.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from megatron_srpo.vocab_parallel.divergence import Divergence
 from megatron_srpo.vocab_parallel.kernels.base import Statistics, StatisticsGrad
@@ -31,7 +32,7 @@ Objective = Callable[[Rows, Statistics], Tensor]
 
 
 class PassInputs(NamedTuple):
-    """The arguments of one pass, see `fused_objective`; `required` names optional fields that it needs."""
+    """The arguments of one pass (see `fused_objective`); `required` names the optional fields it needs."""
 
     student: Teacher
     targets: Tensor | None
@@ -46,14 +47,16 @@ class PassInputs(NamedTuple):
 
     @property
     def tokens(self) -> int:
+        """T, the number of tokens."""
         return len(self.student.tensor)
 
     @property
     def distilled(self) -> int:
+        """D, the number of leading tokens that have a teacher."""
         return 0 if self.teacher is None else len(self.teacher.tensor)
 
     def validate(self) -> None:
-        """Raise ValueError for the first argument of this rank that is missing, invalid or does not fit."""
+        """Raise ValueError for this rank's first argument that is missing, invalid or inconsistent."""
         self.student.validate("", self.shard)
         self.divergence.validate()
         expected = {"targets": "[T] int64 ids", "teacher": "Logits, a Projection or InterpolatedLogits"}
@@ -99,25 +102,27 @@ def fused_objective(
     weight_grad: Tensor | None = None,
     **options,
 ) -> tuple[Tensor, Statistics]:
-    """Sum `objective` over tiles, and compute the gradients to the student's tensors in the same pass.
+    """Sum `objective` over all tiles and compute the gradients of the student's tensors in the same pass.
 
     Args:
         student: `Projection` or `Logits` of T tokens in bf16, fp32 or float64, the D distilled ones first.
-        targets: [T] token ids, in 0 … vocab_size - 1, or `IGNORED`: such tokens cost nothing.
-        objective: Called once a tile with the tile's tokens (a slice or their indices) and their statistics.
-        weight_grad: [padded_width, H] fp32 (Megatron's `main_grad`). When given, dWeight is added to it and
-            weight gets none; the scalar must be differentiated with a gradient of exactly 1.
-        teacher: Source of D tokens' logits, to which no gradient flows; None when nothing is distilled.
-        divergence: The divergence between student and teacher.
-        temperature: Both models' logits are divided by it.
-        tile_tokens, memory: Tokens a tile, or bytes of all tiles together (default by device: `MEMORY`).
-        kernel: "cpu", "triton" or "reference" instead of the fastest one.
-
-    Raises ValueError, on all tensor-parallel ranks together, for arguments or shards that do not fit.
+        targets: [T] int64 token ids in 0 … vocab_size - 1, or `IGNORED` for tokens to skip.
+        objective: Called once per tile with the tile's tokens (a slice or indices) and their statistics;
+            returns a scalar.
+        shard: This rank's slice of the vocabulary.
+        weight_grad: [padded_width, H] fp32 (Megatron's `main_grad`). If given, dWeight is added to it instead
+            of being returned to autograd; the loss must then be differentiated with a gradient of exactly 1.
+        **options: `teacher`, source of D tokens' logits, to which no gradient flows, or None; `divergence`
+            between student and teacher; `temperature`, by which both models' logits are divided;
+            `tile_tokens`, or `memory` in bytes of all tiles together (default by device: `MEMORY`);
+            `kernel`, "cpu", "triton" or "reference" instead of the fastest one.
 
     Returns:
-        The scalar loss (identical on every tensor-parallel rank) and the statistics, without gradient. The
+        The scalar loss, identical on every tensor-parallel rank, and the statistics, without gradient. The
         gradient to `hidden` is this rank's share, for the caller to sum over the tensor-parallel ranks.
+
+    Raises:
+        ValueError: On all tensor-parallel ranks together, for invalid or inconsistent arguments or shards.
     """
     tiled_pass = TiledPass(PassInputs(student, targets, shard, **options), weight_grad)
     loss, *statistics = _FusedObjective.apply(tiled_pass, objective, weight_grad, *student)
@@ -126,12 +131,15 @@ def fused_objective(
 
 @torch.no_grad()
 def score(source: Teacher, targets: Tensor | None, shard: VocabShard, **options) -> Statistics:
-    """Compute log-probs of `targets` (zeros when None) and entropies, [T], without gradient."""
+    """Compute log-probs of `targets` (zeros if None) and entropies, [T], without gradient.
+
+    For options and errors see `fused_objective`.
+    """
     return TiledPass(PassInputs(source, targets, shard, **options)).all_statistics()
 
 
 class TiledPass:
-    """One pass over the tokens: the tiles' buffers, the kernel, and the pending matrix products."""
+    """One pass over the tokens: tile buffers, kernel, and pending matrix products."""
 
     def __init__(self, inputs: PassInputs, weight_grad: Tensor | None = None):
         error, self.kept = None, None
@@ -164,7 +172,7 @@ class TiledPass:
         self.pending_products: list[Callable[[], None]] = []
 
     def tiles(self, distilled_only: bool = False) -> Iterator[tuple[Rows, bool]]:
-        """Yield each tile's tokens and whether they are distilled: all of a tile, or none."""
+        """Yield each tile's tokens and True if they are distilled; no tile mixes the two kinds."""
         for rows in self._even_tiles(0, self.distilled):
             yield rows, True
         if not distilled_only:
@@ -172,7 +180,7 @@ class TiledPass:
                 yield rows, False
 
     def _even_tiles(self, first: int, last: int) -> Iterator[Rows]:
-        """Cut tokens into tiles of one size, rather than full tiles and a small rest."""
+        """Cut tokens into tiles of (nearly) equal size instead of full tiles and a small remainder."""
         if last <= first:
             return
         count = -(-(last - first) // self.tile_tokens)
@@ -182,6 +190,7 @@ class TiledPass:
             yield rows if self.kept is None else self.kept[rows]
 
     def empty_statistics(self) -> Statistics:
+        """Return zeros for all T and D tokens."""
         lengths = (self.inputs.tokens, self.inputs.tokens, self.inputs.distilled)
         return Statistics(*(self.like.new_zeros(length, dtype=self.dtype) for length in lengths))
 
@@ -193,7 +202,7 @@ class TiledPass:
         return statistics
 
     def tile_statistics(self, rows: Rows, is_distilled: bool, into: Statistics) -> Statistics:
-        """Compute the statistics of one tile, and store them at its rows of `into`."""
+        """Compute the statistics of one tile, and store them in its rows of `into`."""
         inputs = self.inputs
         sources = [inputs.student]
         if is_distilled and inputs.teacher is not None:
@@ -212,7 +221,10 @@ class TiledPass:
         return statistics
 
     def logits_grad(self, grads: StatisticsGrad) -> Tensor:
-        """Return [n, width] of the last tile from its statistics' gradients, in the dtype of its products."""
+        """Return the last tile's dLogits [n, width] from the gradients of its statistics.
+
+        The dtype is the model's on CUDA (that of the matrix products), else fp32 or float64.
+        """
         self.finish_products()
         scale = 1.0 / self.inputs.temperature
         scaled = StatisticsGrad(*(None if grad is None else grad * scale for grad in grads))
@@ -220,7 +232,7 @@ class TiledPass:
         return gradient.to(self.like.dtype) if gradient.is_cuda else gradient
 
     def compute_one_product(self) -> None:
-        """Compute a pending product of the previous tile, if any, during a collective."""
+        """Compute one pending product of the previous tile, if any, while a collective runs."""
         if self.pending_products:
             self.pending_products.pop(0)()
 
@@ -231,7 +243,7 @@ class TiledPass:
 
 
 def _kept_tokens(targets: Tensor | None) -> Tensor | None:
-    """Return the indices of the tokens that are not ignored, or None if none is."""
+    """Return the indices of the tokens that are not ignored, or None if no token is ignored."""
     if targets is None or not (targets == IGNORED).any():
         return None
     return (targets != IGNORED).nonzero()[:, 0]
@@ -250,19 +262,20 @@ def _validate_weight_grad(student: Teacher, weight_grad: Tensor | None) -> None:
 
 
 def _tile_tokens(memory: int | None, width: int, like: Tensor) -> int:
-    """Return how many tokens' tiles (two fp32, on CUDA also a gradient) fit into `memory`; at least 16."""
+    """Return the number of tokens whose tiles (two fp32, on CUDA also a gradient) fit into `memory`, ≥ 16."""
     memory = memory or MEMORY.get(like.device.type, MEMORY["cpu"])
     bytes_per_column = 2 * accumulation_dtype(like.dtype).itemsize
     if like.is_cuda:
         bytes_per_column += like.dtype.itemsize
     tokens = max(16, memory // (bytes_per_column * max(width, 1)))
     if like.is_cuda and tokens >= 128:
-        return tokens - tokens % 128  # whole tiles of the matrix products
+        return tokens - tokens % 128  # a multiple of the matrix products' own tile size
     return tokens
 
 
 class _FusedObjective(torch.autograd.Function):
     @staticmethod
+    @override
     def forward(ctx, tiled_pass: TiledPass, objective: Objective, weight_grad: Tensor | None, *student):
         source, needed = tiled_pass.inputs.student, ctx.needs_input_grad[3:]
         assert not isinstance(source, InterpolatedLogits)
@@ -285,12 +298,13 @@ class _FusedObjective(torch.autograd.Function):
         return loss, *statistics
 
     @staticmethod
+    @override
     def backward(ctx, loss_grad: Tensor, *_):
-        gradients, ctx.gradients = ctx.gradients, None  # no other owner, so scaled in place: no second [V, H]
+        gradients, ctx.gradients = ctx.gradients, None  # sole owner: scaled in place, without a second [V, H]
         if gradients is None:
             raise RuntimeError("fused_objective: backward ran already and freed the gradients; call it again")
         if ctx.must_be_one:
-            # dWeight is in weight_grad already
+            # dWeight has been added to weight_grad already
             torch._assert_async(loss_grad == 1)  # pyright: ignore[reportPrivateImportUsage]
         elif loss_grad.is_cuda or loss_grad != 1:
             for gradient in gradients:
@@ -300,7 +314,7 @@ class _FusedObjective(torch.autograd.Function):
 
 
 def _differentiate(objective: Objective, rows: Rows, statistics: Statistics) -> tuple[Tensor, StatisticsGrad]:
-    """Evaluate the objective on one tile, with its gradients; None for statistics that it does not use."""
+    """Evaluate the objective on one tile and its gradients; None for statistics it does not use."""
     with torch.enable_grad():
         leaves = [values.detach().requires_grad_() for values in statistics if values is not None]
         loss = objective(rows, Statistics(*leaves, *[None] * (3 - len(leaves))))

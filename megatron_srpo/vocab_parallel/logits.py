@@ -1,6 +1,6 @@
 """Sources of logits, tile by tile, and accumulators for the gradients of the tiles.
 
-Tiles are fp32 (float64 for float64 inputs): the products of bf16 matrices are never rounded to bf16.
+Tiles are fp32 (float64 for float64 inputs): products of bf16 matrices are never rounded to bf16.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from megatron_srpo.vocab_parallel.shard import VocabShard, accumulation_dtype
 Rows = slice | Tensor  # a range of tokens, or their indices
 
 _COLUMN_BLOCK = 8192  # columns of a bf16 matrix upcast at a time on a CPU
-_ROW_BLOCK = 2048  # rows of a product added at a time where `addmm` cannot: they fit into a GPU's cache
+_ROW_BLOCK = 2048  # rows of a product added at a time where `addmm` cannot add; they fit into a GPU's cache
 
 
 class Logits(NamedTuple):
-    """Logits in memory: [T, padded_width] this rank's columns, padded ones last."""
+    """Logits in memory: this rank's columns, [T, padded_width], padding last."""
 
     logits: Tensor
 
     @property
     def tensor(self) -> Tensor:
-        """The tensor that defines number of tokens, dtype and device."""
+        """The tensor that defines the number of tokens, the dtype and the device."""
         return self.logits
 
     def validate(self, name: str, shard: VocabShard) -> None:
-        """Raise ValueError if shape, dtype or shard do not fit; `name` is the argument's."""
+        """Raise ValueError if shape, dtype or shard do not match; `name` is the argument's."""
         name, shape = name or "logits", list(self.logits.shape)
         if len(shape) != 2 or not self.logits.is_floating_point():
             found = f"{name} {shape} ({self.logits.dtype})"
@@ -39,7 +39,7 @@ class Logits(NamedTuple):
         _check_shard(shard, shape[1], f"{name} of {shape[1]} columns")
 
     def write(self, rows: Rows, tile: Tensor, scale: float, add: bool = False) -> None:
-        """Write scale · logits[rows] to the tile [n, width], or add it."""
+        """Write scale · logits[rows] to `tile` [n, width], or add it."""
         logits = self.logits[rows, : tile.shape[1]]
         if add:
             tile.add_(logits, alpha=scale)
@@ -49,21 +49,23 @@ class Logits(NamedTuple):
             tile.mul_(scale)
 
     def gradients(self, needed: tuple[bool, ...], weight_grad: Tensor | None = None) -> LogitsGradient:
-        """Create the accumulator of this source's gradients; `needed`: for which of its tensors."""
+        """Create the accumulator of dLogits; the arguments are not used."""
         return LogitsGradient(self)
 
 
 class Projection(NamedTuple):
-    """Logits hidden [T, H] · weightᵀ; weight [padded_width, H] has this rank's rows, padded ones last."""
+    """Logits as hidden [T, H] · weightᵀ; weight [padded_width, H] has this rank's rows, padding last."""
 
     hidden: Tensor
     weight: Tensor
 
     @property
     def tensor(self) -> Tensor:
+        """The tensor that defines the number of tokens, the dtype and the device."""
         return self.hidden
 
     def validate(self, name: str, shard: VocabShard) -> None:
+        """Raise ValueError if shapes, dtypes, devices or shard do not match; `name` is the argument's."""
         hidden, weight = self
         prefix = f"{name}." if name else ""
         if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
@@ -76,6 +78,7 @@ class Projection(NamedTuple):
         _check_shard(shard, len(weight), f"{prefix}weight of {len(weight)} rows")
 
     def write(self, rows: Rows, tile: Tensor, scale: float, add: bool = False) -> None:
+        """Write scale · hidden[rows] · weightᵀ to `tile` [n, width], or add it."""
         hidden, weight, beta = self.hidden[rows], self.weight[: tile.shape[1]], 1.0 if add else 0.0
         if weight.dtype == tile.dtype:
             torch.addmm(tile, hidden, weight.t(), beta=beta, alpha=scale, out=tile)
@@ -92,7 +95,10 @@ class Projection(NamedTuple):
                 torch.addmm(block, hidden, upcast.t(), beta=beta, alpha=scale, out=block)
 
     def gradients(self, needed: tuple[bool, ...], weight_grad: Tensor | None = None) -> ProjectionGradient:
-        """Create the accumulator of dHidden and dWeight; `weight_grad`: see `fused_objective`."""
+        """Create the accumulator of dHidden and dWeight.
+
+        `needed` is (for dHidden, for dWeight); for `weight_grad` see `fused_objective`.
+        """
         return ProjectionGradient(self, needed, weight_grad)
 
 
@@ -100,7 +106,7 @@ Student = Logits | Projection
 
 
 class InterpolatedLogits(NamedTuple):
-    """The trust-region teacher: z = (1 - interpolation) · z_reference + interpolation · z_policy."""
+    """Logits of the trust-region teacher: (1 - interpolation) · z_reference + interpolation · z_policy."""
 
     reference: Student
     policy: Student
@@ -108,9 +114,11 @@ class InterpolatedLogits(NamedTuple):
 
     @property
     def tensor(self) -> Tensor:
+        """The tensor that defines the number of tokens, the dtype and the device."""
         return self.reference.tensor
 
     def validate(self, name: str, shard: VocabShard) -> None:
+        """Raise ValueError if a source is invalid or the two do not match; `name` is the argument's."""
         if not 0 <= self.interpolation <= 1:
             raise ValueError(f"{name}.interpolation {self.interpolation}: expected 0 … 1")
         self.reference.validate(f"{name}.reference", shard)
@@ -121,6 +129,7 @@ class InterpolatedLogits(NamedTuple):
             raise ValueError(f"{name}.reference and {name}.policy: {' and '.join(found)}; expected the same")
 
     def write(self, rows: Rows, tile: Tensor, scale: float, add: bool = False) -> None:
+        """Write scale times the interpolated logits to `tile` [n, width], or add them."""
         for source, share in ((self.reference, 1 - self.interpolation), (self.policy, self.interpolation)):
             if share:  # 0 · -inf would be NaN
                 source.write(rows, tile, scale * share, add)
@@ -131,13 +140,13 @@ Teacher = Student | InterpolatedLogits
 
 
 class LogitsGradient:
-    """Collects dLogits [T, padded_width] in the logits' dtype; padded columns get zeros."""
+    """The accumulator of dLogits [T, padded_width] in the logits' dtype; padded columns get zeros."""
 
     def __init__(self, source: Logits):
         self.gradient = torch.zeros_like(source.logits)
 
     def products(self, rows: Rows, gradient: Tensor) -> list[Callable[[], None]]:
-        """Return the calls that process a tile's dLogits [n, width]."""
+        """Return the calls that accumulate a tile's dLogits [n, width]."""
         return [functools.partial(self._store, rows, gradient)]
 
     def _store(self, rows: Rows, gradient: Tensor) -> None:
@@ -149,7 +158,7 @@ class LogitsGradient:
 
 
 class ProjectionGradient:
-    """Collects dHidden [T, H] in the states' dtype, and dWeight [padded_width, H] in fp32 (or float64)."""
+    """The accumulator of dHidden [T, H] in its dtype and dWeight [padded_width, H] in fp32 or float64."""
 
     def __init__(self, source: Projection, needed: tuple[bool, ...], weight_grad: Tensor | None):
         self.source = source
@@ -161,7 +170,7 @@ class ProjectionGradient:
         self.weight_grad = weight_grad
 
     def products(self, rows: Rows, gradient: Tensor) -> list[Callable[[], None]]:
-        """Return calls for dHidden[rows] = gradient · weight and dWeight += gradientᵀ · hidden[rows]."""
+        """Return the calls for dHidden[rows] = gradient · weight and dWeight += gradientᵀ · hidden[rows]."""
         products: list[Callable[[], None]] = []
         if self.hidden_grad is not None:
             products.append(functools.partial(self._to_hidden, self.hidden_grad, rows, gradient))
@@ -190,14 +199,14 @@ class ProjectionGradient:
             _add_product(accumulator, gradient.t(), hidden)
 
     def results(self) -> tuple[Tensor | None, Tensor | None]:
-        """Return dHidden and dWeight; None where not needed, or where the caller's `weight_grad` has it."""
+        """Return dHidden and dWeight; None if not needed, or if dWeight was added to the caller's tensor."""
         if self.returns_weight_grad and self.weight_grad is not None:
             return self.hidden_grad, self.weight_grad.to(self.source.weight.dtype)
         return self.hidden_grad, None
 
 
 def _add_product(into: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
-    """Add scale · left · right on CUDA: an fp32 product of bf16 matrices, never rounded to bf16."""
+    """Add scale · left · right on CUDA, as an fp32 product of bf16 matrices, never rounded to bf16."""
     if _addmm_takes_fp32(into.device):
         torch.addmm(into, left, right, out_dtype=into.dtype, alpha=scale, out=into)
         return
@@ -208,7 +217,7 @@ def _add_product(into: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) 
 
 @functools.cache
 def _addmm_takes_fp32(device: torch.device) -> bool:
-    """Return True if addmm adds bf16 products to fp32: from torch 2.10 (pytorch#167931)."""
+    """Return True if addmm can add bf16 products to fp32: from torch 2.10 on (pytorch#167931)."""
     one = torch.ones(1, 1, dtype=torch.bfloat16, device=device)
     try:
         torch.addmm(one.float(), one, one, out_dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Shards of the vocabulary, and the collectives among the tensor-parallel ranks that hold them."""
+"""Shards of the vocabulary, and collectives among the tensor-parallel ranks that hold them."""
 
 from collections.abc import Callable
 from typing import NamedTuple, Self
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class VocabShard(NamedTuple):
-    """This rank's ids start … start + width - 1 without padding; `group`: the ranks that hold all ids."""
+    """This rank's ids, start … start + width - 1, without padding; the ranks of `group` together hold all."""
 
     start: int
     width: int
@@ -24,20 +24,21 @@ class VocabShard(NamedTuple):
 
     @property
     def is_split(self) -> bool:
+        """True if several ranks share the vocabulary."""
         return self.group is not None and dist.get_world_size(self.group) > 1
 
 
 def all_reduce(values: Tensor, group: dist.ProcessGroup | None, op=dist.ReduceOp.SUM) -> Tensor:
-    """All-reduce in place; does nothing without a group."""
+    """All-reduce in place and return `values`; a no-op for one rank."""
     if group is not None and dist.get_world_size(group) > 1:
         dist.all_reduce(values, op=op, group=group)
     return values
 
 
 def gather(values: Tensor, shard: VocabShard, while_waiting: Callable[[], None] = lambda: None) -> Tensor:
-    """Return every rank's `values` (one shape everywhere), [ranks, *shape]; call `while_waiting` meanwhile.
+    """All-gather `values` (same shape on all ranks) to [ranks, *shape]; call `while_waiting` meanwhile.
 
-    A sum of these is the same on all ranks to the last bit, which not every all-reduce promises.
+    A sum over the result is bitwise the same on all ranks, which not every all-reduce guarantees.
     """
     if not shard.is_split:
         while_waiting()
@@ -56,17 +57,19 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 def check_consistent(
     error: ValueError | None, shard: VocabShard, settings: dict[str, int], device: torch.device
 ) -> int:
-    """Raise ValueError on every rank if one has an `error`, or if shards or settings (by name) differ.
+    """Raise ValueError on every rank if one has an `error`, or if shards or settings are inconsistent.
 
-    One small all-gather, before any other collective could wait for a rank that has raised. Returns the
-    number of columns of the widest shard.
+    One small all-gather, made before any other collective could wait for a rank that has raised.
+
+    Returns:
+        The number of columns of the widest shard.
     """
     if not shard.is_split:
         if error is not None:
             raise error
         if shard.width != shard.vocab_size:
             found = f"shard: holds {shard.width} of {shard.vocab_size} ids, but has no process group"
-            raise ValueError(f"{found}; expected that of the tensor-parallel ranks that hold the others")
+            raise ValueError(f"{found}; expected the group of the tensor-parallel ranks that hold the others")
         return shard.width
     local = torch.tensor([error is not None, *shard[:3], *settings.values()], device=device)
     has_error, starts, widths, vocab_sizes, *values = gather(local, shard).t().tolist()
@@ -74,7 +77,7 @@ def check_consistent(
         raise error
     if any(has_error):
         ranks = ", ".join(str(rank) for rank, value in enumerate(has_error) if value)
-        raise ValueError(f"tensor-parallel rank {ranks} has invalid inputs; its own error names them")
+        raise ValueError(f"tensor-parallel rank {ranks} has invalid inputs; see the error on that rank")
     _check_shards(starts, widths, vocab_sizes)
     for name, of_ranks in zip(settings, values, strict=True):
         if len(set(of_ranks)) > 1:
@@ -86,12 +89,12 @@ def _check_shards(starts: list[int], widths: list[int], vocab_sizes: list[int]) 
     ends = [start + width for start, width in zip(starts, widths, strict=True)]
     if starts[0] != 0 or starts[1:] != ends[:-1] or any(size != ends[-1] for size in vocab_sizes):
         held = f"ids {list(zip(starts, ends, strict=True))} (start, end) of {vocab_sizes}"
-        expected = "expected the whole vocabulary in rank order. Is `group` the tensor-parallel group?"
+        expected = "expected the entire vocabulary in rank order. Is `group` the tensor-parallel group?"
         raise ValueError(f"shard: the tensor-parallel ranks hold {held}; {expected}")
 
 
 def local_columns(ids: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    """Return a mask of the ids that this shard holds, and their columns (0 for the others)."""
+    """Return a mask of the ids in this shard, and their columns (0 for the others)."""
     columns = ids - shard.start
     is_local = (columns >= 0) & (columns < shard.width)
     return is_local, columns * is_local

@@ -1,4 +1,4 @@
-"""The likeliest tokens of every position over all vocabulary shards: for reports, not for the loss."""
+"""The likeliest tokens at every position, over all vocabulary shards: for reports, not for the loss."""
 
 from typing import NamedTuple
 
@@ -19,11 +19,11 @@ _TILE_TOKENS = 128
 
 
 class TopTokens(NamedTuple):
-    """ids [T, k], the likeliest first, logprobs [T, k] of these (nats), target_logprob [T] of the targets."""
+    """The k likeliest ids of T tokens; log-probs are in nats."""
 
-    ids: Tensor
-    logprobs: Tensor
-    target_logprob: Tensor
+    ids: Tensor  # [T, k], the likeliest first
+    logprobs: Tensor  # [T, k]
+    target_logprob: Tensor  # [T]
 
 
 @torch.no_grad()
@@ -32,8 +32,10 @@ def top_tokens(
 ) -> TopTokens:
     """Find the k likeliest ids (all, if the vocabulary has fewer) and their exact log-probs, on every rank.
 
-    One product a token and five small collectives a tile of 128 tokens; memory: three fp32 tiles. Raises
-    ValueError, on all ranks together, if source and shard do not fit.
+    Cost: one matrix product, five small collectives per tile of 128 tokens, and memory of three fp32 tiles.
+
+    Raises:
+        ValueError: On all ranks together, if source and shard do not match.
     """
     like, k, error = source.tensor, min(k, shard.vocab_size), None
     try:

@@ -1,1 +1,1 @@
-"""Weights between Hugging Face folders and Megatron ranks: one table, read both ways."""
+"""Transfer of weights between Hugging Face folders, Megatron ranks and checkpoints."""

@@ -1,6 +1,6 @@
-"""Converts between Hugging Face folders and torch_dist checkpoints tensor by tensor, without a model.
+"""Convert between Hugging Face folders and torch_dist checkpoints tensor by tensor, without a model.
 
-Each process writes its share into files of its own; memory is that of the largest tensors at hand.
+Each process writes its part to separate files; memory use is that of a few of the largest tensors.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,11 +31,16 @@ def to_megatron(
     """Write `source` as a torch_dist checkpoint, with the config.json of `reference`; all processes together.
 
     Args:
-        output: A new or empty folder; appears when it is whole.
-        dtype: None keeps each tensor's own.
-        vocabulary_multiple: Padding with zeros; megatron-core loads it at any other padding.
+        source: The tensors, by HF name.
+        reference: Folder with the model's config.json.
+        output: A new or empty folder, created atomically.
+        processes: The processes that share the work.
+        dtype: Dtype to write; None keeps each tensor's own.
+        vocabulary_multiple: Pads the vocabulary with zeros; megatron-core can load it with any other padding.
 
-    Raises FileError or ConfigError.
+    Raises:
+        FileError: If a file cannot be read or written.
+        ConfigError: If the model is not supported.
     """
     architecture, shapes = reference.architecture, reference.architecture.tensor_shapes()
     parts = list(checkpoint_slices(architecture))
@@ -103,7 +108,7 @@ def to_hf(
 
 
 def _write_behind(jobs: Iterable[Callable[[], object]]) -> None:
-    """Run the jobs in order in a thread: one is written while the next is read, both without the GIL."""
+    """Run the jobs in order in a thread: one tensor is written while the next is read, without the GIL."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         pending = pool.submit(lambda: None)
         for job in jobs:
@@ -113,7 +118,7 @@ def _write_behind(jobs: Iterable[Callable[[], object]]) -> None:
 
 
 def _share(sizes: Sequence[int], processes: Processes) -> list[int]:
-    """Return this process's items: the largest are dealt first, each to the process that has least."""
+    """Return this process's items: largest first, each goes to the process with the smallest load."""
     loads, owners = [0] * processes.world_size, [0] * len(sizes)
     for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
         owners[number] = loads.index(min(loads))
@@ -122,20 +127,20 @@ def _share(sizes: Sequence[int], processes: Processes) -> list[int]:
 
 
 def _check_dtypes(parts: Sequence[CheckpointSlice], dtypes: dict[str, torch.dtype]) -> None:
-    """Raise FileError where a Megatron tensor would hold HF tensors of several dtypes."""
+    """Raise FileError if a Megatron tensor would combine HF tensors of different dtypes."""
     seen: dict[str, tuple[torch.dtype, str]] = {}
     for part in parts:
         for name in part.names:
             dtype, first = seen.setdefault(part.key, (dtypes[name], name))
             if dtypes[name] != dtype:
-                hint = f"both belong to {part.key}: choose one by --dtype float32 or bfloat16"
+                hint = f"both belong to {part.key}: choose one with --dtype float32 or bfloat16"
                 raise FileError(f"{name} is {dtypes[name]} but {first} is {dtype}, and {hint}")
 
 
 def _read(source: Tensors, name: str, dtype: torch.dtype, progress: ByteProgress) -> Tensor:
-    """Read a tensor as `dtype`; warn of NaN and infinity."""
+    """Read a tensor as `dtype`; warn about NaN and infinity."""
     tensor = source.tensor(name)
-    if not torch.isfinite(tensor.sum()):  # ten times faster than looking at each element
+    if not torch.isfinite(tensor.sum()):  # ten times faster than checking each element
         wrong = tensor.numel() - int(torch.isfinite(tensor).sum())
         if wrong:
             progress.warn(f"{name}: {wrong} of {tensor.numel()} elements are NaN or infinite")

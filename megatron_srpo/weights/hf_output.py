@@ -1,4 +1,4 @@
-"""Plans and writes the files of a Hugging Face folder: shards, index, config.json, tokenizer."""
+"""Plan and write the files of a Hugging Face folder: shards, index, config.json, tokenizer."""
 
 import json
 from collections import Counter
@@ -20,13 +20,13 @@ Announced = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def size_of(announced: tuple[torch.dtype, tuple[int, ...]]) -> int:
-    """Return the bytes of a tensor of this dtype and shape."""
+    """Return the size in bytes of a tensor of this dtype and shape."""
     dtype, shape = announced
     return prod(shape) * dtype.itemsize
 
 
 def plan_shards(tensors: Announced, limit: int) -> dict[str, list[str]]:
-    """Return {file name: names of its tensors}, at most `limit` bytes a file except for one larger tensor."""
+    """Return {file name: names of its tensors}, at most `limit` bytes per file unless a tensor is larger."""
     sizes: Any = {name: size_of(announced) for name, announced in tensors.items()}
     split = split_state_dict_into_shards_factory(
         sizes, get_storage_size=int, filename_pattern="model{suffix}.safetensors", max_shard_size=limit
@@ -37,7 +37,7 @@ def plan_shards(tensors: Announced, limit: int) -> dict[str, list[str]]:
 def write_companions(
     folder: Path, reference: HFFolder, tensors: Announced, shards: Mapping[str, list[str]]
 ) -> None:
-    """Write everything but the shards: their index, and config and tokenizer files of `reference`."""
+    """Write all files except the shards: their index, and config and tokenizer files of `reference`."""
     try:
         if len(shards) > 1:
             weight_map = {name: file for file, names in shards.items() for name in names}
@@ -53,12 +53,12 @@ def write_companions(
 
 
 def _is_of_weights(name: str) -> bool:
-    """Return True for an index of the reference's own weights, and for what marks a Megatron folder."""
+    """Return True for an index of the reference's own weights, and for the marker of a Megatron folder."""
     return "safetensors" in name or name.endswith(".bin.index.json") or name == "metadata.json"
 
 
 def write_config(folder: Path, reference: HFFolder, tensors: Announced) -> None:
-    """Write the reference's config.json, with the dtype that most of the tensors have."""
+    """Write the reference's config.json, with the dtype of most of the tensors' bytes."""
     bytes_by_dtype: Counter[torch.dtype] = Counter()
     for dtype, shape in tensors.values():
         bytes_by_dtype[dtype] += size_of((dtype, shape))

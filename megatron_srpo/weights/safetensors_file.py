@@ -1,4 +1,4 @@
-"""Writes a safetensors file tensor by tensor, the header first, so that nothing is held in memory."""
+"""Write a safetensors file tensor by tensor, header first, so that only one tensor is in memory."""
 
 import json
 import struct
@@ -29,10 +29,10 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Writer:
-    """Writes the file at `path`, which must not exist; raises ValueError for a dtype unknown to safetensors.
+    """Writer of the file `path`, which must not exist; raises ValueError for a dtype unknown to safetensors.
 
-    tensors: {name: (dtype, shape)} of all it will hold; laid out by falling element size, so that each is
-    aligned, then in this order.
+    tensors: {name: (dtype, shape)} of all tensors to come. They are laid out by decreasing element size, so
+    that each is aligned, then in this order.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]):
@@ -40,7 +40,7 @@ class Writer:
         self._written: set[str] = set()
         self._tensors = dict(tensors)
         self._offsets: dict[str, int] = {}
-        header: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+        header: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # required by transformers
         end = 0
         for name, (dtype, shape) in sorted(self._tensors.items(), key=lambda item: -item[1][0].itemsize):
             if dtype not in _NAMES:
@@ -55,9 +55,11 @@ class Writer:
         self._file.write_at(struct.pack("<Q", len(text)) + text, 0)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor, in any order of names; a contiguous one on the CPU is not copied.
+        """Write one tensor, in any order of names; a contiguous CPU tensor is not copied.
 
-        Raises ValueError for a name, dtype or shape other than announced, FileError when the disk is full.
+        Raises:
+            ValueError: If the name, dtype or shape was not announced.
+            FileError: If the file cannot be written, for example because the disk is full.
         """
         if name not in self._tensors:
             raise ValueError(f"{self.path}: {name}: was not announced")
@@ -76,7 +78,7 @@ class Writer:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """Return the elements of a contiguous CPU tensor as they are in memory, without a copy."""
+    """Return the bytes of a contiguous CPU tensor, without a copy."""
     if not tensor.numel():
         return memoryview(b"")
     elements: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()

@@ -1,9 +1,9 @@
-"""Reads folders of weights tensor by tensor, in Hugging Face names.
+"""Read folders of weights tensor by tensor, with Hugging Face names.
 
 Megatron checkpoints have the names and global shapes of `GPTModel.sharded_state_dict()` with Transformer
 Engine: layers stacked (`decoder.layers.mlp.linear_fc2.weight` is [layers, H, ffn]), experts inside them
-(`decoder.layers.mlp.experts.experts.linear_fc2.weight` is [layers, experts, H, ffn]), fused norms under the
-matrix after them, the vocabulary padded. Local layers ask for the same names (`sharded_state_dict_keys_map`).
+(`decoder.layers.mlp.experts.experts.linear_fc2.weight` is [layers, experts, H, ffn]), fused norms named after
+the following matrix, the vocabulary padded. Local layers use the same names (`sharded_state_dict_keys_map`).
 """
 
 from collections.abc import Iterator
@@ -28,13 +28,21 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 class Tensors(Protocol):
     """A model's tensors by HF name, on the CPU, in their stored dtype; reading may raise FileError."""
 
-    def names(self) -> list[str]: ...
+    def names(self) -> list[str]:
+        """List the names of all tensors."""
+        ...
 
-    def shape(self, name: str) -> tuple[int, ...]: ...
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape."""
+        ...
 
-    def dtype(self, name: str) -> torch.dtype: ...
+    def dtype(self, name: str) -> torch.dtype:
+        """Return a tensor's dtype."""
+        ...
 
-    def tensor(self, name: str) -> Tensor: ...
+    def tensor(self, name: str) -> Tensor:
+        """Read a tensor."""
+        ...
 
 
 class HFTensors:
@@ -53,21 +61,25 @@ class HFTensors:
             self._dtypes[name] = DTYPES[kind]
 
     def _open(self, file: Path) -> Any:
-        """Keep one file open: what was read of a mapped file counts as this process's memory."""
+        """Open a file, and keep only this one open: a mapped file's pages count as this process's memory."""
         if self._opened is None or self._opened[0] != file:
             self._opened = file, safe_open(file, framework="pt")
         return self._opened[1]
 
     def names(self) -> list[str]:
+        """List the names of all tensors."""
         return list(self.folder.file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape that config.json implies."""
         return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
+        """Return the stored dtype."""
         return self._dtypes[name]
 
     def tensor(self, name: str) -> Tensor:
+        """Read a tensor from its file."""
         file = self.folder.file_of[name]
         try:
             return self._open(file).get_tensor(name)
@@ -77,11 +89,13 @@ class HFTensors:
 
 @dataclass(frozen=True)
 class CheckpointSlice:
-    """The place of a parameter, made of the HF tensors `names`, in a Megatron checkpoint.
+    """The location of a parameter in a Megatron checkpoint.
 
-    Args:
+    Attributes:
+        mapping: The parameter's mapping.
+        names: The HF tensors that the parameter consists of.
         key: Name of the checkpoint's tensor.
-        index: Its leading indices: (), (layer,) or (layer, expert).
+        index: Leading indices into that tensor: (), (layer,) or (layer, expert).
         stacks: Sizes of these leading dimensions.
     """
 
@@ -93,13 +107,13 @@ class CheckpointSlice:
 
 
 def checkpoint_slices(architecture: Architecture) -> Iterator[CheckpointSlice]:
-    """Yield where each parameter of the architecture lies in a Megatron checkpoint."""
+    """Yield the location in a Megatron checkpoint of each parameter of the architecture."""
     for location in architecture.locations():
         yield checkpoint_slice(location, architecture)
 
 
 def checkpoint_slice(location: ParamLocation, architecture: Architecture) -> CheckpointSlice:
-    """Find where a parameter lies in a Megatron checkpoint; a tied matrix is there once, as the embedding."""
+    """Return a parameter's location in a Megatron checkpoint; a tied matrix is stored as the embedding."""
     layers, experts = architecture.num_hidden_layers, architecture.num_experts
     mapping, names = location.mapping, location.names
     if not mapping.in_layer:
@@ -113,7 +127,7 @@ def checkpoint_slice(location: ParamLocation, architecture: Architecture) -> Che
 
 
 def _fused_name(name: str, dense: bool) -> str:
-    """Return Transformer Engine's name; it fuses the norm before the MLP in dense layers only."""
+    """Return Transformer Engine's name; it fuses the norm before the MLP only in dense layers."""
     for fused, norm in FUSED_NORMS.items():
         if norm == name and (dense or not fused.startswith("mlp.")):
             return fused
@@ -121,7 +135,7 @@ def _fused_name(name: str, dense: bool) -> str:
 
 
 def empty_objects(architecture: Architecture) -> list[str]:
-    """Return the keys of the `_extra_state` objects that layers ask for; bf16 models store none."""
+    """Return the keys of the `_extra_state` objects that layers load; they are empty in bf16 models."""
     layers, experts = architecture.num_hidden_layers, architecture.num_experts
     attention = ("core_attention", "linear_qkv", "linear_proj", "q_layernorm", "k_layernorm")
     modules = [f"self_attention.{name}" for name in attention]
@@ -134,10 +148,10 @@ def empty_objects(architecture: Architecture) -> list[str]:
 
 
 class MegatronTensors:
-    """The model's tensors of a torch_dist checkpoint; raises FileError for unexpected names or shapes."""
+    """The model's tensors in a torch_dist checkpoint; raises FileError for unexpected names or shapes."""
 
     def __init__(self, path: Path, architecture: Architecture, prefix: str = ""):
-        """prefix: what the keys begin with, where they are not those of Megatron's model."""
+        """Check the checkpoint at `path`; `prefix` precedes Megatron's names in its keys."""
         self.folder, self.architecture, self.prefix = Folder(path), architecture, prefix
         self._shapes = architecture.tensor_shapes()
         prefixed = (replace(each, key=prefix + each.key) for each in checkpoint_slices(architecture))
@@ -147,7 +161,7 @@ class MegatronTensors:
         self._check()
 
     def _as_stored(self, each: CheckpointSlice) -> CheckpointSlice:
-        """Find the slice where every layer has a key of its own (`non_homogeneous_layers`)."""
+        """Adapt the slice to checkpoints with separate keys for each layer (`non_homogeneous_layers`)."""
         if not each.index or each.key in self.folder.chunks:
             return each
         key = each.key.replace("decoder.layers.", f"decoder.layers.{each.index[0]}.", 1)
@@ -166,23 +180,26 @@ class MegatronTensors:
             if given != wanted and not is_padded:
                 raise FileError(f"{path}: {key} has shape {list(given)}, config.json implies {list(wanted)}")
             if (dtype := self.folder.dtype(key)) not in _FLOATS:
-                raise FileError(f"{path}: {key} has dtype {dtype}; expected a floating-point one")
+                raise FileError(f"{path}: {key} has dtype {dtype}; expected a floating-point dtype")
         parts = tuple(self.prefix + part for part in ("embedding.", "decoder.", "output_layer."))
         if unexpected := sorted(key for key in held if key.startswith(parts) and key not in expected):
-            count = f"({len(unexpected)} in all): config.json has no place for it"
+            count = f"({len(unexpected)} in all): not in the model that config.json describes"
             raise FileError(f"{path}: unexpected tensor {unexpected[0]} {count}")
 
     def names(self) -> list[str]:
+        """List the HF names of all tensors."""
         return list(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape that config.json implies."""
         return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
+        """Return the stored dtype."""
         return self.folder.dtype(self._slices[name].key)
 
     def tensor(self, name: str) -> Tensor:
-        """Read a tensor; those of the same parameter are kept until another one is asked for."""
+        """Read a tensor; the tensors of the same parameter are cached until another one is read."""
         each = self._slices[name]
         if self._last is None or self._last[0] is not each:
             self._last = None  # free before reading

@@ -1,11 +1,11 @@
-"""megatron-core's checkpoint format `torch_dist`, written and read tensor by tensor, without a model.
+"""Write and read megatron-core's checkpoint format `torch_dist` tensor by tensor, without a model.
 
-It is the file format of torch.distributed.checkpoint: `.metadata` (a pickle) says of every tensor its global
-shape and where each chunk of it lies, in `__R_K.distcp` files as `torch.save` streams at offsets;
-`metadata.json` and `common.pt` are megatron-core's, whose `dist_checkpointing.load` takes it at any layout.
+It is the file format of torch.distributed.checkpoint: `.metadata` (a pickle) holds every tensor's global
+shape and the locations of its chunks, which are `torch.save` streams at offsets in `__R_K.distcp` files.
+`metadata.json` and `common.pt` are megatron-core's, whose `dist_checkpointing.load` reads it on any layout.
 
-No pickle that a file brings is trusted: `.metadata` is read by an unpickler that knows the dataclasses of the
-format and nothing else, tensors by `torch.load(weights_only=True)`; `common.pt` is not read.
+No pickle is trusted: `.metadata` is read by an unpickler that accepts only the dataclasses of the format,
+tensors by `torch.load(weights_only=True)`; `common.pt` is not read.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata, planner
+from typing_extensions import override
 
 from megatron_srpo.distributed.files import DurableFile, FileError, sync
 
@@ -38,13 +39,13 @@ _FORMAT = {
 }
 METADATA_FILES = (".metadata", "common.pt", "metadata.json")
 _BUFFER_BYTES = 2**16
-_ALIGNMENT = 64  # bytes, as torch.save aligns elements within its stream: they can be mapped from the file
+_ALIGNMENT = 64  # bytes, as in torch.save's own streams, so that elements can be mapped from the file
 _DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """The place of a piece of a tensor: start and shape in it, offset and length, in bytes, in a file."""
+    """The location of a chunk of a tensor: start and shape in it; offset and length in a file, in bytes."""
 
     key: str
     dtype: str
@@ -58,7 +59,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class RankFile:
-    """One rank's file: its size and CRC-32, its tensors' chunks, and an object in it that holds nothing."""
+    """One rank's file: its size and CRC-32, its tensors' chunks, and an empty object in it."""
 
     name: str
     bytes: int
@@ -67,10 +68,12 @@ class RankFile:
     empty: Chunk
 
     def to_json(self) -> str:
+        """Return the description as JSON, to send to the first rank."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> RankFile:
+        """Invert `to_json`."""
         values = json.loads(text)
         chunks = [_chunk_of(chunk) for chunk in values["chunks"]]
         return cls(**(values | {"chunks": chunks, "empty": _chunk_of(values["empty"])}))
@@ -83,15 +86,17 @@ def _chunk_of(values: dict[str, Any]) -> Chunk:
 
 
 class _Stream(io.RawIOBase):
-    """The end of a DurableFile as `torch.save` wants it, with its length; many small writes are collected."""
+    """A stream that appends to a DurableFile, for `torch.save`; small writes are buffered."""
 
     def __init__(self, file: DurableFile):
         self.file, self.end, self.crc32 = file, 0, 0
         self._pending, self._drained = bytearray(), 0
 
+    @override
     def writable(self) -> bool:
         return True
 
+    @override
     def write(self, data: Any) -> int:
         self.end += len(data)
         if len(data) >= _BUFFER_BYTES:
@@ -114,7 +119,7 @@ class _Stream(io.RawIOBase):
 
 
 class Writer:
-    """Writes one rank's file of a folder; `write_metadata` makes a checkpoint of all ranks' files."""
+    """Writer of one rank's file in a folder; `write_metadata` turns all ranks' files into a checkpoint."""
 
     def __init__(self, folder: Path, rank: int):
         self.name = f"__{rank}_0.distcp"
@@ -131,14 +136,14 @@ class Writer:
         """
         shape = (1,) * (len(tensor_shape) - tensor.dim()) + tuple(tensor.shape)
         tensor = tensor.detach().contiguous()
-        if tensor.untyped_storage().nbytes() != tensor.nbytes:  # torch.save writes whole storages
+        if tensor.untyped_storage().nbytes() != tensor.nbytes:  # torch.save writes complete storages
             tensor = tensor.clone()
         self._stream.write(bytes(-self._stream.end % _ALIGNMENT))
         offset = self._stream.end
         try:
             torch.save(tensor.view(shape), self._stream)  # pyright: ignore[reportArgumentType]
         except RuntimeError as error:
-            if isinstance(error.__context__, FileError):  # torch ends its zip file, and misses the lost bytes
+            if isinstance(error.__context__, FileError):  # the cause; torch then failed to end its zip file
                 raise error.__context__ from None
             raise
         length = self._stream.end - offset
@@ -146,7 +151,7 @@ class Writer:
         self._chunks.append(Chunk(key, str(tensor.dtype), tuple(tensor_shape), tuple(start), shape, *place))
 
     def close(self) -> RankFile:
-        """Wait until the file is on disk; describe it."""
+        """Wait until the file is on disk, and return its description."""
         self._stream.drain()
         self._file.close()
         return RankFile(self.name, self._stream.end, self._stream.crc32, self._chunks, self._empty)
@@ -155,8 +160,8 @@ class Writer:
 def write_metadata(folder: Path, files: Sequence[RankFile], empty_keys: Sequence[str] = ()) -> None:
     """Write `.metadata`, `common.pt` and `metadata.json` for all ranks' files.
 
-    `common.pt` is empty: `dist_checkpointing.load` then returns exactly what it was asked for. `empty_keys`
-    are megatron-core's `_extra_state` of layers that have none.
+    `common.pt` is empty, so `dist_checkpointing.load` returns exactly the tensors requested. `empty_keys` are
+    the keys of megatron-core's `_extra_state` objects, which are empty here.
     """
     tensors: dict[str, metadata.TensorStorageMetadata | metadata.BytesStorageMetadata] = {}
     places: dict[metadata.MetadataIndex, filesystem._StorageInfo] = {}
@@ -187,7 +192,7 @@ def write_metadata(folder: Path, files: Sequence[RankFile], empty_keys: Sequence
 
 
 class _Ignored:
-    """Takes the place of objects in `.metadata` that say nothing of tensors."""
+    """A replacement for objects in `.metadata` that do not concern tensors."""
 
     def __init__(self, *_, **__):
         pass
@@ -206,7 +211,7 @@ _TYPES = (
     planner.WriteItemType,
     torch.Size,
 )
-# Megatron keeps its ranks' plans in it; torch pickles the folder's path as it was, and the layout by name.
+# Megatron stores its ranks' plans there; torch pickles the folder's path, and the tensors' layout by name.
 _IGNORED = {
     planner.__name__: ("SavePlan", "WriteItem", "TensorWriteData", "BytesIOWriteData"),
     "megatron.core.dist_checkpointing.strategies.torch": ("MCoreMetadata", "MCoreSavePlan"),
@@ -219,37 +224,43 @@ _ALLOWED |= {(module, name): _Ignored for module, names in _IGNORED.items() for 
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows the format's dataclasses and torch's dtypes; refuses everything else before it is imported."""
+    """An unpickler of the format's dataclasses and torch's dtypes; rejects other classes before import."""
 
+    @override
     def find_class(self, module_name: str, global_name: str) -> Any:
         if (module_name, global_name) in _ALLOWED:
             return _ALLOWED[module_name, global_name]
         if module_name == "torch" and f"torch.{global_name}" in _DTYPES:
             return _DTYPES[f"torch.{global_name}"]
         name = f"{module_name}.{global_name}"
-        raise pickle.UnpicklingError(f"it asks for {name}, which has no place in a checkpoint's metadata")
+        raise pickle.UnpicklingError(f"it refers to {name}, which is not allowed in a checkpoint's metadata")
 
 
 class _Slice(io.RawIOBase):
-    """Some bytes of a file, as a file."""
+    """A byte range of a file, as a file."""
 
     def __init__(self, file: io.FileIO, offset: int, length: int):
         self.file, self.offset, self.length, self.position = file, offset, length, 0
 
+    @override
     def readable(self) -> bool:
         return True
 
+    @override
     def seekable(self) -> bool:
         return True
 
+    @override
     def tell(self) -> int:
         return self.position
 
+    @override
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.length}[whence]
         self.position = base + offset
         return self.position
 
+    @override
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer)[: max(0, self.length - self.position)]
         read = os.preadv(self.file.fileno(), [view], self.offset + self.position)
@@ -258,7 +269,7 @@ class _Slice(io.RawIOBase):
 
 
 class Folder:
-    """A torch_dist checkpoint at `path`. Raises FileError, which names file and key, for damage."""
+    """The torch_dist checkpoint at `path`. Raises FileError, with file and key, if it is damaged."""
 
     def __init__(self, path: Path):
         self.path = Path(path)
@@ -266,7 +277,7 @@ class Folder:
 
     @cached_property
     def chunks(self) -> dict[str, list[Chunk]]:
-        """List the chunks of every tensor; check that the files are there and long enough."""
+        """The chunks of every tensor. Checks that their files exist and are long enough."""
         whole = self._read_metadata()
         found: dict[str, list[Chunk]] = {}
         try:
@@ -310,13 +321,14 @@ class Folder:
                 whole = _Unpickler(stream).load()
         except OSError as error:
             raise FileError(f"{file}: cannot be read: {error.strerror}") from None
-        except Exception as error:  # a damaged pickle raises whatever its bytes make of it
-            raise FileError(f"{file}: is damaged or no checkpoint's metadata: {error}") from None
+        except Exception as error:  # a damaged pickle may raise any error
+            raise FileError(f"{file}: is damaged or not a checkpoint's metadata: {error}") from None
         if not isinstance(whole, metadata.Metadata):
             raise FileError(f"{file}: is not the metadata of a checkpoint but a {type(whole).__name__}")
         return whole
 
     def dtype(self, key: str) -> torch.dtype:
+        """Return the dtype of tensor `key`."""
         return _DTYPES[self.chunks[key][0].dtype]
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -324,13 +336,13 @@ class Folder:
         return self.chunks[key][0].tensor_shape
 
     def read(self, key: str, index: tuple[int, ...] = ()) -> Tensor:
-        """Read tensor `key`, or the part of it at `index` of its leading dimensions."""
+        """Read tensor `key`, or its part at `index` of the leading dimensions."""
         shape = self.shape(key)[len(index) :]
         start, ones = (*index, *(0 for _ in shape)), (1,) * len(index)
         return self.read_region(key, start, (*ones, *shape)).view(shape)
 
     def read_region(self, key: str, start: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """Read the rectangle of `shape` at `start` of tensor `key`; it may be mapped from the file."""
+        """Read the region of `shape` at `start` in tensor `key`; the result may be mapped from the file."""
         whole, filled = None, 0
         for chunk in self._chunks_near(key, start, shape):
             spans = list(zip(start, shape, chunk.start, chunk.shape, strict=True))
@@ -351,7 +363,7 @@ class Folder:
         return whole
 
     def _chunks_near(self, key: str, start: tuple[int, ...], shape: tuple[int, ...]) -> list[Chunk]:
-        """Return the chunks that can overlap a region: of a stack of layers, those of its one layer."""
+        """Return the chunks that may overlap a region; in a stack of layers, those of the region's layer."""
         if len(shape) < 3 or shape[0] != 1:
             return self.chunks[key]
         return self._chunks_by_layer[key].get(start[0], [])
@@ -367,7 +379,7 @@ class Folder:
         return found
 
     def _load(self, chunk: Chunk) -> Tensor:
-        """Map the chunk from the file where it is stored contiguously, as Megatron's and ours are."""
+        """Map the chunk from the file if it is stored contiguously, as Megatron's chunks and ours are."""
         file = self.path / chunk.file
         if chunk.file not in self._files:
             content = torch.from_file(str(file), size=file.stat().st_size, dtype=torch.uint8)
@@ -377,7 +389,7 @@ class Folder:
         try:
             tensor = torch.load(stream, map_location="meta", weights_only=True)
             start = chunk.offset + _start_of_data(stream)
-        except Exception as error:  # zip and pickle readers raise whatever damaged bytes make of them
+        except Exception as error:  # zip and pickle readers may raise any error for damaged bytes
             raise FileError(f"{file}: {chunk.key} at byte {chunk.offset} is damaged: {error}") from None
         given = type(tensor).__name__
         if isinstance(tensor, Tensor):
@@ -401,7 +413,7 @@ class Folder:
 def _chunk(
     places: Any, key: str, tensor: metadata.TensorStorageMetadata, piece: metadata.ChunkStorageMetadata
 ) -> Chunk:
-    """Join what `.metadata` says of a chunk in two places. Raises ValueError, KeyError or TypeError."""
+    """Combine the two entries of a chunk in `.metadata`. Raises ValueError, KeyError or TypeError."""
     place = places[metadata.MetadataIndex(key, piece.offsets)]
     if getattr(place, "transform_descriptors", None):
         raise ValueError(f"{key} is stored with {place.transform_descriptors}, which cannot be read")
@@ -419,12 +431,12 @@ def _chunk(
     is_inside = all(0 <= start <= start + size <= whole for start, size, whole in bounds)
     is_known = chunk.dtype in _DTYPES and isinstance(chunk.file, str)
     if not is_inside or not is_known or min(chunk.offset, chunk.length) < 0:
-        raise ValueError(f"{key} has an impossible chunk, {chunk}")
+        raise ValueError(f"{key} has an invalid chunk, {chunk}")
     return chunk
 
 
 def _start_of_data(stream: _Slice) -> int:
-    """Find the byte of a `torch.save` stream where its one tensor starts. Raises ValueError or BadZipFile."""
+    """Return the offset of the only tensor in a `torch.save` stream. Raises ValueError or BadZipFile."""
     stream.seek(0)
     records = zipfile.ZipFile(stream).infolist()
     [record] = [record for record in records if record.filename.endswith("/data/0")]

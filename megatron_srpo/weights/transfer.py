@@ -1,4 +1,4 @@
-"""Loads a Hugging Face folder into this rank's chunks, and exports them as a stream of HF tensors."""
+"""Load a Hugging Face folder into this rank's chunks, and export them as a stream of HF tensors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from megatron_srpo.weights.safetensors_file import Writer
 def parameters_of(
     chunks: Sequence[torch.nn.Module], architecture: Architecture
 ) -> Iterator[tuple[ParamLocation, Parameter]]:
-    """Yield every parameter in this rank's chunks (wrapped or not), and which one of the model it is."""
+    """Yield every parameter of this rank's chunks (wrapped or not), with its location in the model."""
     for wrapped in chunks:
         chunk: Any = wrapped
         while hasattr(chunk, "module"):
@@ -45,7 +45,7 @@ def parameters_of(
 class ParameterShard(NamedTuple):
     """A rank's shard, `index` of `count`, of the parameter whose first HF tensor is `name`.
 
-    is_primary: False where a lower rank holds the same, and for the last stage's copy of a tied matrix.
+    is_primary is False if a lower rank holds the same shard, and for the last stage's copy of a tied matrix.
     """
 
     name: str
@@ -63,7 +63,7 @@ class ParameterShard(NamedTuple):
 
 
 def load(chunks: Sequence[torch.nn.Module], folder: HFFolder) -> None:
-    """Fill the chunks from `folder`; only this rank's slices of the files are read."""
+    """Load the chunks' weights from `folder`; reads only this rank's slices of the files."""
     with ExitStack() as stack, torch.no_grad():
         files = set(folder.file_of.values())
         opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in files}
@@ -85,10 +85,10 @@ class Repeatable:
 
 
 def export(chunks: Sequence[torch.nn.Module], architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
-    """Yield the whole model as (HF name, full tensor), the same stream on every rank, one tensor at a time.
+    """Yield the complete model as (HF name, full tensor), one at a time, in the same order on every rank.
 
-    Every rank must consume it to the end: each tensor is an all-gather over tensor-parallel ranks and
-    broadcasts from the expert-parallel rank and the pipeline stage that own it. The order is always the same.
+    Every rank must consume the stream to its end: each tensor takes an all-gather over tensor-parallel ranks,
+    and broadcasts from the expert-parallel rank and the pipeline stage that own it.
     """
     expert_group = parallel_state.get_expert_model_parallel_group()
     pipeline_group = parallel_state.get_pipeline_model_parallel_group()
@@ -97,7 +97,7 @@ def export(chunks: Sequence[torch.nn.Module], architecture: Architecture) -> Ite
         for location, parameter in parameters_of(chunks, architecture)
         if location.mapping.tied_to is None
     }
-    # Of each parameter: a rank of this stage that holds it, or -1; and the peer in the stage that does.
+    # For each parameter: a rank of this stage that holds it, or -1; and this rank's peer in the owning stage.
     me, locations = dist.get_rank(), list(architecture.locations())
     expert_owners = _maximum([me if each.names[0] in own else -1 for each in locations], expert_group)
     stage_owners = _maximum([me if owner >= 0 else -1 for owner in expert_owners], pipeline_group)
@@ -119,7 +119,7 @@ def export(chunks: Sequence[torch.nn.Module], architecture: Architecture) -> Ite
 
 
 def _maximum(numbers: list[int], group: dist.ProcessGroup) -> list[int]:
-    """Take the maximum over the group of each number; one small all-reduce."""
+    """Return the maximum of each number over the group; one small all-reduce."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     values = torch.tensor(numbers, device=device)
@@ -144,8 +144,8 @@ def _full_tensors(mapping: TensorMapping, local: Tensor) -> list[Tensor]:
 def save_hf(stream: Iterable[tuple[str, Tensor]], folder: HFFolder, output: Path, write: bool) -> None:
     """Write the stream as an HF folder, tensor by tensor, with config and tokenizer of `folder`.
 
-    Every rank consumes the stream, the one with `write` writes. All tensors have the first one's dtype. The
-    folder replaces an older one when it is complete. Raises FileError when the disk is full.
+    Every rank consumes the stream; the rank with `write` writes it. All tensors must have the same dtype. The
+    folder replaces an older one when it is complete. Raises FileError if it cannot be written.
     """
     if not write:
         for _ in stream:

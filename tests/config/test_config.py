@@ -270,7 +270,7 @@ def test_wrong_value_in_the_file_names_the_line(message_of):
             "parallel",
             ["virtual_pipeline_model_parallel_size", "pipeline_model_parallel_size > 1"],
         ),
-        (["resume.override=[optimizer.lr,train.step]"], "resume.override", ["'train.step' is no key"]),
+        (["resume.override=[optimizer.lr,train.step]"], "resume.override", ["'train.step' is not a key"]),
         (["evaluation.temperature=0"], "evaluation.temperature", ["greedy", "samples: 1"]),
         (
             ["rollout.async_steps=1", "rollout.over_sampling=2"],
@@ -354,7 +354,7 @@ def test_contradictions_name_their_place(message_of, text, override, place):
         ),
         (
             "task:\n  weight: 2\n",
-            "config.yaml:8: task.weight: says a task's share of task.mixture, but there is no mixture",
+            "config.yaml:8: task.weight: is a task's share of task.mixture, but there is no mixture",
         ),
         ("task:\n  name: a b\n", "config.yaml:8: task.name: String should match"),
         ("task:\n  rule: lax\n", "config.yaml:8: task.rule: Input should be 'paper' or 'strict'"),

@@ -109,7 +109,7 @@ def test_scale(configure):
     assert strong == sorted(strong, reverse=True) and strong[-1] > strong[0] / 512
     assert weak[1] < 1.4 * weak[0] < weak[-1]
     same, growing = where_it_stops(rows)
-    assert same.startswith("same batch: ") and "reading samples: every rank reads the whole batch" in growing
+    assert same.startswith("same batch: ") and "reading samples: every rank reads the entire batch" in growing
 
 
 def test_impossible_layouts_are_refused_with_the_reason(configure):

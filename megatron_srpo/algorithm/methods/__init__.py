@@ -1,4 +1,4 @@
-"""Training methods, one module each: a subclass of Algorithm, which registers itself by its `name`."""
+"""Training methods, one module each: a subclass of `Algorithm` that registers itself under its `name`."""
 
 import importlib
 import pkgutil

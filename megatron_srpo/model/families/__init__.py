@@ -1,7 +1,7 @@
 """Model families, one module each in this folder.
 
-A family gives its model_type, the TransformerConfig, and the HF tensors of each Megatron parameter. Hugging
-Face tensor names appear nowhere else.
+A family defines its model_type, TransformerConfig arguments, and the HF tensors of each Megatron parameter.
+No other module contains Hugging Face tensor names.
 """
 
 import importlib
@@ -12,14 +12,14 @@ from megatron_srpo.model.architecture import Architecture, RopeScaling, Unsuppor
 
 
 def families() -> dict[str, type[Architecture]]:
-    """Import every module of this folder; return the families by model_type."""
+    """Import all modules of this folder, and return the families by model_type."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
     return Architecture.families
 
 
 def architecture_of(config: dict[str, Any]) -> Architecture:
-    """Read config.json by the family that its model_type names. Raises UnsupportedModel."""
+    """Read config.json with the family of its model_type. Raises UnsupportedModel."""
     kind, known = config.get("model_type"), families()
     if not isinstance(kind, str) or kind not in known:
         raise UnsupportedModel(f"model_type is {kind!r}; supported: {', '.join(known)}")
@@ -27,7 +27,7 @@ def architecture_of(config: dict[str, Any]) -> Architecture:
 
 
 def architecture_from_dict(values: dict[str, Any]) -> Architecture:
-    """Invert `dataclasses.asdict`, after JSON too. Raises KeyError or TypeError for other keys."""
+    """Invert `dataclasses.asdict`, also after JSON. Raises KeyError or TypeError for other keys."""
     if "model_type" not in values:
         values = _with_model_type(values)
     scaling = values["rope_scaling"]
@@ -36,7 +36,7 @@ def architecture_from_dict(values: dict[str, Any]) -> Architecture:
 
 
 def _with_model_type(values: dict[str, Any]) -> dict[str, Any]:
-    """Read older run folders, which say what the layers have instead of naming the family."""
+    """Read older run folders, which describe the layers instead of naming the family."""
     values = dict(values)
     has = values.pop("qk_norm"), values.pop("qkv_bias"), values["num_experts"] > 0
     for name, family in families().items():

@@ -1,9 +1,10 @@
-"""Llama 2 and 3, and the decoder that Mistral and Qwen vary."""
+"""Llama 2 and 3, and the decoder on which the other families are based."""
 
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from torch.nn.functional import silu
+from typing_extensions import override
 
 from megatron_srpo.model.architecture import Architecture
 from megatron_srpo.model.mapping import QueryGroups, Stacked, TensorMapping
@@ -13,8 +14,9 @@ _EMBEDDING = "model.embed_tokens.weight"
 
 
 class Decoder(Architecture):
-    """Grouped-query attention and a gated feed-forward, an RMSNorm before each."""
+    """Grouped-query attention and a gated feed-forward network, with an RMSNorm before each."""
 
+    @override
     def transformer_settings(self) -> dict[str, Any]:
         return dict(
             num_layers=self.num_hidden_layers,
@@ -32,6 +34,7 @@ class Decoder(Architecture):
             qk_layernorm=self.qk_norm,
         )
 
+    @override
     def table(self) -> Iterator[TensorMapping]:
         hidden, matrix = self.hidden_size, (self.vocab_size, self.hidden_size)
         tied_to = _EMBEDDING if self.tie_word_embeddings else None
@@ -46,6 +49,7 @@ class Decoder(Architecture):
         yield from self.feed_forward()
 
     def attention(self) -> Iterator[TensorMapping]:
+        """Yield the mappings of a layer's attention."""
         hidden, head, prefix = self.hidden_size, self.head_dim, LAYER + "self_attn."
         queries, keys = self.num_attention_heads * head, self.num_key_value_heads * head
         rows = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
@@ -62,10 +66,11 @@ class Decoder(Architecture):
             yield TensorMapping("self_attention.linear_qkv.bias", biases, dim=0, fusion=groups)
 
     def feed_forward(self) -> Iterator[TensorMapping]:
+        """Yield the mappings of a layer's feed-forward network."""
         return self.gated("mlp.", LAYER + "mlp.", self.intermediate_size)
 
     def gated(self, megatron: str, prefix: str, width: int) -> Iterator[TensorMapping]:
-        """Yield the matrices of a gated feed-forward of `width`, under these prefixes of names."""
+        """Yield the mappings of a gated feed-forward network of `width`, given both name prefixes."""
         into, out = (width, self.hidden_size), (self.hidden_size, width)
         both = {prefix + "gate_proj.weight": into, prefix + "up_proj.weight": into}
         yield TensorMapping(megatron + "linear_fc1.weight", both, dim=0, fusion=Stacked(2))
@@ -73,9 +78,12 @@ class Decoder(Architecture):
 
 
 class Llama(Decoder, model_type="llama"):
+    """Llama; num_key_value_heads defaults to num_attention_heads."""
+
     only: ClassVar[dict[str, Any]] = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 
     @classmethod
+    @override
     def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
         values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
         return super().complete(values)

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: Llama with biases of queries, keys and values."""
+"""Qwen2 and Qwen2.5."""
 
 from typing import Any, ClassVar
 
@@ -6,5 +6,7 @@ from megatron_srpo.model.families.llama import Decoder
 
 
 class Qwen2(Decoder, model_type="qwen2"):
+    """Llama with biases for queries, keys and values."""
+
     qkv_bias = True
     only: ClassVar[dict[str, Any]] = {"hidden_act": "silu", "use_sliding_window": False}

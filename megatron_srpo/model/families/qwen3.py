@@ -1,4 +1,4 @@
-"""Qwen3, dense: Llama with normalised queries and keys."""
+"""Qwen3, dense."""
 
 from typing import Any, ClassVar
 
@@ -6,6 +6,8 @@ from megatron_srpo.model.families.llama import Decoder
 
 
 class Qwen3(Decoder, model_type="qwen3"):
+    """Llama with normalised queries and keys."""
+
     qk_norm = True
     only: ClassVar[dict[str, Any]] = {"hidden_act": "silu"} | dict.fromkeys(
         ("use_sliding_window", "attention_bias"), False

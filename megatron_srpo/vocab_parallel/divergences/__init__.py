@@ -5,10 +5,10 @@ gradient
 
     dD/dz_v = p_v (f_v - Σ_u p_u f_u)
 
-with respect to the student's logits z, where f is its log-ratio (docs/method.md, 2). Constants in f drop out;
-f is written such that it is exactly 0 where p = q.
+with respect to the student's logits z, where f is its log-ratio (docs/method.md, section 2). Constants in f
+cancel; each f is written so that it is exactly 0 where p = q.
 
-This module imports no torch: the schema of the configuration reads the names.
+This module does not import torch, because the configuration's schema reads the names.
 """
 
 from __future__ import annotations
@@ -29,51 +29,50 @@ def names() -> tuple[str, ...]:
 
 @cache
 def formula(name: str) -> Formula:
-    """Return the `FORMULA` of the module of this name."""
+    """Return the `FORMULA` of the module `name`."""
     return importlib.import_module(f"{__name__}.{name}").FORMULA
 
 
 class CpuBlock(NamedTuple):
-    """Some rows of one tile in cache, [n, width] each, for `Formula.on_cpu`.
+    """A few rows of one tile that fit in cache, [n, width] each, for `Formula.on_cpu`.
 
     log p = x - shift_p and log q = y - shift_q, with difference = shift_p - shift_q; p = scale · exp x.
     """
 
-    x: Tensor  # the student's logits minus their maximum; becomes p·f / Formula.pf_weight
-    y: Tensor  # the teacher's; becomes p
+    x: Tensor  # the student's logits minus their maximum; replaced by p·f / Formula.pf_weight
+    y: Tensor  # the teacher's logits minus their maximum; replaced by p
     q: Tensor
     scratch: tuple[Tensor, Tensor]
     scale: Tensor  # [n, 1]
     difference: Tensor  # [n, 1]
-    teacher_sum: Tensor  # [n], zeros
+    teacher_sum: Tensor  # [n], zeros; receives the teacher's sum
 
 
 class Formula:
     """A divergence D with its log-ratio f.
 
-    `terms` is enough: the other methods are a second, faster form of the same on a full vocabulary. A formula
-    without it is computed by the reference kernel; with it, `pf_weight` and `value` say how D follows from
-    Σ p·f / pf_weight (the student's sum) and a sum of the teacher's. The Triton form is in
-    kernels/triton_ops.py; without one, CUDA uses the reference kernel.
+    Only `terms` is required. The other methods add a faster form for the full vocabulary: `on_cpu` computes
+    the student's sum Σ p·f / pf_weight and a sum of the teacher's, and `value` computes D from the two. The
+    Triton form is in kernels/triton_ops.py. Without a fast form the reference kernel is used.
 
     Attributes:
-        mean_is_zero: Σ p f is 0 (p f = p - q), and is not computed, which would round.
-        has_cpu_form: `on_cpu` is there.
+        mean_is_zero: Σ p f is 0 because p f = p - q. It is not computed, to avoid rounding errors.
+        has_cpu_form: `on_cpu` is implemented.
     """
 
     mean_is_zero = False
     has_cpu_form = False
 
     def terms(self, p: Tensor, q: Tensor, difference: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-        """Return each column's term of D, and p·f; difference = log q - log p, 0 where both are 0."""
+        """Return each column's term of D and its p·f; `difference` is log q - log p, 0 where p = q = 0."""
         raise NotImplementedError
 
     def on_cpu(self, block: CpuBlock, alpha: float) -> None:
-        """Overwrite x and y, and fill teacher_sum, as `CpuBlock` says."""
+        """Overwrite x and y and fill teacher_sum, as documented in `CpuBlock`."""
         raise NotImplementedError
 
     def pf_weight(self, alpha: float) -> float:
-        """Return the constant factor of f that the fast forms leave out."""
+        """Return the constant factor of f that the fast forms omit."""
         return 1.0
 
     def value(self, student_sum: Tensor, teacher_sum: Tensor, alpha: float) -> Tensor:

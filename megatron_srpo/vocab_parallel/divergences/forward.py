@@ -9,6 +9,8 @@ from megatron_srpo.vocab_parallel.kernels.base import times
 
 
 class ForwardKL(Formula):
+    """The forward KL divergence; its gradient is p - q."""
+
     mean_is_zero = True
     has_cpu_form = True
 

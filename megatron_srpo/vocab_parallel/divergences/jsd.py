@@ -9,11 +9,13 @@ from megatron_srpo.vocab_parallel.kernels.base import TINY, times
 
 
 class JensenShannon(Formula):
+    """The Jensen–Shannon divergence of weight α; at most ln 2 for α = ½."""
+
     has_cpu_form = True
 
     @override
     def terms(self, p: Tensor, q: Tensor, difference: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-        # log m from the larger of the two: log m - log p = log(1 + α (q/p - 1)), which is exact near q = p
+        # log m from the larger of p and q: log m - log p = log(1 + α (q/p - 1)), which is exact near q = p
         ratio = torch.expm1(-difference.abs())
         from_p = torch.log1p(alpha * ratio)  # log m - log p where p is the larger
         from_q = torch.log1p((1 - alpha) * ratio)  # log m - log q where q is the larger
@@ -24,7 +26,7 @@ class JensenShannon(Formula):
 
     @override
     def on_cpu(self, block: CpuBlock, alpha: float) -> None:
-        # log(p / m), not log p - log m: exactly 0 where p = q
+        # log(p / m) instead of log p - log m: exactly 0 where p = q
         x, q, (m, terms) = block.x, block.q, block.scratch
         p = torch.exp(x, out=block.y).mul_(block.scale)
         torch.lerp(p, q, alpha, out=m).add_(TINY)

@@ -9,6 +9,8 @@ from megatron_srpo.vocab_parallel.kernels.base import times
 
 
 class ReverseKL(Formula):
+    """The reverse KL divergence; its gradient is p (log p - log q - KL)."""
+
     has_cpu_form = True
 
     @override

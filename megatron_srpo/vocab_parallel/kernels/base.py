@@ -1,25 +1,25 @@
-"""The results of a kernel for one tile of tokens, and the elementwise operations it needs of a device."""
+"""The results of a kernel for one tile of tokens, and the elementwise operations each device provides."""
 
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-FLOOR = -1e30  # replaces logits of -inf: a probability of exactly 0, without NaN
-TINY = 1e-37  # for logarithms of 0 and of 0/0, where the factor before them is 0
+FLOOR = -1e30  # replaces logits of -inf: gives a probability of exactly 0, without NaN
+TINY = 1e-37  # keeps logarithms of 0 and of 0/0 finite where they are multiplied by 0
 
 
 def times(probability: Tensor, log: Tensor) -> Tensor:
-    """Multiply with 0 · inf = 0: an id of probability 0 adds nothing."""
+    """Multiply with 0 · inf = 0, so that an id of probability 0 adds nothing."""
     return torch.where(probability == 0, torch.zeros_like(log), probability * log)
 
 
 class Statistics(NamedTuple):
     """Per-token results in fp32 (float64 for float64 inputs); zeros for ignored tokens."""
 
-    logprob: Tensor  # [T] of the target ids
-    entropy: Tensor  # [T] of the student, nats
-    divergence: Tensor | None  # [D] of the first D tokens; None on a tile without a teacher
+    logprob: Tensor  # [T], log-probs of the target ids
+    entropy: Tensor  # [T], the student's, in nats
+    divergence: Tensor | None  # [D], of the first D tokens; None on a tile without a teacher
 
 
 class StatisticsGrad(NamedTuple):
@@ -44,13 +44,13 @@ class GradTerms(NamedTuple):
 
 
 class TileOps(Protocol):
-    """Elementwise work on `tiles` ([student] or [student, teacher], [n, width] each), which it may overwrite.
+    """Elementwise operations on `tiles` ([student] or [student, teacher], [n, width] each), often in place.
 
-    maximum, total: [tiles, n]; p = exp(z - maximum) / total over all ranks' columns, in fp32 three times as
-    exact as exp(z - maximum - log total), whose roundings are of larger numbers than the result's.
+    maximum, total: [tiles, n], over all ranks' columns, with p = exp(z - maximum) / total. In fp32 this is
+    three times as exact as exp(z - maximum - log total), which rounds numbers larger than the result.
     """
 
-    gradient_is_separate: bool  # the gradient stays valid while the next tile's logits are written
+    gradient_is_separate: bool  # the gradient remains valid while the next tile's logits are written
 
     def row_sums(self, tiles: list[Tensor], sums: Tensor) -> None:
         """Fill sums [3, tiles, n] with m = max z, Σ exp(z - m) and the student's Σ exp(z - m)(z - m)."""

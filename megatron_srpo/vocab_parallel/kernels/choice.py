@@ -1,4 +1,4 @@
-"""Chooses the kernel for given inputs."""
+"""Choose the kernel for a device, dtype and divergence."""
 
 import importlib.util
 from typing import Literal
@@ -16,18 +16,17 @@ from megatron_srpo.vocab_parallel.shard import VocabShard, accumulation_dtype
 KernelName = Literal["cpu", "triton", "reference"]
 _DESCRIPTIONS = {"cpu": "CPU, row by row in cache", "triton": "Triton", "reference": "plain torch"}
 
-
-# Divergences with a form in triton_ops.py, which cannot be imported without Triton.
+# Divergences implemented in triton_ops.py, which cannot be imported without Triton.
 _IN_TRITON = ("jsd", "reverse", "forward")
 
 
 def describe_kernel(device: torch.device, dtype: torch.dtype, divergence: Divergence) -> str:
-    """Describe the kernel that computes inputs like these, for the log."""
+    """Describe, for the log, the kernel chosen for such inputs."""
     return _DESCRIPTIONS[_fastest(device, dtype, divergence)]
 
 
 def _fastest(device: torch.device, dtype: torch.dtype, divergence: Divergence) -> KernelName:
-    is_full = divergence.support == "full"  # other supports need no form of the divergence's own
+    is_full = divergence.support == "full"  # the other supports use only `Formula.terms`
     if device.type == "cpu":
         return "cpu" if divergence.formula.has_cpu_form or not is_full else "reference"
     has_triton = device.type == "cuda" and importlib.util.find_spec("triton") is not None

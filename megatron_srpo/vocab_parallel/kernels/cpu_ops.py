@@ -1,7 +1,7 @@
 """`TileOps` on a CPU: in place in the logits' tiles, a few rows at a time, while they are in cache.
 
-A pass over a whole tile in fresh memory costs a page fault every 4 KiB and the bandwidth of DRAM; a row of
-152,000 fp32 columns (600 KB) stays in L2 and L3 through all the operations on it.
+A pass over an entire tile in fresh memory costs a page fault per 4 KiB and DRAM bandwidth; a row of 152,000
+fp32 columns (600 KB) stays in L2 and L3 during all operations on it.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from megatron_srpo.vocab_parallel.divergence import Divergence
 from megatron_srpo.vocab_parallel.divergences import CpuBlock
 from megatron_srpo.vocab_parallel.kernels.base import FLOOR, TINY, GradTerms
 
-_BLOCK_ELEMENTS = 1 << 17  # handled together: several short rows, or one long one
+_BLOCK_ELEMENTS = 1 << 17  # elements processed together: several short rows, or one long one
 
 
 class CpuTileOps:
@@ -31,7 +31,7 @@ class CpuTileOps:
             yield slice(start, min(start + self.block_rows, count))
 
     def row_sums(self, tiles: list[Tensor], sums: Tensor) -> None:
-        """Leave z - m in the tiles, m the maximum of this rank's columns."""
+        """Fill `sums` (see `TileOps`); leave z - m in the tiles, with m the maximum over local columns."""
         self.tiles, self.local_maximum, self.distilled = tiles, sums[0], False
         sums[0] = FLOOR
         if not tiles[0].shape[1]:
@@ -46,7 +46,7 @@ class CpuTileOps:
                     torch.sum(exponential.mul_(block), 1, out=sums[2, 0, rows])
 
     def divergence_sums(self, tiles: list[Tensor], maximum: Tensor, total: Tensor) -> Tensor:
-        """Leave p·f in the student's tile and p in the teacher's."""
+        """Return the sums (see `TileOps`); leave p·f in the student's tile and p in the teacher's."""
         self.distilled = True
         scale, shift = self._normalizers(maximum, total)
         sums = tiles[0].new_zeros(2, len(tiles[0]))
@@ -66,6 +66,7 @@ class CpuTileOps:
         return ((-above).exp() / total)[..., None], (above + total.log())[..., None]
 
     def gradient(self, terms: GradTerms, maximum: Tensor, total: Tensor) -> Tensor:
+        """Write the gradient into the student's tile, and return that."""
         gradient = self.tiles[0]
         p_scale = terms.p_scale[:, None]
         pf_scale = None if terms.pf_scale is None else terms.pf_scale[:, None]

@@ -1,13 +1,13 @@
 """One tile on the full vocabulary: the collectives, and the algebra around the elementwise operations.
 
-With z the student's logits, p = softmax z, q the teacher's, H the entropy of p, y the target, D the
-divergence with its log-ratio f (see `divergences`), the gradient of any function of log p(y), H and D is
+With z the student's logits, p = softmax z, q the teacher's softmax, H the entropy of p, y the target, and D
+the divergence with its log-ratio f (see `divergences`), the gradient of any function of log p(y), H and D is
 
     dL/dz_v = g_logp (1[v = y] - p_v) - g_H p_v (log p_v + H) + g_D p_v (f_v - Σ_u p_u f_u)
 
-`TileOps` does the work on [n, width]. Here are only vectors of length n, and at most two collectives a tile:
-every rank's row sums (its own maximum, Σ exp, Σ exp·z and the target's logit, from which each rank computes
-the softmax over all columns), then every rank's part of the divergence.
+`TileOps` does the work on [n, width]. This module handles only vectors of length n, with at most two
+collectives per tile: all ranks' row sums (local maximum, Σ exp, Σ exp·z and the target's logit, from which
+each rank computes the softmax over all columns), then all ranks' parts of the divergence.
 """
 
 from collections.abc import Callable
@@ -22,9 +22,10 @@ from megatron_srpo.vocab_parallel.shard import VocabShard, gather, local_columns
 
 
 class ExactKernel:
-    """A kernel on the full support or on the sampled token.
+    """A kernel for the full support or the sampled token.
 
-    gradient_is_separate: the gradient stays valid while the next tile's logits are written.
+    Attributes:
+        gradient_is_separate: The gradient remains valid while the next tile's logits are written.
     """
 
     def __init__(self, ops: TileOps, shard: VocabShard, divergence: Divergence):
@@ -36,8 +37,10 @@ class ExactKernel:
     ) -> Statistics:
         """Compute the statistics of one tile.
 
-        tiles: [n, width] logits of the student and, to distil, the teacher; overwritten. targets: [n] ids;
-        without them the log-probs are zeros. while_waiting: called once during each collective.
+        Args:
+            tiles: [n, width] logits of the student and, if distilled, of the teacher; overwritten.
+            targets: [n] token ids; if None, the log-probs are zeros.
+            while_waiting: Called once during each collective.
         """
         local = tiles[0].new_zeros(4, len(tiles), len(tiles[0]))
         self._target_logits(tiles, targets, local[3])
@@ -55,7 +58,7 @@ class ExactKernel:
         return Statistics(logprob[0], self.entropy, divergence)
 
     def _target_logits(self, tiles: list[Tensor], targets: Tensor | None, logits: Tensor) -> None:
-        """Fill logits [tiles, n] with the targets' where this shard has them; else they stay 0."""
+        """Fill `logits` [tiles, n] with those of targets in this shard; the others remain 0."""
         self.target_columns = tiles[0].new_full((len(tiles[0]),), -1, dtype=torch.int64)
         if targets is not None and self.shard.width:
             is_local, columns = local_columns(targets, self.shard)
@@ -75,7 +78,7 @@ class ExactKernel:
         return formula.value(student_sum, teacher_sum, self.divergence.alpha)
 
     def logits_grad(self, grads: StatisticsGrad) -> Tensor:
-        """Return the [n, width] gradient of the last tile's student logits; valid until the next one."""
+        """Return the gradient of the last tile's student logits, [n, width]; valid until the next tile."""
         target_grad, entropy_grad, divergence_grad = grads
         if target_grad is None:
             target_grad = torch.zeros_like(self.entropy)
@@ -100,7 +103,7 @@ class RowSums(NamedTuple):
 
 
 def combine(maxima: Tensor, totals: Tensor, weighted: Tensor) -> RowSums:
-    """Combine row sums over several parts of the columns, [parts, …] each, into those of all columns."""
+    """Combine row sums over several parts of the columns, [parts, …] each, into row sums over all columns."""
     maximum = maxima.amax(0)
     shift = maxima - maximum
     factor = shift.exp()

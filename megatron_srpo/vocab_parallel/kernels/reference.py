@@ -1,4 +1,4 @@
-"""One tile in plain torch, for any device and dtype; faster kernels are tested against it."""
+"""One tile in plain torch, for any device and dtype; the faster kernels are tested against it."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,10 @@ from megatron_srpo.vocab_parallel.shard import VocabShard, all_reduce, local_col
 
 
 class ReferenceKernel:
-    """A kernel that holds log p, log q and dD/dz of the last tile; two all-reduces and the divergence's."""
+    """A kernel that keeps log p, log q and dD/dz of the last tile.
+
+    Collectives per tile: two all-reduces, and those of `divergence_on_tile`.
+    """
 
     gradient_is_separate = True
 
@@ -23,6 +26,7 @@ class ReferenceKernel:
     def statistics(
         self, tiles: list[Tensor], targets: Tensor | None, while_waiting: Callable[[], None]
     ) -> Statistics:
+        """Compute the statistics of one tile (see `ExactKernel`); `while_waiting` is not used."""
         logps, self.entropy, logprobs = _log_softmax(tiles, targets, self.shard)
         self.targets, self.logp, divergence = targets, logps[0], None
         if len(tiles) == 2 and self.divergence.support == "sampled":
@@ -34,6 +38,7 @@ class ReferenceKernel:
         return Statistics(logprobs[0], self.entropy, divergence)
 
     def logits_grad(self, grads: StatisticsGrad) -> Tensor:
+        """Return the gradient of the last tile's student logits, [n, width]."""
         gradient = torch.zeros_like(self.logp)
         if grads.logprob is not None:
             gradient = self._logprob_grad(grads.logprob)
@@ -58,7 +63,8 @@ def _log_softmax(
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """Compute log softmax over all shards, the first tensor's entropy, and the log-probs of the targets.
 
-    Two all-reduces: the row maxima, then sums of exponentials, the entropy's numerator and target logits.
+    Collectives: two all-reduces, of the row maxima, then of the sums of exponentials, the entropy's
+    numerator and the target logits.
     """
     empty = shard.width == 0
     maxima = torch.stack([z.new_full((len(z),), -math.inf) if empty else z.amax(1) for z in logits])

@@ -1,18 +1,19 @@
-"""One tile on the top K of one side and a tail bucket with the rest of the mass (docs/method.md, 2).
+"""One tile on one side's top K ids and a tail bucket with the remaining mass (docs/method.md, section 2).
 
-The head's columns are removed from the tiles before the row sums, which then describe the tail; what remains
-is mathematics on [n, K + 1], little enough to be done in float64. With P_tail the student's mass in the tail
-and p f of the buckets as in `divergences`, a column v outside the head has the gradient
+The head's columns are removed from the tiles before the row sums, which then describe the tail. The rest of
+the computation is on [n, K + 1], small enough for float64. With P_tail the student's mass in the tail and p f
+of the buckets as in `divergences`, a column v outside the head has the gradient
 
     dD/dz_v = (p_v / P_tail) ((p f)_tail - P_tail Σ p f)
 
-where p_v / P_tail is a softmax of its own: exact also where P_tail is too small for fp32.
+where p_v / P_tail is computed as a softmax over the tail: exact also where P_tail is too small for fp32.
 """
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from megatron_srpo.vocab_parallel.divergence import divergence_terms, top_ids
 from megatron_srpo.vocab_parallel.kernels.base import FLOOR, GradTerms, Statistics, StatisticsGrad
@@ -21,12 +22,13 @@ from megatron_srpo.vocab_parallel.shard import all_reduce, gather, local_columns
 
 
 class TopKKernel(ExactKernel):
-    """A kernel on the top K and tail; tokens without a teacher are computed as by `ExactKernel`.
+    """A kernel for top K and tail; tiles without a teacher are computed as in `ExactKernel`.
 
-    Collectives a distilled tile: all-gathers of the ranks' top ids and logits [n, K] and of [4, 2, n], an
-    all-reduce of [2, n, K]. Memory: the tiles and [n, K].
+    Collectives per distilled tile: all-gathers of the ranks' top ids and logits [n, K] and of [4, 2, n], and
+    an all-reduce of [2, n, K]. Memory: the tiles and [n, K].
     """
 
+    @override
     def statistics(
         self, tiles: list[Tensor], targets: Tensor | None, while_waiting: Callable[[], None]
     ) -> Statistics:
@@ -64,13 +66,14 @@ class TopKKernel(ExactKernel):
         self.is_local, self.columns = local_columns(self.ids, self.shard)
         head = tiles[0].new_zeros(2, *self.ids.shape)
         if self.shard.width:
-            # ids of other shards point at column 0, which a minimum with +inf leaves unchanged
+            # ids of other shards point to column 0, which a minimum with +inf leaves unchanged
             removed = torch.where(self.is_local, FLOOR, torch.inf).to(tiles[0].dtype)
             for tile, values in zip(tiles, head, strict=True):
                 values.copy_(torch.where(self.is_local, tile.gather(1, self.columns).clamp(min=FLOOR), 0.0))
                 tile.scatter_reduce_(1, self.columns, removed, "amin")
         return all_reduce(head, self.shard.group).double()
 
+    @override
     def logits_grad(self, grads: StatisticsGrad) -> Tensor:
         if not self.has_head:
             return super().logits_grad(grads)

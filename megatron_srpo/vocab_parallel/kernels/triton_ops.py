@@ -1,7 +1,7 @@
-"""`TileOps` as Triton kernels: each reads a tile once, one program a row (a block of a row for the gradient).
+"""`TileOps` as Triton kernels: each reads a tile once, with one program per row (the gradient: per block).
 
-Nothing is kept between them but the tiles themselves: p, q and m are recomputed, which costs less than
-storing them. With TRITON_INTERPRET=1 they run on a CPU; so the tests run them where there is no GPU.
+Only the tiles themselves are kept between kernels: p, q and m are recomputed, which costs less than storing
+them. With TRITON_INTERPRET=1 the kernels run on a CPU, as in the tests on machines without a GPU.
 """
 
 from typing import Any
@@ -30,6 +30,7 @@ class TritonTileOps:
         self.gradient_buffer = like.new_empty(tile_tokens, width)
 
     def row_sums(self, tiles: list[Tensor], sums: Tensor) -> None:
+        """Fill `sums` (see `TileOps`); the tiles are unchanged."""
         self.tiles = tiles
         for index, tile in enumerate(tiles):
             rows, constants = sums[:, index], _LAUNCH | {"WEIGHTED": index == 0}
@@ -37,6 +38,7 @@ class TritonTileOps:
             _launch(_row_sums, (len(tile),), tile, rows, *sizes, **constants)
 
     def divergence_sums(self, tiles: list[Tensor], maximum: Tensor, total: Tensor) -> Tensor:
+        """Return the sums (see `TileOps`); the tiles are unchanged."""
         student, teacher = tiles
         sums = student.new_empty(2, len(student))
         sizes, constants = (len(student), student.shape[1], student.stride(0)), self._constants()
@@ -45,6 +47,7 @@ class TritonTileOps:
         return sums
 
     def gradient(self, terms: GradTerms, maximum: Tensor, total: Tensor) -> Tensor:
+        """Return the gradient in a separate buffer, in the model's dtype."""
         student, teacher = self.tiles[0], self.tiles[-1]
         gradient = self.gradient_buffer[: len(student)]
         columns, target_grad, p_scale, pf_scale, plogp_scale = terms
@@ -74,7 +77,7 @@ _LAUNCH: dict[str, Any] = {"BLOCK": _BLOCK, "num_warps": _WARPS}
 
 @triton.jit
 def _load(row_start, columns, width):
-    """Load logits, with FLOOR for -inf and beyond the end of the row; NaN stays NaN."""
+    """Load logits, with FLOOR for -inf and past the end of the row; NaN stays NaN."""
     z = tl.load(row_start + columns, mask=columns < width, other=FLOOR)
     return tl.where(z < FLOOR, FLOOR, z)
 
@@ -105,7 +108,7 @@ def _row_sums(logits, sums, sums_stride, width, stride, WEIGHTED: tl.constexpr, 
 def _divergence_terms(x, y, p, q, shift, ALPHA: tl.constexpr, DIVERGENCE: tl.constexpr):
     """Return p·f (without JSD's 1-α) and the teacher's term; log p - log q = x - y - shift.
 
-    log(p/m) and not log p - log m: exactly 0 where p = q.
+    log(p/m) instead of log p - log m: exactly 0 where p = q.
     """
     if DIVERGENCE == JSD:
         m = p + ALPHA * (q - p) + TINY
@@ -187,7 +190,7 @@ def _gradient(
         result += student_term * tl.load(pf_scale + row)
     if ENTROPY:
         result += p * (x - tl.log(total_p)) * tl.load(plogp_scale + row)
-    # the target's gradient is added before the sum is rounded to bf16
+    # add the target's gradient before the sum is rounded to bf16
     result += tl.where(columns == tl.load(target_columns + row), tl.load(target_grad + row), 0.0)
     result = result.to(gradient.dtype.element_ty)
     tl.store(gradient + row * gradient_stride + columns, result, mask=columns < width)

@@ -96,12 +96,12 @@ def test_what_a_run_cannot_use_is_told(server, model, overrides, message):
             "needs either urls (externally managed servers) or servers (how many to start)",
         ),
         (["rollout.urls=[http://a:1]"], "needs either urls"),
-        (["rollout.overlap=1"], "rollout.overlap: is called rollout.async_steps now"),
+        (["rollout.overlap=1"], "rollout.overlap: was renamed to rollout.async_steps"),
         (["rollout.engine=transformers"], "rollout.servers: needs rollout.engine: sglang, not transformers"),
         (["rollout.servers=0", "rollout.urls=[a:1]"], "rollout.urls: 'a:1': expected http://host:port"),
         (
             ["rollout.servers=0", "rollout.urls=[http://a:1, http://a:1/]"],
-            "rollout.urls: a server is named twice",
+            "rollout.urls: a server is listed twice",
         ),
         (
             ["rollout.servers=0", "rollout.urls=[http://a:1]", "rollout.sglang.update=tensor"],
