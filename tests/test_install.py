@@ -1,4 +1,4 @@
-"""tools/install.sh with a stand-in for Python: nothing is downloaded."""
+"""Test tools/install.sh with a stub for Python: nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ esac
 
 
 def test_a_folder_with_a_space_after_a_first_attempt_without_ensurepip(tmp_path):
-    """What python3-venv was missing for is made when it is there, and every package goes into that folder."""
+    # The first attempt lacks python3-venv; once it is there, the environment is completed, and every package
+    # is installed into that folder.
     python, whole, venv, log = tmp_path / "python", tmp_path / "whole", tmp_path / "my venv", tmp_path / "log"
     python.write_text(FAKE)
     python.chmod(0o755)

@@ -1,4 +1,4 @@
-"""The quick start as a user runs it, without the installation."""
+"""Run the quick start as a user does, without the installation."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_srpo_learns_addition(tmp_path):
-    """30 steps of examples/quickstart/config.yaml: from about 0.49 to at least 0.80 at temperature 1, engine
-    and trainer agreeing.
-    """
+    # 30 steps of examples/quickstart/config.yaml: from about 0.49 to at least 0.80 at temperature 1, while
+    # engine and trainer agree.
     run = tmp_path / "run"
     command = [
         sys.executable,

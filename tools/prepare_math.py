@@ -1,5 +1,6 @@
-"""A mathematics benchmark as published (JSONL: GSM8K, AIME, HMMT, Minerva, OlympiadBench, …) → questions with
-short answers.
+"""Convert a mathematics benchmark as published to questions with short answers.
+
+Published files are JSONL: GSM8K, AIME, HMMT, Minerva, OlympiadBench, …
 
     python tools/prepare_math.py --raw aime24.jsonl --output aime24_prepared.jsonl
 

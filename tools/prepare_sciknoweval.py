@@ -1,4 +1,4 @@
-"""SciKnowEval as published → the papers' training and test questions of each science.
+"""Convert SciKnowEval as published to the papers' training and test questions of each science.
 
     python tools/prepare_sciknoweval.py --raw DIR --output DIR
 
@@ -58,7 +58,7 @@ def prepare(raw: Path, output: Path) -> Iterator[str]:
 
 
 def leaks(train: Sequence[Choice], test: Sequence[Choice]) -> list[Choice]:
-    """Test questions whose text, options aside, is a training question's."""
+    """Return the test questions whose text, options aside, is a training question's."""
     seen = {choice.question for choice in train}
     return [choice for choice in test if choice.question in seen]
 

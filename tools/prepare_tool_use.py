@@ -1,4 +1,4 @@
-"""ToolAlpaca as published → questions with gold calls.
+"""Convert ToolAlpaca as published to questions with gold calls.
 
     python tools/prepare_tool_use.py --train train_data.json --test eval_simulated.json --output DIR
 
@@ -23,7 +23,10 @@ from megatron_srpo.tasks.tool_use import read_toolalpaca
 
 
 def prepare(file: Path, output: Path) -> str:
-    """Write one file's questions; what to print. Raises ConfigError for data that is not as published."""
+    """Write one file's questions; return the line to print.
+
+    Raises ConfigError for data that is not as published.
+    """
     rows, left_out = [], Counter()
     for question, reason in read_toolalpaca(file):
         if question is None:

@@ -1,4 +1,4 @@
-"""Advantages and routes against METHOD §3's table, written out by hand."""
+"""Test advantages and routes against METHOD §3's table, written out by hand."""
 
 from collections import Counter
 
@@ -19,7 +19,7 @@ PLENTY = 10_000
 
 
 def routes(algorithm, correct, limit=PLENTY, seed="1/1"):
-    """The routes of one group's samples."""
+    """Return the routes of one group's samples."""
     (group,) = route_groups([make_group(correct)], algorithm, encode_bytes, limit, seed)
     return [sample.route for sample in group]
 
@@ -103,7 +103,7 @@ def test_srpo_never_sends_a_negative_advantage_to_grpo(correct):
 
 
 def test_other_algorithms_do_have_negative_advantages():
-    """Otherwise the test above could not fail."""
+    # If no algorithm had them, the test above could not fail.
     assert min(route.advantage for route in routes(GRPO(), (1, 0))) < 0
 
 
@@ -127,7 +127,8 @@ def test_sibling_is_uniform_and_deterministic():
 
 
 def test_routing_is_decided_by_the_seed_alone():
-    """Same seed, same siblings; also when a group is routed beside others or alone (as ranks do)."""
+    # The same seed gives the same siblings, also when a group is routed alone instead of with others (as
+    # ranks do).
     groups = [make_group((1, 0, 1, 0, 1, 1, 0, 0), prompt_id=f"p{number}") for number in range(10)]
 
     def siblings(groups, seed):
@@ -222,7 +223,7 @@ def test_teacherless_samples_are_counted():
 
 
 def without_verdict(group, *indices):
-    """The group with these samples excluded: reward 0, as the pool gives it."""
+    """Return the group with these samples excluded: reward 0, as the verifier pool gives it."""
     failed = Verdict(reward=0.0, correct=False, format_ok=False, verifier_failed="timeout", excluded=True)
     return tuple(
         sample.model_copy(update={"verdict": failed}) if sample.index in indices else sample
@@ -241,9 +242,8 @@ def without_verdict(group, *indices):
     ],
 )
 def test_excluded_samples_take_no_part(name, divide, correct, excluded):
-    """The others learn what they would learn in a group that never had them; the excluded learn nothing and
-    are never shown.
-    """
+    # The other samples get the routes of a group without the excluded ones; these learn nothing and are never
+    # shown.
     algorithm = ALGORITHMS[name].model_copy(update={"advantage_std": divide})
     (group,) = route_groups(
         [without_verdict(make_group(correct), *excluded)], algorithm, encode_bytes, PLENTY, "s"
@@ -271,7 +271,7 @@ def test_excluded_samples_take_no_part(name, divide, correct, excluded):
 
 
 def test_a_sample_scored_zero_instead_counts():
-    """verifier_failed: zero gives an ordinary failed sample."""
+    # `verifier_failed: zero` gives an ordinary failed sample.
     zero = Verdict(reward=0.0, correct=False, format_ok=False, verifier_failed="timeout", excluded=False)
     right, wrong = make_group((1, 0))
     (group,) = route_groups(
@@ -299,7 +299,7 @@ def test_metrics_leave_excluded_samples_out():
 
 
 def told(group, feedback="it broke"):
-    """The group with feedback on every sample, the right ones too."""
+    """Return the group with feedback on every sample, the correct ones too."""
     return tuple(
         sample.model_copy(update={"verdict": sample.verdict.model_copy(update={"feedback": feedback})})
         for sample in group
@@ -371,7 +371,7 @@ def test_a_solution_that_is_all_thought_leaves_the_feedback():
 @pytest.mark.parametrize("mode", ["off", "without_solution", "always"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
 def test_signal_is_what_the_routes_make_of_a_group(algorithm, mode):
-    """A group has a signal if and only if one of its routes moves the weights."""
+    # A group has a signal if and only if one of its routes changes the weights.
     for correct in ((1, 1), (0, 0), (1, 0), (1, 0, 0)):
         for is_told in (False, True):
             for excluded in ((), (0,), (1,), (0, 1)):

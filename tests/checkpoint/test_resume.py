@@ -1,4 +1,7 @@
-"""A run that goes on is the run that was never cut: the command line in this process, cut in every way."""
+"""Compare resumed runs, interrupted in every way, with an uninterrupted one.
+
+The command line runs in this process.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +34,7 @@ START = (
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """A configuration of four sampled steps, with evaluations and checkpoints after the second and the
-    fourth.
-    """
+    """Return a configuration of four steps, with evaluations and checkpoints after the second and fourth."""
     root = tmp_path_factory.mktemp("resume")
     file = root / "config.yaml"
     file.write_text(
@@ -52,7 +53,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture
 def command(config, monkeypatch, capsys):
-    """command(run, *overrides) → (exit status, what it said)."""
+    """Return a function of (run, *overrides) that returns (exit status, standard error)."""
 
     def run(folder, *overrides):
         monkeypatch.setattr(
@@ -67,7 +68,7 @@ def command(config, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def whole(config, tmp_path_factory):
-    """The folder of the run that nobody cuts."""
+    """Return the folder of an uninterrupted run."""
     folder, argv = tmp_path_factory.mktemp("whole") / "run", sys.argv
     sys.argv = ["megatron_srpo", "train", str(config), f"logging.dir={folder}"]
     assert main() == 0
@@ -77,7 +78,7 @@ def whole(config, tmp_path_factory):
 
 
 def rows(run):
-    """metrics.jsonl without what depends on the clock."""
+    """Return metrics.jsonl without the fields that depend on the clock."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [
         {key: value for key, value in json.loads(line).items() if not key.startswith("seconds")}
@@ -120,7 +121,7 @@ def interrupt_in_step(monkeypatch, step, number=signal.SIGTERM):
     ("step", "number"), [(1, signal.SIGTERM), (2, signal.SIGUSR1), (3, signal.SIGINT), (4, signal.SIGTERM)]
 )
 def test_a_signal_saves_and_the_same_command_goes_on(command, whole, tmp_path, monkeypatch, step, number):
-    """After any step: also one whose evaluation was due, which is made up for."""
+    # After any step, also one whose evaluation was due: the resumed run makes up for it.
     interrupt_in_step(monkeypatch, step, number)
     status, said = command(tmp_path / "run")
     assert (
@@ -146,9 +147,8 @@ def test_a_signal_saves_and_the_same_command_goes_on(command, whole, tmp_path, m
     ids=["one step off", "over-sampling"],
 )
 def test_a_batch_that_was_under_way_goes_on(command, tmp_path, monkeypatch, overrides):
-    """Sampled ahead by the weights before, or carried on from broken-off responses: the same samples as
-    without the stop.
-    """
+    # The batch was sampled ahead with the previous weights, or continues aborted responses: its samples equal
+    # those of the uninterrupted run.
     assert command(tmp_path / "whole", *overrides)[0] == 0
     interrupt_in_step(monkeypatch, 2)
     assert command(tmp_path / "run", *overrides)[0] == 75
@@ -166,9 +166,9 @@ def test_the_clock_saves_and_leaves(command, tmp_path):
 
 @pytest.mark.parametrize(("torn", "left"), [(False, 2), (True, 5)])
 def test_samples_of_an_unfinished_step_are_used_again(command, whole, tmp_path, monkeypatch, torn, left):
-    """Killed when two of step 3's three batches are done: what was finished, of a partial group too, is not
-    sampled again. A batch that was not written whole is: fewer rows would be rounded otherwise.
-    """
+    # Killed when two of step 3's three batches are done: finished samples, also those of a partial group, are
+    # not sampled again. A batch that was not written completely is: with fewer rows it would be rounded
+    # differently.
     run, real = tmp_path / "run", LiveRollouts.collect
 
     class Killed(BaseException):
@@ -279,7 +279,7 @@ def test_another_model_is_refused_and_named(command, whole, tmp_path):
 
 
 def test_policy_and_teacher_become_hugging_face_folders(command, tmp_path, monkeypatch):
-    """The policy is the run's own hf/; the teacher follows it: θ'₂ = 0.95 θ'₁ + 0.05 θ₂."""
+    # The policy equals the run's own hf/; the teacher follows it: θ'₂ = 0.95 θ'₁ + 0.05 θ₂.
     run = tmp_path / "run"
     assert command(run, "train.steps=2", "checkpoint.save_interval=1", "evaluation.every=0")[0] == 0
 
@@ -330,9 +330,8 @@ def test_a_run_without_checkpoints_cannot_go_on(command, tmp_path):
 
 @pytest.mark.parametrize("is_async", ["true", "false"])
 def test_a_full_disk_is_said_and_nothing_half_written_looks_whole(command, tmp_path, is_async):
-    """Files may grow to 3 MB, less than a checkpoint's: each is said, training goes on, and the run ends
-    with an error.
-    """
+    # Files may grow to 3 MB, less than a checkpoint's: each failure is reported, training continues, and the
+    # run ends with an error.
     run = tmp_path / "run"
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, before[1]))

@@ -1,4 +1,6 @@
-"""Run on every rank: megatron-core itself loads a converted checkpoint at several layouts, and saves some.
+"""Load converted checkpoints with megatron-core itself at several layouts, and save some.
+
+Every rank runs this script.
 
     torchrun --nproc-per-node N tests/distributed/convert_worker.py jobs.json
 
@@ -15,7 +17,7 @@ from worker import each_job
 
 
 def run(job: dict) -> None:
-    """One layout."""
+    """Load and compare at one layout; save where the job says so."""
     import torch
     import torch.distributed as dist
 

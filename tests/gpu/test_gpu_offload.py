@@ -1,4 +1,4 @@
-"""What only a GPU can show of offloading: freed memory, a pinned copy, and waiting for work in flight."""
+"""Test what only a GPU shows of offloading: freed memory, a pinned copy, waiting for work in flight."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_offloaded_memory_is_free_and_comes_back_bit_for_bit():
 
 
 def test_what_is_still_being_computed_is_offloaded_whole():
-    """Kernels run behind the call that started them; the copy and the freeing must come after."""
+    # Kernels run asynchronously; the copy and the freeing must come after them.
     host, tensor = HostMemory(), torch.ones(4096, 4096, device="cuda")
     for _ in range(50):
         tensor.mul_(1.01)

@@ -1,5 +1,6 @@
-"""The vocabulary pass on a GPU: Triton kernels and bf16 products with fp32 results, against float64 on the
-same inputs.
+"""Compare the vocabulary pass on a GPU with float64 on the same inputs.
+
+Triton kernels, and bf16 products with fp32 results.
 
 python -m pytest tests/gpu
 """
@@ -35,7 +36,10 @@ def inputs(dtype):
 
 
 def run(kind, hidden, weight, teacher_hidden, teacher_weight, targets, share=0.0, **options):
-    """(loss, dHidden, dWeight) and the statistics. share: of the student's own logits in the teacher's."""
+    """Return (loss, dHidden, dWeight) and the statistics.
+
+    share: of the student's own logits in the teacher's.
+    """
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     teacher = Projection(teacher_hidden, teacher_weight)
     if share:
@@ -59,7 +63,7 @@ def run(kind, hidden, weight, teacher_hidden, teacher_weight, targets, share=0.0
 
 
 def error(found, expected):
-    """Relative, of norms."""
+    """Return the norm of the difference, relative to the expected norm."""
     return ((found.double() - expected).norm() / expected.norm()).item()
 
 
@@ -68,9 +72,8 @@ def error(found, expected):
     "dtype, of_values, of_gradients", [(torch.float32, 2e-6, 5e-6), (torch.bfloat16, 2e-6, 1e-2)]
 )
 def test_against_float64(kind, dtype, of_values, of_gradients):
-    """bf16 products keep fp32 results: the statistics are as exact as in fp32, the gradients to bf16's
-    rounding.
-    """
+    # bf16 products keep fp32 results: the statistics are as exact as in fp32, the gradients to bf16's
+    # rounding.
     given = inputs(dtype)
     assert kernel_name(torch.device("cuda"), dtype) == "Triton"
     found, statistics = run(kind, *given, tile_tokens=128)
@@ -85,7 +88,7 @@ def test_against_float64(kind, dtype, of_values, of_gradients):
 
 
 def test_mixed_teacher_and_temperature():
-    """Two products added up in fp32, and logits divided."""
+    # Two products are summed in fp32, and logits divided by the temperature.
     given = inputs(torch.bfloat16)
     options = {"share": 0.25, "temperature": 0.7}
     found, statistics = run(KINDS[0], *given, tile_tokens=128, **options)
@@ -116,7 +119,7 @@ def test_weight_gradient_accumulates_in_fp32(dtype):
 
 
 def test_memory_is_that_of_the_tiles():
-    """Three fp32 tiles at most beyond inputs and gradients, whatever T."""
+    # At most three fp32 tiles beyond inputs and gradients, whatever T.
     extra = []
     for repeats in (4, 16):
         hidden, weight, _, teacher_weight, _ = inputs(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Alarms: rows made by hand for each, and faults planted in real runs of the quick start's model."""
+"""Test alarms with hand-made rows, and with faults planted in real runs of the quick start's model."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ HEALTHY = {
 
 
 def names(rows, limits=LIMITS):
-    """The alarms' names."""
+    """Return the alarms' names."""
     return [alarm.name for alarm in alarms(rows, limits)]
 
 
 def rows(count, **changes):
-    """`count` healthy rows with `changes`."""
+    """Return `count` healthy rows with `changes`."""
     return [HEALTHY | changes for _ in range(count)]
 
 
@@ -107,7 +107,7 @@ def test_a_gap_is_told_at_once_a_number_that_is_not_finite_too():
 
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
 def test_numbers_that_are_not_finite_do_not_stop_the_others(value):
-    """As a run has them (nan, inf), or metrics.jsonl (null)."""
+    # As in a run (nan, inf), or in metrics.jsonl (null).
     shares = (
         "pass_rate",
         "format_rate",
@@ -126,9 +126,8 @@ def test_numbers_that_are_not_finite_do_not_stop_the_others(value):
 
 
 def test_what_is_meant_to_be_so_is_no_alarm():
-    """A frozen teacher on purpose, replay of another policy's samples, no entropy weighting, nothing to
-    learn from: not these.
-    """
+    # A teacher frozen on purpose, replay of another policy's samples, no entropy weighting, and nothing to
+    # learn from raise none of these.
     quiet = Limits(dead_group_share=0.9, logprob_gap=None, ema_rate=None, weighs_entropy=False)
     assert names(rows(9, teacher_followed=0.0, engine_logprob_gap=0.7, entropy_weight_std=0.0), quiet) == []
     assert names(rows(9, teacher_distance=0.0, teacher_followed=0.0)) == []  # the policy does not move either
@@ -154,7 +153,7 @@ def test_limits_are_the_configurations():
 
 
 def perturb(monkeypatch):
-    """An engine that says other log-probabilities than it sampled by."""
+    """Make the engine report other log-probabilities than it sampled with."""
     complete = TransformersEngine._completion
 
     def lying(self, request, tokens, logprobs, sampling):
@@ -170,13 +169,13 @@ def perturb(monkeypatch):
 
 
 def praise(monkeypatch):
-    """A verifier that says yes to everything."""
+    """Make the verifier accept everything."""
     always = Verdict(reward=1.0, correct=True, format_ok=True)
     monkeypatch.setattr(Pool, "verify", lambda self, jobs: [always for _ in jobs])
 
 
 def freeze(monkeypatch):
-    """A teacher that is never moved."""
+    """Keep the teacher from following the policy."""
     monkeypatch.setattr(Teacher, "follow", lambda self, optimizer, parameters: None)
 
 
@@ -185,7 +184,7 @@ def freeze(monkeypatch):
     [(None, None), (perturb, "logprob_gap"), (praise, "dead_groups"), (freeze, "teacher_still")],
 )
 def test_planted_faults_raise_their_alarm_within_five_steps(plant, name, monkeypatch, tmp_path, capsys):
-    """The right one and no other; it is told once, with advice; without a fault there is none."""
+    # Only the right alarm is raised, and reported once, with advice; without a fault there is none.
     if plant:
         plant(monkeypatch)
     raised = [row["alarms"] for row in small_run(tmp_path / "run")]

@@ -1,6 +1,4 @@
-"""TensorBoard, Weights & Biases and the profiler in one small run: the same names and numbers as
-metrics.jsonl.
-"""
+"""Compare TensorBoard, Weights & Biases and the profiler with metrics.jsonl in one small run."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from megatron_srpo.observe.trackers import check_trackers
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """Stands for the package: `inits`, `axes` and `logged` are what it was told."""
+    """Replace the package; `inits`, `axes` and `logged` record the calls."""
     module = ModuleType("wandb")
     module.inits, module.axes, module.logged = [], [], []
 
@@ -40,7 +38,7 @@ def wandb(monkeypatch):
 
 
 def numbers(row):
-    """What a tracker can draw of a row."""
+    """Return the values of a row that a tracker can draw."""
     return {key: value for key, value in row.items() if key != "step" and isinstance(value, int | float)}
 
 
@@ -81,7 +79,7 @@ def test_the_same_numbers_everywhere(wandb, tmp_path):
 
 
 def test_one_that_fails_is_told_once_and_the_others_go_on():
-    """When it is written to, and when it is closed: before the trained model is exported."""
+    # It fails when it is written to, or when it is closed: before the trained model is exported.
     said, rows = [], []
 
     def fail(*_):
@@ -99,9 +97,8 @@ def test_one_that_fails_is_told_once_and_the_others_go_on():
 
 
 def test_weights_and_biases_keeps_the_steps_of_a_run_that_goes_back(tmp_path):
-    """The package itself, offline: a run of five steps goes on from its checkpoint after the third; every
-    row is kept with its step.
-    """
+    # The package itself, offline: a run of five steps resumes from its checkpoint after the third; every row
+    # is kept with its step.
     pytest.importorskip("wandb", reason="needs wandb (the wandb extra)")
     config, logged = small_config(tmp_path, "logging.wandb_project=p", "logging.wandb_mode=offline"), []
     config.logging.dir.mkdir(parents=True, exist_ok=True)
@@ -124,8 +121,9 @@ def test_weights_and_biases_keeps_the_steps_of_a_run_that_goes_back(tmp_path):
 
 
 def history_of(file):
-    """(row, (metrics, their x axis) told before) of every row in a file of wandb's, which is a LevelDB log
-    of protobuf messages.
+    """Return (row, (metrics, their x axis) defined before) of every row in a file of wandb's.
+
+    The file is a LevelDB log of protobuf messages.
     """
     from wandb.proto import wandb_internal_pb2
 

@@ -1,4 +1,4 @@
-"""Verifiers that misbehave, for the pool's tests. Loaded by worker processes."""
+"""Define verifiers that misbehave, for the pool's tests; worker processes load this file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_srpo.data.records import Verdict
 
 
 def misbehave(answer: str, text: str) -> Verdict:
-    """Does what the text says; otherwise right when it equals the answer."""
+    """Do what the text says; otherwise accept it when it equals the answer."""
     if text == "hang":
         while True:
             pass

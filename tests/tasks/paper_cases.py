@@ -1,5 +1,6 @@
-"""200 responses judged by hand by the papers' rules (docs/method.md, 5), before any code ran: right, wrong,
-malformed, borderline.
+"""List 200 responses judged by hand by the papers' rules (docs/method.md, 5), before any code ran.
+
+They are right, wrong, malformed and borderline.
 """
 
 from __future__ import annotations
@@ -125,12 +126,12 @@ CHOICE_CASES: list[tuple[str, str, bool]] = [  # (gold, response, right?)
 
 
 def gold(*calls: tuple[str, str]) -> str:
-    """A published answer."""
+    """Return a published answer."""
     return json.dumps([{"Action": name, "Action_Input": text} for name, text in calls])
 
 
 def said(*calls: tuple[str, str]) -> str:
-    """A response in the asked-for form."""
+    """Return a response in the required form."""
     return "".join(
         f"Thought: I should call it.\nAction: {name}\nAction Input: {text}\n" for name, text in calls
     )

@@ -1,6 +1,4 @@
-"""Which task a configuration means: names, paths, own classes, mixtures, what is evaluated, and what is
-refused.
-"""
+"""Test the tasks that a configuration means: names, paths, own classes, mixtures, evaluation, refusals."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ LINE = '{{"id": "{0}", "question": "{0}?", "answer": "{0}"}}\n'
 
 @pytest.fixture
 def folder(tmp_path):
-    """chemistry/ and physics/ with 10 training and 3 test questions each."""
+    """Write chemistry/ and physics/ with 10 training and 3 test questions each."""
     for name in ("chemistry", "physics"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "train.jsonl").write_text("".join(LINE.format(n) for n in range(10)))
@@ -184,9 +182,8 @@ def test_one_file_is_all_test_when_nothing_is_trained_on_it(folder):
 
 @pytest.mark.parametrize("shares", [{}, {"test_share": 0.3}, {"test_share": 0.3, "validation_share": 0.4}])
 def test_what_is_trained_on_is_not_evaluated(folder, shares, monkeypatch):
-    """The same file as a training task and in evaluation.tasks, by another spelling of its path and another
-    name.
-    """
+    # The same file as a training task and in evaluation.tasks, by another spelling of its path and another
+    # name.
     monkeypatch.chdir(folder)
     file = {"path": folder / "chemistry/train.jsonl", "verifier": "exact"}
     config = config_of(

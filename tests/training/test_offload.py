@@ -1,4 +1,4 @@
-"""Offloaded and onloaded memory: values, views, what is not kept."""
+"""Test offloaded and onloaded memory: values, views, and memory whose values are not kept."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_srpo.training.offload import HostMemory
 
 @pytest.fixture
 def tensors():
-    """A buffer, two views of it, and a tensor of another dtype."""
+    """Return a buffer, two views of it, and a tensor of another dtype."""
     buffer = torch.arange(24.0)
     return buffer, buffer[4:10], buffer.view(4, 6).t(), torch.arange(7).bfloat16()
 

@@ -1,4 +1,7 @@
-"""`functional` with the vocabulary on 1, 2 and 4 ranks against unsharded float64; errors reach every rank."""
+"""Test `functional` with the vocabulary on 1, 2 and 4 ranks against unsharded float64.
+
+Errors must reach every rank.
+"""
 
 import datetime
 import math
@@ -200,7 +203,7 @@ def run_rank(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def of_ranks(tmp_path_factory):
-    """Every rank's results of every case, and its error for every mistake."""
+    """Return every rank's results of every case, and its error for every mistake."""
     folder = tmp_path_factory.mktemp("shards")
     mp.spawn(run_rank, (str(folder),), nprocs=RANKS)
     return [torch.load(folder / str(rank), weights_only=True) for rank in range(RANKS)]
@@ -208,7 +211,7 @@ def of_ranks(tmp_path_factory):
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=lambda i: "-".join(map(str, CASES[i])))
 def test_shards_agree_with_the_whole(of_ranks, index):
-    """Within rounding of unsharded float64, and the same bits on all ranks."""
+    # Within rounding of unsharded float64, and the same bits on all ranks.
     function, form, dtype, layout, kernel = CASES[index]
     inputs = whole_inputs(form, dtype, impossible=-1e4)  # as impossible in float64, and no NaN in autograd
     weights = inputs.upstream.index_fill(0, inputs.ignored, 0.0)
@@ -268,6 +271,6 @@ def run_pair(rank: int, folder: str, mistake: str) -> None:
 
 @pytest.mark.parametrize("mistake", ["ignored tokens", "float64", "tile_tokens"])
 def test_sizes_of_exchanged_tensors_are_checked(tmp_path, mistake):
-    """Gloo ends the process where they differ, NCCL waits: so a launch for each."""
+    # Gloo ends the process where they differ, NCCL waits: so each needs its own launch.
     mp.spawn(run_pair, (str(tmp_path), mistake), nprocs=2)
     assert all((tmp_path / str(rank)).read_text() for rank in range(2))

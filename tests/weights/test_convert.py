@@ -1,6 +1,4 @@
-"""The converter programs: round trips by one process and by two, dtypes, padding, and what is told of bad
-input.
-"""
+"""Test the converter programs: round trips by one and two processes, dtypes, padding, error messages."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ EMBEDDING = "embedding.word_embeddings.weight"
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
-    """hf: a tied Qwen3 in fp32, vocabulary 261; megatron: the same, converted."""
+    """Return a folder with hf (a tied Qwen3 in fp32, vocabulary 261) and megatron (converted from it)."""
     root = tmp_path_factory.mktemp("pristine")
     save_folder(root / "hf", make_model(vocab_size=261))
     assert tool("convert_hf_to_megatron", "--hf-path", root / "hf", "--output", root / "megatron") == 0
@@ -38,18 +36,18 @@ def pristine(tmp_path_factory):
 
 @pytest.fixture
 def hf(pristine, tmp_path):
-    """A copy to damage."""
+    """Return a copy to damage."""
     return shutil.copytree(pristine / "hf", tmp_path / "hf")
 
 
 @pytest.fixture
 def megatron(pristine, tmp_path):
-    """A copy to damage."""
+    """Return a copy to damage."""
     return shutil.copytree(pristine / "megatron", tmp_path / "megatron")
 
 
 def tool(name: str, *arguments) -> int:
-    """The program's exit status, run in this process."""
+    """Run the program in this process; return its exit status."""
     before, sys.argv = sys.argv, [name, *map(str, arguments)]
     sys.path.insert(0, str(TOOLS))  # as for a program that is started: its neighbours can be imported
     try:
@@ -80,7 +78,7 @@ def back(source: Path, reference: Path, output: Path, *more) -> int:
 
 
 def told(capsys) -> str:
-    """The one line on standard error that says what is wrong."""
+    """Return the one line on standard error that says what is wrong."""
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     return lines[0]
@@ -99,7 +97,7 @@ def edit_metadata(folder: Path, change) -> None:
 
 
 def same(first: Path, second: Path) -> bool:
-    """Whether the folders hold the same tensors, bit for bit, in however many files."""
+    """Return whether the folders hold the same tensors, bit for bit, in any number of files."""
     one, other = (
         {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
         for folder in (first, second)
@@ -129,7 +127,7 @@ def test_round_trip_of_each_family(tmp_path, family):
 
 
 def test_two_processes_write_what_one_does(pristine, tmp_path):
-    """Each its share: files of like size; what they hold is the same."""
+    # Each writes its share: files of similar size, with the same content.
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     commands = [
         ["convert_hf_to_megatron.py", "--hf-path", pristine / "hf", "--output", tmp_path / "megatron"],
@@ -203,7 +201,7 @@ def test_the_folder_that_megatron_lm_names(pristine, tmp_path, tracker, name):
 
 
 def test_a_converted_folder_is_its_own_reference(pristine, tmp_path):
-    """What comes back holds nothing by which it would be taken for Megatron's."""
+    # The result holds nothing by which it would be taken for Megatron's.
     megatron, output = pristine / "megatron", tmp_path / "hf"
     assert (
         tool(
@@ -276,7 +274,7 @@ def test_an_architecture_that_is_not_supported(hf, tmp_path, capsys):
 
 
 def set_size(entries: dict, key: str, shape) -> None:
-    """Another size, with pieces that lie within it."""
+    """Set another size, with pieces that lie within it."""
     entries[key].size = torch.Size(shape)
     for piece in entries[key].chunks:
         piece.sizes = torch.Size(
@@ -305,7 +303,7 @@ def test_bad_tensors_in_the_checkpoint(pristine, megatron, tmp_path, capsys, fau
 
 
 def test_an_unexpected_tensor_in_the_checkpoint(tmp_path, capsys):
-    """An untied model's output matrix, where the reference says tied."""
+    # An untied model's output matrix, though the reference says tied.
     save_folder(tmp_path / "untied", make_model(tied=False))
     save_folder(tmp_path / "tied", make_model(tied=True))
     assert there(tmp_path / "untied", tmp_path / "megatron") == 0
@@ -358,7 +356,7 @@ def test_what_a_killed_attempt_left_is_named(pristine, tmp_path, capsys):
 
 @pytest.mark.parametrize("direction", ["there", "back"])
 def test_a_full_disk(pristine, tmp_path, capsys, direction):
-    """A limit on the size of files stands for it: writing fails half-way, and nothing is left."""
+    # Simulated by a limit on the size of files: writing fails half-way, and nothing is left.
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
     try:

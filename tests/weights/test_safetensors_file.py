@@ -1,4 +1,4 @@
-"""The streaming safetensors writer, read back by safetensors itself."""
+"""Test the streaming safetensors writer by reading its files with safetensors itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch_dist folders that are not as they should be, what the messages name, pickles that must not run."""
+"""Test damaged torch_dist folders, the messages that name the damage, and pickles that must not run."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ WHOLE = torch.arange(48, dtype=torch.float32).reshape(2, 6, 4)
 
 @pytest.fixture
 def folder(tmp_path):
-    """`stack` [2, 6, 4] from two ranks: layer 0 in two pieces by different ranks, layer 1 whole; `plain` [3]
-    in bfloat16.
+    """Write `stack` [2, 6, 4] from two ranks and `plain` [3] in bfloat16.
+
+    Layer 0 of the stack is in two pieces by different ranks, layer 1 in one.
     """
     path = tmp_path / "checkpoint"
     path.mkdir()
@@ -72,7 +73,7 @@ def test_torchs_reader_knows_where_things_lie(folder):
 
 
 def test_a_transposed_tensor_that_torch_saved(tmp_path):
-    """torch keeps the strides of what it is given."""
+    # torch keeps the strides of its input.
     tensor = torch.arange(12.0).reshape(3, 4).t()
     save({"t": tensor}, checkpoint_id=tmp_path / "x", no_dist=True)
     (tmp_path / "x" / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist"}))
@@ -80,7 +81,7 @@ def test_a_transposed_tensor_that_torch_saved(tmp_path):
 
 
 class Evil:
-    """Makes a folder when it is unpickled."""
+    """Make a folder when unpickled."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -198,7 +199,7 @@ def test_impossible_places_are_refused(folder, place):
     "chunks", [[], [((1,), (3,))], [((-1,), (3,))], [((0, 0), (3, 1))], [((0,), (4,))]], ids=str
 )
 def test_impossible_chunks_are_refused(folder, chunks):
-    """None, shifted, before the start, of other dimensions, too long."""
+    # No chunks, or chunks that are shifted, before the start, of other dimensions, too long.
 
     def change(whole):
         pieces = [ChunkStorageMetadata(torch.Size(start), torch.Size(shape)) for start, shape in chunks]

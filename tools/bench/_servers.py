@@ -1,4 +1,4 @@
-"""SGLang servers of the quick start for benchmarks: options, configuration, engine."""
+"""Start the quick start's SGLang servers for benchmarks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What saving costs the quick start: a step with a checkpoint after every step, async or not, and without.
+"""Measure what saving costs the quick start: a checkpoint after every step, async or not, and none.
 
     python tools/bench/bench_checkpoint.py [--steps 20] [--json] [--output FILE]
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How long conversion takes, against copying the same files, and the memory it needs.
+"""Measure the time and memory of conversion, against copying the same files.
 
     python tools/bench/bench_convert.py --shape 0.6b --folder DIR --json
 
@@ -68,7 +68,7 @@ def make_model(shape: str, folder: Path) -> None:
 
 
 def copy(source: Path, output: Path) -> None:
-    """Copy and flush each file: what converting is compared with."""
+    """Copy and flush each file, as the baseline for converting."""
     output.mkdir()
     for file in source.iterdir():
         shutil.copyfile(file, output / file.name)
@@ -82,7 +82,7 @@ def hf_to_megatron(source: Path, output: Path) -> None:
 
 
 def megatron_to_hf(source: Path, output: Path) -> None:
-    """Convert; the config beside the checkpoint is the reference."""
+    """Convert; the config next to the checkpoint is the reference."""
     reference = HFFolder(source)
     to_hf(MegatronTensors(source, reference.architecture), reference, output, ONE)
 

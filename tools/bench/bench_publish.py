@@ -1,4 +1,4 @@
-"""What it costs to bring weights to an SGLang server: seconds, bytes and the trainer's extra memory, by way.
+"""Measure each way to send weights to an SGLang server: seconds, bytes and the trainer's extra memory.
 
     python tools/bench/bench_publish.py [--shape quickstart|0.6b|8b] [--dtype float32|bfloat16] [--servers 1]
         [--rounds 3] [--python .venv-sglang/bin/python] [--bucket-mib 512] [--ways disk,tensor,distributed]

@@ -1,4 +1,6 @@
-"""A complete step of the quick start on a CPU (sampling, verifying, training), beside TRL's trainers.
+"""Compare a complete step of the quick start on a CPU with TRL's trainers.
+
+A step samples, verifies and trains.
 
     python tools/bench/bench_quickstart.py [--steps 10] [--json] [--output FILE]
 

@@ -1,4 +1,4 @@
-"""Requests a second: 1,000 at concurrency 64 on two SGLang servers, ours beside SGLang's own client.
+"""Measure requests a second on two SGLang servers, of our client and of SGLang's own.
 
     python tools/bench/bench_rollout.py [--requests 1000] [--concurrency 64] [--servers 2] [--tokens 32]
         [--rounds 3] [--python .venv-sglang/bin/python] [--json] [--output FILE]

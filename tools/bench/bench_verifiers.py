@@ -1,4 +1,4 @@
-"""Verdicts a second of the verifier pool, against the same verifiers called one after another in-process.
+"""Measure verdicts a second of the verifier pool, against the same verifiers in a loop in-process.
 
     python tools/bench/bench_verifiers.py [--workers 2] [--questions 500] [--json] [--output FILE]
 

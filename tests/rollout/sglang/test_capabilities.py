@@ -1,5 +1,6 @@
-"""What servers must be able to do, from the answers of a real one (SGLang 0.5.23) and changed ones; settings
-that contradict.
+"""Test the capabilities that servers must have, and settings that contradict.
+
+The answers are those of a real server (SGLang 0.5.23), some of them changed.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ FOLDER = HFFolder(ROOT / "examples/quickstart/start")
 
 
 def config(*overrides):
-    """The quick start on servers, with changes."""
+    """Return the quick start's configuration on servers, with changes."""
     return load_config(ROOT / "examples/quickstart/sglang.yaml", list(overrides))
 
 

@@ -1,6 +1,4 @@
-"""What a server's reply must be to be believed, without a server: replies as SGLang 0.5.23 gives them, and
-spoilt ones.
-"""
+"""Test the checks of a server's reply without a server: SGLang 0.5.23's replies, and invalid ones."""
 
 from __future__ import annotations
 
@@ -42,7 +40,7 @@ def test_older_servers_name_one_version():
 
 
 def test_a_request_aborted_before_its_first_token_has_nothing():
-    """As SGLang answers for a queued one: several keys are missing."""
+    # SGLang answers so for a queued request: several keys are missing.
     reply = {
         "text": "",
         "output_ids": [],
