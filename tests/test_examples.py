@@ -128,7 +128,7 @@ def test_manifest():
 FAKES = {
     "scontrol": 'if [ "$1" = show ]; then printf "a\\nb\\nc\\n"; else echo "$@" >>"$LOG"; fi',
     "srun": """printf "%s\\n" "$*" >>"$LOG"; [ "$SRUN_CPUS_PER_TASK" = 64 ] || exit 3
-case "$*" in *torchrun.py*) # the training's: it lasts until the servers have had their warning
+case "$*" in *torchrun.py*) # training: it runs until the servers have received the warning
     until [ "$(grep -c outlives "$LOG")" -ge 2 ] || [ "$SECONDS" -ge 60 ]; do command -p sleep 0.1; done
     exit "$LEFT";;
 esac
@@ -176,7 +176,7 @@ def test_slurm_job(tmp_path, left):
     assert "rollout.urls=[http://c:30000,http://c:30004]" in training and training.endswith("train.seed=3")
 
 
-def test_torchrun_hands_on_the_status():
+def test_torchrun_returns_the_status():
     # 75, where torchrun itself returns 1; SIGUSR1 does not end it.
     program = "import os, signal, sys; os.kill(os.getppid(), signal.SIGUSR1); sys.exit(75)"
     command = [

@@ -6,7 +6,7 @@ import multinode
 import pytest
 
 
-def test_a_cut_cable_ends_the_run_and_the_same_command_goes_on(tmp_path, monkeypatch):
+def test_a_cut_cable_ends_the_run_and_the_same_command_resumes(tmp_path, monkeypatch):
     # Four steps on two hosts, cut off after the second.
     if reason := multinode.why_not():
         pytest.skip(reason)

@@ -26,6 +26,6 @@ def test_files_and_functions_are_short():
     assert not found, "\n".join(found)
 
 
-def test_the_limits_are_looked_at():
+def test_sources_are_found():
     # Without sources the test above could not fail.
     assert len(list(sources())) > 150

@@ -21,7 +21,7 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=list(DTYPES),
         default="auto",
-        help="of the weights written; auto: each tensor's own",
+        help="dtype of the written weights; auto: each tensor's own",
     )
 
 

@@ -42,7 +42,7 @@ def main() -> int:
         "--weights",
         choices=["policy", "teacher"],
         default="policy",
-        help="of a training run (default: policy)",
+        help="which weights of a training run (default: policy)",
     )
     add_dtype(parser)
     options = parser.parse_args()

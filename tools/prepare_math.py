@@ -44,6 +44,7 @@ def prepare(raw: Path, output: Path) -> Iterator[str]:
 
 
 def main() -> int:
+    """Prepare the file named on the command line; return the exit status."""
     parser = argparse.ArgumentParser(
         description="A mathematics benchmark as published → questions with short answers."
     )

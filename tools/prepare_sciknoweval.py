@@ -4,8 +4,8 @@
 
 DIR/Chemistry/*.jsonl, DIR/Physics, DIR/Biology, DIR/Material (those that are there) become
 OUTPUT/chemistry/train.jsonl and test.jsonl, and so on: `task.path: OUTPUT/chemistry`. Level L3, multiple
-choice, 90/10 by the papers' seed. The order of the rows decides who is in the test: here files by name, rows
-as they stand.
+choice, 90/10 by the papers' seed. The split depends on the order of the rows: files by name, rows in
+the file's order.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def prepare(raw: Path, output: Path) -> Iterator[str]:
         if leaked := leaks(train, test):
             texts = len({choice.question for choice in leaked})
             ids = ", ".join(choice.id for choice in leaked)
-            leak = f"{len(leaked)} test questions ({texts} different texts) are in the training set, too"
+            leak = f"{len(leaked)} test questions ({texts} different texts) are also in the training set"
             yield f"  {leak}: ids {ids}"
 
 
@@ -64,6 +64,7 @@ def leaks(train: Sequence[Choice], test: Sequence[Choice]) -> list[Choice]:
 
 
 def main() -> int:
+    """Prepare the folder named on the command line; return the exit status."""
     parser = argparse.ArgumentParser(
         description="SciKnowEval as published → training and test questions of each science."
     )

@@ -4,8 +4,8 @@
 
 Either file alone will do. Then `task: {name: tool_use, path: DIR}`. From eval_simulated.json come the papers'
 68 test questions; how the papers chose their 4046 training questions is not published: here every instance is
-taken whose calls are whole, are to the API's own tools, and did not fail. What a call took over from an
-earlier one's result is not marked in that file, so some of these questions cannot be answered.
+used whose calls are complete, are to the API's own tools, and did not fail. Arguments taken from an earlier
+call's result are not marked in that file, so some of these questions cannot be answered.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def prepare(file: Path, output: Path) -> str:
 
 
 def main() -> int:
+    """Prepare the files named on the command line; return the exit status."""
     parser = argparse.ArgumentParser(description="ToolAlpaca as published → training and test questions.")
     parser.add_argument("--train", type=Path, help="train_data.json")
     parser.add_argument("--test", type=Path, help="eval_simulated.json or eval_real.json")

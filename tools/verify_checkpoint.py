@@ -64,22 +64,24 @@ def main() -> int:
         "--hf-reference",
         type=Path,
         metavar="DIR",
-        help="whose config.json describes both, where neither has one",
+        help="folder whose config.json describes both, if neither has one",
     )
     parser.add_argument(
         "--weights",
         choices=["policy", "teacher"],
         default="policy",
-        help="of a training run (default: policy)",
+        help="which weights of a training run (default: policy)",
     )
     parser.add_argument(
         "--tolerance",
         type=float,
         default=0.0,
-        help="largest absolute difference of weights and logits that is none",
+        help="largest absolute difference of weights and logits that counts as equal",
     )
     parser.add_argument(
-        "--no-logits", action="store_true", help="for models that do not fit in memory in fp32"
+        "--no-logits",
+        action="store_true",
+        help="skip the logits, for models that do not fit in memory in fp32",
     )
     options = parser.parse_args()
     quieten_libraries()

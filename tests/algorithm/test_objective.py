@@ -190,18 +190,18 @@ def test_rows_select_tokens_of_every_field():
     ]
 
 
-def test_tiles_add_up_to_the_whole():
+def test_tiles_add_up_to_the_untiled_loss():
     generator = torch.Generator().manual_seed(1)
     logprob, divergence, engine, advantage = (
         torch.rand(9, generator=generator, dtype=WIDE) - 1 for _ in range(4)
     )
     terms = TokenTerms(advantage, torch.ones(9), torch.ones(9), engine, None)
-    whole = routed_objective(logprob, divergence, terms, SRPO())
+    untiled = routed_objective(logprob, divergence, terms, SRPO())
     parts = [
         routed_objective(logprob[rows], divergence[rows], terms.rows(rows), SRPO())
         for rows in (slice(0, 4), slice(4, 5), slice(5, 9))
     ]
-    assert whole.item() == pytest.approx(sum(parts).item(), rel=1e-12)
+    assert untiled.item() == pytest.approx(sum(parts).item(), rel=1e-12)
 
 
 def test_batch_without_distillation_is_plain_grpo():

@@ -160,10 +160,10 @@ def brute_force(messages, demonstration, encode, limit, feedback=None):
 @settings(deadline=None, max_examples=60)
 def test_truncation_is_the_longest_prefix_that_fits(demonstration, limit, feedback):
     messages = [system("S"), user("Q")]
-    whole = BYTES(teacher_messages(messages, demonstration, feedback))
+    full = BYTES(teacher_messages(messages, demonstration, feedback))
     found = build_teacher_prompt(messages, demonstration, BYTES, limit, feedback)
     assert found.ids == brute_force(messages, demonstration, BYTES, limit, feedback)
-    assert found.demonstration_cut == (found.ids is not None and len(whole) > limit)
+    assert found.demonstration_cut == (found.ids is not None and len(full) > limit)
     assert found.shows_solution == (found.ids not in (None, BYTES(teacher_messages(messages, "", feedback))))
 
 
@@ -190,9 +190,9 @@ def test_header_and_final_sentence_are_never_cut():
 
 def test_fits_exactly():
     messages = [user("Q")]
-    whole = BYTES(teacher_messages(messages, "demonstration"))
-    assert build_teacher_prompt(messages, "demonstration", BYTES, len(whole)) == (whole, True, False)
-    cut = build_teacher_prompt(messages, "demonstration", BYTES, len(whole) - 1)
+    full = BYTES(teacher_messages(messages, "demonstration"))
+    assert build_teacher_prompt(messages, "demonstration", BYTES, len(full)) == (full, True, False)
+    cut = build_teacher_prompt(messages, "demonstration", BYTES, len(full) - 1)
     assert cut == (BYTES(teacher_messages(messages, "demonstratio")), True, True)
 
 

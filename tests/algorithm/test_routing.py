@@ -65,7 +65,7 @@ def test_routing_table(name, correct):
         assert (route.teacher_ids is not None) == (distillation > 0) == (route.sibling is not None)
 
 
-def test_advantages_are_of_the_whole_group_whatever_the_route():
+def test_advantages_are_of_the_complete_group_whatever_the_route():
     for name, correct in CASES:
         mean = sum(correct) / len(correct)
         assert [route.advantage for route in routes(ALGORITHMS[name], correct)] == [c - mean for c in correct]
@@ -182,9 +182,9 @@ def test_srpo_builds_teacher_prompts_for_distilled_samples_alone():
 
 
 def test_cut_demonstration_is_marked():
-    whole = len(routes(SRPO(), (1, 0))[1].teacher_ids)
-    route = routes(SRPO(), (1, 0), limit=whole - 3)[1]
-    assert route.branch == "sdpo" and route.demonstration_cut and len(route.teacher_ids) == whole - 3
+    full_length = len(routes(SRPO(), (1, 0))[1].teacher_ids)
+    route = routes(SRPO(), (1, 0), limit=full_length - 3)[1]
+    assert route.branch == "sdpo" and route.demonstration_cut and len(route.teacher_ids) == full_length - 3
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_teacherless_samples_are_counted():
     assert tight["sdpo_sample_share"] == 0
 
 
-# ---- samples that nobody could judge
+# ---- samples without a verdict
 # ---------------------------------------------------------------------------------
 
 
@@ -283,8 +283,8 @@ def test_a_sample_scored_zero_instead_counts():
 def test_metrics_leave_excluded_samples_out():
     from megatron_srpo.observe.metrics import rollout_metrics
 
-    nobody = without_verdict(make_group((0, 0), "r"), 0, 1)
-    groups = [without_verdict(make_group((1, 0, 0, 1)), 1), make_group((0, 0, 0, 0), "q"), nobody]
+    unjudged = without_verdict(make_group((0, 0), "r"), 0, 1)
+    groups = [without_verdict(make_group((1, 0, 0, 1)), 1), make_group((0, 0, 0, 0), "q"), unjudged]
     metrics = rollout_metrics(route_groups(groups, SRPO(), encode_bytes, PLENTY, "s"))
     assert metrics["pass_rate"] == metrics["reward_mean"] == pytest.approx(2 / 7)
     assert metrics["sdpo_sample_share"] == metrics["sdpo_token_share"] == pytest.approx(1 / 7)
@@ -298,7 +298,7 @@ def test_metrics_leave_excluded_samples_out():
 # --------------------------------------------------------------------------------------------
 
 
-def told(group, feedback="it broke"):
+def with_feedback(group, feedback="it broke"):
     """Return the group with feedback on every sample, the correct ones too."""
     return tuple(
         sample.model_copy(update={"verdict": sample.verdict.model_copy(update={"feedback": feedback})})
@@ -307,7 +307,7 @@ def told(group, feedback="it broke"):
 
 
 def teacher_texts(algorithm, correct, mode, limit=PLENTY):
-    (group,) = route_groups([told(make_group(correct))], algorithm, encode_bytes, limit, "s", mode)
+    (group,) = route_groups([with_feedback(make_group(correct))], algorithm, encode_bytes, limit, "s", mode)
     return [
         None if sample.route.teacher_ids is None else bytes(sample.route.teacher_ids).decode()
         for sample in group
@@ -323,7 +323,7 @@ ALONE = (
 def test_feedback_is_off_by_default():
     assert all(text is None for text in teacher_texts(SRPO(), (0, 0), "off"))
     assert "it broke" not in teacher_texts(SRPO(), (1, 0), "off")[1]
-    (group,) = route_groups([told(make_group((0, 0)))], SRPO(), encode_bytes, PLENTY, "s")
+    (group,) = route_groups([with_feedback(make_group((0, 0)))], SRPO(), encode_bytes, PLENTY, "s")
     assert all(sample.route.no_teacher == "no_correct_sibling" for sample in group)
 
 
@@ -341,7 +341,9 @@ def test_feedback_alone_teaches_where_there_is_no_solution(algorithm):
 
 
 def test_feedback_routes_like_a_teacher():
-    (group,) = route_groups([told(make_group((0, 0)))], SRPO(), encode_bytes, PLENTY, "s", "without_solution")
+    (group,) = route_groups(
+        [with_feedback(make_group((0, 0)))], SRPO(), encode_bytes, PLENTY, "s", "without_solution"
+    )
     for sample in group:
         assert (sample.route.branch, sample.route.sibling, sample.route.no_teacher) == ("sdpo", None, None)
     (silent,) = route_groups([make_group((0, 0))], SRPO(), encode_bytes, PLENTY, "s", "always")
@@ -350,7 +352,7 @@ def test_feedback_routes_like_a_teacher():
     )
 
 
-def test_right_samples_are_told_nothing():
+def test_right_samples_get_no_feedback():
     texts = teacher_texts(SDPO(), (1, 1), "always")
     assert all("it broke" not in text for text in texts)
     assert teacher_texts(SDPO(), (1, 0), "always")[0] is None  # a lone right one has no teacher
@@ -362,7 +364,7 @@ def test_feedback_that_does_not_fit_is_no_teacher():
 
 
 def test_a_solution_that_is_all_thought_leaves_the_feedback():
-    right, wrong = told(make_group((1, 0)))
+    right, wrong = with_feedback(make_group((1, 0)))
     right = right.model_copy(update={"text": "<think>only thoughts"})
     ((_, routed),) = route_groups([(right, wrong)], SRPO(), encode_bytes, PLENTY, "s", "without_solution")
     assert bytes(routed.route.teacher_ids).decode() == ALONE
@@ -373,21 +375,21 @@ def test_a_solution_that_is_all_thought_leaves_the_feedback():
 def test_signal_is_what_the_routes_make_of_a_group(algorithm, mode):
     # A group has a signal if and only if one of its routes changes the weights.
     for correct in ((1, 1), (0, 0), (1, 0), (1, 0, 0)):
-        for is_told in (False, True):
+        for has_feedback in (False, True):
             for excluded in ((), (0,), (1,), (0, 1)):
                 group = without_verdict(
-                    told(make_group(correct)) if is_told else make_group(correct), *excluded
+                    with_feedback(make_group(correct)) if has_feedback else make_group(correct), *excluded
                 )
                 (routed,) = route_groups([group], algorithm, encode_bytes, PLENTY, "s", mode)
                 moves = [
                     sample.route.distillation_weight or sample.route.policy_weight * sample.route.advantage
                     for sample in routed
                 ]
-                assert has_signal(group, algorithm, mode) == any(moves), (correct, is_told, excluded)
+                assert has_signal(group, algorithm, mode) == any(moves), (correct, has_feedback, excluded)
 
 
 def test_a_solution_that_does_not_fit_leaves_the_feedback_that_does():
-    right, wrong = told(make_group((1, 0)))
+    right, wrong = with_feedback(make_group((1, 0)))
     ((_, routed),) = route_groups([(right, wrong)], SRPO(), encode_bytes, len(ALONE), "s", "always")
     assert bytes(routed.route.teacher_ids).decode() == ALONE
     assert routed.route.sibling is None and routed.route.demonstration_cut

@@ -46,7 +46,7 @@ def slices(value, start):
     return [TensorSlice("weights", torch.full((4,), value), (8,), (start,))]
 
 
-def test_a_checkpoint_appears_whole_and_latest_names_it(tmp_path):
+def test_a_checkpoint_appears_at_once_and_latest_names_it(tmp_path):
     folder = make(tmp_path, 10)
     assert folder.name == "step_000010" and sorted(file.name for file in folder.iterdir()) == [
         ".metadata",
@@ -115,14 +115,14 @@ def test_the_newest_valid_one_is_used_and_the_damaged_are_said(tmp_path):
         make(tmp_path, step)
     (tmp_path / "step_000030" / "manifest.json").write_text("half")
     said = []
-    check = lambda folder, manifest: "__0_0.distcp: torn" if manifest.step == 20 else None  # noqa: E731
+    check = lambda folder, manifest: "__0_0.distcp: truncated" if manifest.step == 20 else None  # noqa: E731
     folder, manifest = folders.newest_valid(tmp_path, check, said.append)
     assert folder.name == "step_000010" and manifest.step == 10
     assert (
         len(said) == 2
         and "skipping checkpoint at step 30" in said[0]
         and "manifest.json" in said[0]
-        and "torn" in said[1]
+        and "truncated" in said[1]
     )
     assert folders.newest_valid(tmp_path, lambda *_: "no", said.append) is None
 

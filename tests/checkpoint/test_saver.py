@@ -9,7 +9,7 @@ from megatron_srpo.checkpoint import saver
 from megatron_srpo.config.schema import CheckpointSection
 
 
-def test_a_rank_that_finds_the_disk_full_makes_room_for_its_note(tmp_path, monkeypatch):
+def test_a_rank_that_finds_the_disk_full_frees_space_for_its_note(tmp_path, monkeypatch):
     # The first rank waits for the note, forever if there is no space for it.
 
     def fill(folder, rank, slices):

@@ -39,16 +39,16 @@ def shard(model, name, index, count):
     architecture, tensors = model
     location = architecture.locate(name)
     mapping = location.mapping
-    whole = [tensors[name] for name in location.names]
+    unsharded = [tensors[name] for name in location.names]
     if mapping.dim is None:
         index, count = 0, 1
-        pieces = whole
+        pieces = unsharded
     elif mapping.padded:
         rows = -(-261 // (16 * count)) * 16
-        padded = torch.cat([whole[0], torch.zeros(rows * count - 261, 64)])
+        padded = torch.cat([unsharded[0], torch.zeros(rows * count - 261, 64)])
         pieces = [padded[index * rows : (index + 1) * rows]]
     else:
-        pieces = [tensor.chunk(count, mapping.dim)[index] for tensor in whole]
+        pieces = [tensor.chunk(count, mapping.dim)[index] for tensor in unsharded]
     values = mapping.fusion.merge(pieces)
     held = ParameterShard(location.names[0], index, count, True)
     return ShardLocation(checkpoint_slice(location, architecture), held, tuple(values.shape)), values

@@ -78,7 +78,7 @@ def test_inspect_refuses(run, step, number, said):
         shown(run, step, number)
 
 
-def test_a_terminal_is_not_told_to_do_anything():
+def test_control_characters_do_not_reach_the_terminal():
     assert visible("a\x1b[2Jb\u202ec\x07\n\ud800") == "a⟨U+001B⟩[2Jb⟨U+202E⟩c⟨U+0007⟩\n⟨U+D800⟩"
 
 

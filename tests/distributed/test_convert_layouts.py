@@ -83,7 +83,7 @@ def test_megatron_loads_what_we_write(world, layout, model):
     # ranks.
     reports = json.loads((world / f"{layout}-{model}.json").read_text())
     assert [report["wrong"] for report in reports] == [[]] * 4
-    assert all(report["compared"] > 10 and report["beside"] == [] for report in reports)
+    assert all(report["compared"] > 10 and report["unexpected"] == [] for report in reports)
 
 
 @pytest.mark.parametrize("layout, model", SAVED)

@@ -64,7 +64,7 @@ def runs(tmp_path_factory):
             steps,
             [f"model.hf_path={folder.path}", f"rollout.replay={rollouts}", *OVERRIDES.get(name, [])],
         )
-    whole = run_jobs(
+    single = run_jobs(
         1, config, {name: [*given, f"train.steps={steps}"] for name, (steps, given) in common.items()}, root
     )
     for ranks in (2, 4):
@@ -79,20 +79,20 @@ def runs(tmp_path_factory):
                 ]
                 jobs.append({"command": "train", "config": str(config), "overrides": overrides})
         launch(ranks, "layouts.py", jobs, root / f"chain-{ranks}.json")
-    return {name: (run, Run(Path(f"{run.folder}-chain"))) for name, run in whole.items()}
+    return {name: (run, Run(Path(f"{run.folder}-chain"))) for name, run in single.items()}
 
 
 @pytest.mark.parametrize("name", list(CHAINS))
 def test_layouts_in_turn_train_as_one_process_does(runs, name):
     # Every step's loss and gradient norm to 1e-5, the last weights to 1e-4; the teacher's weights show in the
     # losses that follow.
-    whole, chain = runs[name]
-    assert len(whole.rows) == len(chain.rows) == sum(map(len, CHAINS[name].values()))
-    for one, other in zip(whole.rows, chain.rows, strict=True):
+    single, chain = runs[name]
+    assert len(single.rows) == len(chain.rows) == sum(map(len, CHAINS[name].values()))
+    for one, other in zip(single.rows, chain.rows, strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-5, abs=1e-9)
         assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5, abs=1e-9)
         assert other["lr"] == one["lr"] and one["sdpo_token_share"] > 0
-    for key, tensor in whole.weights.items():
+    for key, tensor in single.weights.items():
         torch.testing.assert_close(chain.weights[key], tensor, atol=1e-4, rtol=0)
 
 
@@ -123,4 +123,4 @@ def test_megatron_loads_a_run_s_checkpoint(runs, tmp_path):
     for name in layouts:
         reports = json.loads((tmp_path / name).read_text())
         assert [report["wrong"] for report in reports] == [[], []]
-        assert all(report["compared"] > 10 and report["beside"] == [] for report in reports)
+        assert all(report["compared"] > 10 and report["unexpected"] == [] for report in reports)

@@ -97,12 +97,12 @@ def test_results_are_those_of_the_samples(evaluation, words, tmp_path):
     assert result["overall"]["tokens_per_second"] > 0
 
 
-def test_a_command_cut_off_goes_on(evaluation, tmp_path, monkeypatch):
+def test_an_interrupted_command_resumes(evaluation, tmp_path, monkeypatch):
     # Chunks of two questions; the second is cut in the middle of a line. The same command then gives the
     # result of an uninterrupted one.
     monkeypatch.setattr(run, "CHUNK_SEQUENCES", 8)
     small = ["evaluation.greedy=false", "evaluation.prompts=6"]
-    assert evaluation(tmp_path / "whole", *small)[0] == 0
+    assert evaluation(tmp_path / "uninterrupted", *small)[0] == 0
     append, appended = answers.Answers.append, []
 
     def cut(answers, groups, seconds):
@@ -119,14 +119,14 @@ def test_a_command_cut_off_goes_on(evaluation, tmp_path, monkeypatch):
     assert evaluation(tmp_path / "cut", *small, "rollout.batch_size=5")[0] == 0
     assert (
         sum(appended[2:]) == 3
-    )  # three of six were answered, the fourth's last line was cut: what is answered is not asked again
-    texts = [sample_rows(tmp_path / name / "samples/addition.jsonl") for name in ("whole", "cut")]
+    )  # three of six were answered, the fourth's last line was cut: answered questions are not sampled again
+    texts = [sample_rows(tmp_path / name / "samples/addition.jsonl") for name in ("uninterrupted", "cut")]
     assert [(row["prompt"]["id"], row["index"], row["response_ids"]) for row in texts[0]] == [
         (row["prompt"]["id"], row["index"], row["response_ids"]) for row in texts[1]
     ]
     results = [
         json.loads((tmp_path / name / "result.json").read_text())["tasks"]["addition"]
-        for name in ("whole", "cut")
+        for name in ("uninterrupted", "cut")
     ]
     assert results[0]["questions"] == results[1]["questions"]
 
@@ -188,7 +188,7 @@ def test_answers_of_two_checkpoints_are_not_mixed(command, evaluation, tmp_path)
     assert evaluation(tmp_path / "a", *short, f"checkpoint={run / 'checkpoints/step_000001'}")[0] == 0
 
 
-def test_answers_to_other_questions_are_not_taken_over(evaluation, words, tmp_path):
+def test_answers_to_other_questions_are_not_reused(evaluation, words, tmp_path):
     # The file of questions changed between two calls of the same command.
     arguments = [
         tmp_path / "run",
@@ -205,7 +205,7 @@ def test_answers_to_other_questions_are_not_taken_over(evaluation, words, tmp_pa
     assert status == 2 and "holds answers to other questions (first: words/test/w0)" in error
 
 
-def test_a_run_may_go_on_with_another_evaluation(command, tmp_path):
+def test_a_run_may_resume_with_another_evaluation(command, tmp_path):
     # resume.override permits it by default: the last scores have other names than the first.
     sizes = [
         "rollout.prompts_per_step=2",
@@ -240,7 +240,7 @@ def test_tasks_do_not_share_a_file_of_answers(evaluation, tmp_path, name, split)
     assert not (tmp_path / "run").exists()
 
 
-def test_servers_that_are_not_there_are_told_in_a_line(evaluation, tmp_path):
+def test_servers_that_are_not_there_are_reported_in_a_line(evaluation, tmp_path):
     # Nothing is sampled; once the servers run, the same command continues in the same folder.
     status, _, error = evaluation(
         tmp_path / "run", "rollout.engine=sglang", "rollout.urls=[http://127.0.0.1:9]"

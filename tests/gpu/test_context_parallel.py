@@ -95,8 +95,8 @@ def test_attention_of_a_chunk_needs_no_mask():
     q, k, v = exact[0], *(tensor.repeat_interleave(4, dim=2) for tensor in exact[1:])
     seen = torch.ones(2048, 4096, dtype=torch.bool, device="cuda").tril(2048)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / 8
-    wanted = torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
-    torch.testing.assert_close(output.float(), wanted, rtol=0.02, atol=0.02)
+    expected = torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+    torch.testing.assert_close(output.float(), expected, rtol=0.02, atol=0.02)
     gradients = torch.autograd.grad(output.float().square().sum(), found)
-    for own, other in zip(gradients, torch.autograd.grad(wanted.square().sum(), exact), strict=True):
+    for own, other in zip(gradients, torch.autograd.grad(expected.square().sum(), exact), strict=True):
         assert (own.float() - other).norm() < 0.02 * other.norm()

@@ -107,8 +107,8 @@ def test_logits_are_those_of_transformers(layers, family, tmp_path):
     for logits, row in zip(found, rows, strict=True):
         with torch.no_grad():
             inputs = [torch.tensor([[*d.prompt_ids, *d.response_ids[:-1]]]) for d in row]
-            wanted = torch.cat([model(ids).logits[0] for ids in inputs])
-        assert (logits - wanted).norm() < 0.03 * wanted.norm()
+            expected = torch.cat([model(ids).logits[0] for ids in inputs])
+        assert (logits - expected).norm() < 0.03 * expected.norm()
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,7 @@ def test_state_is_the_same_to_the_bit_offloaded_and_from_a_checkpoint(
     assert saved.keys() == offloaded.keys()
     assert all(torch.equal(saved[key], offloaded[key]) for key in saved)
     save(tmp_path, trainer)
-    wanted = train(trainer, world, 2)
+    expected = train(trainer, world, 2)
 
     trainer = make_trainer(shared, "optimizer.optimizer_cpu_offload=true")
     restore_trainer(trainer, Folder(tmp_path), state)
@@ -202,9 +202,9 @@ def test_state_is_the_same_to_the_bit_offloaded_and_from_a_checkpoint(
     assert saved.keys() == found.keys() and all(torch.equal(saved[key], found[key]) for key in saved)
     report = train(trainer, world, 2)
     assert report.losses[0] == pytest.approx(
-        wanted.losses[0], rel=1e-3
+        expected.losses[0], rel=1e-3
     )  # attention's gradients are summed in any order
-    assert report.grad_norms[0] == pytest.approx(wanted.grad_norms[0], rel=1e-2)
+    assert report.grad_norms[0] == pytest.approx(expected.grad_norms[0], rel=1e-2)
 
 
 def test_a_run_with_the_embedded_engine_and_its_resumption(tmp_path):

@@ -77,12 +77,12 @@ def test_against_float64(kind, dtype, of_values, of_gradients):
     given = inputs(dtype)
     assert kernel_name(torch.device("cuda"), dtype) == "Triton"
     found, statistics = run(kind, *given, tile_tokens=128)
-    wanted, exact_statistics = run(kind, *(x.double() for x in given[:4]), given[4])
+    expected, exact_statistics = run(kind, *(x.double() for x in given[:4]), given[4])
     if kind.support.endswith("topk"):
         of_values = 1e-3  # which of two nearly equal logits is the 100th
-    for ours, exact in zip((found[0], *statistics), (wanted[0], *exact_statistics), strict=True):
+    for ours, exact in zip((found[0], *statistics), (expected[0], *exact_statistics), strict=True):
         assert error(ours, exact) < of_values
-    for ours, exact in zip(found[1:], wanted[1:], strict=True):
+    for ours, exact in zip(found[1:], expected[1:], strict=True):
         assert ours.dtype == dtype and error(ours, exact) < of_gradients
     assert found[2][V:].abs().max() == 0
 
@@ -92,12 +92,12 @@ def test_mixed_teacher_and_temperature():
     given = inputs(torch.bfloat16)
     options = {"share": 0.25, "temperature": 0.7}
     found, statistics = run(KINDS[0], *given, tile_tokens=128, **options)
-    wanted, exact_statistics = run(KINDS[0], *(x.double() for x in given[:4]), given[4], **options)
+    expected, exact_statistics = run(KINDS[0], *(x.double() for x in given[:4]), given[4], **options)
     assert all(
         error(ours, exact) < 5e-6
-        for ours, exact in zip((found[0], *statistics), (wanted[0], *exact_statistics), strict=True)
+        for ours, exact in zip((found[0], *statistics), (expected[0], *exact_statistics), strict=True)
     )
-    assert all(error(ours, exact) < 1e-2 for ours, exact in zip(found[1:], wanted[1:], strict=True))
+    assert all(error(ours, exact) < 1e-2 for ours, exact in zip(found[1:], expected[1:], strict=True))
 
 
 def test_float64_on_the_gpu_is_float64_on_the_cpu():

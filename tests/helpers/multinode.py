@@ -132,7 +132,7 @@ class Hosts:
             reach += [
                 "rollout.sglang.health_timeout=20",
                 "rollout.sglang.return_timeout=20",
-            ]  # a host that loses it gives up after both
+            ]  # a host that loses it aborts after both
             yield [
                 *reach,
                 "rollout.sglang.update=distributed",

@@ -142,10 +142,12 @@ def soak(ranks: int, steps: int, kills: int, seed: int, folder: Path) -> int:
         *("evaluation.every=3", "evaluation.prompts=4", "evaluation.samples=2", "checkpoint.save_interval=2"),
         "parallel.distributed_timeout_minutes=1",
     ]
-    whole, cut = folder / "whole", folder / "cut"
+    uninterrupted, cut = folder / "uninterrupted", folder / "cut"
     begun = time.monotonic()
-    if any(finish(start(ranks, [*overrides, f"logging.dir={whole}"], folder / "whole.log"), None)):
-        raise RuntimeError((folder / "whole.log").read_text()[-3000:])
+    if any(
+        finish(start(ranks, [*overrides, f"logging.dir={uninterrupted}"], folder / "uninterrupted.log"), None)
+    ):
+        raise RuntimeError((folder / "uninterrupted.log").read_text()[-3000:])
     seconds_a_step = (time.monotonic() - begun) / (steps + 2)
     dice, survived = random.Random(seed), 0
     while True:
@@ -160,7 +162,7 @@ def soak(ranks: int, steps: int, kills: int, seed: int, folder: Path) -> int:
             break
         survived += 1
         print(f"kill {survived}: {done}", flush=True)
-    expected, found = comparable(whole), comparable(cut)
+    expected, found = comparable(uninterrupted), comparable(cut)
     for what in expected:
         assert found[what] == expected[what], f"{what} differ from the uninterrupted run's"
     files = [cut / "rollouts" / f"step_{step:06d}.jsonl" for step in range(1, steps + 1)]

@@ -219,7 +219,7 @@ class Inputs:
         """Return the same in float64."""
         student = self.leaves(WIDE)
         logp, logq = (
-            torch.log_softmax(whole_logits(x, self.vocab_size) / temperature, -1)
+            torch.log_softmax(full_logits(x, self.vocab_size) / temperature, -1)
             for x in (student, self.teacher)
         )
         value = loss(lambda function: function.exact(logp, logq.detach(), self.targets))
@@ -231,10 +231,10 @@ class Inputs:
         return lambda f: (values := f(function)) * self.upstream[: len(values)].to(values.dtype)
 
 
-def whole_logits(source, vocab_size):
+def full_logits(source, vocab_size):
     """Return [T, V] float64 logits without the padded columns."""
     if isinstance(source, InterpolatedLogits):
-        reference, policy = (whole_logits(part, vocab_size) for part in source[:2])
+        reference, policy = (full_logits(part, vocab_size) for part in source[:2])
         return (1 - source.interpolation) * reference + source.interpolation * policy
     if isinstance(source, Logits):
         return source.logits[:, :vocab_size].to(WIDE)

@@ -54,7 +54,7 @@ def test_a_healthy_run_is_quiet():
         ("uniform_weights", dict(entropy_weight_std=0.001)),
     ],
 )
-def test_a_fault_is_told_in_its_third_step_and_no_more_when_it_is_over(name, fault):
+def test_a_fault_is_reported_in_its_third_step_and_not_after_its_end(name, fault):
     faulty = rows(5) + rows(2, **fault)
     assert names(faulty) == []
     assert names(faulty + rows(1, **fault)) == [name]
@@ -82,7 +82,7 @@ def test_collapse_is_several_falls_without_a_gain(fall, expected):
 @pytest.mark.parametrize(
     ("before", "now", "expected"),
     [
-        (0.96, 0.99, []),  # as much as can be asked for
+        (0.96, 0.99, []),  # nearly the maximum
         (1.0, 1.0, []),
         (0.96, 0.96, ["collapse"]),
         (0.96, 0.5, ["collapse"]),
@@ -99,7 +99,7 @@ def test_an_entropy_that_is_not_finite_has_not_fallen():
     assert names(rows(10, policy_entropy=None) + rows(3, response_tokens_mean=50.0)) == []
 
 
-def test_a_gap_is_told_at_once_a_number_that_is_not_finite_too():
+def test_gaps_and_non_finite_numbers_are_reported_at_once():
     assert (
         names(rows(1, engine_logprob_gap=0.06)) == names(rows(1, engine_logprob_gap=None)) == ["logprob_gap"]
     )
@@ -156,7 +156,7 @@ def perturb(monkeypatch):
     """Make the engine report other log-probabilities than it sampled with."""
     complete = TransformersEngine._completion
 
-    def lying(self, request, tokens, logprobs, sampling):
+    def wrong(self, request, tokens, logprobs, sampling):
         return complete(
             self,
             request,
@@ -165,7 +165,7 @@ def perturb(monkeypatch):
             sampling,
         )
 
-    monkeypatch.setattr(TransformersEngine, "_completion", lying)
+    monkeypatch.setattr(TransformersEngine, "_completion", wrong)
 
 
 def praise(monkeypatch):

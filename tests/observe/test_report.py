@@ -231,7 +231,7 @@ def test_in_chromium(folders, tmp_path, width):
     page = (tmp_path / "report.html").read_text()
     found = browse(page, tmp_path, width, (HERE / "probe.js").read_text())
     assert found["problems"] == [] and found["requests"] == []
-    assert found["count"] == "5,000 of 5,000" or found["count"].endswith("of 4,864")  # whole steps only
+    assert found["count"] == "5,000 of 5,000" or found["count"].endswith("of 4,864")  # complete steps only
     assert {"addition/avg@4", "Pass rate", "Entropy weights", "Log-prob gap", "Time by phase"} <= set(
         found["charts"]
     )
@@ -283,7 +283,7 @@ def test_in_chromium(folders, tmp_path, width):
 def test_the_probe_would_notice(tmp_path):
     # An error, a console message and a request are all found in a page that has them.
     page = '<html><head><meta charset="utf-8"></head><body><img src="http://localhost:1/x">'
-    page += '<script>console.error("told"); missing();</script></body>'
+    page += '<script>console.error("logged"); missing();</script></body>'
     probe = (
         "addEventListener('load', () => setTimeout(() => {"
         " document.body.append(Object.assign(document.createElement('pre'), { id: 'probe',"
@@ -293,7 +293,7 @@ def test_the_probe_would_notice(tmp_path):
         " performance.getEntriesByType('resource').length })) })); }, 200));"
     )
     found = browse(page, tmp_path, 1280, probe)
-    assert any("told" in problem for problem in found["problems"]) and any(
+    assert any("logged" in problem for problem in found["problems"]) and any(
         "missing" in problem for problem in found["problems"]
     )
     assert found["requests"] == 1
@@ -335,7 +335,7 @@ def test_runs_with_little_to_show(folders, tmp_path):
     assert "divergence –" in console.file.getvalue()
 
 
-def test_a_cut_off_run_is_read_to_its_last_whole_line(folders):
+def test_a_killed_run_is_read_to_its_last_complete_line(folders):
     data = report_data([folders[1]], 10_000)
     assert data["runs"][0]["columns"]["step"] == list(range(1, STEPS + 1))
     assert len(data["samples"]) == STEPS * PROMPTS * GROUP
@@ -355,7 +355,7 @@ def test_a_row_that_is_no_sample_is_left_out(folders, tmp_path):
     ]
 
 
-def test_fewer_samples_are_whole_steps_and_the_page_says_so(folders):
+def test_fewer_samples_are_complete_steps_and_the_page_says_so(folders):
     data = report_data([folders[0]], 700)
     steps = sorted({one["step"] for one in data["samples"]})
     assert len(steps) == 5 and {1, 11, 20} <= set(

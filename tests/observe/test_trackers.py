@@ -55,7 +55,7 @@ def test_the_same_numbers_everywhere(wandb, tmp_path):
     ]
     smaller = ["rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "rollout.max_response_tokens=8"]
     rows = small_run(run, *smaller, "train.steps=3", "evaluation.every=2", "evaluation.prompts=4", *overrides)
-    assert [row["step"] for row in rows] == [0, 1, 2, 2, 3, 3]  # evaluations beside steps
+    assert [row["step"] for row in rows] == [0, 1, 2, 2, 3, 3]  # evaluations next to steps
     assert wandb.logged == [*({"step": row["step"], **numbers(row)} for row in rows), "finished"]
     assert wandb.axes == [("*", "step")]
     (init,) = wandb.inits
@@ -78,7 +78,7 @@ def test_the_same_numbers_everywhere(wandb, tmp_path):
     assert "Self CPU" in (run / "profile" / "rank_00000.table.txt").read_text()
 
 
-def test_one_that_fails_is_told_once_and_the_others_go_on():
+def test_a_failing_tracker_is_reported_once_and_the_others_continue():
     # It fails when it is written to, or when it is closed: before the trained model is exported.
     said, rows = [], []
 
@@ -86,9 +86,9 @@ def test_one_that_fails_is_told_once_and_the_others_go_on():
         raise ConnectionResetError("gone")
 
     lost = SimpleNamespace(write=fail, close=fail)
-    whole = SimpleNamespace(write=rows.append, close=lambda: rows.append("closed"))
+    healthy = SimpleNamespace(write=rows.append, close=lambda: rows.append("closed"))
     late = SimpleNamespace(write=rows.append, close=fail)
-    group = trackers.Trackers([lost, whole, late], said.append)
+    group = trackers.Trackers([lost, healthy, late], said.append)
     group.write({"step": 1})
     group.write({"step": 2})
     group.close()
@@ -105,7 +105,7 @@ def test_weights_and_biases_keeps_the_steps_of_a_run_that_goes_back(tmp_path):
     for steps in (
         [0, 1, 2, 2, 3, 4, 5, 4],
         [4, 5, 5, 6],
-    ):  # evaluations beside steps; the first goes back by itself, too
+    ):  # evaluations next to steps; the first tracker also goes back by itself
         tracker = trackers.WandB(config)
         for step in steps:
             logged.append((step, 100.0 * len(logged)))
@@ -135,7 +135,7 @@ def history_of(file):
         length, kind = struct.unpack_from("<HB", content, place + 4)
         data += content[place + 7 : place + 7 + length]
         place += 7 + length
-        if kind in (2, 3):  # the record goes on
+        if kind in (2, 3):  # the record continues in the next block
             continue
         record, data = wandb_internal_pb2.Record.FromString(data), b""
         if record.WhichOneof("record_type") == "metric":

@@ -98,7 +98,7 @@ def test_parameters_of_every_rank(folders, model, ranks, layout):
         assert sum(p.numel() for p in built) == expected.total
         if (
             config.parallel.expert_model_parallel_size > 1
-        ):  # Megatron's mark; else experts are replicated as all else is
+        ):  # Megatron's mark; otherwise experts are replicated like all else
             assert experts == expected.experts
 
 
@@ -156,7 +156,7 @@ def test_activations_of_a_layer(folders, model, context):
     # What autograd keeps of one more layer, storage by storage. Local layers in fp32: dense to the byte,
     # experts to 2 %.
     config = configure(folders[model], f"parallel.context_parallel_size={context}")
-    lengths, kept = [48, 4, 4, 12], []  # so unlike that attention does not pad them
+    lengths, kept = [48, 4, 4, 12], []  # so different that attention does not pad them
     for layers in (2, 3):
         with simulated(0, context, config.parallel) as layout:
             architecture = HFFolder(
@@ -200,10 +200,10 @@ def test_recompute_keeps_layer_inputs(folders):
         f"megatron.recompute_{key}" for key in ("granularity=full", "method=uniform", "num_layers=1")
     ]
     config = configure(folders["tied"])
-    whole = memory(architecture, config, CPU, 1, batch)["activations"]
+    full = memory(architecture, config, CPU, 1, batch)["activations"]
     less = memory(architecture, configure(folders["tied"], *recompute), CPU, 1, batch)["activations"]
     layer, _ = layer_bytes(architecture, config, CPU, batch)
-    assert whole - less == pytest.approx(3 * layer - 4 * 1000 * 64 * 4)
+    assert full - less == pytest.approx(3 * layer - 4 * 1000 * 64 * 4)
 
 
 @pytest.mark.parametrize("virtual", [2, 4])
@@ -268,7 +268,7 @@ def planned(width: int, algorithm: str, row: dict, tmp_path: Path) -> float:
     return sum(size for name, size in parts.items() if name != "embedded engine")
 
 
-def test_peak_memory_of_whole_steps(tmp_path):
+def test_peak_memory_of_complete_steps(tmp_path):
     # The trainer's peak by VmHWM at two sizes, with and without a teacher; in differences the interpreter's
     # share cancels. From the narrow to the wide model most of the increase is states; from GRPO to SRPO it is
     # the teacher.

@@ -136,7 +136,8 @@ def test_after_enough_rounds_the_batch_is_filled(make):
 
 
 def test_over_sampling_aborts_the_slowest_and_continues_them(make):
-    # Six prompts are begun, three wanted: the others have one token each, and continue with newer weights.
+    # Six prompts are started for three places: the others have one token each, and continue with newer
+    # weights.
     builder, engine = make(None, "rollout.over_sampling=2")
     assert names(builder.build(1).groups) == ["p0", "p1", "p2"]
     engine.version, engine.asked = "1", []
@@ -163,20 +164,20 @@ def test_what_is_too_stale_is_sampled_again(make):
     assert all(sample.versions == (("1", 0, 2),) for group in groups for sample in group)
 
 
-def test_whole_groups_beyond_the_batch_are_carried(make):
+def test_complete_groups_beyond_the_batch_are_carried(make):
     # When a round's last groups fill up the batch, the others are kept for the next step: they are not
     # sampled again.
     builder, engine = make(
         {0: (1, 1), 1: (1, 1)}, "rollout.dynamic_filtering=true", "rollout.over_sampling=1.6"
     )
-    batch = builder.build(1)  # five begun: p0, p1 say nothing, p2 … p4 fill the batch
+    batch = builder.build(1)  # five begun: p0, p1 have no signal, p2 … p4 fill the batch
     assert names(batch.groups) == ["p2", "p3", "p4"] and batch.metrics["groups_carried"] == 0
     builder, engine = make({0: (1, 1)}, "rollout.dynamic_filtering=true", "rollout.over_sampling=1.6")
     batch = builder.build(1)
     assert names(batch.groups) == ["p1", "p2", "p3"] and batch.metrics["groups_carried"] == 1  # p4, aborted
 
 
-def test_a_step_with_carried_groups_resumes_alike(make, tmp_path):
+def test_a_step_with_carried_groups_resumes_identically(make, tmp_path):
     # Resuming after step 1 with the cursor and the ledger's carried groups gives the same second step.
     builder, engine = make(None, "rollout.over_sampling=2")
     builder.build(1)
@@ -185,8 +186,9 @@ def test_a_step_with_carried_groups_resumes_alike(make, tmp_path):
     again, other = make(None, "rollout.over_sampling=2")
     (
         tmp_path / "ledger" / "step_000002.rank_00000.jsonl"
-    ).unlink()  # what was finished of it: here the test is of the carried
-    (tmp_path / "ledger" / "events.jsonl").write_text('{"event": "drawn"}\n')  # of an older version's run
+    ).unlink()  # its finished samples: this test is about the carried ones
+    # A run of an older version leaves such a line.
+    (tmp_path / "ledger" / "events.jsonl").write_text('{"event": "drawn"}\n')
     again.ledger.resume(1)
     again.resume(2, place)
     assert again.build(2).groups == expected
@@ -209,7 +211,7 @@ def gather(meeting, shown, rank, mine, background):
     return everyone
 
 
-def test_a_later_round_of_several_ranks_resumes_alike(make):
+def test_a_later_round_resumes_identically_on_several_ranks(make):
     # Rank 0 has enough and aborts p4, rank 1 finds nothing; p4 is finished in the second round, and has no
     # signal. Both ranks are killed after that round and resume: if p4 counted as complete in the first round,
     # the second would begin one prompt more.
@@ -238,7 +240,7 @@ def test_a_later_round_of_several_ranks_resumes_alike(make):
             again.groups,
             again.metrics,
             other,
-        ) and not asked  # nothing was left to sample
+        ) and not asked  # nothing is left to sample
 
 
 def test_a_prompt_that_has_changed_is_sampled_again(make, monkeypatch):

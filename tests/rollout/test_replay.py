@@ -101,7 +101,7 @@ def test_routes_are_dumped_for_people_and_dropped_by_replay(tmp_path, model):
     assert replay(tmp_path, 1, 2, model) == [make_group((1, 0))]
 
 
-def test_dump_replaces_a_file_whole(tmp_path, model):
+def test_dump_replaces_a_complete_file(tmp_path, model):
     write(tmp_path, correct=((1, 0), (0, 0), (1, 1)))
     write(tmp_path, correct=((0, 1),))
     assert replay(tmp_path, 1, 2, model) == [make_group((0, 1), "p0")]

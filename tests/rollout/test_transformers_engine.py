@@ -17,7 +17,7 @@ from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.engine import EngineFailed, Request, Sampling
 from megatron_srpo.rollout.transformers.engine import TransformersEngine
 
-NEVER = (269,)  # a stop id; the tests below make it improbable, or ask for others
+NEVER = (269,)  # a stop id; the tests below make it improbable, or use others
 CPU = torch.device("cpu")
 
 
@@ -122,8 +122,8 @@ def test_greedy_is_generate_token_for_token(engine_of, hf):
 
 def test_greedy_stops_where_generate_stops(engine_of, hf):
     requests = requests_of(LENGTHS)
-    whole = sample(engine_of(64), requests, Sampling(0.0, 1.0, 12, NEVER))
-    stops = (whole[0].ids[4], whole[1].ids[7], NEVER[0])
+    unstopped = sample(engine_of(64), requests, Sampling(0.0, 1.0, 12, NEVER))
+    stops = (unstopped[0].ids[4], unstopped[1].ids[7], NEVER[0])
     completions = sample(engine_of(64), requests, Sampling(0.0, 1.0, 12, stops))
     assert len(completions[0].ids) <= 5 and len(completions[1].ids) <= 8
     for request, completion in zip(requests, completions, strict=True):
@@ -155,7 +155,7 @@ def test_seed_decides(engine_of):
     assert first.ids == again.ids != other.ids
 
 
-def test_a_higher_limit_goes_on_from_the_same_tokens(engine_of):
+def test_a_higher_limit_continues_the_same_tokens(engine_of):
     engine, requests = engine_of(64), requests_of(LENGTHS)
     short, long = (sample(engine, requests, Sampling(1.0, 1.0, limit, NEVER)) for limit in (4, 9))
     assert [completion.ids for completion in short] == [completion.ids[:4] for completion in long]
@@ -167,10 +167,10 @@ def test_stop_token_is_kept_and_reasons_are_given(engine_of):
     free = sample(engine, requests, Sampling(1.0, 1.0, 6, NEVER))
     stopped = sample(engine, requests, Sampling(1.0, 1.0, 6, stops))
     lengths = Counter()
-    for whole, completion in zip(free, stopped, strict=True):
-        first_stop = next((place for place, token in enumerate(whole.ids) if token in stops), None)
-        assert whole.finish_reason == "length" and len(whole.ids) == 6
-        assert completion.ids == (whole.ids if first_stop is None else whole.ids[: first_stop + 1])
+    for unstopped, completion in zip(free, stopped, strict=True):
+        first_stop = next((place for place, token in enumerate(unstopped.ids) if token in stops), None)
+        assert unstopped.finish_reason == "length" and len(unstopped.ids) == 6
+        assert completion.ids == (unstopped.ids if first_stop is None else unstopped.ids[: first_stop + 1])
         assert completion.finish_reason == ("length" if first_stop is None else "stop")
         assert len(completion.logprobs) == len(completion.ids)
         assert completion.versions == [("7", 0, len(completion.ids))]

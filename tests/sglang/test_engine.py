@@ -96,12 +96,12 @@ def test_stopping_aborts_the_rest_which_can_be_continued(servers):
     old = str(servers.version)
     new = servers.publish(
         seed=3
-    )  # the same weights under another name: what each version made can be told, and all be checked
+    )  # the same weights under another name: each version's tokens can be identified and checked
     rest = [request._replace(start=completion) for request, completion in zip(requests, broken, strict=True)]
-    whole = sample(servers.engine, rest, sampling)
-    assert all(len(completion.ids) == 60 and completion.finish_reason == "length" for completion in whole)
-    assert servers.gap(requests, whole) < 1e-4
-    for start, completion in zip(broken, whole, strict=True):
+    finished = sample(servers.engine, rest, sampling)
+    assert all(len(completion.ids) == 60 and completion.finish_reason == "length" for completion in finished)
+    assert servers.gap(requests, finished) < 1e-4
+    for start, completion in zip(broken, finished, strict=True):
         assert completion.ids[: len(start.ids)] == start.ids
         spans = [(old, 0, len(start.ids)), (new, len(start.ids), 60)]
         assert completion.versions == [span for span in spans if span[1] < span[2]]
@@ -144,13 +144,13 @@ def test_without_the_key_servers_answer_nothing(servers):
             stranger.post(path, body)
 
 
-def test_a_request_that_no_server_takes_is_told(servers):
+def test_a_request_that_no_server_takes_is_reported(servers):
     servers.publish(seed=None)
     with pytest.raises(EngineFailed, match="refuses a request of .* tokens: .*maximum context length"):
         sample(servers.engine, servers.requests(1), servers.sampling(max_tokens=5000))
 
 
-def test_memory_is_given_back_and_taken_again(servers, updating):
+def test_memory_is_released_and_resumed(servers, updating):
     # On a CPU the calls do nothing, but must be accepted; after them the servers sample with the newest
     # weights.
     publisher = servers.engine.publisher

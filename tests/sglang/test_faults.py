@@ -31,17 +31,17 @@ def proxy(url: str, spoil):
 
     def answer(request, body):
         headers = {"Content-Type": "application/json", "Authorization": request.headers["Authorization"]}
-        passed_on = urllib.request.Request(
+        forwarded = urllib.request.Request(
             url + request.path, body if request.command == "POST" else None, headers, method=request.command
         )
         try:
-            with urllib.request.urlopen(passed_on, timeout=60) as response:
+            with urllib.request.urlopen(forwarded, timeout=60) as response:
                 status, content = response.status, response.read()
         except urllib.error.HTTPError as error:
             status, content = error.code, error.read()
         if request.path == "/generate" and b'"max_new_tokens": 1}' not in body.replace(
             b'":1}', b'": 1}'
-        ):  # not the look at the start
+        ):  # not the request at the start
             status, content = spoil(status, content)
         return status, content
 
@@ -89,7 +89,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_lying_server_is_taken_out_and_the_other_does_its_work(servers, fault):
+def test_a_lying_server_is_quarantined_and_the_other_does_its_work(servers, fault):
     # The faulty server is a proxy of a real one; nothing that it said is in a completion.
     servers.publish(seed=6)
     spoil, reason = FAULTS[fault]
@@ -115,7 +115,7 @@ def test_a_lying_server_is_taken_out_and_the_other_does_its_work(servers, fault)
             )
             assert reason in out.quarantined and used.quarantined is None
             assert any(bad.url in line and reason in line for line in said)
-            # one that answers 500 may be better next time; a liar is not asked again
+            # a server that answers 500 may recover; one with wrong replies stays quarantined
             engine.update_weights(list(servers.model.named_parameters()), str(servers.version))
             assert (out.quarantined is None) == (fault == "answers 500")
         finally:
@@ -234,7 +234,7 @@ def test_a_server_killed_while_weights_are_broadcast(servers, updating):
     assert [handle.server.version() for handle in fleet.handles] == [str(servers.version)] * 2
 
 
-def test_servers_that_a_dead_trainer_left_in_the_middle_of_an_update(servers):
+def test_servers_that_a_killed_trainer_left_in_the_middle_of_an_update(servers):
     # Paused, and with a session open, as after kill -9 of a trainer on external servers; the next run uses
     # them as they are.
     servers.publish(seed=11)
@@ -258,7 +258,7 @@ def test_servers_that_a_dead_trainer_left_in_the_middle_of_an_update(servers):
         engine.close()
 
 
-def test_a_server_that_cannot_be_started_is_told_with_its_last_words(servers, tmp_path):
+def test_a_server_that_cannot_be_started_is_reported_with_its_last_output(servers, tmp_path):
     port = free_ports(1)
     config = config_of(
         tmp_path,

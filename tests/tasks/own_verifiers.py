@@ -17,7 +17,7 @@ def misbehave(answer: str, text: str) -> Verdict:
     if text == "hang":
         while True:
             pass
-    if text == "hang deaf":  # deaf to polite signals, and asleep
+    if text == "hang deaf":  # ignores every signal that can be ignored, and sleeps
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGALRM, signal.SIG_IGN)
         time.sleep(3600)

@@ -45,7 +45,7 @@ CHOICE_CASES: list[tuple[str, str, bool]] = [  # (gold, response, right?)
     ("B", "<answer>B</answer><answer>B.</answer>", W),
     ("B", "<answer>B</answer> or <answer>C", W),
     ("B", "<answer>A</answer> or <answer>B", R),
-    # a tag is missing: the text goes on to its end
+    # a tag is missing: the answer ends with the text
     ("B", "B", R),
     ("B", " B\n", R),
     ("B", "\n\nB", R),
@@ -275,7 +275,7 @@ TOOL_CASES: list[tuple[str, str, bool]] = [  # (gold, response, right?)
         ONE,
         said(("search", '{"q": "cat", "page": 1} // done')),
         R,
-    ),  # the object is whole, what follows is not read
+    ),  # the object is complete, what follows is not read
     (ONE, said(("search", '{"q": "cat", "page": 1}}')), R),
     (TWO, said(("login", '{"user": "ann"}'), ("list", "{limit: 5}")), W),
     (ONE, 'action: search\naction input: {"q": "cat", "page": 1}', W),

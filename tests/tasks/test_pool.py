@@ -155,7 +155,7 @@ def test_zero_instead_of_excluded():
     process = pool.workers[0].process
     process.kill()
     process.wait()
-    assert pool.verify(jobs("right"))[0].correct  # it died while it had nothing to do: nobody is blamed
+    assert pool.verify(jobs("right"))[0].correct  # it ended while idle: no job has failed
     process = pool.workers[0].process
     del pool
     gc.collect()
@@ -175,7 +175,7 @@ def test_a_verifier_that_cannot_be_loaded_is_refused_at_once(reference, said):
         Pool({"bad": reference}, TaskSection(verifier_workers=1))
 
 
-def test_an_error_in_the_users_file_is_told(monkeypatch):
+def test_an_error_in_the_users_file_is_reported(monkeypatch):
     monkeypatch.setitem(os.environ, "BREAK", "1")
     with pytest.raises(ConfigError, match="ZeroDivisionError"):
         Pool({"bad": BAD}, TaskSection(verifier_workers=1))

@@ -98,7 +98,7 @@ def test_lines_that_are_not_json(refusal, line):
     assert refusal(GOOD + line + b"\n").startswith("data.jsonl:2: is not JSON (")
 
 
-def test_a_huge_line_is_refused_without_being_read_whole(tmp_path):
+def test_a_huge_line_is_refused_without_being_read_completely(tmp_path):
     # 100 MB without a line end, most of it a hole in the file: refused after the limit.
     file = tmp_path / "data.jsonl"
     with file.open("wb") as out:

@@ -177,7 +177,7 @@ def test_one_file_is_all_test_when_nothing_is_trained_on_it(folder):
     trained = config_of(task={"path": file, "verifier": "exact"}, evaluation={"prompts": None})
     (task,) = evaluation_tasks(trained).values()
     assert question_count(task, "test", trained.evaluation) == 1
-    assert question_count(task, "test", config_of().evaluation) == 1  # of 64 wanted
+    assert question_count(task, "test", config_of().evaluation) == 1  # 64 were requested
 
 
 @pytest.mark.parametrize("shares", [{}, {"test_share": 0.3}, {"test_share": 0.3, "validation_share": 0.4}])

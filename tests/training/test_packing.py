@@ -183,14 +183,14 @@ def test_student_and_teacher_predict_the_same_ids_from_the_right_places(samples,
                 for sequence, share, start in zip(part.sequences, part.shares, starts, strict=False):
                     sample = samples[sequence.key]
                     prompt, response = prompt_of(sample), sample.response_ids
-                    whole = (*prompt, *response)
+                    complete = (*prompt, *response)
                     assert sequence.length == len(prompt) + policy_positions(sample)[-1]
                     for t in policy_positions(sample)[share]:
                         place = where[places[cursor]]
                         assert targets[cursor] == response[t]
                         assert place - start == len(prompt) - 1 + t
                         # every id the model sees up to here, in this sequence, is the true context of token t
-                        assert ids[start : place + 1] == list(whole[: len(prompt) + t])
+                        assert ids[start : place + 1] == list(complete[: len(prompt) + t])
                         found[sequence.key, t] = found.get((sequence.key, t), 0) + 1
                         cursor += 1
                 assert cursor == len(places)
@@ -407,7 +407,7 @@ def test_nothing_distilled_means_no_teacher_rows_anywhere():
         )
 
 
-def test_dearest_samples_are_spread():
+def test_expensive_samples_are_spread():
     # A distilled sample costs its teacher's forward pass too.
     distilled, plain = ("sdpo", 10, 10, 200), ("grpo", 10, 10, 1)
     samples = samples_of(distilled, plain, distilled, plain, plain, plain)

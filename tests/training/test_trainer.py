@@ -79,7 +79,7 @@ def test_a_non_finite_update_is_skipped_and_leaves_weights_and_teacher_alone(mak
     assert report.applied == [False] and report.skipped_in_a_row(2) == 3
     assert all(map(torch.equal, policy, trainer.parameters))
     assert all(map(torch.equal, teacher, teacher_parameters(trainer)))
-    report = step(trainer, groups)  # and the run goes on
+    report = step(trainer, groups)  # training continues
     assert report.applied == [True] and report.skipped_in_a_row(3) == 0
     assert not all(map(torch.equal, policy, trainer.parameters))
     assert all(torch.isfinite(parameter).all() for parameter in trainer.parameters)
@@ -145,15 +145,15 @@ def test_output_weight_gradient_goes_straight_to_main_grad(make_trainer):
 @pytest.mark.parametrize("optimizer", ["true", "false"])
 def test_bf16_has_fp32_main_gradients_and_stays_near_fp32(make_trainer, optimizer):
     exact, groups = make_trainer()
-    wanted = step(exact, groups)
+    expected = step(exact, groups)
     trainer, groups = make_trainer("model.dtype=bfloat16", f"parallel.use_distributed_optimizer={optimizer}")
     report = step(trainer, groups)
     assert all(
         parameter.dtype == torch.bfloat16 and parameter.main_grad.dtype == torch.float32
         for parameter in trainer.parameters
     )
-    assert report.losses[0] == pytest.approx(wanted.losses[0], rel=0.05)
-    assert report.grad_norms[0] == pytest.approx(wanted.grad_norms[0], rel=0.05)
+    assert report.losses[0] == pytest.approx(expected.losses[0], rel=0.05)
+    assert report.grad_norms[0] == pytest.approx(expected.grad_norms[0], rel=0.05)
     assert report.applied == [True]
 
 

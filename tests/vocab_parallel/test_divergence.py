@@ -62,7 +62,7 @@ def test_value_and_gradient_everywhere(seed, scale, kind, k):
 
 @given(st.integers(0, 10**6), SHARP, st.sampled_from(FULL))
 @settings(deadline=None, max_examples=60)
-def test_top_k_of_the_whole_vocabulary_is_full(seed, scale, kind):
+def test_top_k_of_the_complete_vocabulary_is_full(seed, scale, kind):
     student, teacher = logits(seed, scale=scale)
     for k in (23, 24, 1000):
         for found, expected in zip(

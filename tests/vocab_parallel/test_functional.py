@@ -23,7 +23,7 @@ from vocab_inputs import (
     Inputs,
     check,
     each_sort,
-    whole_logits,
+    full_logits,
 )
 
 from megatron_srpo.vocab_parallel import functional
@@ -97,7 +97,7 @@ def test_inside_expressions(expression, form):
 
 
 @pairwise(function=KINDS, form=FORMS, kernel=KERNELS, support=SUPPORTS[1:], top_k=[29, 1000])
-def test_top_k_of_the_whole_vocabulary_is_the_full_support(function, form, kernel, support, top_k):
+def test_top_k_of_the_complete_vocabulary_is_the_full_support(function, form, kernel, support, top_k):
     inputs = Inputs(form)
     full = inputs.ours(inputs.weighted(function), kernel=kernel)
     found = inputs.ours(inputs.weighted(function.on(support, top_k)), kernel=kernel)
@@ -108,7 +108,7 @@ def test_top_k_of_the_whole_vocabulary_is_the_full_support(function, form, kerne
 def test_samples_are_unbiased(form, kernel):
     # Weighted with the probability of each y, values and gradients add up to those of the reverse KL.
     inputs = Inputs(form)
-    logp, logq = (torch.log_softmax(whole_logits(x, 29), -1) for x in (inputs.student, inputs.teacher))
+    logp, logq = (torch.log_softmax(full_logits(x, 29), -1) for x in (inputs.student, inputs.teacher))
     value, total = torch.zeros(7, dtype=WIDE), [torch.zeros_like(x) for x in inputs.student]
     for y in range(29):
         inputs.targets = torch.full((7,), y)
@@ -160,7 +160,7 @@ def test_forms_and_dtypes_of_student_and_teacher_may_differ(dtype):
 )
 def test_entropy_of_a_teacher_is_a_constant(form, interpolation, temperature, tile_tokens, ignores):
     inputs = Inputs(form, interpolation=interpolation)
-    logits = whole_logits(inputs.teacher, 29)
+    logits = full_logits(inputs.teacher, 29)
     expected = exact_vocab.entropy(torch.log_softmax(logits / temperature, -1))
     for tensor in inputs.teacher_tensors:
         tensor.requires_grad_()

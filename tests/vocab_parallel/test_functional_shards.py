@@ -43,7 +43,7 @@ CASES = combinations(FUNCTIONS, FORMS, TOLERANCE, LAYOUTS, KERNELS)
 CASES += [(function, "projection", torch.float32, (3001,), "cpu") for function in FUNCTIONS[3:5]]
 
 
-def whole_inputs(form: str, dtype: torch.dtype, impossible: float = -math.inf) -> Inputs:
+def unsharded_inputs(form: str, dtype: torch.dtype, impossible: float = -math.inf) -> Inputs:
     """Return eight tokens, two of them ignored, of all columns; barred columns have logits `impossible`."""
     kind = "projection" if form == "projection" else "logits"
     inputs = Inputs(kind, 8, VOCABULARY, VOCABULARY, width=32, dtype=dtype, scale=0.35, interpolation=0.25)
@@ -51,7 +51,7 @@ def whole_inputs(form: str, dtype: torch.dtype, impossible: float = -math.inf) -
         for tensor in (*inputs.student, *inputs.teacher_tensors):
             tensor[:, BARRED[form]] = impossible
         inputs.targets %= BARRED[form].start
-    inputs.upstream = inputs.upstream.abs()  # sums of it are not small beside their addends
+    inputs.upstream = inputs.upstream.abs()  # its sums are not small compared with their addends
     inputs.ignored = torch.tensor([2, 7])
     return inputs
 
@@ -71,7 +71,7 @@ def columns_of(source, start: int, width: int):
 def run_case(rank: int, groups: dict, case: tuple):
     """Return this rank's values and gradients without padding; hidden gradients are summed over the ranks."""
     function, form, dtype, widths, kernel = case
-    inputs, ranks = whole_inputs(form, dtype), len(widths)
+    inputs, ranks = unsharded_inputs(form, dtype), len(widths)
     position, targets = rank % ranks, inputs.targets.clone()
     targets[inputs.ignored] = IGNORED
     start, width = sum(widths[:position]), widths[position]
@@ -210,10 +210,11 @@ def of_ranks(tmp_path_factory):
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=lambda i: "-".join(map(str, CASES[i])))
-def test_shards_agree_with_the_whole(of_ranks, index):
+def test_shards_agree_with_the_unsharded_result(of_ranks, index):
     # Within rounding of unsharded float64, and the same bits on all ranks.
     function, form, dtype, layout, kernel = CASES[index]
-    inputs = whole_inputs(form, dtype, impossible=-1e4)  # as impossible in float64, and no NaN in autograd
+    # -1e4 is as impossible in float64 as -inf, without NaN in autograd.
+    inputs = unsharded_inputs(form, dtype, impossible=-1e4)
     weights = inputs.upstream.index_fill(0, inputs.ignored, 0.0)
     expected, gradients = inputs.exact(lambda f: f(function) * weights, TEMPERATURE)
     # plain torch computes its tail bucket in fp32: twice as far

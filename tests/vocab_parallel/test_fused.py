@@ -220,9 +220,9 @@ def test_score_agrees(dtype, temperature, kernel):
 def test_score_of_several_tiles():
     case = FusedCase(50, 0)
     source = Projection(case.hidden, case.weight)
-    whole = score(source, case.targets, SHARD)
+    untiled = score(source, case.targets, SHARD)
     tiled = score(source, case.targets, SHARD, memory=1)  # tiles of 16, the smallest
-    for ours, theirs in zip(tiled, whole, strict=True):
+    for ours, theirs in zip(tiled, untiled, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 

@@ -80,7 +80,7 @@ def of_ranks(tmp_path_factory):
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=lambda i: "-".join(map(str, CASES[i])))
-def test_shards_agree_with_the_whole(of_ranks, index):
+def test_shards_agree_with_the_unsharded_result(of_ranks, index):
     padded_width, divergence, (support, top_k), _, distilled = CASES[index]
     results = [saved[index] for saved in of_ranks]
     (loss, hidden_grad, _), statistics = results[0]

@@ -77,7 +77,7 @@ def back(source: Path, reference: Path, output: Path, *more) -> int:
     )
 
 
-def told(capsys) -> str:
+def error_line(capsys) -> str:
     """Return the one line on standard error that says what is wrong."""
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
@@ -91,9 +91,9 @@ def edit_tensors(folder: Path, change) -> None:
 
 
 def edit_metadata(folder: Path, change) -> None:
-    whole = pickle.loads((folder / ".metadata").read_bytes())
-    change(whole.state_dict_metadata)
-    (folder / ".metadata").write_bytes(pickle.dumps(whole))
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    change(metadata.state_dict_metadata)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
 def same(first: Path, second: Path) -> bool:
@@ -220,7 +220,7 @@ def test_a_tracker_that_names_nothing(pristine, tmp_path, capsys, written):
     assert "expected an iteration or 'release'" in capsys.readouterr().err
 
 
-def test_nan_is_told_and_kept(hf, tmp_path, capsys):
+def test_nan_is_reported_and_kept(hf, tmp_path, capsys):
     edit_tensors(hf, lambda tensors: tensors["model.norm.weight"][3:5].fill_(torch.nan))
     assert there(hf, tmp_path / "megatron") == 0
     assert "warning: model.norm.weight: 2 of 64 elements are NaN" in capsys.readouterr().err
@@ -253,7 +253,7 @@ def test_bad_tensors_in_the_hf_folder(hf, tmp_path, capsys, fault):
     change, words = HF_FAULTS[fault]
     edit_tensors(hf, change)
     assert there(hf, tmp_path / "out") == 2
-    message = told(capsys)
+    message = error_line(capsys)
     assert all(word in message for word in words), message
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
@@ -262,14 +262,14 @@ def test_a_truncated_hf_file(hf, tmp_path, capsys):
     file = hf / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     assert there(hf, tmp_path / "out") == 2
-    assert str(file) in told(capsys)
+    assert str(file) in error_line(capsys)
 
 
 def test_an_architecture_that_is_not_supported(hf, tmp_path, capsys):
     config = json.loads((hf / "config.json").read_text())
     (hf / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
     assert there(hf, tmp_path / "out") == 2
-    message = told(capsys)
+    message = error_line(capsys)
     assert "config.json" in message and "'mamba'" in message and "qwen3_moe" in message
 
 
@@ -278,8 +278,8 @@ def set_size(entries: dict, key: str, shape) -> None:
     entries[key].size = torch.Size(shape)
     for piece in entries[key].chunks:
         piece.sizes = torch.Size(
-            min(size, whole - start)
-            for size, whole, start in zip(piece.sizes, shape, piece.offsets, strict=True)
+            min(size, length - start)
+            for size, length, start in zip(piece.sizes, shape, piece.offsets, strict=True)
         )
 
 
@@ -297,7 +297,7 @@ def test_bad_tensors_in_the_checkpoint(pristine, megatron, tmp_path, capsys, fau
     change, words = MEGATRON_FAULTS[fault]
     edit_metadata(megatron, change)
     assert back(megatron, pristine / "hf", tmp_path / "out") == 2
-    message = told(capsys)
+    message = error_line(capsys)
     assert all(word in message for word in [str(megatron), *words]), message
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
@@ -308,12 +308,12 @@ def test_an_unexpected_tensor_in_the_checkpoint(tmp_path, capsys):
     save_folder(tmp_path / "tied", make_model(tied=True))
     assert there(tmp_path / "untied", tmp_path / "megatron") == 0
     assert back(tmp_path / "megatron", tmp_path / "tied", tmp_path / "out") == 2
-    assert "unexpected tensor output_layer.weight" in told(capsys)
+    assert "unexpected tensor output_layer.weight" in error_line(capsys)
 
 
 def test_a_checkpoint_that_is_none(pristine, tmp_path, capsys):
     assert back(pristine / "hf", pristine / "hf", tmp_path / "out") == 2
-    assert "metadata.json" in told(capsys)
+    assert "metadata.json" in error_line(capsys)
 
 
 def test_a_teacher_where_there_is_none(pristine, tmp_path, capsys):
@@ -326,7 +326,7 @@ def test_a_teacher_where_there_is_none(pristine, tmp_path, capsys):
         tmp_path / "out",
     )
     assert tool("convert_megatron_to_hf", *arguments, "--weights", "teacher") == 2
-    assert "is no training run's folder" in told(capsys)
+    assert "is no training run's folder" in error_line(capsys)
 
 
 def either_way(direction: str, pristine: Path, output: Path) -> int:
@@ -342,7 +342,7 @@ def test_an_output_folder_that_is_not_empty(pristine, tmp_path, capsys, directio
     output = tmp_path / "out"
     output.mkdir()
     (output / "precious").write_text("mine")
-    assert either_way(direction, pristine, output) == 2 and "not an empty folder" in told(capsys)
+    assert either_way(direction, pristine, output) == 2 and "not an empty folder" in error_line(capsys)
     assert [file.name for file in output.iterdir()] == ["precious"] and not (
         tmp_path / "out.partial"
     ).exists()
@@ -351,7 +351,7 @@ def test_an_output_folder_that_is_not_empty(pristine, tmp_path, capsys, directio
 def test_what_a_killed_attempt_left_is_named(pristine, tmp_path, capsys):
     (tmp_path / "out.partial").mkdir()
     assert there(pristine / "hf", tmp_path / "out") == 2
-    assert str(tmp_path / "out.partial") in told(capsys) and (tmp_path / "out.partial").exists()
+    assert str(tmp_path / "out.partial") in error_line(capsys) and (tmp_path / "out.partial").exists()
 
 
 @pytest.mark.parametrize("direction", ["there", "back"])
@@ -363,7 +363,7 @@ def test_a_full_disk(pristine, tmp_path, capsys, direction):
         status = either_way(direction, pristine, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    message = told(capsys)
+    message = error_line(capsys)
     assert (
         status == 2
         and "cannot be written" in message

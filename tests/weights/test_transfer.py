@@ -44,7 +44,7 @@ def test_the_dtype_written_is_the_dtype_declared(source, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
 
 
-def test_a_stream_that_breaks_leaves_no_folder_that_looks_whole(source, tmp_path):
+def test_a_stream_that_breaks_leaves_no_folder_that_looks_complete(source, tmp_path):
     folder, tensors = source
 
     def breaks():

@@ -15,7 +15,8 @@ from megatron_srpo.rollout.engines import create_engine
 from megatron_srpo.rollout.sglang.engine import SGLangEngine
 
 START = QUICKSTART / "start"
-LARGE_MODEL = ("--mem-fraction-static=0.8", "--max-total-tokens=2048")  # room for its weights on a CPU
+# Leaves memory for a large model's weights on a CPU.
+LARGE_MODEL = ("--mem-fraction-static=0.8", "--max-total-tokens=2048")
 
 
 def add_server_options(parser: argparse.ArgumentParser, servers: int) -> None:

@@ -41,11 +41,13 @@ def measure(name: str, steps: int, folder: Path) -> Row:
 
 
 def format_row(row: Row) -> str:
+    """Return a row as a line of the table."""
     size = row["extra_bytes"] / 2**20
     return f"{row['name']:>20}  {row['seconds']:.3f} s a step  {row['ratio']:5.2f}  {size:.1f} MiB"
 
 
 def main() -> None:
+    """Measure each way of saving and publish the report."""
     parser = make_parser(__doc__)
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()

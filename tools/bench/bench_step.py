@@ -194,6 +194,7 @@ def measure(model: dict, algorithm: str, shape: Shape, options: argparse.Namespa
 
 
 def is_distilled(sample: Sample) -> bool:
+    """Return whether the sample's route has a distillation term."""
     assert sample.route is not None
     return sample.route.distillation_weight > 0
 
@@ -209,6 +210,7 @@ def in_own_process(work: Callable, *arguments):
 
 
 def parse_options() -> argparse.Namespace:
+    """Return the command line's options."""
     has_cuda = torch.cuda.is_available()
     parser = make_parser(__doc__, rounds=2)
     add = parser.add_argument
@@ -243,6 +245,7 @@ def make_model(options: argparse.Namespace) -> dict:
 
 
 def format_row(row: Row) -> str:
+    """Return a row as a line of the table."""
     phases = [
         f"{key.removeprefix('seconds_')} {value:.3f}"
         for key, value in row.items()
@@ -256,6 +259,7 @@ def format_row(row: Row) -> str:
 
 
 def main() -> None:
+    """Measure each algorithm in a process of its own and publish the report."""
     options = parse_options()
     quieten_libraries()
     # Imported once, before the rows' processes are forked.

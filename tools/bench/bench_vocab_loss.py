@@ -221,7 +221,7 @@ def why_not(name: str, options: argparse.Namespace) -> str | None:
     """
     method = METHODS[name]
     if options.tensor_parallel > 1 and not method.sharded:
-        return "computes on a whole vocabulary only"
+        return "needs the complete vocabulary on one rank"
     if method.cuda_only and options.device != "cuda":
         return "runs on CUDA only"
     try:
@@ -302,6 +302,7 @@ def error_of(result: Result, expected: Result, shard: VocabShard) -> float:
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Return the norm of the difference, relative to the expected norm."""
     return float((found.double() - expected).norm() / expected.norm())
 
 
@@ -360,6 +361,7 @@ def measure(name: str, x: Inputs, chunk: int | None, rounds: int, expected: Resu
 
 
 def synchronise(device: torch.device) -> None:
+    """Wait until the device has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -404,6 +406,7 @@ def sweep(options: argparse.Namespace, device: torch.device) -> list[Row]:
 
 
 def format_row(row: Row) -> str:
+    """Return a row as a line of the table."""
     ratio = f"{row['ratio']:5.2f}" if "ratio" in row else ""
     error = f"  error {row['error']:.1e}" if "error" in row else ""
     memory = f"+{row['extra_bytes'] / 2**20:7.0f} MiB"
@@ -439,6 +442,7 @@ def run(rank: int, options: argparse.Namespace, rendezvous: str | None = None) -
 
 
 def parse_options() -> argparse.Namespace:
+    """Return the command line's options."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = make_parser(__doc__, rounds=2)
     add = parser.add_argument
@@ -457,6 +461,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Measure in this process, or in one process per vocabulary shard."""
     options = parse_options()
     if options.tensor_parallel == 1:
         run(0, options)

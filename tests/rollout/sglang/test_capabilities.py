@@ -83,7 +83,7 @@ def test_what_a_server_can_do():
         ),
     ],
 )
-def test_what_a_run_cannot_use_is_told(server, model, overrides, message):
+def test_unusable_servers_are_refused(server, model, overrides, message):
     with pytest.raises(ConfigError) as caught:
         look(server, model, overrides)
     assert message in str(caught.value)
@@ -143,7 +143,7 @@ def test_settings_that_contradict_are_refused_by_name(overrides, message):
         ),
     ],
 )
-def test_what_this_machine_lacks_is_told_before_anything_starts(overrides, message):
+def test_what_this_machine_lacks_is_reported_before_anything_starts(overrides, message):
     with pytest.raises(ConfigError) as caught:
         check_engine(config(*overrides), trains=True)
     assert message in str(caught.value)

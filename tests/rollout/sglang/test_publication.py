@@ -73,8 +73,8 @@ def test_a_server_has_the_version_only_with_the_last_bucket():
         update = update_of(url)
         SharedMemory(16, CPU, lambda server: 1).send(update, iter(TENSORS))
         update.close()
-    told = [body["weight_version"] for path, body in asked if path == "/update_weights_from_tensor"]
-    assert told == [None, None, "7"] and not update.failures
+    versions = [body["weight_version"] for path, body in asked if path == "/update_weights_from_tensor"]
+    assert versions == [None, None, "7"] and not update.failures
 
 
 def test_a_bucket_outlives_as_many_others_as_there_are_memories():
@@ -112,7 +112,7 @@ def test_threads_that_share_memory_do_not_change_how_the_others_do(monkeypatch):
     assert torch.multiprocessing.get_sharing_strategy() == before
 
 
-def test_nobody_broadcasts_to_a_group_that_a_server_has_not_joined(monkeypatch):
+def test_no_broadcast_to_a_group_that_a_server_has_not_joined(monkeypatch):
     # NCCL makes its group without waiting; the first broadcast would wait forever for the server that
     # refused.
     monkeypatch.setattr(
@@ -197,14 +197,14 @@ def test_what_is_starting_is_ended_while_memory_is_the_trainers(tmp_path):
     assert started[1].poll() is not None
 
 
-def test_a_server_that_cannot_be_started_again_is_given_up(tmp_path):
+def test_a_server_that_cannot_be_restarted_is_abandoned(tmp_path):
     # An error in the thread that restarts it would go unnoticed: the run would wait for the server at every
     # publication.
     started, said = [], []
 
     def start(number):
         if started:
-            raise OSError("no room for another process")
+            raise OSError("no memory for another process")
         started.append(subprocess.Popen(["sleep", "100"]))
         return started[-1]
 
@@ -212,8 +212,8 @@ def test_a_server_that_cannot_be_started_again_is_given_up(tmp_path):
     fleet.handles[0].has_started = True
     started[0].kill()
     fleet.threads[0].join(20)
-    assert not fleet.is_starting() and "no room for another process" in fleet.failed()
-    assert "giving up on server 0: it could not be started: no room for another process" in said
+    assert not fleet.is_starting() and "no memory for another process" in fleet.failed()
+    assert "giving up on server 0: it could not be started: no memory for another process" in said
     fleet.close()
 
 
@@ -276,7 +276,7 @@ def reply(ids, reason):
     }
 
 
-def test_a_response_aborted_with_its_last_token_is_whole():
+def test_a_response_aborted_with_its_last_token_is_complete():
     # In SGLang an abort takes precedence over a stop token of the same pass; nothing may be sampled after
     # that token.
     with server(lambda path, body: reply([1, 2], "abort")) as (url, asked):

@@ -101,12 +101,12 @@ def test_ids_that_are_none(token):
         read(reply)
 
 
-def test_more_than_was_asked_for():
+def test_more_tokens_than_requested():
     with pytest.raises(InvalidReply, match="2 were requested"):
         read(REPLY, limit=2)
 
 
-def test_an_attempt_that_goes_on_has_the_tokens_of_both():
+def test_a_continued_attempt_has_the_tokens_of_both():
     first = Completion([1, 2], [-1.0, -2.0], [("3", 0, 1), ("4", 1, 2)], "abort")
     second = Completion([3, 4, 5], [-3.0, -4.0, -5.0], [("4", 0, 1), ("5", 1, 3)], "length")
     assert joined(first, second) == Completion(

@@ -2,7 +2,7 @@
 
 A .pth file imports this module at every start of Python.
 
-SGLang imports both at module level and calls neither on its CPU path. What is missing is answered by hollow
+SGLang imports both at module level and calls neither on its CPU path. Missing packages are replaced by hollow
 modules: any attribute is there, any call does nothing. Without SGLANG_USE_CPU_ENGINE=1 nothing happens.
 """
 
@@ -13,7 +13,7 @@ import os
 import sys
 import types
 
-STOOD_IN_FOR = ("triton", "torchvision", "torchaudio")
+REPLACED = ("triton", "torchvision", "torchaudio")
 
 
 class _HollowType(type):
@@ -75,7 +75,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def find_spec(self, name, path=None, target=None):
         package = name.partition(".")[0]
-        if package not in self.packages or (package != "triton" and _is_only_asked_for()):
+        if package not in self.packages or (package != "triton" and _is_only_probed()):
             return None
         return importlib.machinery.ModuleSpec(name, self, is_package=True)
 
@@ -90,7 +90,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
-def _is_only_asked_for():
+def _is_only_probed():
     """Return whether importlib.util.find_spec is the caller.
 
     transformers calls it before it uses an optional package.
@@ -109,4 +109,4 @@ def _is_only_asked_for():
 
 
 if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
-    sys.meta_path.append(_Finder([name for name in STOOD_IN_FOR if importlib.util.find_spec(name) is None]))
+    sys.meta_path.append(_Finder([name for name in REPLACED if importlib.util.find_spec(name) is None]))
