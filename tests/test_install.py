@@ -7,8 +7,8 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# venv leaves an interpreter without pip where ensurepip is missing, as on Debian, and one with it where
-# $HAS_ENSUREPIP is there
+# venv leaves an interpreter without pip where ensurepip is missing, as on Debian, and one with pip where the
+# file $HAS_ENSUREPIP exists
 FAKE = """#!/usr/bin/env bash
 case "$*" in
 -m\\ venv*)

@@ -78,7 +78,7 @@ def test_exchange(start, ranks):
     assert all(len(messages) == 1 for messages in sent.values())
     lines = sum(len(sample.model_dump_json().encode()) + 1 for sample in samples_of(groups))
     brackets = 2 * (len(groups) + ranks)
-    assert sum(map(len, payloads)) <= lines + brackets  # all that travels is the batch
+    assert sum(map(len, payloads)) <= lines + brackets  # only the batch is sent
 
 
 def test_packing_builds_only_what_its_rank_trains(start, monkeypatch):

@@ -41,7 +41,7 @@ def test_srpo_learns_addition(tmp_path):
     assert max(row["engine_logprob_gap_max"] for row in steps) < 1e-4
     assert (
         steps[0]["sdpo_sample_share"] > 0.3 > steps[-1]["sdpo_sample_share"]
-    )  # the share fades as failures do
+    )  # the share falls with the failures
     assert f"{scores[0]:.3f} before, {scores[-1]:.3f} after" in done.stdout and str(
         run
     ) in done.stdout.replace("\n", "")

@@ -38,7 +38,7 @@ CHATML = """\
 '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{% endfor -%}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif -%}
 """
-# Qwen's: words with the sign before them, one token a digit, runs of punctuation, line ends, other spaces
+# Qwen's: words with the sign before them, one token per digit, runs of punctuation, line ends, other spaces
 PRE_TOKEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

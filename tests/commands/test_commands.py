@@ -86,7 +86,7 @@ def test_what_was_sampled_can_be_trained_on(run, tmp_path):
     # Sampling with the start model gives a run's first samples; replaying them gives its update.
     sample(small_config(tmp_path / "sampled", "train.steps=2"))
     assert step_file(tmp_path / "sampled", 1).read_bytes() == step_file(run, 1).read_bytes()
-    assert not list((tmp_path / "sampled" / "ledger").glob("step_*"))  # the dumps have all of it
+    assert not list((tmp_path / "sampled" / "ledger").glob("step_*"))  # the dumps contain everything
     assert step_file(tmp_path / "sampled", 2).is_file() and not (tmp_path / "sampled" / "hf").exists()
     (first,) = small_run(tmp_path / "replayed", "train.steps=1", f"rollout.replay={tmp_path / 'sampled'}")
     trained = json.loads((run / "metrics.jsonl").read_text())

@@ -89,7 +89,7 @@ def _be_rank(environment: dict[str, str], script: Path, file: Path, log: Path) -
     torch.set_num_threads(1)
     sys.path.insert(0, str(HERE))
     sys.argv = [str(script), str(file)]
-    # what has been imported is not garbage: looking through it twice a job took as long as training
+    # imported objects are not garbage: collecting twice a job took as long as training
     gc.freeze()
     runpy.run_path(str(script), run_name="__main__")
 

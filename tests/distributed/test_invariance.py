@@ -90,7 +90,7 @@ CASES = {
     "none_wrong": ("all_right", [ONE_STEP], dict(beta=1.0)),
     "moe": ("qwen3_moe", [], dict(beta=1.0)),
     "moe_one_routed": ("qwen3_moe_last_only", [ONE_STEP], dict(beta=1.0)),
-    # A decay that moves weights beyond the tolerance: biases and norms must not feel it.
+    # A decay that moves weights beyond the tolerance: biases and norms must not change by it.
     "qwen2": ("qwen2", ["optimizer.weight_decay=5"], dict(beta=1.0, weight_decay=5)),
     "llama": ("llama", [], dict(beta=1.0)),
     "turns": ("turns", [], dict(beta=1.0)),
@@ -261,7 +261,7 @@ def test_loss_gradient_and_weights_do_not_depend_on_the_split(runs, references, 
         assert row["loss"] == pytest.approx(loss, rel=RELATIVE, abs=1e-9)
         assert row["grad_norm"] == pytest.approx(norm, rel=RELATIVE, abs=1e-9)
         if case != "grpo":
-            follows = 0.0 if case == "trust_region" else 0.05  # of its way in a step
+            follows = 0.0 if case == "trust_region" else 0.05  # share of the distance in a step
             assert row["teacher_followed"] == pytest.approx(
                 follows, rel=5e-3
             )  # weight decay alone moves the least, and fp32 rounds that

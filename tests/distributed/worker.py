@@ -29,9 +29,9 @@ def each_job(run: Callable[[dict], None]) -> None:
         dist.barrier()
         for group in list(
             dist.distributed_c10d._world.pg_map
-        ):  # Megatron forgets its groups, but their threads stay: thirty a job
+        ):  # Megatron drops its groups, but their threads stay: thirty per job
             if group is not dist.group.WORLD and dist.get_rank(group) >= 0:
                 dist.destroy_process_group(group)
         del group
-        gc.collect()  # the last to hold them are cycles of the finished trainer's
+        gc.collect()  # reference cycles of the finished trainer still hold them
     dist.destroy_process_group()

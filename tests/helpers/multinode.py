@@ -4,13 +4,13 @@ The hosts are network namespaces on one machine; torchrun spans two of them.
 
     sudo python tests/helpers/multinode.py [--steps 30] [--sglang .venv-sglang/bin/python] [--folder DIR]
 
-The quick start trains on one rank a host; with --sglang an SGLang server on a third host samples, and gets
-its weights over the network. After the first checkpoint the second host's cable is pulled: both ranks must
-end with an error within the collectives' time-out, and the first host's torchrun with status 1. The other's,
-which has lost the store that torchruns meet at, lingers for
-minutes: it is killed, as `srun --wait` does. The cable is put back, the same command resumes from the
-checkpoint and must reach the quick start's pass rate. Needs root and iproute2 (`ip netns`);
-tests/test_multinode.py and tests/sglang/test_third_host.py run short ones where they can.
+The quick start trains on one rank per host; with --sglang an SGLang server on a third host samples, and gets
+its weights over the network. After the first checkpoint the second host is disconnected: both ranks must end
+with an error within the collectives' time-out, and the first host's torchrun with status 1. The other
+torchrun has lost the rendezvous store and would linger for minutes: it is killed, as `srun --wait` does. The
+second host is reconnected; the same command resumes from the checkpoint and must reach the quick start's pass
+rate. Needs root and iproute2 (`ip netns`); tests/test_multinode.py and tests/sglang/test_third_host.py run
+short versions where they can.
 """
 
 from __future__ import annotations

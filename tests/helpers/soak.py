@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 30  # seconds the other ranks have to notice that one is gone; torchrun gives them as much
+PATIENCE = 30  # seconds in which the other ranks must notice that one has ended; torchrun allows as many
 
 
 def free_port() -> int:
@@ -107,7 +107,7 @@ def kill_once(processes: list[int], run: Path, dice: random.Random, seconds_a_st
         ]
         if len(ended) == len(processes):
             return None
-        moved = steps_done(run) > before  # else the run would never get further
+        moved = steps_done(run) > before  # otherwise the run would make no progress
         if moved and (is_saving(run) if during_save else time.monotonic() >= until):
             break
         time.sleep(0.0005 if during_save else 0.01)

@@ -134,7 +134,7 @@ def test_what_is_meant_to_be_so_is_no_alarm():
     assert names(rows(9, teacher_followed=0.0, updates_skipped=1)) == []  # no update, nothing to follow
     assert (
         names(rows(9, entropy_weight_std=0.0, teacher_entropy=0.01)) == []
-    )  # a certain teacher is right to weigh alike
+    )  # a certain teacher has equal weights
 
 
 def test_limits_are_the_configurations():

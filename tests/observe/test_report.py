@@ -240,7 +240,7 @@ def test_in_chromium(folders, tmp_path, width):
         and found["bands"] == 6
         and not found["broken"]
     )
-    assert found["wide"] == 0 and found["tipInside"]  # nothing runs out of the page
+    assert found["wide"] == 0 and found["tipInside"]  # nothing overflows the page
     assert len(found["alarms"]) == 2 and "dead_groups · first, steps 18 to 20" in found["alarms"][0]
 
     steps = int(found["count"].split(" of ")[1].replace(",", "")) // (PROMPTS * GROUP)

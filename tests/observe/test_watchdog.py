@@ -28,7 +28,7 @@ def ends(monkeypatch):
 
     def leave(status):
         statuses.append(status)
-        raise SystemExit  # its thread alone
+        raise SystemExit  # ends this thread only
 
     monkeypatch.setattr(watchdog.os, "_exit", leave)
     return statuses

@@ -60,7 +60,7 @@ def test_trainer_and_servers_agree_at_every_step(run):
     assert max(row["engine_logprob_gap"] for row in run.rows) < 1e-5
     assert (
         max(row["engine_logprob_gap_max"] for row in run.rows) < 1e-3
-    )  # of tokens hardly ever drawn: 1.04e-4 was seen in 150,000
+    )  # rarely sampled tokens: 1.04e-4 was seen in 150,000
     assert [row["weight_version"] for row in run.rows] == [str(step) for step in range(10)]
     for step in range(1, 11):
         lines = sample_rows(run.folder / "rollouts" / f"step_{step:06d}.jsonl")

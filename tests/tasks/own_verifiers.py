@@ -49,7 +49,7 @@ def misbehave(answer: str, text: str) -> Verdict:
         from sympy.parsing.sympy_parser import parse_expr
 
         return Verdict(reward=float(parse_expr(text[6:])), correct=True, format_ok=True)
-    if text == "classes":  # what imports do lazily is no evaluation of output
+    if text == "classes":  # lazy imports do not evaluate output
         collections.namedtuple("Pair", "a b")
         dataclasses.make_dataclass("Made", ["a"])
     if text == "chatter":

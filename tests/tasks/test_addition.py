@@ -18,7 +18,7 @@ def test_splits_are_disjoint_whatever_the_seed():
     validation = {question for seed in range(4) for question in questions(seed, "validation", 500)}
     assert min(len(train), len(test), len(validation)) > 1900  # hardly any repeats
     assert not train & (test | validation)
-    assert len(test & validation) < 100  # drawn apart from the same tenth of all sums
+    assert len(test & validation) < 100  # drawn separately from the same tenth of all sums
 
 
 def test_prompts_belong_to_seed_split_and_index():

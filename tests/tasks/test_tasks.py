@@ -198,7 +198,9 @@ def test_what_is_trained_on_is_not_evaluated(folder, shares, monkeypatch):
     for split in ("test", "validation"):
         assert evaluated.splits[split] == trained.splits[split]
         assert not learnt & {question.id for question in evaluated.splits[split]}
-    asked = config_of(task=file, evaluation={"tasks": [file | {"test_share": 1.0}]})  # who says so gets all
+    asked = config_of(
+        task=file, evaluation={"tasks": [file | {"test_share": 1.0}]}
+    )  # an explicit share takes all
     assert [task.size("test") for task in evaluation_tasks(asked).values()] == [10]
 
 

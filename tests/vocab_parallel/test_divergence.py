@@ -160,7 +160,7 @@ def test_extreme_logits_stay_finite_and_right_in_fp32(kind, k, size):
         ]
     )
     student, teacher = (size * patterns).repeat_interleave(5, 0), (size * patterns).repeat(5, 1)
-    student = student + torch.arange(5) * 1e-3 * size  # no ties: which ids are the top K is beyond doubt
+    student = student + torch.arange(5) * 1e-3 * size  # no ties: the top K is well defined
     kind = on(kind, k)
     value, gradient = ours(student, teacher, kind)
     expected, expected_gradient = reference(student, teacher, kind)

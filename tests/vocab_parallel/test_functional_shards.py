@@ -169,7 +169,7 @@ def make_mistakes(rank: int, groups: dict) -> dict:
     """Return, for each mistake, the error, the expected message, and whether the next valid call is right."""
     reference, results = call(rank, groups[4]), {}
     for name in mistakes(rank, groups, groups[4]):
-        # a group of its own: a mistake that hangs is seen, and spoils no other
+        # a group of its own, so that a mistake that hangs is detected and affects no other
         group = dist.new_group(range(RANKS), timeout=datetime.timedelta(seconds=15))
         changes, expected = mistakes(rank, groups, group)[name]
         try:
