@@ -196,7 +196,7 @@ def test_cut_demonstration_is_marked():
         ("grpo", ("grpo", 1, 0)),
     ],
 )
-def test_no_teacher_when_its_prompt_nothing_to_show(name, expected):
+def test_no_teacher_without_anything_to_show(name, expected):
     route = routes(ALGORITHMS[name], (1, 0), limit=20)[1]
     assert (route.branch, route.policy_weight, route.distillation_weight) == expected
     assert route.teacher_ids is None and route.sibling is None and not route.demonstration_cut

@@ -110,7 +110,7 @@ def test_bad_manifests_are_named(tmp_path, text):
         folders.read_manifest(folder)
 
 
-def test_the_newest_valid_one_is_used_and_the_damaged_are_said(tmp_path):
+def test_the_newest_valid_one_is_used_and_damaged_ones_are_reported(tmp_path):
     for step in (10, 20, 30):
         make(tmp_path, step)
     (tmp_path / "step_000030" / "manifest.json").write_text("half")

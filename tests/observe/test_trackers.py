@@ -150,7 +150,7 @@ def history_of(file):
             )
 
 
-def test_what_is_not_installed_is_said_before_anything_starts(monkeypatch, tmp_path):
+def test_a_missing_package_is_reported_before_anything_starts(monkeypatch, tmp_path):
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     check_trackers(small_config(tmp_path))
     for override, package in (

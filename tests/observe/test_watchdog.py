@@ -70,7 +70,7 @@ def test_a_long_phase_with_progress_on_some_rank_is_left_alone(who, ends, tmp_pa
     assert not (tmp_path / "w" / "rank_00000.stacks.txt").exists()
 
 
-def test_an_end_of_another_start_is_none_of_ours(ends, tmp_path):
+def test_a_stall_of_an_earlier_start_is_ignored(ends, tmp_path):
     (tmp_path / "w").mkdir()
     (tmp_path / "w" / "stalled-before.txt").write_text("")
     with Watchdog(tmp_path / "w", rank(1, 2), LIMIT / 60, "s"):
@@ -78,7 +78,7 @@ def test_an_end_of_another_start_is_none_of_ours(ends, tmp_path):
         assert ends == []
 
 
-def test_a_rank_that_sleeps_for_ever(tmp_path):
+def test_a_rank_that_sleeps_forever(tmp_path):
     # Two processes print phase, step, last collective and stacks; the launch fails instead of hanging.
     run = tmp_path / "run"
     overrides = [

@@ -45,7 +45,7 @@ class Engine:
 
 
 class Judge:
-    """Give rewards by a script, prompt number → rewards of its samples in turn; default 1, 0, 1, 0 …"""
+    """Give rewards by a script: prompt number → rewards of its samples in turn (default 1, 0, 1, 0, …)."""
 
     def __init__(self, script):
         self.script, self.turns = script, {}

@@ -130,7 +130,7 @@ def test_greedy_stops_where_generate_stops(engine_of, hf):
         assert completion.ids == generate(hf, request.prompt_ids, 12, stops)
 
 
-def test_a_sample_is_its_own(engine_of):
+def test_a_sample_depends_on_prompt_and_seed_alone(engine_of):
     # The same prompt and seed give the same ids, whatever the batch size, the order and the neighbours.
     requests = requests_of([1 + 13 * number % 50 for number in range(24)])
     sampling = Sampling(1.0, 0.95, 12, tuple(range(0, 270, 9)))

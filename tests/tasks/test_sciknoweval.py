@@ -128,7 +128,7 @@ def test_rows_that_are_not_as_published(tmp_path, broken, said):
         read_domain(tmp_path)
 
 
-def test_a_text_too_many_is_survived(tmp_path):
+def test_an_extra_text_is_ignored(tmp_path):
     # One published row of Material has five texts and four labels; the papers pair the first four.
     write(
         tmp_path / "a.jsonl", [row(0, choices={"text": ["note", "x", "y", "z", "w"], "label": list("ABCD")})]

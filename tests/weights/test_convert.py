@@ -311,7 +311,7 @@ def test_an_unexpected_tensor_in_the_checkpoint(tmp_path, capsys):
     assert "unexpected tensor output_layer.weight" in error_line(capsys)
 
 
-def test_a_checkpoint_that_is_none(pristine, tmp_path, capsys):
+def test_a_folder_that_is_no_checkpoint(pristine, tmp_path, capsys):
     assert back(pristine / "hf", pristine / "hf", tmp_path / "out") == 2
     assert "metadata.json" in error_line(capsys)
 

@@ -119,7 +119,7 @@ def test_a_tensor_that_runs_code_is_refused_unrun(folder, tmp_path):
 @pytest.mark.parametrize(
     "content", [b"", b"junk", pickle.dumps({"a": 1}), pickle.dumps(Metadata({}, None, None))[:40]]
 )
-def test_metadata_that_is_none(folder, content):
+def test_invalid_metadata(folder, content):
     (folder / ".metadata").write_bytes(content)
     assert ".metadata" in refusal(folder)
 
@@ -211,7 +211,7 @@ def test_impossible_chunks_are_refused(folder, chunks):
     assert str(folder / ".metadata") in refusal(folder)
 
 
-def test_a_dtype_that_is_none_is_refused(folder):
+def test_a_missing_dtype_is_refused(folder):
     edit_metadata(
         folder,
         lambda metadata: setattr(

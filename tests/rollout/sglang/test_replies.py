@@ -94,7 +94,7 @@ def test_what_no_correct_server_answers(change, message):
 
 
 @pytest.mark.parametrize("token", [30, -1, 2.0, True, "2"])
-def test_ids_that_are_none(token):
+def test_invalid_ids(token):
     reply = copy.deepcopy(REPLY)
     reply["output_ids"][2] = reply[META]["output_token_logprobs"][2][1] = token
     with pytest.raises(InvalidReply, match="outside the vocabulary of 30"):
