@@ -112,9 +112,9 @@ def test_weight_gradient_accumulates_in_fp32(dtype):
     given = inputs(dtype)
     buffer = torch.full((PADDED, H), 0.5, device="cuda")
     (_, hidden_grad, weight_grad), _ = run(KINDS[0], *given, tile_tokens=128, weight_grad=buffer)
-    (_, wanted_hidden, _), _ = run(KINDS[0], *given, tile_tokens=128)
+    (_, expected_hidden, _), _ = run(KINDS[0], *given, tile_tokens=128)
     _, _, exact = run(KINDS[0], *(x.double() for x in given[:4]), given[4])[0]
-    assert weight_grad is None and torch.equal(hidden_grad, wanted_hidden)
+    assert weight_grad is None and torch.equal(hidden_grad, expected_hidden)
     assert error(buffer - 0.5, exact) < (1e-5 if dtype == torch.float32 else 1e-2)
 
 

@@ -32,10 +32,8 @@ def write_rollouts(
 ) -> Path:
     """Write `steps` files of len(verdicts) groups; prompts and responses differ much in length.
 
-    Some responses have one token.
-
-    `model` is the HF model that "sampled" them: its fp32 log-probabilities, moved by up to 0.9 nats so that
-    importance weights differ from 1 and some are capped. turns: the environment wrote parts of the responses.
+    Some responses have one token. The log-probabilities are those of the HF `model` in fp32, moved by up to
+    0.9 nats so that importance weights differ from 1 and some are capped. turns: the environment wrote parts.
     """
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
