@@ -1,5 +1,6 @@
-"""A mathematics benchmark as published (JSONL: GSM8K, AIME, HMMT, Minerva, OlympiadBench, …) → questions with
-short answers.
+"""Convert a mathematics benchmark as published to questions with short answers.
+
+Published files are JSONL: GSM8K, AIME, HMMT, Minerva, OlympiadBench, …
 
     python tools/prepare_math.py --raw aime24.jsonl --output aime24_prepared.jsonl
 
@@ -79,6 +80,7 @@ def prepare(raw: Path, output: Path) -> Iterator[str]:
 
 
 def main() -> int:
+    """Prepare the file named on the command line; return the exit status."""
     parser = argparse.ArgumentParser(
         description="A mathematics benchmark as published → questions with short answers."
     )

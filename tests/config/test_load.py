@@ -1,4 +1,4 @@
-"""Reading the file and the overrides: what is no configuration, and what replaces what."""
+"""Test reading the file and the overrides: invalid files, and precedence."""
 
 import pytest
 import yaml
@@ -136,7 +136,7 @@ def test_bad_overrides(message_of, override, expected):
     ],
 )
 def test_an_override_is_named_before_the_files_section(message_of, override, expected):
-    """The file has the section, but not this value."""
+    # The file has the section, but not this value.
     assert any(line.startswith(expected) for line in message_of(GOOD, override).splitlines())
 
 

@@ -1,4 +1,4 @@
-"""The plan command and its search: what it prints, what it refuses, what it finds."""
+"""Test the plan command and its search: output, refusals and the layouts found."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ REPLAY = "rollout.replay=elsewhere"  # no engine on the training GPUs
 
 @pytest.fixture
 def configure(tmp_path):
-    """configure(config.json, *overrides) → (architecture, configuration)."""
+    """Return a function of (config.json, *overrides) that returns (architecture, configuration)."""
 
     def make(model: dict, *overrides: str):
         (tmp_path / "config.json").write_text(json.dumps(model))
@@ -63,7 +63,7 @@ def configure(tmp_path):
 
 
 def test_published_models(configure):
-    """8.19 and 30.5 billion parameters, of which 3.3 are active, embedding and output matrix included."""
+    # 8.19 and 30.5 billion parameters, of which 3.3 are active, embedding and output matrix included.
     dense, experts = configure(QWEN3_8B)[0], configure(QWEN3_30B)[0]
     assert total_parameters(dense) == 8_190_735_360 and total_parameters(experts) == 30_532_122_624
     matrices = 2 * experts.vocab_size * experts.hidden_size
@@ -71,9 +71,8 @@ def test_published_models(configure):
 
 
 def test_training_time_of_the_paper(configure):
-    """8B on 8 H20s: the planned step without its sampling is 30 to 100 % of the 83 s that SRPO's whole step
-    took (docs/method.md, section 4).
-    """
+    # 8B on 8 H20s: the planned step without its sampling is 30 to 100 % of the 83 s that SRPO's complete step
+    # took (docs/method.md, section 4).
     architecture, config = configure(
         QWEN3_8B, REPLAY, "parallel.tensor_model_parallel_size=4", "parallel.sequence_parallel=true"
     )
@@ -83,7 +82,7 @@ def test_training_time_of_the_paper(configure):
 
 
 def test_layouts_that_fit_are_the_fastest_first(configure):
-    """Each fits, none is impossible; more memory never takes one away; 30B with one GPU has none."""
+    # Each fits, none is impossible; more memory never removes one; 30B on one GPU has none.
     architecture, config = configure(QWEN3_8B, REPLAY)
     fitting, impossible, too_large = layouts(architecture, config, H100, 8, PAPER)
     assert fitting and impossible and too_large
@@ -94,15 +93,14 @@ def test_layouts_that_fit_are_the_fastest_first(configure):
 
 
 def test_experts_are_shared_out(configure):
-    """On 16 GPUs a 30B model with experts fits, with expert parallelism."""
+    # On 16 GPUs a 30B model with experts fits, with expert parallelism.
     fitting, _, _ = layouts(*configure(QWEN3_30B, REPLAY), H100, 16, PAPER)
     assert fitting[0].config.parallel.expert_model_parallel_size > 1
 
 
 def test_scale(configure):
-    """The same batch gains less and less; a growing one keeps its step until every rank reads what all have
-    sampled.
-    """
+    # The same batch gains less and less; a growing one keeps its step time until every rank reads what all
+    # have sampled.
     architecture, config = configure(QWEN3_8B, REPLAY)
     rows = scale(architecture, config, H100, PAPER, [8, 64, 512, 4096])
     strong, weak = [row.strong.step for row in rows], [row.weak.step for row in rows]
@@ -122,7 +120,7 @@ def test_impossible_layouts_are_refused_with_the_reason(configure):
 
 @pytest.fixture
 def command(tmp_path, configure, monkeypatch, capsys):
-    """command(*arguments) → (exit status, output, errors)."""
+    """Return a function of (*arguments) that returns (exit status, output, errors)."""
     configure(QWEN3_8B)
     monkeypatch.setenv("COLUMNS", "200")
 
@@ -134,7 +132,7 @@ def command(tmp_path, configure, monkeypatch, capsys):
 
 
 def test_command(command):
-    """Fits: 0; does not: 1, with what takes the room."""
+    # Exit status 0 when it fits; 1 when it does not, with what takes the memory.
     layout = ["parallel.tensor_model_parallel_size=8", "parallel.sequence_parallel=true", REPLAY]
     status, out, _ = command(*layout, "--scale")
     assert (

@@ -1,4 +1,4 @@
-"""Rollouts on disk: what was dumped is replayed, and a damaged file is refused by file and line."""
+"""Test rollouts on disk: a dump is replayed, and a damaged file is refused by file and line."""
 
 import json
 import math
@@ -25,7 +25,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A folder whose vocabulary has 270 ids."""
+    """Return a folder whose vocabulary has 270 ids."""
     return HFFolder(save_folder(tmp_path_factory.mktemp("model")))
 
 
@@ -35,7 +35,7 @@ def write(folder, step=1, correct=((1, 0), (0, 0))):
 
 
 def edit(file, number, change):
-    """Changes the object on line `number` (from 1)."""
+    """Change the object on line `number` (from 1)."""
     lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     row = json.loads(lines[number - 1])
     change(row)
@@ -101,7 +101,7 @@ def test_routes_are_dumped_for_people_and_dropped_by_replay(tmp_path, model):
     assert replay(tmp_path, 1, 2, model) == [make_group((1, 0))]
 
 
-def test_dump_replaces_a_file_whole(tmp_path, model):
+def test_dump_replaces_a_complete_file(tmp_path, model):
     write(tmp_path, correct=((1, 0), (0, 0), (1, 1)))
     write(tmp_path, correct=((0, 1),))
     assert replay(tmp_path, 1, 2, model) == [make_group((0, 1), "p0")]
@@ -126,7 +126,7 @@ def test_damaged_line(tmp_path, model, line):
 
 
 def test_line_cut_short(tmp_path, model):
-    """As a full disk leaves it."""
+    # A full disk leaves such a line.
     file = write(tmp_path)
     file.write_text(file.read_text()[:-40])
     assert f"{file}:4: " in refusal(tmp_path, model)
@@ -195,7 +195,7 @@ def test_largest_id_is_inside(tmp_path, model):
 
 
 def test_log_probability_that_is_no_number(tmp_path, model):
-    """NaN would make the whole update NaN; the line is named instead."""
+    # NaN would make the entire update NaN; the line is named instead.
     file = write(tmp_path)
     edit(file, 3, lambda row: row["segments"][0].update(logprobs=[-1.0, math.nan]))
     assert refusal(tmp_path, model).startswith(f"{file}:3: ")

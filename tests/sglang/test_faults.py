@@ -1,5 +1,6 @@
-"""Servers that die, hang or lie, in the middle of sampling: every sample comes once, from right weights, and
-the servers come back.
+"""Test servers that crash, hang or answer wrongly in the middle of sampling.
+
+Every sample is returned once, from the right weights, and the servers come back.
 """
 
 from __future__ import annotations
@@ -26,23 +27,21 @@ pytestmark = pytest.mark.needs_sglang
 
 
 def proxy(url: str, spoil):
-    """A server's stand-in that hands everything on to it, and `spoil`s (status, body) of every answer to
-    /generate.
-    """
+    """Forward everything to a server, but `spoil` (status, body) of every answer to /generate."""
 
     def answer(request, body):
         headers = {"Content-Type": "application/json", "Authorization": request.headers["Authorization"]}
-        passed_on = urllib.request.Request(
+        forwarded = urllib.request.Request(
             url + request.path, body if request.command == "POST" else None, headers, method=request.command
         )
         try:
-            with urllib.request.urlopen(passed_on, timeout=60) as response:
+            with urllib.request.urlopen(forwarded, timeout=60) as response:
                 status, content = response.status, response.read()
         except urllib.error.HTTPError as error:
             status, content = error.code, error.read()
         if request.path == "/generate" and b'"max_new_tokens": 1}' not in body.replace(
             b'":1}', b'": 1}'
-        ):  # not the look at the start
+        ):  # not the request at the start
             status, content = spoil(status, content)
         return status, content
 
@@ -50,7 +49,7 @@ def proxy(url: str, spoil):
 
 
 def changed(change):
-    """A spoiler that edits the reply."""
+    """Return a spoiler that edits the reply."""
 
     def spoil(status, content):
         reply = json.loads(content)
@@ -90,8 +89,8 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_lying_server_is_taken_out_and_the_other_does_its_work(servers, fault):
-    """The liar stands in front of a real server; what it said is in no completion."""
+def test_a_lying_server_is_quarantined_and_the_other_does_its_work(servers, fault):
+    # The faulty server is a proxy of a real one; nothing that it said is in a completion.
     servers.publish(seed=6)
     spoil, reason = FAULTS[fault]
     good, behind = (target.url for target in servers.engine.generation.targets)
@@ -116,7 +115,7 @@ def test_a_lying_server_is_taken_out_and_the_other_does_its_work(servers, fault)
             )
             assert reason in out.quarantined and used.quarantined is None
             assert any(bad.url in line and reason in line for line in said)
-            # one that answers 500 may be better next time; a liar is not asked again
+            # a server that answers 500 may recover; one with wrong replies stays quarantined
             engine.update_weights(list(servers.model.named_parameters()), str(servers.version))
             assert (out.quarantined is None) == (fault == "answers 500")
         finally:
@@ -144,7 +143,7 @@ def test_a_run_without_servers_stops_and_says_why(servers):
 
 
 def tree(process: int) -> list[int]:
-    """A process and all below it."""
+    """Return a process and all its descendants."""
     try:
         children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
     except OSError:
@@ -153,7 +152,7 @@ def tree(process: int) -> list[int]:
 
 
 def signal_server(servers, number: int, what: signal.Signals) -> None:
-    """To a server's whole process tree, but not to its guard."""
+    """Signal a server's complete process tree, but not its guard."""
     for process in tree(servers.engine.publisher.fleet.handles[number].process.pid)[1:]:
         os.kill(process, what)
 
@@ -164,9 +163,8 @@ def slow_down(servers, seconds: float) -> None:
 
 
 def test_a_server_killed_while_it_samples(servers):
-    """The batch is completed by the other one; with the next publication both are there and sample with its
-    weights.
-    """
+    # The other server completes the batch; after the next publication both are there and sample with its
+    # weights.
     servers.publish(seed=7)
     slow_down(servers, 0.01)
     before = [handle.server.incarnation for handle in servers.engine.publisher.fleet.handles]
@@ -186,9 +184,8 @@ def test_a_server_killed_while_it_samples(servers):
 
 
 def test_all_servers_hang_while_they_sample(servers, monkeypatch):
-    """SIGSTOP to both: nothing answers any more. They are ended and started anew, load the newest weights
-    from disk, and the batch is completed without a publication in between.
-    """
+    # SIGSTOP to both: nothing answers any more. They are ended and restarted, load the newest weights from
+    # disk, and the batch is completed without a publication in between.
     impatient = servers.engine.generation.settings.model_copy(update={"health_timeout": 8.0})
     monkeypatch.setattr(servers.engine.generation, "settings", impatient)
     version = servers.publish(seed=9)
@@ -206,9 +203,8 @@ def test_all_servers_hang_while_they_sample(servers, monkeypatch):
 
 
 def test_a_server_killed_while_weights_are_broadcast(servers, updating):
-    """The broadcast's group is broken: the other server gets the same version from disk, and so does the
-    killed one when it is back.
-    """
+    # The broadcast's group is broken: the other server gets the same version from disk, and so does the
+    # killed one after its restart.
     updating("distributed")
     servers.publish(seed=10)
     servers.engine.publisher.transport.limit = 100_000
@@ -238,10 +234,9 @@ def test_a_server_killed_while_weights_are_broadcast(servers, updating):
     assert [handle.server.version() for handle in fleet.handles] == [str(servers.version)] * 2
 
 
-def test_servers_that_a_dead_trainer_left_in_the_middle_of_an_update(servers):
-    """Paused, and with a session open, as kill -9 leaves others' servers; the next run takes them as they
-    are.
-    """
+def test_servers_that_a_killed_trainer_left_in_the_middle_of_an_update(servers):
+    # Paused, and with a session open, as after kill -9 of a trainer on external servers; the next run uses
+    # them as they are.
     servers.publish(seed=11)
     for handle in servers.engine.publisher.fleet.handles:
         handle.server.post("/pause_generation", {"mode": "retract"})
@@ -263,7 +258,7 @@ def test_servers_that_a_dead_trainer_left_in_the_middle_of_an_update(servers):
         engine.close()
 
 
-def test_a_server_that_cannot_be_started_is_told_with_its_last_words(servers, tmp_path):
+def test_a_server_that_cannot_be_started_is_reported_with_its_last_output(servers, tmp_path):
     port = free_ports(1)
     config = config_of(
         tmp_path,
@@ -279,7 +274,7 @@ def test_a_server_that_cannot_be_started_is_told_with_its_last_words(servers, tm
 
 
 def test_no_server_outlives_a_killed_trainer(servers, tmp_path):
-    """kill -9 to the process that started a server, once the server has workers of its own."""
+    # kill -9 to the process that started a server, once the server has workers of its own.
     config = config_of(tmp_path, "rollout.servers=1", f"rollout.sglang.port={free_ports(1)}")
     code = (
         "import sys, time; from pathlib import Path; from megatron_srpo.config.load import load_config;"
@@ -311,7 +306,7 @@ def test_no_server_outlives_a_killed_trainer(servers, tmp_path):
 
 
 def is_running(process: int) -> bool:
-    """Whether a process is there and no zombie."""
+    """Return whether a process exists and is no zombie."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

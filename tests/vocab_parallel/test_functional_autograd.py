@@ -1,4 +1,4 @@
-"""Autograd through the functional form: graphs, strides, buffers, and arguments that do not fit."""
+"""Test autograd through the functional form: graphs, strides, buffers, and invalid arguments."""
 
 import pytest
 import torch
@@ -75,7 +75,7 @@ def _loss_of(student, inputs):
 
 
 def test_an_objective_cannot_be_differentiated_again():
-    """Its gradients exist once: a second backward is a RuntimeError, never a wrong gradient."""
+    # Its gradients exist once: a second backward is a RuntimeError, never a wrong gradient.
     inputs = Inputs("projection")
     loss = _loss_of(inputs.leaves(), inputs)
     loss.backward(retain_graph=True)

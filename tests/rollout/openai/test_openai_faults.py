@@ -1,4 +1,4 @@
-"""The engine for OpenAI-compatible servers against a stand-in that speaks HTTP: replies, faults, reloads."""
+"""Test the engine for OpenAI-compatible servers against an HTTP stub: replies, faults, reloads."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ RELOAD = (
 
 @contextmanager
 def server(complete=lambda body: (200, REPLY), models=("m",), load=lambda body: (200, {})):
-    """A server; yields (url, its requests: [(path, body)])."""
+    """Run a server; yield (url, its requests: [(path, body)])."""
     asked = []
 
     def answer(request, body):
@@ -73,7 +73,7 @@ def config_for(tmp_path, *urls, overrides=()):
 
 @contextmanager
 def engine_for(tmp_path, *urls, overrides=()):
-    """The engine of these servers, with version "0" of the start model."""
+    """Return the engine of these servers, with version "0" of the start model."""
     engine = create_engine(config_for(tmp_path, *urls, overrides=overrides), HFFolder(START), ALONE, print)
     try:
         engine.update_weights(load_file(START / "model.safetensors").items(), "0")
@@ -168,7 +168,7 @@ def test_a_refused_request_fails_at_once(tmp_path):
 
 
 def test_stopping_closes_running_requests(tmp_path):
-    """There is no abort call: the rest comes back without new tokens."""
+    # There is no abort call: the rest is returned without new tokens.
     released = Event()
 
     def answer(body):
@@ -186,7 +186,7 @@ def test_stopping_closes_running_requests(tmp_path):
 
 
 def test_weights_are_written_and_loaded_by_every_server(tmp_path):
-    """The reload call names folder and version; a server that fails gets no requests until the next one."""
+    # The reload call names folder and version; a server that fails gets no requests until the next one.
     fails = Event()
     load = lambda body: (500, b"no") if fails.is_set() else (200, {})  # noqa: E731
     weights = load_file(START / "model.safetensors")

@@ -1,5 +1,6 @@
-"""What servers must be able to do, from the answers of a real one (SGLang 0.5.23) and changed ones; settings
-that contradict.
+"""Test the capabilities that servers must have, and settings that contradict.
+
+The answers are those of a real server (SGLang 0.5.23), some of them changed.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ FOLDER = HFFolder(ROOT / "examples/quickstart/start")
 
 
 def config(*overrides):
-    """The quick start on servers, with changes."""
+    """Return the quick start's configuration on servers, with changes."""
     return load_config(ROOT / "examples/quickstart/sglang.yaml", list(overrides))
 
 
@@ -82,7 +83,7 @@ def test_what_a_server_can_do():
         ),
     ],
 )
-def test_what_a_run_cannot_use_is_told(server, model, overrides, message):
+def test_unusable_servers_are_refused(server, model, overrides, message):
     with pytest.raises(ConfigError) as caught:
         look(server, model, overrides)
     assert message in str(caught.value)
@@ -142,7 +143,7 @@ def test_settings_that_contradict_are_refused_by_name(overrides, message):
         ),
     ],
 )
-def test_what_this_machine_lacks_is_told_before_anything_starts(overrides, message):
+def test_what_this_machine_lacks_is_reported_before_anything_starts(overrides, message):
     with pytest.raises(ConfigError) as caught:
         check_engine(config(*overrides), trains=True)
     assert message in str(caught.value)

@@ -1,6 +1,4 @@
-"""What a server's reply must be to be believed, without a server: replies as SGLang 0.5.23 gives them, and
-spoilt ones.
-"""
+"""Test the checks of a server's reply without a server: SGLang 0.5.23's replies, and invalid ones."""
 
 from __future__ import annotations
 
@@ -42,7 +40,7 @@ def test_older_servers_name_one_version():
 
 
 def test_a_request_aborted_before_its_first_token_has_nothing():
-    """As SGLang answers for a queued one: several keys are missing."""
+    # SGLang answers so for a queued request: several keys are missing.
     reply = {
         "text": "",
         "output_ids": [],
@@ -96,19 +94,19 @@ def test_what_no_correct_server_answers(change, message):
 
 
 @pytest.mark.parametrize("token", [30, -1, 2.0, True, "2"])
-def test_ids_that_are_none(token):
+def test_invalid_ids(token):
     reply = copy.deepcopy(REPLY)
     reply["output_ids"][2] = reply[META]["output_token_logprobs"][2][1] = token
     with pytest.raises(InvalidReply, match="outside the vocabulary of 30"):
         read(reply)
 
 
-def test_more_than_was_asked_for():
+def test_more_tokens_than_requested():
     with pytest.raises(InvalidReply, match="2 were requested"):
         read(REPLY, limit=2)
 
 
-def test_an_attempt_that_goes_on_has_the_tokens_of_both():
+def test_a_continued_attempt_has_the_tokens_of_both():
     first = Completion([1, 2], [-1.0, -2.0], [("3", 0, 1), ("4", 1, 2)], "abort")
     second = Completion([3, 4, 5], [-3.0, -4.0, -5.0], [("4", 0, 1), ("5", 1, 3)], "length")
     assert joined(first, second) == Completion(
