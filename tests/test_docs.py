@@ -123,7 +123,12 @@ def rewritten(tmp_path, monkeypatch):
         moved = [re.sub(r"(?<![\w/])(runs|models)/", f"{tmp_path}/\\1/", word) for word in arguments]
         if moved[0] != "train":
             return moved
-        short = ["train.steps=1", "evaluation.prompts=4", "evaluation.samples=1"]
+        short = [
+            "train.steps=1",
+            "rollout.prompts_per_step=8",
+            "evaluation.prompts=4",
+            "evaluation.samples=1",
+        ]
         if not any(word.startswith("logging.dir=") for word in moved):
             short.append(f"logging.dir={tmp_path}/runs/quickstart")
         return [*moved, *short]
@@ -175,11 +180,16 @@ def test_python_blocks_parse(page):
         ast.parse(block)
 
 
+def prose(page: Path) -> str:
+    """Return the page's text without fenced blocks, and code spans without their marks."""
+    text = re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return text.replace("`", "")
+
+
 def anchors(page: Path) -> set[str]:
     """Return the anchors of a page's headings, as GitHub and MkDocs make them."""
-    text = re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     found = set()
-    for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE):
+    for heading in re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE):
         plain = re.sub(r"[^\w\s-]", "", heading).strip().lower()
         found.add(re.sub(r"\s", "-", plain))
     return found
@@ -189,7 +199,7 @@ def anchors(page: Path) -> set[str]:
 def test_links_lead_somewhere(page):
     """Files and folders exist, and so do the headings of pages; addresses elsewhere are not tried."""
     broken = []
-    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if re.match(r"https?://", link):
             continue
         path, _, anchor = link.partition("#")
