@@ -71,11 +71,16 @@ def _table(group: list[Key]) -> Iterator[str]:
     yield "|---|---|---|---|" + "---|" * has_paper
     for key in group:
         default = "*required*" if key.default == "required" else _code(key.default)
-        types = " or ".join(map(_code, key.type.split(" | ")))
-        cells = [_code(key.name), types, default, _text(key.help)]
+        cells = [_code(key.name), _types(key.type), default, _text(key.help)]
         if has_paper:
             cells.append(key.paper)
         yield f"| {' | '.join(cells)} |"
+
+
+def _types(text: str) -> str:
+    """Return alternatives, as `srpo config` prints them, without a table's separator."""
+    prefix = "list of " if text.startswith("list of ") else ""
+    return prefix + " or ".join(map(_code, text.removeprefix(prefix).split(" | ")))
 
 
 def _code(text: str) -> str:
