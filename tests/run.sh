@@ -11,7 +11,7 @@ if [ "${1:-}" = --with-sglang ]; then
 else
     echo "tests: without --with-sglang, tests against SGLang servers are skipped (tests/sglang)"
 fi
-bash tools/install.sh .venv test
+bash tools/install.sh .venv test,docs
 if [ "${CI:-}" = true ] && [ "$(id -u)" = 0 ] && ! command -v chromium >/dev/null && command -v apt-get >/dev/null; then
     { apt-get update && apt-get install --yes --no-install-recommends chromium; } >/dev/null 2>&1 ||
         echo "tests: chromium could not be installed: the tests of the report are skipped" >&2
@@ -21,6 +21,7 @@ export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 .venv/bin/python -m ruff format --check .
 .venv/bin/lint-imports --no-cache
 .venv/bin/pyright --threads 2
+NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet --site-dir "$(mktemp -d)"
 if [ $# -gt 0 ]; then
     exec .venv/bin/python -m pytest "$@"
 fi
