@@ -13,6 +13,7 @@ import pytest
 import yaml
 from rollouts import write_rollouts
 from samples import sample_rows
+from tables import each_row
 from tiny import make_model, save_folder
 
 from megatron_srpo.__main__ import main
@@ -53,8 +54,8 @@ def command(start, monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize(
-    ("overrides", "said"),
+@each_row(
+    "overrides, said",
     [
         (["rollout.sampels_per_prompt=4"], "did you mean samples_per_prompt"),
         (["rollout.samples_per_prompt=1"], "at least 2, not 1"),

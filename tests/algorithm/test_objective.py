@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import encode_bytes, make_group
+from tables import each_row
 
 from megatron_srpo.algorithm.methods.grpo import GRPO
 from megatron_srpo.algorithm.methods.srpo import SRPO
@@ -53,7 +54,7 @@ def routed_token(logprob, divergence, engine, old, advantage, policy, distillati
     return policy * importance * loss + factor * divergence, policy * importance * gradient, factor
 
 
-@pytest.mark.parametrize(
+@each_row(
     "ratio, advantage, loss, gradient",
     [
         (1.0, 0.5, -0.5, -0.5),

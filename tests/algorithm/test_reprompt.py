@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tables import each_row
 from tiny import make_tokenizer
 
 from megatron_srpo.algorithm.reprompt import build_teacher_prompt, clean_demonstration, teacher_messages
@@ -90,7 +91,7 @@ def test_messages_given_are_not_changed():
     assert messages == [system("S"), user("Q")]
 
 
-@pytest.mark.parametrize(
+@each_row(
     "messages",
     [
         [],
@@ -107,7 +108,7 @@ def test_other_conversations_are_refused(messages):
         teacher_messages(messages, "D")
 
 
-@pytest.mark.parametrize(
+@each_row(
     "text, expected",
     [
         ("plain", "plain"),

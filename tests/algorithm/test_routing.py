@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import encode_bytes, make_group
+from tables import each_row
 
 from megatron_srpo.algorithm import METHODS
 from megatron_srpo.algorithm.methods.grpo import GRPO
@@ -56,7 +57,7 @@ ALGORITHMS = {name: method() for name, method in METHODS.items()}
 CASES = [(name, correct) for name, table in TABLE.items() for correct in table]
 
 
-@pytest.mark.parametrize("name, correct", CASES)
+@each_row("name, correct", CASES)
 def test_routing_table(name, correct):
     found = routes(ALGORITHMS[name], correct)
     for route, (branch, policy, distillation) in zip(found, TABLE[name][correct], strict=True):

@@ -5,6 +5,7 @@ import json
 import pytest
 from pydantic import ValidationError
 from samples import make_sample
+from tables import each_row
 
 from megatron_srpo.data.records import Sample, Segment
 
@@ -38,7 +39,7 @@ def test_a_line_of_an_older_run_is_one_segment():
     assert Sample.model_validate(row) == make_sample(correct=True)
 
 
-@pytest.mark.parametrize(
+@each_row(
     "segment, message",
     [
         ({"ids": [1, 2], "logprobs": [-1.0]}, "2 ids of the policy but 1 logprobs"),

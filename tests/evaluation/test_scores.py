@@ -7,11 +7,12 @@ import math
 
 import numpy as np
 import pytest
+from tables import each_row
 
 from megatron_srpo.evaluation.scores import interval, paired_difference, pass_at_k, with_history
 
 
-@pytest.mark.parametrize("n", [1, 2, 5, 7])
+@each_row("n", [1, 2, 5, 7])
 def test_pass_at_k_by_enumeration(n):
     # The share of all k-subsets of n samples that hold a correct one.
     for c, k in itertools.product(range(n + 1), range(1, n + 1)):

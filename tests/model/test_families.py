@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
+from tables import each_row
 from tiny import FAMILIES, LLAMA3, make_model, save_folder
 from transformers import AutoConfig
 
@@ -106,7 +107,7 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("model", list(PUBLISHED))
+@each_row("model", list(PUBLISHED))
 def test_published_models_have_their_number_of_parameters(model):
     parameters, config = PUBLISHED[model]
     assert sum(map(math.prod, architecture_of(config).tensor_shapes().values())) == parameters
@@ -161,7 +162,7 @@ def test_an_absent_window_is_transformers_default(configs, tmp_path):
     assert "sliding_window is 4096, max_position_embeddings 32768" in message
 
 
-@pytest.mark.parametrize(
+@each_row(
     "family, changes, named",
     [
         ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers is [0]"),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tables import each_row
 
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.load import load_config
@@ -51,7 +52,7 @@ def test_experts_that_divide():
     check_layout(EXPERTS, parallel(tensor=4, **experts), {})
 
 
-@pytest.mark.parametrize(
+@each_row(
     "architecture, sizes, named",
     [
         (DENSE, dict(tensor=3), ["tensor_model_parallel_size: 3", "num_attention_heads", "8"]),
@@ -97,7 +98,7 @@ def test_what_every_run_sets():
     assert made.params_dtype == torch.float32 and made.recompute_granularity == "selective"
 
 
-@pytest.mark.parametrize(
+@each_row(
     "settings, named",
     [
         ({"recompute_granularty": "full"}, ["megatron.recompute_granularty", "mean recompute_granularity?"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from small_run import QUICKSTART, small_run
+from tables import each_row
 
 from megatron_srpo.config.load import load_config
 from megatron_srpo.data.records import Verdict
@@ -61,8 +62,8 @@ def test_a_fault_is_reported_in_its_third_step_and_not_after_its_end(name, fault
     assert names(faulty + rows(1, **fault) + rows(1)) == []
 
 
-@pytest.mark.parametrize(
-    ("fall", "expected"),
+@each_row(
+    "fall, expected",
     [
         (dict(response_tokens_mean=20.0, policy_entropy=0.1), ["collapse"]),
         (dict(format_rate=0.5, policy_entropy=0.1), ["collapse"]),
@@ -79,8 +80,8 @@ def test_collapse_is_several_falls_without_a_gain(fall, expected):
     assert names(rows(10) + rows(3, **fall)) == expected
 
 
-@pytest.mark.parametrize(
-    ("before", "now", "expected"),
+@each_row(
+    "before, now, expected",
     [
         (0.96, 0.99, []),  # nearly the maximum
         (1.0, 1.0, []),

@@ -6,6 +6,7 @@ import json
 import sys
 
 import pytest
+from tables import each_row
 
 from megatron_srpo.__main__ import main
 from megatron_srpo.config.base import ConfigError
@@ -142,8 +143,8 @@ def test_command(command):
     assert status == 1 and "does not fit: needs" in out and "of 20 GB" in out
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
+@each_row(
+    "arguments, said",
     [
         (["--machine", "abacus"], "--machine: 'abacus'; expected one of h100"),
         (["--gpus", "0"], "--gpus: 0"),

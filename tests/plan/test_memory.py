@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from simulated import simulated
+from tables import each_row
 from tiny import FAMILIES, make_model, save_folder
 
 from megatron_srpo.config.base import ConfigError
@@ -67,8 +68,8 @@ def configure(folder: Path, *overrides: str) -> Config:
     return load_config(file, list(overrides))
 
 
-@pytest.mark.parametrize(
-    ("model", "ranks", "layout"),
+@each_row(
+    "model, ranks, layout",
     [
         *((model, 4, [TP + "2", SP, PP + "2", VPP + "2"]) for model in MODELS),
         ("tied", 1, []),

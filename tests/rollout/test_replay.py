@@ -5,6 +5,7 @@ import math
 
 import pytest
 from samples import make_group, make_sample
+from tables import each_row
 from tiny import save_folder
 
 from megatron_srpo.config.base import ConfigError
@@ -114,9 +115,7 @@ def test_missing_step(tmp_path, model):
     assert "step_000001.jsonl is missing" in refusal(tmp_path / "nowhere", model)
 
 
-@pytest.mark.parametrize(
-    "line", ["", "{", "not json", '{"prompt": }', "[]", "5", "null", '"text"', "{}", '{"step": 1}']
-)
+@each_row("line", ["", "{", "not json", '{"prompt": }', "[]", "5", "null", '"text"', "{}", '{"step": 1}'])
 def test_damaged_line(tmp_path, model, line):
     file = write(tmp_path)
     lines = file.read_text().split("\n")
@@ -146,7 +145,7 @@ def test_empty_file(tmp_path, model):
     assert str(file) in refusal(tmp_path, model)
 
 
-@pytest.mark.parametrize(
+@each_row(
     "change, named",
     [
         (lambda row: row.pop("segments"), "segments"),
@@ -170,7 +169,7 @@ def test_line_with_wrong_fields(tmp_path, model, change, named):
     assert message.startswith(f"{file}:2: ") and named in message
 
 
-@pytest.mark.parametrize(
+@each_row(
     "change",
     [
         lambda row: row["segments"][0].update(ids=[5, 270]),

@@ -8,6 +8,7 @@ from exact_vocab import WIDE, divergence, largest_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairwise import pairwise
+from tables import each_row
 from vocab_inputs import FULL
 
 from megatron_srpo.vocab_parallel.divergence import Divergence, divergence_on_tile
@@ -129,7 +130,7 @@ def test_alpha_is_the_weight_of_the_teacher():
     assert value.item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("kind", FULL, ids=str)
+@each_row("kind", FULL)
 def test_gradient_sums_to_zero(kind):
     # Adding a constant to all logits changes nothing.
     student, teacher = logits(4)
@@ -138,7 +139,7 @@ def test_gradient_sums_to_zero(kind):
         assert gradient.sum(1).abs().max() < 1e-14 and gradient.abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("kind", FULL, ids=str)
+@each_row("kind", FULL)
 def test_identical_distributions_have_divergence_and_gradient_zero(kind):
     for dtype, tolerance in ((WIDE, 1e-15), (torch.float32, 1e-6)):
         student = logits(5, scale=4.0, dtype=dtype)[0]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from exact_vocab import WIDE, norm_error
 from pairwise import pairwise
+from tables import each_row
 from torch.utils._python_dispatch import TorchDispatchMode
 from vocab_inputs import (
     DIVERGENCES,
@@ -151,7 +152,7 @@ def test_weight_gradient_into_a_buffer(dtype):
 GOOD, SHARD, IDS = Logits(torch.zeros(3, 8)), VocabShard(0, 7, 7), torch.zeros(3, dtype=torch.int64)
 
 
-@pytest.mark.parametrize(
+@each_row(
     "function, arguments, options, message",
     [
         ("log_prob", (GOOD, IDS + 7, SHARD), {}, "targets: ids from 7 to 7 at 3 positions"),

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from exact_vocab import WIDE, norm_error
 from pairwise import combinations
+from tables import each_row
 from vocab_inputs import DIVERGENCES, ENTROPY, KERNELS, LOG_PROB, SAMPLED_KL, Inputs
 
 from megatron_srpo.vocab_parallel import functional
@@ -240,7 +241,7 @@ def test_shards_agree_with_the_unsharded_result(of_ranks, index):
         assert all(norm_error(x, y) <= tolerance for x, y in zip(ours, gradients, strict=True))
 
 
-@pytest.mark.parametrize("mistake", mistakes(0, {2: None}, None))
+@each_row("mistake", mistakes(0, {2: None}, None))
 def test_a_mistake_is_an_error_on_every_rank(of_ranks, mistake):
     for _, results in of_ranks:
         raised, expected, is_right = results[mistake]

@@ -8,6 +8,7 @@ from exact_vocab import WIDE, largest_error, log_softmax
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairwise import pairwise
+from tables import each_row
 from vocab_inputs import FULL, KERNELS, SAMPLED, SUPPORTS, FusedCase, assert_close
 
 from megatron_srpo.vocab_parallel.divergence import Divergence
@@ -248,7 +249,7 @@ def test_teacher_entropy_is_of_the_full_vocabulary():
     assert found.entropy.tolist() == pytest.approx([math.log(29)] * 3)
 
 
-@pytest.mark.parametrize(
+@each_row(
     "rank, padded_width, vocab_size, expected",
     [
         (0, 32, 29, (0, 29)),
@@ -283,7 +284,7 @@ def _zeros(*shape, dtype=WIDE, **options):
     return torch.zeros(*shape, dtype=dtype, **options)
 
 
-@pytest.mark.parametrize(
+@each_row(
     "changes, message",
     [
         ({"hidden": _zeros(13, 7)}, r"hidden \[13, 7\] and weight \[32, 8\]"),

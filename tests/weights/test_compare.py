@@ -9,6 +9,7 @@ import torch
 from _compare import LOGIT_TOKENS, difference, logits
 from _folders import open_tensors
 from safetensors.torch import load_file, save_file
+from tables import each_row
 from test_convert import there, tool
 from tiny import make_model, save_folder
 from transformers import AutoModelForCausalLM
@@ -101,7 +102,7 @@ def test_what_cannot_be_read(pristine, tmp_path, capsys):
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.mark.parametrize(
+@each_row(
     "first, second, expected",
     [
         ([1.0, 2.0], [1.0, 2.5], (0.5, 0.25, 1)),

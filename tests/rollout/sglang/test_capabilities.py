@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tables import each_row
 
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.load import load_config
@@ -89,7 +90,7 @@ def test_unusable_servers_are_refused(server, model, overrides, message):
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize(
+@each_row(
     "overrides, message",
     [
         (

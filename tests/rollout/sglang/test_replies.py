@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+from tables import each_row
 
 from megatron_srpo.rollout.engine import Completion
 from megatron_srpo.rollout.servers.replies import InvalidReply, joined
@@ -82,7 +83,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("change, message", BAD.values(), ids=BAD)
+@each_row("change, message", BAD.values())
 def test_what_no_correct_server_answers(change, message):
     reply = copy.deepcopy(REPLY)
     if callable(change):
