@@ -20,7 +20,7 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Mean of (other - base), interval; p: twice the share of resamples on zero's rarer side, at most 1."""
+    """Mean of other - base, with interval; p: twice the share of resamples on the rarer side of 0, ≤ 1."""
 
     mean: float
     low: float

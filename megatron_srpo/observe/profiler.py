@@ -14,7 +14,7 @@ _ALLOCATIONS = 100_000  # the newest ones, kept for a memory snapshot
 
 
 class StepProfiler:
-    """Profile a window of steps: table, trace for Perfetto, on CUDA memory for pytorch.org/memory_viz."""
+    """Profile a window of steps: table, Perfetto trace and, on CUDA, memory for pytorch.org/memory_viz."""
 
     def __init__(self, directory: Path, settings: LoggingSection, layout: Layout):
         self.directory, self.layout = directory, layout

@@ -62,7 +62,7 @@ class EngineFailed(RuntimeError):
 
 
 class Engine(Protocol):
-    """An engine that samples with the policy's weights; a folder of rollout/ each (see engines.py)."""
+    """An engine that samples with the policy's weights: one folder of rollout/ (see engines.py)."""
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, stop: Event) -> CompletionStream:
         """Yield the completion of every request once, in any order, while others are in flight.

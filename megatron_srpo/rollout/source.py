@@ -38,7 +38,7 @@ class Rollouts(Protocol):
         ...
 
     def release_memory(self) -> None:
-        """With rollout.colocated, free the engine's GPU memory until weights are published."""
+        """Free the engine's GPU memory until weights are published, with rollout.colocated."""
 
     def publish(self, tensors: Iterable[tuple[str, Tensor]], step: int) -> None:
         """Send the policy's weights to the engine, as version `step`, once no request is in flight."""

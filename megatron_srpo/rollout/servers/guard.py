@@ -24,7 +24,7 @@ def prctl(option: int, value: int) -> None:
 
 
 def kill_descendants() -> None:
-    """SIGKILL all processes below this one until none is left: as a subreaper it inherits their orphans."""
+    """Kill all processes below this one until none is left: as a subreaper, it inherits their orphans."""
     while processes := psutil.Process().children(recursive=True):
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -36,11 +36,11 @@ class Server:
         self._http = httpx.Client(base_url=url, headers=headers(settings), trust_env=False, limits=limits)
 
     def get(self, path: str, timeout: float | None = None) -> dict[str, Any]:
-        """GET `path`. timeout: in seconds, default health_timeout. Raises ServerFailed."""
+        """Send GET `path`. timeout: in seconds, default health_timeout. Raises ServerFailed."""
         return self._call("GET", path, None, timeout or self.settings.health_timeout)
 
     def post(self, path: str, body: dict[str, Any], timeout: float | None = None) -> dict[str, Any]:
-        """POST `body` to `path`. timeout: in seconds, default update_timeout. Raises ServerFailed."""
+        """Send POST `path` with `body`. timeout: in seconds, default update_timeout. Raises ServerFailed."""
         return self._call("POST", path, body, timeout or self.settings.update_timeout)
 
     def version(self) -> str:

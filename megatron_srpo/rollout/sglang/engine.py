@@ -122,7 +122,7 @@ class SGLangEngine:
         self.generation.end_publication(self.layout.broadcast(states))
 
     def release_memory(self) -> None:
-        """With rollout.colocated, free the servers' GPU memory until the next update."""
+        """Free the servers' GPU memory until the next update, with rollout.colocated."""
         if self.settings.colocated:
             if self.publisher is not None:
                 self.publisher.release_memory()

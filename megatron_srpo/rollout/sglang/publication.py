@@ -216,7 +216,7 @@ class SharedMemory:
 
 
 class _Handle:
-    """Pickles as the tensor does, with the UUID of its GPU, whose number may differ for the reader."""
+    """A tensor, pickled with the UUID of its GPU, as the reader may number GPUs differently."""
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor

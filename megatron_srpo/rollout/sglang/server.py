@@ -18,7 +18,7 @@ from megatron_srpo.rollout.sglang.settings import SGLangSettings
 
 
 class SGLangServer(Server):
-    """`Server` by the HTTP API of SGLang."""
+    """`Server` with the HTTP API of SGLang."""
 
     @override
     def version(self) -> str:
@@ -44,7 +44,7 @@ class SGLangServer(Server):
 
 @dataclass(frozen=True, kw_only=True)
 class SGLangLaunch(Launch):
-    """Start SGLang servers by rollout.sglang.python."""
+    """Start SGLang servers with the interpreter rollout.sglang.python."""
 
     settings: SGLangSettings
     model: Path  # folder of the start model
