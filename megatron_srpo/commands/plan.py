@@ -9,6 +9,7 @@ HELP = "memory, time and traffic of a configuration, and better layouts; reads n
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the configuration, the machine, and the assumed speed and lengths."""
     add_config_arguments(parser)
     add = parser.add_argument
     add("--gpus", type=int, default=8, help="training processes, one per GPU (default 8)")
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Print the plan, and return its exit status."""
     from megatron_srpo.plan.command import plan
 
     return plan(load_config(arguments.config, arguments.overrides), arguments)

@@ -51,7 +51,7 @@ def test_inspect_shows_a_sample_token_by_token(run):
     )
     assert (
         "route sdpo" in text
-        and "the sibling its teacher was shown" in text
+        and "sibling shown to its teacher" in text
         and "Correctly solve the original question." in text
     )
     found = values[row["prompt"]["id"], row["index"]]

@@ -138,7 +138,7 @@ def test_another_evaluation_in_the_same_folder_is_refused(evaluation, command, t
     status, _, error = evaluation(
         folder, "evaluation.greedy=false", "evaluation.prompts=2", "evaluation.top_p=0.5"
     )
-    assert status == 2 and "holds an evaluation with other settings (evaluation)" in error
+    assert status == 2 and "holds an evaluation with different settings (evaluation)" in error
     for name in ("train", "sample"):
         status, _, error = command(
             name, ROOT / "examples/quickstart/config.yaml", f"hf_path={START}", f"logging.dir={folder}"
@@ -182,7 +182,7 @@ def test_answers_of_two_checkpoints_are_not_mixed(command, evaluation, tmp_path)
     status, _, error = evaluation(tmp_path / "a", *short)
     assert (
         status == 2
-        and "holds an evaluation with other settings (evaluation)" in error
+        and "holds an evaluation with different settings (evaluation)" in error
         and "step_000001" in error
     )
     assert evaluation(tmp_path / "a", *short, f"checkpoint={run / 'checkpoints/step_000001'}")[0] == 0
@@ -202,7 +202,7 @@ def test_answers_to_other_questions_are_not_reused(evaluation, words, tmp_path):
     file = tmp_path / "words.jsonl"
     file.write_text(file.read_text().replace('"none"', '"some"'))
     status, _, error = evaluation(*arguments)
-    assert status == 2 and "holds answers to other questions (first: words/test/w0)" in error
+    assert status == 2 and "holds answers to different questions (first: words/test/w0)" in error
 
 
 def test_a_run_may_resume_with_another_evaluation(command, tmp_path):
@@ -236,7 +236,7 @@ def test_tasks_do_not_share_a_file_of_answers(evaluation, tmp_path, name, split)
     status, _, error = evaluation(
         tmp_path / "run", tasks, f"evaluation.splits={split}", "evaluation.prompts=1"
     )
-    assert status == 2 and "would both keep their answers in" in error and name in error
+    assert status == 2 and "would both write their answers to" in error and name in error
     assert not (tmp_path / "run").exists()
 
 
@@ -273,7 +273,7 @@ def test_comparison(command, evaluation, tmp_path):
     del result["tasks"]["addition"]["questions"]["avg@4"]["addition/test/3"]
     (tmp_path / "b/result.json").write_text(json.dumps(result))
     status, _, error = command("compare", tmp_path / "a", tmp_path / "b")
-    assert status == 2 and "was asked other questions (1 differ, first addition/test/3)" in error
+    assert status == 2 and "has different questions (1 differ, first addition/test/3)" in error
     status, _, error = command("compare", tmp_path / "a", tmp_path / "nowhere")
     assert status == 2 and "the folder of a finished evaluation?" in error
 

@@ -350,9 +350,7 @@ def test_a_row_that_is_no_sample_is_left_out(folders, tmp_path):
     step_file(run, 2).write_text("\n".join([lines[0].replace('"reward"', '"score"'), *lines[1:]]))
     data = report_data([run], 10_000)
     assert len(data["samples"]) == STEPS * PROMPTS * GROUP - 1
-    assert data["notes"] == [
-        "run: step 2, sample 0: is no sample as runs dump them and left out: KeyError('reward')"
-    ]
+    assert data["notes"] == ["run: step 2, sample 0: is not a valid sample and left out: KeyError('reward')"]
 
 
 def test_fewer_samples_are_complete_steps_and_the_page_says_so(folders):
@@ -361,11 +359,9 @@ def test_fewer_samples_are_complete_steps_and_the_page_says_so(folders):
     assert len(steps) == 5 and {1, 11, 20} <= set(
         steps
     )  # those with token values, and others spread over the run
-    assert data["notes"] == [
-        "first: the samples of 5 of 20 steps are in this page; all are in its rollouts/."
-    ]
+    assert data["notes"] == ["first: this page has the samples of 5 of 20 steps; rollouts/ has all of them."]
 
 
 def test_what_is_no_run_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="is not a run's folder"):
+    with pytest.raises(ConfigError, match="is not a run folder"):
         report_data([tmp_path], 10)

@@ -31,7 +31,7 @@ def test_a_second_start_is_refused_until_the_first_is_gone(tmp_path, monkeypatch
     try:
         assert first.stdout.readline() == "held\n"
         with (
-            pytest.raises(ConfigError, match=f"process {first.pid} on .* works in this folder"),
+            pytest.raises(ConfigError, match=f"process {first.pid} on .* uses this folder"),
             run_lock.run_lock(tmp_path, LAYOUT),
         ):
             pass

@@ -101,7 +101,7 @@ def test_no_verifier_evaluates_a_string(pool):
     }
     verdicts = pool.verify(jobs(*texts))
     refused = [
-        verdict.verifier_failed is not None and "wanted to evaluate a string" in verdict.verifier_failed
+        verdict.verifier_failed is not None and "tried to evaluate a string" in verdict.verifier_failed
         for verdict in verdicts
     ]
     assert refused == list(texts.values())

@@ -116,7 +116,7 @@ def test_refusals(name, options, said):
 @pytest.mark.parametrize(
     "correct, said",
     [
-        (True, "takes nonsense for right"),
+        (True, "accepts wrong answers"),
         (False, "does not accept its own answers, or would evaluate them as code"),
     ],
 )

@@ -98,7 +98,7 @@ def test_own_class_from_the_example():
         ("x = 1", "expected one class with size, prompt and verify, found 0"),
         ("class A:\n def prompt(s): 0\n def verify(s): 0\nclass B(A): pass", "found 2"),
         ("class A:\n def prompt(s): 0\n def verify(s, a, t): 0", "A.verify must be a @staticmethod"),
-        ("class A:\n def prompt(s): 0\n @staticmethod\n def verify(a, t): 0", "A cannot be made with {}"),
+        ("class A:\n def prompt(s): 0\n @staticmethod\n def verify(a, t): 0", "A cannot be created with {}"),
     ],
 )
 def test_own_files_that_cannot_be_used(tmp_path, code, said):

@@ -140,7 +140,7 @@ def test_settings_that_contradict_are_refused_by_name(overrides, message):
         ),
         (
             ["rollout.sglang.python=/nowhere/python"],
-            "rollout.sglang.python: /nowhere/python is no interpreter",
+            "rollout.sglang.python: /nowhere/python is not an interpreter",
         ),
     ],
 )
