@@ -229,5 +229,5 @@ def test_cited_sections_of_the_method_exist():
 
 
 def test_configuration_page_is_current():
-    """Otherwise: python tools/generate_configuration.py"""
+    # If this fails: python tools/generate_configuration.py
     assert generate_configuration.PAGE.read_text(encoding="utf-8") == generate_configuration.page()

@@ -94,6 +94,7 @@ def _text(text: str) -> str:
 
 
 def main() -> int:
+    """Write the page, or compare it; return the exit status."""
     parser = argparse.ArgumentParser(description="Write docs/configuration.md from the schema.")
     parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
     options = parser.parse_args()

@@ -31,9 +31,9 @@ _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
 
 
 def published_row(row: dict[str, Any]) -> tuple[str, str]:
-    """Return (question, short answer) of a row as benchmarks publish it; ValueError names the field.
+    r"""Return (question, short answer) of a row as benchmarks publish it; ValueError names the field.
 
-    GSM8K's answer follows "####", Minerva's is the last \\boxed{} of its solution, OlympiadBench's a list.
+    GSM8K's answer follows "####", Minerva's is the last \boxed{} of its solution, OlympiadBench's a list.
     """
     texts = (row.get(field) for field in QUESTION_FIELDS)
     question = next((text for text in texts if isinstance(text, str) and text.strip()), None)
