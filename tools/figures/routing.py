@@ -14,11 +14,11 @@ from pathlib import Path
 from _svg import Drawing
 
 OUTPUT = Path(__file__).parents[2] / "docs" / "images" / "routing.svg"
-WIDTH, HEIGHT = 880, 440
+WIDTH, HEIGHT = 880, 424
 CORRECT = (True, False, False, True, False, True, False, False)  # the mixed group
 TEXT_WIDTHS = (118, 96, 126, 104, 122, 88, 110, 128)  # of the responses drawn as bars
 LEFT, TOP, ROW, SAMPLE_WIDTH = 24, 62, 29, 226
-BOX_LEFT, BOX_WIDTH = 512, 344
+BOX_LEFT, BOX_WIDTH = 446, 410
 TITLE = "Sample routing in SRPO"
 DESCRIPTION = (
     "In a group with both correct and failed samples, correct samples take the GRPO policy gradient and"
@@ -55,7 +55,7 @@ def _mixed_group(drawing: Drawing, policy: float, distillation: float) -> None:
         aim = (policy if correct else distillation) + 7 * (count[correct] - (1 if correct else 2))
         count[correct] += 1
         start = y + 11
-        curve = f"M{right + 6},{start} C{right + 130},{start} {BOX_LEFT - 130},{aim} {BOX_LEFT - 12},{aim}"
+        curve = f"M{right + 6},{start} C{right + 110},{start} {BOX_LEFT - 110},{aim} {BOX_LEFT - 12},{aim}"
         drawing.path(curve, color, 1.8, opacity="0.85")
         _arrow_head(drawing, BOX_LEFT - 3, aim, color)
     _sibling(drawing, right, distillation)
@@ -64,7 +64,7 @@ def _mixed_group(drawing: Drawing, policy: float, distillation: float) -> None:
 def _sibling(drawing: Drawing, right: float, distillation: float) -> None:
     """Draw the dashed arrow from a correct sample to the teacher."""
     start, aim = TOP + ROW * 3 + 16, distillation + 34
-    curve = f"M{right + 6},{start} C{right + 120},{start} {BOX_LEFT - 150},{aim} {BOX_LEFT - 12},{aim}"
+    curve = f"M{right + 6},{start} C{right + 100},{start} {BOX_LEFT - 120},{aim} {BOX_LEFT - 12},{aim}"
     drawing.path(curve, "green", 1.6, stroke_dasharray="5 4")
     _arrow_head(drawing, BOX_LEFT - 3, aim, "green")
 
@@ -74,7 +74,7 @@ def _sample(drawing: Drawing, y: float, place: int, correct: bool) -> None:
     drawing.rect(LEFT, y, SAMPLE_WIDTH, 22, 6, class_=f"s s-{color}", stroke_width="1.4")
     drawing.text(LEFT + 10, y + 15.5, f"sample {place + 1}", size=13)
     width = TEXT_WIDTHS[place]
-    drawing.path(f"M{LEFT + 76},{y + 11} h{width - 8}", "line", 6, stroke_linecap="round")
+    drawing.path(f"M{LEFT + 86},{y + 11} h{width - 20}", "line", 6, stroke_linecap="round")
     _mark(drawing, LEFT + SAMPLE_WIDTH - 15, y + 11, correct)
 
 
