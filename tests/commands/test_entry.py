@@ -38,8 +38,8 @@ def test_answers_without_torch(arguments):
     assert run(sys.executable, "-c", PROBE, *arguments, cwd=ROOT).splitlines()[-1] == "[]"
 
 
-def test_a_configuration_error_is_told_without_torch(tmp_path):
-    """The first rank prints it at once; only the other ranks, which wait, import what waits."""
+def test_a_wrong_configuration_is_reported_without_torch(tmp_path):
+    """What is wrong with the file's keys is known before anything that needs torch is imported."""
     file = tmp_path / "config.yaml"
     file.write_text("modell: {}\n")
     code = "import sys; from megatron_srpo.__main__ import main; status = main();"
