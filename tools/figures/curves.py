@@ -24,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
@@ -51,6 +51,7 @@ class Run(NamedTuple):
 
 
 Scores = dict[int, float]  # by training step
+Place = Callable[[float, float], tuple[float, float]]  # (step, score) → pixels
 Series = dict[str, list[Scores]]  # by method: one a seed
 
 
@@ -179,7 +180,7 @@ def _range(series: Series) -> tuple[float, float]:
     return int(min(values) * 10) / 10, min(1.0, (int(max(values) * 10) + 1) / 10)
 
 
-def _axes(drawing: Drawing, place, low: float, high: float) -> None:
+def _axes(drawing: Drawing, place: Place, low: float, high: float) -> None:
     for number in range(round(low * 10), round(high * 10) + 1):
         _, y = place(0, number / 10)
         drawing.path(f"M{LEFT},{y:.1f} H{RIGHT}", "line", 1)
@@ -192,8 +193,9 @@ def _axes(drawing: Drawing, place, low: float, high: float) -> None:
         (LEFT + RIGHT) / 2, HEIGHT - 12, "training step (128 samples each)", size=14, text_anchor="middle"
     )
     middle = (TOP + BOTTOM) / 2
-    turned = {"text_anchor": "middle", "transform": f"rotate(-90 20 {middle})"}
-    drawing.text(20, middle, "avg@4 on 128 held-out questions", size=14, **turned)
+    turned = f"rotate(-90 20 {middle})"
+    label = "avg@4 on 128 held-out questions"
+    drawing.text(20, middle, label, size=14, text_anchor="middle", transform=turned)
 
 
 def _legend(drawing: Drawing, series: Series) -> None:
