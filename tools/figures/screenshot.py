@@ -2,10 +2,11 @@
 
     python tools/figures/screenshot.py [--runs FOLDER] [--output FILE]
 
-Trains examples/quickstart/config.yaml for ten steps, with the token values of steps 1, 4, 7 and 10 dumped,
-makes the run's report, opens it at 1280 × 800 pixels with a distilled sample of step 1 selected and the
-pointer on the token of the highest divergence, and photographs the sample browser. A finished run under
---runs is used again.
+Trains examples/quickstart/config.yaml for ten steps, with the token values of steps 1, 3, 6 and 9 dumped,
+makes the run's report, opens it at 1280 × 800 pixels, and takes a picture of the sample browser: of the
+distilled samples of step 6 that calculate in steps, the one with the highest mean divergence is open, with
+the pointer on its token of the highest divergence. The token's box is moved to where it covers no text. A
+finished run under --runs is used again.
 """
 
 from __future__ import annotations
@@ -24,18 +25,21 @@ from megatron_srpo.observe.report import write_report
 ROOT = Path(__file__).parents[2]
 WIDTH, HEIGHT = 1280, 800
 STEPS = 10
-# Appended to the page. Distilled samples with token values; the samples alone, without runs and curves.
-PROBE = """
-document.querySelector('[data-name="highest divergence"]').click();
-document.getElementById("step").value = "1";
-document.getElementById("step").dispatchEvent(new Event("change"));
+# Appended to the page. Only the browser of samples is left of it.
+PROBE = """{
 for (const node of document.querySelectorAll('header, #runs, #alarms, [aria-label="Curves"], #notes'))
   node.style.display = "none";
-const tokens = [...document.querySelectorAll("#sample .token")];
-const divergence = current.values.divergence;
+document.querySelector('[data-name="highest divergence"]').click();
+byId("step").value = "6";
+select();
+open(shown.find((sample) => sample.text.startsWith("Steps")), false);
+const { divergence } = current.values;
 const highest = divergence.indexOf(Math.max(...divergence));
-tokens[highest].dispatchEvent(new PointerEvent("pointerenter"));
-"""
+const token = document.querySelectorAll("#sample .token")[highest];
+token.dispatchEvent(new PointerEvent("pointerenter"));
+tip.style.left = "840px";
+tip.style.top = `${token.getBoundingClientRect().bottom + 8}px`;
+}"""
 
 
 def main() -> None:
