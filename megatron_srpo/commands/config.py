@@ -160,11 +160,12 @@ def check(path: Path, overrides: list[str], processes: int | None) -> str:
 
     Without `processes`, the run has as few as its layout needs.
     """
-    from megatron_srpo.preflight import preflight
-
     if processes is not None and processes < 1:
         raise ConfigError(f"--processes: {processes}; expected 1 or more")
     config = load_config(path, overrides)
+
+    from megatron_srpo.preflight import preflight  # torch, which an error above does not wait for
+
     parallel, rollout, steps = config.parallel, config.rollout, config.train.steps
     experts = parallel.expert_tensor_size * parallel.expert_model_parallel_size
     experts *= parallel.pipeline_model_parallel_size
