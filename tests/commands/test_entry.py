@@ -62,7 +62,7 @@ def test_completion_is_argcompletes(tmp_path):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """The wheel, built from a copy of the sources: setuptools leaves build/ where it works."""
+    """Build the wheel from a copy of the sources: setuptools leaves build/ where it works."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
@@ -77,7 +77,7 @@ def wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory) -> Path:
-    """An environment with the wheel; its dependencies are those of this interpreter, by a .pth file."""
+    """Install the wheel into an empty environment; its dependencies are those of this interpreter, by a .pth file."""
     venv = tmp_path_factory.mktemp("installed") / "venv"
     run(sys.executable, "-m", "venv", "--without-pip", venv)
     pip = [sys.executable, "-m", "pip", "--python", venv / "bin" / "python", "--disable-pip-version-check"]

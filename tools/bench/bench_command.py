@@ -52,6 +52,7 @@ def run(command: list[str]) -> tuple[float, int]:
 
 
 def imports_torch(arguments: list[str]) -> bool:
+    """Return True if the command with these arguments imports torch."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "found"
         run([sys.executable, "-c", CHECK, str(file), *arguments])
@@ -67,11 +68,13 @@ def measure(name: str, command: list[str], rounds: int) -> Row:
 
 
 def format_row(row: Row) -> str:
+    """Return the line to print."""
     torch = ", imports torch" if row["imports_torch"] else ""
     return f"{row['name']:>16}  {row['seconds']:6.3f} s  {row['extra_bytes'] / 2**20:5.0f} MiB{torch}"
 
 
 def main() -> None:
+    """Measure every command, and publish the rows."""
     options = make_parser(__doc__, rounds=5).parse_args()
     rows = [measure("python -c pass", [sys.executable, "-c", "pass"], options.rounds)]
     rows[0]["imports_torch"] = False

@@ -42,11 +42,14 @@ LEFT, RIGHT, TOP, BOTTOM = 66, 740, 62, 384  # of the plot
 
 
 class Run(NamedTuple):
+    """One training run of the figure."""
+
     method: str
     rate: str
     seed: int
 
     def folder(self, runs: Path) -> Path:
+        """Return the run folder, in which an earlier call may have left the finished run."""
         return runs / f"{self.method}-lr{self.rate}-seed{self.seed}"
 
 
@@ -56,6 +59,7 @@ Series = dict[str, list[Scores]]  # by method: one a seed
 
 
 def main() -> None:
+    """Train what is missing, draw the figure, and print the final scores."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
     add("--runs", type=Path, default=ROOT / "runs" / "figures", metavar="FOLDER", help="default: %(default)s")

@@ -18,6 +18,7 @@ GROUNDS = {"light": "#ffffff", "dark": "#0d1117"}  # GitHub's
 
 
 def main() -> None:
+    """Write two pictures of every file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="SVG")
     parser.add_argument("--folder", type=Path, default=Path("runs/figures/preview"), help="%(default)s")

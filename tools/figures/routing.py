@@ -28,12 +28,14 @@ DESCRIPTION = (
 
 
 def main() -> None:
+    """Write the figure."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FILE", help="default: %(default)s")
     draw().save(parser.parse_args().output)
 
 
 def draw() -> Drawing:
+    """Draw one mixed group with its two outcomes, and one group without a correct sample."""
     drawing = Drawing(WIDTH, HEIGHT, TITLE, DESCRIPTION)
     drawing.text(LEFT, 28, "One prompt, a group of eight samples", bold=True, size=16)
     drawing.text(LEFT, 48, "each judged by a verifier: reward 1 or 0", "quiet", 13.5)

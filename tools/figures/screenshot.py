@@ -43,6 +43,7 @@ tip.style.top = `${token.getBoundingClientRect().bottom + 8}px`;
 
 
 def main() -> None:
+    """Train the run unless it is there, and photograph its report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
     add("--runs", type=Path, default=ROOT / "runs" / "figures", metavar="FOLDER", help="default: %(default)s")
