@@ -39,7 +39,7 @@ def test_answers_without_torch(arguments):
 
 
 def test_a_wrong_configuration_is_reported_without_torch(tmp_path):
-    """What is wrong with the file's keys is known before anything that needs torch is imported."""
+    # Wrong keys of the file are reported before anything that needs torch is imported.
     file = tmp_path / "config.yaml"
     file.write_text("modell: {}\n")
     code = "import sys; from megatron_srpo.__main__ import main; status = main();"
@@ -77,7 +77,7 @@ def wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory) -> Path:
-    """Install the wheel into an empty environment; its dependencies are those of this interpreter, by a .pth file."""
+    """Install the wheel into an empty environment; a .pth file adds this interpreter's packages."""
     venv = tmp_path_factory.mktemp("installed") / "venv"
     run(sys.executable, "-m", "venv", "--without-pip", venv)
     pip = [sys.executable, "-m", "pip", "--python", venv / "bin" / "python", "--disable-pip-version-check"]
