@@ -4,7 +4,8 @@
 
 Each command runs in a process of its own, whose files have been read once before; `seconds` is the median
 of the rounds. The first row is the interpreter alone, and `ratio` is to it. `extra_bytes` is the process's
-peak resident memory, `imports_torch` says whether it has imported torch.
+peak resident memory, `imports_torch` says whether it has imported torch, and `load` is the machine's load
+average of the minute before.
 """
 
 from __future__ import annotations
@@ -73,13 +74,14 @@ def format_row(row: Row) -> str:
 
 def main() -> None:
     options = make_parser(__doc__, rounds=5).parse_args()
+    shape = {"rounds": options.rounds, "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1)}
     rows = [measure("python -c pass", [sys.executable, "-c", "pass"], options.rounds)]
     rows[0]["imports_torch"] = False
     for name, arguments in COMMANDS.items():
         row = measure(f"srpo {name}", [*SRPO, *arguments], options.rounds)
         rows.append(row | {"imports_torch": imports_torch(arguments)})
     add_ratios(rows)
-    publish(options, cpu_name(), {"rounds": options.rounds}, rows, format_row)
+    publish(options, cpu_name(), shape, rows, format_row)
 
 
 if __name__ == "__main__":
