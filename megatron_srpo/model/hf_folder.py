@@ -62,9 +62,10 @@ class HFFolder:
         The first rank also compares what is read here with what transformers reads.
         """
         _ = self.file_of
-        _ = self.stop_ids
-        if rank_from_environment() == 0:
+        if is_first := rank_from_environment() == 0:
             self.check_weights()
+        _ = self.stop_ids
+        if is_first:
             check_tokens(self.path, self.tokenizer)
             check_turn_end(self.path, self.tokenizer, self.stop_ids)
 
@@ -148,7 +149,7 @@ class HFFolder:
 
         As in transformers, config.json's is used where generation_config.json has none.
         """
-        ids = {self.tokenizer.eos_token_id}
+        ids: set[int] = set()
         for name in ("generation_config.json", "config.json"):
             file = self.path / name
             given = read_json(file).get("eos_token_id") if file.exists() else None
@@ -159,7 +160,7 @@ class HFFolder:
                 ids.add(token)
             if given is not None:
                 break
-        return tuple(sorted(ids))
+        return tuple(sorted({*ids, self.tokenizer.eos_token_id}))
 
     def encode(self, messages: list[dict[str, str]], enable_thinking: bool = False) -> list[int]:
         """Return the token ids of chat messages, with the assistant's generation header."""

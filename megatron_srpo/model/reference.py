@@ -79,23 +79,29 @@ def check_tokens(folder: Path, tokenizer: Any) -> None:
     specials = [token.content for token in stored.get_added_tokens_decoder().values()]
     named = dict.fromkeys([*specials, *tokenizer.all_special_tokens])
     chat = _chat(tokenizer) or ""
+    hint = f"is tokenizer_class in tokenizer_config.json right? It was loaded as {type(tokenizer).__name__}"
     for text in (*TEXTS, chat, *(f"a {token} b{token}\n" for token in named)):
-        ids = stored.encode(text, add_special_tokens=False).ids
-        found = list(tokenizer(text, add_special_tokens=False).input_ids)
-        own, other = stored.decode(ids, skip_special_tokens=False), tokenizer.decode(ids)
-        pairs = zip([*ids, None], [*found, None], strict=False)
-        place = next((place for place, pair in enumerate(pairs) if pair[0] != pair[1]), None)
-        if place is not None:
-            both = f"{ids[place : place + 4]}… by tokenizer.json, {found[place : place + 4]}…"
-            fault = f"has ids {both} by transformers' AutoTokenizer, from position {place} on"
-        elif own != other:
-            fault = f"is decoded as {own!r} by tokenizer.json, as {other!r} by transformers' AutoTokenizer"
-        else:
-            continue
-        hint = (
-            f"is tokenizer_class in tokenizer_config.json right? It was loaded as {type(tokenizer).__name__}"
-        )
-        raise FolderError(f"{folder}: the text {text!r} {fault}; {hint}")
+        try:
+            fault = _difference(stored, tokenizer, text)
+        except Exception as error:  # tokenizers raises nothing more special
+            fault = f"cannot be encoded: {_one_line(error)}"
+        if fault is not None:
+            raise FolderError(f"{folder}: the text {text!r} {fault}; {hint}")
+
+
+def _difference(stored: Any, tokenizer: Any, text: str) -> str | None:
+    """Return how tokenizer.json and AutoTokenizer differ in encoding `text` or decoding its ids."""
+    ids = stored.encode(text, add_special_tokens=False).ids
+    found = list(tokenizer(text, add_special_tokens=False).input_ids)
+    pairs = zip([*ids, None], [*found, None], strict=False)
+    place = next((place for place, (own, other) in enumerate(pairs) if own != other), None)
+    if place is not None:
+        both = f"{ids[place : place + 4]}… by tokenizer.json, {found[place : place + 4]}…"
+        return f"has ids {both} by transformers' AutoTokenizer, from position {place} on"
+    own, other = stored.decode(ids, skip_special_tokens=False), tokenizer.decode(ids)
+    if own != other:
+        return f"is decoded as {own!r} by tokenizer.json, as {other!r} by transformers' AutoTokenizer"
+    return None
 
 
 def check_turn_end(folder: Path, tokenizer: Any, stop_ids: tuple[int, ...]) -> None:
