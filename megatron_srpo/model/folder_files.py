@@ -56,7 +56,7 @@ def read_text(file: Path) -> str:
             raise FolderError(f"{file} cannot be read: it has {size} bytes, expected at most {_MAX_BYTES}")
         data = file.read_bytes()
         if data.startswith(codecs.BOM_UTF8):
-            problem = "it begins with a byte order mark, which transformers does not accept"
+            problem = "it begins with a byte order mark"
             raise FolderError(f"{file} cannot be read: {problem}; save it as UTF-8 without one")
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
