@@ -333,6 +333,21 @@ def test_wrong_types_in_config(tied):
     assert refused > len(keys)
 
 
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "generation_config.json"])
+def test_wrong_types_beside_config(tied, file):
+    content = json.loads((tied / file).read_text())
+    keys = [*content, "chat_template", "added_tokens_decoder", "auto_map", "tokenizer_class", "bos_token"]
+    for key in keys:
+        for value in [True, -1, "x", ["x"], {"a": [1]}]:
+            (tied / file).write_text(json.dumps({**content, key: value}))
+            folder = HFFolder(tied)
+            try:
+                folder.validate()
+                folder.encode([{"role": "user", "content": "x"}])
+            except FolderError as error:
+                assert str(tied) in str(error), (key, value)
+
+
 # ---- links ----
 
 
