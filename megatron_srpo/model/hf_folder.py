@@ -19,7 +19,7 @@ FLOATS = ("F32", "BF16", "F16")  # dtypes of weights, by safetensors' names
 
 
 class _Header(NamedTuple):
-    """Where a tensor is stored, and as what."""
+    """Location, shape and dtype of a stored tensor."""
 
     file: Path
     shape: tuple[int, ...]
