@@ -2,12 +2,13 @@
 
 import argparse
 import importlib
+import io
 import logging
 import os
 import sys
 import warnings
 
-from megatron_srpo.commands.common import is_first_rank
+from megatron_srpo.commands.common import Parser, is_first_rank
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.distributed.files import FileError
 from megatron_srpo.distributed.processes import rank_from_environment, wait_for_first_rank
@@ -20,6 +21,9 @@ def main() -> int:
 
     0; 1: stopped; 2: wrong configuration or file; 75: exited on request, can be resumed; 130: Ctrl-C.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a pipe's encoding may be ASCII: · becomes ?
+            stream.reconfigure(errors="replace")
     arguments = command_line().parse_args()
     quieten_libraries()
     try:
@@ -48,7 +52,7 @@ def main() -> int:
 
 def command_line() -> argparse.ArgumentParser:
     """Build the parser of all commands; the chosen one's function is in `arguments.run`."""
-    parser = argparse.ArgumentParser("srpo", description="Sample-Routed Policy Optimization on megatron-core")
+    parser = Parser("srpo", description="Sample-Routed Policy Optimization on megatron-core")
     subparsers = parser.add_subparsers(dest="command", required=True)
     for name in COMMANDS:
         module = importlib.import_module(f"megatron_srpo.commands.{name}")

