@@ -65,10 +65,12 @@ class Parser(argparse.ArgumentParser):
         command.error(message)
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+def add_config_arguments(
+    parser: argparse.ArgumentParser, help_text: str = "YAML file, see examples/"
+) -> None:
     """Add CONFIG.yaml and its overrides."""
-    parser.add_argument("config", type=Path, help="YAML file, see examples/")
-    add_overrides(parser, "settings that replace the file's; before the options")
+    parser.add_argument("config", type=Path, help=help_text)
+    add_overrides(parser, "settings that replace the file's")
 
 
 def add_overrides(parser: argparse.ArgumentParser, help_text: str) -> None:

@@ -3,13 +3,14 @@
 import argparse
 
 from megatron_srpo.commands.common import add_config_arguments
-from megatron_srpo.config.load import load_config
 
 HELP = "memory, time and traffic of a configuration, and better layouts; reads no weights"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config_arguments(parser)
+    add_config_arguments(
+        parser, "YAML file; or a model: its folder, its config.json or a name, Qwen/Qwen3-8B"
+    )
     add = parser.add_argument
     add("--gpus", type=int, default=8, help="training processes, one per GPU (default 8)")
     add("--machine", default="h100", help="h100 (default), h200, h20, a100 or cpu")
@@ -25,4 +26,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from megatron_srpo.plan.command import plan
 
-    return plan(load_config(arguments.config, arguments.overrides), arguments)
+    return plan(arguments)
