@@ -44,6 +44,7 @@ setup(
             "tensorboard>=2.16",
             "triton>=3.2; sys_platform == 'linux'",
         ],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "ruff>=0.9"],
         "te": ["transformer-engine[pytorch]>=2.0"],
         "tasks": ["math-verify>=0.9", "reasoning-gym>=0.1.25"],  # the second brings 320 MB
         "tensorboard": ["tensorboard>=2.16"],

@@ -1,4 +1,8 @@
-"""The command line: `srpo` or `python -m megatron_srpo`, under torchrun for more than one process."""
+# PYTHON_ARGCOMPLETE_OK
+"""The command line: `srpo` or `python -m megatron_srpo`, under torchrun for more than one process.
+
+Nothing here imports torch before a command that needs it runs, so that `--help` and `config` are quick.
+"""
 
 import argparse
 import importlib
@@ -11,7 +15,6 @@ import warnings
 from megatron_srpo.commands.common import Parser, is_first_rank
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.distributed.files import FileError
-from megatron_srpo.distributed.processes import rank_from_environment, wait_for_first_rank
 
 COMMANDS = ("train", "sample", "eval", "plan", "compare", "report", "inspect", "config")
 
@@ -24,7 +27,10 @@ def main() -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a pipe's encoding may be ASCII: · becomes ?
             stream.reconfigure(errors="replace")
-    arguments = command_line().parse_args()
+    parser = command_line()
+    if "_ARGCOMPLETE" in os.environ:  # set by the shell function that argcomplete registers
+        importlib.import_module("argcomplete").autocomplete(parser)
+    arguments = parser.parse_args()
     quieten_libraries()
     try:
         status = arguments.run(arguments)
@@ -36,7 +42,10 @@ def main() -> int:
         if is_first_rank():
             kind = "configuration error" if isinstance(error, ConfigError) else "error"
             print(f"{kind}: {error}", file=sys.stderr, flush=True)
-        wait_for_first_rank(rank_from_environment())
+        else:
+            from megatron_srpo.distributed.processes import rank_from_environment, wait_for_first_rank
+
+            wait_for_first_rank(rank_from_environment())
         status = 2
     except Exception as error:
         if not _has_peers():

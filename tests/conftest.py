@@ -1,8 +1,8 @@
-"""Before anything imports Triton: without a GPU its kernels are interpreted
-(tests/vocab_parallel/test_triton.py).
+"""Set up torch before anything imports Triton.
 
-With one, fp32 products are fp32: NVIDIA's images set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which rounds their
-factors to 10 bits.
+Without a GPU, Triton's kernels are interpreted (tests/vocab_parallel/test_triton.py). With one, fp32 products
+are computed in fp32: NVIDIA's images set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which rounds their factors to 10
+bits.
 """
 
 import gc
@@ -17,12 +17,13 @@ else:
 
 
 def pytest_collection_finish():
-    """What has been imported by now is not garbage: every run of a trainer looks for some when it ends, 0.3
-    s each time.
+    """Exclude all objects imported so far from garbage collection.
+
+    Every run of a trainer collects garbage when it ends, which takes 0.3 s each time with them.
     """
     gc.freeze()
 
 
 def pytest_unconfigure():
-    """At the end of the process it is."""
+    """Undo the freeze at the end of the process."""
     gc.unfreeze()

@@ -1,5 +1,6 @@
-"""The examples for clusters: their configurations load and fit the hardware they name, their scripts and
-manifest are well-formed.
+"""Test the examples for clusters.
+
+Their configurations load and fit the hardware that they name; their scripts and manifest are well-formed.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ VARIANTS = {
 
 
 def load(name: str, tmp_path: Path, *overrides: str) -> Config:
-    """The example's configuration for a folder that holds config.json alone."""
+    """Return the example's configuration for a folder that holds config.json alone."""
     model, file = tmp_path / "model", EXAMPLES / name / "config.yaml"
     model.mkdir(exist_ok=True)
     (model / "config.json").write_text(json.dumps(MODELS[name][2]))
@@ -83,9 +84,8 @@ def load(name: str, tmp_path: Path, *overrides: str) -> Config:
 @pytest.mark.parametrize("variant", list(VARIANTS))
 @pytest.mark.parametrize("name", list(MODELS))
 def test_example_fits(name, variant, tmp_path):
-    """Each algorithm on the GPUs the README names, with the paper's learning rate and mini-batch, and a GB
-    in ten to spare.
-    """
+    # Each algorithm on the GPUs that the README names, with the paper's learning rate and mini-batch, and 10
+    # % of memory to spare.
     overrides, lr, mini_batch = VARIANTS[variant]
     config, (gpus, parameters, _) = load(name, tmp_path, *overrides), MODELS[name]
     architecture, machine = HFFolder(config.model.hf_path).architecture, MACHINES["h100"]
@@ -113,7 +113,7 @@ def test_scripts_are_bash():
 
 
 def test_manifest():
-    """A PyTorchJob of equal nodes, whose container has the operator's name and whose example exists."""
+    # A PyTorchJob of equal nodes, whose container has the operator's name and whose example exists.
     job = yaml.safe_load((EXAMPLES / "cluster" / "pytorchjob.yaml").read_text())
     nodes = job["spec"]["pytorchReplicaSpecs"]
     assert job["kind"] == "PyTorchJob" and set(nodes) == {"Master", "Worker"}
@@ -128,7 +128,7 @@ def test_manifest():
 FAKES = {
     "scontrol": 'if [ "$1" = show ]; then printf "a\\nb\\nc\\n"; else echo "$@" >>"$LOG"; fi',
     "srun": """printf "%s\\n" "$*" >>"$LOG"; [ "$SRUN_CPUS_PER_TASK" = 64 ] || exit 3
-case "$*" in *torchrun.py*) # the training's: it lasts until the servers have had their warning
+case "$*" in *torchrun.py*) # training: it runs until the servers have received the warning
     until [ "$(grep -c outlives "$LOG")" -ge 2 ] || [ "$SECONDS" -ge 60 ]; do command -p sleep 0.1; done
     exit "$LEFT";;
 esac
@@ -141,9 +141,8 @@ exec "$@\"""",
 
 @pytest.mark.parametrize("left", [0, 1, 75])
 def test_slurm_job(tmp_path, left):
-    """Two nodes train, one samples; the job is requeued when the run left with 75, and then only. srun and
-    scontrol are stand-ins.
-    """
+    # Two nodes train, one samples; the job is requeued if and only if the run exits with 75. srun and
+    # scontrol are stubs.
     for name, text in FAKES.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
@@ -177,8 +176,8 @@ def test_slurm_job(tmp_path, left):
     assert "rollout.urls=[http://c:30000,http://c:30004]" in training and training.endswith("train.seed=3")
 
 
-def test_torchrun_hands_on_the_status():
-    """75, where torchrun itself says 1; SIGUSR1 does not end it."""
+def test_torchrun_returns_the_status():
+    # 75, where torchrun itself returns 1; SIGUSR1 does not end it.
     program = "import os, signal, sys; os.kill(os.getppid(), signal.SIGUSR1); sys.exit(75)"
     command = [
         sys.executable,
@@ -195,9 +194,8 @@ def test_torchrun_hands_on_the_status():
 
 
 def test_torchrun_gives_the_ranks_their_time():
-    """SIGTERM to it alone: the rank leaves when it has saved itself, and with 75, which torchrun's own way
-    of ending would lose.
-    """
+    # SIGTERM to this process alone: the rank exits when it has saved, and with 75, which torchrun's own
+    # shutdown would lose.
     program = """import os, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: (time.sleep(2), sys.exit(75)))
 os.kill(os.getppid(), signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""tools/install.sh with a stand-in for Python: nothing is downloaded."""
+"""Test tools/install.sh with a stub for Python: nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -7,29 +7,35 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# venv leaves an interpreter without pip where ensurepip is missing, as on Debian, and one with it where
-# $WHOLE is there
+# venv leaves an interpreter without pip where ensurepip is missing, as on Debian, and one with pip where the
+# file $HAS_ENSUREPIP exists
 FAKE = """#!/usr/bin/env bash
 case "$*" in
 -m\\ venv*)
     mkdir -p "$3/bin"
-    printf '#!/usr/bin/env bash\\necho "$*" >>"$LOG"; [ -e "$WHOLE" ]\\n' >"$3/bin/python"
+    printf '#!/usr/bin/env bash\\necho "$*" >>"$LOG"; [ -e "$HAS_ENSUREPIP" ]\\n' >"$3/bin/python"
     chmod +x "$3/bin/python"
-    [ -e "$WHOLE" ] ;;
+    [ -e "$HAS_ENSUREPIP" ] ;;
 esac
 """
 
 
 def test_a_folder_with_a_space_after_a_first_attempt_without_ensurepip(tmp_path):
-    """What python3-venv was missing for is made when it is there, and every package goes into that folder."""
-    python, whole, venv, log = tmp_path / "python", tmp_path / "whole", tmp_path / "my venv", tmp_path / "log"
+    # The first attempt lacks python3-venv; once it is there, the environment is completed, and every package
+    # is installed into that folder.
+    python, ensurepip, venv, log = (
+        tmp_path / "python",
+        tmp_path / "ensurepip",
+        tmp_path / "my venv",
+        tmp_path / "log",
+    )
     python.write_text(FAKE)
     python.chmod(0o755)
-    environment = os.environ | {"PYTHON": str(python), "WHOLE": str(whole), "LOG": str(log)}
+    environment = os.environ | {"PYTHON": str(python), "HAS_ENSUREPIP": str(ensurepip), "LOG": str(log)}
     command = ["bash", "tools/install.sh", str(venv), "test"]
     assert subprocess.run(command, cwd=ROOT, env=environment, capture_output=True).returncode == 1
     (venv / "bin" / "python").write_text("#!/usr/bin/env bash\nexit 1\n")  # without pip
-    whole.touch()
+    ensurepip.touch()
     assert subprocess.run(command, cwd=ROOT, env=environment, capture_output=True).returncode == 0
     assert [line.split()[-1] for line in log.read_text().splitlines() if "install" in line] == [
         "torch==2.13.0",

@@ -1,5 +1,6 @@
-"""What one process does in a step when there are 64 of them: no messages, bytes or files that grow with the
-ranks beyond what must.
+"""Test the work of one process in a step of 64 ranks.
+
+Messages, bytes and files must not grow with the number of ranks more than necessary.
 
 The ranks are simulated, one at a time: collectives are counted and do nothing.
 """
@@ -30,7 +31,7 @@ PROMPTS = 64  # of a step: one a rank, where there are 64
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """(folder, configuration, routed groups of a step)."""
+    """Return (folder, configuration, routed groups of a step)."""
     root = tmp_path_factory.mktemp("ranks")
     model = make_model()
     folder = HFFolder(save_folder(root / "hf", model))
@@ -58,7 +59,7 @@ def samples_of(groups):
 
 @pytest.mark.parametrize("ranks", [4, 64])
 def test_exchange(start, ranks):
-    """One message a rank, of its own share; what comes back is the batch, in order, on however many ranks."""
+    # One message per rank, with its own share; the result is the batch, in order, on any number of ranks.
     groups = start[2]
     own = {rank: groups[rank::ranks] for rank in range(ranks)}
     sent: dict[int, list[bytes]] = {}
@@ -77,11 +78,11 @@ def test_exchange(start, ranks):
     assert all(len(messages) == 1 for messages in sent.values())
     lines = sum(len(sample.model_dump_json().encode()) + 1 for sample in samples_of(groups))
     brackets = 2 * (len(groups) + ranks)
-    assert sum(map(len, payloads)) <= lines + brackets  # all that travels is the batch
+    assert sum(map(len, payloads)) <= lines + brackets  # only the batch is sent
 
 
 def test_packing_builds_only_what_its_rank_trains(start, monkeypatch):
-    """No collective, and tensors for this rank's sequences alone."""
+    # No collective, and tensors for this rank's sequences alone.
     built, build = [], packing.micro_batch
     monkeypatch.setattr(
         packing,
@@ -100,7 +101,7 @@ def test_packing_builds_only_what_its_rank_trains(start, monkeypatch):
 
 
 def test_ledger_writes_do_not_grow(start, tmp_path):
-    """Every rank writes the samples that it made itself, and nothing else."""
+    # Every rank writes the samples that it made itself, and nothing else.
     groups, written = start[2], []
     for ranks in (4, 64):
         for rank in (0, ranks - 1):
@@ -117,7 +118,10 @@ def test_ledger_writes_do_not_grow(start, tmp_path):
 
 
 def collectives_of_a_step(start, ranks: int) -> list[tuple[str, int]]:
-    """Of a whole update, the teacher, the stop request and an export, on a rank in the middle."""
+    """Return the collectives of a complete update on a rank in the middle.
+
+    With the teacher, the stop request and an export.
+    """
     folder, config, groups = start
     with simulated(ranks // 2, ranks) as layout:
         trainer = Trainer(TrainerSettings.of(config), folder, layout)
@@ -132,7 +136,7 @@ def collectives_of_a_step(start, ranks: int) -> list[tuple[str, int]]:
 
 
 def test_collectives_of_a_step_do_not_grow(start):
-    """As many on 64 ranks as on 4, each of the same size but for the parts of what is shared out."""
+    # As many on 64 ranks as on 4, each of the same size except for the parts of what is shared out.
     few, many = collectives_of_a_step(start, 4), collectives_of_a_step(start, 64)
     assert [name for name, _ in many] == [name for name, _ in few]
     for (name, before), (_, after) in zip(few, many, strict=True):
@@ -142,7 +146,7 @@ def test_collectives_of_a_step_do_not_grow(start):
 
 
 def test_export_talks_within_a_replica(start):
-    """A rank's part in publishing is the model, once, however many replicas there are."""
+    # A rank's part in publishing is the model, once, for any number of replicas.
     folder, config, _ = start
     counts = []
     for ranks in (4, 64):

@@ -1,4 +1,4 @@
-"""A short tests/helpers/multinode.py, where this machine lets us make two hosts."""
+"""Run tests/helpers/multinode.py briefly, where this machine permits two simulated hosts."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import multinode
 import pytest
 
 
-def test_a_cut_cable_ends_the_run_and_the_same_command_goes_on(tmp_path, monkeypatch):
-    """Four steps on two hosts, cut off after the second."""
+def test_a_cut_cable_ends_the_run_and_the_same_command_resumes(tmp_path, monkeypatch):
+    # Four steps on two hosts, cut off after the second.
     if reason := multinode.why_not():
         pytest.skip(reason)
     monkeypatch.setattr(multinode, "TIMEOUT", 8)

@@ -1,4 +1,4 @@
-"""The quick start as a user runs it, without the installation."""
+"""Run the quick start as a user does, without the installation."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_srpo_learns_addition(tmp_path):
-    """30 steps of examples/quickstart/config.yaml: from about 0.49 to at least 0.80 at temperature 1, engine
-    and trainer agreeing.
-    """
+    # 30 steps of examples/quickstart/config.yaml: from about 0.49 to at least 0.80 at temperature 1, while
+    # engine and trainer agree.
     run = tmp_path / "run"
     command = [
         sys.executable,
@@ -42,7 +41,7 @@ def test_srpo_learns_addition(tmp_path):
     assert max(row["engine_logprob_gap_max"] for row in steps) < 1e-4
     assert (
         steps[0]["sdpo_sample_share"] > 0.3 > steps[-1]["sdpo_sample_share"]
-    )  # the share fades as failures do
+    )  # the share falls with the failures
     assert f"{scores[0]:.3f} before, {scores[-1]:.3f} after" in done.stdout and str(
         run
     ) in done.stdout.replace("\n", "")

@@ -1,4 +1,4 @@
-"""The command line in this process: what it refuses before any work, how it stops, what a run leaves."""
+"""Test the command line in this process: early refusals, interruptions, and the run folder."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 import yaml
 from rollouts import write_rollouts
 from samples import sample_rows
+from tables import each_row
 from tiny import make_model, save_folder
 
 from megatron_srpo.__main__ import main
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """A start model, two dumped steps and a configuration file for them."""
+    """Write a start model, two dumped steps and a configuration file for them."""
     root = tmp_path_factory.mktemp("train")
     model = make_model()
     folder = HFFolder(save_folder(root / "hf", model))
@@ -44,7 +45,7 @@ def start(tmp_path_factory):
 
 @pytest.fixture
 def command(start, monkeypatch, capsys):
-    """command(*overrides) → (exit status, what it said on standard error)."""
+    """Return a function of (*overrides) that returns (exit status, standard error)."""
 
     def run(*overrides):
         monkeypatch.setattr(sys, "argv", ["megatron_srpo", "train", str(start[1]), *overrides])
@@ -53,8 +54,8 @@ def command(start, monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize(
-    ("overrides", "said"),
+@each_row(
+    "overrides, said",
     [
         (["rollout.sampels_per_prompt=4"], "did you mean samples_per_prompt"),
         (["rollout.samples_per_prompt=1"], "at least 2, not 1"),
@@ -76,7 +77,7 @@ def command(start, monkeypatch, capsys):
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_starts(start, command, overrides, said):
-    """Exit status 2, the reason, and no run folder."""
+    # Exit status 2, the reason, and no run folder.
     status, error = command(*overrides)
     assert status == 2
     assert said in error
@@ -84,7 +85,7 @@ def test_what_cannot_run_is_refused_before_anything_starts(start, command, overr
 
 
 def test_prompts_that_share_an_id_are_refused(command, tmp_path):
-    """They would be one group, and samples would be lost."""
+    # They would form one group, and samples would be lost.
     own = (ROOT / "examples/own_task/backwards.py").read_text()
     for split, called in (("train", "training"), ("test", "test")):
         twice = f"{{split}}/{{index // 2 if split == '{split}' else index}}\","
@@ -116,7 +117,7 @@ def test_a_run_folder_that_cannot_be_made(command, tmp_path, monkeypatch, folder
 
 
 def test_a_full_disk_ends_the_run_with_a_line(start, command, tmp_path):
-    """Files may grow to 20 kB: no step's dump fits."""
+    # Files may grow to 20 kB: no step's dump fits.
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
@@ -147,9 +148,8 @@ def test_too_few_replayed_steps(start, command, tmp_path):
 
 
 def test_a_run_that_diverges_stops_with_a_reason_and_a_readable_folder(start, command, tmp_path):
-    """lr 1e30 makes the second step non-finite: skipped, counted, and the run ends after max_skipped_updates
-    in a row.
-    """
+    # A learning rate of 1e30 makes the second step non-finite: it is skipped and counted, and the run ends
+    # after max_skipped_updates in a row.
     run = tmp_path / "run"
     status, error = command(
         f"rollout.replay={start[0] / 'rollouts'}",
@@ -165,7 +165,7 @@ def test_a_run_that_diverges_stops_with_a_reason_and_a_readable_folder(start, co
 
 
 def test_a_run_leaves_its_folder_and_replays_itself(start, command, tmp_path):
-    """Sample two steps, then replay them: same losses, same routes, and the documented files and keys."""
+    # Two steps are sampled, then replayed: same losses, same routes, and the documented files and keys.
     sampled, replayed = tmp_path / "sampled", tmp_path / "replayed"
     assert command(f"logging.dir={sampled}", "evaluation.every=1", "train.seed=3")[0] == 0
     assert command(f"rollout.replay={sampled}", f"logging.dir={replayed}", "train.seed=3")[0] == 0

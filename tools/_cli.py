@@ -1,4 +1,4 @@
-"""Command-line parts that the programs in tools/ share."""
+"""Share command-line parts between the programs in tools/."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:
-    """--dtype, whose value is a key of DTYPES."""
+    """Add --dtype, whose value is a key of DTYPES."""
     parser.add_argument(
         "--dtype",
         choices=list(DTYPES),
         default="auto",
-        help="of the weights written; auto: each tensor's own",
+        help="dtype of the written weights; auto: each tensor's own",
     )
 
 

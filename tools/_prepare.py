@@ -1,4 +1,4 @@
-"""What the programs that prepare published data share."""
+"""Share the report of the programs that prepare published data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from megatron_srpo.distributed.files import write_text
 
 
 def print_report(lines: Iterable[str]) -> int:
-    """Print lines as they come; return the exit status: 2 after a one-line error for unusable data."""
+    """Print lines as they come; return the exit status.
+
+    It is 2 after a one-line error for unusable data.
+    """
     try:
         for line in lines:
             print(line)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Hugging Face folder → megatron-core checkpoint (torch_dist), loadable at any TP, PP and VPP.
+"""Convert a Hugging Face folder to a megatron-core checkpoint (torch_dist) for any TP, PP and VPP.
 
 python tools/convert_hf_to_megatron.py --hf-path DIR --output DIR
 torchrun --nproc-per-node N tools/convert_hf_to_megatron.py …          each process writes its share
@@ -21,7 +21,7 @@ from megatron_srpo.weights.sources import HFTensors
 
 
 def main() -> int:
-    """Convert. Returns the exit status: 2 for an error."""
+    """Convert; return the exit status, 2 for an error."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

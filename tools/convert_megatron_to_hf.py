@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""megatron-core checkpoint (torch_dist), or a training run's → Hugging Face folder, for transformers and
-SGLang.
+"""Convert a megatron-core checkpoint (torch_dist), or a training run's, to a Hugging Face folder.
+
+transformers and SGLang load the result.
 
     python tools/convert_megatron_to_hf.py --checkpoint DIR --hf-reference DIR --output DIR
     python tools/convert_megatron_to_hf.py --checkpoint RUN --weights policy|teacher --hf-reference DIR
@@ -31,7 +32,7 @@ from megatron_srpo.weights.sources import MegatronTensors
 
 
 def main() -> int:
-    """Convert. Returns the exit status: 2 for an error."""
+    """Convert; return the exit status, 2 for an error."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -42,7 +43,7 @@ def main() -> int:
         "--weights",
         choices=["policy", "teacher"],
         default="policy",
-        help="of a training run (default: policy)",
+        help="which weights of a training run (default: policy)",
     )
     add_dtype(parser)
     options = parser.parse_args()

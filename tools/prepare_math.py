@@ -1,5 +1,6 @@
-"""A mathematics benchmark as published (JSONL: GSM8K, AIME, HMMT, Minerva, OlympiadBench, …) → questions with
-short answers.
+"""Convert a mathematics benchmark as published to questions with short answers.
+
+Published files are JSONL: GSM8K, AIME, HMMT, Minerva, OlympiadBench, …
 
     python tools/prepare_math.py --raw aime24.jsonl --output aime24_prepared.jsonl
 
@@ -30,9 +31,9 @@ _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
 
 
 def published_row(row: dict[str, Any]) -> tuple[str, str]:
-    """Return (question, short answer) of a row as benchmarks publish it; ValueError names the field.
+    r"""Return (question, short answer) of a row as benchmarks publish it; ValueError names the field.
 
-    GSM8K's answer follows "####", Minerva's is the last \\boxed{} of its solution, OlympiadBench's a list.
+    GSM8K's answer follows "####", Minerva's is the last \boxed{} of its solution, OlympiadBench's a list.
     """
     texts = (row.get(field) for field in QUESTION_FIELDS)
     question = next((text for text in texts if isinstance(text, str) and text.strip()), None)
@@ -79,6 +80,7 @@ def prepare(raw: Path, output: Path) -> Iterator[str]:
 
 
 def main() -> int:
+    """Prepare the file named on the command line; return the exit status."""
     parser = argparse.ArgumentParser(
         description="A mathematics benchmark as published → questions with short answers."
     )

@@ -1,11 +1,11 @@
-"""SciKnowEval as published → the papers' training and test questions of each science.
+"""Convert SciKnowEval as published to the papers' training and test questions of each science.
 
     python tools/prepare_sciknoweval.py --raw DIR --output DIR
 
 DIR/Chemistry/*.jsonl, DIR/Physics, DIR/Biology, DIR/Material (those that are there) become
 OUTPUT/chemistry/train.jsonl and test.jsonl, and so on: `task.path: OUTPUT/chemistry`. Level L3, multiple
-choice, 90/10 by the papers' seed. The order of the rows decides who is in the test: here files by name, rows
-as they stand.
+choice, 90/10 by the papers' seed. The split depends on the order of the rows: files by name, rows in
+the file's order.
 """
 
 from __future__ import annotations
@@ -135,17 +135,18 @@ def prepare(raw: Path, output: Path) -> Iterator[str]:
         if leaked := leaks(train, test):
             texts = len({choice.question for choice in leaked})
             ids = ", ".join(choice.id for choice in leaked)
-            leak = f"{len(leaked)} test questions ({texts} different texts) are in the training set, too"
+            leak = f"{len(leaked)} test questions ({texts} different texts) are also in the training set"
             yield f"  {leak}: ids {ids}"
 
 
 def leaks(train: Sequence[Choice], test: Sequence[Choice]) -> list[Choice]:
-    """Test questions whose text, options aside, is a training question's."""
+    """Return the test questions whose text, options aside, is a training question's."""
     seen = {choice.question for choice in train}
     return [choice for choice in test if choice.question in seen]
 
 
 def main() -> int:
+    """Prepare the folder named on the command line; return the exit status."""
     parser = argparse.ArgumentParser(
         description="SciKnowEval as published → training and test questions of each science."
     )

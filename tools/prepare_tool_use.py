@@ -1,11 +1,11 @@
-"""ToolAlpaca as published → questions with gold calls.
+"""Convert ToolAlpaca as published to questions with gold calls.
 
     python tools/prepare_tool_use.py --train train_data.json --test eval_simulated.json --output DIR
 
 Either file alone will do. Then `task: {name: tool_use, path: DIR}`. From eval_simulated.json come the papers'
 68 test questions; how the papers chose their 4046 training questions is not published: here every instance is
-taken whose calls are whole, are to the API's own tools, and did not fail. What a call took over from an
-earlier one's result is not marked in that file, so some of these questions cannot be answered.
+used whose calls are complete, are to the API's own tools, and did not fail. Arguments taken from an earlier
+call's result are not marked in that file, so some of these questions cannot be answered.
 """
 
 from __future__ import annotations
@@ -136,7 +136,10 @@ def _why_left_out(question: Any, calls: Any) -> str:
 
 
 def prepare(file: Path, output: Path) -> str:
-    """Write one file's questions; what to print. Raises ConfigError for data that is not as published."""
+    """Write one file's questions; return the line to print.
+
+    Raises ConfigError for data that is not as published.
+    """
     rows, left_out = [], Counter()
     for question, reason in read_toolalpaca(file):
         if question is None:
@@ -157,6 +160,7 @@ def prepare(file: Path, output: Path) -> str:
 
 
 def main() -> int:
+    """Prepare the files named on the command line; return the exit status."""
     parser = argparse.ArgumentParser(description="ToolAlpaca as published → training and test questions.")
     parser.add_argument("--train", type=Path, help="train_data.json")
     parser.add_argument("--test", type=Path, help="eval_simulated.json or eval_real.json")

@@ -1,6 +1,8 @@
-"""torchrun with the first failed rank's exit status: 75 for an interrupted run, where torchrun exits with 1.
+r"""Run torchrun, but return the first failed rank's exit status.
 
-    python tools/torchrun.py --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
+That is 75 for an interrupted run, where torchrun itself returns 1.
+
+    python tools/torchrun.py --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
         -m megatron_srpo train CONFIG
 
 SIGUSR1 is ignored here: Slurm signals each rank as well, the ranks save and exit, and torchrun with them.

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Compare two models, each a Hugging Face folder, a megatron-core checkpoint or a training run: every tensor,
-and logits on random ids.
+"""Compare two models: every tensor, and logits on random ids.
+
+Each is a Hugging Face folder, a megatron-core checkpoint or a training run.
 
     python tools/verify_checkpoint.py A B
 
@@ -28,7 +29,7 @@ from megatron_srpo.weights.sources import Tensors
 
 
 def tensors_are_equal(first: Tensors, second: Tensors, tolerance: float) -> bool:
-    """Print every difference larger than `tolerance`; whether there was none."""
+    """Print every difference larger than `tolerance`; return whether there was none."""
     total = sum(prod(first.shape(name)) * first.dtype(name).itemsize for name in first.names())
     equal, tolerated = True, 0
     with ByteProgress("comparing", total) as progress:
@@ -47,14 +48,14 @@ def tensors_are_equal(first: Tensors, second: Tensors, tolerance: float) -> bool
 
 
 def logits_are_equal(first: Tensors, second: Tensors, folder: Path, tolerance: float) -> bool:
-    """Print how far the logits differ; whether it is within `tolerance`."""
+    """Print the difference of the logits; return whether it is within `tolerance`."""
     found = difference("logits", logits(first, folder), logits(second, folder))
     print(found or "logits are equal")
     return found is None or found.largest <= tolerance
 
 
 def main() -> int:
-    """Compare. Returns the exit status."""
+    """Compare; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -64,22 +65,24 @@ def main() -> int:
         "--hf-reference",
         type=Path,
         metavar="DIR",
-        help="whose config.json describes both, where neither has one",
+        help="folder whose config.json describes both, if neither has one",
     )
     parser.add_argument(
         "--weights",
         choices=["policy", "teacher"],
         default="policy",
-        help="of a training run (default: policy)",
+        help="which weights of a training run (default: policy)",
     )
     parser.add_argument(
         "--tolerance",
         type=float,
         default=0.0,
-        help="largest absolute difference of weights and logits that is none",
+        help="largest absolute difference of weights and logits that counts as equal",
     )
     parser.add_argument(
-        "--no-logits", action="store_true", help="for models that do not fit in memory in fp32"
+        "--no-logits",
+        action="store_true",
+        help="skip the logits, for models that do not fit in memory in fp32",
     )
     options = parser.parse_args()
     quieten_libraries()

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# What an example's slurm.sbatch runs on the first node of its job: SGLang servers on the last SERVER_NODES nodes, training on the
-# others, and the job back into the queue when the run was asked to leave (exit status 75).
+# Run by an example's slurm.sbatch on the first node of its job: start SGLang servers on the last SERVER_NODES
+# nodes, train on the others, and requeue the job when the run was interrupted (exit status 75).
 #   SERVER_NODES=1 bash examples/cluster/slurm.sh CONFIG [section.key=value …]
-# SERVER_NODES=0: one node, whose GPUs do both. SERVER_GPUS: of each server (default 2). PYTHON, SGLANG_PYTHON: interpreters of the
-# two environments, the same on all nodes. All nodes must see this folder, the model and logging.dir.
+# SERVER_NODES=0: one node, whose GPUs do both. SERVER_GPUS: GPUs per server (default 2). PYTHON, SGLANG_PYTHON:
+# interpreters of the two environments, the same on all nodes. All nodes must see this folder, the model and
+# logging.dir.
 set -euo pipefail
 config=$1
 shift
@@ -11,7 +12,7 @@ python=${PYTHON:-python} sglang=${SGLANG_PYTHON:-.venv-sglang/bin/python}
 gpus=${SLURM_GPUS_ON_NODE:-8} server_nodes=${SERVER_NODES:-0} server_gpus=${SERVER_GPUS:-2}
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 training=$((${#nodes[@]} - server_nodes))
-[ "$training" -ge 1 ] || { echo "slurm: SERVER_NODES=$server_nodes leaves none of the ${#nodes[@]} nodes for training" >&2; exit 2; }
+[ "$training" -ge 1 ] || { echo "slurm: SERVER_NODES=$server_nodes leaves no node of ${#nodes[@]} for training" >&2; exit 2; }
 [ "$server_nodes" -gt 0 ] || [ "$training" -eq 1 ] || { echo "slurm: more than one training node needs SERVER_NODES" >&2; exit 2; }
 model=$("$python" -c 'import sys; from megatron_srpo.config.load import load_config
 from pathlib import Path
@@ -20,15 +21,15 @@ print(load_config(Path(sys.argv[1]), sys.argv[2:]).model.hf_path)' "$config" "$@
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK" # from Slurm 22.05 on, srun does not inherit it
 overrides=()
 if [ "$server_nodes" -gt 0 ]; then
-    SGLANG_API_KEY=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n') # for this job; --export=ALL hands it to all steps
+    SGLANG_API_KEY=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n') # for this job; --export=ALL passes it to all steps
     export SGLANG_API_KEY
     urls=()
     for node in "${nodes[@]:training}"; do
         for ((first = 0; first + server_gpus <= gpus; first += server_gpus)); do
             port=$((30000 + first))
             urls+=("http://$node:$port")
-            # the key is read inside the step: it never stands in this command line; --signal's USR1, which reaches all steps, is for
-            # the run, whose last step still samples
+            # The key is read inside the step, so it is not in the command line of srun. --signal's USR1 reaches all
+            # steps but is meant for the run, whose last step still samples.
             srun --overlap --nodes 1 --ntasks 1 --nodelist "$node" --export=ALL --kill-on-bad-exit=0 bash -c \
                 "trap '' USR1; exec $(printf %q "$sglang") -m sglang.launch_server --model-path $(printf %q "$model") --dtype bfloat16 \
                 --host 0.0.0.0 --port $port --tp-size $server_gpus --base-gpu-id $first --api-key \"\$SGLANG_API_KEY\"" &
@@ -39,14 +40,15 @@ if [ "$server_nodes" -gt 0 ]; then
 fi
 
 status=0
-# When a host is lost, the others' ranks end after parallel.distributed_timeout_minutes; a torchrun that lingers then is ended by --wait.
+# When a host is lost, the ranks of the others end after parallel.distributed_timeout_minutes; --wait ends a
+# torchrun that lingers.
 srun --wait=120 --kill-on-bad-exit=0 --nodes "$training" --ntasks "$training" --ntasks-per-node 1 --nodelist "$(IFS=,; echo "${nodes[*]:0:training}")" --export=ALL \
     "$python" tools/torchrun.py --nnodes "$training" --nproc-per-node "$gpus" --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" \
     --rdzv-endpoint "${nodes[0]}:29500" -m megatron_srpo train "$config" "${overrides[@]}" "$@" || status=$?
-jobs -p | xargs --no-run-if-empty kill 2>/dev/null || true # the servers' steps
+jobs -p | xargs --no-run-if-empty kill 2>/dev/null || true # the steps of the servers
 if [ "$status" -eq 75 ]; then
-    echo "slurm: the run has saved itself; the job goes back into the queue"
+    echo "slurm: the run has saved a checkpoint; the job is requeued"
     scontrol requeue "$SLURM_JOB_ID"
-    sleep 60 # it is ended from outside
+    sleep 60 # Slurm ends this script
 fi
 exit "$status"

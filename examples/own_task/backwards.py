@@ -1,4 +1,7 @@
-"""A task of your own: spell a word backwards. `task.path: examples/own_task/backwards.py` is all it takes."""
+"""Define a task of your own: spell a word backwards.
+
+`task.path: examples/own_task/backwards.py` is all that a configuration needs.
+"""
 
 import random
 
@@ -8,14 +11,20 @@ SYLLABLES = ("ka", "lo", "mi", "ne", "ru", "sta", "ter", "von")
 
 
 class Backwards:
-    """Endless words by (seed, split, index); words of the test begin with "t" or "v", no others do."""
+    """Provide endless words by (seed, split, index).
+
+    Words of validation and test begin with "t" or "v", no others do.
+    """
 
     def __init__(self, name: str, seed: int, syllables: int = 2):
-        """`name` is task.name; what follows the seed comes from task.options."""
+        """Take task.name and the run's seed; further arguments come from task.options."""
         self.name, self.seed, self.syllables = name, seed, syllables
 
     def size(self, split: str) -> int | None:
-        """None: endless. A finite task says how many prompts a split has, 0 for a split it does not have."""
+        """Return None: endless.
+
+        A finite task returns the number of prompts of a split, 0 for a split that it does not have.
+        """
         return None
 
     def prompt(self, split: str, index: int) -> Prompt:
@@ -32,7 +41,10 @@ class Backwards:
 
     @staticmethod
     def verify(answer: str, text: str) -> Verdict:
-        """Runs in a worker process that is killed when it takes too long. Never evaluate `text` as code."""
+        """Judge a response in a worker process that is killed after a time limit.
+
+        Never evaluate `text` as code.
+        """
         given = text.strip().removesuffix(".")
         correct = given == answer
         feedback = None if correct else f"A word of {len(answer)} letters was expected, not {len(given)}."

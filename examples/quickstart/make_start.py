@@ -1,5 +1,6 @@
-"""Makes the quick start's model: a 369,504-parameter Qwen3 that adds three-digit numbers and is right about
-half of the time.
+"""Make the quick start's model: a 369,504-parameter Qwen3 that adds three-digit numbers.
+
+It is right about half of the time.
 
 Its tokenizer is trained here too. The supervised warm-up shows two ways to answer: with the carries written
 out, which such a model learns, and at once, by guessing, which is hardly ever right. So a group of samples
@@ -37,7 +38,7 @@ CHATML = """\
 '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{% endfor -%}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif -%}
 """
-# Qwen's: words with the sign before them, one token a digit, runs of punctuation, line ends, other spaces
+# Qwen's: words with the sign before them, one token per digit, runs of punctuation, line ends, other spaces
 PRE_TOKEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -55,19 +56,19 @@ SAMPLING_BATCH = 512
 
 
 class Row(NamedTuple):
-    """One supervised row; the loss is on `answer`, which ends in the end-of-turn token."""
+    """Hold one supervised row; the loss is on `answer`, which ends in the end-of-turn token."""
 
     prompt: list[int]
     answer: list[int]
 
 
 def answer_directly(total: int) -> str:
-    """A sum and nothing else."""
+    """Return the sum and nothing else."""
     return f"<answer>{total}</answer>"
 
 
 def answer_in_steps(a: int, b: int) -> str:
-    """The columns from the right, each `digit+digit+carry=carry digit`, then the sum."""
+    """Return the columns from the right, each `digit+digit+carry=carry digit`, then the sum."""
     columns, carry = [], 0
     for x, y in zip(reversed(str(a)), reversed(str(b)), strict=True):
         total = int(x) + int(y) + carry
@@ -77,14 +78,15 @@ def answer_in_steps(a: int, b: int) -> str:
 
 
 def operands(prompt: Prompt) -> tuple[int, int]:
-    """The two numbers of the prompt's question."""
+    """Return the two numbers of the prompt's question."""
     a, b = re.findall(rf"\d{{{DIGITS}}}", prompt.messages[0]["content"])
     return int(a), int(b)
 
 
 def make_tokenizer(task: Addition) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with Qwen's pre-tokenization; training stops when every word of the task is one
-    token.
+    """Train a byte-level BPE with Qwen's pre-tokenization.
+
+    Training stops when every word of the task is one token.
     """
     corpus = ["system\nuser\nassistant\n"]
     for index in range(FIRST_SUM, FIRST_SUM + 300):
@@ -114,7 +116,7 @@ def make_tokenizer(task: Addition) -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """The untrained model, fp32, from torch's present seed."""
+    """Return the untrained model, fp32, from torch's current seed."""
     config = Qwen3Config(
         vocab_size=VOCABULARY,
         hidden_size=96,
@@ -134,14 +136,20 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict[str, str]]) -> list[int]:
-    """Token ids of chat messages with the assistant's header, without a folder to read them from yet."""
+    """Return the token ids of chat messages with the assistant's header.
+
+    There is no folder yet to read them from.
+    """
     return tokenizer(
         tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     ).input_ids
 
 
 def batches(task: Addition, tokenizer: PreTrainedTokenizerFast, count: int) -> Iterator[list[Row]]:
-    """`count` batches of rows. A solution shown is the very answer wanted, so in its style."""
+    """Yield `count` batches of rows.
+
+    A solution that is shown is the expected answer itself, so it has the answer's style.
+    """
     rng = random.Random(task.seed)
     for start in range(FIRST_SUM, FIRST_SUM + count * BATCH, BATCH):
         rows = []
@@ -163,7 +171,7 @@ def batches(task: Addition, tokenizer: PreTrainedTokenizerFast, count: int) -> I
 
 
 def summed_loss(model: Qwen3ForCausalLM, rows: Sequence[Row]) -> Tensor:
-    """Cross-entropy summed over the answers' tokens.
+    """Return the cross-entropy summed over the answers' tokens.
 
     Padded on the right, where causal attention never looks.
     """
@@ -180,7 +188,7 @@ def summed_loss(model: Qwen3ForCausalLM, rows: Sequence[Row]) -> Tensor:
 
 
 def warm_up(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, task: Addition, steps: int) -> None:
-    """Supervised training in place: AdamW, a linear rise of the learning rate and a linear fall."""
+    """Train in place with supervision: AdamW, a linear rise of the learning rate and a linear fall."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05)
     began = time.perf_counter()
     model.train()
@@ -207,7 +215,7 @@ def warm_up(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, task: A
 def sample(
     model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[list[int]]
 ) -> list[list[int]]:
-    """One response to each prompt at temperature 1, its end-of-turn token included."""
+    """Return one response to each prompt at temperature 1, its end-of-turn token included."""
     responses = []
     for start in range(0, len(prompts), SAMPLING_BATCH):
         batch = tokenizer.pad(
@@ -223,13 +231,14 @@ def sample(
 
 
 def mean(values: Sequence[float]) -> float:
-    """The mean, nan of nothing."""
+    """Return the mean, nan of nothing."""
     return sum(values) / len(values) if values else float("nan")
 
 
 def measure(path: Path, task: Addition) -> None:
-    """Print what a run will start from: the pass rate on test prompts, and what a right sibling's solution
-    adds.
+    """Print the pass rate on test prompts, and the gain from a right sibling's solution.
+
+    A run starts from these numbers.
     """
     folder = HFFolder(path)
     tokenizer = folder.tokenizer

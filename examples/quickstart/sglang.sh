@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The quick start with two real SGLang servers on this machine's CPU: makes .venv and .venv-sglang (2 GB, some minutes, once), trains.
+# Quick start with two real SGLang servers on this machine's CPU: create .venv and .venv-sglang (2 GB, some minutes,
+# once), then train.
 #   bash examples/quickstart/sglang.sh [section.key=value …]      e.g. rollout.sglang.update=distributed rollout.servers=1
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

@@ -74,6 +74,7 @@ def add_config_arguments(
 
 
 def add_overrides(parser: argparse.ArgumentParser, help_text: str) -> None:
+    """Add any number of positional section.key=value."""
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help=help_text)
 
 

@@ -9,10 +9,12 @@ HELP = "compare evaluations with the first one, by a paired bootstrap over quest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the folders to compare."""
     parser.add_argument("results", nargs="+", type=Path, metavar="DIR", help="folders that eval has written")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Print the comparison; raise ConfigError for fewer than two folders."""
     from megatron_srpo.evaluation.scoreboard import compare
 
     if len(arguments.results) < 2:

@@ -36,6 +36,7 @@ _TYPES |= {"object": "mapping", "null": "null"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the file to check, and its overrides and processes."""
     add = parser.add_argument
     add("--check", type=Path, metavar="FILE", help="find what is wrong with it, without starting anything")
     add("--processes", type=int, help="that the run will have; default: as few as its layout needs")
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Print every key, or check a file."""
     if arguments.check is not None:
         print(check(arguments.check, arguments.overrides, arguments.processes))
     elif arguments.overrides:
@@ -154,15 +156,16 @@ def print_keys() -> None:
 
 
 def check(path: Path, overrides: list[str], processes: int | None) -> str:
-    """Check all that a run checks before it starts, and describe the run; raise ConfigError as it would.
+    """Run all checks of a run before it starts, and describe it; raise ConfigError if one fails.
 
     Without `processes`, the run has as few as its layout needs.
     """
-    from megatron_srpo.preflight import preflight
-
     if processes is not None and processes < 1:
         raise ConfigError(f"--processes: {processes}; expected 1 or more")
     config = load_config(path, overrides)
+
+    from megatron_srpo.preflight import preflight  # torch, which an error above does not wait for
+
     parallel, rollout, steps = config.parallel, config.rollout, config.train.steps
     experts = parallel.expert_tensor_size * parallel.expert_model_parallel_size
     experts *= parallel.pipeline_model_parallel_size

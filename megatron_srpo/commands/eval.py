@@ -10,6 +10,7 @@ add_arguments = add_config_arguments
 
 @configured
 def run(config: Config) -> int:
+    """Evaluate, and print result.md on the first rank."""
     from megatron_srpo.evaluation.run import run_evaluation
 
     directory = run_evaluation(config)

@@ -8,9 +8,9 @@ HELP = "memory, time and traffic of a configuration, and better layouts; reads n
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config_arguments(
-        parser, "YAML file; or a model: its folder, its config.json or a name, Qwen/Qwen3-8B"
-    )
+    """Add the configuration, the machine, and the assumed speed and lengths."""
+    models = "a model: its folder, its config.json or a name, Qwen/Qwen3-8B"
+    add_config_arguments(parser, f"YAML file; or {models}")
     add = parser.add_argument
     add("--gpus", type=int, default=8, help="training processes, one per GPU (default 8)")
     add("--machine", default="h100", help="h100 (default), h200, h20, a100 or cpu")
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Print the plan, and return its exit status."""
     from megatron_srpo.plan.command import plan
 
     return plan(arguments)

@@ -9,12 +9,14 @@ HELP = "write one HTML page with the curves and samples of one or more runs"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the run folders and the output file."""
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     output_help = "default: report.html in the first run's folder"
     parser.add_argument("--output", type=Path, metavar="FILE", help=output_help)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Write the page; raise FileError if it cannot be written."""
     from megatron_srpo.observe.report import write_report
 
     output = arguments.output or arguments.runs[0] / "report.html"

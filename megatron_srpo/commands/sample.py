@@ -10,6 +10,7 @@ add_arguments = add_config_arguments
 
 @configured
 def run(config: Config) -> int:
+    """Sample all batches."""
     from megatron_srpo.sampling import sample
 
     sample(config)

@@ -13,6 +13,7 @@ add_arguments = add_config_arguments
 
 @configured
 def run(config: Config) -> int:
+    """Train; return 1 if the run was stopped by an error, INTERRUPTED on request."""
     from megatron_srpo.checkpoint.run import TrainingInterrupted
     from megatron_srpo.checkpoint.saver import SaveFailed
     from megatron_srpo.observe.reporter import TrainingStopped

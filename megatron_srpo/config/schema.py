@@ -257,7 +257,8 @@ class LoggingSection(Section):
         default=0.9, gt=0, le=1, description="share of groups with equal rewards that raises dead_groups"
     )
     stop_on: tuple[AlarmName, ...] = Field(
-        default=(), description="alarms that stop the run (README, Alarms); the others are only reported"
+        default=(),
+        description="alarms that stop the run (docs/metrics.md, Alarms); the others are only reported",
     )
     watchdog_minutes: float | None = Field(
         default=8.0,

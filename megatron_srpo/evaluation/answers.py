@@ -1,4 +1,4 @@
-"""Answers of the eval command on disk: files of samples that an interrupted command continues."""
+"""Answers of the eval command on disk: files of samples from which an interrupted command resumes."""
 
 import json
 import os
@@ -29,16 +29,16 @@ class Answers:
 
     def done(self) -> int:
         """Return the number of answered questions, after removing an incomplete group. A collective call."""
-        whole = 0
+        complete = 0
         if self.layout.rank == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             content = self.path.read_bytes() if self.path.exists() else b""
             lines = content.split(b"\n")[:-1]
-            whole = len(lines) // self.samples
-            kept = sum(len(line) + 1 for line in lines[: whole * self.samples])
+            complete = len(lines) // self.samples
+            kept = sum(len(line) + 1 for line in lines[: complete * self.samples])
             if kept < len(content):
                 os.truncate(self.path, kept)
-        return self.layout.broadcast(whole)
+        return self.layout.broadcast(complete)
 
     def append(self, groups: Sequence[Group], seconds: float) -> None:
         """Append a chunk's samples and its time, on disk when this returns."""
@@ -51,6 +51,7 @@ class Answers:
                     os.fsync(out.fileno())
 
     def read(self) -> list[Group]:
+        """Read all groups; raise FileError for a damaged line."""
         found = read_jsonl(self.path)
         if found.problems:
             raise FileError(f"{found.problems[0]}; name another logging.dir")
@@ -58,6 +59,7 @@ class Answers:
         return [tuple(rows[start : start + self.samples]) for start in range(0, len(rows), self.samples)]
 
     def seconds(self) -> float:
+        """Return the seconds that sampling all chunks took."""
         return sum(float(line) for line in self.times.read_text().split())
 
 
@@ -68,13 +70,13 @@ def answer_files(config: Config, task: Task, split: str) -> tuple[Path, Path]:
 
 
 def check_files(config: Config, tasks: Mapping[str, Task]) -> None:
-    """Raise ConfigError unless every task's split has files of its own."""
+    """Raise ConfigError unless every split of every task has its own files."""
     owners: dict[Path, str] = {}
     for task, split in parts(tasks, config.evaluation):
         for file in answer_files(config, task, split):
             if file in owners:
-                both = f"{owners[file]} and {label_of(task, split)} would both keep their answers in {file}"
-                raise ConfigError(f"evaluation.tasks: {both}; give one another name")
+                both = f"{owners[file]} and {label_of(task, split)} would both write their answers to {file}"
+                raise ConfigError(f"evaluation.tasks: {both}; rename one")
             owners[file] = label_of(task, split)
 
 
@@ -86,31 +88,31 @@ def open_folder(config: Config) -> None:
     if (directory / "metrics.jsonl").exists():
         raise ConfigError(f"{holder} a training run; name another folder for the evaluation")
     if file.exists():
-        before, now = _what_counts(load_config(file, [])), _what_counts(config)
+        before, now = _relevant_settings(load_config(file, [])), _relevant_settings(config)
         if changed := sorted(key for key in before if before[key] != now[key]):
             setting = yaml.safe_dump(before[changed[0]], default_flow_style=True).strip()
-            changes = f"({', '.join(changed)}): {setting}"
-            raise ConfigError(f"{holder} an evaluation with other settings {changes}; name another folder")
+            changes = f"different settings ({', '.join(changed)}): {setting}"
+            raise ConfigError(f"{holder} an evaluation with {changes}; name another folder")
         return
     directory.mkdir(parents=True, exist_ok=True)
     save_config(config, file)
 
 
 def check_answered(config: Config, tasks: Mapping[str, Task]) -> None:
-    """Raise ConfigError if answers on disk are to other questions: a question file may have changed."""
+    """Raise ConfigError if answers on disk are to different questions, as a changed file can have."""
     for task, split in parts(tasks, config.evaluation):
         count = question_count(task, split, config.evaluation)
         sampled, greedy = answer_files(config, task, split)
         for file, samples in ((sampled, config.evaluation.samples), (greedy, 1)):
-            for number, row in enumerate(read_jsonl(file).rows[::samples]):  # `done` removes a torn last line
+            for number, row in enumerate(read_jsonl(file).rows[::samples]):  # `done` cuts a partial last line
                 then = Sample.model_validate(row).prompt
                 now = task.prompt(split, number) if number < count else None
                 if now is None or (then.id, then.messages, then.answer) != (now.id, now.messages, now.answer):
-                    other = f"answers to other questions (first: {then.id})"
+                    other = f"answers to different questions (first: {then.id})"
                     raise ConfigError(f"logging.dir: {file} holds {other}; name another folder")
 
 
-def _what_counts(config: Config) -> dict:
+def _relevant_settings(config: Config) -> dict:
     """Return the settings that answers depend on: not processes, batch sizes or anything about training."""
     tree = json.loads(config.model_dump_json())
     keys = ("max_prompt_tokens", "max_response_tokens", "enable_thinking")

@@ -15,7 +15,7 @@ from megatron_srpo.tasks import Task
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluates after every `settings.every` steps and after `last_step`, with the same seed every time."""
+    """Evaluate after every `settings.every` steps and after `last_step`, with the same seed every time."""
 
     collector: Collector
     tasks: Mapping[str, Task]
@@ -40,7 +40,7 @@ def create_evaluator(config: Config, rollouts: Rollouts, say: Callable[[str, str
     if config.evaluation.every == 0:
         return None
     if not isinstance(rollouts, LiveRollouts):
-        say("replaying: there is no engine, so there are no evaluations", "yellow")
+        say("no evaluations: a replayed run has no engine", "yellow")
         return None
     limit, seed, last = config.rollout.max_response_tokens, config.train.seed, config.train.steps
     return Evaluator(rollouts.collector, rollouts.evaluated, config.evaluation, limit, seed, last)

@@ -45,7 +45,7 @@ def run_evaluation(config: Config) -> Path:
         check_engine(config, trains=False)
         open_folder(config)
         check_answered(config, tasks)
-    # Every process holds an engine of its own.
+    # Every process has its own engine.
     minutes = config.parallel.distributed_timeout_minutes
     data_parallel = ParallelSection.model_validate({"distributed_timeout_minutes": minutes})
     with process_group(data_parallel, config.train.seed) as layout:
@@ -57,7 +57,7 @@ def run_evaluation(config: Config) -> Path:
             engine.update_weights(Repeatable(lambda: stored_weights(config, folder)), "0")
             verifiers = Pool({name: task.verifier for name, task in tasks.items()}, config.task)
             collector = Collector(verifiers, engine, folder, layout, config.rollout)
-            outcomes = _ask_everything(config, collector, tasks)
+            outcomes = _sample_all(config, collector, tasks)
             if layout.rank == 0:
                 model = str(config.evaluation.checkpoint or config.model.hf_path)
                 write_result(config.logging.dir, result_of(outcomes, model, layout.device.type))
@@ -69,7 +69,7 @@ def _with_checkpoint(config: Config, checkpoint: Path) -> Config:
     return config.model_copy(update={"evaluation": evaluation})
 
 
-def _ask_everything(config: Config, collector: Collector, tasks: Mapping[str, Task]) -> list[Outcome]:
+def _sample_all(config: Config, collector: Collector, tasks: Mapping[str, Task]) -> list[Outcome]:
     """Sample answers and greedy answers to every split of every task; return the outcomes on rank 0."""
     settings, outcomes = config.evaluation, []
     limit, stops = config.rollout.max_response_tokens, collector.folder.stop_ids
@@ -92,7 +92,7 @@ def _ask_everything(config: Config, collector: Collector, tasks: Mapping[str, Ta
 def _complete(
     answers: Answers, collector: Collector, task: Task, split: str, config: Config, sampling: Sampling
 ) -> None:
-    """Ask the questions that have no answers yet, in chunks that keep every rank's engine busy."""
+    """Sample answers to the questions without any, in chunks that keep every rank's engine busy."""
     count, ranks = question_count(task, split, config.evaluation), collector.layout.world_size
     chunk = max(1, CHUNK_SEQUENCES // answers.samples // ranks) * ranks
     seed = f"{config.train.seed}/evaluation"
@@ -108,7 +108,7 @@ def stored_weights(config: Config, folder: HFFolder) -> Iterator[tuple[str, Tens
     if (path := config.evaluation.checkpoint) is not None:
         policy = RunTensors(path, "policy")
         if policy.architecture != folder.architecture:
-            held = f"{policy.folder.path} holds another model than model.hf_path ({folder.path})"
+            held = f"{policy.folder.path} holds a different model than model.hf_path ({folder.path})"
             raise ConfigError(f"evaluation.checkpoint: {held}")
         yield from ((name, policy.tensor(name).to(policy.dtype(name))) for name in policy.names())
         return

@@ -103,7 +103,7 @@ def read_result(directory: Path) -> dict[str, Any]:
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(result, dict) or "tasks" not in result:
-            raise ValueError("no tasks in it")
+            raise ValueError("it has no tasks")
         return result
     except OSError:
         raise ConfigError(f"{file} is missing; is {directory} the folder of a finished evaluation?") from None
@@ -124,7 +124,7 @@ def compare(directories: Sequence[Path]) -> str:
         lines += _header(header)
         shared = _shared([*base["tasks"].values(), *other["tasks"].values()])
         if not shared:
-            problem = f"no score in common with {directories[0]}; was evaluation.samples another?"
+            problem = f"no score in common with {directories[0]}; do their evaluation.samples differ?"
             raise ConfigError(f"{directory}: {problem}")
         for key in shared:
             pairs = {name: _paired(name, key, base, other, directory) for name in base["tasks"]}
@@ -147,7 +147,7 @@ def _paired(name: str, key: str, base: dict, other: dict, directory: Path) -> tu
     if set(first) != set(second):
         missing = sorted(set(first) ^ set(second))
         differ = f"{len(missing)} differ, first {missing[0]}"
-        raise ConfigError(f"{directory}: task {name} was asked other questions ({differ})")
+        raise ConfigError(f"{directory}: task {name} has different questions ({differ})")
     return list(first.values()), [second[question] for question in first]
 
 

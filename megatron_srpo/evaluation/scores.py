@@ -20,7 +20,7 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Mean of (other - base), interval; p: twice the share of resamples on zero's rarer side, at most 1."""
+    """Mean of other - base, with interval; p: twice the share of resamples on the rarer side of 0, ≤ 1."""
 
     mean: float
     low: float
@@ -64,7 +64,7 @@ def paired_difference(
 
 
 def _bootstrap(tasks: Sequence[np.ndarray], seed: int) -> tuple[Interval, np.ndarray]:
-    """Return the mean over tasks with its interval, and the same mean of each resample. [RESAMPLES]."""
+    """Return the mean over tasks with its interval, and the same mean of each resample, [RESAMPLES]."""
     rng = np.random.default_rng(seed)
     total = np.zeros(RESAMPLES)
     for values in tasks:
@@ -78,7 +78,7 @@ def _bootstrap(tasks: Sequence[np.ndarray], seed: int) -> tuple[Interval, np.nda
 def with_history(
     scores: Mapping[str, float], earlier: Sequence[Mapping[str, float]], last: int = 5
 ) -> dict[str, float]:
-    """Add avg@K's best so far, which flatters (`…/avg_best`), and the mean of the last (`…/avg_last_5`)."""
+    """Add avg@K's best so far, biased upwards (`…/avg_best`), and the mean of the last (`…/avg_last_5`)."""
     extended = dict(scores)
     for key, value in scores.items():
         label, separator, _ = key.rpartition("/avg@")

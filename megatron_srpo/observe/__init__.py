@@ -1,1 +1,1 @@
-"""What a run tells: metrics.jsonl and all that is drawn from it, logs, alarms, the watchdog."""
+"""Observability of a run: metrics.jsonl and all that is drawn from it, logs, alarms, the watchdog."""

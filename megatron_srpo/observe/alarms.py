@@ -10,12 +10,12 @@ from megatron_srpo.config.schema import AlarmName, Config
 
 Row = Mapping[str, Any]  # a training step's line of metrics.jsonl
 
-LASTS = 3  # steps in a row that show a fault before most alarms are raised: one bad batch is none
-REMEMBERED = 25  # rows that any alarm looks at
-_FALLS = {"response_tokens_mean": 0.4, "policy_entropy": 0.6, "format_rate": 0.2}  # relative, that count
-_RISE = 0.05  # of the pass rate, that makes shorter and surer responses a success
+PERSISTENCE = 3  # consecutive steps with a fault before most alarms are raised: one bad batch is not enough
+REMEMBERED = 25  # rows that any alarm reads
+_FALLS = {"response_tokens_mean": 0.4, "policy_entropy": 0.6, "format_rate": 0.2}  # relative falls that count
+_RISE = 0.05  # of the pass rate, with which shorter and more certain responses are no fault
 _WEIGHT_STD = 0.02  # of nearly uniform entropy weights
-_CERTAIN = 0.05  # nats per token, below which a teacher is certain everywhere
+_CERTAIN = 0.05  # nats per token; a teacher of lower entropy is certain at every token
 
 
 class Alarm(NamedTuple):
@@ -30,12 +30,13 @@ class Limits(NamedTuple):
     """The settings that the alarms need."""
 
     dead_group_share: float
-    logprob_gap: float | None  # None: what is trained on was sampled by another policy
-    ema_rate: float | None  # None: the teacher is not meant to move by itself
+    logprob_gap: float | None  # None: replayed samples are those of another policy
+    ema_rate: float | None  # None: the teacher is not an EMA
     weighs_entropy: bool
 
     @classmethod
     def of(cls, config: Config) -> Limits:
+        """Return the limits of a run's configuration."""
         has_teacher = config.algorithm.uses_teacher
         gap = None if config.rollout.replay else config.rollout.logprob_gap_warning
         rate = config.teacher.ema_rate if has_teacher and config.teacher.kind == "ema" else None
@@ -54,11 +55,11 @@ def alarms(rows: Sequence[Row], limits: Limits) -> list[Alarm]:
 
 
 def _collapse(rows: Sequence[Row], limits: Limits) -> str | None:
-    before, now = rows[-REMEMBERED:-LASTS], rows[-LASTS:]
-    if len(before) < LASTS:
+    before, now = rows[-REMEMBERED:-PERSISTENCE], rows[-PERSISTENCE:]
+    if len(before) < PERSISTENCE:
         return None
     rate = _mean(before, "pass_rate")
-    if _mean(now, "pass_rate") - rate >= min(_RISE, (1 - rate) / 2):  # near 1 there is little left to gain
+    if _mean(now, "pass_rate") - rate >= min(_RISE, (1 - rate) / 2):  # near 1 it can rise only a little
         return None
     fallen = [key for key, share in _FALLS.items() if _mean(now, key) < (1 - share) * _mean(before, key)]
     if len(fallen) < 2:
@@ -68,54 +69,56 @@ def _collapse(rows: Sequence[Row], limits: Limits) -> str | None:
 
 
 def _dead_groups(rows: Sequence[Row], limits: Limits) -> str | None:
-    now = rows[-LASTS:]
-    if len(now) < LASTS or any(row["zero_advantage_share"] < limits.dead_group_share for row in now):
+    now = rows[-PERSISTENCE:]
+    if len(now) < PERSISTENCE or any(row["zero_advantage_share"] < limits.dead_group_share for row in now):
         return None
     rate = _mean(now, "pass_rate")
-    which = {1.0: "all of them right", 0.0: "none right"}.get(rate, f"{rate:.0%} of samples right")
+    which = {1.0: "all correct", 0.0: "none correct"}.get(rate, f"{rate:.0%} of samples correct")
     share = _mean(now, "zero_advantage_share")
-    return f"{share:.0%} of groups had no difference in reward in {LASTS} steps ({which})"
+    return f"{share:.0%} of groups had equal rewards in the last {PERSISTENCE} steps ({which})"
 
 
 def _teacher_still(rows: Sequence[Row], limits: Limits) -> str | None:
-    now = [row for row in rows if row["updates"] > row["updates_skipped"]][-LASTS:]
+    now = [row for row in rows if row["updates"] > row["updates_skipped"]][-PERSISTENCE:]
     rate, has_distance = limits.ema_rate, all(_number(row, "teacher_distance") != 0 for row in now)
-    if rate is None or len(now) < LASTS or not has_distance:
+    if rate is None or len(now) < PERSISTENCE or not has_distance:
         return None
     followed = max(_number(row, "teacher_followed") for row in now)
     if followed >= rate / 2:
         return None
-    return f"the teacher went {followed:.2g} of its way to the policy in a step; teacher.ema_rate is {rate:g}"
+    moved = f"the teacher moved at most {followed:.2g} of its distance to the policy per step"
+    return f"{moved}, but teacher.ema_rate is {rate:g}"
 
 
 def _uniform_weights(rows: Sequence[Row], limits: Limits) -> str | None:
-    now = [row for row in rows[-REMEMBERED:] if row["sdpo_token_share"] > 0][-LASTS:]
-    if not limits.weighs_entropy or len(now) < LASTS or not rows[-1]["sdpo_token_share"]:
+    now = [row for row in rows[-REMEMBERED:] if row["sdpo_token_share"] > 0][-PERSISTENCE:]
+    if not limits.weighs_entropy or len(now) < PERSISTENCE or not rows[-1]["sdpo_token_share"]:
         return None
     if min(_number(row, "teacher_entropy") for row in now) < _CERTAIN:
         return None
     if max(_number(row, "entropy_weight_std") for row in now) >= _WEIGHT_STD:
         return None
     spread, entropy = _mean(now, "entropy_weight_std"), _mean(now, "teacher_entropy")
-    return f"entropy weights lie within {spread:.2g} of 1, at {entropy:.2f} nats a token"
+    figures = f"standard deviation {spread:.2g}, mean teacher entropy {entropy:.2f} nats per token"
+    return f"entropy weights are nearly uniform: {figures}"
 
 
 def _logprob_gap(rows: Sequence[Row], limits: Limits) -> str | None:
     gap = _number(rows[-1], "engine_logprob_gap")
     if limits.logprob_gap is None or gap < limits.logprob_gap:
         return None
-    apart = f"{gap:.3g} nats a token apart (rollout.logprob_gap_warning)"
-    return f"trainer's and engine's log-probabilities are {apart}"
+    size = f"{gap:.3g} nats per token (rollout.logprob_gap_warning)"
+    return f"log-probabilities of trainer and engine differ by {size}"
 
 
 def _number(row: Row, key: str) -> float:
-    """Return a number of the row; null, which stands for a non-finite one, counts as infinite."""
+    """Return a number of the row; null (for a non-finite number) counts as infinite."""
     value = row.get(key)
     return math.inf if value is None or math.isnan(value) else value
 
 
 def _mean(rows: Sequence[Row], key: str) -> float:
-    """Average the finite values; NaN, which compares as neither less nor more, if there are none."""
+    """Average the finite values; NaN, for which every comparison is false, if there are none."""
     values = [value for row in rows if math.isfinite(value := _number(row, key))]
     return sum(values) / len(values) if values else math.nan
 
@@ -123,29 +126,31 @@ def _mean(rows: Sequence[Row], key: str) -> float:
 _ALARMS: dict[AlarmName, tuple[Callable[[Sequence[Row], Limits], str | None], str]] = {
     "collapse": (
         _collapse,
-        "The policy gets shorter, surer or less well-formed without getting better. Look at its samples; go"
-        " back to an earlier checkpoint with a lower optimizer.lr, or algorithm.name: srpo where sdpo"
+        "Responses get shorter, more certain or less well-formed without getting better. Read some samples;"
+        " restart from an earlier checkpoint with a lower optimizer.lr, or use algorithm.name: srpo if sdpo"
         " collapsed.",
     ),
     "dead_groups": (
         _dead_groups,
-        "Such groups teach GRPO nothing. All right: the task is too easy, or the verifier says yes to"
-        " everything. None right: too hard, or the format is not understood. Read some samples; try other"
-        " questions, rollout.dynamic_filtering or more samples.",
+        "Such groups give GRPO no signal. All correct: the task is too easy, or the verifier accepts all."
+        " None correct: it is too hard, or the policy does not know the format. Read some samples; try other"
+        " questions, rollout.dynamic_filtering or more samples per prompt.",
     ),
     "teacher_still": (
         _teacher_still,
-        "The EMA teacher does not follow the policy as teacher.ema_rate says. An EMA held in bf16, or never"
-        " called, looks like this; if it should stand still, say teacher.kind: frozen.",
+        "The EMA teacher follows the policy more slowly than teacher.ema_rate. Possible causes: the EMA is"
+        " kept in bf16, or is never updated. If the teacher should not move, set teacher.kind: frozen.",
     ),
     "uniform_weights": (
         _uniform_weights,
-        "Entropy weighting does nothing: the teacher is equally unsure everywhere. Are its entropies over the"
-        " full vocabulary? Look at the teacher's prompts (inspect), and try a larger algorithm.entropy_beta.",
+        "Entropy weighting has no effect: the teacher's entropy is nearly the same at every token. Check that"
+        " it is over the full vocabulary, read the teacher's prompts (srpo inspect), and try a larger"
+        " algorithm.entropy_beta.",
     ),
     "logprob_gap": (
         _logprob_gap,
-        "What is trained is not what was sampled. Does the engine have the published weights, the same dtype"
-        " and temperature? A step of staleness adds to the gap; importance weights correct a small one.",
+        "The trained policy is not the one that sampled. Check that the engine has the published weights, and"
+        " the same dtype and temperature. A step of staleness adds to the gap; importance weights correct a"
+        " small one.",
     ),
 }

@@ -19,12 +19,12 @@ _NUMBERS = ("logprob", "teacher_logprob", "entropy", "teacher_entropy", "diverge
 
 
 def visible(text: str) -> str:
-    """Replace control and direction characters, which a terminal would obey, by their code points."""
+    """Replace control and direction characters, which a terminal would interpret, by their code points."""
     return _HIDDEN.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text)
 
 
 def inspect(path: Path, step: int, number: int | None, console: Console) -> None:
-    """Show sample `number` (from 0) of a step, or list the step's samples; ConfigError if there is none."""
+    """Show sample `number` (from 0) of a step, or list all if it is None. Raises ConfigError."""
     run = RunFolder.read(path)
     rows, values = run.samples(step), read_tokens(path, step)
     if number is None:
@@ -42,12 +42,12 @@ def inspect(path: Path, step: int, number: int | None, console: Console) -> None
         else:
             _tokens(found, console)
         if (sibling := _sibling(row, rows)) is not None:
-            title = f"the sibling its teacher was shown (sample {rows.index(sibling)})"
+            title = f"sibling shown to its teacher (sample {rows.index(sibling)})"
             _section(title, sibling["text"], console)
         if row["verdict"]["feedback"]:
             _section("feedback", row["verdict"]["feedback"], console)
         if row["route"]["teacher_ids"]:
-            _section("the teacher's whole prompt", _decoded(run, row["route"]["teacher_ids"]), console)
+            _section("complete prompt of the teacher", _decoded(run, row["route"]["teacher_ids"]), console)
     for problem in run.problems:
         console.print(Text(visible(problem), style="yellow"))
 
@@ -97,7 +97,7 @@ def _tokens(values: dict[str, Any], console: Console) -> None:
         text.append(visible(token), style=f"on rgb({red},0,0)" if red > 8 else "")
     console.print(Text("\nresponse" + (", by divergence" if "divergence" in values else ""), style="cyan"))
     console.print(text, soft_wrap=True)
-    console.print(Text("\ntoken by token: nats, and the likeliest five of student and teacher", style="cyan"))
+    console.print(Text("\nper token: nats, and the five most likely of student and teacher", style="cyan"))
     for place, token in enumerate(values["tokens"]):
         keys = [key for key in _NUMBERS if key in values]
         numbers = [f"{key.replace('_', ' ')} {_figure(values[key][place])}" for key in keys]
@@ -126,10 +126,10 @@ def _sibling(row: dict, rows: list[dict]) -> dict | None:
 
 
 def _decoded(run: RunFolder, ids: list[int]) -> str:
-    """Decode by the model's tokenizer, if it still exists."""
+    """Decode with the model's tokenizer, if it still exists."""
     from transformers import AutoTokenizer
 
     for folder in (run.config.model.hf_path, run.path / "hf"):
         if folder.is_dir():
             return AutoTokenizer.from_pretrained(folder, local_files_only=True).decode(ids)
-    return f"{len(ids)} tokens; {run.config.model.hf_path}, whose tokenizer would decode them, is not there"
+    return f"{len(ids)} tokens, which cannot be decoded: {run.config.model.hf_path} does not exist"

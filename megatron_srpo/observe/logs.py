@@ -1,4 +1,4 @@
-"""What each rank logs about itself, in logs/ of the run folder."""
+"""The log of each rank, in logs/ of the run folder."""
 
 import faulthandler
 import logging
@@ -15,7 +15,7 @@ LOG = logging.getLogger("megatron_srpo")
 
 @contextmanager
 def rank_log(directory: Path, layout: Layout) -> Iterator[None]:
-    """Write the package's log, and the stack of a crash (SIGSEGV and kin), to logs/rank_NNNNN.log."""
+    """Write the package's log, and the stack of a crash (SIGSEGV and similar), to logs/rank_NNNNN.log."""
     path = directory / "logs" / f"rank_{layout.rank:05d}.log"
     file = path.open("a", encoding="utf-8", errors="backslashreplace")
     handler = logging.StreamHandler(file)
@@ -32,7 +32,7 @@ def rank_log(directory: Path, layout: Layout) -> Iterator[None]:
         LOG.info("rank %d of %d %s", layout.rank, layout.world_size, where)
         yield
     except BaseException as error:
-        LOG.error("leaving: %s", error, exc_info=not isinstance(error, KeyboardInterrupt))
+        LOG.error("exiting: %s", error, exc_info=not isinstance(error, KeyboardInterrupt))
         raise
     finally:
         if catches_crashes:

@@ -1,4 +1,4 @@
-"""The numbers of one step, and metrics.jsonl: one JSON object per line, the source of every curve."""
+"""The metrics of one step, and metrics.jsonl: one JSON object per line, the source of every curve."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def _tokens(samples: Sequence[Sample]) -> int:
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Compute a step's numbers; excluded samples count in lengths, truncations and verifier failures only."""
+    """Compute a step's metrics; excluded samples count in lengths, truncations, verifier failures only."""
     samples = [sample for group in groups for sample in group]
     judged = [sample for sample in samples if not sample.judged.excluded]
     judged_groups = [group for group in groups if not all(sample.judged.excluded for sample in group)]
@@ -56,7 +56,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def _by_task(samples: Sequence[Sample]) -> dict[str, float]:
-    """Compute the most telling numbers of each task if there are several."""
+    """Compute the most important metrics of each task if there are several."""
     rows: dict[str, float] = {}
     names = sorted({sample.prompt.task for sample in samples})
     for name in names if len(names) > 1 else ():
@@ -84,7 +84,7 @@ def version_metrics(groups: Sequence[Group], step: int) -> dict[str, Any]:
 
 
 def update_metrics(report: UpdateReport) -> dict[str, float]:
-    """Compute the numbers of a step's updates; means over no token (nothing distilled) are 0."""
+    """Compute the metrics of a step's updates; means over no token (nothing distilled) are 0."""
     sums = report.sums
     mean_weight = _ratio(sums.weight, sums.distilled)
     variance = _ratio(sums.weight_squared, sums.distilled) - mean_weight**2
@@ -118,19 +118,20 @@ def _teacher_metrics(distances: tuple[float, float] | None) -> dict[str, float]:
 
 
 class MetricsFile:
-    """metrics.jsonl; every line is on disk when `write` returns. Non-finite numbers become null."""
+    """The file metrics.jsonl, flushed after every line. Non-finite numbers become null."""
 
     def __init__(self, path: Path):
         self.path = path
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
+        """Append a row."""
         broken = [key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
         self._file.write(json.dumps(row | dict.fromkeys(broken)) + "\n")
         self._file.flush()
 
     def rewind(self, step: int, with_evaluation: bool) -> list[dict[str, Any]]:
-        """Drop later steps than `step` (or its evaluation, too) and a torn line; return the other rows."""
+        """Drop rows after `step`, its evaluation unless with_evaluation, a partial line; return the rest."""
         rows = [row for row in self._rows() if row["step"] <= step]
         if not with_evaluation:
             rows = [row for row in rows if row["step"] < step or "loss" in row]
@@ -142,10 +143,12 @@ class MetricsFile:
         return rows
 
     def evaluations(self) -> list[dict[str, Any]]:
+        """Read the rows of evaluations."""
         return [row for row in self._rows() if "loss" not in row]
 
     def _rows(self) -> list[dict[str, Any]]:
         return read_jsonl(self.path).rows
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()

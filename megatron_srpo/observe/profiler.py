@@ -10,11 +10,11 @@ from torch.profiler import ProfilerActivity, profile
 from megatron_srpo.config.schema import LoggingSection
 from megatron_srpo.distributed.layout import Layout
 
-_ALLOCATIONS = 100_000  # the newest that a memory snapshot remembers
+_ALLOCATIONS = 100_000  # the newest ones, kept for a memory snapshot
 
 
 class StepProfiler:
-    """Profiles a window of steps: table, trace for Perfetto, on CUDA memory for pytorch.org/memory_viz."""
+    """Profile a window of steps: table, Perfetto trace and, on CUDA, memory for pytorch.org/memory_viz."""
 
     def __init__(self, directory: Path, settings: LoggingSection, layout: Layout):
         self.directory, self.layout = directory, layout
@@ -23,6 +23,7 @@ class StepProfiler:
 
     @contextmanager
     def __call__(self, step: int) -> Iterator[None]:
+        """Profile `step` if it is one of logging.profile_steps."""
         if self.steps is not None and self.steps[0] <= step <= self.steps[1] and self._profile is None:
             self._begin()
         yield

@@ -15,14 +15,14 @@ from megatron_srpo.observe.alarms import REMEMBERED, Limits, alarms
 from megatron_srpo.observe.run_folder import RunFolder
 from megatron_srpo.observe.tokens import read_tokens, tokens_file
 
-SAMPLES = 5_000  # of all runs together: what a phone opens in two seconds
-TEXT_CHARACTERS = 20_000  # of one response or message; of longer ones the two ends
+SAMPLES = 5_000  # of all runs together; a phone opens them in two seconds
+TEXT_CHARACTERS = 20_000  # of one response or message; longer ones are cut in the middle
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _PAGE = Path(__file__).with_name("page")
 
 
 def write_report(paths: Sequence[Path], output: Path, samples: int = SAMPLES) -> None:
-    """Write the page about these run folders; raise ConfigError if one is no run's folder."""
+    """Write the page about these run folders; raise ConfigError if one is not a run's folder."""
     files = ("page.html", "page.css", "charts.js", "samples.js")
     html, css, charts, browser = [(_PAGE / name).read_text(encoding="utf-8") for name in files]
     # "<" could end the script element; json itself escapes all outside ASCII and lone surrogates.
@@ -33,7 +33,7 @@ def write_report(paths: Sequence[Path], output: Path, samples: int = SAMPLES) ->
 
 
 def report_data(paths: Sequence[Path], samples: int) -> dict[str, Any]:
-    """Collect what the page shows, with at most `samples` samples."""
+    """Collect the data of the page, with at most `samples` samples."""
     runs = [RunFolder.read(path) for path in paths]
     names = _names(paths)
     data: dict[str, Any] = {"made": f"{datetime.datetime.now():%Y-%m-%d %H:%M}", "runs": [], "prompts": []}
@@ -47,7 +47,7 @@ def report_data(paths: Sequence[Path], samples: int) -> dict[str, Any]:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """Name the folders, with as much of the path as tells them apart."""
+    """Name each folder by the shortest end of its path that is unique."""
     resolved = [path.resolve() for path in paths]
     for depth in range(1, 9):
         names = ["/".join(path.parts[-depth:]) for path in resolved]
@@ -105,26 +105,26 @@ def _weight_quantiles(run: RunFolder) -> dict[str, Any]:
 
 
 def alarm_history(run: RunFolder) -> list[dict[str, str]]:
-    """Find every stretch of steps in which an alarm holds, from the rows alone."""
-    limits, stretches, held = Limits.of(run.config), [], {}
-    steps = [row for row in run.steps if "loss" in row]  # what was only sampled has no alarms
+    """Return every range of steps in which an alarm is active, from the rows alone."""
+    limits, ranges, held = Limits.of(run.config), [], {}
+    steps = [row for row in run.steps if "loss" in row]  # rows of srpo sample have no alarms
     for place, row in enumerate(steps):
         recent = steps[max(0, place + 1 - REMEMBERED) : place + 1]
         raised = {alarm.name: alarm for alarm in alarms(recent, limits)}
-        held = {name: stretch for name, stretch in held.items() if name in raised}
+        held = {name: span for name, span in held.items() if name in raised}
         for name, alarm in raised.items():
             if name not in held:
                 held[name] = {**alarm._asdict(), "first": row["step"]}
-                stretches.append(held[name])
+                ranges.append(held[name])
             held[name]["last"] = row["step"]
-    for stretch in stretches:
-        first, last = stretch.pop("first"), stretch.pop("last")
-        stretch["steps"] = f"step {first}" if first == last else f"steps {first} to {last}"
-    return stretches
+    for span in ranges:
+        first, last = span.pop("first"), span.pop("last")
+        span["steps"] = f"step {first}" if first == last else f"steps {first} to {last}"
+    return ranges
 
 
 def _add_samples(data: dict[str, Any], run: RunFolder, number: int, name: str, limit: int) -> None:
-    """Add whole steps, evenly spread, those with token values first, up to `limit` samples."""
+    """Add complete steps, evenly spread, those with token values first, up to `limit` samples."""
     steps, prompts, taken = run.sampled_steps, {}, 0
     with_tokens = [step for step in steps if tokens_file(run.path, step).is_file()]
     order = _spread(with_tokens) + _spread([step for step in steps if step not in set(with_tokens)])
@@ -142,16 +142,16 @@ def _add_samples(data: dict[str, Any], run: RunFolder, number: int, name: str, l
                 sample = _sample(row, place, values, data["prompts"], prompts)
             except (KeyError, TypeError) as error:
                 where = f"{name}: step {step}, sample {place}"
-                run.problems.append(f"{where}: is no sample as runs dump them and left out: {error!r}")
+                run.problems.append(f"{where}: is not a valid sample and left out: {error!r}")
                 continue
             data["samples"].append({"run": number, "step": step, **sample})
     if len(chosen) < len(steps):
-        shown = f"the samples of {len(chosen)} of {len(steps)} steps are in this page"
-        data["notes"].append(f"{name}: {shown}; all are in its rollouts/.")
+        shown = f"this page has the samples of {len(chosen)} of {len(steps)} steps"
+        data["notes"].append(f"{name}: {shown}; rollouts/ has all of them.")
 
 
 def _spread(steps: list[int]) -> list[int]:
-    """Order the steps so that any first few are spread over all: last, first, then halves, quarters …"""
+    """Order the steps so that any first few are spread over all: last, first, halves, quarters and so on."""
     if not steps:
         return []
     places, stride = [len(steps) - 1, 0], len(steps)
@@ -188,5 +188,5 @@ def _cut(text: str) -> str:
 
 
 def _short(value: float | None) -> float | None:
-    """Round to five significant digits; None for what is no finite number."""
+    """Round to five significant digits; None if the number is not finite."""
     return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")

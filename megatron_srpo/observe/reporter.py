@@ -1,4 +1,4 @@
-"""What a training run reports: metrics.jsonl, trackers, terminal, alarms, and the checks that stop a run."""
+"""Reports of a training run: metrics.jsonl, trackers, terminal, alarms, and the checks that stop it."""
 
 import os
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from megatron_srpo.observe.trackers import Trackers, start_trackers
 
 
 class TrainingStopped(RuntimeError):
-    """Training cannot continue; the message says why and what to look at."""
+    """Training cannot continue; the message has the reason and what to check."""
 
 
 class Reporter:
-    """Writes a row for each step and evaluation on rank 0; all ranks compute them, to stop together."""
+    """Write a row for each step and evaluation on rank 0; all ranks compute them, to stop together."""
 
     def __init__(self, config: Config, layout: Layout, terminal: Terminal):
         self._config = config
@@ -62,6 +62,7 @@ class Reporter:
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
+        """The rows of all evaluations so far; empty on other ranks than 0."""
         return self._metrics.evaluations()
 
     def evaluation(self, step: int, scores: dict[str, Any]) -> dict[str, Any]:
@@ -75,7 +76,7 @@ class Reporter:
         """Print the scores and the contents of the run folder, and write report.html."""
         if evaluations := self.evaluations:
             key = next(key for key in evaluations[-1] if "/avg@" in key)
-            values = [row[key] for row in evaluations if key in row]  # a resumed run may evaluate otherwise
+            values = [row[key] for row in evaluations if key in row]  # others are possible after a resume
             change = f"{values[0]:.3f} before, {values[-1]:.3f} after"
             self._terminal.say(f"{key.removeprefix('eval/')}: {change}", "bold green")
         directory = self._config.logging.dir
@@ -88,9 +89,11 @@ class Reporter:
                 self._terminal.say(f"report.html could not be written: {error}", "bold red")
 
     def close_trackers(self) -> None:
+        """Close the trackers; a failure is only reported."""
         self._trackers.close()
 
     def close(self) -> None:
+        """Close metrics.jsonl."""
         self._metrics.close()
 
     def _write(self, row: dict[str, Any]) -> None:
@@ -98,7 +101,7 @@ class Reporter:
         self._trackers.write(row)
 
     def _raise_alarms(self, step: int, raised: list[Alarm], before: list[str]) -> None:
-        """Print alarms that were not there a step ago; raise TrainingStopped at one of logging.stop_on."""
+        """Print newly raised alarms; raise TrainingStopped for any alarm in logging.stop_on."""
         self._terminal.alarms = raised
         for alarm in raised:
             if alarm.name not in before:
@@ -109,13 +112,13 @@ class Reporter:
                 raise TrainingStopped(f"step {step}: alarm {alarm.name} (logging.stop_on): {alarm.finding}")
 
     def _check_logprob_gap(self, step: int, gap: float) -> None:
-        """Raise TrainingStopped if trainer and engine disagree; replayed samples are another policy's."""
+        """Raise TrainingStopped if trainer and engine disagree; skip replayed samples of another policy."""
         limit = self._config.rollout.logprob_gap_stop
         if self._config.rollout.replay is not None or limit is None or gap < limit:
             return
-        apart = f"trainer's and engine's log-probabilities are {gap:.3g} nats a token apart"
-        advice = "does the engine have the published weights?"
-        raise TrainingStopped(f"step {step}: {apart} (rollout.logprob_gap_stop); {advice}")
+        found = f"log-probabilities of trainer and engine differ by {gap:.3g} nats per token"
+        advice = "check that the engine has the published weights"
+        raise TrainingStopped(f"step {step}: {found} (rollout.logprob_gap_stop); {advice}")
 
     def _check_skipped_updates(self, step: int, report: UpdateReport) -> None:
         for update in report.skipped_updates:

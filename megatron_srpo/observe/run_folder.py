@@ -1,4 +1,4 @@
-"""Reading a run's folder, also after a kill: whole lines are read, damaged ones are reported."""
+"""Read a run's folder, also after a kill: complete lines are read, damaged ones are reported."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class RunFolder:
         """Read config.yaml and metrics.jsonl; raise ConfigError if `path` is not a run's folder."""
         file = path / "metrics.jsonl"
         if not file.is_file():
-            raise ConfigError(f"{path}: is not a run's folder: there is no metrics.jsonl in it")
+            raise ConfigError(f"{path}: is not a run folder: it has no metrics.jsonl")
         try:
             config = Config.model_validate(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
         except (OSError, yaml.YAMLError, UnicodeDecodeError, ValidationError) as error:
@@ -47,7 +47,7 @@ class RunFolder:
 
     @property
     def sampled_steps(self) -> list[int]:
-        """Return the steps whose samples were dumped, in order."""
+        """The steps whose samples were dumped, in order."""
         folder = step_file(self.path, 0).parent
         found = (_STEP.fullmatch(file.name) for file in folder.iterdir()) if folder.name == "rollouts" else ()
         return sorted(int(match[1]) for match in found if match)

@@ -1,4 +1,4 @@
-"""The beginning of a run's folder: made once, and held by one start of the run at a time."""
+"""Create a run's folder, and lock it for one start of the run at a time."""
 
 import os
 import socket
@@ -22,7 +22,7 @@ def open_run_folder(directory: Path, layout: Layout) -> str:
         (directory / "logs").mkdir(parents=True, exist_ok=True)
     session = layout.gather_bytes(f"{time.time_ns():x}".encode())[0].decode()
     if not (directory / "logs").is_dir():
-        problem = f"was made by the first rank, but rank {layout.rank} does not see it"
+        problem = f"was created by rank 0, but rank {layout.rank} does not see it"
         raise ConfigError(f"logging.dir: {directory} {problem}")
     return session
 
@@ -51,11 +51,12 @@ def _acquire(lock: FileLock) -> str:
             lock.acquire(timeout=0)
         except Timeout:
             waiting = f"waiting up to {LOCK_SECONDS:.0f} s for it to end"
-            print(f"{file} is held by {_holder(file)}: {waiting}", file=sys.stderr)
+            print(f"{file} is locked by {_holder(file)}: {waiting}", file=sys.stderr)
             lock.acquire(timeout=LOCK_SECONDS, poll_interval=0.5)
     except Timeout:
-        holder = f"{_holder(file)} works in this folder"
-        return f"logging.dir: {file} is locked: {holder}; end it first (if it is long gone, delete the file)"
+        holder = f"{_holder(file)} uses this folder"
+        hint = "stop it first (if it no longer exists, delete the file)"
+        return f"logging.dir: {file} is locked: {holder}; {hint}"
     except (OSError, NotImplementedError):
         return ""  # no locks here
     file.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A start of a run in its folder: lock, logs, watchdog and terminal, opened and closed together."""
+"""One start of a run in its folder: open and close its lock, logs, watchdog and terminal together."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

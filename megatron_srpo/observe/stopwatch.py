@@ -10,7 +10,7 @@ PHASES = ("rollout", "verify", "teacher", "update", "publish", "checkpoint")
 
 
 class Stopwatch:
-    """Measures phases, an inner one not for the outer; `announce` gets each outermost one's name."""
+    """Measure phases, an outer one without its inner ones; `announce` gets each outermost one's name."""
 
     def __init__(self, announce: Callable[[str], None] = PROGRESS.enter):
         self._announce = announce
@@ -20,6 +20,7 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        """Measure phase `name` while entered."""
         self._count()
         if self._open:
             PROGRESS.enter(name)

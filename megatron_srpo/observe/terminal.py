@@ -1,4 +1,4 @@
-"""The terminal: a live view, or one plain line per step where the output is no terminal."""
+"""The terminal: a live view, or one plain line per step if the output is not a terminal."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def sparkline(values: list[float], width: int = 40) -> str:
 
 
 class Terminal:
-    """Shows progress if `enabled` (on rank 0)."""
+    """Show progress if `enabled` (on rank 0)."""
 
     def __init__(self, title: str, steps: int, enabled: bool):
         self.console = Console(quiet=not enabled, highlight=False)
@@ -34,7 +34,7 @@ class Terminal:
         self.pass_rates: list[float] = []
         self.row: dict[str, Any] = {}
         self.phase_name = "start"
-        self.alarms: list[Alarm] = []  # that hold now
+        self.alarms: list[Alarm] = []  # active now
         done = (progress.TextColumn("step"), progress.MofNCompleteColumn(), progress.BarColumn(None))
         left = (progress.TextColumn("left"), progress.TimeRemainingColumn())
         self.progress = progress.Progress(*done, progress.TimeElapsedColumn(), *left)
@@ -64,7 +64,7 @@ class Terminal:
         LOG.info("step %d: %s", PROGRESS.step, name)
 
     def recall(self, rows: list[dict[str, Any]]) -> None:
-        """Take over the rows of metrics.jsonl of a resumed run."""
+        """Restore the progress of a resumed run by its rows of metrics.jsonl."""
         steps = [row for row in rows if "pass_rate" in row]
         self.pass_rates = [row["pass_rate"] for row in steps]
         self.progress.update(self.task, completed=len(steps))

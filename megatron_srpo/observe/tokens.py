@@ -1,4 +1,4 @@
-"""rollouts/step_NNNNNN.tokens.jsonl: what the loss saw of a few samples' tokens, in words."""
+"""rollouts/step_NNNNNN.tokens.jsonl: values of the loss for each token of a few samples, as text."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ from megatron_srpo.distributed.files import read_jsonl, write_text
 
 
 def choose(groups: Sequence[Group], count: int) -> list[SampleKey]:
-    """Choose `count` samples: in turn distilled, failed without a teacher, and right; of many prompts."""
+    """Choose `count` samples: in turn distilled, failed without a teacher, correct; of many prompts."""
     kinds: tuple[list[Sample], ...] = ([], [], [])
     for sample in chain.from_iterable(groups):
         is_distilled = sample.routed.distillation_weight > 0
@@ -32,6 +32,7 @@ def _prompt_after_prompt(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def tokens_file(folder: Path, step: int) -> Path:
+    """Return the path of a step's token values in a run folder."""
     return step_file(folder, step).with_suffix(".tokens.jsonl")
 
 

@@ -12,11 +12,13 @@ from megatron_srpo.distributed.files import write_text
 
 
 class Tracker(Protocol):
-    """Where the numbers in rows of metrics.jsonl are sent as well."""
+    """A service that also gets the numbers in rows of metrics.jsonl."""
 
-    def write(self, row: Mapping[str, Any]) -> None: ...
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Send the numbers of a row."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Send what is buffered, and close."""
 
 
 def check_trackers(config: Config) -> None:
@@ -35,9 +37,11 @@ class Trackers:
         self._trackers, self._say = trackers, say
 
     def write(self, row: Mapping[str, Any]) -> None:
+        """Send the numbers of a row to every tracker."""
         self._each(lambda tracker: tracker.write(row))
 
     def close(self) -> None:
+        """Close every tracker."""
         self._each(lambda tracker: tracker.close())
 
     def _each(self, do: Callable[[Tracker], None]) -> None:
@@ -64,7 +68,7 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 class TensorBoard:
-    """Event files in RUN/tensorboard; what an earlier start wrote about steps after `step` is hidden."""
+    """Event files in RUN/tensorboard; events of an earlier start about steps after `step` are hidden."""
 
     def __init__(self, directory: Path, step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -72,16 +76,18 @@ class TensorBoard:
         self.writer = SummaryWriter(str(directory), purge_step=step + 1 if step else None)
 
     def write(self, row: Mapping[str, Any]) -> None:
+        """Write the numbers of a row, and flush them."""
         for key, value in _numbers(row).items():
             self.writer.add_scalar(key, value, row["step"])
         self.writer.flush()
 
     def close(self) -> None:
+        """Close the event file."""
         self.writer.close()
 
 
 class WandB:
-    """One W&B run per run folder, also over several starts; its id is kept in RUN/wandb_id."""
+    """One W&B run per run folder, also over several starts of it; its id is kept in RUN/wandb_id."""
 
     def __init__(self, config: Config):
         import wandb  # pyright: ignore[reportMissingImports]
@@ -100,7 +106,9 @@ class WandB:
         self.run.define_metric("*", step_metric="step")
 
     def write(self, row: Mapping[str, Any]) -> None:
+        """Log the numbers of a row."""
         self.run.log({"step": row["step"], **_numbers(row)})
 
     def close(self) -> None:
+        """Finish the W&B run."""
         self.run.finish()

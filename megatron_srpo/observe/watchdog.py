@@ -16,11 +16,11 @@ from megatron_srpo.distributed.heartbeat import PROGRESS, collectives_noted
 from megatron_srpo.distributed.layout import Layout
 
 STALLED = 1  # the exit status
-_GRACE_SECONDS = 10  # a stalled run's first rank waits so long for the other ranks' stacks
+_GRACE_SECONDS = 10  # rank 0 of a stalled run waits so long for the other ranks' stacks
 
 
 class Watchdog:
-    """Ends the run (start `session`) after `minutes` without progress on any rank, while it is entered."""
+    """End the run (start `session`) after `minutes` without progress on any rank, while entered."""
 
     def __init__(self, folder: Path, layout: Layout, minutes: float | None, session: str):
         self.folder = folder

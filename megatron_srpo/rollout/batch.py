@@ -1,9 +1,9 @@
-"""The groups of a step: prompts are sampled and verified in rounds until the batch is full.
+"""Build the batch of a step: sample and verify prompts in rounds until it has enough groups.
 
-A round is the same on every rank but for the share of its prompts that each rank samples. Without
-over-sampling and filtering there is one, without communication. With them, each rank stops when it has its
-share of the groups needed, ranks exchange what they have, and another round follows if that is not enough.
-What is left over (groups, partial rollouts) is continued in the next step, unless it is too stale.
+All ranks run the same rounds, and each samples its share of a round's prompts. Without over-sampling and
+filtering there is one round, without communication. With them, each rank stops when it has its share of the
+groups needed, ranks exchange their groups, and another round follows if these are not enough. Leftover groups
+and partial rollouts continue in the next step, unless they are too stale.
 """
 
 import math
@@ -27,14 +27,14 @@ _PARTIAL_GROUPS = TypeAdapter(list[PartialGroup])
 
 
 class Batch(NamedTuple):
-    """A step's groups, this rank's share, and what metrics.jsonl says about their selection."""
+    """This rank's share of a step's groups, and metrics of the selection for metrics.jsonl."""
 
     groups: list[Group]
     metrics: dict[str, float]
 
 
 class _Round(NamedTuple):
-    """Outcome of a round: of all ranks when groups are selected, else of this rank."""
+    """Groups of a round: of all ranks when groups are selected, else of this rank."""
 
     groups: list[Group]
     incomplete: list[PartialGroup]
@@ -65,7 +65,7 @@ class BatchBuilder:
         self._last_step_began_at = 0  # next_prompt before it
 
     def first_prompt(self, step: int) -> int:
-        """Return the first prompt that was not begun before `step`: the cursor that a checkpoint keeps."""
+        """Return the first prompt that was not started before `step`: the cursor that a checkpoint saves."""
         return self._last_step_began_at if step == self._last_step else self.next_prompt
 
     def resume(self, step: int, next_prompt: int) -> None:
@@ -75,7 +75,7 @@ class BatchBuilder:
         self._recovered = self.ledger.recovered(step)
 
     def build(self, step: int, watch: Stopwatch | None = None) -> Batch:
-        """Sample the batch of `step`; all ranks together if groups are selected. watch: None in a thread."""
+        """Sample the batch of `step`. Collective if groups are selected. watch: None in another thread."""
         settings, target = self.settings, self.settings.prompts_per_step
         self._last_step, self._last_step_began_at = step, self.next_prompt
         incomplete, self.carried = self._drop_stale(self.carried, step), []
@@ -87,14 +87,14 @@ class BatchBuilder:
             rounds += 1
             needed = target - len(chosen)
             incomplete += self._new_prompts(math.ceil(needed * settings.over_sampling) - len(incomplete))
-            # a sample of a later round is not used before it, so that every round repeats exactly
+            # a recovered sample is not used before its round, so that every round repeats exactly
             known = {key: found.sample for key, found in recovered.items() if found.round <= rounds}
             groups, incomplete = self._sample_round(rounds, incomplete, needed, step, known, watch)
             if not self.selects:
                 return Batch(groups, {})
             for group in groups:
                 (chosen if self._is_useful(group) else no_signal).append(group)
-            if rounds >= settings.filter_rounds:  # better a full batch than none
+            if rounds >= settings.filter_rounds:  # fill the batch instead of sampling forever
                 missing = max(0, target - len(chosen))
                 chosen += no_signal[:missing]
                 no_signal = no_signal[missing:]
@@ -113,14 +113,14 @@ class BatchBuilder:
     def _sample_round(
         self,
         round_number: int,
-        begun: list[PartialGroup],
+        started: list[PartialGroup],
         needed: int,
         step: int,
         known: dict[SampleKey, Sample],
         watch: Stopwatch | None,
     ) -> _Round:
-        mine = [self._with_known(one, known) for one in begun[self.layout.rank :: self.layout.world_size]]
-        share = math.ceil(needed * len(mine) / len(begun))
+        mine = [self._with_known(one, known) for one in started[self.layout.rank :: self.layout.world_size]]
+        share = math.ceil(needed * len(mine) / len(started))
         pending = PendingGroups(mine, self.settings.samples_per_prompt)
         stop = Event()
         persist = partial(self.ledger.persist, step, round_number)
@@ -134,10 +134,10 @@ class BatchBuilder:
                 stop.set()
         in_order = [groups[one.prompt.id] for one in mine if one.prompt.id in groups]
         own = _Round(in_order, pending.incomplete())
-        return self._gather_round(own, begun) if self.selects else own
+        return self._gather_round(own, started) if self.selects else own
 
     def _with_known(self, group: PartialGroup, known: dict[SampleKey, Sample]) -> PartialGroup:
-        """Return the group with token ids, and with the samples that a stopped run had finished."""
+        """Return the group with token ids, and with its samples recovered from a stopped run."""
         prompt = group.prompt
         if not prompt.ids:
             prompt = encode_prompt(prompt, self.collector.folder, self.settings)
@@ -148,28 +148,28 @@ class BatchBuilder:
                 samples[index] = sample
         return PartialGroup(prompt=prompt, samples=tuple(samples[index] for index in sorted(samples)))
 
-    def _gather_round(self, own: _Round, begun: Sequence[PartialGroup]) -> _Round:
-        """Return all ranks' groups, in the order of `begun`."""
+    def _gather_round(self, own: _Round, started: Sequence[PartialGroup]) -> _Round:
+        """Return all ranks' groups, in the order of `started`."""
         groups = [PartialGroup(prompt=group[0].prompt, samples=group) for group in own.groups]
         text = _PARTIAL_GROUPS.dump_json(groups + own.incomplete)
         found = {}
         for part in self.layout.gather_bytes(text, background=True):
             found |= {one.prompt.id: one for one in _PARTIAL_GROUPS.validate_json(part)}
-        everyone = _Round([], [])
-        for one in begun:
+        gathered = _Round([], [])
+        for one in started:
             group = found[one.prompt.id]
             verified = [sample for sample in group.samples if sample.verdict is not None]
             if len(verified) == self.settings.samples_per_prompt:
-                everyone.groups.append(group.samples)
+                gathered.groups.append(group.samples)
             else:
-                everyone.incomplete.append(group)
-        return everyone
+                gathered.incomplete.append(group)
+        return gathered
 
     def _is_useful(self, group: Group) -> bool:
         return not self.settings.dynamic_filtering or self.has_signal(group)
 
     def _drop_stale(self, carried: Sequence[PartialGroup], step: int) -> list[PartialGroup]:
-        """Return the groups without samples whose oldest token exceeds max_staleness at `step`."""
+        """Remove the samples whose oldest token exceeds max_staleness at `step`."""
         oldest = step - 1 - self.settings.max_staleness
         groups = []
         for group in carried:

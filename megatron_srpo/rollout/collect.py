@@ -1,4 +1,4 @@
-"""From prompts to verified groups: this rank's share, and the exchange that gives every rank all groups."""
+"""Sample and verify this rank's prompts, and exchange groups so that every rank has all of them."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
@@ -30,7 +30,7 @@ def encode_prompt(prompt: Prompt, folder: HFFolder, settings: RolloutSection) ->
 
 
 class PendingGroups:
-    """Groups of `size` samples that are being sampled: the finished and aborted ones, and the missing."""
+    """Groups of `size` samples in progress: the finished, aborted and missing samples."""
 
     def __init__(self, partial: Sequence[PartialGroup], size: int):
         self.prompts = [group.prompt for group in partial]
@@ -40,7 +40,7 @@ class PendingGroups:
         self.recovered = self.add(sample for group in partial for sample in group.samples)
 
     def add(self, samples: Iterable[Sample]) -> list[Group]:
-        """Record new samples. Returns the groups that are complete with them, not yet verified."""
+        """Record new samples; return the groups that they complete, not yet verified."""
         complete = []
         for sample in samples:
             prompt_id = sample.prompt.id
@@ -60,7 +60,7 @@ class PendingGroups:
                     yield prompt, index, sample
 
     def incomplete(self) -> list[PartialGroup]:
-        """Return the prompts with missing samples, in order."""
+        """Return the groups with missing samples, in the order of their prompts."""
         groups = []
         for prompt in self.prompts:
             if self._missing[prompt.id]:
@@ -72,7 +72,7 @@ class PendingGroups:
 
 @dataclass(eq=False)
 class Collector:
-    """Samples prompts with this rank's engine and verifies the responses."""
+    """Sample prompts with this rank's engine and verify the responses."""
 
     verifiers: Pool
     engine: Engine
@@ -100,11 +100,11 @@ class Collector:
         persist: Callable[[list[Sample]], None] | None = None,
         watch: Stopwatch | None = None,
     ) -> Iterator[Group]:
-        """Yield each group, verified, as soon as its last sample is finished, while others still run.
+        """Yield each group, verified, as soon as its last sample is finished, while others are in flight.
 
         A sample's randomness depends on (seed, prompt id, index) alone. The consumer sets `stop` when it has
-        enough groups: the rest is aborted, and afterwards in `pending.incomplete()`. persist: stores finished
-        samples before they are verified, one engine batch a call. watch: None in a background thread.
+        enough groups: the others are aborted, and left in `pending.incomplete()`. `persist` stores finished
+        samples before they are verified, one engine batch per call. watch: None in a background thread.
         """
         yield from self.verify(pending.recovered, watch)
         if stop.is_set():
@@ -144,7 +144,7 @@ class Collector:
         return Sample(prompt=prompt, index=index, segments=segments, finish_reason=reason, text=text)
 
     def verify(self, groups: Sequence[Group], watch: Stopwatch | None = None) -> list[Group]:
-        """Return the groups with verdicts; failed samples get the feedback of their prompt if it has one."""
+        """Return the groups with verdicts; wrong samples get the feedback of their prompt if it has one."""
         if not groups:
             return []
         samples = [sample for group in groups for sample in group]

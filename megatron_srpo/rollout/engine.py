@@ -19,28 +19,38 @@ class Sampling(NamedTuple):
 class Completion(NamedTuple):
     """One response.
 
-    `logprobs`: one a token, in nats, of the full softmax at the sampling temperature (temperature 1 when
-    greedy); top_p does not renormalise them.
+    Attributes:
+        ids: Token ids, including a stop token.
+        logprobs: One per token, in nats, of the full softmax at the sampling temperature (temperature 1 when
+            greedy); top_p does not renormalise them.
+        versions: Half-open spans (weight version, start, end) of `ids`.
+        finish_reason: "abort" marks a partial rollout, which may be empty.
     """
 
-    ids: list[int]  # token ids; a stop token is included
+    ids: list[int]
     logprobs: list[float]
-    versions: list[tuple[str, int, int]]  # half-open spans (weight version, start, end) of `ids`
-    finish_reason: Literal["stop", "length", "abort"]  # "abort": a partial rollout, possibly empty
+    versions: list[tuple[str, int, int]]
+    finish_reason: Literal["stop", "length", "abort"]
 
 
 EMPTY = Completion([], [], [], "abort")
 
 
 class Request(NamedTuple):
-    """One response to sample."""
+    """One response to sample.
+
+    Attributes:
+        prompt_ids: Token ids of the prompt.
+        seed: Determines the randomness of the response, independently of its batch.
+        start: Partial rollout of an earlier attempt, which the response continues.
+    """
 
     prompt_ids: tuple[int, ...]
-    seed: str  # decides the randomness of the response alone, whatever else is in its batch
-    start: Completion | None = None  # partial rollout of an earlier attempt, which the response continues
+    seed: str
+    start: Completion | None = None
 
     def aborted(self) -> Completion:
-        """Return what is there without sampling more."""
+        """Return the partial rollout without sampling more."""
         return (self.start or EMPTY)._replace(finish_reason="abort")
 
 
@@ -48,28 +58,29 @@ CompletionStream = Generator[Mapping[int, Completion], None, None]  # by the req
 
 
 class EngineFailed(RuntimeError):
-    """The engine cannot sample any more; the message says why and what to look at."""
+    """The engine can no longer sample; the message has the reason and what to check."""
 
 
 class Engine(Protocol):
-    """Samples with the policy's weights. Each implementation is a folder of rollout/ (see engines.py)."""
+    """An engine that samples with the policy's weights: one folder of rollout/ (see engines.py)."""
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, stop: Event) -> CompletionStream:
-        """Yield the completion of every request once, in any order, while others still run.
+        """Yield the completion of every request once, in any order, while others are in flight.
 
         Completions of one engine batch are yielded together: a resumed run re-batches the rest identically.
-        Once the consumer has set `stop`, what still runs is aborted, and the rest is yielded as it is
-        (finish_reason "abort"). A consumer that needs no rest may close the iterator instead.
+        Once the consumer sets `stop`, requests in flight are aborted, and the rest is yielded as it is
+        (finish_reason "abort"). A consumer that does not need the rest may close the iterator instead.
 
-        Raises EngineFailed.
+        Raises:
+            EngineFailed: The engine can no longer sample.
         """
         ...
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
-        """Consume the stream of tensors and sample with them from now on. All ranks together."""
+        """Load the streamed (name, tensor) pairs and sample with them from now on. A collective call."""
 
     def release_memory(self) -> None:
-        """Give GPU memory to the trainer until the next update. All ranks together, when none samples."""
+        """Free GPU memory until the next update. A collective call, with no request in flight."""
 
     def close(self) -> None:
         """Release all resources. May be called on one rank alone."""

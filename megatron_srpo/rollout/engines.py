@@ -14,12 +14,12 @@ from megatron_srpo.rollout.engine import Engine
 
 
 def check_engine(config: Config, trains: bool) -> None:
-    """Check settings before anything starts. Raises ConfigError. trains: weights are updated every step."""
+    """Check settings before anything starts; raise ConfigError. trains: weights change every step."""
     _module(config).check(config, trains)
 
 
 def create_engine(config: Config, folder: HFFolder, layout: Layout, say: Callable[[str], None]) -> Engine:
-    """Return the engine, still without weights. All ranks together. say: prints on the first rank."""
+    """Create the engine, without weights yet. A collective call. say: prints on the first rank."""
     return _module(config).create(config, folder, layout, say)
 
 

@@ -2,7 +2,7 @@
 
     RUN/ledger/step_000007.rank_00000.jsonl    this rank's finished samples of a step; a line: those that the
                                                engine delivered together
-               step_000007.carried.jsonl       left over by the step before: groups, partial rollouts
+               step_000007.carried.jsonl       left over from the step before: groups, partial rollouts
 
 A resumed run recovers the samples of the step after its checkpoint, partial groups included: the checkpoint
 has their weights. The weights of later steps are lost: these steps are discarded and sampled again.
@@ -32,7 +32,7 @@ class _Line(BaseModel):
 
 
 class Recovered(NamedTuple):
-    """A finished sample of a stopped run, and the round of its step that it was made in (from 1)."""
+    """A finished sample of a stopped run, and the round (from 1) of its step that sampled it."""
 
     round: int
     sample: Sample
@@ -63,6 +63,7 @@ class Ledger:
             write_text(self._carried_file(step), text)
 
     def carried(self, step: int) -> list[PartialGroup]:
+        """Read the groups left over for `step`; [] if there are none."""
         file = self._carried_file(step)
         lines = file.read_bytes().split(b"\n") if file.exists() else []
         return [PartialGroup.model_validate_json(line) for line in lines if line]
@@ -76,12 +77,12 @@ class Ledger:
             self.close()
             self._file = file.open("a", encoding="utf-8")
             if self._file.tell():
-                self._file.write("\n")  # a kill may have left half a line
+                self._file.write("\n")  # a killed run may have left an incomplete line
         self._file.write(_Line(round=round_number, samples=tuple(samples)).model_dump_json() + "\n")
         self._file.flush()
 
     def recovered(self, step: int) -> dict[SampleKey, Recovered]:
-        """Return every rank's finished samples of a step. Torn lines are skipped."""
+        """Return every rank's finished samples of a step. Incomplete lines are skipped."""
         found = {}
         for file in sorted(self.directory.glob(f"step_{step:06d}.rank_*.jsonl")):
             for text in file.read_bytes().split(b"\n"):
@@ -92,10 +93,11 @@ class Ledger:
         return found
 
     def saved(self, step: int) -> None:
-        """Remove samples up to `step`, which a checkpoint holds. For one rank to call, at any time."""
+        """Remove the samples up to `step`, which a checkpoint has. Called on one rank, at any time."""
         self._remove(lambda other: other <= step)
 
     def close(self) -> None:
+        """Close the file that samples are appended to."""
         if self._file is not None:
             self._file.close()
             self._file = None

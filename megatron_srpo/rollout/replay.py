@@ -1,4 +1,4 @@
-"""Reads dumped rollouts as groups that a run can train on."""
+"""Read dumped rollouts as groups to train on."""
 
 import itertools
 import json

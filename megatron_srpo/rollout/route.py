@@ -1,4 +1,4 @@
-"""Routes verified groups with the run's settings."""
+"""Route verified groups with the run's settings."""
 
 from megatron_srpo.algorithm.routing import route_groups
 from megatron_srpo.config.schema import Config

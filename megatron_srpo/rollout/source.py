@@ -1,4 +1,4 @@
-"""Where a step's groups come from: an engine fed with the policy's weights, or a folder of dumped steps."""
+"""The source of a step's groups: an engine with the policy's weights, or a folder of dumped steps."""
 
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
+from typing_extensions import override
 
 from megatron_srpo.algorithm.routing import has_signal
 from megatron_srpo.config.base import ConfigError
@@ -28,19 +29,19 @@ from megatron_srpo.tasks.pool import Pool
 
 
 class Rollouts(Protocol):
-    """The source of verified groups. All ranks call it together, but for `saved` and `close`."""
+    """A source of verified groups. All calls are collective, except `saved` and `close`."""
 
-    metrics: dict[str, float]  # what metrics.jsonl says about the selection of the groups collected last
+    metrics: dict[str, float]  # of the last selection of groups, for metrics.jsonl
 
     def collect(self, step: int) -> list[Group]:
         """Return this rank's share of the step's verified groups. Raises ConfigError, EngineFailed."""
         ...
 
     def release_memory(self) -> None:
-        """With rollout.colocated: give the engine's memory to the trainer until weights are published."""
+        """Free the engine's GPU memory until weights are published, with rollout.colocated."""
 
     def publish(self, tensors: Iterable[tuple[str, Tensor]], step: int) -> None:
-        """Bring the policy's weights to the engine, as version `step`, once nothing is being sampled."""
+        """Send the policy's weights to the engine, as version `step`, once no request is in flight."""
 
     @property
     def next_prompt(self) -> int:
@@ -48,10 +49,10 @@ class Rollouts(Protocol):
         return 0
 
     def resume(self, step: int, next_prompt: int) -> None:
-        """Restore the state after `step`; what came later is discarded."""
+        """Restore the state after `step`, and discard later samples."""
 
     def saved(self, step: int) -> None:
-        """Remove samples up to `step`, which a checkpoint holds. For one rank to call, at any time."""
+        """Remove the samples up to `step`, which a checkpoint has. Called on one rank, at any time."""
 
     def close(self) -> None:
         """Stop engine and verifiers."""
@@ -60,7 +61,7 @@ class Rollouts(Protocol):
 def open_rollouts(
     config: Config, folder: HFFolder, layout: Layout, say: Callable[[str], None], watch: Stopwatch
 ) -> "LiveRollouts | ReplayedRollouts":
-    """Return the source of groups that `config` names; an engine has no weights yet."""
+    """Create the source of groups for `config`; its engine has no weights yet."""
     settings = config.rollout
     if settings.replay is not None:
         return ReplayedRollouts(settings.replay, settings, folder, layout)
@@ -97,6 +98,7 @@ class LiveRollouts(Rollouts):
         self._thread = ThreadPoolExecutor(1, "rollouts")
         self._ahead: Future[Batch] | None = None
 
+    @override
     def collect(self, step: int) -> list[Group]:
         ahead, self._ahead = self._ahead, None
         batch = self.builder.build(step, self.watch) if ahead is None else ahead.result()
@@ -105,9 +107,11 @@ class LiveRollouts(Rollouts):
         self.metrics = batch.metrics
         return batch.groups
 
+    @override
     def release_memory(self) -> None:
         self.collector.engine.release_memory()
 
+    @override
     def publish(self, tensors: Iterable[tuple[str, Tensor]], step: int) -> None:
         if self._ahead is not None:
             with self.watch("rollout"):
@@ -116,16 +120,20 @@ class LiveRollouts(Rollouts):
         self.collector.engine.update_weights(tensors, str(step))
 
     @property
+    @override
     def next_prompt(self) -> int:
         return self.builder.first_prompt(self._published + 1)
 
+    @override
     def resume(self, step: int, next_prompt: int) -> None:
         self.builder.ledger.resume(step)
         self.builder.resume(step + 1, next_prompt)
 
+    @override
     def saved(self, step: int) -> None:
         self.builder.ledger.saved(step)
 
+    @override
     def close(self) -> None:
         self._thread.shutdown()
         self.builder.ledger.close()
@@ -135,7 +143,7 @@ class LiveRollouts(Rollouts):
 
 @dataclass(eq=False)
 class ReplayedRollouts(Rollouts):
-    """Groups dumped by another run (rollout.replay). All but `collect` does nothing."""
+    """Groups dumped by another run (rollout.replay). All methods but `collect` do nothing."""
 
     directory: Path
     settings: RolloutSection
@@ -143,6 +151,7 @@ class ReplayedRollouts(Rollouts):
     layout: Layout
     metrics: dict[str, float] = field(default_factory=dict)
 
+    @override
     def collect(self, step: int) -> list[Group]:
         groups = replay(self.directory, step, self.settings.samples_per_prompt, self.folder)
         if len(groups) != self.settings.prompts_per_step:

@@ -11,7 +11,7 @@ from megatron_srpo.tasks.catalog import Verifier, builtin_tasks, verifiers
 
 
 class Task(Protocol):
-    """What a task must offer; prompts are addressed by number, so a run is defined by its seed alone."""
+    """The task protocol; prompts are addressed by number, so a run is defined by its seed alone."""
 
     name: str
     verifier: str
@@ -84,7 +84,7 @@ def _verifier_of(source: TaskSource) -> Verifier:
 
 
 def training_tasks(config: Config) -> dict[str, Task]:
-    """Create the tasks that are trained on, by name; raise ConfigError if one has no training questions."""
+    """Create the training tasks, by name; raise ConfigError if one has no training questions."""
     tasks = {source.name: create_task(source, config.train.seed) for source in config.task.sources}
     for name, task in tasks.items():
         if task.size("train") == 0:
@@ -94,7 +94,7 @@ def training_tasks(config: Config) -> dict[str, Task]:
 
 
 def evaluation_tasks(config: Config) -> dict[str, Task]:
-    """Create the tasks that are evaluated, by name; raise ConfigError for splits empty or endless."""
+    """Create the evaluation tasks, by name; raise ConfigError for empty or unlimited splits."""
     settings = config.evaluation
     tasks: dict[str, Task] = {}
     for source in config.evaluation_tasks:

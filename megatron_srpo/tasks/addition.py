@@ -27,12 +27,13 @@ class Addition:
         self.seed = seed
 
     def size(self, split: str) -> None:
+        """Return None: every split is endless."""
         return None
 
     def prompt(self, split: str, index: int) -> Prompt:
-        """Draw a sum uniformly among those of `split`; no seed trains on what another one tests or validates.
+        """Draw a sum uniformly from those of `split`; no seed trains on held-out sums of any seed.
 
-        Validation and test draw from the same tenth of all sums, so they share one sum in some hundreds.
+        Validation and test draw from the same tenth of all sums, so they share about one in several hundred.
         """
         rng = random.Random(f"addition/{self.seed}/{split}/{index}")
         low, high = 10 ** (DIGITS - 1), 10**DIGITS

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 class BuiltinTask(NamedTuple):
-    """A task that makes its prompts itself, without task.path.
+    """A task that creates its own prompts, without task.path.
 
     Attributes:
         name: The value of task.name; "family/DATASET" stands for every name that begins with "family/".
-        create: Makes the task from its source and the run's seed.
+        create: Creates the task from its source and the run's seed.
         reads_options: The task reads task.options.
     """
 
@@ -31,7 +31,7 @@ class BuiltinTask(NamedTuple):
     reads_options: bool = False
 
     def matches(self, name: str) -> bool:
-        """Return True if a task of this name is made here."""
+        """Return True if a task of this name is created here."""
         family, slash, _ = self.name.partition("/")
         return name.startswith(family + slash) if slash else name == self.name
 
@@ -43,7 +43,7 @@ class Verifier(NamedTuple):
         name: The value of task.verifier.
         rules: Functions by task.rule ("paper", "strict"); a worker imports them by module and name.
         tasks: Values of task.name that imply this verifier.
-        phrase: Makes the user's message of a plain question.
+        phrase: Turns a plain question into the user's message.
         requires: A module that must be installed (extra `tasks`).
     """
 

@@ -4,7 +4,7 @@ import re
 
 from megatron_srpo.data.records import Verdict
 
-DEEPEST = 1_000  # braces within braces; beyond that it is no mathematics
+DEEPEST = 1_000  # braces within braces; deeper text is not mathematics
 
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s{0,4}\{|\\[{}\\]|[{}]")
 
@@ -23,11 +23,11 @@ def last_answer_block(text: str) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    """Return the stripped content of the last complete \\boxed{…} or \\fbox{…}, braces balanced, or None.
+    r"""Return the stripped content of the last complete \boxed{…} or \fbox{…}, braces balanced, or None.
 
-    Of nested boxes, the outermost closed one counts: a box that is never closed hides none.
+    Of nested boxes, the outermost closed one counts; a box that is never closed hides no other.
     """
-    open_braces: list[tuple[int, bool]] = []  # (place after the brace, whether it is a box's)
+    open_braces: list[tuple[int, bool]] = []  # (place after the brace, True for a box's)
     found = None
     for match in _BRACES.finditer(text):
         token = match.group()

@@ -8,7 +8,7 @@ from megatron_srpo.data.records import Verdict
 from megatron_srpo.tasks.catalog import Verifier
 from megatron_srpo.tasks.extract import last_answer_block, last_boxed, verdict_of
 
-LONGEST_ANSWER = 1_000  # characters; a longer one is no short answer, and costs the parser minutes
+LONGEST_ANSWER = 1_000  # characters; a longer one is not a short answer, and takes the parser minutes
 _INTEGER = re.compile(r"[+-]?[0-9]{1,100}")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
 _SPACED_THOUSANDS = re.compile(r"(?<=\d)\\[,;: ](?=\d{3}(?!\d))")  # which math-verify adds up: 1\,234 = 235
@@ -17,11 +17,12 @@ _FULL_STOP = re.compile(r"(?<![.\\])(?<!\\right)\.$")
 
 
 def phrase(question: str) -> str:
+    r"""Ask for step-by-step reasoning and a final answer within \boxed{}."""
     return f"{question}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 
 
 def final_answer(text: str) -> str | None:
-    """Return a response's last \\boxed{…}, else its last complete <answer> block, else None."""
+    r"""Return a response's last \boxed{…}, else its last complete <answer> block, else None."""
     boxed = last_boxed(text)
     return last_answer_block(text) if boxed is None else boxed
 
@@ -55,7 +56,7 @@ def _equal(answer: str, given: str) -> bool:
     return equal(list(_parsed(answer)), list(_parsed(given)), timeout_seconds=None)
 
 
-@lru_cache(maxsize=4096)  # every gold answer is compared with a whole group
+@lru_cache(maxsize=4096)  # every gold answer is compared with all samples of a group
 def _parsed(answer: str) -> tuple[Any, ...]:
     from math_verify import LatexExtractionConfig, parse
 

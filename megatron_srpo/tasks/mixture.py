@@ -9,7 +9,7 @@ from megatron_srpo.tasks import Task
 class Mixture:
     """Tasks in turn, in proportion to their weights, in the same order on every run.
 
-    After every prompt each of two tasks is less than one prompt from its share, of many tasks a few.
+    After every prompt, a task has its share to within one prompt (two tasks) or a few prompts (many tasks).
     """
 
     def __init__(self, tasks: Mapping[str, Task], weights: Mapping[str, float]):

@@ -1,4 +1,4 @@
-"""A task of the user's own: one class in one Python file, given as task.path."""
+"""A user-defined task: one class in one Python file, given as task.path."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 def create_own_task(source: TaskSource, seed: int) -> Task:
     """Create `MyTask(name, seed, **options)`, the file's class with prompt and verify (examples/own_task).
 
-    Worker processes import the file, too, for its static method `verify(answer, text) -> Verdict`. Raises
-    ConfigError if the file cannot be run or has no such class.
+    Worker processes import the file, too, for its static method `verify(answer, text) -> Verdict`.
+
+    Raises:
+        ConfigError: The file cannot be run, or does not have exactly one such class.
     """
     assert source.path is not None
     file = source.path.resolve()
@@ -40,7 +42,7 @@ def create_own_task(source: TaskSource, seed: int) -> Task:
     try:
         task = own(source.name, seed, **source.options)
     except Exception as error:
-        problem = f"cannot be made with {source.options}: {error}"
+        problem = f"cannot be created with {source.options}: {error}"
         raise ConfigError(f"{where}: {own.__name__} {problem}") from error
     task.name, task.verifier = source.name, f"{file}:{own.__qualname__}.verify"
     return task

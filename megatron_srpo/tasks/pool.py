@@ -1,4 +1,4 @@
-"""The verifier pool: killable worker processes, so that no response can hang, exhaust or end a run.
+"""The verifier pool: killable worker processes, so that no response can hang, exhaust or crash a run.
 
 JSON messages, no pickle, over one connection per worker. A worker judges its jobs in order, so the job that
 hung or killed it is the first without an answer: only that one fails, the others are queued again.
@@ -48,10 +48,10 @@ class _Numbered(NamedTuple):
 
 
 class Pool:
-    """Processes that have every task's verifier; they end with the pool or by `close()`."""
+    """Processes that have every task's verifier; they end with the pool or with `close()`."""
 
     def __init__(self, verifiers: Mapping[str, str], settings: TaskSection):
-        """Start workers that load `verifiers` (task → reference, see `Task`); else raise ConfigError."""
+        """Start workers that load `verifiers` (task → reference, see `Task`). Raises ConfigError."""
         self.verifiers = dict(verifiers)
         self.settings = settings
         self.workers = [_Worker(self.verifiers, settings) for _ in range(settings.verifier_workers)]
@@ -66,20 +66,20 @@ class Pool:
         chunk = min(LARGEST_CHUNK, math.ceil(len(jobs) / len(self.workers)))
         try:
             while len(verdicts) < len(jobs):
-                self._hand_out(waiting, chunk)
+                self._dispatch(waiting, chunk)
                 self._collect(waiting, verdicts)
-        except BaseException:  # the answers still to come belong to no later job
+        except BaseException:  # pending answers belong to no later job
             for index, worker in enumerate(self.workers):
                 if worker.held:
                     self._replace(index)
             raise
         return [verdicts[index] for index in range(len(jobs))]
 
-    def _hand_out(self, waiting: deque[_Numbered], chunk: int) -> None:
+    def _dispatch(self, waiting: deque[_Numbered], chunk: int) -> None:
         """Send a chunk of jobs to every idle worker."""
         for index, worker in enumerate(self.workers):
             if waiting and not worker.held:
-                if worker.process.poll() is not None:  # it died while it was idle
+                if worker.process.poll() is not None:  # it exited while it was idle
                     worker = self._replace(index)
                 if worker.ready:
                     worker.give(waiting, chunk)
@@ -168,7 +168,7 @@ class _Worker:
             self.ended = True
 
     def answers(self) -> Iterator[dict[str, Any]]:
-        """Yield the verdicts that have come, as plain data; raise ConfigError if loading failed."""
+        """Yield the verdicts received so far, as plain data; raise ConfigError if loading failed."""
         try:
             while self._poller.poll(0):
                 row = json.loads(self.connection.recv_bytes())

@@ -17,7 +17,7 @@ from megatron_srpo.tasks.procedural_scorers import SCORERS
 
 CHECKED = 10  # entries tried before a run
 PREFIX = "reasoning_gym/"
-SIZE = 1_000  # entries of one dataset, some are made at once; the next thousand comes from another seed
+SIZE = 1_000  # entries of one dataset, some are created at once; the next thousand comes from another seed
 # Raised by scorers for a malformed answer, or one too deep for their parsers.
 _WRONG = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError)
 MALFORMED = (*_WRONG, SyntaxError, RecursionError)
@@ -46,20 +46,20 @@ class Procedural:
         self._create = lru_cache(maxsize=4)(partial(_dataset, self.dataset, self.options, size=SIZE))
         try:
             prompts = [self.prompt("train", index) for index in range(CHECKED)]
-        except Exception as error:  # the library raises whatever a wrong option makes it trip over
-            problem = f"{self.dataset} cannot be made with {self.options}: {error}"
+        except Exception as error:  # wrong options can raise any error in the library
+            problem = f"{self.dataset} cannot be created with {self.options}: {error}"
             raise ConfigError(f"task.options: {problem}") from None
         self._check(prompts)
 
     def _check(self, prompts: list[Prompt]) -> None:
-        """Judge own answers and nonsense as a run would; raise ConfigError if the verdicts are wrong.
+        """Judge the dataset's own answers and wrong ones as in a run; raise ConfigError for wrong verdicts.
 
-        Some datasets accept nonsense; some would evaluate answers as Python code, which the workers refuse.
+        Some datasets accept anything; some would evaluate answers as Python code, which the workers refuse.
         """
         right = []
         for prompt in prompts:
             answer = _entry(prompt.answer)["answer"]
-            # Some have no answer of their own, and an integral that sympy left unsolved is none.
+            # Some have no answer, and an integral that sympy left unsolved is not one.
             if answer is not None and "Integral(" not in str(answer):
                 right.append(Job(self.name, prompt.answer, f"<answer>{answer}</answer>"))
         nonsense = [Job(self.name, prompt.answer, "<answer>[no such answer]</answer>") for prompt in prompts]
@@ -70,10 +70,11 @@ class Procedural:
             problem = "does not accept its own answers, or would evaluate them as code"
             raise ConfigError(f"task.name: {self.name} cannot be verified: reasoning-gym {problem}")
         if any(verdict.correct or verdict.verifier_failed for verdict in verdicts[len(right) :]):
-            problem = "takes nonsense for right, or cannot judge it"
+            problem = "accepts wrong answers, or cannot judge them"
             raise ConfigError(f"task.name: {self.name} cannot be verified: reasoning-gym {problem}")
 
     def size(self, split: str) -> None:
+        """Return None: every split is endless."""
         return None
 
     def prompt(self, split: str, index: int) -> Prompt:

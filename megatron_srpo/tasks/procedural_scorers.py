@@ -46,12 +46,12 @@ def expression(text: str) -> Any:
                 return made(operand)
             case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in _FUNCTIONS:
                 return getattr(sympy, name)(made(argument))
-        raise ValueError(f"{type(node).__name__} is no part of an expression")
+        raise ValueError(f"{type(node).__name__} is not allowed in an expression")
 
     try:
         tree = ast.parse(text.strip(), mode="eval")
     except (SyntaxError, RecursionError, MemoryError) as error:  # MemoryError: of the parser's stack
-        raise ValueError(f"no expression: {error}") from None
+        raise ValueError(f"not an expression: {error}") from None
     try:
         return made(tree.body)
     except (RecursionError, ArithmeticError) as error:
@@ -59,6 +59,7 @@ def expression(text: str) -> Any:
 
 
 def is_antiderivative(answer: str, entry: Entry) -> bool:
+    """Compare the answer's derivative with the integrand."""
     import sympy
 
     variable, integrand = entry["metadata"]["variable"], entry["metadata"]["integrand"]
@@ -77,7 +78,7 @@ def is_same_integer(answer: str, entry: Entry) -> bool:
 
 
 def is_same_word(answer: str, entry: Entry) -> bool:
-    """Compare texts; the library takes any text for True."""
+    """Compare texts; the library treats any text as True."""
     return answer == str(entry["answer"])
 
 
@@ -85,8 +86,8 @@ def is_same_list(answer: str, entry: Entry) -> bool:
     """Compare JSON lists of numbers, or of numbers as strings in either quotes."""
     given, right = (json.loads(text.replace("'", '"')) for text in (answer, entry["answer"]))
     if not isinstance(given, list):
-        raise ValueError("no list")
-    numbers = [float(str(number)) for number in given]  # str: true is no 1
+        raise ValueError("not a list")
+    numbers = [float(str(number)) for number in given]  # str: true is not 1
     return numbers == [float(number) for number in right]
 
 

@@ -17,7 +17,7 @@ from megatron_srpo.config.task_section import TaskSource
 from megatron_srpo.data.records import Prompt
 
 SPLITS = ("train", "validation", "test")
-LONGEST_LINE = 16 << 20  # bytes; a longer line is no question
+LONGEST_LINE = 16 << 20  # bytes; a longer line is not a question
 
 
 class Question(NamedTuple):
@@ -30,7 +30,7 @@ class Question(NamedTuple):
 
 
 def read_questions(path: Path, phrase: Callable[[str], str] = str) -> list[Question]:
-    """Read the file's questions in order; `phrase` makes the user's message of a plain `question`.
+    """Read the file's questions in order; `phrase` turns a plain `question` into the user's message.
 
     Raises:
         ConfigError: An empty file, a bad line or field, or a repeated id; names file, line and field.
@@ -132,16 +132,17 @@ class QuestionFile:
     """A finite task. Training uses each question once an epoch, and every epoch has its own order."""
 
     def __init__(self, source: TaskSource, seed: int, verifier: str, phrase: Callable[[str], str] = str):
-        """Reads and checks everything. `verifier`: see `Task`. Raises ConfigError."""
+        """Read and check all questions. `verifier`: see `Task`. Raises ConfigError."""
         self.name, self.seed, self.verifier = source.name, seed, verifier
         self.splits = read_splits(source, phrase)
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
     def size(self, split: str) -> int:
+        """Return the number of questions in `split`."""
         return len(self.splits[split])
 
     def prompt(self, split: str, index: int) -> Prompt:
-        """Return question `index`: of endless epochs in training, else in file order, up to an IndexError."""
+        """Return question `index`, of endless epochs in training, else in file order. Raises IndexError."""
         questions = self.splits[split]
         if split == "train":
             epoch, place = divmod(index, len(questions))
@@ -175,17 +176,17 @@ def read_splits(source: TaskSource, phrase: Callable[[str], str]) -> dict[str, l
             raise ConfigError(f"task.path: {path.resolve()} has neither train.jsonl nor test.jsonl")
     elif path.suffix == ".jsonl":
         questions = read_questions(path, phrase)
-        test, train = set_aside(questions, 0.1 if source.test_share is None else source.test_share)
+        test, train = hold_out(questions, 0.1 if source.test_share is None else source.test_share)
         splits = {"train": train, "validation": [], "test": test}
     else:
         raise ConfigError(f"task.path: {path.resolve()} is neither a folder nor a .jsonl file")
     if source.validation_share and not splits["validation"]:
-        splits["validation"], splits["train"] = set_aside(splits["train"], source.validation_share)
+        splits["validation"], splits["train"] = hold_out(splits["train"], source.validation_share)
     return splits
 
 
-def set_aside(questions: Sequence[Question], share: float) -> tuple[list[Question], list[Question]]:
-    """Return (a `share` of the questions, the others), in order, by a hash of the ids: whatever the seed."""
+def hold_out(questions: Sequence[Question], share: float) -> tuple[list[Question], list[Question]]:
+    """Return (a `share` of the questions, the others), in order, by a hash of the ids: no seed changes it."""
     ranked = sorted(questions, key=lambda question: (zlib.crc32(question.id.encode()), question.id))
     chosen = {question.id for question in ranked[: round(share * len(questions))]}
     return [q for q in questions if q.id in chosen], [q for q in questions if q.id not in chosen]

@@ -18,7 +18,7 @@ _NAME = re.compile(r"(?:(?!Action Input:)[^\n])*")  # one line may hold both lab
 
 
 class Calls(NamedTuple):
-    """A response's calls; `malformed` says what is wrong with its form, or is None."""
+    """A response's calls; `malformed` is the error in its form, or None."""
 
     names: list[str]
     inputs: list[dict[str, Any]]
@@ -40,7 +40,7 @@ def parse_calls(text: str, strict: bool = False) -> Calls:
             if strict and len(names) > len(inputs):
                 return Calls(names, inputs, f"call {len(names)} has no Action Input")
             name = _NAME.match(text, place)
-            assert name is not None  # it matches nothing, too
+            assert name is not None  # it matches an empty string, too
             place = name.end()
             names.append(name.group().strip())
             continue
@@ -64,7 +64,7 @@ def _read_object(text: str, place: int, strict: bool) -> tuple[dict[str, Any], i
     """Return the JSON object after `place` and its end; raise ValueError or RecursionError."""
     first = _NOT_BLANK.search(text, place)
     if first is None or first[0] != "{":
-        raise ValueError("no object")
+        raise ValueError("not an object")
     return (_STRICT if strict else _LENIENT).raw_decode(text, first.start())
 
 
@@ -108,7 +108,7 @@ def verify(answer: str, text: str) -> Verdict:
     """Apply the papers' rule: equal multisets of names, and equal inputs after merging them into one object.
 
     Names are compared as written, so "[Optional]x" is a name. Later calls' keys override earlier ones', on
-    both sides, and numbers are compared as Python does (1 = 1.0 = true): `verify_strict` loses nothing.
+    both sides, and numbers are compared as Python does (1 = 1.0 = true): not in `verify_strict`.
     """
     gold, calls = gold_calls(answer), parse_calls(text)
     if calls.malformed is not None:
@@ -132,7 +132,7 @@ def verify_strict(answer: str, text: str) -> Verdict:
         return _verdict(False, calls.malformed)
     try:
         made = Counter(_canonical(name, value) for name, value in zip(calls.names, calls.inputs, strict=True))
-    except RecursionError:  # a depth that the parser just takes
+    except RecursionError:  # a depth that the parser can just read
         return _verdict(False, None)
     return _verdict(not wanted - made and not made - wanted - optional, None)
 

@@ -1,6 +1,6 @@
-"""A verifier process of the `pool`: JSON messages with jobs come in, one with a verdict per job goes out.
+"""A verifier process of the `pool`: it receives JSON messages with jobs, and sends one verdict per job.
 
-Model output is data here: verifiers parse it, an audit hook refuses to evaluate it. Workers import no torch.
+Model output is data: verifiers parse it, and an audit hook refuses to evaluate it. Workers import no torch.
 """
 
 import importlib
@@ -20,7 +20,7 @@ from typing import Any
 from megatron_srpo.data.records import Verdict
 
 Verify = Callable[[str, str], Verdict]
-NUMERALS = {"Integer", "Float", "Rational", "sympy", "*"}  # by which sympy makes a number
+NUMERALS = {"Integer", "Float", "Rational", "sympy", "*"}  # names by which sympy creates a number
 OWN_MODULE = "megatron_srpo_own_tasks"  # of a user's file, so that its dataclasses can be looked up
 
 
@@ -94,9 +94,9 @@ def _jobs(pool: Connection) -> Iterator[tuple[str, str, str]]:
 
 
 def _refuse_evaluation(judging: threading.Event, event: str, arguments: tuple) -> None:
-    """Refuse, as an audit hook, that a verifier or a library under it runs a string as code.
+    """Refuse, as an audit hook, to let a verifier or one of its libraries run a string as code.
 
-    Allowed is the code that makes classes, sympy's numbers and its arithmetic of monomials.
+    Code that creates classes, sympy's numbers and its arithmetic of monomials is allowed.
     """
     if event != "exec" or not judging.is_set():
         return
@@ -104,7 +104,7 @@ def _refuse_evaluation(judging: threading.Event, event: str, arguments: tuple) -
     caller = frame.f_globals.get("__name__", "")
     if caller in ("collections", "dataclasses", "sympy.polys.monomials"):
         return
-    # nothing but numerals, and no code within: a comprehension has names of its own
+    # only numerals, and no inner code: a comprehension has its own names
     is_flat = not any(isinstance(constant, CodeType) for constant in arguments[0].co_consts)
     if caller == "sympy.parsing.sympy_parser" and is_flat and set(arguments[0].co_names) <= NUMERALS:
         return
@@ -112,7 +112,7 @@ def _refuse_evaluation(judging: threading.Event, event: str, arguments: tuple) -
         if frame.f_globals.get("__name__") == "importlib._bootstrap":  # a module being imported
             return
         frame = frame.f_back
-    raise PermissionError(f"{caller} wanted to evaluate a string; model output is data")
+    raise PermissionError(f"{caller} tried to evaluate a string; model output is data")
 
 
 def _limit_memory(size: int) -> None:

@@ -1,5 +1,6 @@
-"""Per-token loss terms and their gradients against METHOD's formulas, written a second time token by token
-in float64.
+"""Compare the per-token loss terms and their gradients with METHOD's formulas.
+
+The formulas are written a second time, token by token in float64.
 """
 
 import math
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import encode_bytes, make_group
+from tables import each_row
 
 from megatron_srpo.algorithm.methods.grpo import GRPO
 from megatron_srpo.algorithm.methods.srpo import SRPO
@@ -31,7 +33,7 @@ def tensor(*values, grad=False):
 
 
 def grpo_token(logprob, old, advantage, low=0.2, high=0.28, dual=3.0):
-    """(ℓ, dℓ/d log π) of one token without importance weight, by cases."""
+    """Return (ℓ, dℓ/d log π) of one token without importance weight, by cases."""
     ratio = math.exp(logprob - old)
     clipped = min(max(ratio, 1 - low), 1 + high)
     inert = ratio * advantage > clipped * advantage  # the clipped side is the minimum: no gradient
@@ -43,7 +45,7 @@ def grpo_token(logprob, old, advantage, low=0.2, high=0.28, dual=3.0):
 
 
 def routed_token(logprob, divergence, engine, old, advantage, policy, distillation, cap=2.0):
-    """(ℓ, dℓ/d log π, dℓ/d divergence) of one token of the routed loss with the default switches."""
+    """Return (ℓ, dℓ/d log π, dℓ/d divergence) of one token of the routed loss with the default switches."""
     before = logprob if old is None else old
     importance = 1.0 if cap is None else min(math.exp(before - engine), cap)
     loss, gradient = grpo_token(logprob, before, advantage)
@@ -52,7 +54,7 @@ def routed_token(logprob, divergence, engine, old, advantage, policy, distillati
     return policy * importance * loss + factor * divergence, policy * importance * gradient, factor
 
 
-@pytest.mark.parametrize(
+@each_row(
     "ratio, advantage, loss, gradient",
     [
         (1.0, 0.5, -0.5, -0.5),
@@ -140,7 +142,8 @@ def test_routed_objective_token_by_token(rows, has_old, cap):
 
 
 def test_importance_and_drift_carry_no_gradient():
-    """With a policy weight of 0, nothing of the distillation's factors reaches the log-probability."""
+    # With a policy weight of 0, the log-probability gets no gradient from the factors of the distillation
+    # term.
     logprob, divergence = tensor(-1.0, -2.0, grad=True), tensor(0.3, 0.4, grad=True)
     old = tensor(-1.5, -1.0)
     terms = TokenTerms(tensor(1.0, 1.0), tensor(0.0, 0.0), tensor(1.0, 1.0), tensor(-1.2, -1.3), old)
@@ -188,24 +191,23 @@ def test_rows_select_tokens_of_every_field():
     ]
 
 
-def test_tiles_add_up_to_the_whole():
+def test_tiles_add_up_to_the_untiled_loss():
     generator = torch.Generator().manual_seed(1)
     logprob, divergence, engine, advantage = (
         torch.rand(9, generator=generator, dtype=WIDE) - 1 for _ in range(4)
     )
     terms = TokenTerms(advantage, torch.ones(9), torch.ones(9), engine, None)
-    whole = routed_objective(logprob, divergence, terms, SRPO())
+    untiled = routed_objective(logprob, divergence, terms, SRPO())
     parts = [
         routed_objective(logprob[rows], divergence[rows], terms.rows(rows), SRPO())
         for rows in (slice(0, 4), slice(4, 5), slice(5, 9))
     ]
-    assert whole.item() == pytest.approx(sum(parts).item(), rel=1e-12)
+    assert untiled.item() == pytest.approx(sum(parts).item(), rel=1e-12)
 
 
 def test_batch_without_distillation_is_plain_grpo():
-    """METHOD §7 (b): SRPO's groups with no teacher (prompts too long) give GRPO's loss and gradient, to the
-    last bit.
-    """
+    # METHOD §7 (b): SRPO's groups without a teacher (prompts too long) give GRPO's loss and gradient, bit for
+    # bit.
     groups = [make_group((1, 0, 0), "a"), make_group((1, 1, 1), "b"), make_group((0, 0, 0), "c")]
     generator = torch.Generator().manual_seed(0)
     logprob = -3 * torch.rand(18, generator=generator)
@@ -250,14 +252,14 @@ def test_beta_zero_gives_weight_one():
 
 
 def test_an_unsure_teacher_and_a_large_beta_give_finite_weights():
-    """Teachers' entropies are fp32, in which exp(-20 · 6) is 0."""
+    # Teachers' entropies are fp32, and exp(-20 · 6) underflows to 0 in fp32.
     entropies = torch.tensor([6.0, 6.0, 6.5])
     weights = entropy_weights(entropies, 20.0, entropy_weights(entropies, 20.0).mean())
     np.testing.assert_allclose(weights, np.array([1, 1, math.exp(-10)]) * 3 / (2 + math.exp(-10)))
 
 
 def test_entropy_weights_keep_the_mean_they_are_given_and_are_capped():
-    """Ω is larger than one micro-batch: the mean comes from outside."""
+    # Ω spans several micro-batches, so the mean is passed in.
     entropies, mean = -tensor(0.1, 0.5, 0.9).log(), tensor(0.5)
     np.testing.assert_allclose(entropy_weights(entropies, 1.0, mean), [0.2, 1.0, 1.8])
     np.testing.assert_allclose(entropy_weights(entropies, 1.0, mean, cap=1.5), [0.2, 1.0, 1.5])

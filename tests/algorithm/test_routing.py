@@ -1,4 +1,4 @@
-"""Advantages and routes against METHOD §3's table, written out by hand."""
+"""Test advantages and routes against METHOD §3's table, written out by hand."""
 
 from collections import Counter
 
@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import encode_bytes, make_group
+from tables import each_row
 
 from megatron_srpo.algorithm import METHODS
 from megatron_srpo.algorithm.methods.grpo import GRPO
@@ -19,7 +20,7 @@ PLENTY = 10_000
 
 
 def routes(algorithm, correct, limit=PLENTY, seed="1/1"):
-    """The routes of one group's samples."""
+    """Return the routes of one group's samples."""
     (group,) = route_groups([make_group(correct)], algorithm, encode_bytes, limit, seed)
     return [sample.route for sample in group]
 
@@ -56,7 +57,7 @@ ALGORITHMS = {name: method() for name, method in METHODS.items()}
 CASES = [(name, correct) for name, table in TABLE.items() for correct in table]
 
 
-@pytest.mark.parametrize("name, correct", CASES)
+@each_row("name, correct", CASES)
 def test_routing_table(name, correct):
     found = routes(ALGORITHMS[name], correct)
     for route, (branch, policy, distillation) in zip(found, TABLE[name][correct], strict=True):
@@ -65,7 +66,7 @@ def test_routing_table(name, correct):
         assert (route.teacher_ids is not None) == (distillation > 0) == (route.sibling is not None)
 
 
-def test_advantages_are_of_the_whole_group_whatever_the_route():
+def test_advantages_are_of_the_complete_group_whatever_the_route():
     for name, correct in CASES:
         mean = sum(correct) / len(correct)
         assert [route.advantage for route in routes(ALGORITHMS[name], correct)] == [c - mean for c in correct]
@@ -103,7 +104,7 @@ def test_srpo_never_sends_a_negative_advantage_to_grpo(correct):
 
 
 def test_other_algorithms_do_have_negative_advantages():
-    """Otherwise the test above could not fail."""
+    # If no algorithm had them, the test above could not fail.
     assert min(route.advantage for route in routes(GRPO(), (1, 0))) < 0
 
 
@@ -127,7 +128,8 @@ def test_sibling_is_uniform_and_deterministic():
 
 
 def test_routing_is_decided_by_the_seed_alone():
-    """Same seed, same siblings; also when a group is routed beside others or alone (as ranks do)."""
+    # The same seed gives the same siblings, also when a group is routed alone instead of with others (as
+    # ranks do).
     groups = [make_group((1, 0, 1, 0, 1, 1, 0, 0), prompt_id=f"p{number}") for number in range(10)]
 
     def siblings(groups, seed):
@@ -181,9 +183,9 @@ def test_srpo_builds_teacher_prompts_for_distilled_samples_alone():
 
 
 def test_cut_demonstration_is_marked():
-    whole = len(routes(SRPO(), (1, 0))[1].teacher_ids)
-    route = routes(SRPO(), (1, 0), limit=whole - 3)[1]
-    assert route.branch == "sdpo" and route.demonstration_cut and len(route.teacher_ids) == whole - 3
+    full_length = len(routes(SRPO(), (1, 0))[1].teacher_ids)
+    route = routes(SRPO(), (1, 0), limit=full_length - 3)[1]
+    assert route.branch == "sdpo" and route.demonstration_cut and len(route.teacher_ids) == full_length - 3
 
 
 @pytest.mark.parametrize(
@@ -195,7 +197,7 @@ def test_cut_demonstration_is_marked():
         ("grpo", ("grpo", 1, 0)),
     ],
 )
-def test_no_teacher_when_its_prompt_nothing_to_show(name, expected):
+def test_no_teacher_without_anything_to_show(name, expected):
     route = routes(ALGORITHMS[name], (1, 0), limit=20)[1]
     assert (route.branch, route.policy_weight, route.distillation_weight) == expected
     assert route.teacher_ids is None and route.sibling is None and not route.demonstration_cut
@@ -217,12 +219,12 @@ def test_teacherless_samples_are_counted():
     assert tight["sdpo_sample_share"] == 0
 
 
-# ---- samples that nobody could judge
+# ---- samples without a verdict
 # ---------------------------------------------------------------------------------
 
 
 def without_verdict(group, *indices):
-    """The group with these samples excluded: reward 0, as the pool gives it."""
+    """Return the group with these samples excluded: reward 0, as the verifier pool gives it."""
     failed = Verdict(reward=0.0, correct=False, format_ok=False, verifier_failed="timeout", excluded=True)
     return tuple(
         sample.model_copy(update={"verdict": failed}) if sample.index in indices else sample
@@ -241,9 +243,8 @@ def without_verdict(group, *indices):
     ],
 )
 def test_excluded_samples_take_no_part(name, divide, correct, excluded):
-    """The others learn what they would learn in a group that never had them; the excluded learn nothing and
-    are never shown.
-    """
+    # The other samples get the routes of a group without the excluded ones; these learn nothing and are never
+    # shown.
     algorithm = ALGORITHMS[name].model_copy(update={"advantage_std": divide})
     (group,) = route_groups(
         [without_verdict(make_group(correct), *excluded)], algorithm, encode_bytes, PLENTY, "s"
@@ -271,7 +272,7 @@ def test_excluded_samples_take_no_part(name, divide, correct, excluded):
 
 
 def test_a_sample_scored_zero_instead_counts():
-    """verifier_failed: zero gives an ordinary failed sample."""
+    # `verifier_failed: zero` gives an ordinary failed sample.
     zero = Verdict(reward=0.0, correct=False, format_ok=False, verifier_failed="timeout", excluded=False)
     right, wrong = make_group((1, 0))
     (group,) = route_groups(
@@ -283,8 +284,8 @@ def test_a_sample_scored_zero_instead_counts():
 def test_metrics_leave_excluded_samples_out():
     from megatron_srpo.observe.metrics import rollout_metrics
 
-    nobody = without_verdict(make_group((0, 0), "r"), 0, 1)
-    groups = [without_verdict(make_group((1, 0, 0, 1)), 1), make_group((0, 0, 0, 0), "q"), nobody]
+    unjudged = without_verdict(make_group((0, 0), "r"), 0, 1)
+    groups = [without_verdict(make_group((1, 0, 0, 1)), 1), make_group((0, 0, 0, 0), "q"), unjudged]
     metrics = rollout_metrics(route_groups(groups, SRPO(), encode_bytes, PLENTY, "s"))
     assert metrics["pass_rate"] == metrics["reward_mean"] == pytest.approx(2 / 7)
     assert metrics["sdpo_sample_share"] == metrics["sdpo_token_share"] == pytest.approx(1 / 7)
@@ -298,8 +299,8 @@ def test_metrics_leave_excluded_samples_out():
 # --------------------------------------------------------------------------------------------
 
 
-def told(group, feedback="it broke"):
-    """The group with feedback on every sample, the right ones too."""
+def with_feedback(group, feedback="it broke"):
+    """Return the group with feedback on every sample, the correct ones too."""
     return tuple(
         sample.model_copy(update={"verdict": sample.verdict.model_copy(update={"feedback": feedback})})
         for sample in group
@@ -307,7 +308,7 @@ def told(group, feedback="it broke"):
 
 
 def teacher_texts(algorithm, correct, mode, limit=PLENTY):
-    (group,) = route_groups([told(make_group(correct))], algorithm, encode_bytes, limit, "s", mode)
+    (group,) = route_groups([with_feedback(make_group(correct))], algorithm, encode_bytes, limit, "s", mode)
     return [
         None if sample.route.teacher_ids is None else bytes(sample.route.teacher_ids).decode()
         for sample in group
@@ -323,7 +324,7 @@ ALONE = (
 def test_feedback_is_off_by_default():
     assert all(text is None for text in teacher_texts(SRPO(), (0, 0), "off"))
     assert "it broke" not in teacher_texts(SRPO(), (1, 0), "off")[1]
-    (group,) = route_groups([told(make_group((0, 0)))], SRPO(), encode_bytes, PLENTY, "s")
+    (group,) = route_groups([with_feedback(make_group((0, 0)))], SRPO(), encode_bytes, PLENTY, "s")
     assert all(sample.route.no_teacher == "no_correct_sibling" for sample in group)
 
 
@@ -341,7 +342,9 @@ def test_feedback_alone_teaches_where_there_is_no_solution(algorithm):
 
 
 def test_feedback_routes_like_a_teacher():
-    (group,) = route_groups([told(make_group((0, 0)))], SRPO(), encode_bytes, PLENTY, "s", "without_solution")
+    (group,) = route_groups(
+        [with_feedback(make_group((0, 0)))], SRPO(), encode_bytes, PLENTY, "s", "without_solution"
+    )
     for sample in group:
         assert (sample.route.branch, sample.route.sibling, sample.route.no_teacher) == ("sdpo", None, None)
     (silent,) = route_groups([make_group((0, 0))], SRPO(), encode_bytes, PLENTY, "s", "always")
@@ -350,7 +353,7 @@ def test_feedback_routes_like_a_teacher():
     )
 
 
-def test_right_samples_are_told_nothing():
+def test_right_samples_get_no_feedback():
     texts = teacher_texts(SDPO(), (1, 1), "always")
     assert all("it broke" not in text for text in texts)
     assert teacher_texts(SDPO(), (1, 0), "always")[0] is None  # a lone right one has no teacher
@@ -362,7 +365,7 @@ def test_feedback_that_does_not_fit_is_no_teacher():
 
 
 def test_a_solution_that_is_all_thought_leaves_the_feedback():
-    right, wrong = told(make_group((1, 0)))
+    right, wrong = with_feedback(make_group((1, 0)))
     right = right.model_copy(update={"text": "<think>only thoughts"})
     ((_, routed),) = route_groups([(right, wrong)], SRPO(), encode_bytes, PLENTY, "s", "without_solution")
     assert bytes(routed.route.teacher_ids).decode() == ALONE
@@ -371,23 +374,23 @@ def test_a_solution_that_is_all_thought_leaves_the_feedback():
 @pytest.mark.parametrize("mode", ["off", "without_solution", "always"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
 def test_signal_is_what_the_routes_make_of_a_group(algorithm, mode):
-    """A group has a signal if and only if one of its routes moves the weights."""
+    # A group has a signal if and only if one of its routes changes the weights.
     for correct in ((1, 1), (0, 0), (1, 0), (1, 0, 0)):
-        for is_told in (False, True):
+        for has_feedback in (False, True):
             for excluded in ((), (0,), (1,), (0, 1)):
                 group = without_verdict(
-                    told(make_group(correct)) if is_told else make_group(correct), *excluded
+                    with_feedback(make_group(correct)) if has_feedback else make_group(correct), *excluded
                 )
                 (routed,) = route_groups([group], algorithm, encode_bytes, PLENTY, "s", mode)
                 moves = [
                     sample.route.distillation_weight or sample.route.policy_weight * sample.route.advantage
                     for sample in routed
                 ]
-                assert has_signal(group, algorithm, mode) == any(moves), (correct, is_told, excluded)
+                assert has_signal(group, algorithm, mode) == any(moves), (correct, has_feedback, excluded)
 
 
 def test_a_solution_that_does_not_fit_leaves_the_feedback_that_does():
-    right, wrong = told(make_group((1, 0)))
+    right, wrong = with_feedback(make_group((1, 0)))
     ((_, routed),) = route_groups([(right, wrong)], SRPO(), encode_bytes, len(ALONE), "s", "always")
     assert bytes(routed.route.teacher_ids).decode() == ALONE
     assert routed.route.sibling is None and routed.route.demonstration_cut

@@ -1,4 +1,4 @@
-"""The folder of checkpoints: what is whole, what is damaged, what stays."""
+"""Test the folder of checkpoints: complete and damaged ones, and which are kept."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_srpo.weights.torch_dist import METADATA_FILES
 
 
 def make(directory, step, score=None, value=0.0):
-    """A checkpoint of two ranks' files; returns its folder."""
+    """Write a checkpoint with two ranks' files and return its folder."""
     partial = directory / f".step_{step:06d}.test"
     partial.mkdir(parents=True)
     ranks = write(partial, slices(value, 0), slices(value, 4))
@@ -46,7 +46,7 @@ def slices(value, start):
     return [TensorSlice("weights", torch.full((4,), value), (8,), (start,))]
 
 
-def test_a_checkpoint_appears_whole_and_latest_names_it(tmp_path):
+def test_a_checkpoint_appears_at_once_and_latest_names_it(tmp_path):
     folder = make(tmp_path, 10)
     assert folder.name == "step_000010" and sorted(file.name for file in folder.iterdir()) == [
         ".metadata",
@@ -110,27 +110,26 @@ def test_bad_manifests_are_named(tmp_path, text):
         folders.read_manifest(folder)
 
 
-def test_the_newest_valid_one_is_used_and_the_damaged_are_said(tmp_path):
+def test_the_newest_valid_one_is_used_and_damaged_ones_are_reported(tmp_path):
     for step in (10, 20, 30):
         make(tmp_path, step)
     (tmp_path / "step_000030" / "manifest.json").write_text("half")
     said = []
-    check = lambda folder, manifest: "__0_0.distcp: torn" if manifest.step == 20 else None  # noqa: E731
+    check = lambda folder, manifest: "__0_0.distcp: truncated" if manifest.step == 20 else None  # noqa: E731
     folder, manifest = folders.newest_valid(tmp_path, check, said.append)
     assert folder.name == "step_000010" and manifest.step == 10
     assert (
         len(said) == 2
         and "skipping checkpoint at step 30" in said[0]
         and "manifest.json" in said[0]
-        and "torn" in said[1]
+        and "truncated" in said[1]
     )
     assert folders.newest_valid(tmp_path, lambda *_: "no", said.append) is None
 
 
 def test_the_newest_and_the_best_stay(tmp_path):
-    """Best by avg@K of the first task, the later of equals; one that has no score or no manifest is not the
-    best.
-    """
+    # The best has the highest avg@K of the first task, the later one of equals; a checkpoint without score or
+    # manifest is never the best.
     for step, score in ((1, 0.9), (2, 0.5), (3, 0.9), (4, None), (5, 0.1), (6, 0.2)):
         make(tmp_path, step, score)
     (tmp_path / "step_000002" / "manifest.json").write_text("")
@@ -142,7 +141,7 @@ def test_the_newest_and_the_best_stay(tmp_path):
 
 
 def test_a_damaged_one_of_a_step_taken_back_is_not_the_newest(tmp_path):
-    """30 is damaged, so the run went on from 20 and saves at 25: with one to keep, that is 25."""
+    # 30 is damaged, so the run resumed from 20 and saves at 25: with one checkpoint to keep, 25 stays.
     for step in (20, 30):
         make(tmp_path, step)
     (tmp_path / "step_000030" / "manifest.json").write_text("half")

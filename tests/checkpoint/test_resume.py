@@ -1,4 +1,7 @@
-"""A run that goes on is the run that was never cut: the command line in this process, cut in every way."""
+"""Compare resumed runs, interrupted in every way, with an uninterrupted one.
+
+The command line runs in this process.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +34,7 @@ START = (
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """A configuration of four sampled steps, with evaluations and checkpoints after the second and the
-    fourth.
-    """
+    """Return a configuration of four steps, with evaluations and checkpoints after the second and fourth."""
     root = tmp_path_factory.mktemp("resume")
     file = root / "config.yaml"
     file.write_text(
@@ -52,7 +53,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture
 def command(config, monkeypatch, capsys):
-    """command(run, *overrides) → (exit status, what it said)."""
+    """Return a function of (run, *overrides) that returns (exit status, standard error)."""
 
     def run(folder, *overrides):
         monkeypatch.setattr(
@@ -66,9 +67,9 @@ def command(config, monkeypatch, capsys):
 
 
 @pytest.fixture(scope="module")
-def whole(config, tmp_path_factory):
-    """The folder of the run that nobody cuts."""
-    folder, argv = tmp_path_factory.mktemp("whole") / "run", sys.argv
+def uninterrupted(config, tmp_path_factory):
+    """Return the folder of an uninterrupted run."""
+    folder, argv = tmp_path_factory.mktemp("uninterrupted") / "run", sys.argv
     sys.argv = ["megatron_srpo", "train", str(config), f"logging.dir={folder}"]
     assert main() == 0
     sys.argv = argv
@@ -77,7 +78,7 @@ def whole(config, tmp_path_factory):
 
 
 def rows(run):
-    """metrics.jsonl without what depends on the clock."""
+    """Return metrics.jsonl without the fields that depend on the clock."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [
         {key: value for key, value in json.loads(line).items() if not key.startswith("seconds")}
@@ -90,17 +91,17 @@ def saved_tensors(checkpoint):
     return {key: folder.read(key) for key in folder.chunks}
 
 
-def assert_same(run, whole):
+def assert_same(run, uninterrupted):
     """Compare weights, metrics, samples and the last checkpoint's tensors, bit for bit."""
-    assert rows(run) == rows(whole)
+    assert rows(run) == rows(uninterrupted)
     for one, other in (
-        [load_file(folder / "hf" / "model.safetensors") for folder in (run, whole)],
-        [saved_tensors(folder / "checkpoints" / f"step_{STEPS:06d}") for folder in (run, whole)],
+        [load_file(folder / "hf" / "model.safetensors") for folder in (run, uninterrupted)],
+        [saved_tensors(folder / "checkpoints" / f"step_{STEPS:06d}") for folder in (run, uninterrupted)],
     ):
         assert set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
     for step in range(1, STEPS + 1):
         assert (run / "rollouts" / f"step_{step:06d}.jsonl").read_bytes() == (
-            whole / "rollouts" / f"step_{step:06d}.jsonl"
+            uninterrupted / "rollouts" / f"step_{step:06d}.jsonl"
         ).read_bytes()
 
 
@@ -119,8 +120,10 @@ def interrupt_in_step(monkeypatch, step, number=signal.SIGTERM):
 @pytest.mark.parametrize(
     ("step", "number"), [(1, signal.SIGTERM), (2, signal.SIGUSR1), (3, signal.SIGINT), (4, signal.SIGTERM)]
 )
-def test_a_signal_saves_and_the_same_command_goes_on(command, whole, tmp_path, monkeypatch, step, number):
-    """After any step: also one whose evaluation was due, which is made up for."""
+def test_a_signal_saves_and_the_same_command_resumes(
+    command, uninterrupted, tmp_path, monkeypatch, step, number
+):
+    # After any step, also one whose evaluation was due: the resumed run makes up for it.
     interrupt_in_step(monkeypatch, step, number)
     status, said = command(tmp_path / "run")
     assert (
@@ -134,7 +137,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(command, whole, tmp_path, m
     monkeypatch.undo()
     status, said = command(tmp_path / "run")
     assert status == 0 and f"resuming from step {step}" in said
-    assert_same(tmp_path / "run", whole)
+    assert_same(tmp_path / "run", uninterrupted)
 
 
 @pytest.mark.parametrize(
@@ -145,16 +148,15 @@ def test_a_signal_saves_and_the_same_command_goes_on(command, whole, tmp_path, m
     ],
     ids=["one step off", "over-sampling"],
 )
-def test_a_batch_that_was_under_way_goes_on(command, tmp_path, monkeypatch, overrides):
-    """Sampled ahead by the weights before, or carried on from broken-off responses: the same samples as
-    without the stop.
-    """
-    assert command(tmp_path / "whole", *overrides)[0] == 0
+def test_a_batch_in_flight_is_resumed(command, tmp_path, monkeypatch, overrides):
+    # The batch was sampled ahead with the previous weights, or continues aborted responses: its samples equal
+    # those of the uninterrupted run.
+    assert command(tmp_path / "uninterrupted", *overrides)[0] == 0
     interrupt_in_step(monkeypatch, 2)
     assert command(tmp_path / "run", *overrides)[0] == 75
     monkeypatch.undo()
     assert command(tmp_path / "run", *overrides)[0] == 0
-    assert_same(tmp_path / "run", tmp_path / "whole")
+    assert_same(tmp_path / "run", tmp_path / "uninterrupted")
     stale = [row["staleness_max"] for row in rows(tmp_path / "run") if "loss" in row]
     assert max(stale) == 1, stale
 
@@ -165,11 +167,13 @@ def test_the_clock_saves_and_leaves(command, tmp_path):
     assert status == 75 and f"{reason}: checkpoint saved at step 1/4" in said
 
 
-@pytest.mark.parametrize(("torn", "left"), [(False, 2), (True, 5)])
-def test_samples_of_an_unfinished_step_are_used_again(command, whole, tmp_path, monkeypatch, torn, left):
-    """Killed when two of step 3's three batches are done: what was finished, of a partial group too, is not
-    sampled again. A batch that was not written whole is: fewer rows would be rounded otherwise.
-    """
+@pytest.mark.parametrize(("is_truncated", "left"), [(False, 2), (True, 5)])
+def test_samples_of_an_unfinished_step_are_reused(
+    command, uninterrupted, tmp_path, monkeypatch, is_truncated, left
+):
+    # Killed when two of step 3's three batches are done: finished samples, also those of a partial group, are
+    # not sampled again. A batch that was not written completely is: with fewer rows it would be rounded
+    # differently.
     run, real = tmp_path / "run", LiveRollouts.collect
 
     class Killed(BaseException):
@@ -197,7 +201,7 @@ def test_samples_of_an_unfinished_step_are_used_again(command, whole, tmp_path, 
     text = file.read_text()
     assert [len(json.loads(line)["samples"]) for line in text.splitlines()] == [3, 3]
     file.write_text(
-        text[:-20] if torn else text + '{"round": 1, "samples": [{"prompt"'
+        text[:-20] if is_truncated else text + '{"round": 1, "samples": [{"prompt"'
     )  # as a kill in the middle of a write does
     asked = []
     generate = TransformersEngine.generate
@@ -209,23 +213,23 @@ def test_samples_of_an_unfinished_step_are_used_again(command, whole, tmp_path, 
     monkeypatch.setattr(TransformersEngine, "generate", counted)
     assert command(run)[0] == 0
     assert asked[0] == left  # of step 3's eight
-    assert_same(run, whole)
+    assert_same(run, uninterrupted)
 
 
-def test_a_finished_run_is_left_as_it_is_and_can_be_made_longer(command, whole, tmp_path):
+def test_a_finished_run_is_left_as_it_is_and_can_be_made_longer(command, uninterrupted, tmp_path):
     run = tmp_path / "run"
-    shutil.copytree(whole, run)
+    shutil.copytree(uninterrupted, run)
     status, said = command(run)
     assert status == 0 and f"resuming from step {STEPS}" in said
-    assert_same(run, whole)
+    assert_same(run, uninterrupted)
     assert command(run, f"train.steps={STEPS + 1}", "optimizer.lr=1e-4")[0] == 0
-    assert rows(run)[: len(rows(whole))] == rows(whole) and rows(run)[-1]["step"] == STEPS + 1
+    assert rows(run)[: len(rows(uninterrupted))] == rows(uninterrupted) and rows(run)[-1]["step"] == STEPS + 1
     assert rows(run)[-2]["lr"] == 1e-4 and rows(run)[-2]["weight_version"] == str(STEPS)
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over_loudly(command, whole, tmp_path):
+def test_a_damaged_newest_checkpoint_is_skipped_with_a_message(command, uninterrupted, tmp_path):
     run = tmp_path / "run"
-    shutil.copytree(whole, run)
+    shutil.copytree(uninterrupted, run)
     file = run / "checkpoints" / f"step_{STEPS:06d}" / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:-100] + b"\1" * 100)
     status, said = command(run)
@@ -233,12 +237,12 @@ def test_a_damaged_newest_checkpoint_is_passed_over_loudly(command, whole, tmp_p
         status == 0 and f"skipping checkpoint at step {STEPS}" in said and "its content has changed" in said
     )
     assert "resuming from step 2" in said
-    assert_same(run, whole)
+    assert_same(run, uninterrupted)
 
 
-def test_without_a_whole_checkpoint_nothing_is_begun_anew_in_silence(command, whole, tmp_path):
+def test_without_a_complete_checkpoint_a_run_does_not_restart_silently(command, uninterrupted, tmp_path):
     run = tmp_path / "run"
-    shutil.copytree(whole, run)
+    shutil.copytree(uninterrupted, run)
     for step in folders.steps(run / "checkpoints"):
         (run / "checkpoints" / f"step_{step:06d}" / "manifest.json").write_text("")
     before = rows(run)
@@ -256,14 +260,14 @@ def test_without_a_whole_checkpoint_nothing_is_begun_anew_in_silence(command, wh
         ("optimizer.weight_decay=0", "optimizer.weight_decay: was 0.01, is now 0.0"),
     ],
 )
-def test_another_configuration_is_refused_and_named(command, whole, override, said):
-    status, text = command(whole, override)
+def test_another_configuration_is_refused_and_named(command, uninterrupted, override, said):
+    status, text = command(uninterrupted, override)
     assert status == 2 and said in text and "resume.override" in text
 
 
-def test_what_may_differ_is_the_users_to_say(command, whole, tmp_path):
+def test_the_user_decides_what_may_differ(command, uninterrupted, tmp_path):
     run = tmp_path / "run"
-    shutil.copytree(whole, run)
+    shutil.copytree(uninterrupted, run)
     allowed = "resume.override=[train, rollout.temperature, logging]"
     assert command(run, f"train.steps={STEPS + 1}", "rollout.temperature=0.7", allowed)[0] == 0
     status, said = command(
@@ -272,15 +276,17 @@ def test_what_may_differ_is_the_users_to_say(command, whole, tmp_path):
     assert status == 2 and f"train.steps: was {STEPS + 1}, is now {STEPS + 2}" in said
 
 
-def test_another_model_is_refused_and_named(command, whole, tmp_path):
+def test_another_model_is_refused_and_named(command, uninterrupted, tmp_path):
     other = save_folder(tmp_path / "other", layers=2)
-    status, said = command(whole, f"model.hf_path={other}", "resume.override=[model.hf_path, logging]")
+    status, said = command(
+        uninterrupted, f"model.hf_path={other}", "resume.override=[model.hf_path, logging]"
+    )
     assert status == 2 and "is a checkpoint of another model" in said
     assert "num_hidden_layers: the checkpoint has 3, model.hf_path 2" in said
 
 
 def test_policy_and_teacher_become_hugging_face_folders(command, tmp_path, monkeypatch):
-    """The policy is the run's own hf/; the teacher follows it: θ'₂ = 0.95 θ'₁ + 0.05 θ₂."""
+    # The policy equals the run's own hf/; the teacher follows it: θ'₂ = 0.95 θ'₁ + 0.05 θ₂.
     run = tmp_path / "run"
     assert command(run, "train.steps=2", "checkpoint.save_interval=1", "evaluation.every=0")[0] == 0
 
@@ -316,12 +322,12 @@ def test_policy_and_teacher_become_hugging_face_folders(command, tmp_path, monke
     assert tool("verify_checkpoint", run, run / "hf", "--weights", "teacher", "--no-logits") == 1
 
 
-def test_never_means_never(command, whole):
-    status, said = command(whole, "resume=never")
+def test_never_means_never(command, uninterrupted):
+    status, said = command(uninterrupted, "resume=never")
     assert status == 2 and "already holds a run" in said and "set resume: auto" in said
 
 
-def test_a_run_without_checkpoints_cannot_go_on(command, tmp_path):
+def test_a_run_without_checkpoints_cannot_resume(command, tmp_path):
     run = tmp_path / "run"
     assert command(run, "checkpoint.save_interval=0", "train.steps=1", "evaluation.every=0")[0] == 0
     assert not (run / "checkpoints").exists() and not list((run / "ledger").iterdir())
@@ -330,10 +336,9 @@ def test_a_run_without_checkpoints_cannot_go_on(command, tmp_path):
 
 
 @pytest.mark.parametrize("is_async", ["true", "false"])
-def test_a_full_disk_is_said_and_nothing_half_written_looks_whole(command, tmp_path, is_async):
-    """Files may grow to 3 MB, less than a checkpoint's: each is said, training goes on, and the run ends
-    with an error.
-    """
+def test_a_full_disk_is_reported_and_no_partial_file_looks_complete(command, tmp_path, is_async):
+    # Files may grow to 3 MB, less than a checkpoint's: each failure is reported, training continues, and the
+    # run ends with an error.
     run = tmp_path / "run"
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, before[1]))

@@ -1,4 +1,4 @@
-"""Saving on a rank that is not the first: what it leaves for it."""
+"""Test saving on ranks other than the first."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from megatron_srpo.checkpoint import saver
 from megatron_srpo.config.schema import CheckpointSection
 
 
-def test_a_rank_that_finds_the_disk_full_makes_room_for_its_note(tmp_path, monkeypatch):
-    """The first rank waits for the note: without room for it, forever."""
+def test_a_rank_that_finds_the_disk_full_frees_space_for_its_note(tmp_path, monkeypatch):
+    # The first rank waits for the note, forever if there is no space for it.
 
     def fill(folder, rank, slices):
         (folder / f"__{rank}_0.distcp").write_bytes(b"all there was")

@@ -1,4 +1,4 @@
-"""Shards of parameters, written at one layout and read at another, against the tensors they came from."""
+"""Compare shards of parameters, written at one layout and read at another, with the original tensors."""
 
 from __future__ import annotations
 
@@ -28,34 +28,34 @@ NAMES = [
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """(architecture, HF tensors)."""
+    """Return (architecture, HF tensors)."""
     hf = make_model(vocab_size=261)
     folder = HFFolder(save_folder(tmp_path_factory.mktemp("slices"), hf))
     return folder.architecture, {name: tensor.detach() for name, tensor in hf.state_dict().items()}
 
 
 def shard(model, name, index, count):
-    """(location, values) of a tensor-parallel shard, cut by hand from the HF tensors."""
+    """Return (location, values) of a tensor-parallel shard, cut by hand from the HF tensors."""
     architecture, tensors = model
     location = architecture.locate(name)
     mapping = location.mapping
-    whole = [tensors[name] for name in location.names]
+    unsharded = [tensors[name] for name in location.names]
     if mapping.dim is None:
         index, count = 0, 1
-        pieces = whole
+        pieces = unsharded
     elif mapping.padded:
         rows = -(-261 // (16 * count)) * 16
-        padded = torch.cat([whole[0], torch.zeros(rows * count - 261, 64)])
+        padded = torch.cat([unsharded[0], torch.zeros(rows * count - 261, 64)])
         pieces = [padded[index * rows : (index + 1) * rows]]
     else:
-        pieces = [tensor.chunk(count, mapping.dim)[index] for tensor in whole]
+        pieces = [tensor.chunk(count, mapping.dim)[index] for tensor in unsharded]
     values = mapping.fusion.merge(pieces)
     held = ParameterShard(location.names[0], index, count, True)
     return ShardLocation(checkpoint_slice(location, architecture), held, tuple(values.shape)), values
 
 
 def save(folder, model, name, count, cuts=(0.13, 0.5)):
-    """Write the parameter from `count` tensor-parallel ranks × ranges of flat elements that `cuts` end."""
+    """Write the parameter from `count` tensor-parallel ranks, in flat ranges that end at `cuts`."""
     ranks = []
     for index in range(count):
         location, values = shard(model, name, index, count)
@@ -70,7 +70,7 @@ def save(folder, model, name, count, cuts=(0.13, 0.5)):
 
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (1, 2), (4, 1), (4, 2), (2, 4)])
 def test_any_layout_reads_any_other(tmp_path, model, before, after):
-    """Complete shards and odd ranges of them, bit for bit."""
+    # Complete shards and odd ranges of them, bit for bit.
     for number, name in enumerate(NAMES):
         (tmp_path / str(number)).mkdir()
         saved = save(tmp_path / str(number), model, name, before)
@@ -84,7 +84,7 @@ def test_any_layout_reads_any_other(tmp_path, model, before, after):
 
 @pytest.mark.parametrize("count", [1, 4])
 def test_the_hugging_face_tensors_come_back(tmp_path, model, count):
-    """Read by the converters, which know nothing of shards."""
+    # The converters read them, which know nothing of shards.
     architecture, tensors = model
     ranks = []
     for index in range(count):

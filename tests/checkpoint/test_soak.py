@@ -1,4 +1,4 @@
-"""A short soak (see tests/helpers/soak.py): two ranks, killed at most five times."""
+"""Run a short soak (see tests/helpers/soak.py): two ranks, killed at most five times."""
 
 from __future__ import annotations
 

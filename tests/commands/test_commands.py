@@ -1,4 +1,4 @@
-"""The commands that look: sample, inspect, config; and a replay of what was sampled."""
+"""Test the commands sample, inspect and config, and a replay of sampled rollouts."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from megatron_srpo.sampling import sample
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A trained step."""
+    """Train one step and return the run's folder."""
     path = tmp_path_factory.mktemp("run") / "run"
     small_run(path, "train.steps=1")
     return path
 
 
 def shown(run, step, number):
-    """What inspect prints."""
+    """Return what inspect prints."""
     console = Console(file=io.StringIO(), width=80)
     inspect(run, step, number, console)
     return console.file.getvalue()
@@ -51,7 +51,7 @@ def test_inspect_shows_a_sample_token_by_token(run):
     )
     assert (
         "route sdpo" in text
-        and "the sibling its teacher was shown" in text
+        and "sibling shown to its teacher" in text
         and "Correctly solve the original question." in text
     )
     found = values[row["prompt"]["id"], row["index"]]
@@ -78,15 +78,15 @@ def test_inspect_refuses(run, step, number, said):
         shown(run, step, number)
 
 
-def test_a_terminal_is_not_told_to_do_anything():
+def test_control_characters_do_not_reach_the_terminal():
     assert visible("a\x1b[2Jb\u202ec\x07\n\ud800") == "a⟨U+001B⟩[2Jb⟨U+202E⟩c⟨U+0007⟩\n⟨U+D800⟩"
 
 
 def test_what_was_sampled_can_be_trained_on(run, tmp_path):
-    """Sampling by the start model gives a run's first samples; replaying them gives its update."""
+    # Sampling with the start model gives a run's first samples; replaying them gives its update.
     sample(small_config(tmp_path / "sampled", "train.steps=2"))
     assert step_file(tmp_path / "sampled", 1).read_bytes() == step_file(run, 1).read_bytes()
-    assert not list((tmp_path / "sampled" / "ledger").glob("step_*"))  # the dumps have all of it
+    assert not list((tmp_path / "sampled" / "ledger").glob("step_*"))  # the dumps contain everything
     assert step_file(tmp_path / "sampled", 2).is_file() and not (tmp_path / "sampled" / "hf").exists()
     (first,) = small_run(tmp_path / "replayed", "train.steps=1", f"rollout.replay={tmp_path / 'sampled'}")
     trained = json.loads((run / "metrics.jsonl").read_text())
@@ -143,16 +143,11 @@ def test_check_finds_what_a_run_would(tmp_path, monkeypatch):
         check(QUICKSTART / "config.yaml", [*overrides, "parallel.tensor_model_parallel_size=2"], 3)
 
 
-def test_the_readme_explains_every_metric(run):
-    """The first column of its table, `a_b`, `_c` standing for a_b and a_b_c or a_c."""
+def test_the_docs_explain_every_metric(run):
+    # In the first column of its table, `a_b`, `_c` abbreviates a_b and a_b_c or a_c.
+    page = (QUICKSTART.parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
     explained = set()
-    for line in (
-        (QUICKSTART.parents[1] / "README.md")
-        .read_text()
-        .split("### Every metric")[1]
-        .split("\n## ")[0]
-        .splitlines()
-    ):
+    for line in page.split("## Every metric")[1].split("\n## ")[0].splitlines():
         names = re.findall(r"`([^`]+)`", line.split("|")[1]) if line.startswith("| `") else []
         for name in names:
             explained |= (

@@ -1,4 +1,4 @@
-"""A configuration from text, and the error that a text gives."""
+"""Provide a configuration from text, and the error message of an invalid text."""
 
 import re
 
@@ -10,7 +10,7 @@ from megatron_srpo.config.load import load_config
 
 @pytest.fixture
 def config_of(tmp_path):
-    """Loads a YAML text; a file called config.yaml stands for it in messages."""
+    """Return a function that loads a YAML text; error messages name a file called config.yaml."""
 
     def load(text, *overrides):
         file = tmp_path / "config.yaml"
@@ -22,7 +22,7 @@ def config_of(tmp_path):
 
 @pytest.fixture
 def message_of(config_of):
-    """The ConfigError's text, without the folder's name."""
+    """Return a function that gives the ConfigError's text, without the folder's name."""
 
     def refuse(text, *overrides):
         with pytest.raises(ConfigError) as caught:

@@ -1,4 +1,4 @@
-"""The configuration file: what is read, what is refused, and how the refusal reads."""
+"""Test the configuration file: accepted and refused values, and the messages of refusals."""
 
 from operator import attrgetter
 
@@ -50,7 +50,7 @@ PAPER_DEFAULTS = {
 
 
 def test_paper_is_the_default(config_of):
-    """What a file leaves out is the papers' setting, for every method."""
+    # Keys that a file omits have the papers' values, for every method.
     assert config_of(GOOD).algorithm.name == "srpo"
     for name in METHODS:
         config = config_of(GOOD, f"algorithm.name={name}")
@@ -78,7 +78,7 @@ def test_own_learning_rate_and_mini_batch_win(config_of):
 
 
 def test_small_numbers_without_a_dot_are_numbers(config_of):
-    """YAML 1.1 reads 1e-6 as text."""
+    # YAML 1.1 reads 1e-6 as text.
     assert yaml.safe_load("1e-6") == "1e-6"
     assert config_of(GOOD + "optimizer:\n  lr: 1e-6\n  adam_eps: 1e-9\n").optimizer.lr == 1e-6
     assert config_of(GOOD, "optimizer.lr=3e-6").optimizer.lr == 3e-6
@@ -217,7 +217,7 @@ def test_required_key_names_its_section(message_of):
     ],
 )
 def test_value_out_of_range(message_of, key, value):
-    """The message names the override, the key and the value that was given."""
+    # The message names the override, the key and the given value.
     message = message_of(GOOD, f"{key}={value}")
     assert message.startswith(f"override '{key}={value}': {key}: ")
     assert message.endswith(f", not {yaml.safe_load(value)!r}") and "\n" not in message
@@ -243,7 +243,7 @@ def test_sampled_tokens_cannot_estimate_every_divergence(message_of):
     ],
 )
 def test_every_algorithm_keeps_the_common_bounds(message_of, name, key, value):
-    """An algorithm that sets its own default must not lose the limits."""
+    # An algorithm that sets its own default must keep the limits.
     message = message_of(GOOD, f"algorithm.name={name}", f"algorithm.{key}={value}")
     assert message.startswith(f"override 'algorithm.{key}={value}': algorithm.{key}: ")
 
@@ -314,7 +314,7 @@ def test_contradictions(message_of, overrides, section, named):
     ],
 )
 def test_almost_contradictions(config_of, overrides):
-    """Each refusal's neighbour that is allowed; a mini-batch is never larger than the batch."""
+    # The nearest allowed neighbour of each refusal; a mini-batch is never larger than the batch.
     config = config_of(GOOD, *overrides)
     assert config.rollout.prompts_per_step % config.mini_batch_prompts == 0
 
@@ -327,7 +327,7 @@ def test_almost_contradictions(config_of, overrides):
     ],
 )
 def test_contradictions_name_their_place(message_of, text, override, place):
-    """load_config: every wrong key with its file and line, or the override."""
+    # load_config names every wrong key with its file and line, or the override.
     assert message_of(text, *([override] if override else [])).startswith(
         f"{place}: rollout.samples_per_prompt: "
     )

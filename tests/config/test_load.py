@@ -1,4 +1,4 @@
-"""Reading the file and the overrides: what is no configuration, and what replaces what."""
+"""Test reading the file and the overrides: invalid files, and precedence."""
 
 import itertools
 import os
@@ -147,7 +147,7 @@ def test_bad_overrides(message_of, override, expected):
     ],
 )
 def test_an_override_is_named_before_the_files_section(message_of, override, expected):
-    """The file has the section, but not this value."""
+    # The file has the section, but not this value.
     assert any(line.startswith(expected) for line in message_of(GOOD, override).splitlines())
 
 
@@ -182,7 +182,7 @@ MAPPINGS = "a: &a {x: 1}\n" + "".join(
     ],
 )
 def test_yaml_alias_bombs(message_of, text):
-    """A few lines whose aliases stand for 10⁹ values took all memory."""
+    # A few lines whose aliases stand for 10⁹ values took all memory.
     with time_limit(10):
         assert len(message_of(text)) < 600
 

@@ -1,4 +1,4 @@
-"""Quantiles from counts, beside numpy's of the values themselves."""
+"""Compare quantiles computed from counts with numpy's quantiles of the values."""
 
 import numpy as np
 import pytest

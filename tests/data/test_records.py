@@ -1,16 +1,17 @@
-"""A sample is a sequence of segments; the single response of older run folders is the case of one."""
+"""Test samples as sequences of segments; the response of an older run folder is a single segment."""
 
 import json
 
 import pytest
 from pydantic import ValidationError
 from samples import make_sample
+from tables import each_row
 
 from megatron_srpo.data.records import Sample, Segment
 
 
 def conversation() -> Sample:
-    """Two turns of the policy around one observation."""
+    """Return two turns of the policy around one observation."""
     first = Segment(ids=(11, 12, 13), logprobs=(-0.1, -0.2, -0.3), versions=(("4", 0, 1), ("5", 1, 3)))
     observation = Segment(author="environment", ids=(21, 22))
     last = Segment(ids=(14,), logprobs=(-0.4,), versions=(("6", 0, 1),))
@@ -38,7 +39,7 @@ def test_a_line_of_an_older_run_is_one_segment():
     assert Sample.model_validate(row) == make_sample(correct=True)
 
 
-@pytest.mark.parametrize(
+@each_row(
     "segment, message",
     [
         ({"ids": [1, 2], "logprobs": [-1.0]}, "2 ids of the policy but 1 logprobs"),

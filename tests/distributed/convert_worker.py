@@ -1,10 +1,12 @@
-"""Run on every rank: megatron-core itself loads a converted checkpoint at several layouts, and saves some.
+"""Load converted checkpoints with megatron-core itself at several layouts, and save some.
+
+Every rank runs this script.
 
     torchrun --nproc-per-node N tests/distributed/convert_worker.py jobs.json
 
 jobs.json: [{"config": path, "overrides": [...], "checkpoint": folder, "save": folder or null, "stacked":
 bool, "output": file}, …]. `output` gets, of each rank, the names of parameters that differ from what
-weights/transfer.load puts there, how many were compared, and what was loaded beside them. stacked: whether
+weights/transfer.load puts there, how many were compared, and what else was loaded. stacked: whether
 the layers of what is saved share keys, as is Megatron's default.
 """
 
@@ -15,7 +17,7 @@ from worker import each_job
 
 
 def run(job: dict) -> None:
-    """One layout."""
+    """Load and compare at one layout; save where the job says so."""
     import torch
     import torch.distributed as dist
 
@@ -28,7 +30,7 @@ def run(job: dict) -> None:
     from megatron.core import dist_checkpointing  # isort: skip  (after the CPU stand-ins)
     from megatron.core.dist_checkpointing.strategies import filesystem_async  # isort: skip
 
-    filesystem_async._process_memory = lambda: 0  # only to log it, megatron-core wants psutil
+    filesystem_async._process_memory = lambda: 0  # only to log it, megatron-core needs psutil
     config = load_config(Path(job["config"]), job["overrides"])
     folder = HFFolder(config.model.hf_path)
     layout = initialize(config.parallel, seed=1)
@@ -48,8 +50,8 @@ def run(job: dict) -> None:
         for chunk in chunks:
             for parameter in chunk.parameters():
                 parameter.fill_(7.0)
-    wanted = {f"model{n}": chunk.sharded_state_dict() for n, chunk in enumerate(chunks)}
-    loaded = dist_checkpointing.load(wanted, job["checkpoint"])
+    requested = {f"model{n}": chunk.sharded_state_dict() for n, chunk in enumerate(chunks)}
+    loaded = dist_checkpointing.load(requested, job["checkpoint"])
     wrong, compared = [], 0
     for n, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded.pop(f"model{n}"))  # strict: all it asks for is there, and nothing else
@@ -58,7 +60,7 @@ def run(job: dict) -> None:
             if not torch.equal(parameter, expected[n][name]):
                 wrong.append(f"rank {layout.rank}: {n}.{name}")
     reports = layout.gather_bytes(
-        json.dumps({"wrong": wrong, "compared": compared, "beside": list(loaded)}).encode()
+        json.dumps({"wrong": wrong, "compared": compared, "unexpected": list(loaded)}).encode()
     )
     if layout.rank == 0:
         Path(job["output"]).write_text("[" + ",".join(report.decode() for report in reports) + "]")

@@ -1,4 +1,4 @@
-"""Runs training jobs on several ranks and reads back what they wrote."""
+"""Run training jobs on several ranks and read back their results."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run's folder."""
+    """Read a finished run's folder."""
 
     folder: Path
 
     @property
     def rows(self) -> list[dict]:
-        """The training steps of metrics.jsonl."""
+        """Return the training steps of metrics.jsonl."""
         return [
             row
             for line in (self.folder / "metrics.jsonl").read_text().splitlines()
@@ -37,16 +37,15 @@ class Run:
 
     @property
     def weights(self) -> dict:
-        """The exported model."""
+        """Return the exported model's tensors."""
         return load_file(self.folder / "hf" / "model.safetensors")
 
 
 def launch(ranks: int, script: str, jobs: list[dict], file: Path, timeout: float = 420) -> None:
-    """Run tests/distributed/`script` on `ranks` processes with `jobs` written to `file`; what they said is in
-    the failure.
+    """Run tests/distributed/`script` on `ranks` processes, with `jobs` written to `file`.
 
-    As torchrun does, but the processes are forked from one that has done the imports: those take 10 s of CPU
-    time each.
+    An error contains the output of the processes. They start as with torchrun, but are forked from one
+    process that has done the imports: those take 10 s of CPU time each.
     """
     file.write_text(json.dumps(jobs))
     fork = multiprocessing.get_context("forkserver")
@@ -90,7 +89,7 @@ def _be_rank(environment: dict[str, str], script: Path, file: Path, log: Path) -
     torch.set_num_threads(1)
     sys.path.insert(0, str(HERE))
     sys.argv = [str(script), str(file)]
-    # what has been imported is not garbage: looking through it twice a job took as long as training
+    # imported objects are not garbage: collecting twice a job took as long as training
     gc.freeze()
     runpy.run_path(str(script), run_name="__main__")
 
@@ -98,10 +97,9 @@ def _be_rank(environment: dict[str, str], script: Path, file: Path, log: Path) -
 def run_jobs(
     ranks: int, config: Path, jobs: dict[str, list[str]], folder: Path, evaluated: tuple[str, ...] = ()
 ) -> dict[str, Run]:
-    """Train `config` once a job, {name: overrides}, in one launch of `ranks` processes; run folders are
-    folder/name.
+    """Train `config` once per job in one launch of `ranks` processes.
 
-    The jobs named in `evaluated` evaluate instead.
+    `jobs` is {name: overrides}; run folders are folder/name. The jobs named in `evaluated` evaluate instead.
     """
     listed = [
         {

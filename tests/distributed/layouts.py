@@ -1,5 +1,6 @@
-"""Run on every rank: trains or evaluates one configuration file under several lists of overrides, one after
-the other, in the same processes.
+"""Train or evaluate one configuration file under several lists of overrides.
+
+Every rank runs this script; the jobs run one after the other in the same processes.
 
     torchrun --nproc-per-node N tests/distributed/layouts.py jobs.json
 
@@ -12,7 +13,7 @@ from worker import each_job
 
 
 def run(job: dict) -> None:
-    """One training or evaluation."""
+    """Train or evaluate one job."""
     from megatron_srpo.config.load import load_config
     from megatron_srpo.evaluation.run import run_evaluation
     from megatron_srpo.train import train

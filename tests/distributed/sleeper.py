@@ -1,4 +1,4 @@
-"""Run by torchrun: the second rank falls asleep in its second step, for ever.
+"""Run a training whose second rank sleeps forever in its second step; started by torchrun.
 
 Arguments: configuration file, overrides.
 """
@@ -12,7 +12,7 @@ from megatron_srpo.__main__ import quieten_libraries
 
 
 def fall_asleep() -> None:
-    """What the stack trace must name."""
+    """Sleep forever; the stack trace must name this function."""
     time.sleep(10_000)
 
 
@@ -25,7 +25,10 @@ if __name__ == "__main__":
     from megatron_srpo.training.trainer import Trainer
 
     def beat_until_step_2() -> None:
-        """Let the limit count from the step with the sleep: building the trainer may take longer."""
+        """Report progress until step 2, so that the limit counts from the step with the sleep.
+
+        Building the trainer may take longer.
+        """
         while PROGRESS.step < 2:
             PROGRESS.beat()
             time.sleep(0.1)
@@ -33,7 +36,7 @@ if __name__ == "__main__":
     score = Trainer.score_teacher
 
     def score_teacher(self, batches):
-        """As it was, but for one rank and step."""
+        """Score as before, except on one rank in one step."""
         layout: Layout = self.layout
         if layout.rank == 1 and PROGRESS.step == 2:
             fall_asleep()

@@ -1,4 +1,6 @@
-"""Run on every rank: moves the teacher's copy away from a constant student and lets it follow.
+"""Move the teacher's copy away from a constant student and let it follow.
+
+Every rank runs this script.
 
     torchrun --nproc-per-node N tests/distributed/teacher_worker.py jobs.json
 
@@ -14,7 +16,7 @@ from worker import each_job
 
 
 def run(job: dict) -> None:
-    """One layout."""
+    """Measure the distances at one layout."""
     import torch
 
     from megatron_srpo.config.load import load_config
@@ -56,7 +58,7 @@ def run(job: dict) -> None:
 
 
 def teacher_is_fp32(trainer) -> bool:
-    """Whether every share of the EMA is fp32, whatever the model's dtype."""
+    """Return whether every share of the EMA is fp32, whatever the model's dtype."""
     import torch
 
     return all(share.dtype == torch.float32 for share in trainer.teacher.shares)

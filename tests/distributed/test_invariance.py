@@ -1,5 +1,6 @@
-"""The gradient of a batch is the same for every split of it, and equals float64 autograd on the Hugging Face
-model.
+"""Compare the gradient of a batch, for every split of it, with float64 autograd.
+
+The reference is autograd on the Hugging Face model.
 
 The same dumped steps are replayed under every layout; loss, gradient norm and the weights after the last step
 are compared with tests/helpers/reference.py, which knows nothing of shards, tiles or packing.
@@ -89,7 +90,7 @@ CASES = {
     "none_wrong": ("all_right", [ONE_STEP], dict(beta=1.0)),
     "moe": ("qwen3_moe", [], dict(beta=1.0)),
     "moe_one_routed": ("qwen3_moe_last_only", [ONE_STEP], dict(beta=1.0)),
-    # A decay that moves weights beyond the tolerance: biases and norms must not feel it.
+    # A decay that moves weights beyond the tolerance: biases and norms must not change by it.
     "qwen2": ("qwen2", ["optimizer.weight_decay=5"], dict(beta=1.0, weight_decay=5)),
     "llama": ("llama", [], dict(beta=1.0)),
     "turns": ("turns", [], dict(beta=1.0)),
@@ -157,7 +158,7 @@ PAIRS = [
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Start models, dumped rollouts and the configuration file."""
+    """Write start models, dumped rollouts and the configuration file."""
     root = tmp_path_factory.mktemp("invariance")
     sources = {}
     for name, family, tied, verdicts in (
@@ -196,7 +197,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(world):
-    """Every (layout, case) trained: three launches."""
+    """Train every (layout, case) in three launches."""
     root, config, sources = world
     done = {}
     for ranks, layouts in LAYOUTS.items():
@@ -215,7 +216,7 @@ def runs(world):
 
 
 def teacher_distance(reference):
-    """‖θ - θ'‖ / ‖θ‖ of the reference's policy and teacher."""
+    """Return ‖θ - θ'‖ / ‖θ‖ of the reference's policy and teacher."""
     pairs = list(zip(reference.model.parameters(), reference.teacher.parameters(), strict=True))
     gap, norm = (
         sum(part.detach().square().sum() for part in parts)
@@ -226,8 +227,9 @@ def teacher_distance(reference):
 
 @pytest.fixture(scope="module")
 def references(world, runs):
-    """case → ([(loss, gradient norm)], the model's tensors after the last step as transformers saves them,
-    ‖θ - θ'‖/‖θ‖), in float64.
+    """Return case → ([(loss, gradient norm)], final tensors, ‖θ - θ'‖/‖θ‖), in float64.
+
+    The tensors are those of the model after the last step, as transformers saves them.
     """
     root, _, sources = world
     results = {}
@@ -251,7 +253,7 @@ def references(world, runs):
 
 @pytest.mark.parametrize(("ranks", "layout", "case"), PAIRS)
 def test_loss_gradient_and_weights_do_not_depend_on_the_split(runs, references, ranks, layout, case):
-    """To 1e-5 relative of float64 autograd at every step; weights after the last step to 1e-4."""
+    # To 1e-5 relative of float64 autograd at every step; weights after the last step to 1e-4.
     steps, model, distance = references[case]
     rows = runs[f"{layout}_{case}"].rows
     assert len(rows) == len(steps)
@@ -259,7 +261,7 @@ def test_loss_gradient_and_weights_do_not_depend_on_the_split(runs, references, 
         assert row["loss"] == pytest.approx(loss, rel=RELATIVE, abs=1e-9)
         assert row["grad_norm"] == pytest.approx(norm, rel=RELATIVE, abs=1e-9)
         if case != "grpo":
-            follows = 0.0 if case == "trust_region" else 0.05  # of its way in a step
+            follows = 0.0 if case == "trust_region" else 0.05  # share of the distance in a step
             assert row["teacher_followed"] == pytest.approx(
                 follows, rel=5e-3
             )  # weight decay alone moves the least, and fp32 rounds that
@@ -272,9 +274,8 @@ def test_loss_gradient_and_weights_do_not_depend_on_the_split(runs, references, 
 
 
 def test_the_cases_exercise_what_they_claim(runs):
-    """Some importance weights capped, some demonstrations cut, one-token responses, routed and unrouted
-    samples.
-    """
+    # Some importance weights are capped, some demonstrations cut, some responses have one token; some samples
+    # are routed, others not.
     rows = runs["one_srpo"].rows
     assert any(row["importance_clip_share"] > 0 for row in rows)
     assert any(row["teacher_prompts_cut"] > 0 for row in rows)
@@ -294,7 +295,7 @@ def test_the_cases_exercise_what_they_claim(runs):
 
 @pytest.mark.parametrize("run", ["one_none_right", "pp2-dp2_none_right", "one_none_wrong", "dp2_none_wrong"])
 def test_groups_of_one_kind_have_zero_gradient(runs, run):
-    """METHOD §7 (h): exactly zero, finite metrics, and the same metric keys as any other step."""
+    # METHOD §7 (h): exactly zero, finite metrics, and the same metric keys as any other step.
     row = runs[run].rows[0]
     assert row["loss"] == 0 and row["grad_norm"] == 0 and row["zero_advantage_share"] == 1
     assert row["updates_skipped"] == 0 and None not in row.values()
@@ -302,7 +303,7 @@ def test_groups_of_one_kind_have_zero_gradient(runs, run):
 
 
 def test_replay_routes_alike_on_every_layout(runs):
-    """Dumped routes (siblings, teacher prompts, advantages) are the same bytes whatever the layout."""
+    # Dumped routes (siblings, teacher prompts, advantages) are the same bytes at every layout.
     first = (runs["one_srpo"].folder / "rollouts" / "step_000001.jsonl").read_text()
     for run in ("tp2_srpo", "dp4_srpo", "tp2-pp2_srpo"):
         assert (runs[run].folder / "rollouts" / "step_000001.jsonl").read_text() == first
@@ -314,7 +315,7 @@ def test_replay_routes_alike_on_every_layout(runs):
     + ["one_turns", "cp2_turns"],
 )
 def test_token_values_are_the_references_on_every_layout(world, runs, run):
-    """Values of step_000001.tokens.jsonl against float64 logits of the whole vocabulary."""
+    # Values of step_000001.tokens.jsonl against float64 logits of the complete vocabulary.
     folder, _ = world[2]["turns" if run.endswith("turns") else "mixed"]
     model = Reference(folder.path, lr=1e-3, warmup=2, beta=1.0)
     samples = sample_rows(runs[run].folder / "rollouts" / "step_000001.jsonl")

@@ -1,4 +1,7 @@
-"""Who takes leave of the other ranks, and who just goes. What NCCL does meanwhile, only GPUs can show."""
+"""Test which ranks wait for the others before they exit, and which exit at once.
+
+Only GPUs can show NCCL's part.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Collective(Exception):
-    """What all ranks raise together."""
+    """Represent an error that all ranks raise together."""
 
 
 @pytest.mark.parametrize(
@@ -40,7 +43,7 @@ def test_a_rank_that_fails_alone_does_not_wait_for_those_that_wait_for_it(monkey
 
 
 def test_its_error_is_printed_and_its_process_ends():
-    """Two ranks: the second's command fails while both are in a group; the first would wait for it."""
+    # Two ranks: the second's command fails while both are in a group; the first would wait for it.
     code = (
         "import os, sys, time; import torch.distributed as dist; import megatron_srpo.__main__ as program;"
         "import megatron_srpo.commands.report as report;"
@@ -74,9 +77,8 @@ def test_its_error_is_printed_and_its_process_ends():
 
 
 def test_an_error_of_the_sampling_thread_is_raised_before_the_next_publication():
-    """With async_steps the others' threads wait for this rank's groups, their ranks for them; its own must
-    not wait, too.
-    """
+    # With async_steps the other ranks' threads wait for this rank's groups, and their main threads for those
+    # threads; this rank must not wait as well.
     engine = SimpleNamespace(update_weights=lambda *_: pytest.fail("published"))
     builder = SimpleNamespace(
         collector=SimpleNamespace(engine=engine),

@@ -1,5 +1,6 @@
-"""Sampling runs: every rank samples its share with weights exported from the ranks' shards, and the layout
-changes nothing.
+"""Test runs that sample, on several layouts.
+
+Every rank samples its share with weights exported from the ranks' shards; the layout changes nothing.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The quick start's first steps, in small, on several layouts."""
+    """Train the quick start's first steps, scaled down, on several layouts."""
     root = tmp_path_factory.mktemp("sampling")
     overrides = [*SMALL, f"model.hf_path={ROOT / 'examples/quickstart/start'}", "optimizer.lr_warmup_steps=0"]
     done = {}
@@ -59,16 +60,15 @@ def runs(tmp_path_factory):
 
 
 def lines(run, step):
-    """The dumped samples of one step."""
+    """Return the dumped samples of one step."""
     return sample_rows(run.folder / "rollouts" / f"step_{step:06d}.jsonl")
 
 
 @pytest.mark.parametrize("layout", ["tp2", "dp2", "pp3", "dp3"])
 def test_prompts_samples_and_routes_are_those_of_one_process(runs, layout):
-    """All prompts in order. Randomness belongs to the sample, so the same tokens come out: all at the first
-    step, where the weights are the same bits; nearly all after two updates, whose last bits depend on the
-    order of sums.
-    """
+    # All prompts in order. Random numbers belong to the sample, so the tokens are the same: all of them in
+    # the first step, where the weights are the same bits; nearly all after two updates, whose last bits
+    # depend on the order of sums.
     for step, share in ((1, 1.0), (3, 0.9)):
         one, other = lines(runs["one"], step), lines(runs[layout], step)
         assert [(s["prompt"]["id"], s["index"]) for s in one] == [
@@ -80,9 +80,8 @@ def test_prompts_samples_and_routes_are_those_of_one_process(runs, layout):
 
 @pytest.mark.parametrize("layout", ["one", "tp2", "dp2", "pp3", "dp3"])
 def test_the_engine_samples_with_the_published_weights(runs, layout):
-    """The trainer's log-probabilities equal the engine's to 1e-4 at every step, updates in between; versions
-    are counted.
-    """
+    # The trainer's log-probabilities equal the engine's to 1e-4 at every step, with updates in between;
+    # versions are counted.
     rows = runs[layout].rows
     assert [row["weight_version"] for row in rows] == ["0", "1", "2"]
     assert max(row["engine_logprob_gap_max"] for row in rows) < 1e-4
@@ -90,9 +89,7 @@ def test_the_engine_samples_with_the_published_weights(runs, layout):
 
 
 def test_ranks_fill_a_batch_together(runs):
-    """Every group trained on has a signal, the batch is full, and what is left over is counted alike on all
-    ranks.
-    """
+    # Every group trained on has a signal, the batch is full, and all ranks count the same left-over groups.
     for row in runs["choosy"].rows:
         assert row["zero_advantage_share"] == 0 and row["groups_filtered"] + row["groups_carried"] > 0
         samples = lines(runs["choosy"], row["step"])
@@ -102,9 +99,8 @@ def test_ranks_fill_a_batch_together(runs):
 
 
 def test_one_step_off(runs):
-    """From the second step on a batch is one version older than the policy, and evaluations still see the
-    newest weights.
-    """
+    # From the second step on a batch is one version older than the policy; evaluations still use the newest
+    # weights.
     rows = runs["ahead"].rows
     assert [row["weight_version"] for row in rows] == ["0", "0", "1"] and [
         row["staleness_max"] for row in rows
@@ -116,7 +112,7 @@ def test_one_step_off(runs):
 
 
 def test_the_eval_command_gives_the_same_on_two_processes(runs):
-    """The same samples in the same order, though each process asked every second question."""
+    # The samples are the same, in the same order, though each process samples every second question.
     one, two = (
         sample_rows(runs[name].folder / "samples/addition.jsonl")
         for name in ("evaluation of one", "evaluation")

@@ -1,4 +1,4 @@
-"""The EMA teacher on several layouts: sharded over data-parallel ranks, fp32 whatever the model's dtype."""
+"""Test the EMA teacher on several layouts: sharded over data-parallel ranks, fp32 at any model dtype."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ JOBS = {  # an expert-parallel layout has a mixture of experts, the others are d
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    """{layout: what the worker wrote}; one launch."""
+    """Return {layout: the worker's report}, from one launch."""
     root = tmp_path_factory.mktemp("teacher")
     config = root / "config.yaml"
     config.write_text("model: {hf_path: set, dtype: float32}\ntrain: {steps: 1}\nlogging: {dir: unused}\n")
@@ -47,10 +47,8 @@ def reports(tmp_path_factory):
 
 @pytest.mark.parametrize("layout", list(JOBS))
 def test_teacher_follows_by_its_rate_in_fp32_and_keeps_each_number_once(reports, layout):
-    """The distance to a constant student shrinks by 0.95 a step (METHOD §7 (g)), to the dtype's precision.
-
-    All data-parallel ranks together hold each fp32 element once, all experts included.
-    """
+    # The distance to a constant student shrinks by 0.95 a step (METHOD §7 (g)), to the dtype's precision. All
+    # data-parallel ranks together hold each fp32 element once, all experts included.
     report = reports[layout]
     precision = 5e-3 if "bf16" in layout else 1e-5
     assert report["ratios"] == pytest.approx([0.95] * 3, rel=precision)

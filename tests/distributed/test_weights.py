@@ -1,4 +1,7 @@
-"""Weights from Hugging Face and back at several layouts: transformers' logits, bit-exact exports."""
+"""Test weights from Hugging Face and back at several layouts.
+
+Logits equal transformers', exports are bit-exact.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,7 @@ PAIRS = [
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """{model: (HF logits, the folder's own tensors)}, and {(layout, model): what the ranks wrote}."""
+    """Return {model: (HF logits, the folder's own tensors)} and {(layout, model): the ranks' output}."""
     root = tmp_path_factory.mktemp("weights")
     generator = torch.Generator().manual_seed(5)
     # The longest one is beyond the 64 positions of the tiny Llama's own rotary frequencies.
@@ -81,10 +84,8 @@ def results(tmp_path_factory):
 
 @pytest.mark.parametrize(("layout", "model"), PAIRS)
 def test_logits_are_transformers_and_the_export_is_the_import(results, layout, model):
-    """Logits in fp32 to 1e-5, of packed documents on shards against one transformers forward pass each.
-
-    Every tensor of the HF file comes back, the same bits, and no other.
-    """
+    # Logits in fp32 to 1e-5, of packed documents on shards against one transformers forward pass each. Every
+    # tensor of the HF file is exported with the same bits, and no other.
     (logits, tensors), got = results[0][model], results[1][layout, model]
     torch.testing.assert_close(got.pop("logits"), logits, atol=1e-5, rtol=0)
     exported = {name.removeprefix("export."): tensor for name, tensor in got.items()}

@@ -1,5 +1,6 @@
-"""Run on every rank: loads HF folders at several layouts, writes the logits of packed documents and the
-exported tensors.
+"""Load HF folders at several layouts; write packed documents' logits and the exported tensors.
+
+Every rank runs this script.
 
     torchrun --nproc-per-node N tests/distributed/weights_worker.py jobs.json
 
@@ -15,7 +16,7 @@ from worker import each_job
 
 
 def run(job: dict) -> None:
-    """One layout."""
+    """Write the logits and exported tensors of one layout."""
     import torch
     import torch.distributed as dist
     from safetensors.torch import save_file

@@ -1,5 +1,6 @@
-"""What the scripts run on every rank share: one process group for all jobs of a launch (imports cost 10 s, a
-job one).
+"""Share one process group between all jobs of a launch.
+
+Imports cost 10 s, a job one.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from megatron_srpo.__main__ import quieten_libraries
 
 
 def each_job(run: Callable[[dict], None]) -> None:
-    """Call `run` with every job in the JSON file named on the command line; training leaves the group it did
-    not make.
+    """Call `run` with every job in the JSON file named on the command line.
+
+    Training keeps a group open that it did not make.
     """
     quieten_libraries()
     import torch.distributed as dist
@@ -27,9 +29,9 @@ def each_job(run: Callable[[dict], None]) -> None:
         dist.barrier()
         for group in list(
             dist.distributed_c10d._world.pg_map
-        ):  # Megatron forgets its groups, but their threads stay: thirty a job
+        ):  # Megatron drops its groups, but their threads stay: thirty per job
             if group is not dist.group.WORLD and dist.get_rank(group) >= 0:
                 dist.destroy_process_group(group)
         del group
-        gc.collect()  # the last to hold them are cycles of the finished trainer's
+        gc.collect()  # reference cycles of the finished trainer still hold them
     dist.destroy_process_group()

@@ -1,5 +1,6 @@
-"""The eval and compare commands: results, resumption, comparison; the same path as evaluation during
-training.
+"""Test the eval and compare commands: results, resuming, comparison.
+
+Evaluation during training takes the same path.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ SETTINGS = [
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """command(name, *arguments) → (exit status, standard output, standard error)."""
+    """Return a function of (name, *arguments) that returns (exit status, standard output, standard error)."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["megatron_srpo", *map(str, arguments)])
@@ -41,7 +42,10 @@ def command(monkeypatch, capsys):
 
 @pytest.fixture
 def evaluation(command):
-    """evaluation(folder, *overrides) → what `eval` of the quick start's start model says."""
+    """Return a function of (folder, *overrides) that runs `eval` on the quick start's start model.
+
+    It returns what `command` returns.
+    """
     return lambda folder, *overrides: command(
         "eval", ROOT / "examples/quickstart/config.yaml", *SETTINGS, f"logging.dir={folder}", *overrides
     )
@@ -49,7 +53,7 @@ def evaluation(command):
 
 @pytest.fixture
 def words(tmp_path):
-    """A second task: a JSONL file the model has no chance with."""
+    """Write a second task: a JSONL file that the model cannot solve."""
     file = tmp_path / "words.jsonl"
     file.write_text(
         "".join(
@@ -60,7 +64,7 @@ def words(tmp_path):
 
 
 def test_results_are_those_of_the_samples(evaluation, words, tmp_path):
-    """Every number of result.json again from the samples it kept."""
+    # Every number of result.json is recomputed from the samples it kept.
     status, out, _ = evaluation(tmp_path / "run", f"evaluation.tasks=[addition, {words}]")
     assert status == 0
     result = json.loads((tmp_path / "run/result.json").read_text())
@@ -93,14 +97,12 @@ def test_results_are_those_of_the_samples(evaluation, words, tmp_path):
     assert result["overall"]["tokens_per_second"] > 0
 
 
-def test_a_command_cut_off_goes_on(evaluation, tmp_path, monkeypatch):
-    """Chunks of two questions; the second is cut in the middle of a line.
-
-    The same command then gives what an uncut one gives.
-    """
+def test_an_interrupted_command_resumes(evaluation, tmp_path, monkeypatch):
+    # Chunks of two questions; the second is cut in the middle of a line. The same command then gives the
+    # result of an uninterrupted one.
     monkeypatch.setattr(run, "CHUNK_SEQUENCES", 8)
     small = ["evaluation.greedy=false", "evaluation.prompts=6"]
-    assert evaluation(tmp_path / "whole", *small)[0] == 0
+    assert evaluation(tmp_path / "uninterrupted", *small)[0] == 0
     append, appended = answers.Answers.append, []
 
     def cut(answers, groups, seconds):
@@ -117,14 +119,14 @@ def test_a_command_cut_off_goes_on(evaluation, tmp_path, monkeypatch):
     assert evaluation(tmp_path / "cut", *small, "rollout.batch_size=5")[0] == 0
     assert (
         sum(appended[2:]) == 3
-    )  # three of six were answered, the fourth's last line was cut: what is answered is not asked again
-    texts = [sample_rows(tmp_path / name / "samples/addition.jsonl") for name in ("whole", "cut")]
+    )  # three of six were answered, the fourth's last line was cut: answered questions are not sampled again
+    texts = [sample_rows(tmp_path / name / "samples/addition.jsonl") for name in ("uninterrupted", "cut")]
     assert [(row["prompt"]["id"], row["index"], row["response_ids"]) for row in texts[0]] == [
         (row["prompt"]["id"], row["index"], row["response_ids"]) for row in texts[1]
     ]
     results = [
         json.loads((tmp_path / name / "result.json").read_text())["tasks"]["addition"]
-        for name in ("whole", "cut")
+        for name in ("uninterrupted", "cut")
     ]
     assert results[0]["questions"] == results[1]["questions"]
 
@@ -136,7 +138,7 @@ def test_another_evaluation_in_the_same_folder_is_refused(evaluation, command, t
     status, _, error = evaluation(
         folder, "evaluation.greedy=false", "evaluation.prompts=2", "evaluation.top_p=0.5"
     )
-    assert status == 2 and "holds an evaluation with other settings (evaluation)" in error
+    assert status == 2 and "holds an evaluation with different settings (evaluation)" in error
     for name in ("train", "sample"):
         status, _, error = command(
             name, ROOT / "examples/quickstart/config.yaml", f"hf_path={START}", f"logging.dir={folder}"
@@ -149,7 +151,7 @@ def test_another_evaluation_in_the_same_folder_is_refused(evaluation, command, t
 
 
 def test_answers_of_two_checkpoints_are_not_mixed(command, evaluation, tmp_path):
-    """The run went on between two times of the same command: the newest checkpoint is another."""
+    # The run continued between two calls of the same command: the newest checkpoint is another.
     run, short = (
         tmp_path / "run",
         ["evaluation.greedy=false", "evaluation.prompts=2", f"checkpoint={tmp_path / 'run'}"],
@@ -180,14 +182,14 @@ def test_answers_of_two_checkpoints_are_not_mixed(command, evaluation, tmp_path)
     status, _, error = evaluation(tmp_path / "a", *short)
     assert (
         status == 2
-        and "holds an evaluation with other settings (evaluation)" in error
+        and "holds an evaluation with different settings (evaluation)" in error
         and "step_000001" in error
     )
     assert evaluation(tmp_path / "a", *short, f"checkpoint={run / 'checkpoints/step_000001'}")[0] == 0
 
 
-def test_answers_to_other_questions_are_not_taken_over(evaluation, words, tmp_path):
-    """The file of questions changed between two times of the same command."""
+def test_answers_to_other_questions_are_not_reused(evaluation, words, tmp_path):
+    # The file of questions changed between two calls of the same command.
     arguments = [
         tmp_path / "run",
         f"evaluation.tasks=[{words}]",
@@ -200,11 +202,11 @@ def test_answers_to_other_questions_are_not_taken_over(evaluation, words, tmp_pa
     file = tmp_path / "words.jsonl"
     file.write_text(file.read_text().replace('"none"', '"some"'))
     status, _, error = evaluation(*arguments)
-    assert status == 2 and "holds answers to other questions (first: words/test/w0)" in error
+    assert status == 2 and "holds answers to different questions (first: words/test/w0)" in error
 
 
-def test_a_run_may_go_on_with_another_evaluation(command, tmp_path):
-    """As resume.override lets it by default: the last scores have other names than the first."""
+def test_a_run_may_resume_with_another_evaluation(command, tmp_path):
+    # resume.override permits it by default: the last scores have other names than the first.
     sizes = [
         "rollout.prompts_per_step=2",
         "rollout.samples_per_prompt=2",
@@ -228,18 +230,18 @@ def test_a_run_may_go_on_with_another_evaluation(command, tmp_path):
 
 @pytest.mark.parametrize("name, split", [("own.validation", "[test, validation]"), ("own.greedy", "[test]")])
 def test_tasks_do_not_share_a_file_of_answers(evaluation, tmp_path, name, split):
-    """The second would have found its questions answered, by the first's answers."""
+    # The second task would find its questions answered by the first's answers.
     own = ROOT / "examples/own_task/backwards.py"
     tasks = f"evaluation.tasks=[{{path: {own}, name: own}}, {{path: {own}, name: {name}}}]"
     status, _, error = evaluation(
         tmp_path / "run", tasks, f"evaluation.splits={split}", "evaluation.prompts=1"
     )
-    assert status == 2 and "would both keep their answers in" in error and name in error
+    assert status == 2 and "would both write their answers to" in error and name in error
     assert not (tmp_path / "run").exists()
 
 
-def test_servers_that_are_not_there_are_told_in_a_line(evaluation, tmp_path):
-    """Nothing is asked; once they are there, the same command goes on in the same folder."""
+def test_servers_that_are_not_there_are_reported_in_a_line(evaluation, tmp_path):
+    # Nothing is sampled; once the servers run, the same command continues in the same folder.
     status, _, error = evaluation(
         tmp_path / "run", "rollout.engine=sglang", "rollout.urls=[http://127.0.0.1:9]"
     )
@@ -251,7 +253,7 @@ def test_servers_that_are_not_there_are_told_in_a_line(evaluation, tmp_path):
 
 
 def test_comparison(command, evaluation, tmp_path):
-    """A model against itself, and against one whose answers were all made wrong by hand."""
+    # A model against itself, and against one whose answers were all made wrong by hand.
     assert evaluation(tmp_path / "a", "evaluation.greedy=false")[0] == 0
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     result = json.loads((tmp_path / "b/result.json").read_text())
@@ -271,16 +273,15 @@ def test_comparison(command, evaluation, tmp_path):
     del result["tasks"]["addition"]["questions"]["avg@4"]["addition/test/3"]
     (tmp_path / "b/result.json").write_text(json.dumps(result))
     status, _, error = command("compare", tmp_path / "a", tmp_path / "b")
-    assert status == 2 and "was asked other questions (1 differ, first addition/test/3)" in error
+    assert status == 2 and "has different questions (1 differ, first addition/test/3)" in error
     status, _, error = command("compare", tmp_path / "a", tmp_path / "nowhere")
     assert status == 2 and "the folder of a finished evaluation?" in error
 
 
 def test_training_evaluates_what_the_command_evaluates(command, evaluation, tmp_path):
-    """metrics.jsonl before the first step = the command on the same weights: same questions, same random
-    numbers. Test and validation, a mixture of two tasks; best and mean of the last; per-task metrics of the
-    rollouts.
-    """
+    # metrics.jsonl before the first step equals the command's result on the same weights: same questions,
+    # same random numbers. Test and validation, a mixture of two tasks; best and mean of the last; per-task
+    # metrics of the rollouts.
     own = ROOT / "examples/own_task/backwards.py"
     shared = [
         f"task={{mixture: [addition, {{path: {own}, weight: 3}}]}}",

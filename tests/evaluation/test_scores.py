@@ -1,4 +1,4 @@
-"""avg@k, pass@k and the bootstrap, against enumeration and closed forms."""
+"""Test avg@k, pass@k and the bootstrap against enumeration and closed forms."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import math
 
 import numpy as np
 import pytest
+from tables import each_row
 
 from megatron_srpo.evaluation.scores import interval, paired_difference, pass_at_k, with_history
 
 
-@pytest.mark.parametrize("n", [1, 2, 5, 7])
+@each_row("n", [1, 2, 5, 7])
 def test_pass_at_k_by_enumeration(n):
-    """The share of all k-subsets of n samples that hold a right one."""
+    # The share of all k-subsets of n samples that hold a correct one.
     for c, k in itertools.product(range(n + 1), range(1, n + 1)):
         samples = [True] * c + [False] * (n - c)
         subsets = list(itertools.combinations(samples, k))
@@ -39,7 +40,7 @@ def test_interval_of_a_large_sample_is_the_normal_one():
 
 
 def test_interval_over_tasks_is_of_the_mean_of_means():
-    """Two tasks of very different size weigh the same: variance (s1²/n1 + s2²/n2) / 4."""
+    # Two tasks of very different size have the same weight: variance (s1²/n1 + s2²/n2) / 4.
     rng = np.random.default_rng(4)
     tasks = [list((rng.random(n) < p).astype(float)) for n, p in ((60, 0.5), (600, 0.2))]
     mean, low, high = interval(tasks)
@@ -54,9 +55,8 @@ def test_constant_scores_have_no_width():
 
 
 def test_pairing_removes_what_questions_have_in_common():
-    """Hard and easy questions, a small steady gain: unpaired intervals overlap, the paired one excludes
-    zero.
-    """
+    # Hard and easy questions with a small constant gain: unpaired intervals overlap, the paired one excludes
+    # zero.
     rng = np.random.default_rng(5)
     base = rng.random(200) * 0.9
     other = base + 0.02 + 0.02 * rng.standard_normal(200)

@@ -1,5 +1,6 @@
-"""Context parallelism on GPUs, with Transformer Engine's attention and with local layers: a run on two is the
-run on one.
+"""Compare a run on two context-parallel GPUs with a run on one.
+
+With Transformer Engine's attention and with local layers.
 
 python -m pytest tests/gpu
 """
@@ -24,9 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """A configuration file for a model whose heads flash kernels take, with dumped rollouts of up to 600
-    tokens.
-    """
+    """Write a model whose heads flash kernels accept, rollouts of up to 600 tokens and a configuration."""
     root = tmp_path_factory.mktemp("context")
     model = make_model(head_dim=64)
     folder = HFFolder(save_folder(root / "hf", model))
@@ -45,7 +44,7 @@ def start(tmp_path_factory):
 
 
 def trained(file, name, ranks, *overrides):
-    """(loss, gradient norm) of each step."""
+    """Return (loss, gradient norm) of each step."""
     folder = file.parent / name
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command += ["-m", "megatron_srpo", "train", str(file), *overrides, f"logging.dir={folder}"]
@@ -59,9 +58,8 @@ def trained(file, name, ranks, *overrides):
 
 @pytest.mark.parametrize("layers", ["local", "transformer_engine"])
 def test_two_gpus_that_share_every_sequence(start, layers):
-    """To bf16's rounding: 3 % of loss and gradient norm; a wrong chunk or a missing gradient is off by far
-    more.
-    """
+    # To bf16's rounding: 3 % of loss and gradient norm; a wrong chunk or a missing gradient is off by far
+    # more.
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     if layers == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
@@ -74,9 +72,8 @@ def test_two_gpus_that_share_every_sequence(start, layers):
 
 
 def test_attention_of_a_chunk_needs_no_mask():
-    """The last half of the queries against all keys: the flash kernel's values and gradients are those of
-    the masked formula in fp32.
-    """
+    # The last half of the queries against all keys: the flash kernel's values and gradients equal those of
+    # the masked formula in fp32.
     from megatron_srpo.model.layers import PackedAttention
 
     attention = PackedAttention.__new__(PackedAttention)
@@ -98,8 +95,8 @@ def test_attention_of_a_chunk_needs_no_mask():
     q, k, v = exact[0], *(tensor.repeat_interleave(4, dim=2) for tensor in exact[1:])
     seen = torch.ones(2048, 4096, dtype=torch.bool, device="cuda").tril(2048)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / 8
-    wanted = torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
-    torch.testing.assert_close(output.float(), wanted, rtol=0.02, atol=0.02)
+    expected = torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+    torch.testing.assert_close(output.float(), expected, rtol=0.02, atol=0.02)
     gradients = torch.autograd.grad(output.float().square().sum(), found)
-    for own, other in zip(gradients, torch.autograd.grad(wanted.square().sum(), exact), strict=True):
+    for own, other in zip(gradients, torch.autograd.grad(expected.square().sum(), exact), strict=True):
         assert (own.float() - other).norm() < 0.02 * other.norm()

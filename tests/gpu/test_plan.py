@@ -1,5 +1,6 @@
-"""The planner's memory against the allocator of a GPU, in bf16, with local layers and with Transformer
-Engine's.
+"""Compare the planner's memory with a GPU's allocator, in bf16.
+
+With local layers and with Transformer Engine's.
 
 python -m pytest tests/gpu
 """
@@ -31,7 +32,7 @@ RECOMPUTE = [
 @pytest.mark.parametrize("recompute", [[], RECOMPUTE], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("layers", ["local", "transformer_engine"])
 def test_peak_memory_of_a_step(layers, recompute, tmp_path):
-    """Of the 0.6B shape, GRPO and SRPO, with micro-batches of 8,192 tokens: 10 %."""
+    # The 0.6B shape, GRPO and SRPO, micro-batches of 8,192 tokens: within 10 %.
     if layers == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
         pytest.skip("Transformer Engine is not installed")
     overrides = [f"model.transformer_impl={layers}", "train.micro_batch_tokens=8192", *recompute]

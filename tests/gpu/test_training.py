@@ -1,5 +1,6 @@
-"""Training on one GPU, in bf16: logits, steps, state that waits on the host, checkpoints, a whole run with
-the embedded engine.
+"""Test training on one GPU, in bf16.
+
+Logits, steps, state offloaded to the host, checkpoints, a complete run with the embedded engine.
 
 The first thing to run on a GPU, in a minute or two: python -m pytest -x tests/gpu/test_vocab_parallel.py
 tests/gpu/test_training.py
@@ -48,14 +49,17 @@ LAYERS = [
 
 
 def overrides_of(layers):
-    """rope_fusion: Transformer Engine's layers and its rotary embeddings, which read packed documents too."""
+    """Return the overrides that select these layers.
+
+    rope_fusion: Transformer Engine's layers and its rotary embeddings, which read packed documents too.
+    """
     if layers == "rope_fusion":
         return ["model.transformer_impl=transformer_engine", "megatron.apply_rope_fusion=true"]
     return [f"model.transformer_impl={layers}"]
 
 
 def configured(root, folder):
-    """A configuration file for the model in `folder`."""
+    """Return a configuration file for the model in `folder`."""
     file = root / "config.yaml"
     file.write_text(
         f"model: {{hf_path: {folder}, dtype: bfloat16}}\n"
@@ -70,9 +74,8 @@ def configured(root, folder):
 @pytest.mark.parametrize("layers", LAYERS)
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "qwen3_moe"])
 def test_logits_are_those_of_transformers(layers, family, tmp_path):
-    """Of documents of like length, of very different ones, and with padding behind: 3 % of the norm, fp32
-    against bf16.
-    """
+    # Documents of similar length, of very different lengths, and with padding at the end: 3 % of the norm,
+    # fp32 against bf16.
     model = make_model(family, tied=family == "qwen3", head_dim=64)
     config = load_config(configured(tmp_path, save_folder(tmp_path / "hf", model)), overrides_of(layers))
     generator = torch.Generator().manual_seed(0)
@@ -104,14 +107,15 @@ def test_logits_are_those_of_transformers(layers, family, tmp_path):
     for logits, row in zip(found, rows, strict=True):
         with torch.no_grad():
             inputs = [torch.tensor([[*d.prompt_ids, *d.response_ids[:-1]]]) for d in row]
-            wanted = torch.cat([model(ids).logits[0] for ids in inputs])
-        assert (logits - wanted).norm() < 0.03 * wanted.norm()
+            expected = torch.cat([model(ids).logits[0] for ids in inputs])
+        assert (logits - expected).norm() < 0.03 * expected.norm()
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """(configuration file, folder, routed rollouts of two steps); half of the samples are distilled or have
-    an advantage.
+    """Return (configuration file, folder, routed rollouts of two steps).
+
+    Half of the samples are distilled or have an advantage.
     """
     root = tmp_path_factory.mktemp("training")
     model = make_model(head_dim=64)
@@ -129,13 +133,13 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def make_trainer(world):
-    """make_trainer(*overrides) → a trainer of `world`'s model."""
+    """Return a function of (*overrides) that makes a trainer of `world`'s model."""
     with trainers() as make:
         yield lambda *overrides: make(load_config(world[0], list(overrides)))
 
 
 def train(trainer, world, step):
-    """One step; its report."""
+    """Train one step and return its report."""
     _, folder, routed = world
     groups = route_groups(
         replay(routed, step, 4, folder), trainer.algorithm, folder.encode, 400, seed=f"1/{step}"
@@ -147,10 +151,8 @@ def train(trainer, world, step):
 
 @pytest.mark.parametrize("layers", LAYERS)
 def test_two_steps_are_those_of_float64(layers, world, make_trainer):
-    """Loss and gradient norm to 5 %: bf16 against autograd on transformers' model.
-
-    Gradients are summed, and weights kept, in fp32.
-    """
+    # Loss and gradient norm to 5 %: bf16 against autograd on transformers' model. Gradients are summed, and
+    # weights kept, in fp32.
     trainer = make_trainer(*overrides_of(layers))
     assert "Triton" in trainer.describe_loss()
     exact = Reference(world[1].path, lr=1e-3, warmup=0, beta=trainer.algorithm.entropy_beta)
@@ -171,7 +173,7 @@ def test_two_steps_are_those_of_float64(layers, world, make_trainer):
 def test_state_is_the_same_to_the_bit_offloaded_and_from_a_checkpoint(
     optimizer, world, make_trainer, tmp_path
 ):
-    """Training resumes with either."""
+    # Training continues from either.
     shared = f"parallel.use_distributed_optimizer={optimizer}"
     colocated = ("rollout.engine=sglang", "rollout.servers=1", "rollout.colocated=true")
     trainer = make_trainer(shared, *colocated)
@@ -191,7 +193,7 @@ def test_state_is_the_same_to_the_bit_offloaded_and_from_a_checkpoint(
     assert saved.keys() == offloaded.keys()
     assert all(torch.equal(saved[key], offloaded[key]) for key in saved)
     save(tmp_path, trainer)
-    wanted = train(trainer, world, 2)
+    expected = train(trainer, world, 2)
 
     trainer = make_trainer(shared, "optimizer.optimizer_cpu_offload=true")
     restore_trainer(trainer, Folder(tmp_path), state)
@@ -200,15 +202,14 @@ def test_state_is_the_same_to_the_bit_offloaded_and_from_a_checkpoint(
     assert saved.keys() == found.keys() and all(torch.equal(saved[key], found[key]) for key in saved)
     report = train(trainer, world, 2)
     assert report.losses[0] == pytest.approx(
-        wanted.losses[0], rel=1e-3
+        expected.losses[0], rel=1e-3
     )  # attention's gradients are summed in any order
-    assert report.grad_norms[0] == pytest.approx(wanted.grad_norms[0], rel=1e-2)
+    assert report.grad_norms[0] == pytest.approx(expected.grad_norms[0], rel=1e-2)
 
 
 def test_a_run_with_the_embedded_engine_and_its_resumption(tmp_path):
-    """Two steps of the quick start in bf16, the first one profiled; then the same command resumes to the
-    third.
-    """
+    # Two steps of the quick start in bf16, the first one profiled; then the same command resumes to the
+    # third.
     settings = [
         "model.dtype=bfloat16",
         "evaluation.every=0",

@@ -1,5 +1,6 @@
-"""The vocabulary pass on a GPU: Triton kernels and bf16 products with fp32 results, against float64 on the
-same inputs.
+"""Compare the vocabulary pass on a GPU with float64 on the same inputs.
+
+Triton kernels, and bf16 products with fp32 results.
 
 python -m pytest tests/gpu
 """
@@ -35,7 +36,10 @@ def inputs(dtype):
 
 
 def run(kind, hidden, weight, teacher_hidden, teacher_weight, targets, share=0.0, **options):
-    """(loss, dHidden, dWeight) and the statistics. share: of the student's own logits in the teacher's."""
+    """Return (loss, dHidden, dWeight) and the statistics.
+
+    share: of the student's own logits in the teacher's.
+    """
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     teacher = Projection(teacher_hidden, teacher_weight)
     if share:
@@ -59,7 +63,7 @@ def run(kind, hidden, weight, teacher_hidden, teacher_weight, targets, share=0.0
 
 
 def error(found, expected):
-    """Relative, of norms."""
+    """Return the norm of the difference, relative to the expected norm."""
     return ((found.double() - expected).norm() / expected.norm()).item()
 
 
@@ -68,33 +72,32 @@ def error(found, expected):
     "dtype, of_values, of_gradients", [(torch.float32, 2e-6, 5e-6), (torch.bfloat16, 2e-6, 1e-2)]
 )
 def test_against_float64(kind, dtype, of_values, of_gradients):
-    """bf16 products keep fp32 results: the statistics are as exact as in fp32, the gradients to bf16's
-    rounding.
-    """
+    # bf16 products keep fp32 results: the statistics are as exact as in fp32, the gradients to bf16's
+    # rounding.
     given = inputs(dtype)
     assert describe_kernel(torch.device("cuda"), dtype, Divergence()) == "Triton"
     found, statistics = run(kind, *given, tile_tokens=128)
-    wanted, exact_statistics = run(kind, *(x.double() for x in given[:4]), given[4])
+    expected, exact_statistics = run(kind, *(x.double() for x in given[:4]), given[4])
     if kind.support.endswith("topk"):
         of_values = 1e-3  # which of two nearly equal logits is the 100th
-    for ours, exact in zip((found[0], *statistics), (wanted[0], *exact_statistics), strict=True):
+    for ours, exact in zip((found[0], *statistics), (expected[0], *exact_statistics), strict=True):
         assert error(ours, exact) < of_values
-    for ours, exact in zip(found[1:], wanted[1:], strict=True):
+    for ours, exact in zip(found[1:], expected[1:], strict=True):
         assert ours.dtype == dtype and error(ours, exact) < of_gradients
     assert found[2][V:].abs().max() == 0
 
 
 def test_mixed_teacher_and_temperature():
-    """Two products added up in fp32, and logits divided."""
+    # Two products are summed in fp32, and logits divided by the temperature.
     given = inputs(torch.bfloat16)
     options = {"share": 0.25, "temperature": 0.7}
     found, statistics = run(KINDS[0], *given, tile_tokens=128, **options)
-    wanted, exact_statistics = run(KINDS[0], *(x.double() for x in given[:4]), given[4], **options)
+    expected, exact_statistics = run(KINDS[0], *(x.double() for x in given[:4]), given[4], **options)
     assert all(
         error(ours, exact) < 5e-6
-        for ours, exact in zip((found[0], *statistics), (wanted[0], *exact_statistics), strict=True)
+        for ours, exact in zip((found[0], *statistics), (expected[0], *exact_statistics), strict=True)
     )
-    assert all(error(ours, exact) < 1e-2 for ours, exact in zip(found[1:], wanted[1:], strict=True))
+    assert all(error(ours, exact) < 1e-2 for ours, exact in zip(found[1:], expected[1:], strict=True))
 
 
 def test_float64_on_the_gpu_is_float64_on_the_cpu():
@@ -109,14 +112,14 @@ def test_weight_gradient_accumulates_in_fp32(dtype):
     given = inputs(dtype)
     buffer = torch.full((PADDED, H), 0.5, device="cuda")
     (_, hidden_grad, weight_grad), _ = run(KINDS[0], *given, tile_tokens=128, weight_grad=buffer)
-    (_, wanted_hidden, _), _ = run(KINDS[0], *given, tile_tokens=128)
+    (_, expected_hidden, _), _ = run(KINDS[0], *given, tile_tokens=128)
     _, _, exact = run(KINDS[0], *(x.double() for x in given[:4]), given[4])[0]
-    assert weight_grad is None and torch.equal(hidden_grad, wanted_hidden)
+    assert weight_grad is None and torch.equal(hidden_grad, expected_hidden)
     assert error(buffer - 0.5, exact) < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
 def test_memory_is_that_of_the_tiles():
-    """Three fp32 tiles at most beyond inputs and gradients, whatever T."""
+    # At most three fp32 tiles beyond inputs and gradients, whatever T.
     extra = []
     for repeats in (4, 16):
         hidden, weight, _, teacher_weight, _ = inputs(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Checkpoint folders without a run."""
+"""Write checkpoint folders without a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Log-probs, entropies and divergences by float64 autograd over whole logits, without tiles or shards."""
+"""Compute log-probs, entropies and divergences by float64 autograd over complete logits.
+
+There are no tiles or shards.
+"""
 
 from __future__ import annotations
 

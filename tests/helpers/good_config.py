@@ -1,4 +1,4 @@
-"""A small configuration that is right, as YAML text."""
+"""Provide a small valid configuration as YAML text."""
 
 GOOD = """\
 model:

@@ -1,15 +1,16 @@
-"""Hosts on one machine: network namespaces, torchrun across two of them, a link that is cut in the middle of
-a step.
+"""Train on two simulated hosts and cut the link between them in the middle of a step.
+
+The hosts are network namespaces on one machine; torchrun spans two of them.
 
     sudo python tests/helpers/multinode.py [--steps 30] [--sglang .venv-sglang/bin/python] [--folder DIR]
 
-The quick start trains on one rank a host; with --sglang an SGLang server on a third host samples, and gets
-its weights over the network. After the first checkpoint the second host's cable is pulled: both ranks must
-end with an error within the collectives' time-out, and the first host's torchrun with status 1. The other's,
-which has lost the store that torchruns meet at, lingers for
-minutes: it is killed, as `srun --wait` does. The cable is put back, the same command resumes from the
-checkpoint and must reach the quick start's pass rate. Needs root and iproute2 (`ip netns`);
-tests/test_multinode.py and tests/sglang/test_third_host.py run short ones where they can.
+The quick start trains on one rank per host; with --sglang an SGLang server on a third host samples, and gets
+its weights over the network. After the first checkpoint the second host is disconnected: both ranks must end
+with an error within the collectives' time-out, and the first host's torchrun with status 1. The other
+torchrun has lost the rendezvous store and would linger for minutes: it is killed, as `srun --wait` does. The
+second host is reconnected; the same command resumes from the checkpoint and must reach the quick start's pass
+rate. Needs root and iproute2 (`ip netns`); tests/test_multinode.py and tests/sglang/test_third_host.py run
+short versions where they can.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ NOTICE = 90  # seconds until both ranks are gone: the time-out, and a busy machi
 
 
 def ip(*arguments: str) -> None:
-    """Run `ip`. Raises CalledProcessError."""
+    """Run `ip`; raise CalledProcessError if it fails."""
     subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
 
 
 def why_not() -> str | None:
-    """Why there cannot be hosts on this machine, or None."""
+    """Return the reason that there cannot be hosts on this machine, or None."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     try:
@@ -56,7 +57,7 @@ def why_not() -> str | None:
 
 
 class Hosts:
-    """Namespaces on one switch, two that train and one that may sample; entered, they exist."""
+    """Create namespaces on one switch while entered: two that train and one that may sample."""
 
     def __init__(self):
         *self.names, self.switch = [f"srpo{os.getpid()}{letter}" for letter in "abcs"]
@@ -98,7 +99,7 @@ class Hosts:
 
     @contextmanager
     def server(self, python: Path, log: Path) -> Iterator[list[str]]:
-        """An SGLang server on the third host; gives the overrides that name it.
+        """Start an SGLang server on the third host; yield the overrides that name it.
 
         The weights come from the first host.
         """
@@ -131,7 +132,7 @@ class Hosts:
             reach += [
                 "rollout.sglang.health_timeout=20",
                 "rollout.sglang.return_timeout=20",
-            ]  # a host that loses it gives up after both
+            ]  # a host that loses it aborts after both
             yield [
                 *reach,
                 "rollout.sglang.update=distributed",
@@ -141,7 +142,7 @@ class Hosts:
             end([job])
 
     def train(self, config: Path, overrides: list[str], logs: list[Path]) -> list[subprocess.Popen]:
-        """torchrun on the first two hosts, one rank each, meeting at the first one's address."""
+        """Start torchrun on the first two hosts, one rank each, meeting at the first one's address."""
         meeting = [
             "--rdzv-backend",
             "c10d",
@@ -184,7 +185,7 @@ def end(processes: list[subprocess.Popen]) -> None:
 
 
 def rows(run: Path) -> list[dict]:
-    """metrics.jsonl so far."""
+    """Return the rows of metrics.jsonl so far."""
     file = run / "metrics.jsonl"
     return (
         [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
@@ -194,7 +195,7 @@ def rows(run: Path) -> list[dict]:
 
 
 def errors(log: Path) -> list[str]:
-    """What ended the rank of this host, by its log."""
+    """Return the lines of a host's log that say what ended its rank."""
     return [
         line
         for line in log.read_text().splitlines()
@@ -203,7 +204,7 @@ def errors(log: Path) -> list[str]:
 
 
 def wait_for(condition, seconds: float, what: str) -> None:
-    """Raises TimeoutError when `condition` stays false."""
+    """Wait until `condition` holds; raise TimeoutError after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -214,10 +215,10 @@ def wait_for(condition, seconds: float, what: str) -> None:
 def run(
     folder: Path, steps: int, overrides: Sequence[str] = (), sglang: Path | None = None, patience: float = 600
 ) -> list[dict]:
-    """The whole story in `folder`; metrics.jsonl at its end. Raises AssertionError or TimeoutError where it
-    goes otherwise.
+    """Train in `folder`, cut the link, resume; return the rows of metrics.jsonl at the end.
 
-    sglang: the interpreter that runs the third host's server; None: the ranks sample.
+    Raises AssertionError or TimeoutError if anything goes differently. sglang: the interpreter that runs the
+    third host's server; None: the ranks sample.
     """
     config = EMBEDDED if sglang is None else SERVED
     runs, logs = folder / "run", [folder / "a.log", folder / "b.log"]
@@ -265,7 +266,7 @@ def run(
 
 
 def main() -> None:
-    """The long version, by hand."""
+    """Run the long version, started by hand."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument(

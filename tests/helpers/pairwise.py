@@ -1,4 +1,4 @@
-"""Few test cases that contain every pair of values, instead of the product of all."""
+"""Choose few test cases that contain every pair of values, instead of the product of all."""
 
 from __future__ import annotations
 

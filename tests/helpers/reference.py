@@ -1,5 +1,6 @@
-"""The whole routed training step once more, independently: plain float64 torch and autograd on the Hugging
-Face model.
+"""Compute the complete routed training step a second time, independently.
+
+It is plain float64 torch and autograd on the Hugging Face model.
 
 Knows nothing of shards, tiles, packing or closed forms. Reads the samples' routes (tested on their own) from
 a run's dumped rollouts; everything numeric is computed here from METHOD's equations, sample by sample.
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 
 def logps(model, prompt, response):
-    """log softmax over the vocabulary at the positions that predict the response, [R, V]."""
+    """Return the log softmax over the vocabulary at the positions that predict the response, [R, V]."""
     ids = torch.tensor([*prompt, *response])
     return model(ids[None]).logits[0, len(prompt) - 1 : len(ids) - 1].log_softmax(-1)
 
@@ -46,7 +47,7 @@ def _divergence(logp, logq, response, kind, alpha, support, top_k):
 
 
 class Reference:
-    """AdamW on the HF model in float64 with the routed loss; `run(step_file)` gives (loss, gradient norm)."""
+    """Train the HF model in float64 with AdamW and the routed loss; see `run`."""
 
     def __init__(
         self,
@@ -76,8 +77,9 @@ class Reference:
         self.gradients: dict[str, torch.Tensor] = {}
 
     def loss(self, samples, old=None):
-        """The routed loss of one optimizer batch; `old`: log π_old by sample, or None for the present
-        policy.
+        """Return the routed loss of one optimizer batch.
+
+        old: log π_old by sample, or None for the current policy.
         """
         samples = [s for s in samples if s["route"]["policy_weight"] or s["route"]["distillation_weight"]]
         teacher = [self._teacher_logps(s) if s["route"]["distillation_weight"] else None for s in samples]
@@ -119,8 +121,9 @@ class Reference:
         return ((1 - self.trust_region) * logq + self.trust_region * logp).log_softmax(-1)
 
     def run(self, step_file: Path, mini_batches: int = 1):
-        """One training step from a dumped file: (mean loss, mean gradient norm before clipping) over its
-        updates.
+        """Train one step from a dumped file; return (mean loss, mean gradient norm) over its updates.
+
+        The gradient norm is the one before clipping.
         """
         samples = sample_rows(step_file)
         self.steps += 1

@@ -1,5 +1,6 @@
-"""Made-up rollouts on disk: random responses with an engine's log-probabilities, and verdicts of every kind
-of group.
+"""Write made-up rollouts with random responses and verdicts of every kind of group.
+
+The log-probabilities are those of an engine.
 """
 
 from __future__ import annotations
@@ -29,11 +30,10 @@ def write_rollouts(
     longest: int = 40,
     turns: bool = False,
 ) -> Path:
-    """`steps` files of len(verdicts) groups; prompts and responses of very different lengths, one-token
-    responses among them.
+    """Write `steps` files of len(verdicts) groups; prompts and responses differ much in length.
 
-    `model` is the HF model that "sampled" them: its fp32 log-probabilities, moved by up to 0.9 nats so that
-    importance weights differ from 1 and some are capped. turns: the environment wrote parts of the responses.
+    Some responses have one token. The log-probabilities are those of the HF `model` in fp32, moved by up to
+    0.9 nats so that importance weights differ from 1 and some are capped. turns: the environment wrote parts.
     """
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -82,7 +82,7 @@ def write_rollouts(
 
 
 def _environment(length: int, index: int) -> set[int]:
-    """Positions that are not the policy's: in the middle, or at both ends of the response."""
+    """Return the positions of the environment: in the middle, or at both ends of the response."""
     third = length // 3
     if index % 2:
         return {*range(third), *range(length - third, length)}

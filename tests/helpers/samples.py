@@ -1,4 +1,4 @@
-"""Made-up samples and groups for unit tests, with every field in one place."""
+"""Make samples and groups for unit tests, with every field in one place."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from megatron_srpo.data.records import Group, Prompt, Route, Sample, Segment, Ve
 def make_segments(
     ids: Sequence[int], logprobs: Sequence[float], environment: Collection[int] = ()
 ) -> tuple[Segment, ...]:
-    """A response of n tokens in segments; `environment`: positions of the environment's tokens."""
+    """Return a response of n tokens in segments.
+
+    environment: positions of the environment's tokens.
+    """
     segments = []
     for is_environment, run in groupby(range(len(ids)), lambda position: position in environment):
         positions = list(run)
@@ -39,7 +42,10 @@ def make_sample(
     route: Route | None = None,
     environment: Collection[int] = (),
 ) -> Sample:
-    """One sample; verified when `correct` is given. environment, logprobs: see `make_segments`."""
+    """Return one sample, verified when `correct` is given.
+
+    environment, logprobs: see `make_segments`.
+    """
     return Sample(
         prompt=Prompt(
             id=prompt_id,
@@ -58,14 +64,14 @@ def make_sample(
 
 
 def make_group(correct: Sequence[bool], prompt_id: str = "p") -> Group:
-    """A verified group; sample i wrote "answer <i>"."""
+    """Return a verified group; sample i wrote "answer <i>"."""
     return tuple(
         make_sample(index, bool(c), prompt_id, text=f"answer <{index}>") for index, c in enumerate(correct)
     )
 
 
 def encode_bytes(messages: Sequence[dict[str, str]]) -> list[int]:
-    """Chat messages to ids, one a UTF-8 byte: a stand-in for a tokenizer."""
+    """Return the ids of chat messages, one per UTF-8 byte, instead of a tokenizer's."""
     return list("".join(f"[{message['role']}]{message['content']}" for message in messages).encode())
 
 

@@ -1,6 +1,4 @@
-"""What the tests of servers share: configurations, prompts, the model to compare with, and a stand-in that
-speaks HTTP.
-"""
+"""Share configurations, prompts, a reference model and an HTTP stub between the tests of servers."""
 
 from __future__ import annotations
 
@@ -30,9 +28,7 @@ ALONE = Layout()
 
 
 def free_ports(count: int) -> int:
-    """The first of `count` ports in a row that are free, below those that the system gives away by
-    itself.
-    """
+    """Return the first of `count` consecutive free ports, below those that the system assigns itself."""
     for first in range(20000 + os.getpid() % 1000 * 10, 32000, 10):
         with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
             for port in range(first, first + count):
@@ -71,7 +67,7 @@ def listening(
 
 
 def config_of(run: Path, *overrides: str) -> Config:
-    """The quick start's configuration with SGLang servers on this machine's CPU."""
+    """Return the quick start's configuration with SGLang servers on this machine's CPU."""
     given = [
         f"model.hf_path={START}",
         f"rollout.sglang.python={os.environ['SGLANG_PYTHON']}",
@@ -82,8 +78,9 @@ def config_of(run: Path, *overrides: str) -> Config:
 
 @dataclass
 class Servers:
-    """Two servers that ask for a publication before they sample, and the fp32 model whose weights they had
-    last.
+    """Hold two servers, and the fp32 model whose weights they had last.
+
+    They need a publication before they sample.
     """
 
     engine: object
@@ -94,7 +91,7 @@ class Servers:
     version: int = -1
 
     def publish(self, seed: int | None) -> str:
-        """The start model's weights, moved by noise when there is a seed, as the next version."""
+        """Publish the start model's weights as the next version, moved by noise when there is a seed."""
         weights = load_file(START / "model.safetensors")
         if seed is not None:
             generator = torch.Generator().manual_seed(seed)
@@ -108,24 +105,24 @@ class Servers:
         return str(self.version)
 
     def forget_updates(self) -> None:
-        """The next publication is version "0" and counts as the first one."""
+        """Make the next publication version "0", which counts as the first one."""
         self.version = -1
         self.engine.publisher.forget()
 
     def requests(self, count: int) -> list[Request]:
-        """Different questions."""
+        """Return requests with different questions."""
         texts = [f"Compute {100 + 37 * number % 900} + {100 + 91 * number % 900}." for number in range(count)]
         return [
             Request(tuple(self.folder.encode([{"role": "user", "content": text}])), text) for text in texts
         ]
 
     def sampling(self, temperature: float = 1.0, max_tokens: int = 48, stops: bool = True) -> Sampling:
-        """Without `stops` a response runs to its end."""
+        """Return sampling settings; without `stops` a response runs to its limit."""
         return Sampling(temperature, 1.0, max_tokens, self.folder.stop_ids if stops else ())
 
     @torch.no_grad()
     def gap(self, requests: list[Request], completions: list[Completion], temperature: float = 1.0) -> float:
-        """The largest difference between a completion's log-probabilities and the model's own."""
+        """Return the largest difference between a completion's log-probabilities and the model's own."""
         largest = 0.0
         for request, completion in zip(requests, completions, strict=True):
             logits = self.model(torch.tensor([[*request.prompt_ids, *completion.ids]])).logits[
@@ -141,7 +138,10 @@ class Servers:
 def sample(
     engine, requests: list[Request], sampling: Sampling, enough=lambda done: False, seen=lambda done: None
 ) -> list[Completion]:
-    """All completions in the requests' order, each yielded once; enough(number done) aborts the rest."""
+    """Return all completions in the requests' order.
+
+    Each is yielded once; enough(number done) aborts the rest.
+    """
     done: dict[int, Completion] = {}
     stop = threading.Event()
     for completions in engine.generate(requests, sampling, stop):

@@ -1,4 +1,4 @@
-"""One process that stands for a rank of many: torch's fake backend, whose collectives do nothing."""
+"""Simulate one rank of many with torch's fake backend, whose collectives do nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_srpo.distributed.layout import Layout, initialize, shut_down
 
 @contextmanager
 def simulated(rank: int, world_size: int, parallel: ParallelSection | None = None) -> Iterator[Layout]:
-    """The layout of `rank` of `world_size` under `parallel`, all of Megatron's groups included."""
+    """Yield the layout of `rank` of `world_size` under `parallel`, with all of Megatron's groups."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORLD_SIZE", str(world_size))
         new_group = dist.new_group
@@ -34,7 +34,10 @@ def simulated(rank: int, world_size: int, parallel: ParallelSection | None = Non
 
 
 class _Zeros(TorchDispatchMode):
-    """New memory holds zeros: what another rank would have sent stays what it was, and might be NaN."""
+    """Fill new memory with zeros.
+
+    A buffer for another rank's data keeps its content, which might otherwise be NaN.
+    """
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         made = function(*args, **(kwargs or {}))

@@ -1,4 +1,4 @@
-"""Small runs of the quick start's model, and trainers, in this process."""
+"""Run the quick start's model, scaled down, and make trainers, in this process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 
 
 def small_config(directory: Path, *overrides: str) -> Config:
-    """Five steps of 8 × 4 samples, nothing evaluated or saved; the run folder is `directory`."""
+    """Return a configuration of five steps of 8 × 4 samples, without evaluation or saving.
+
+    The run folder is `directory`.
+    """
     small = [
         "rollout.prompts_per_step=8",
         "rollout.samples_per_prompt=4",
@@ -37,15 +40,16 @@ def small_config(directory: Path, *overrides: str) -> Config:
 
 
 def small_run(directory: Path, *overrides: str) -> list[dict[str, Any]]:
-    """Train; the rows of its metrics.jsonl."""
+    """Train; return the rows of its metrics.jsonl."""
     train(small_config(directory, *overrides))
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 @contextmanager
 def trainers() -> Iterator[Callable[[Config], Trainer]]:
-    """make(config) → a trainer, in place of the one made before: there is one set of Megatron's groups at a
-    time.
+    """Return make(config), whose trainer replaces the previous one.
+
+    Megatron has one set of groups at a time.
     """
     made = []
 

@@ -1,4 +1,4 @@
-"""Kills and resumes a run many times; its result must be bit for bit that of the uninterrupted run.
+"""Kill and resume a run many times; compare its result with the uninterrupted run, bit for bit.
 
     python tests/helpers/soak.py [--ranks 2] [--steps 12] [--kills 8] [--seed 1] [--folder DIR]
 
@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 30  # seconds the other ranks have to notice that one is gone; torchrun gives them as much
+PATIENCE = 30  # seconds in which the other ranks must notice that one has ended; torchrun allows as many
 
 
 def free_port() -> int:
@@ -33,8 +33,9 @@ def free_port() -> int:
 
 
 def start(ranks: int, overrides: list[str], log: Path) -> list[int]:
-    """Process ids of as many ranks of one run, forked from this process: what is imported here need not be
-    again.
+    """Start the ranks of one run; return their process ids.
+
+    They are forked from this process, so its imports are not repeated.
     """
     port, processes = free_port(), []
     for rank in range(ranks):
@@ -66,7 +67,7 @@ def start(ranks: int, overrides: list[str], log: Path) -> list[int]:
 
 
 def finish(processes: list[int], patience: float | None) -> list[int]:
-    """Wait for all; after `patience` seconds the rest is killed. Returns exit statuses, -9 for the killed."""
+    """Wait for all; kill the rest after `patience` seconds. Return exit statuses, -9 for the killed."""
     deadline = None if patience is None else time.monotonic() + patience
     statuses: dict[int, int] = {}
     while len(statuses) < len(processes):
@@ -82,19 +83,19 @@ def finish(processes: list[int], patience: float | None) -> list[int]:
 
 
 def is_saving(run: Path) -> bool:
-    """Whether a checkpoint is being written right now."""
+    """Return whether a checkpoint is being written right now."""
     checkpoints = run / "checkpoints"
     return checkpoints.is_dir() and any(name.startswith(".step_") for name in os.listdir(checkpoints))
 
 
 def steps_done(run: Path) -> int:
-    """Training steps in metrics.jsonl."""
+    """Return the number of training steps in metrics.jsonl."""
     file = run / "metrics.jsonl"
     return file.read_text().count('"loss"') if file.exists() else 0
 
 
 def kill_once(processes: list[int], run: Path, dice: random.Random, seconds_a_step: float) -> str | None:
-    """Wait for the moment and kill; says what was done, or None when the run ended before."""
+    """Wait for the moment and kill; return a description, or None when the run ended before."""
     during_save, everyone = dice.random() < 0.5, dice.random() < 0.5
     until = time.monotonic() + dice.uniform(1.5, 4.0) * max(seconds_a_step, 0.5)
     before = steps_done(run)
@@ -106,7 +107,7 @@ def kill_once(processes: list[int], run: Path, dice: random.Random, seconds_a_st
         ]
         if len(ended) == len(processes):
             return None
-        moved = steps_done(run) > before  # else the run would never get further
+        moved = steps_done(run) > before  # otherwise the run would make no progress
         if moved and (is_saving(run) if during_save else time.monotonic() >= until):
             break
         time.sleep(0.0005 if during_save else 0.01)
@@ -118,7 +119,7 @@ def kill_once(processes: list[int], run: Path, dice: random.Random, seconds_a_st
 
 
 def comparable(run: Path) -> dict[str, object]:
-    """All that must be equal between two runs."""
+    """Return everything that must be equal between two runs."""
     from safetensors.torch import load_file
 
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -131,7 +132,7 @@ def comparable(run: Path) -> dict[str, object]:
 
 
 def soak(ranks: int, steps: int, kills: int, seed: int, folder: Path) -> int:
-    """Returns the kills survived.
+    """Kill and resume one run up to `kills` times; return the number of kills survived.
 
     Raises AssertionError when the runs differ, RuntimeError when one cannot resume.
     """
@@ -141,10 +142,12 @@ def soak(ranks: int, steps: int, kills: int, seed: int, folder: Path) -> int:
         *("evaluation.every=3", "evaluation.prompts=4", "evaluation.samples=2", "checkpoint.save_interval=2"),
         "parallel.distributed_timeout_minutes=1",
     ]
-    whole, cut = folder / "whole", folder / "cut"
+    uninterrupted, cut = folder / "uninterrupted", folder / "cut"
     begun = time.monotonic()
-    if any(finish(start(ranks, [*overrides, f"logging.dir={whole}"], folder / "whole.log"), None)):
-        raise RuntimeError((folder / "whole.log").read_text()[-3000:])
+    if any(
+        finish(start(ranks, [*overrides, f"logging.dir={uninterrupted}"], folder / "uninterrupted.log"), None)
+    ):
+        raise RuntimeError((folder / "uninterrupted.log").read_text()[-3000:])
     seconds_a_step = (time.monotonic() - begun) / (steps + 2)
     dice, survived = random.Random(seed), 0
     while True:
@@ -159,7 +162,7 @@ def soak(ranks: int, steps: int, kills: int, seed: int, folder: Path) -> int:
             break
         survived += 1
         print(f"kill {survived}: {done}", flush=True)
-    expected, found = comparable(whole), comparable(cut)
+    expected, found = comparable(uninterrupted), comparable(cut)
     for what in expected:
         assert found[what] == expected[what], f"{what} differ from the uninterrupted run's"
     files = [cut / "rollouts" / f"step_{step:06d}.jsonl" for step in range(1, steps + 1)]
@@ -171,7 +174,7 @@ def soak(ranks: int, steps: int, kills: int, seed: int, folder: Path) -> int:
 
 
 def main() -> None:
-    """See above."""
+    """Run a soak of any length from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=12)

@@ -1,4 +1,4 @@
-"""A table of rows judged by one test case, which names every row that fails."""
+"""Judge a table of rows in one test case that names every failing row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A time limit for code that might hang in this process."""
+"""Limit the time of code that might hang in this process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Fail the test after `seconds`; also a decorator, then of every call."""
+    """Fail the test after `seconds`; as a decorator, limit every call."""
 
     def expire(*_: object) -> None:
         pytest.fail(f"hangs: not done after {seconds} s")

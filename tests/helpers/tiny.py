@@ -1,5 +1,6 @@
-"""Tiny model folders for tests: random weights large enough that every layer matters, a byte-level
-tokenizer, ChatML.
+"""Make tiny model folders for tests, with random weights, a byte-level tokenizer and ChatML.
+
+The weights are large enough that every layer matters.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ CHAT = (
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte and the three specials: 259 tokens."""
+    """Return a tokenizer with one token per byte and the three specials: 259 tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate(SPECIAL + alphabet)}
     inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -68,8 +69,9 @@ FAMILIES = {
 def make_model(
     family: str = "qwen3", tied: bool = True, vocab_size: int = 270, layers: int = 4, seed: int = 0, **more
 ) -> PreTrainedModel:
-    """hidden 64, 8 query heads on 4 key-value heads (so TP up to 4), fp32; norms off 1, biases that matter,
-    routers far from ties.
+    """Return an fp32 model of hidden size 64 with 8 query heads on 4 key-value heads, so TP up to 4.
+
+    Norms differ from 1, biases are large enough to matter, routers are far from ties.
     """
     kind, options = FAMILIES[family]
     shared = dict(
@@ -98,7 +100,7 @@ def make_model(
 
 
 def save_folder(path: Path, model: PreTrainedModel | None = None, **options) -> Path:
-    """A whole HF folder at `path`."""
+    """Write a complete HF folder at `path`."""
     (model or make_model(**options)).save_pretrained(path)
     make_tokenizer().save_pretrained(path)
     return path

@@ -1,4 +1,4 @@
-"""Inputs for tests of megatron_srpo.vocab_parallel, and the same results by float64 autograd."""
+"""Make inputs for tests of megatron_srpo.vocab_parallel, and their results by float64 autograd."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SAMPLED = Divergence("reverse", support="sampled")
 
 
 class FusedCase:
-    """T tokens, D of them distilled, and an objective that is not linear in the statistics."""
+    """Hold T tokens, D of them distilled, and an objective that is not linear in the statistics."""
 
     def __init__(
         self, tokens=13, distilled=5, vocab_size=29, padded=32, width=8, seed=0, dtype=WIDE, scale=0.6
@@ -100,7 +100,7 @@ def assert_close(found, expected, tolerance):
 
 
 class Function(NamedTuple):
-    """A function of `functional` with its options, and the same by autograd."""
+    """Call a function of `functional` with its options, and compute the same by autograd."""
 
     name: str
     divergence: Divergence = Divergence()
@@ -120,7 +120,7 @@ class Function(NamedTuple):
         return getattr(functional, self.name)(student, teacher, shard, **options)
 
     def exact(self, logp, logq, targets):
-        """Return the same from whole log-probs."""
+        """Return the same from complete log-probs."""
         if self.name == "log_prob":
             return logp.gather(1, targets[:, None])[:, 0]
         if self.name == "entropy":
@@ -157,7 +157,7 @@ SORTS = [
 
 
 class Inputs:
-    """T tokens' student and teacher in one form, huge, infinite and NaN where columns are padded."""
+    """Hold T tokens' student and teacher in one form; padded columns are huge, infinite or NaN."""
 
     def __init__(
         self,
@@ -219,7 +219,7 @@ class Inputs:
         """Return the same in float64."""
         student = self.leaves(WIDE)
         logp, logq = (
-            torch.log_softmax(whole_logits(x, self.vocab_size) / temperature, -1)
+            torch.log_softmax(full_logits(x, self.vocab_size) / temperature, -1)
             for x in (student, self.teacher)
         )
         value = loss(lambda function: function.exact(logp, logq.detach(), self.targets))
@@ -231,10 +231,10 @@ class Inputs:
         return lambda f: (values := f(function)) * self.upstream[: len(values)].to(values.dtype)
 
 
-def whole_logits(source, vocab_size):
+def full_logits(source, vocab_size):
     """Return [T, V] float64 logits without the padded columns."""
     if isinstance(source, InterpolatedLogits):
-        reference, policy = (whole_logits(part, vocab_size) for part in source[:2])
+        reference, policy = (full_logits(part, vocab_size) for part in source[:2])
         return (1 - source.interpolation) * reference + source.interpolation * policy
     if isinstance(source, Logits):
         return source.logits[:, :vocab_size].to(WIDE)

@@ -1,4 +1,4 @@
-"""Model families: what config.json becomes, what is refused, and the tensors that transformers saves."""
+"""Test model families: reading config.json, refusals, and the tensors that transformers saves."""
 
 import dataclasses
 import json
@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
+from tables import each_row
 from tiny import FAMILIES, LLAMA3, make_model, save_folder
 from transformers import AutoConfig
 
@@ -19,7 +20,7 @@ from megatron_srpo.model.settings import transformer_config
 
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory):
-    """Family → config.json of a tiny untied model of two layers."""
+    """Return family → config.json of a tiny untied model of two layers."""
     root = tmp_path_factory.mktemp("families")
     for family in FAMILIES:
         save_folder(root / family, family=family, tied=False, layers=2)
@@ -41,7 +42,7 @@ def refusal(tmp_path, config: dict) -> str:
 
 
 def test_every_family_is_tested():
-    """One entry in tiny.FAMILIES for each file in model/families/."""
+    # One entry in tiny.FAMILIES for each file in model/families/.
     assert set(families()) == set(FAMILIES)
 
 
@@ -67,7 +68,7 @@ def test_an_architecture_comes_back_from_json(configs):
 
 
 def test_an_architecture_of_an_older_run_folder(configs):
-    """They say what the layers have and not the family."""
+    # It names the parts of the layers and not the family.
     for family, norm, bias in (("qwen3", True, False), ("qwen2", False, True), ("llama", False, False)):
         architecture = architecture_of(configs[1][family])
         older = dataclasses.asdict(architecture) | {"qk_norm": norm, "qkv_bias": bias}
@@ -79,7 +80,7 @@ EXPERTS = dict(model_type="qwen3_moe", head_dim=128, num_experts=128, num_expert
 
 
 def sizes(vocabulary, hidden, ffn, layers, heads, groups):
-    """As config.json names them."""
+    """Return the sizes under their names in config.json."""
     widths = dict(vocab_size=vocabulary, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers)
     heads_ = dict(num_attention_heads=heads, num_key_value_heads=groups, max_position_embeddings=40960)
     return widths | heads_
@@ -106,7 +107,7 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("model", list(PUBLISHED))
+@each_row("model", list(PUBLISHED))
 def test_published_models_have_their_number_of_parameters(model):
     parameters, config = PUBLISHED[model]
     assert sum(map(math.prod, architecture_of(config).tensor_shapes().values())) == parameters
@@ -131,7 +132,7 @@ def test_absent_keys_have_transformers_defaults(configs, tmp_path, family):
 
 
 def test_experts(configs):
-    """transformers 5 writes num_local_experts; the folders on the hub say num_experts."""
+    # transformers 5 writes num_local_experts; the folders on the hub say num_experts.
     moe = configs[1]["qwen3_moe"]
     for changes in ({}, {"num_local_experts": None, "num_experts": 8}):
         a = architecture_of(changed(moe, **changes))
@@ -141,7 +142,7 @@ def test_experts(configs):
 
 
 def test_llama3_rope(configs):
-    """Under transformers 5's key and the older one, where the base frequency was beside it."""
+    # Under transformers 5's key, and under the older one with the base frequency next to it.
     config = changed(configs[1]["llama"], rope_parameters=None)
     for key in ("rope_parameters", "rope_scaling"):
         architecture = architecture_of(config | {key: LLAMA3, "rope_theta": 5e5})
@@ -161,7 +162,7 @@ def test_an_absent_window_is_transformers_default(configs, tmp_path):
     assert "sliding_window is 4096, max_position_embeddings 32768" in message
 
 
-@pytest.mark.parametrize(
+@each_row(
     "family, changes, named",
     [
         ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers is [0]"),

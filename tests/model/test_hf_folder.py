@@ -1,4 +1,4 @@
-"""Model folders that are not as they should be, one fault at a time, and what the messages name."""
+"""Test damaged model folders, one fault at a time, and the messages that name the fault."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from megatron_srpo.model.hf_folder import FolderError, HFFolder, naming_key
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
-    """One good folder per kind: tied in one file, untied in two shards with an index."""
+    """Return one good folder per kind: tied in one file, untied in two shards with an index."""
     root = tmp_path_factory.mktemp("pristine")
     save_folder(root / "tied")
     make_model(tied=False).save_pretrained(root / "untied", max_shard_size="400KB")
@@ -24,18 +24,18 @@ def pristine(tmp_path_factory):
 
 @pytest.fixture
 def tied(pristine, tmp_path):
-    """A copy to damage."""
+    """Return a copy to damage."""
     return shutil.copytree(pristine / "tied", tmp_path / "tied")
 
 
 @pytest.fixture
 def untied(pristine, tmp_path):
-    """A sharded copy to damage."""
+    """Return a sharded copy to damage."""
     return shutil.copytree(pristine / "untied", tmp_path / "untied")
 
 
 def edit_json(file, **changes):
-    """Sets keys; None deletes them."""
+    """Set keys; None deletes them."""
     content = json.loads(file.read_text())
     for key, value in changes.items():
         content.pop(key, None)
@@ -115,7 +115,7 @@ def test_generation_config_that_is_no_object(tied):
 
 
 def test_rope_theta_of_older_folders(tied):
-    """Before transformers 5 rope_theta stood at the top level."""
+    # Before transformers 5 rope_theta was at the top level.
     edit_json(tied / "config.json", rope_parameters=None, rope_theta=5e5, rope_scaling=None)
     assert HFFolder(tied).architecture.rope_theta == 5e5
 
@@ -124,7 +124,7 @@ def test_rope_theta_of_older_folders(tied):
 
 
 def test_missing_folder(tmp_path):
-    """The folder does not know the configuration's key; who reads the configuration adds it."""
+    # The folder does not know the configuration's key; the reader of the configuration adds it.
     message = refusal(lambda: HFFolder(tmp_path / "nowhere"))
     assert message.startswith(f"{tmp_path / 'nowhere'} is not a folder")
     with pytest.raises(ConfigError) as caught, naming_key("model.hf_path"):
@@ -239,7 +239,7 @@ def test_safetensors_that_is_something_else(tied):
 
 @pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "Qwen2Tokenizer", None])
 def test_no_tokenizer(tied, kind):
-    """transformers makes up an empty Qwen2Tokenizer for such folders, which encodes every word to nothing."""
+    # transformers makes an empty Qwen2Tokenizer for such folders, which encodes every word to nothing.
     (tied / "tokenizer.json").unlink()
     if kind is None:
         (tied / "tokenizer_config.json").unlink()

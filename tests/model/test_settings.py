@@ -1,7 +1,8 @@
-"""What the layout must divide, and what `megatron:` may set."""
+"""Test the sizes that a layout must divide, and the keys that `megatron:` may set."""
 
 import pytest
 import torch
+from tables import each_row
 
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.load import load_config
@@ -46,12 +47,12 @@ def test_layouts_that_divide():
 
 
 def test_experts_that_divide():
-    """No layer has the dense width of 97."""
+    # No layer has the dense width of 97.
     experts = dict(sequence_parallel=True, expert_model_parallel_size=8, expert_tensor_parallel_size=3)
     check_layout(EXPERTS, parallel(tensor=4, **experts), {})
 
 
-@pytest.mark.parametrize(
+@each_row(
     "architecture, sizes, named",
     [
         (DENSE, dict(tensor=3), ["tensor_model_parallel_size: 3", "num_attention_heads", "8"]),
@@ -97,7 +98,7 @@ def test_what_every_run_sets():
     assert made.params_dtype == torch.float32 and made.recompute_granularity == "selective"
 
 
-@pytest.mark.parametrize(
+@each_row(
     "settings, named",
     [
         ({"recompute_granularty": "full"}, ["megatron.recompute_granularty", "mean recompute_granularity?"]),
@@ -124,7 +125,7 @@ def test_what_the_megatron_section_may_not_set(settings, named):
 
 
 def test_small_numbers_in_the_megatron_section_are_numbers(tmp_path):
-    """`1e-2` without a dot is text to YAML; every other section takes it as the number it is."""
+    # `1e-2` without a dot is text in YAML; every other section reads it as a number.
     file = tmp_path / "config.yaml"
     file.write_text(
         "model: {hf_path: x}\ntrain: {steps: 1}\nlogging: {dir: x}\nmegatron:\n  init_method_std: 1e-2\n"

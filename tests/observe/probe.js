@@ -1,4 +1,4 @@
-// Appended to a report by the tests: uses the page as a reader would and writes what it found into #probe.
+// Appended to a report by the tests: operates the page like a reader and writes its findings into #probe.
 const found = { paths: 0, problems: window.problems };
 const press = (box, name) => [...document.querySelectorAll(`${box} button`)].find((button) => button.dataset.name === name).click();
 const lines = () => [...document.querySelectorAll("#list .line")].map((line) => line.textContent);

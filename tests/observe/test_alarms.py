@@ -1,9 +1,10 @@
-"""Alarms: rows made by hand for each, and faults planted in real runs of the quick start's model."""
+"""Test alarms with hand-made rows, and with faults planted in real runs of the quick start's model."""
 
 from __future__ import annotations
 
 import pytest
 from small_run import QUICKSTART, small_run
+from tables import each_row
 
 from megatron_srpo.config.load import load_config
 from megatron_srpo.data.records import Verdict
@@ -32,12 +33,12 @@ HEALTHY = {
 
 
 def names(rows, limits=LIMITS):
-    """The alarms' names."""
+    """Return the alarms' names."""
     return [alarm.name for alarm in alarms(rows, limits)]
 
 
 def rows(count, **changes):
-    """`count` healthy rows with `changes`."""
+    """Return `count` healthy rows with `changes`."""
     return [HEALTHY | changes for _ in range(count)]
 
 
@@ -54,15 +55,15 @@ def test_a_healthy_run_is_quiet():
         ("uniform_weights", dict(entropy_weight_std=0.001)),
     ],
 )
-def test_a_fault_is_told_in_its_third_step_and_no_more_when_it_is_over(name, fault):
+def test_a_fault_is_reported_in_its_third_step_and_not_after_its_end(name, fault):
     faulty = rows(5) + rows(2, **fault)
     assert names(faulty) == []
     assert names(faulty + rows(1, **fault)) == [name]
     assert names(faulty + rows(1, **fault) + rows(1)) == []
 
 
-@pytest.mark.parametrize(
-    ("fall", "expected"),
+@each_row(
+    "fall, expected",
     [
         (dict(response_tokens_mean=20.0, policy_entropy=0.1), ["collapse"]),
         (dict(format_rate=0.5, policy_entropy=0.1), ["collapse"]),
@@ -79,10 +80,10 @@ def test_collapse_is_several_falls_without_a_gain(fall, expected):
     assert names(rows(10) + rows(3, **fall)) == expected
 
 
-@pytest.mark.parametrize(
-    ("before", "now", "expected"),
+@each_row(
+    "before, now, expected",
     [
-        (0.96, 0.99, []),  # as much as can be asked for
+        (0.96, 0.99, []),  # nearly the maximum
         (1.0, 1.0, []),
         (0.96, 0.96, ["collapse"]),
         (0.96, 0.5, ["collapse"]),
@@ -99,7 +100,7 @@ def test_an_entropy_that_is_not_finite_has_not_fallen():
     assert names(rows(10, policy_entropy=None) + rows(3, response_tokens_mean=50.0)) == []
 
 
-def test_a_gap_is_told_at_once_a_number_that_is_not_finite_too():
+def test_gaps_and_non_finite_numbers_are_reported_at_once():
     assert (
         names(rows(1, engine_logprob_gap=0.06)) == names(rows(1, engine_logprob_gap=None)) == ["logprob_gap"]
     )
@@ -107,7 +108,7 @@ def test_a_gap_is_told_at_once_a_number_that_is_not_finite_too():
 
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
 def test_numbers_that_are_not_finite_do_not_stop_the_others(value):
-    """As a run has them (nan, inf), or metrics.jsonl (null)."""
+    # As in a run (nan, inf), or in metrics.jsonl (null).
     shares = (
         "pass_rate",
         "format_rate",
@@ -126,16 +127,15 @@ def test_numbers_that_are_not_finite_do_not_stop_the_others(value):
 
 
 def test_what_is_meant_to_be_so_is_no_alarm():
-    """A frozen teacher on purpose, replay of another policy's samples, no entropy weighting, nothing to
-    learn from: not these.
-    """
+    # A teacher frozen on purpose, replay of another policy's samples, no entropy weighting, and nothing to
+    # learn from raise none of these.
     quiet = Limits(dead_group_share=0.9, logprob_gap=None, ema_rate=None, weighs_entropy=False)
     assert names(rows(9, teacher_followed=0.0, engine_logprob_gap=0.7, entropy_weight_std=0.0), quiet) == []
     assert names(rows(9, teacher_distance=0.0, teacher_followed=0.0)) == []  # the policy does not move either
     assert names(rows(9, teacher_followed=0.0, updates_skipped=1)) == []  # no update, nothing to follow
     assert (
         names(rows(9, entropy_weight_std=0.0, teacher_entropy=0.01)) == []
-    )  # a certain teacher is right to weigh alike
+    )  # a certain teacher has equal weights
 
 
 def test_limits_are_the_configurations():
@@ -154,10 +154,10 @@ def test_limits_are_the_configurations():
 
 
 def perturb(monkeypatch):
-    """An engine that says other log-probabilities than it sampled by."""
+    """Make the engine report other log-probabilities than it sampled with."""
     complete = TransformersEngine._completion
 
-    def lying(self, request, tokens, logprobs, sampling):
+    def wrong(self, request, tokens, logprobs, sampling):
         return complete(
             self,
             request,
@@ -166,17 +166,17 @@ def perturb(monkeypatch):
             sampling,
         )
 
-    monkeypatch.setattr(TransformersEngine, "_completion", lying)
+    monkeypatch.setattr(TransformersEngine, "_completion", wrong)
 
 
 def praise(monkeypatch):
-    """A verifier that says yes to everything."""
+    """Make the verifier accept everything."""
     always = Verdict(reward=1.0, correct=True, format_ok=True)
     monkeypatch.setattr(Pool, "verify", lambda self, jobs: [always for _ in jobs])
 
 
 def freeze(monkeypatch):
-    """A teacher that is never moved."""
+    """Keep the teacher from following the policy."""
     monkeypatch.setattr(Teacher, "follow", lambda self, optimizer, parameters: None)
 
 
@@ -185,7 +185,7 @@ def freeze(monkeypatch):
     [(None, None), (perturb, "logprob_gap"), (praise, "dead_groups"), (freeze, "teacher_still")],
 )
 def test_planted_faults_raise_their_alarm_within_five_steps(plant, name, monkeypatch, tmp_path, capsys):
-    """The right one and no other; it is told once, with advice; without a fault there is none."""
+    # Only the right alarm is raised, and reported once, with advice; without a fault there is none.
     if plant:
         plant(monkeypatch)
     raised = [row["alarms"] for row in small_run(tmp_path / "run")]

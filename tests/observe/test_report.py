@@ -1,6 +1,4 @@
-"""The report in headless Chromium: what is drawn, what filters and colours do, and that hostile text is
-text.
-"""
+"""Test the report in headless Chromium: drawing, filters, colours, and hostile text kept as text."""
 
 from __future__ import annotations
 
@@ -37,7 +35,7 @@ STEPS, PROMPTS, GROUP = 20, 32, 4  # of each of two runs: 5,120 samples
 
 
 def row(step):
-    """A training step's line of metrics.jsonl."""
+    """Return a training step's line of metrics.jsonl."""
     shares = {
         "pass_rate": 0.4 + 0.02 * step,
         "format_rate": 1.0,
@@ -73,8 +71,9 @@ def row(step):
 
 
 def sample(step, prompt, index):
-    """One of every kind in a group: right, distilled, failed without a teacher, and nobody's verdict; the
-    last step's first is hostile.
+    """Return a sample; each group has a correct, a distilled, a failed and an unjudged one.
+
+    The failed one has no teacher; the last step's first sample is hostile.
     """
     text = HOSTILE if (step, prompt, index) == (STEPS, 0, 0) else f"answer {step} {prompt} {index}"
     verdict = Verdict(
@@ -105,7 +104,7 @@ def sample(step, prompt, index):
 
 
 def values(key, divergence):
-    """A row of TokenValues for three tokens."""
+    """Return a row of TokenValues for three tokens."""
     top = [[[token, -0.1 - token] for token in range(5)] for _ in range(3)]
     numbers = {"logprob": [-0.1, -1.0, -3.0], "entropy": [0.1, 0.2, 0.3]}
     taught = {
@@ -126,7 +125,7 @@ def values(key, divergence):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Two runs' folders, the second cut off by a kill: torn last lines, nothing after."""
+    """Return two runs' folders; the second was killed: its files end in truncated lines."""
     paths = []
     for name in ("first", "second"):
         path = tmp_path_factory.mktemp("runs") / name
@@ -174,8 +173,9 @@ def folders(tmp_path_factory):
 
 
 def browse(page: str, folder: Path, width: int, probe: str) -> dict:
-    """What `probe` found in the page in Chromium at this width, with everything that went wrong on the
-    console or the network.
+    """Return what `probe` finds in the page in Chromium at this width.
+
+    It includes everything that went wrong on the console or the network.
     """
     watch = (
         "<script>window.problems = []; addEventListener('error', (e) => problems.push(String(e.message)),"
@@ -231,7 +231,7 @@ def test_in_chromium(folders, tmp_path, width):
     page = (tmp_path / "report.html").read_text()
     found = browse(page, tmp_path, width, (HERE / "probe.js").read_text())
     assert found["problems"] == [] and found["requests"] == []
-    assert found["count"] == "5,000 of 5,000" or found["count"].endswith("of 4,864")  # whole steps only
+    assert found["count"] == "5,000 of 5,000" or found["count"].endswith("of 4,864")  # complete steps only
     assert {"addition/avg@4", "Pass rate", "Entropy weights", "Log-prob gap", "Time by phase"} <= set(
         found["charts"]
     )
@@ -240,7 +240,7 @@ def test_in_chromium(folders, tmp_path, width):
         and found["bands"] == 6
         and not found["broken"]
     )
-    assert found["wide"] == 0 and found["tipInside"]  # nothing runs out of the page
+    assert found["wide"] == 0 and found["tipInside"]  # nothing overflows the page
     assert len(found["alarms"]) == 2 and "dead_groups · first, steps 18 to 20" in found["alarms"][0]
 
     steps = int(found["count"].split(" of ")[1].replace(",", "")) // (PROMPTS * GROUP)
@@ -281,9 +281,9 @@ def test_in_chromium(folders, tmp_path, width):
 
 @needs_chromium
 def test_the_probe_would_notice(tmp_path):
-    """An error, a console message and a request are all found in a page that has them."""
+    # An error, a console message and a request are all found in a page that has them.
     page = '<html><head><meta charset="utf-8"></head><body><img src="http://localhost:1/x">'
-    page += '<script>console.error("told"); missing();</script></body>'
+    page += '<script>console.error("logged"); missing();</script></body>'
     probe = (
         "addEventListener('load', () => setTimeout(() => {"
         " document.body.append(Object.assign(document.createElement('pre'), { id: 'probe',"
@@ -293,7 +293,7 @@ def test_the_probe_would_notice(tmp_path):
         " performance.getEntriesByType('resource').length })) })); }, 200));"
     )
     found = browse(page, tmp_path, 1280, probe)
-    assert any("told" in problem for problem in found["problems"]) and any(
+    assert any("logged" in problem for problem in found["problems"]) and any(
         "missing" in problem for problem in found["problems"]
     )
     assert found["requests"] == 1
@@ -301,9 +301,8 @@ def test_the_probe_would_notice(tmp_path):
 
 @needs_chromium
 def test_runs_with_little_to_show(folders, tmp_path):
-    """One before its first step, beside one whose first step's norm and token values are no numbers: the
-    page is drawn.
-    """
+    # The page is drawn for a run before its first step, and for one whose first norm and token values are not
+    # numbers.
     started, bad = tmp_path / "started", shutil.copytree(folders[0], tmp_path / "bad")
     started.mkdir()
     shutil.copy(bad / "config.yaml", started)
@@ -336,7 +335,7 @@ def test_runs_with_little_to_show(folders, tmp_path):
     assert "divergence –" in console.file.getvalue()
 
 
-def test_a_cut_off_run_is_read_to_its_last_whole_line(folders):
+def test_a_killed_run_is_read_to_its_last_complete_line(folders):
     data = report_data([folders[1]], 10_000)
     assert data["runs"][0]["columns"]["step"] == list(range(1, STEPS + 1))
     assert len(data["samples"]) == STEPS * PROMPTS * GROUP
@@ -351,22 +350,18 @@ def test_a_row_that_is_no_sample_is_left_out(folders, tmp_path):
     step_file(run, 2).write_text("\n".join([lines[0].replace('"reward"', '"score"'), *lines[1:]]))
     data = report_data([run], 10_000)
     assert len(data["samples"]) == STEPS * PROMPTS * GROUP - 1
-    assert data["notes"] == [
-        "run: step 2, sample 0: is no sample as runs dump them and left out: KeyError('reward')"
-    ]
+    assert data["notes"] == ["run: step 2, sample 0: is not a valid sample and left out: KeyError('reward')"]
 
 
-def test_fewer_samples_are_whole_steps_and_the_page_says_so(folders):
+def test_fewer_samples_are_complete_steps_and_the_page_says_so(folders):
     data = report_data([folders[0]], 700)
     steps = sorted({one["step"] for one in data["samples"]})
     assert len(steps) == 5 and {1, 11, 20} <= set(
         steps
     )  # those with token values, and others spread over the run
-    assert data["notes"] == [
-        "first: the samples of 5 of 20 steps are in this page; all are in its rollouts/."
-    ]
+    assert data["notes"] == ["first: this page has the samples of 5 of 20 steps; rollouts/ has all of them."]
 
 
 def test_what_is_no_run_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="is not a run's folder"):
+    with pytest.raises(ConfigError, match="is not a run folder"):
         report_data([tmp_path], 10)

@@ -1,4 +1,4 @@
-"""One start of a run at a time in its folder."""
+"""Test that one run at a time is started in a folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LAYOUT = Layout()
 
 
 def test_a_second_start_is_refused_until_the_first_is_gone(tmp_path, monkeypatch):
-    """Gone by SIGKILL, which leaves the file there."""
+    # The first one ends by SIGKILL, which leaves the file there.
     monkeypatch.setattr(run_lock, "LOCK_SECONDS", 0.0)
     first = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -31,7 +31,7 @@ def test_a_second_start_is_refused_until_the_first_is_gone(tmp_path, monkeypatch
     try:
         assert first.stdout.readline() == "held\n"
         with (
-            pytest.raises(ConfigError, match=f"process {first.pid} on .* works in this folder"),
+            pytest.raises(ConfigError, match=f"process {first.pid} on .* uses this folder"),
             run_lock.run_lock(tmp_path, LAYOUT),
         ):
             pass

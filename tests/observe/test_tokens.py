@@ -1,5 +1,6 @@
-"""Which samples' tokens are dumped, and what their file holds (its numbers:
-tests/distributed/test_invariance.py).
+"""Test which samples' tokens are dumped, and the content of their file.
+
+Its numbers: tests/distributed/test_invariance.py.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from megatron_srpo.observe.tokens import choose, read_tokens, tokens_file, write
 
 
 def group(prompt, kinds):
-    """kinds: r right, d distilled, f failed without a teacher; one letter a sample."""
+    """Return a group by `kinds`: r right, d distilled, f failed without a teacher; one letter a sample."""
     return tuple(
         make_sample(
             index,

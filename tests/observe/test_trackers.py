@@ -1,6 +1,4 @@
-"""TensorBoard, Weights & Biases and the profiler in one small run: the same names and numbers as
-metrics.jsonl.
-"""
+"""Compare TensorBoard, Weights & Biases and the profiler with metrics.jsonl in one small run."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from megatron_srpo.observe.trackers import check_trackers
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """Stands for the package: `inits`, `axes` and `logged` are what it was told."""
+    """Replace the package; `inits`, `axes` and `logged` record the calls."""
     module = ModuleType("wandb")
     module.inits, module.axes, module.logged = [], [], []
 
@@ -40,7 +38,7 @@ def wandb(monkeypatch):
 
 
 def numbers(row):
-    """What a tracker can draw of a row."""
+    """Return the values of a row that a tracker can draw."""
     return {key: value for key, value in row.items() if key != "step" and isinstance(value, int | float)}
 
 
@@ -57,7 +55,7 @@ def test_the_same_numbers_everywhere(wandb, tmp_path):
     ]
     smaller = ["rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "rollout.max_response_tokens=8"]
     rows = small_run(run, *smaller, "train.steps=3", "evaluation.every=2", "evaluation.prompts=4", *overrides)
-    assert [row["step"] for row in rows] == [0, 1, 2, 2, 3, 3]  # evaluations beside steps
+    assert [row["step"] for row in rows] == [0, 1, 2, 2, 3, 3]  # evaluations next to steps
     assert wandb.logged == [*({"step": row["step"], **numbers(row)} for row in rows), "finished"]
     assert wandb.axes == [("*", "step")]
     (init,) = wandb.inits
@@ -80,17 +78,17 @@ def test_the_same_numbers_everywhere(wandb, tmp_path):
     assert "Self CPU" in (run / "profile" / "rank_00000.table.txt").read_text()
 
 
-def test_one_that_fails_is_told_once_and_the_others_go_on():
-    """When it is written to, and when it is closed: before the trained model is exported."""
+def test_a_failing_tracker_is_reported_once_and_the_others_continue():
+    # It fails when it is written to, or when it is closed: before the trained model is exported.
     said, rows = [], []
 
     def fail(*_):
         raise ConnectionResetError("gone")
 
     lost = SimpleNamespace(write=fail, close=fail)
-    whole = SimpleNamespace(write=rows.append, close=lambda: rows.append("closed"))
+    healthy = SimpleNamespace(write=rows.append, close=lambda: rows.append("closed"))
     late = SimpleNamespace(write=rows.append, close=fail)
-    group = trackers.Trackers([lost, whole, late], said.append)
+    group = trackers.Trackers([lost, healthy, late], said.append)
     group.write({"step": 1})
     group.write({"step": 2})
     group.close()
@@ -99,16 +97,15 @@ def test_one_that_fails_is_told_once_and_the_others_go_on():
 
 
 def test_weights_and_biases_keeps_the_steps_of_a_run_that_goes_back(tmp_path):
-    """The package itself, offline: a run of five steps goes on from its checkpoint after the third; every
-    row is kept with its step.
-    """
+    # The package itself, offline: a run of five steps resumes from its checkpoint after the third; every row
+    # is kept with its step.
     pytest.importorskip("wandb", reason="needs wandb (the wandb extra)")
     config, logged = small_config(tmp_path, "logging.wandb_project=p", "logging.wandb_mode=offline"), []
     config.logging.dir.mkdir(parents=True, exist_ok=True)
     for steps in (
         [0, 1, 2, 2, 3, 4, 5, 4],
         [4, 5, 5, 6],
-    ):  # evaluations beside steps; the first goes back by itself, too
+    ):  # evaluations next to steps; the first tracker also goes back by itself
         tracker = trackers.WandB(config)
         for step in steps:
             logged.append((step, 100.0 * len(logged)))
@@ -124,8 +121,9 @@ def test_weights_and_biases_keeps_the_steps_of_a_run_that_goes_back(tmp_path):
 
 
 def history_of(file):
-    """(row, (metrics, their x axis) told before) of every row in a file of wandb's, which is a LevelDB log
-    of protobuf messages.
+    """Return (row, (metrics, their x axis) defined before) of every row in a file of wandb's.
+
+    The file is a LevelDB log of protobuf messages.
     """
     from wandb.proto import wandb_internal_pb2
 
@@ -137,7 +135,7 @@ def history_of(file):
         length, kind = struct.unpack_from("<HB", content, place + 4)
         data += content[place + 7 : place + 7 + length]
         place += 7 + length
-        if kind in (2, 3):  # the record goes on
+        if kind in (2, 3):  # the record continues in the next block
             continue
         record, data = wandb_internal_pb2.Record.FromString(data), b""
         if record.WhichOneof("record_type") == "metric":
@@ -152,7 +150,7 @@ def history_of(file):
             )
 
 
-def test_what_is_not_installed_is_said_before_anything_starts(monkeypatch, tmp_path):
+def test_a_missing_package_is_reported_before_anything_starts(monkeypatch, tmp_path):
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     check_trackers(small_config(tmp_path))
     for override, package in (

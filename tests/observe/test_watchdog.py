@@ -1,4 +1,4 @@
-"""The watchdog: a rank that sleeps for ever ends the run with all states; any progress keeps it quiet."""
+"""Test the watchdog: it ends a run in which a rank hangs; any progress keeps it quiet."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ LIMIT = 0.6
 
 @pytest.fixture
 def ends(monkeypatch):
-    """The exit statuses with which the watchdog would have ended this process."""
+    """Return the exit statuses with which the watchdog would have ended this process."""
     statuses = []
 
     def leave(status):
         statuses.append(status)
-        raise SystemExit  # its thread alone
+        raise SystemExit  # ends this thread only
 
     monkeypatch.setattr(watchdog.os, "_exit", leave)
     return statuses
 
 
 def rank(number, size=1):
-    """The part of a layout that the watchdog reads."""
+    """Return the part of a layout that the watchdog reads."""
     return SimpleNamespace(rank=number, world_size=size)
 
 
@@ -52,7 +52,7 @@ def test_no_progress_ends_the_process_and_names_the_place(ends, tmp_path):
 
 @pytest.mark.parametrize("who", ["own", "other"])
 def test_a_long_phase_with_progress_on_some_rank_is_left_alone(who, ends, tmp_path):
-    """This rank beats, or waits while another one does, each within the limit."""
+    # This rank makes progress, or waits while another one does, each within the limit.
     done = threading.Event()
 
     def live():
@@ -70,7 +70,7 @@ def test_a_long_phase_with_progress_on_some_rank_is_left_alone(who, ends, tmp_pa
     assert not (tmp_path / "w" / "rank_00000.stacks.txt").exists()
 
 
-def test_an_end_of_another_start_is_none_of_ours(ends, tmp_path):
+def test_a_stall_of_an_earlier_start_is_ignored(ends, tmp_path):
     (tmp_path / "w").mkdir()
     (tmp_path / "w" / "stalled-before.txt").write_text("")
     with Watchdog(tmp_path / "w", rank(1, 2), LIMIT / 60, "s"):
@@ -78,8 +78,8 @@ def test_an_end_of_another_start_is_none_of_ours(ends, tmp_path):
         assert ends == []
 
 
-def test_a_rank_that_sleeps_for_ever(tmp_path):
-    """Two processes leave phase, step, last collective and stacks; the launch fails instead of hanging."""
+def test_a_rank_that_sleeps_forever(tmp_path):
+    # Two processes print phase, step, last collective and stacks; the launch fails instead of hanging.
     run = tmp_path / "run"
     overrides = [
         "rollout.prompts_per_step=4",

@@ -1,5 +1,7 @@
-"""The planner's memory against what is built: parameters and states to the element, activations to what
-autograd keeps, and whole processes by the kernel's own count.
+"""Compare the planner's memory with what is built.
+
+Parameters and states to the element, activations with what autograd keeps, and complete processes with the
+kernel's own count.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from simulated import simulated
+from tables import each_row
 from tiny import FAMILIES, make_model, save_folder
 
 from megatron_srpo.config.base import ConfigError
@@ -48,7 +51,7 @@ MODELS = {family: dict(family=family, tied=False) for family in FAMILIES} | {"ti
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Model → its folder, of four layers and 261 rows, so that the vocabulary is padded."""
+    """Return model → its folder, of four layers and 261 rows, so that the vocabulary is padded."""
     root = tmp_path_factory.mktemp("models")
     return {
         name: save_folder(root / name, make_model(vocab_size=261, **options))
@@ -57,7 +60,7 @@ def folders(tmp_path_factory):
 
 
 def configure(folder: Path, *overrides: str) -> Config:
-    """A configuration for `folder`."""
+    """Return a configuration for `folder`."""
     file = folder.parent / f"{folder.name}.yaml"
     file.write_text(
         f"model: {{hf_path: {folder}, dtype: float32}}\ntrain: {{steps: 3}}\nlogging: {{dir: unused}}\n"
@@ -65,8 +68,8 @@ def configure(folder: Path, *overrides: str) -> Config:
     return load_config(file, list(overrides))
 
 
-@pytest.mark.parametrize(
-    ("model", "ranks", "layout"),
+@each_row(
+    "model, ranks, layout",
     [
         *((model, 4, [TP + "2", SP, PP + "2", VPP + "2"]) for model in MODELS),
         ("tied", 1, []),
@@ -79,7 +82,7 @@ def configure(folder: Path, *overrides: str) -> Config:
     ],
 )
 def test_parameters_of_every_rank(folders, model, ranks, layout):
-    """Equal to those of the chunks that each rank builds, dense ones and experts apart."""
+    # Equal to those of the chunks that each rank builds, dense ones and experts apart.
     config = configure(folders[model], *layout)
     architecture, stages = HFFolder(folders[model]).architecture, config.parallel.pipeline_model_parallel_size
     for rank in range(ranks):
@@ -96,7 +99,7 @@ def test_parameters_of_every_rank(folders, model, ranks, layout):
         assert sum(p.numel() for p in built) == expected.total
         if (
             config.parallel.expert_model_parallel_size > 1
-        ):  # Megatron's mark; else experts are replicated as all else is
+        ):  # Megatron's mark; otherwise experts are replicated like all else
             assert experts == expected.experts
 
 
@@ -110,9 +113,8 @@ def test_uneven_stages_are_refused(folders):
 @pytest.mark.parametrize("context", [1, 2])
 @pytest.mark.parametrize("distributed", ["true", "false"])
 def test_states_of_a_rank_of_four(folders, dtype, distributed, context):
-    """Weights, gradient buffers, Adam's states with fp32 masters, the teacher's copy and share; buffers end
-    in padding.
-    """
+    # Weights, gradient buffers, Adam's states with fp32 masters, the teacher's copy and share; buffers end in
+    # padding.
     layout = [
         f"parallel.use_distributed_optimizer={distributed}",
         f"parallel.context_parallel_size={context}",
@@ -152,12 +154,10 @@ def test_states_of_a_rank_of_four(folders, dtype, distributed, context):
 
 @pytest.mark.parametrize(("model", "context"), [("tied", 1), ("tied", 2), ("qwen3_moe", 1)])
 def test_activations_of_a_layer(folders, model, context):
-    """What autograd keeps of one more layer, storage by storage.
-
-    Local layers in fp32: dense to the byte, experts to 2 %.
-    """
+    # What autograd keeps of one more layer, storage by storage. Local layers in fp32: dense to the byte,
+    # experts to 2 %.
     config = configure(folders[model], f"parallel.context_parallel_size={context}")
-    lengths, kept = [48, 4, 4, 12], []  # so unlike that attention does not pad them
+    lengths, kept = [48, 4, 4, 12], []  # so different that attention does not pad them
     for layers in (2, 3):
         with simulated(0, context, config.parallel) as layout:
             architecture = HFFolder(
@@ -195,21 +195,21 @@ def test_activations_of_a_layer(folders, model, context):
 
 
 def test_recompute_keeps_layer_inputs(folders):
-    """A layer's input instead of the layer, and one layer whole."""
+    # A layer's input instead of the layer, and one complete layer.
     architecture, batch = HFFolder(folders["tied"]).architecture, Batch(1000, 10, 0)
     recompute = [
         f"megatron.recompute_{key}" for key in ("granularity=full", "method=uniform", "num_layers=1")
     ]
     config = configure(folders["tied"])
-    whole = memory(architecture, config, CPU, 1, batch)["activations"]
+    full = memory(architecture, config, CPU, 1, batch)["activations"]
     less = memory(architecture, configure(folders["tied"], *recompute), CPU, 1, batch)["activations"]
     layer, _ = layer_bytes(architecture, config, CPU, batch)
-    assert whole - less == pytest.approx(3 * layer - 4 * 1000 * 64 * 4)
+    assert full - less == pytest.approx(3 * layer - 4 * 1000 * 64 * 4)
 
 
 @pytest.mark.parametrize("virtual", [2, 4])
 def test_layers_in_flight_are_megatrons_warm_up_and_one(folders, virtual):
-    """Stage by stage, against the schedule that runs."""
+    # Stage by stage, against the schedule that runs.
     from megatron.core.pipeline_parallel.schedules import (
         get_pp_rank_microbatches,  # after the package, which makes it importable
     )
@@ -226,7 +226,7 @@ def test_layers_in_flight_are_megatrons_warm_up_and_one(folders, virtual):
 
 
 def measured(*arguments: str) -> dict[str, dict]:
-    """Rows of tools/bench/bench_step.py by algorithm."""
+    """Return rows of tools/bench/bench_step.py by algorithm."""
     command = [
         sys.executable,
         "tools/bench/bench_step.py",
@@ -248,7 +248,7 @@ def measured(*arguments: str) -> dict[str, dict]:
 
 
 def planned(width: int, algorithm: str, row: dict, tmp_path: Path) -> float:
-    """Bytes by the planner for a row of `measured`, whose engine is no part of it."""
+    """Return the planner's bytes for a row of `measured`, without its engine."""
     shape = dict(
         hidden_size=width,
         intermediate_size=3 * width,
@@ -269,12 +269,10 @@ def planned(width: int, algorithm: str, row: dict, tmp_path: Path) -> float:
     return sum(size for name, size in parts.items() if name != "embedded engine")
 
 
-def test_peak_memory_of_whole_steps(tmp_path):
-    """The trainer's peak by VmHWM at two sizes, with and without a teacher; differences, so that the
-    interpreter's share is gone.
-
-    From the narrow to the wide model most of what is added is states; from GRPO to SRPO it is the teacher.
-    """
+def test_peak_memory_of_complete_steps(tmp_path):
+    # The trainer's peak by VmHWM at two sizes, with and without a teacher; in differences the interpreter's
+    # share cancels. From the narrow to the wide model most of the increase is states; from GRPO to SRPO it is
+    # the teacher.
     lengths = ["--prompts", "4", "--samples", "2", "--prompt-tokens", "32", "--response-tokens", "64"]
     found = {
         width: measured(*lengths, "--algorithms", "grpo", "srpo", "--width", str(width))
@@ -299,7 +297,7 @@ def test_peak_memory_of_whole_steps(tmp_path):
 
 
 def test_offloaded_states_count_where_activations_are_gone(folders):
-    """The peak is the larger of the two, and the states cross the bus twice an update."""
+    # The peak is the larger of the two, and the states cross the bus twice an update.
     architecture = HFFolder(folders["tied"]).architecture
     batches = {"small": Batch(10, 10, 0), "large": Batch(100_000, 10, 0)}
     config, offload = (configure(folders["tied"], *o) for o in ([], ["optimizer.optimizer_cpu_offload=true"]))
@@ -314,7 +312,7 @@ def test_offloaded_states_count_where_activations_are_gone(folders):
 
 
 def test_worst_batch(folders):
-    """The budget, or the longest sequence where that is longer; a rank's share of the distilled tokens."""
+    # The budget, or the longest sequence where that is longer; a rank's share of the distilled tokens.
     config = configure(
         folders["tied"],
         "rollout.max_response_tokens=100",

@@ -1,4 +1,4 @@
-"""The planner's FLOP and traffic against what torch counts, and its seconds against the paper's."""
+"""Compare the planner's FLOP and traffic with torch's counts, and its seconds with the paper's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RANKS = 4
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """A folder, dumped rollouts of it, and a configuration file for them."""
+    """Write a folder, dumped rollouts of it, and a configuration file for them."""
     root = tmp_path_factory.mktemp("step")
     model = make_model(tied=False)
     folder = HFFolder(save_folder(root / "hf", model))
@@ -42,7 +42,7 @@ def start(tmp_path_factory):
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2"])
 def test_forward_flops(tmp_path, family):
-    """Those of transformers' model, whose attention computes the masked half as well."""
+    # Those of transformers' model, whose attention computes the masked half as well.
     model = make_model(family=family)
     architecture, length = HFFolder(save_folder(tmp_path, model)).architecture, 48
     model.set_attn_implementation("eager")
@@ -63,7 +63,7 @@ def test_forward_flops(tmp_path, family):
 
 
 def test_step_flops(start):
-    """By hand, for SRPO with half of the tokens distilled and for GRPO's several updates."""
+    # By hand, for SRPO with half of the tokens distilled and for GRPO's several updates.
     folder, _, file = start
     a, work = folder.architecture, Workload(prompt_tokens=20, response_tokens=30, distilled_share=0.5)
     head = 2 * a.hidden_size * a.vocab_size * 16 * 30
@@ -81,8 +81,9 @@ def test_step_flops(start):
 
 
 def collectives_of_an_update(start, config, ranks):
-    """(bytes that a simulated rank sends in its collectives, how many they are, samples); the teacher has
-    scored before.
+    """Return (bytes sent in a simulated rank's collectives, their number, samples).
+
+    The teacher has scored before.
     """
     folder, rollouts, _ = start
     with simulated(1, ranks, config.parallel) as layout:
@@ -106,7 +107,7 @@ def collectives_of_an_update(start, config, ranks):
 
 @pytest.mark.parametrize("distributed", ["true", "false"])
 def test_replication_traffic_is_what_a_step_sends(start, distributed):
-    """Gradients, weights and the teacher, by the collectives of a whole update on a simulated rank."""
+    # Gradients, weights and the teacher, by the collectives of a complete update on a simulated rank.
     config = load_config(start[2], [f"parallel.use_distributed_optimizer={distributed}"])
     sent, _ = collectives_of_an_update(start, config, RANKS)
     planned = traffic(start[0].architecture, config, MACHINES["cpu"], RANKS, Workload(20, 30, 0.5))
@@ -114,9 +115,7 @@ def test_replication_traffic_is_what_a_step_sends(start, distributed):
 
 
 def test_context_parallel_traffic_is_what_a_step_sends(start):
-    """Keys, values, their gradients and the last hidden states as well; the padding of documents is left
-    out.
-    """
+    # Keys, values, their gradients and the last hidden states as well; the padding of documents is left out.
     config = load_config(start[2], ["parallel.context_parallel_size=2"])
     sent, samples = collectives_of_an_update(start, config, 2)
     prompt, response = (
@@ -131,11 +130,11 @@ def test_context_parallel_traffic_is_what_a_step_sends(start):
 
 
 def test_exchanged_bytes(start):
-    """Of samples as JSON, with ids of six digits and four letters a token, to a tenth."""
+    # Samples as JSON, with ids of six digits and four letters a token, to 10 %.
     samples = [sample for group in replay(start[1], 1, 4, start[0]) for sample in group]
 
     def length(times: int) -> tuple[int, int]:
-        """Tokens and bytes of all samples with their responses repeated."""
+        """Return tokens and bytes of all samples with their responses repeated."""
         made = [
             sample.model_copy(
                 update={

@@ -1,4 +1,4 @@
-"""Building a batch: rounds, filtering, what is carried over and how stale it may be.
+"""Test building a batch: rounds, filtering, and the carried groups with their staleness.
 
 The engine is scripted, the rest real.
 """
@@ -26,7 +26,7 @@ ALONE = SimpleNamespace(rank=0, world_size=1, gather_bytes=lambda mine, backgrou
 
 
 class Engine:
-    """Yields the requests in order, two tokens each, until it is stopped; the rest has one token by then."""
+    """Yield the requests in order, two tokens each, until stopped; the rest has one token by then."""
 
     version = "0"
 
@@ -45,7 +45,7 @@ class Engine:
 
 
 class Judge:
-    """Rewards by a script, prompt number → rewards of its samples in turn; default 1, 0, 1, 0 …"""
+    """Give rewards by a script: prompt number → rewards of its samples in turn (default 1, 0, 1, 0, …)."""
 
     def __init__(self, script):
         self.script, self.turns = script, {}
@@ -67,7 +67,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def make(folder, tmp_path):
-    """make(script, *overrides) → (builder, engine): three prompts a step, two samples each."""
+    """Return a function of (script, *overrides) that returns (builder, engine).
+
+    A step has three prompts, two samples each.
+    """
 
     def build(script=None, *overrides, layout=ALONE):
         config = tmp_path / "config.yaml"
@@ -97,7 +100,7 @@ def names(groups):
 
 
 def prompts_asked(engine):
-    """The prompts of the requests, each once, in order."""
+    """Return the prompts of the requests, each once, in order."""
     return list(dict.fromkeys(seed.split("/")[2] for seed, _ in engine.asked))
 
 
@@ -133,7 +136,8 @@ def test_after_enough_rounds_the_batch_is_filled(make):
 
 
 def test_over_sampling_aborts_the_slowest_and_continues_them(make):
-    """Six prompts begun, three wanted: the others have one token each, and continue with newer weights."""
+    # Six prompts are started for three places: the others have one token each, and continue with newer
+    # weights.
     builder, engine = make(None, "rollout.over_sampling=2")
     assert names(builder.build(1).groups) == ["p0", "p1", "p2"]
     engine.version, engine.asked = "1", []
@@ -160,22 +164,21 @@ def test_what_is_too_stale_is_sampled_again(make):
     assert all(sample.versions == (("1", 0, 2),) for group in groups for sample in group)
 
 
-def test_whole_groups_beyond_the_batch_are_carried(make):
-    """A batch that fills up with a round's last groups leaves the others for the next step: they are not
-    sampled again.
-    """
+def test_complete_groups_beyond_the_batch_are_carried(make):
+    # When a round's last groups fill up the batch, the others are kept for the next step: they are not
+    # sampled again.
     builder, engine = make(
         {0: (1, 1), 1: (1, 1)}, "rollout.dynamic_filtering=true", "rollout.over_sampling=1.6"
     )
-    batch = builder.build(1)  # five begun: p0, p1 say nothing, p2 … p4 fill the batch
+    batch = builder.build(1)  # five begun: p0, p1 have no signal, p2 … p4 fill the batch
     assert names(batch.groups) == ["p2", "p3", "p4"] and batch.metrics["groups_carried"] == 0
     builder, engine = make({0: (1, 1)}, "rollout.dynamic_filtering=true", "rollout.over_sampling=1.6")
     batch = builder.build(1)
     assert names(batch.groups) == ["p1", "p2", "p3"] and batch.metrics["groups_carried"] == 1  # p4, aborted
 
 
-def test_a_step_with_carried_groups_resumes_alike(make, tmp_path):
-    """Resuming after step 1 with the cursor and the ledger's carried groups gives the same second step."""
+def test_a_step_with_carried_groups_resumes_identically(make, tmp_path):
+    # Resuming after step 1 with the cursor and the ledger's carried groups gives the same second step.
     builder, engine = make(None, "rollout.over_sampling=2")
     builder.build(1)
     place = builder.first_prompt(2)
@@ -183,8 +186,9 @@ def test_a_step_with_carried_groups_resumes_alike(make, tmp_path):
     again, other = make(None, "rollout.over_sampling=2")
     (
         tmp_path / "ledger" / "step_000002.rank_00000.jsonl"
-    ).unlink()  # what was finished of it: here the test is of the carried
-    (tmp_path / "ledger" / "events.jsonl").write_text('{"event": "drawn"}\n')  # of an older version's run
+    ).unlink()  # its finished samples: this test is about the carried ones
+    # A run of an older version leaves such a line.
+    (tmp_path / "ledger" / "events.jsonl").write_text('{"event": "drawn"}\n')
     again.ledger.resume(1)
     again.resume(2, place)
     assert again.build(2).groups == expected
@@ -199,7 +203,7 @@ def test_finished_samples_are_not_sampled_again(make):
 
 
 def gather(meeting, shown, rank, mine, background):
-    """Between two threads that stand for two ranks."""
+    """Exchange between two threads, one for each of two ranks."""
     shown[rank] = mine
     meeting.wait()
     everyone = [*shown]
@@ -207,13 +211,10 @@ def gather(meeting, shown, rank, mine, background):
     return everyone
 
 
-def test_a_later_round_of_several_ranks_resumes_alike(make):
-    """Rank 0 has enough and aborts p4, rank 1 finds nothing; p4 is finished in the second round, and says
-    nothing.
-
-    Killed after that round, both go on: were p4 taken for whole in the first round, the second would begin
-    one prompt more.
-    """
+def test_a_later_round_resumes_identically_on_several_ranks(make):
+    # Rank 0 has enough and aborts p4, rank 1 finds nothing; p4 is finished in the second round, and has no
+    # signal. Both ranks are killed after that round and resume: if p4 counted as complete in the first round,
+    # the second would begin one prompt more.
     script, settings = (
         dict.fromkeys((1, 3, 4, 5), (1, 1)),
         ["rollout.dynamic_filtering=true", "rollout.over_sampling=1.5"],
@@ -239,7 +240,7 @@ def test_a_later_round_of_several_ranks_resumes_alike(make):
             again.groups,
             again.metrics,
             other,
-        ) and not asked  # nothing was left to sample
+        ) and not asked  # nothing is left to sample
 
 
 def test_a_prompt_that_has_changed_is_sampled_again(make, monkeypatch):
@@ -253,7 +254,7 @@ def test_a_prompt_that_has_changed_is_sampled_again(make, monkeypatch):
 
 
 def test_what_is_carried_may_hold_any_character(make, tmp_path):
-    """Also those at which Python's splitlines would cut: JSON leaves them as they are."""
+    # Also those at which Python's splitlines would split: JSON leaves them as they are.
     builder, _ = make(None, "rollout.over_sampling=2")
     builder.build(1)
     (one, *_), ledger = builder.ledger.carried(2), builder.ledger

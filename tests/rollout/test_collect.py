@@ -1,4 +1,4 @@
-"""The collector: this rank's share of the prompts, and feedback from the data beside the verifier's."""
+"""Test the collector: a rank's share of the prompts, and feedback of the data next to the verifier's."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""Rollouts on disk: what was dumped is replayed, and a damaged file is refused by file and line."""
+"""Test rollouts on disk: a dump is replayed, and a damaged file is refused by file and line."""
 
 import json
 import math
 
 import pytest
 from samples import make_group, make_sample
+from tables import each_row
 from tiny import save_folder
 
 from megatron_srpo.config.base import ConfigError
@@ -25,7 +26,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A folder whose vocabulary has 270 ids."""
+    """Return a folder whose vocabulary has 270 ids."""
     return HFFolder(save_folder(tmp_path_factory.mktemp("model")))
 
 
@@ -35,7 +36,7 @@ def write(folder, step=1, correct=((1, 0), (0, 0))):
 
 
 def edit(file, number, change):
-    """Changes the object on line `number` (from 1)."""
+    """Change the object on line `number` (from 1)."""
     lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     row = json.loads(lines[number - 1])
     change(row)
@@ -101,7 +102,7 @@ def test_routes_are_dumped_for_people_and_dropped_by_replay(tmp_path, model):
     assert replay(tmp_path, 1, 2, model) == [make_group((1, 0))]
 
 
-def test_dump_replaces_a_file_whole(tmp_path, model):
+def test_dump_replaces_a_complete_file(tmp_path, model):
     write(tmp_path, correct=((1, 0), (0, 0), (1, 1)))
     write(tmp_path, correct=((0, 1),))
     assert replay(tmp_path, 1, 2, model) == [make_group((0, 1), "p0")]
@@ -114,9 +115,7 @@ def test_missing_step(tmp_path, model):
     assert "step_000001.jsonl is missing" in refusal(tmp_path / "nowhere", model)
 
 
-@pytest.mark.parametrize(
-    "line", ["", "{", "not json", '{"prompt": }', "[]", "5", "null", '"text"', "{}", '{"step": 1}']
-)
+@each_row("line", ["", "{", "not json", '{"prompt": }', "[]", "5", "null", '"text"', "{}", '{"step": 1}'])
 def test_damaged_line(tmp_path, model, line):
     file = write(tmp_path)
     lines = file.read_text().split("\n")
@@ -126,7 +125,7 @@ def test_damaged_line(tmp_path, model, line):
 
 
 def test_line_cut_short(tmp_path, model):
-    """As a full disk leaves it."""
+    # A full disk leaves such a line.
     file = write(tmp_path)
     file.write_text(file.read_text()[:-40])
     assert f"{file}:4: " in refusal(tmp_path, model)
@@ -146,7 +145,7 @@ def test_empty_file(tmp_path, model):
     assert str(file) in refusal(tmp_path, model)
 
 
-@pytest.mark.parametrize(
+@each_row(
     "change, named",
     [
         (lambda row: row.pop("segments"), "segments"),
@@ -170,7 +169,7 @@ def test_line_with_wrong_fields(tmp_path, model, change, named):
     assert message.startswith(f"{file}:2: ") and named in message
 
 
-@pytest.mark.parametrize(
+@each_row(
     "change",
     [
         lambda row: row["segments"][0].update(ids=[5, 270]),
@@ -195,7 +194,7 @@ def test_largest_id_is_inside(tmp_path, model):
 
 
 def test_log_probability_that_is_no_number(tmp_path, model):
-    """NaN would make the whole update NaN; the line is named instead."""
+    # NaN would make the entire update NaN; the line is named instead.
     file = write(tmp_path)
     edit(file, 3, lambda row: row["segments"][0].update(logprobs=[-1.0, math.nan]))
     assert refusal(tmp_path, model).startswith(f"{file}:3: ")

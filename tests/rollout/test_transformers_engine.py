@@ -1,5 +1,6 @@
-"""The embedded engine against Hugging Face's own forward pass and generate, one prompt at a time and without
-a cache.
+"""Compare the embedded engine with Hugging Face's own forward pass and generate.
+
+Those run one prompt at a time and without a cache.
 """
 
 from collections import Counter
@@ -16,13 +17,16 @@ from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.engine import EngineFailed, Request, Sampling
 from megatron_srpo.rollout.transformers.engine import TransformersEngine
 
-NEVER = (269,)  # a stop id; the tests below make it improbable, or ask for others
+NEVER = (269,)  # a stop id; the tests below make it improbable, or use others
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def hf():
-    """The model that Hugging Face's code runs. Twice the usual noise: probabilities far from uniform."""
+    """Return the model that Hugging Face's code runs.
+
+    It has twice the usual noise: probabilities are far from uniform.
+    """
     model = make_model(layers=2, seed=5).eval()
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(3)
@@ -36,7 +40,7 @@ def folder(tmp_path_factory, hf):
 
 
 def sample(engine, requests, sampling):
-    """All completions, in the requests' order; each is yielded once."""
+    """Return all completions, in the requests' order; each is yielded once."""
     completions = {}
     for done in engine.generate(requests, sampling, Event()):
         assert not set(done) & set(completions)
@@ -46,7 +50,7 @@ def sample(engine, requests, sampling):
 
 @pytest.fixture(scope="module")
 def engine_of(folder, hf):
-    """Engines by batch size, with the model's weights as version "7"."""
+    """Return engines by batch size, with the model's weights as version "7"."""
 
     def make(batch_size):
         engine = TransformersEngine(folder, CPU, torch.float32, batch_size)
@@ -66,7 +70,7 @@ def requests_of(lengths, seed="s"):
 
 @torch.no_grad()
 def exact_logprobs(hf, prompt, ids, temperature):
-    """[tokens, vocabulary] of the response's positions, by one forward pass over the unpadded sequence."""
+    """Return [tokens, vocabulary] at the response's positions, by one pass over the unpadded sequence."""
     logits = hf(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
     return (logits / temperature).log_softmax(-1)
 
@@ -77,7 +81,7 @@ LENGTHS = (1, 90, 7, 2, 33, 60, 5)
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
 @pytest.mark.parametrize("top_p", [1.0, 0.8])
 def test_logprobs_are_those_of_a_full_forward_pass(engine_of, hf, temperature, top_p):
-    """Left padding, positions and cache: prompts of 1 to 90 tokens in a batch; top_p does not renormalise."""
+    # Left padding, positions and cache: prompts of 1 to 90 tokens in a batch; top_p does not renormalise.
     requests = requests_of(LENGTHS)
     for request, completion in zip(
         requests, sample(engine_of(64), requests, Sampling(temperature, top_p, 15, NEVER)), strict=True
@@ -89,7 +93,7 @@ def test_logprobs_are_those_of_a_full_forward_pass(engine_of, hf, temperature, t
 
 
 def test_logprobs_stay_right_while_rows_finish(engine_of, hf):
-    """A third of the vocabulary ends a response: the batch shrinks again and again."""
+    # A third of the vocabulary ends a response: the batch shrinks again and again.
     stops = tuple(range(0, 270, 3))
     requests = requests_of([1 + number % 40 for number in range(60)])
     completions = sample(engine_of(60), requests, Sampling(1.0, 1.0, 20, stops))
@@ -101,7 +105,7 @@ def test_logprobs_stay_right_while_rows_finish(engine_of, hf):
 
 
 def generate(hf, prompt, count, stops):
-    """Hugging Face's greedy generate."""
+    """Return Hugging Face's greedy generation."""
     ids = torch.tensor([prompt])
     options = dict(do_sample=False, max_new_tokens=count, eos_token_id=list(stops), pad_token_id=0)
     return hf.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
@@ -118,16 +122,16 @@ def test_greedy_is_generate_token_for_token(engine_of, hf):
 
 def test_greedy_stops_where_generate_stops(engine_of, hf):
     requests = requests_of(LENGTHS)
-    whole = sample(engine_of(64), requests, Sampling(0.0, 1.0, 12, NEVER))
-    stops = (whole[0].ids[4], whole[1].ids[7], NEVER[0])
+    unstopped = sample(engine_of(64), requests, Sampling(0.0, 1.0, 12, NEVER))
+    stops = (unstopped[0].ids[4], unstopped[1].ids[7], NEVER[0])
     completions = sample(engine_of(64), requests, Sampling(0.0, 1.0, 12, stops))
     assert len(completions[0].ids) <= 5 and len(completions[1].ids) <= 8
     for request, completion in zip(requests, completions, strict=True):
         assert completion.ids == generate(hf, request.prompt_ids, 12, stops)
 
 
-def test_a_sample_is_its_own(engine_of):
-    """Same prompt and seed: the same ids whatever the batch size, the order and the neighbours."""
+def test_a_sample_depends_on_prompt_and_seed_alone(engine_of):
+    # The same prompt and seed give the same ids, whatever the batch size, the order and the neighbours.
     requests = requests_of([1 + 13 * number % 50 for number in range(24)])
     sampling = Sampling(1.0, 0.95, 12, tuple(range(0, 270, 9)))
     alone = sample(engine_of(1), requests, sampling)
@@ -151,7 +155,7 @@ def test_seed_decides(engine_of):
     assert first.ids == again.ids != other.ids
 
 
-def test_a_higher_limit_goes_on_from_the_same_tokens(engine_of):
+def test_a_higher_limit_continues_the_same_tokens(engine_of):
     engine, requests = engine_of(64), requests_of(LENGTHS)
     short, long = (sample(engine, requests, Sampling(1.0, 1.0, limit, NEVER)) for limit in (4, 9))
     assert [completion.ids for completion in short] == [completion.ids[:4] for completion in long]
@@ -163,10 +167,10 @@ def test_stop_token_is_kept_and_reasons_are_given(engine_of):
     free = sample(engine, requests, Sampling(1.0, 1.0, 6, NEVER))
     stopped = sample(engine, requests, Sampling(1.0, 1.0, 6, stops))
     lengths = Counter()
-    for whole, completion in zip(free, stopped, strict=True):
-        first_stop = next((place for place, token in enumerate(whole.ids) if token in stops), None)
-        assert whole.finish_reason == "length" and len(whole.ids) == 6
-        assert completion.ids == (whole.ids if first_stop is None else whole.ids[: first_stop + 1])
+    for unstopped, completion in zip(free, stopped, strict=True):
+        first_stop = next((place for place, token in enumerate(unstopped.ids) if token in stops), None)
+        assert unstopped.finish_reason == "length" and len(unstopped.ids) == 6
+        assert completion.ids == (unstopped.ids if first_stop is None else unstopped.ids[: first_stop + 1])
         assert completion.finish_reason == ("length" if first_stop is None else "stop")
         assert len(completion.logprobs) == len(completion.ids)
         assert completion.versions == [("7", 0, len(completion.ids))]
@@ -175,7 +179,7 @@ def test_stop_token_is_kept_and_reasons_are_given(engine_of):
 
 
 def expect(counts, probabilities):
-    """Chi-square within 5 standard deviations of its expectation; rare ids are pooled."""
+    """Assert a chi-square within 5 standard deviations of its expectation; rare ids are pooled."""
     total = sum(counts.values())
     expected = np.asarray(probabilities, dtype=float) * total
     observed = np.array([counts[token] for token in range(len(expected))], dtype=float)
@@ -190,9 +194,8 @@ def expect(counts, probabilities):
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.5, 1.0), (1.0, 0.6), (0.8, 0.95)])
 def test_frequencies_are_the_probabilities(engine_of, hf, temperature, top_p):
-    """3000 first tokens after one prompt; under top_p they are the smallest set whose mass reaches it,
-    renormalised.
-    """
+    # 3000 first tokens after one prompt; under top_p they are the smallest set whose mass reaches it,
+    # renormalised.
     prompt = requests_of([6])[0].prompt_ids
     requests = [Request(prompt, f"frequency/{number}") for number in range(3000)]
     completions = sample(engine_of(3000), requests, Sampling(temperature, top_p, 1, NEVER))
@@ -210,7 +213,7 @@ def test_frequencies_are_the_probabilities(engine_of, hf, temperature, top_p):
 
 
 def test_later_tokens_are_sampled_from_their_own_distribution(engine_of, hf):
-    """The second token, given the most frequent first one."""
+    # The second token, given the most frequent first one.
     prompt = requests_of([3])[0].prompt_ids
     requests = [Request(prompt, f"second/{number}") for number in range(4000)]
     completions = sample(engine_of(4000), requests, Sampling(0.8, 1.0, 2, NEVER))
@@ -244,7 +247,7 @@ def test_new_weights_are_sampled_from(engine_of):
 def test_a_model_of_nan_is_not_sampled_from(engine_of, hf, temperature):
     engine = engine_of(4)
     engine.update_weights([(name, tensor * float("nan")) for name, tensor in hf.named_parameters()], "8")
-    with pytest.raises(EngineFailed, match="weight version 8 gives no numbers"):
+    with pytest.raises(EngineFailed, match="NaN with weight version 8"):
         sample(engine, requests_of(LENGTHS), Sampling(temperature, 1.0, 5, NEVER))
 
 
@@ -283,8 +286,9 @@ def test_a_tensor_that_comes_twice(engine_of, hf):
 
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory):
-    """(HF's mixture of experts, its folder, the folder's tensors: one a matrix of each expert, while the
-    model holds them fused).
+    """Return (HF's mixture of experts, its folder, the folder's tensors).
+
+    The folder has one tensor for each matrix of each expert; the model holds them fused.
     """
     model = make_model("qwen3_moe", tied=False, layers=2, seed=5).eval()
     path = save_folder(tmp_path_factory.mktemp("experts"), model)
@@ -293,7 +297,7 @@ def experts(tmp_path_factory):
 
 @pytest.mark.parametrize("family", families())
 def test_every_family_takes_the_tensors_of_its_folder(tmp_path, family):
-    """The names of files and exports; log-probabilities are those of the model that was saved."""
+    # The names of files and exports; log-probabilities equal those of the saved model.
     model = make_model(family, tied=False, layers=2, seed=5).eval()
     folder = HFFolder(save_folder(tmp_path, model))
     engine = TransformersEngine(folder, CPU, torch.float32, 64)

@@ -1,5 +1,6 @@
-"""Two real servers for all tests of this folder, started once; without `bash tests/run.sh --with-sglang`
-they are skipped.
+"""Start two real servers once for all tests of this folder.
+
+Without `bash tests/run.sh --with-sglang` the tests are skipped.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items):
-    """This folder comes last: until the session ends `servers` holds two servers, their memory and a default
-    process group.
+    """Move the tests of this folder to the end; skip those that need a missing SGLang.
 
-    Everything that asks for `servers` needs the environment that --with-sglang installs.
+    Until the session ends `servers` holds two servers, their memory and a default process group. Everything
+    that uses `servers` needs the environment that --with-sglang installs.
     """
     items.sort(key=lambda item: HERE in item.path.parents)  # stable: the others stay in order
     if "SGLANG_PYTHON" not in os.environ:
@@ -34,7 +35,10 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def servers(tmp_path_factory):
-    """See `Servers`. What a test breaks it leaves mended, or the next publication mends it."""
+    """Yield the session's `Servers`.
+
+    A test repairs what it breaks, or the next publication does.
+    """
     run, said = tmp_path_factory.mktemp("servers"), []
     os.environ[KEY] = "open sesame"
     folder = HFFolder(START)
@@ -56,7 +60,7 @@ def servers(tmp_path_factory):
 
 @pytest.fixture
 def updating(servers):
-    """updating(way): the servers take weights that way until the test ends."""
+    """Return a function of (way): the servers take weights that way until the test ends."""
     publisher = servers.engine.publisher
     before, settings = publisher.transport, publisher.settings
 

@@ -1,5 +1,6 @@
-"""The engine on two real servers, against Hugging Face's model in fp32: log-probabilities, updates of all
-kinds, partial rollouts.
+"""Compare the engine on two real servers with Hugging Face's model in fp32.
+
+Log-probabilities, updates of all kinds, partial rollouts.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ pytestmark = pytest.mark.needs_sglang
 
 
 def test_the_first_update_must_leave_the_start_model_as_it_was(servers):
-    """Version "0" is the model that the servers loaded at their start: their checksums tell whether the way
-    there is exact.
-    """
+    # Version "0" is the model that the servers loaded at their start: their checksums show if the transfer is
+    # exact.
     servers.publish(seed=None)
     servers.forget_updates()
     with pytest.raises(EngineFailed, match="changed the start model's weights on http.*checksums"):
@@ -44,9 +44,8 @@ def test_logprobs_are_hugging_faces(servers, temperature):
 
 @pytest.mark.parametrize("way", ["disk", "tensor", "distributed"])
 def test_every_kind_of_update_brings_every_server_to_the_weights(servers, updating, way):
-    """Twice each, in one bucket and in many; then every server by itself samples with these weights, and
-    says so.
-    """
+    # Twice each, in one bucket and in many; then every server alone samples with these weights, and reports
+    # their version.
     for seed, bucket in ((1, 512), (2, 1)):
         updating(way, f"rollout.sglang.bucket_mib={bucket}")
         transport = servers.engine.publisher.transport
@@ -68,9 +67,8 @@ def test_every_kind_of_update_brings_every_server_to_the_weights(servers, updati
 
 
 def test_stopping_aborts_the_rest_which_can_be_continued(servers):
-    """Of 40 long responses six are waited for; the others come back as they are, queued ones empty, and are
-    finished later.
-    """
+    # Six of 40 long responses are waited for; the others are returned as they are, queued ones empty, and are
+    # finished later.
     servers.publish(seed=3)
     requests, sampling = servers.requests(40), servers.sampling(max_tokens=60, stops=False)
     few = sampling._replace(max_tokens=45)
@@ -98,19 +96,19 @@ def test_stopping_aborts_the_rest_which_can_be_continued(servers):
     old = str(servers.version)
     new = servers.publish(
         seed=3
-    )  # the same weights under another name: what each version made can be told, and all be checked
+    )  # the same weights under another name: each version's tokens can be identified and checked
     rest = [request._replace(start=completion) for request, completion in zip(requests, broken, strict=True)]
-    whole = sample(servers.engine, rest, sampling)
-    assert all(len(completion.ids) == 60 and completion.finish_reason == "length" for completion in whole)
-    assert servers.gap(requests, whole) < 1e-4
-    for start, completion in zip(broken, whole, strict=True):
+    finished = sample(servers.engine, rest, sampling)
+    assert all(len(completion.ids) == 60 and completion.finish_reason == "length" for completion in finished)
+    assert servers.gap(requests, finished) < 1e-4
+    for start, completion in zip(broken, finished, strict=True):
         assert completion.ids[: len(start.ids)] == start.ids
         spans = [(old, 0, len(start.ids)), (new, len(start.ids), 60)]
         assert completion.versions == [span for span in spans if span[1] < span[2]]
 
 
 def test_a_thousand_requests_have_one_answer_each(servers):
-    """At concurrency 64 on two servers none is lost or doubled, and each answer is its own request's."""
+    # At concurrency 64 on two servers none is lost or answered twice, and each answer belongs to its request.
     servers.publish(seed=3)
     tails = [
         (20 + number % 200, 20 + number // 200) for number in range(1000)
@@ -125,7 +123,7 @@ def test_a_thousand_requests_have_one_answer_each(servers):
 
 
 def test_ids_outside_the_vocabulary_are_not_sent(servers):
-    """One of them would end the server."""
+    # One of them would end the server.
     servers.publish(seed=None)
     size = servers.folder.architecture.vocab_size
     for wrong in ((5, size), (-1,), ()):
@@ -146,16 +144,15 @@ def test_without_the_key_servers_answer_nothing(servers):
             stranger.post(path, body)
 
 
-def test_a_request_that_no_server_takes_is_told(servers):
+def test_a_request_that_no_server_takes_is_reported(servers):
     servers.publish(seed=None)
     with pytest.raises(EngineFailed, match="refuses a request of .* tokens: .*maximum context length"):
         sample(servers.engine, servers.requests(1), servers.sampling(max_tokens=5000))
 
 
-def test_memory_is_given_back_and_taken_again(servers, updating):
-    """On a CPU the calls do nothing, but they must be taken; after them the servers sample with the weights
-    that came last.
-    """
+def test_memory_is_released_and_resumed(servers, updating):
+    # On a CPU the calls do nothing, but must be accepted; after them the servers sample with the newest
+    # weights.
     publisher = servers.engine.publisher
     publisher.release_memory()
     assert len(publisher.released) == 2 and not publisher.fleet.starts_allowed

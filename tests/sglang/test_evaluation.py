@@ -1,4 +1,4 @@
-"""The eval command on servers that others run."""
+"""Test the eval command on servers that it did not start."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.needs_sglang
 
 @torch.no_grad()
 def greedy(model, prompt_ids, stop_ids, limit):
-    """What transformers' own generate answers."""
+    """Return the answers of transformers' own generate."""
     prompt = torch.tensor([prompt_ids])
     answer = model.generate(
         prompt,
@@ -31,7 +31,7 @@ def greedy(model, prompt_ids, stop_ids, limit):
 
 
 def test_a_models_table_from_servers_that_held_another_one(servers, tmp_path):
-    """They are brought to the weights of hf_path, keep them, and can be used afterwards."""
+    # The servers get the weights of hf_path, keep them, and can be used afterwards.
     servers.publish(seed=12)
     urls = [target.url for target in servers.engine.generation.targets]
     settings = [

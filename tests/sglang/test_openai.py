@@ -1,4 +1,4 @@
-"""The engine for OpenAI-compatible servers on a real SGLang server's /v1/completions."""
+"""Test the engine for OpenAI-compatible servers on a real SGLang server's /v1/completions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.needs_sglang
 
 @pytest.fixture
 def engine(servers, tmp_path):
-    """The engine on the first server, which SGLang's own call updates."""
+    """Yield the engine on the first server, which SGLang's own call updates."""
     servers.publish(seed=12)
     url = servers.engine.generation.targets[0].url
     given = [
@@ -30,7 +30,7 @@ def engine(servers, tmp_path):
 
 
 def test_tokens_and_logprobs_are_hugging_faces(servers, engine):
-    """After a reload: log-probabilities at two temperatures, and greedy tokens, equal the fp32 model's."""
+    # After a reload: log-probabilities at two temperatures, and greedy tokens, equal the fp32 model's.
     engine.update_weights(dict(servers.model.named_parameters()).items(), "0")
     requests = servers.requests(12)
     for temperature in (1.0, 0.6):

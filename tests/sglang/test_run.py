@@ -1,6 +1,4 @@
-"""Whole trainings on real servers: SRPO learns addition, whatever the layout and however the weights get
-there.
-"""
+"""Train on real servers: SRPO learns addition, whatever the layout and the transfer of weights."""
 
 from __future__ import annotations
 
@@ -16,8 +14,9 @@ pytestmark = pytest.mark.needs_sglang
 
 @pytest.fixture(scope="module")
 def run(servers, tmp_path_factory):
-    """Ten steps of the quick start on two ranks, tensor parallel, on the servers that are there already;
-    weights are broadcast.
+    """Train ten steps of the quick start on two tensor-parallel ranks and the servers of the session.
+
+    Weights are broadcast.
     """
     root = tmp_path_factory.mktemp("runs")
     urls = ",".join(target.url for target in servers.engine.generation.targets)
@@ -48,7 +47,7 @@ def run(servers, tmp_path_factory):
 
 
 def test_srpo_learns_addition(run):
-    """From about 0.5 to at least 0.65 in ten steps: as the embedded engine does (0.5 to about 0.78)."""
+    # From about 0.5 to at least 0.65 in ten steps; the embedded engine reaches about 0.78.
     rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     scores = [row["eval/addition/avg@4"] for row in rows if "eval/addition/avg@4" in row]
     assert len(scores) == 2 and 0.4 <= scores[0] <= 0.6 and scores[1] >= 0.65
@@ -56,14 +55,12 @@ def test_srpo_learns_addition(run):
 
 
 def test_trainer_and_servers_agree_at_every_step(run):
-    """In fp32, after every update of the weights; and every sample is of the version that was published
-    last.
-    """
+    # In fp32, after every update of the weights; and every sample has the version that was published last.
     assert len(run.rows) == 10
     assert max(row["engine_logprob_gap"] for row in run.rows) < 1e-5
     assert (
         max(row["engine_logprob_gap_max"] for row in run.rows) < 1e-3
-    )  # of tokens hardly ever drawn: 1.04e-4 was seen in 150,000
+    )  # rarely sampled tokens: 1.04e-4 was seen in 150,000
     assert [row["weight_version"] for row in run.rows] == [str(step) for step in range(10)]
     for step in range(1, 11):
         lines = sample_rows(run.folder / "rollouts" / f"step_{step:06d}.jsonl")

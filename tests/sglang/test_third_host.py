@@ -1,4 +1,7 @@
-"""tests/helpers/multinode.py with a server on its own host: shared are a network and the model's files."""
+"""Run tests/helpers/multinode.py with a server on its own host.
+
+The hosts share a network and the model's files.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,8 @@ pytestmark = pytest.mark.needs_sglang
 
 
 def test_a_host_that_samples_outlives_those_that_train(tmp_path, monkeypatch):
-    """Four steps; the server gets every version by broadcast, also after the trainers were cut off and
-    started again.
-    """
+    # Four steps; the server gets every version by broadcast, also after the trainers were cut off and
+    # restarted.
     if reason := multinode.why_not():
         pytest.skip(reason)
     monkeypatch.setattr(multinode, "TIMEOUT", 8)

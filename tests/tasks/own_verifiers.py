@@ -1,4 +1,4 @@
-"""Verifiers that misbehave, for the pool's tests. Loaded by worker processes."""
+"""Define verifiers that misbehave, for the pool's tests; worker processes load this file."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from megatron_srpo.data.records import Verdict
 
 
 def misbehave(answer: str, text: str) -> Verdict:
-    """Does what the text says; otherwise right when it equals the answer."""
+    """Do what the text says; otherwise accept it when it equals the answer."""
     if text == "hang":
         while True:
             pass
-    if text == "hang deaf":  # deaf to polite signals, and asleep
+    if text == "hang deaf":  # ignores every signal that can be ignored, and sleeps
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGALRM, signal.SIG_IGN)
         time.sleep(3600)
@@ -49,7 +49,7 @@ def misbehave(answer: str, text: str) -> Verdict:
         from sympy.parsing.sympy_parser import parse_expr
 
         return Verdict(reward=float(parse_expr(text[6:])), correct=True, format_ok=True)
-    if text == "classes":  # what imports do lazily is no evaluation of output
+    if text == "classes":  # lazy imports do not evaluate output
         collections.namedtuple("Pair", "a b")
         dataclasses.make_dataclass("Made", ["a"])
     if text == "chatter":

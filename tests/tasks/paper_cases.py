@@ -1,5 +1,6 @@
-"""200 responses judged by hand by the papers' rules (docs/method.md, 5), before any code ran: right, wrong,
-malformed, borderline.
+"""List 200 responses judged by hand by the papers' rules (docs/method.md, 5), before any code ran.
+
+They are right, wrong, malformed and borderline.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ CHOICE_CASES: list[tuple[str, str, bool]] = [  # (gold, response, right?)
     ("B", "<answer>B</answer><answer>B.</answer>", W),
     ("B", "<answer>B</answer> or <answer>C", W),
     ("B", "<answer>A</answer> or <answer>B", R),
-    # a tag is missing: the text goes on to its end
+    # a tag is missing: the answer ends with the text
     ("B", "B", R),
     ("B", " B\n", R),
     ("B", "\n\nB", R),
@@ -125,12 +126,12 @@ CHOICE_CASES: list[tuple[str, str, bool]] = [  # (gold, response, right?)
 
 
 def gold(*calls: tuple[str, str]) -> str:
-    """A published answer."""
+    """Return a published answer."""
     return json.dumps([{"Action": name, "Action_Input": text} for name, text in calls])
 
 
 def said(*calls: tuple[str, str]) -> str:
-    """A response in the asked-for form."""
+    """Return a response in the required form."""
     return "".join(
         f"Thought: I should call it.\nAction: {name}\nAction Input: {text}\n" for name, text in calls
     )
@@ -274,7 +275,7 @@ TOOL_CASES: list[tuple[str, str, bool]] = [  # (gold, response, right?)
         ONE,
         said(("search", '{"q": "cat", "page": 1} // done')),
         R,
-    ),  # the object is whole, what follows is not read
+    ),  # the object is complete, what follows is not read
     (ONE, said(("search", '{"q": "cat", "page": 1}}')), R),
     (TWO, said(("login", '{"user": "ann"}'), ("list", "{limit: 5}")), W),
     (ONE, 'action: search\naction input: {"q": "cat", "page": 1}', W),

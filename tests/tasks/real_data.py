@@ -1,4 +1,4 @@
-"""Where the published data is, for the tests that read it: never in the repository."""
+"""Find the published data for the tests that read it; it is never in the repository."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 
 
 def real_data(name: str) -> Path:
-    """The folder `name` (sciknoweval, toolalpaca) in MEGATRON_SRPO_DATA or ../shared/data beside the
-    checkout; else skip.
+    """Return the published folder `name` (sciknoweval, toolalpaca); skip the test without it.
+
+    It is in MEGATRON_SRPO_DATA, or in ../shared/data next to the checkout.
     """
     root = Path(os.environ.get("MEGATRON_SRPO_DATA", Path(__file__).parents[3] / "shared" / "data"))
     if not (root / name).is_dir():

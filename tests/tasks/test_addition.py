@@ -1,4 +1,4 @@
-"""The addition task: its splits, its determinism, its verifier."""
+"""Test the addition task: its splits, its determinism, its verifier."""
 
 import re
 
@@ -18,7 +18,7 @@ def test_splits_are_disjoint_whatever_the_seed():
     validation = {question for seed in range(4) for question in questions(seed, "validation", 500)}
     assert min(len(train), len(test), len(validation)) > 1900  # hardly any repeats
     assert not train & (test | validation)
-    assert len(test & validation) < 100  # drawn apart from the same tenth of all sums
+    assert len(test & validation) < 100  # drawn separately from the same tenth of all sums
 
 
 def test_prompts_belong_to_seed_split_and_index():
@@ -76,7 +76,7 @@ def test_verifier(text, correct, format_ok):
 
 
 def test_a_tag_mentioned_before_the_answer_does_no_harm():
-    """METHOD §5: the text between the LAST <answer> and </answer>."""
+    # METHOD §5: the text between the LAST <answer> and </answer> counts.
     verdict = verify("579", "I put it between <answer> tags: <answer>579</answer>")
     assert verdict.correct and verdict.format_ok
 
@@ -93,7 +93,7 @@ def test_a_tag_mentioned_before_the_answer_does_no_harm():
     ],
 )
 def test_huge_text_is_judged_at_once(text):
-    """Degenerate responses must not cost quadratic time: seconds are far more than a linear scan needs."""
+    # Degenerate responses must not cost quadratic time; the limit is far more than a linear scan needs.
     with time_limit(5):
         verdict = verify("579", text)
     assert verdict.correct == (text.endswith("579</answer>"))

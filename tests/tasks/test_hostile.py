@@ -1,4 +1,7 @@
-"""Hostile output: 10,000 responses a verifier, known tricks: no crash, no false positive, linear time."""
+"""Test verifiers with hostile output: 10,000 responses each, and known tricks.
+
+No crash, no false positive, linear time.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ WRONG = {  # a verifier, an answer no trick may reach without knowing it
 
 
 def hostile(seed: str, count: int):
-    """Random concatenations of PIECES, most short, some long."""
+    """Return random concatenations of PIECES, most short, some long."""
     rng = random.Random(seed)
     for _ in range(count):
         yield "".join(rng.choices(PIECES, k=rng.choice((1, 3, 8, 20, 60))))
@@ -67,7 +70,7 @@ def test_ten_thousand_outputs_for_our_scorers_of_procedural_tasks(dataset):
 @each_row("dataset", SCORERS)
 @time_limit(60)
 def test_procedural_answers_of_any_depth_are_judged(dataset, text):
-    """An exception would leave the sample out of its group instead of counting it as wrong."""
+    # An exception would exclude the sample from its group instead of counting it as wrong.
     entry = ENTRY | {"answer": "['579341']"} if dataset == "number_sorting" else ENTRY
     answer = json.dumps({"dataset": dataset, "options": {}, "entry": repr(entry)})
     assert not procedural.verify(answer, f"<answer>{text}</answer>").correct
@@ -108,7 +111,7 @@ HUGE = {
 @each_row("kind", HUGE)
 @time_limit(60)
 def test_a_megabyte_is_judged_in_linear_time(kind):
-    """A quadratic scan would take minutes."""
+    # A quadratic scan would take minutes.
     for verify, answer in WRONG.values():
         assert not verify(answer, HUGE[kind]).correct
     if kind != "boxed digits":
@@ -153,7 +156,7 @@ MATH_TRICKS = [
 
 
 def test_mathematics_in_its_workers():
-    """Judge 10,000 outputs, tricks, and endless expressions: every verdict is wrong or missing."""
+    # 10,000 outputs, tricks, and endless expressions: every verdict is wrong or missing.
     pytest.importorskip("math_verify")
     pool = Pool({"math": "megatron_srpo.tasks.mathematics:verify"}, TaskSection(verifier_seconds=2.0))
     endless = [r"\boxed{10^{10^{10^{10}}}}", r"\boxed{9^{9^{9^{9}}}}"]

@@ -1,4 +1,4 @@
-"""Mathematics: finding the final answer, comparing it, rows as the benchmarks publish them."""
+"""Test mathematics: finding the final answer, comparing it, and rows as the benchmarks publish them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verifier pool: no response can hang it, end it or make it lie."""
+"""Test the verifier pool: no response can hang it, end it or falsify a verdict."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def jobs(*texts):
 
 @pytest.fixture(scope="module")
 def pool():
-    """Two workers, 400 MiB, and time enough on the busiest machine."""
+    """Return a pool of two workers with 400 MiB each, and time enough on the busiest machine."""
     pool = Pool({"bad": BAD}, TaskSection(verifier_seconds=60.0, verifier_memory_mib=400))
     yield pool
     pool.close()
@@ -47,7 +47,7 @@ def test_slurms_warning_ends_no_worker(pool):
 
 
 def check_among_good_ones(pool, kinds):
-    """Each bad job among good ones: it is marked, and nothing else is lost."""
+    """Verify each bad job among good ones: it is marked, and no other job is lost."""
     texts = [text for kind in kinds for text in ("right", kind, "wrong", "right")]
     verdicts = pool.verify(jobs(*texts))
     for text, verdict in zip(texts, verdicts, strict=True):
@@ -77,14 +77,14 @@ def test_what_fails_is_marked_and_nothing_else_is_lost(pool):
 
 
 def test_what_hangs_is_killed():
-    """Also what is deaf to every signal but the last."""
+    # Also a verifier that ignores every signal but SIGKILL.
     pool = Pool({"bad": BAD}, TaskSection(verifier_seconds=2.0))
     check_among_good_ones(pool, {"hang": "timeout", "hang deaf": "timeout"})
     pool.close()
 
 
 def test_no_verifier_evaluates_a_string(pool):
-    """Not even a library under it: sympy's parser would."""
+    # Nor does a library that it uses: sympy's parser would.
     texts = {
         "eval 1": True,
         "eval __import__('os')._exit(0)": True,
@@ -101,7 +101,7 @@ def test_no_verifier_evaluates_a_string(pool):
     }
     verdicts = pool.verify(jobs(*texts))
     refused = [
-        verdict.verifier_failed is not None and "wanted to evaluate a string" in verdict.verifier_failed
+        verdict.verifier_failed is not None and "tried to evaluate a string" in verdict.verifier_failed
         for verdict in verdicts
     ]
     assert refused == list(texts.values())
@@ -122,14 +122,14 @@ def test_workers_import_no_torch(pool):
 
 
 def test_large_texts_in_both_directions(pool):
-    """More than any pipe holds, and every character JSON must escape."""
+    # More than any pipe holds, and every character that JSON must escape.
     big = '\x00\ud800"\\\n🙂' * 150_000
     verdicts = pool.verify([*jobs(*[big] * 6), Job("bad", big, big)])
     assert [v.correct for v in verdicts] == [False] * 6 + [True]
 
 
 def test_an_interrupted_verification_leaves_no_answers_behind(pool):
-    """The next jobs must not get the verdicts of those that were abandoned."""
+    # The next jobs must not get the verdicts of the abandoned ones.
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -155,7 +155,7 @@ def test_zero_instead_of_excluded():
     process = pool.workers[0].process
     process.kill()
     process.wait()
-    assert pool.verify(jobs("right"))[0].correct  # it died while it had nothing to do: nobody is blamed
+    assert pool.verify(jobs("right"))[0].correct  # it ended while idle: no job has failed
     process = pool.workers[0].process
     del pool
     gc.collect()
@@ -175,14 +175,14 @@ def test_a_verifier_that_cannot_be_loaded_is_refused_at_once(reference, said):
         Pool({"bad": reference}, TaskSection(verifier_workers=1))
 
 
-def test_an_error_in_the_users_file_is_told(monkeypatch):
+def test_an_error_in_the_users_file_is_reported(monkeypatch):
     monkeypatch.setitem(os.environ, "BREAK", "1")
     with pytest.raises(ConfigError, match="ZeroDivisionError"):
         Pool({"bad": BAD}, TaskSection(verifier_workers=1))
 
 
 def test_a_worker_left_alone_ends_by_itself():
-    """Its input closes when the run is gone, however it went."""
+    # Its input closes when the run has ended, in whatever way.
     pool = Pool({"bad": BAD}, TaskSection(verifier_workers=1))
     process = pool.workers[0].process
     pool.workers[0].connection.close()

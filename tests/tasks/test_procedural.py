@@ -1,4 +1,4 @@
-"""reasoning-gym's tasks, where it is installed."""
+"""Test reasoning-gym's tasks, where it is installed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_only_the_full_score_of_the_extracted_answer_counts(name):
 
 
 def test_partial_scores_above_one_are_not_full():
-    """reasoning-gym adds up 1 / length for each letter, also where something follows them."""
+    # reasoning-gym adds up 1 / length for each letter, also when more text follows.
     task = make("spell_backward")
     for prompt in (task.prompt("train", index) for index in range(30)):
         assert not verify(
@@ -53,7 +53,7 @@ def test_partial_scores_above_one_are_not_full():
 
 
 def test_an_answer_without_form_is_wrong_not_a_failure():
-    """reasoning-gym raises ValueError here."""
+    # reasoning-gym raises ValueError here.
     prompt = make("prime_factorization").prompt("train", 0)
     assert not verify(prompt.answer, "<answer>zzz</answer>").correct
 
@@ -75,9 +75,8 @@ SAMPLE = {
 
 @pytest.mark.parametrize("name", SAMPLE)
 def test_right_and_wrong_answers_by_a_worker(name):
-    """The dataset's own answers (a colouring, where it has none) are right; those with something behind them
-    and other texts are wrong.
-    """
+    # The dataset's own answers (a colouring, where it has none) are right; those with text after them, and
+    # other texts, are wrong.
     task = make(name, **SAMPLE[name])
     prompts = [task.prompt("train", index) for index in range(6)]
     entries = [_entry(prompt.answer) for prompt in prompts]
@@ -117,12 +116,12 @@ def test_refusals(name, options, said):
 @pytest.mark.parametrize(
     "correct, said",
     [
-        (True, "takes nonsense for right"),
+        (True, "accepts wrong answers"),
         (False, "does not accept its own answers, or would evaluate them as code"),
     ],
 )
 def test_a_dataset_that_cannot_be_judged_is_refused(correct, said, monkeypatch):
-    """A verifier that takes everything, or nothing."""
+    # Its verifier would accept everything, or nothing.
     verdict = Verdict(reward=float(correct), correct=correct, format_ok=True)
     monkeypatch.setattr(Pool, "verify", lambda pool, jobs: [verdict] * len(jobs))
     with pytest.raises(ConfigError, match=said):

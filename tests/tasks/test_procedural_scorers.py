@@ -1,5 +1,6 @@
-"""Our scorers for some of reasoning-gym's datasets, which need no reasoning-gym: entries as it makes them,
-made by hand.
+"""Test our scorers for some of reasoning-gym's datasets, without reasoning-gym.
+
+The entries are made by hand, in the form that it gives them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Question files: what is refused and how the refusal reads, epochs, splits."""
+"""Test question files: refusals and their messages, epochs, splits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def rows(count, start=0):
 
 @pytest.fixture
 def refusal(tmp_path):
-    """refusal(bytes) → the ConfigError's text from the file's name on."""
+    """Return a function of the file's bytes that gives the ConfigError's text from the file's name on."""
 
     def read(content: bytes) -> str:
         file = tmp_path / "data.jsonl"
@@ -98,8 +98,8 @@ def test_lines_that_are_not_json(refusal, line):
     assert refusal(GOOD + line + b"\n").startswith("data.jsonl:2: is not JSON (")
 
 
-def test_a_huge_line_is_refused_without_being_read_whole(tmp_path):
-    """100 MB without a line end, most of it a hole in the file: refused after the limit."""
+def test_a_huge_line_is_refused_without_being_read_completely(tmp_path):
+    # 100 MB without a line end, most of it a hole in the file: refused after the limit.
     file = tmp_path / "data.jsonl"
     with file.open("wb") as out:
         out.write(GOOD + b'{"question": "')
@@ -172,7 +172,8 @@ def test_test_questions_keep_their_order_and_end(folder):
 
 
 def test_held_out_questions(folder, tmp_path):
-    """validation_share leaves the training set; a validation.jsonl wins; whatever the seed."""
+    # validation_share is taken out of the training set; a validation.jsonl takes precedence; the seed does
+    # not matter.
     parts = []
     for seed in (1, 2):
         task = create_task(

@@ -1,4 +1,4 @@
-"""SciKnowEval: the published rows, the papers' split and prompt, the two rules."""
+"""Test SciKnowEval: the published rows, the papers' split and prompt, the two rules."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def row(number: int, options: int = 4, **changes) -> dict:
-    """A row as published."""
+    """Return a row as published."""
     return {
         "question": f"Which is {number}?",
         "choices": {"text": [f"it is {place}" for place in range(options)], "label": list("ABCD"[:options])},
@@ -79,9 +79,8 @@ def test_prompt_word_for_word():
 
 
 def test_prepare_an_unseen_domain(tmp_path):
-    """Biology as DATA.md describes it: 300 four-option and 200 two-option questions, and rows of other kinds
-    between them.
-    """
+    # Biology as DATA.md describes it: 300 four-option and 200 two-option questions, and rows of other kinds
+    # between them.
     write(
         tmp_path / "raw/Biology/a.jsonl",
         [row(n) for n in range(300)] + [row(900, type="filling", answerKey="")],
@@ -130,8 +129,8 @@ def test_rows_that_are_not_as_published(tmp_path, broken, said):
         read_domain(tmp_path)
 
 
-def test_a_text_too_many_is_survived(tmp_path):
-    """One published row of Material has five texts and four labels; the papers pair the first four."""
+def test_an_extra_text_is_ignored(tmp_path):
+    # One published row of Material has five texts and four labels; the papers pair the first four.
     write(
         tmp_path / "a.jsonl", [row(0, choices={"text": ["note", "x", "y", "z", "w"], "label": list("ABCD")})]
     )
@@ -185,7 +184,7 @@ def test_feedback_never_holds_the_answer(rule):
 
 
 def test_published_data():
-    """The papers' counts; the oddities DATA.md reports."""
+    # The papers' counts, and the irregularities that DATA.md reports.
     raw = real_data("sciknoweval") / "raw"
     counts, texts = {}, {}
     for domain in ("Chemistry", "Physics", "Material"):

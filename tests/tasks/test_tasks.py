@@ -1,6 +1,4 @@
-"""Which task a configuration means: names, paths, own classes, mixtures, what is evaluated, and what is
-refused.
-"""
+"""Test the tasks that a configuration means: names, paths, own classes, mixtures, evaluation, refusals."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ LINE = '{{"id": "{0}", "question": "{0}?", "answer": "{0}"}}\n'
 
 @pytest.fixture
 def folder(tmp_path):
-    """chemistry/ and physics/ with 10 training and 3 test questions each."""
+    """Write chemistry/ and physics/ with 10 training and 3 test questions each."""
     for name in ("chemistry", "physics"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "train.jsonl").write_text("".join(LINE.format(n) for n in range(10)))
@@ -100,7 +98,7 @@ def test_own_class_from_the_example():
         ("x = 1", "expected one class with size, prompt and verify, found 0"),
         ("class A:\n def prompt(s): 0\n def verify(s): 0\nclass B(A): pass", "found 2"),
         ("class A:\n def prompt(s): 0\n def verify(s, a, t): 0", "A.verify must be a @staticmethod"),
-        ("class A:\n def prompt(s): 0\n @staticmethod\n def verify(a, t): 0", "A cannot be made with {}"),
+        ("class A:\n def prompt(s): 0\n @staticmethod\n def verify(a, t): 0", "A cannot be created with {}"),
     ],
 )
 def test_own_files_that_cannot_be_used(tmp_path, code, said):
@@ -180,14 +178,13 @@ def test_one_file_is_all_test_when_nothing_is_trained_on_it(folder):
     trained = config_of(task={"path": file, "verifier": "exact"}, evaluation={"prompts": None})
     (task,) = evaluation_tasks(trained).values()
     assert question_count(task, "test", trained.evaluation) == 1
-    assert question_count(task, "test", config_of().evaluation) == 1  # of 64 wanted
+    assert question_count(task, "test", config_of().evaluation) == 1  # 64 were requested
 
 
 @pytest.mark.parametrize("shares", [{}, {"test_share": 0.3}, {"test_share": 0.3, "validation_share": 0.4}])
 def test_what_is_trained_on_is_not_evaluated(folder, shares, monkeypatch):
-    """The same file as a training task and in evaluation.tasks, by another spelling of its path and another
-    name.
-    """
+    # The same file as a training task and in evaluation.tasks, by another spelling of its path and another
+    # name.
     monkeypatch.chdir(folder)
     file = {"path": folder / "chemistry/train.jsonl", "verifier": "exact"}
     config = config_of(
@@ -202,7 +199,9 @@ def test_what_is_trained_on_is_not_evaluated(folder, shares, monkeypatch):
     for split in ("test", "validation"):
         assert evaluated.splits[split] == trained.splits[split]
         assert not learnt & {question.id for question in evaluated.splits[split]}
-    asked = config_of(task=file, evaluation={"tasks": [file | {"test_share": 1.0}]})  # who says so gets all
+    asked = config_of(
+        task=file, evaluation={"tasks": [file | {"test_share": 1.0}]}
+    )  # an explicit share takes all
     assert [task.size("test") for task in evaluation_tasks(asked).values()] == [10]
 
 

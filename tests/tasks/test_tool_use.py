@@ -1,4 +1,4 @@
-"""Tool use: the published data, the parser, the two rules."""
+"""Test tool use: the published data, the parser, the two rules."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_parser():
 @each_row("rule", [verify, verify_strict])
 @each_row("depth", [100, 400, 600, 800, 950, 5_000])
 def test_inputs_of_any_depth_are_judged(rule, depth):
-    """An exception would leave the sample out of its group instead of counting it as wrong."""
+    # An exception would exclude the sample from its group instead of counting it as wrong.
     assert not rule(ONE, said(("search", '{"q": ' * depth + "1" + "}" * depth))).correct
 
 
@@ -223,9 +223,8 @@ def test_files_that_are_not_as_published(tmp_path, content, said_):
 
 
 def test_published_data():
-    """The papers' 68 questions load as they are, and are what the published evaluation file gives; its gold
-    answers are right.
-    """
+    # The papers' 68 questions load unchanged, and equal what the published evaluation file gives; its gold
+    # answers are right.
     folder = real_data("toolalpaca")
     papers = read_questions(folder / "sdpo_tooluse_test.jsonl")
     ours = [question for question, _ in read_toolalpaca(folder / "eval_simulated.json") if question]

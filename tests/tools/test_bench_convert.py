@@ -1,4 +1,7 @@
-"""The benchmark of the converters runs and checks its round trip. Timings are not judged."""
+"""Run the benchmark of the converters, which checks its round trip.
+
+Timings are not judged.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_bench(tmp_path):
-    """One JSON object, appended to --output as well; nothing is left in the folder."""
+    # One JSON object, appended to --output as well; nothing is left in the folder.
     file, folder = tmp_path / "results.jsonl", tmp_path / "folder"
     folder.mkdir()
     command = [

@@ -1,4 +1,7 @@
-"""The benchmark of the quick start's step runs without TRL, and says so. Timings are not judged."""
+"""Run the benchmark of the quick start's step without TRL, which it must report as skipped.
+
+Timings are not judged.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_bench(tmp_path):
-    """One step a row, one row an algorithm of ours."""
+    # One step a row, one row for each algorithm of ours.
     (tmp_path / "trl.py").write_text("raise ImportError('no TRL in this test')")
     (tmp_path / "datasets.py").write_text("")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}

@@ -1,4 +1,4 @@
-"""The benchmark of the verifier pool runs, checks its verdicts and says what it left out.
+"""Run the benchmark of the verifier pool, which checks its verdicts and reports what it skips.
 
 Timings are not judged.
 """

@@ -1,4 +1,4 @@
-"""The benchmark of the vocabulary pass runs, says what it left out, and finds `ours` exact.
+"""Run the benchmark of the vocabulary pass: it reports what it skips, and `ours` is exact.
 
 Timings are not judged.
 """
@@ -22,9 +22,7 @@ PEERS = ["TRL full", "TRL top-100 + tail", "Liger fused JSD"]
 
 @pytest.fixture
 def bench(tmp_path):
-    """Runs the program where TRL cannot be imported, whether or not it is installed; returns its JSON
-    object.
-    """
+    """Run the program where TRL cannot be imported, even if installed; return its JSON object."""
     (tmp_path / "trl.py").write_text("raise ImportError('no TRL in this test')")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tmp_path}:{ROOT}"}
 
@@ -52,7 +50,7 @@ def bench(tmp_path):
 
 
 def check(report: dict, ranks: int, present: list[str], absent: list[str]) -> dict[str, dict]:
-    """What every report holds; returns its rows by name."""
+    """Check what every report holds; return its rows by name."""
     assert set(report) == {"device", "date", "shape", "rows", "skipped"}
     shape = {
         "tokens": 64,
@@ -78,9 +76,8 @@ def check(report: dict, ranks: int, present: list[str], absent: list[str]) -> di
 
 
 def test_one_rank(bench, tmp_path):
-    """Every row but those of TRL, which is missing, and Liger's, which needs CUDA; --output gets the same
-    object as a line.
-    """
+    # Every row but those of TRL, which is missing, and of Liger, which needs CUDA; --output gets the same
+    # object as a line.
     file = tmp_path / "results.jsonl"
     file.write_text("{}\n")
     report = bench("--output", str(file))
@@ -94,12 +91,12 @@ def test_one_rank(bench, tmp_path):
 
 
 def test_two_ranks(bench):
-    """On shards of unequal width; what knows no shards is named."""
+    # On shards of unequal width; methods that need the complete vocabulary are named as skipped.
     check(bench("--tensor-parallel", "2"), 2, OURS, AUTOGRAD + PEERS)
 
 
 def test_sweep(bench):
-    """`ours` alone, once for each number of tokens."""
+    # `ours` alone, once for each number of tokens.
     report = bench("--sweep-tokens", "16", "48")
     assert [row["name"] for row in report["rows"]] == ["ours T=16", "ours T=48"] and report["shape"][
         "tokens"

@@ -1,5 +1,6 @@
-"""Packing: nobody is lost, every rank does the same number of micro-batches, and every position predicts its
-own target.
+"""Test packing: no sample is lost, and every position predicts its own target.
+
+Every rank has the same number of micro-batches.
 """
 
 import itertools
@@ -24,7 +25,7 @@ ROUTES = {  # branch -> (z^GRPO, z^SDPO)
 
 
 def routed_sample(number, branch, prompt_length, response_length, teacher_length, environment=()):
-    """Sample `number`, whose ids are all different from each other and from every other sample's.
+    """Return sample `number`, whose ids differ from each other and from every other sample's.
 
     environment: positions in the response that the policy did not write, never all.
     """
@@ -85,13 +86,17 @@ def rounded(length, multiple):
 
 
 def padded(sequence, context):
-    """Tokens a sequence takes: Transformer Engine wants a multiple of twice the context-parallel ranks."""
+    """Return the tokens that a sequence takes.
+
+    Transformer Engine needs a multiple of twice the context-parallel ranks.
+    """
     return rounded(sequence.length, 2 * context.size if context.size > 1 else 1)
 
 
 def rows_of_all(samples, rank, data_size, rules):
-    """Each row of a data-parallel rank, students' and teachers': (its parts on the context-parallel ranks,
-    prompt ids by sample).
+    """Return each row of a data-parallel rank, students' and teachers'.
+
+    A row is (its parts on the context-parallel ranks, prompt ids by sample).
     """
     everyone = [
         rules._replace(context=ContextParallel(number, rules.context.size))
@@ -108,8 +113,9 @@ def rows_of_all(samples, rank, data_size, rules):
 
 
 def assemble(parts):
-    """(ids of the whole row, where in it each token of the ranks' parts, one after another, belongs), by the
-    parts' positions.
+    """Return (ids of the complete row, the place in it of each token of the ranks' parts).
+
+    The parts come one after another; places are by their positions.
     """
     bounds = parts[0].cu_seqlens.tolist()
     starts = [start for start, end in itertools.pairwise(bounds) for _ in range((end - start) // len(parts))]
@@ -164,7 +170,7 @@ def test_invariants(samples, data_size, rules):
 @given(batches, st.integers(1, 3), all_rules)
 @settings(deadline=None, max_examples=100)
 def test_student_and_teacher_predict_the_same_ids_from_the_right_places(samples, data_size, rules):
-    """METHOD §7 (f): whatever the prompt's length, the position before response token t predicts token t."""
+    # METHOD §7 (f): whatever the prompt's length, the position before response token t predicts token t.
     for rank in range(data_size):
         for parts, prompt_of in rows_of_all(samples, rank, data_size, rules):
             ids, where = assemble(parts)
@@ -177,14 +183,14 @@ def test_student_and_teacher_predict_the_same_ids_from_the_right_places(samples,
                 for sequence, share, start in zip(part.sequences, part.shares, starts, strict=False):
                     sample = samples[sequence.key]
                     prompt, response = prompt_of(sample), sample.response_ids
-                    whole = (*prompt, *response)
+                    complete = (*prompt, *response)
                     assert sequence.length == len(prompt) + policy_positions(sample)[-1]
                     for t in policy_positions(sample)[share]:
                         place = where[places[cursor]]
                         assert targets[cursor] == response[t]
                         assert place - start == len(prompt) - 1 + t
                         # every id the model sees up to here, in this sequence, is the true context of token t
-                        assert ids[start : place + 1] == list(whole[: len(prompt) + t])
+                        assert ids[start : place + 1] == list(complete[: len(prompt) + t])
                         found[sequence.key, t] = found.get((sequence.key, t), 0) + 1
                         cursor += 1
                 assert cursor == len(places)
@@ -198,7 +204,7 @@ def test_student_and_teacher_predict_the_same_ids_from_the_right_places(samples,
 @given(batches, all_rules)
 @settings(deadline=None, max_examples=60)
 def test_context_parallel_ranks_hold_what_megatron_rotates(samples, rules):
-    """Megatron's rotary embedding takes a rank's positions from the length of each sequence alone."""
+    # Megatron's rotary embedding takes a rank's positions from the length of each sequence alone.
     import megatron_srpo.distributed.megatron  # noqa: F401  (first: it installs the CPU shim)
 
     # isort: split
@@ -217,7 +223,7 @@ def test_context_parallel_ranks_hold_what_megatron_rotates(samples, rules):
 
 @given(st.integers(0, 40), st.integers(1, 8))
 def test_shares_of_a_response(count, size):
-    """In order, each token once, and no rank has more than one token more than another."""
+    # In order, each token once, and no rank has more than one token more than another.
     shares = [range(count)[ContextParallel(rank, size).share(count)] for rank in range(size)]
     assert [token for share in shares for token in share] == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
@@ -226,7 +232,7 @@ def test_shares_of_a_response(count, size):
 @given(batches, st.integers(1, 3), all_rules)
 @settings(deadline=None, max_examples=60)
 def test_documents_are_bounded(samples, data_size, rules):
-    """cu_seqlens cuts the row into its sequences (and one of padding); positions restart at each."""
+    # cu_seqlens divides the row into its sequences (and one of padding); positions restart at each.
     for rank in range(data_size):
         for row in pack(samples, rank, data_size, rules, "token_mean").micro_batches:
             bounds, size = row.cu_seqlens.tolist(), rules.context.size
@@ -259,7 +265,7 @@ def test_distilled_documents_come_first(samples, data_size, rules):
 @given(batches, st.integers(1, 3), all_rules, st.sampled_from(["token_mean", "seq_mean"]))
 @settings(deadline=None, max_examples=60)
 def test_terms_belong_to_their_tokens(samples, data_size, rules, aggregation):
-    """Each response token carries its own sample's numbers, the denominator included."""
+    # Each response token has its own sample's numbers, the denominator included.
     routed = [sample for sample in samples if sample.route.branch != "none"]
     for rank in range(data_size):
         batch = pack(samples, rank, data_size, rules, aggregation)
@@ -294,9 +300,8 @@ def test_loss_scales_sum_to_one_over_the_tokens(samples, aggregation):
 
 
 def test_loss_scales_by_hand():
-    """Distilled and all-wrong (advantage 0) samples share one denominator; those routed nowhere are not in
-    it.
-    """
+    # Distilled and all-wrong (advantage 0) samples share one denominator; samples without a route are not in
+    # it.
     samples = samples_of(("grpo", 2, 3, 1), ("sdpo", 2, 5, 4), ("none", 2, 7, 1), ("grpo", 2, 2, 1))
     assert loss_scales(samples, "token_mean") == (0.1, 0.1, 0.0, 0.1)
     assert loss_scales(samples, "seq_mean") == pytest.approx((1 / 9, 1 / 15, 0.0, 1 / 6))
@@ -314,7 +319,7 @@ def test_balance(costs, bins):
 
 
 def test_row_by_hand():
-    """Two sequences and padding, every number written out."""
+    # Two sequences and padding, every number written out.
     samples = samples_of(("grpo", 2, 3, 1), ("sdpo", 1, 2, 4))
     batch = pack(samples, 0, 1, PackingRules(token_budget=20, length_multiple=8), "token_mean")
     (row,) = batch.micro_batches
@@ -334,7 +339,7 @@ def test_row_by_hand():
 
 
 def test_environment_tokens_are_fed_but_not_predicted():
-    """Of a response a B C d E f (the policy writes lower case), all but f is fed; a, d, f are predicted."""
+    # Of a response a B C d E f (the policy writes lower case), all but f is fed; a, d, f are predicted.
     (sample,) = samples_of(("sdpo", 2, 6, 3, {1, 2, 4}))
     prompt, response, teacher = sample.prompt.ids, sample.response_ids, sample.route.teacher_ids
     batch = pack([sample], 0, 1, PackingRules(token_budget=20), "seq_mean")
@@ -351,7 +356,7 @@ def test_environment_tokens_are_fed_but_not_predicted():
 
 
 def test_row_by_hand_on_two_context_parallel_ranks():
-    """The same two sequences, padded to 4 and 4 tokens, and padding; each rank's numbers written out."""
+    # The same two sequences, padded to 4 and 4 tokens, and padding; each rank's numbers written out.
     samples = samples_of(("grpo", 2, 3, 1), ("sdpo", 1, 2, 4))
     distilled, response = samples[1].prompt.ids[0], samples[1].response_ids
     for rank, ids, positions, predicts, targets in (
@@ -373,7 +378,7 @@ def test_document_longer_than_the_budget_has_a_row_of_its_own():
 
 
 def test_ranks_with_nothing_to_do_still_take_part():
-    """More ranks than samples: empty rows of one padding token, with nothing to predict and no terms."""
+    # More ranks than samples: empty rows of one padding token, with nothing to predict and no terms.
     samples = samples_of(("sdpo", 2, 3, 5))
     idle = pack(samples, 1, 2, PackingRules(token_budget=50, length_multiple=4), "token_mean")
     for (row,) in (idle.micro_batches, idle.teacher_micro_batches):
@@ -402,8 +407,8 @@ def test_nothing_distilled_means_no_teacher_rows_anywhere():
         )
 
 
-def test_dearest_samples_are_spread():
-    """A distilled sample costs its teacher's forward pass too."""
+def test_expensive_samples_are_spread():
+    # A distilled sample costs its teacher's forward pass too.
     distilled, plain = ("sdpo", 10, 10, 200), ("grpo", 10, 10, 1)
     samples = samples_of(distilled, plain, distilled, plain, plain, plain)
     for rank in range(2):

@@ -1,4 +1,4 @@
-"""The trainer in one process: non-finite updates, bf16, teacher kinds, offloaded state."""
+"""Test the trainer in one process: non-finite updates, bf16, teacher kinds, offloaded state."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_srpo.weights.torch_dist import Folder
 
 @pytest.fixture
 def make_trainer(tmp_path):
-    """make_trainer(*overrides) → (trainer, routed groups of one step)."""
+    """Return a function of (*overrides) that returns (trainer, routed groups of one step)."""
     model = make_model()
     folder = HFFolder(save_folder(tmp_path / "hf", model))
     rollouts = write_rollouts(tmp_path / "rollouts", folder, model, steps=1)
@@ -47,24 +47,24 @@ def make_trainer(tmp_path):
 
 
 def step(trainer, groups):
-    """One training step; returns its report."""
+    """Train one step and return its report."""
     with trainer.onloaded():
         batches = trainer.pack(groups)
         return trainer.update(batches, trainer.score_teacher(batches))
 
 
 def snapshot(parameters):
-    """A copy of the parameters' values."""
+    """Return a copy of the parameters' values."""
     return [parameter.detach().clone() for parameter in parameters]
 
 
 def teacher_parameters(trainer):
-    """The weights the teacher scores with."""
+    """Return the weights that the teacher scores with."""
     return [parameter for chunk in trainer.teacher.chunks for parameter in chunk.parameters()]
 
 
 def poisoned(groups):
-    """The same groups, one sample with an infinite advantage: the loss is not finite."""
+    """Return the same groups, one sample with an infinite advantage: the loss is not finite."""
     bad = Route(branch="grpo", policy_weight=1.0, distillation_weight=0.0, advantage=math.inf)
     (first, *rest), *others = groups
     return [(first.model_copy(update={"route": bad}), *rest), *others]
@@ -79,14 +79,14 @@ def test_a_non_finite_update_is_skipped_and_leaves_weights_and_teacher_alone(mak
     assert report.applied == [False] and report.skipped_in_a_row(2) == 3
     assert all(map(torch.equal, policy, trainer.parameters))
     assert all(map(torch.equal, teacher, teacher_parameters(trainer)))
-    report = step(trainer, groups)  # and the run goes on
+    report = step(trainer, groups)  # training continues
     assert report.applied == [True] and report.skipped_in_a_row(3) == 0
     assert not all(map(torch.equal, policy, trainer.parameters))
     assert all(torch.isfinite(parameter).all() for parameter in trainer.parameters)
 
 
 def test_ema_teacher_follows_by_its_rate(make_trainer):
-    """After a step it lies 5 % of the way from the initial weights to the policy."""
+    # After a step it is 5 % of the way from the initial weights to the policy.
     trainer, groups = make_trainer("teacher.kind=ema")
     start = snapshot(trainer.parameters)
     step(trainer, groups)
@@ -113,9 +113,8 @@ def test_live_teacher_is_the_policy(make_trainer):
 
 
 def test_trust_region_teacher_is_between_the_initial_model_and_the_policy(make_trainer):
-    """Before the first update both are one; the initial one stays; entropies are those of the interpolated
-    logits.
-    """
+    # Before the first update both are the same; the initial model stays; entropies are those of the
+    # interpolated logits.
     trainer, groups = make_trainer("teacher.kind=trust_region", "teacher.interpolation=0.3")
     start = snapshot(trainer.parameters)
     step(trainer, groups)
@@ -134,7 +133,7 @@ def test_trust_region_teacher_is_between_the_initial_model_and_the_policy(make_t
 
 
 def test_output_weight_gradient_goes_straight_to_main_grad(make_trainer):
-    """No .grad is left behind (that the tied matrix has its embedding's part too, test_invariance sees)."""
+    # No .grad is left behind. (test_invariance covers the embedding's part of the tied matrix.)
     trainer, groups = make_trainer()
     weight = trainer.chunks[-1].module.output_weight
     trainer.optimizer.zero_grad()
@@ -146,25 +145,25 @@ def test_output_weight_gradient_goes_straight_to_main_grad(make_trainer):
 @pytest.mark.parametrize("optimizer", ["true", "false"])
 def test_bf16_has_fp32_main_gradients_and_stays_near_fp32(make_trainer, optimizer):
     exact, groups = make_trainer()
-    wanted = step(exact, groups)
+    expected = step(exact, groups)
     trainer, groups = make_trainer("model.dtype=bfloat16", f"parallel.use_distributed_optimizer={optimizer}")
     report = step(trainer, groups)
     assert all(
         parameter.dtype == torch.bfloat16 and parameter.main_grad.dtype == torch.float32
         for parameter in trainer.parameters
     )
-    assert report.losses[0] == pytest.approx(wanted.losses[0], rel=0.05)
-    assert report.grad_norms[0] == pytest.approx(wanted.grad_norms[0], rel=0.05)
+    assert report.losses[0] == pytest.approx(expected.losses[0], rel=0.05)
+    assert report.grad_norms[0] == pytest.approx(expected.grad_norms[0], rel=0.05)
     assert report.applied == [True]
 
 
 def sizes(tensors):
-    """Bytes of the memory behind each tensor."""
+    """Return the bytes of the memory behind each tensor."""
     return [tensor.untyped_storage().nbytes() for tensor in tensors]
 
 
 def state_of_updates(trainer):
-    """What only updates need, by name."""
+    """Return the state that only updates need, by name."""
     return {"masters and moments": list(trainer.optimizer.state()), "EMA": trainer.teacher.shares}
 
 
@@ -219,7 +218,7 @@ def test_offloaded_state_is_on_the_device_for_updates_only_and_changes_no_bit(
 
 @pytest.mark.parametrize("where", ["optimizer.optimizer_cpu_offload=true", "rollout.colocated=true"])
 def test_a_checkpoint_is_restored_into_what_is_offloaded(make_trainer, tmp_path, where):
-    """A trainer that offloads its state has the saved numbers of one that does not, bit for bit."""
+    # A trainer that offloads its state has the saved numbers of one that does not, bit for bit.
     trainer, groups = make_trainer("model.dtype=bfloat16")
     step(trainer, groups)
     saved, state = state_of(trainer), scalars(trainer)
@@ -236,7 +235,7 @@ def test_a_checkpoint_is_restored_into_what_is_offloaded(make_trainer, tmp_path,
 
 
 def test_servers_on_the_same_device_have_all_memory_but_the_policys(make_trainer):
-    """rollout.colocated: between steps nothing else is left, and the next step is the same to the bit."""
+    # rollout.colocated: between steps nothing else is left, and the next step is the same bit for bit.
     colocated = ("rollout.engine=sglang", "rollout.servers=1", "rollout.colocated=true")
 
     def run(*more):
@@ -262,9 +261,8 @@ def test_servers_on_the_same_device_have_all_memory_but_the_policys(make_trainer
 
 
 def test_gradients_are_reduced_during_the_backward_pass(make_trainer, monkeypatch):
-    """overlap_grad_reduce: from the second batch on, every bucket's reduction has begun when the backward
-    pass ends.
-    """
+    # overlap_grad_reduce: from the second batch on, every bucket's reduction has begun when the backward pass
+    # ends.
     overlap = [f"parallel.overlap_{what}=true" for what in ("grad_reduce", "param_gather")]
     trainer, groups = make_trainer(*overlap, "parallel.ddp_bucket_size=2000")
     (chunk,), begun = trainer.chunks, []

@@ -1,4 +1,4 @@
-"""Divergences and their closed-form gradients against float64 autograd, and their bounds."""
+"""Test divergences and their closed-form gradients against float64 autograd, and their bounds."""
 
 import math
 
@@ -8,6 +8,7 @@ from exact_vocab import WIDE, divergence, largest_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairwise import pairwise
+from tables import each_row
 from vocab_inputs import FULL
 
 from megatron_srpo.vocab_parallel.divergence import Divergence, divergence_on_tile
@@ -22,12 +23,12 @@ def logits(seed, rows=4, vocab_size=23, scale=2.0, dtype=WIDE):
 
 
 def on(kind, k, side="student"):
-    """`kind` on the top k of one side and a tail, or on the full support for k = None."""
+    """Return `kind` on the top k of one side and a tail, or on the full support for k = None."""
     return kind if k is None else kind._replace(support=f"{side}_topk", top_k=k)
 
 
 def ours(z_student, z_teacher, kind):
-    """(D, dD/dz) of the package on one shard that holds the whole vocabulary."""
+    """Return (D, dD/dz) of the package on one shard that holds the complete vocabulary."""
     logp, logq = z_student.log_softmax(1), z_teacher.log_softmax(1)
     return divergence_on_tile(logp, logq, kind, VocabShard(0, logp.shape[1], logp.shape[1]))
 
@@ -62,7 +63,7 @@ def test_value_and_gradient_everywhere(seed, scale, kind, k):
 
 @given(st.integers(0, 10**6), SHARP, st.sampled_from(FULL))
 @settings(deadline=None, max_examples=60)
-def test_top_k_of_the_whole_vocabulary_is_full(seed, scale, kind):
+def test_top_k_of_the_complete_vocabulary_is_full(seed, scale, kind):
     student, teacher = logits(seed, scale=scale)
     for k in (23, 24, 1000):
         for found, expected in zip(
@@ -74,7 +75,7 @@ def test_top_k_of_the_whole_vocabulary_is_full(seed, scale, kind):
 @given(st.integers(0, 10**6), SHARP, st.sampled_from([None, 1, 5]))
 @settings(deadline=None, max_examples=100)
 def test_bounds(seed, scale, k):
-    """0 ≤ JSD_½ ≤ ln 2 and KL ≥ 0; a coarser support never says more than the finer one (data processing)."""
+    # 0 ≤ JSD_½ ≤ ln 2 and KL ≥ 0; a coarser support never gives more than the finer one (data processing).
     student, teacher = logits(seed, scale=scale)
     for kind in FULL:
         value = ours(student, teacher, on(kind, k))[0]
@@ -96,7 +97,7 @@ def test_jsd_of_disjoint_distributions_is_ln_2():
 @given(st.integers(0, 10**6), SHARP)
 @settings(deadline=None, max_examples=60)
 def test_jsd_symmetry(seed, scale):
-    """JSD_½ does not know who is the teacher; JSD_α(p, q) = JSD_{1-α}(q, p)."""
+    # JSD_½ is symmetric in student and teacher; JSD_α(p, q) = JSD_{1-α}(q, p).
     student, teacher = logits(seed, scale=scale)
     for alpha in (0.5, 0.2):
         there = ours(student, teacher, Divergence("jsd", alpha))[0]
@@ -105,7 +106,7 @@ def test_jsd_symmetry(seed, scale):
 
 
 def test_forward_and_reverse_are_each_other_swapped():
-    """METHOD's convention: forward is KL(q‖p), reverse KL(p‖q), p the student."""
+    # METHOD's convention: forward is KL(q‖p), reverse KL(p‖q), p the student.
     p, q = torch.tensor([[0.5, 0.5]], dtype=WIDE), torch.tensor([[0.9, 0.1]], dtype=WIDE)
     q_over_p = 0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)
     p_over_q = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
@@ -118,7 +119,7 @@ def test_forward_and_reverse_are_each_other_swapped():
 
 
 def test_alpha_is_the_weight_of_the_teacher():
-    """m = (1-α)p + αq and ℓ = (1-α) KL(p‖m) + α KL(q‖m), by hand on two ids."""
+    # m = (1-α)p + αq and ℓ = (1-α) KL(p‖m) + α KL(q‖m), by hand on two ids.
     p, q, alpha = [0.5, 0.5], [0.9, 0.1], 0.25
     m = [0.6, 0.4]
     expected = sum(
@@ -129,16 +130,16 @@ def test_alpha_is_the_weight_of_the_teacher():
     assert value.item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("kind", FULL, ids=str)
+@each_row("kind", FULL)
 def test_gradient_sums_to_zero(kind):
-    """Adding a constant to all logits changes nothing."""
+    # Adding a constant to all logits changes nothing.
     student, teacher = logits(4)
     for k in (None, 5):
         gradient = ours(student, teacher, on(kind, k))[1]
         assert gradient.sum(1).abs().max() < 1e-14 and gradient.abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("kind", FULL, ids=str)
+@each_row("kind", FULL)
 def test_identical_distributions_have_divergence_and_gradient_zero(kind):
     for dtype, tolerance in ((WIDE, 1e-15), (torch.float32, 1e-6)):
         student = logits(5, scale=4.0, dtype=dtype)[0]
@@ -149,7 +150,7 @@ def test_identical_distributions_have_divergence_and_gradient_zero(kind):
 
 @pairwise(kind=FULL, k=[None, 1, 3], size=[50.0, 300.0, 1e4])
 def test_extreme_logits_stay_finite_and_right_in_fp32(kind, k, size):
-    """Certain student and certain teacher, agreeing or not: nothing may become inf or NaN."""
+    # One-hot student and one-hot teacher, agreeing or not: nothing may become inf or NaN.
     patterns = torch.tensor(
         [
             [1.0, -1.0, -1.0, -1.0, -1.0],
@@ -160,7 +161,7 @@ def test_extreme_logits_stay_finite_and_right_in_fp32(kind, k, size):
         ]
     )
     student, teacher = (size * patterns).repeat_interleave(5, 0), (size * patterns).repeat(5, 1)
-    student = student + torch.arange(5) * 1e-3 * size  # no ties: which ids are the top K is beyond doubt
+    student = student + torch.arange(5) * 1e-3 * size  # no ties: the top K is well defined
     kind = on(kind, k)
     value, gradient = ours(student, teacher, kind)
     expected, expected_gradient = reference(student, teacher, kind)
@@ -171,7 +172,7 @@ def test_extreme_logits_stay_finite_and_right_in_fp32(kind, k, size):
 
 
 def test_tail_bucket_with_next_to_no_mass():
-    """A student so sure that its tail underflows in fp32 (not only to 0: also to a denormal number)."""
+    # The student's distribution is so sharp that its tail underflows in fp32, to 0 or to a denormal number.
     student = torch.tensor([[40.0, -60.0, -65.0, -70.0], [120.0, 110.0, -5.0, -10.0], [90.0, 0.0, -1.0, 1.0]])
     teacher = torch.tensor([[0.0, 3.0, 2.0, 1.0]] * 3)
     for kind in FULL:

@@ -1,4 +1,4 @@
-"""Each function against float64 autograd over whole logits, in both forms, with both kernels."""
+"""Test each function against float64 autograd over complete logits, in both forms, with both kernels."""
 
 import math
 
@@ -23,7 +23,7 @@ from vocab_inputs import (
     Inputs,
     check,
     each_sort,
-    whole_logits,
+    full_logits,
 )
 
 from megatron_srpo.vocab_parallel import functional
@@ -97,7 +97,7 @@ def test_inside_expressions(expression, form):
 
 
 @pairwise(function=KINDS, form=FORMS, kernel=KERNELS, support=SUPPORTS[1:], top_k=[29, 1000])
-def test_top_k_of_the_whole_vocabulary_is_the_full_support(function, form, kernel, support, top_k):
+def test_top_k_of_the_complete_vocabulary_is_the_full_support(function, form, kernel, support, top_k):
     inputs = Inputs(form)
     full = inputs.ours(inputs.weighted(function), kernel=kernel)
     found = inputs.ours(inputs.weighted(function.on(support, top_k)), kernel=kernel)
@@ -106,9 +106,9 @@ def test_top_k_of_the_whole_vocabulary_is_the_full_support(function, form, kerne
 
 @pairwise(form=FORMS, kernel=KERNELS)
 def test_samples_are_unbiased(form, kernel):
-    """Weighted with the probability of each y, values and gradients add up to those of the reverse KL."""
+    # Weighted with the probability of each y, values and gradients add up to those of the reverse KL.
     inputs = Inputs(form)
-    logp, logq = (torch.log_softmax(whole_logits(x, 29), -1) for x in (inputs.student, inputs.teacher))
+    logp, logq = (torch.log_softmax(full_logits(x, 29), -1) for x in (inputs.student, inputs.teacher))
     value, total = torch.zeros(7, dtype=WIDE), [torch.zeros_like(x) for x in inputs.student]
     for y in range(29):
         inputs.targets = torch.full((7,), y)
@@ -133,7 +133,7 @@ def test_fp32(function, support, form, kernel):
 
 @pairwise(function=SORTS, form=FORMS, kernel=KERNELS)
 def test_bf16(function, form, kernel):
-    """Products in fp32; 8300 columns are more than are upcast at a time."""
+    # Products in fp32; 8300 columns are more than are upcast at a time.
     inputs = Inputs(form, 6, 8300, 8320, width=32, dtype=torch.bfloat16, scale=0.35, interpolation=0.25)
     if form == "logits":  # no ties among the top K
         for start, tensor in zip((0, 15, 15), (*inputs.student, *inputs.teacher_tensors), strict=True):
@@ -160,7 +160,7 @@ def test_forms_and_dtypes_of_student_and_teacher_may_differ(dtype):
 )
 def test_entropy_of_a_teacher_is_a_constant(form, interpolation, temperature, tile_tokens, ignores):
     inputs = Inputs(form, interpolation=interpolation)
-    logits = whole_logits(inputs.teacher, 29)
+    logits = full_logits(inputs.teacher, 29)
     expected = exact_vocab.entropy(torch.log_softmax(logits / temperature, -1))
     for tensor in inputs.teacher_tensors:
         tensor.requires_grad_()
@@ -175,7 +175,7 @@ def test_entropy_of_a_teacher_is_a_constant(form, interpolation, temperature, ti
 
 @pairwise(function=SORTS[2:], form=FORMS, interpolation=[0.0, 1.0], is_broken=[False, True])
 def test_interpolation_of_0_and_1(function, form, interpolation, is_broken):
-    """The source that has no part may even hold -inf."""
+    # The source with weight 0 may even hold -inf.
     inputs = Inputs(form, interpolation=interpolation)
     reference, policy, _ = inputs.teacher
     pure, spare = (reference, policy) if interpolation == 0 else (policy, reference)
@@ -266,7 +266,7 @@ def test_ignored_tokens_of_an_objective(function, skipped, form, kernel):
 
 
 def _extreme_logits():
-    """Logits of ±10⁴: mixed, or all on one id (hot), or on all but one (cold); and ordinary ones."""
+    """Return logits of ±10⁴: mixed, all on one id (hot), on all but one (cold); and ordinary ones."""
     generator, ids = torch.Generator().manual_seed(1), torch.arange(20)
     return {
         "mixed": 1e4 * torch.randint(-1, 2, (20, 20), generator=generator) + ids / 32,
@@ -329,7 +329,7 @@ def test_student_equal_to_teacher_has_value_and_gradient_zero(
 
 @pairwise(function=SORTS, kernel=KERNELS, dtype=[torch.float32, WIDE])
 def test_ids_of_probability_0(function, kernel, dtype):
-    """Columns of -inf, for the student, the teacher or both, as long as the divergence is finite."""
+    # Columns of -inf, for the student, the teacher or both, as long as the divergence is finite.
     for of_student, of_teacher in (
         ([], [4, 5, 6, 7, 8]),
         ([3, 4, 5, 6], []),
@@ -362,7 +362,7 @@ def _check_impossible(function, kernel, dtype, of_student, of_teacher):
 
 @pairwise(function=KINDS, support=SUPPORTS[1:], top_k=[2, 3, 28], kernel=KERNELS)
 def test_head_that_holds_every_possible_id(function, support, top_k, kernel):
-    """The tail bucket is empty, or the head has ids of probability 0."""
+    # The tail bucket is empty, or the head has ids of probability 0.
     inputs = Inputs("logits")
     inputs.student.logits[:, 3:] = inputs.teacher.logits[:, 3:] = -math.inf
     inputs.targets %= 3

@@ -1,9 +1,10 @@
-"""Autograd through the functional form: graphs, strides, buffers, and arguments that do not fit."""
+"""Test autograd through the functional form: graphs, strides, buffers, and invalid arguments."""
 
 import pytest
 import torch
 from exact_vocab import WIDE, norm_error
 from pairwise import pairwise
+from tables import each_row
 from torch.utils._python_dispatch import TorchDispatchMode
 from vocab_inputs import (
     DIVERGENCES,
@@ -75,7 +76,7 @@ def _loss_of(student, inputs):
 
 
 def test_an_objective_cannot_be_differentiated_again():
-    """Its gradients exist once: a second backward is a RuntimeError, never a wrong gradient."""
+    # Its gradients exist once: a second backward is a RuntimeError, never a wrong gradient.
     inputs = Inputs("projection")
     loss = _loss_of(inputs.leaves(), inputs)
     loss.backward(retain_graph=True)
@@ -151,7 +152,7 @@ def test_weight_gradient_into_a_buffer(dtype):
 GOOD, SHARD, IDS = Logits(torch.zeros(3, 8)), VocabShard(0, 7, 7), torch.zeros(3, dtype=torch.int64)
 
 
-@pytest.mark.parametrize(
+@each_row(
     "function, arguments, options, message",
     [
         ("log_prob", (GOOD, IDS + 7, SHARD), {}, "targets: ids from 7 to 7 at 3 positions"),

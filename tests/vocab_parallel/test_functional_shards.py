@@ -1,4 +1,7 @@
-"""`functional` with the vocabulary on 1, 2 and 4 ranks against unsharded float64; errors reach every rank."""
+"""Test `functional` with the vocabulary on 1, 2 and 4 ranks against unsharded float64.
+
+Errors must reach every rank.
+"""
 
 import datetime
 import math
@@ -11,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from exact_vocab import WIDE, norm_error
 from pairwise import combinations
+from tables import each_row
 from vocab_inputs import DIVERGENCES, ENTROPY, KERNELS, LOG_PROB, SAMPLED_KL, Inputs
 
 from megatron_srpo.vocab_parallel import functional
@@ -40,7 +44,7 @@ CASES = combinations(FUNCTIONS, FORMS, TOLERANCE, LAYOUTS, KERNELS)
 CASES += [(function, "projection", torch.float32, (3001,), "cpu") for function in FUNCTIONS[3:5]]
 
 
-def whole_inputs(form: str, dtype: torch.dtype, impossible: float = -math.inf) -> Inputs:
+def unsharded_inputs(form: str, dtype: torch.dtype, impossible: float = -math.inf) -> Inputs:
     """Return eight tokens, two of them ignored, of all columns; barred columns have logits `impossible`."""
     kind = "projection" if form == "projection" else "logits"
     inputs = Inputs(kind, 8, VOCABULARY, VOCABULARY, width=32, dtype=dtype, scale=0.35, interpolation=0.25)
@@ -48,7 +52,7 @@ def whole_inputs(form: str, dtype: torch.dtype, impossible: float = -math.inf) -
         for tensor in (*inputs.student, *inputs.teacher_tensors):
             tensor[:, BARRED[form]] = impossible
         inputs.targets %= BARRED[form].start
-    inputs.upstream = inputs.upstream.abs()  # sums of it are not small beside their addends
+    inputs.upstream = inputs.upstream.abs()  # its sums are not small compared with their addends
     inputs.ignored = torch.tensor([2, 7])
     return inputs
 
@@ -68,7 +72,7 @@ def columns_of(source, start: int, width: int):
 def run_case(rank: int, groups: dict, case: tuple):
     """Return this rank's values and gradients without padding; hidden gradients are summed over the ranks."""
     function, form, dtype, widths, kernel = case
-    inputs, ranks = whole_inputs(form, dtype), len(widths)
+    inputs, ranks = unsharded_inputs(form, dtype), len(widths)
     position, targets = rank % ranks, inputs.targets.clone()
     targets[inputs.ignored] = IGNORED
     start, width = sum(widths[:position]), widths[position]
@@ -166,7 +170,7 @@ def make_mistakes(rank: int, groups: dict) -> dict:
     """Return, for each mistake, the error, the expected message, and whether the next valid call is right."""
     reference, results = call(rank, groups[4]), {}
     for name in mistakes(rank, groups, groups[4]):
-        # a group of its own: a mistake that hangs is seen, and spoils no other
+        # a group of its own, so that a mistake that hangs is detected and affects no other
         group = dist.new_group(range(RANKS), timeout=datetime.timedelta(seconds=15))
         changes, expected = mistakes(rank, groups, group)[name]
         try:
@@ -200,17 +204,18 @@ def run_rank(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def of_ranks(tmp_path_factory):
-    """Every rank's results of every case, and its error for every mistake."""
+    """Return every rank's results of every case, and its error for every mistake."""
     folder = tmp_path_factory.mktemp("shards")
     mp.spawn(run_rank, (str(folder),), nprocs=RANKS)
     return [torch.load(folder / str(rank), weights_only=True) for rank in range(RANKS)]
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=lambda i: "-".join(map(str, CASES[i])))
-def test_shards_agree_with_the_whole(of_ranks, index):
-    """Within rounding of unsharded float64, and the same bits on all ranks."""
+def test_shards_agree_with_the_unsharded_result(of_ranks, index):
+    # Within rounding of unsharded float64, and the same bits on all ranks.
     function, form, dtype, layout, kernel = CASES[index]
-    inputs = whole_inputs(form, dtype, impossible=-1e4)  # as impossible in float64, and no NaN in autograd
+    # -1e4 is as impossible in float64 as -inf, without NaN in autograd.
+    inputs = unsharded_inputs(form, dtype, impossible=-1e4)
     weights = inputs.upstream.index_fill(0, inputs.ignored, 0.0)
     expected, gradients = inputs.exact(lambda f: f(function) * weights, TEMPERATURE)
     # plain torch computes its tail bucket in fp32: twice as far
@@ -236,7 +241,7 @@ def test_shards_agree_with_the_whole(of_ranks, index):
         assert all(norm_error(x, y) <= tolerance for x, y in zip(ours, gradients, strict=True))
 
 
-@pytest.mark.parametrize("mistake", mistakes(0, {2: None}, None))
+@each_row("mistake", mistakes(0, {2: None}, None))
 def test_a_mistake_is_an_error_on_every_rank(of_ranks, mistake):
     for _, results in of_ranks:
         raised, expected, is_right = results[mistake]
@@ -268,6 +273,6 @@ def run_pair(rank: int, folder: str, mistake: str) -> None:
 
 @pytest.mark.parametrize("mistake", ["ignored tokens", "float64", "tile_tokens"])
 def test_sizes_of_exchanged_tensors_are_checked(tmp_path, mistake):
-    """Gloo ends the process where they differ, NCCL waits: so a launch for each."""
+    # Gloo ends the process where they differ, NCCL waits: so each needs its own launch.
     mp.spawn(run_pair, (str(tmp_path), mistake), nprocs=2)
     assert all((tmp_path / str(rank)).read_text() for rank in range(2))

@@ -1,4 +1,4 @@
-"""The fused pass against whole-matrix float64 autograd: values, statistics and both gradients."""
+"""Test the fused pass against float64 autograd on full matrices: values, statistics, both gradients."""
 
 import math
 
@@ -8,6 +8,7 @@ from exact_vocab import WIDE, largest_error, log_softmax
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairwise import pairwise
+from tables import each_row
 from vocab_inputs import FULL, KERNELS, SAMPLED, SUPPORTS, FusedCase, assert_close
 
 from megatron_srpo.vocab_parallel.divergence import Divergence
@@ -57,7 +58,7 @@ def test_no_tokens_at_all(kernel):
 
 
 def test_teacher_of_no_tokens_is_no_teacher():
-    """D = 0 may also come as tensors with no rows."""
+    # D = 0 may also come as tensors with no rows.
     case = FusedCase(5, 0)
     teacher = Projection(case.hidden[:0], case.weight)
     student = Projection(case.hidden, case.weight)
@@ -123,7 +124,7 @@ def test_statistics_of_fp32_are_close_to_float64_token_by_token():
 
 @pairwise(divergence=[SORTS[0], SORTS[2], SORTS[3]], kernel=KERNELS)
 def test_bf16_inputs(divergence, kernel):
-    """Products in bf16, everything after them in fp32: close to float64 on the same rounded inputs."""
+    # Products in bf16, everything after them in fp32: close to float64 on the same rounded inputs.
     case = FusedCase(24, 12, 100, 112, width=16, dtype=torch.bfloat16)
     found = case.fused(divergence, kernel=kernel)
     assert [x.dtype for x in found[0]] == [torch.float32, torch.bfloat16, torch.bfloat16]
@@ -174,7 +175,7 @@ def test_inputs_are_not_changed(kernel):
 
 @pairwise(divergence=SORTS, dtype=[torch.float32, torch.bfloat16], kernel=KERNELS)
 def test_student_equal_to_teacher_has_loss_and_gradient_zero(divergence, dtype, kernel):
-    """Exactly zero, not zero within rounding."""
+    # Exactly zero, not zero within rounding.
     case = FusedCase(9, 9, dtype=dtype)
     case.teacher_hidden, case.teacher_weight = case.hidden.clone(), case.weight.clone()
     case.only_divergence()
@@ -185,7 +186,7 @@ def test_student_equal_to_teacher_has_loss_and_gradient_zero(divergence, dtype, 
 
 @pairwise(divergence=SORTS, kernel=KERNELS)
 def test_extreme_logits_in_fp32(divergence, kernel):
-    """Logits of ±10⁴: finite, and float64's values within the rounding of terms that cancel."""
+    # Logits of ±10⁴: finite, and float64's values within the rounding of terms that cancel.
     generator = torch.Generator().manual_seed(3)
     case = FusedCase(12, 12, 20, 24, width=4, dtype=torch.float32)
     case.weight[:20] = torch.randint(-3, 4, (20, 4), generator=generator).float()
@@ -220,9 +221,9 @@ def test_score_agrees(dtype, temperature, kernel):
 def test_score_of_several_tiles():
     case = FusedCase(50, 0)
     source = Projection(case.hidden, case.weight)
-    whole = score(source, case.targets, SHARD)
+    untiled = score(source, case.targets, SHARD)
     tiled = score(source, case.targets, SHARD, memory=1)  # tiles of 16, the smallest
-    for ours, theirs in zip(tiled, whole, strict=True):
+    for ours, theirs in zip(tiled, untiled, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -234,7 +235,7 @@ def test_score_of_nothing():
 
 @either_kernel
 def test_score_without_targets(kernel):
-    """Log-probs are zeros then; entropies are the same."""
+    # The log-probs are then zeros; entropies are the same.
     case = FusedCase()
     source = Projection(case.hidden, case.weight)
     found = score(source, None, SHARD, kernel=kernel)
@@ -243,12 +244,12 @@ def test_score_without_targets(kernel):
 
 
 def test_teacher_entropy_is_of_the_full_vocabulary():
-    """Uniform teacher: H = log V, for any padding."""
+    # Uniform teacher: H = log V, for any padding.
     found = score(Projection(torch.zeros(3, 8), torch.ones(32, 8)), None, SHARD)
     assert found.entropy.tolist() == pytest.approx([math.log(29)] * 3)
 
 
-@pytest.mark.parametrize(
+@each_row(
     "rank, padded_width, vocab_size, expected",
     [
         (0, 32, 29, (0, 29)),
@@ -283,7 +284,7 @@ def _zeros(*shape, dtype=WIDE, **options):
     return torch.zeros(*shape, dtype=dtype, **options)
 
 
-@pytest.mark.parametrize(
+@each_row(
     "changes, message",
     [
         ({"hidden": _zeros(13, 7)}, r"hidden \[13, 7\] and weight \[32, 8\]"),

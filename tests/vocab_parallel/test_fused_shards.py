@@ -1,4 +1,7 @@
-"""Three processes, each with its part of the vocabulary, against unsharded float64; one launch for all."""
+"""Test three processes, each with its part of the vocabulary, against unsharded float64.
+
+There is one launch for all cases.
+"""
 
 import pytest
 import torch
@@ -70,14 +73,14 @@ def run_rank(rank: int, store: str, results: str) -> None:
 
 @pytest.fixture(scope="module")
 def of_ranks(tmp_path_factory):
-    """Every rank's results of every case."""
+    """Return every rank's results of every case."""
     folder = tmp_path_factory.mktemp("shards")
     mp.spawn(run_rank, (str(folder / "store"), str(folder / "results")), nprocs=RANKS)
     return torch.load(folder / "results", weights_only=True)
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=lambda i: "-".join(map(str, CASES[i])))
-def test_shards_agree_with_the_whole(of_ranks, index):
+def test_shards_agree_with_the_unsharded_result(of_ranks, index):
     padded_width, divergence, (support, top_k), _, distilled = CASES[index]
     results = [saved[index] for saved in of_ranks]
     (loss, hidden_grad, _), statistics = results[0]
@@ -100,7 +103,7 @@ def test_score_on_shards(of_ranks, padded_width):
 
 @pytest.mark.parametrize("padded_width", PADDED_WIDTHS)
 def test_top_tokens_on_shards(of_ranks, padded_width):
-    """Twenty ids are more than some shards hold."""
+    # Twenty ids are more than some shards hold.
     case = fused_case(padded_width)
     logp = torch.log_softmax(case.hidden @ case.weight[:VOCABULARY].t() / 0.7, dim=1)
     expected = logp.topk(20, dim=1)

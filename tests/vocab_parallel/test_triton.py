@@ -1,6 +1,4 @@
-"""The Triton kernels, run by Triton's interpreter on the CPU and compiled for an H100 that need not be
-there.
-"""
+"""Test the Triton kernels: interpreted on the CPU, and compiled for an H100 that need not be present."""
 
 import os
 import subprocess
@@ -48,7 +46,7 @@ def test_every_divergence(divergence):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES[:4], ids=str)
 def test_rows_of_several_blocks(divergence):
-    """Running maxima and sums over blocks of 4096 columns, the last one partly filled."""
+    # Running maxima and sums over blocks of 4096 columns, the last one partly filled.
     case = FusedCase(4, 2, 9001, 9008, dtype=torch.float32)
     assert_close(case.fused(divergence, **TRITON), case.exact(divergence), FP32)
 
@@ -104,7 +102,7 @@ def test_extremes_against_plain_torch(divergence):
 
 
 def test_nan_is_not_hidden():
-    """A NaN logit must reach the loss, where the trainer sees it: comparisons and maxima tend to lose it."""
+    # A NaN logit must reach the loss, where the trainer sees it: comparisons and maxima tend to lose it.
     case = FusedCase(dtype=torch.float32)
     case.hidden[3, 2] = float("nan")
     (loss, hidden_grad, _), statistics = case.fused(**TRITON)
@@ -160,7 +158,7 @@ def products_of_cuda(monkeypatch, request):
 
 
 def test_products_of_bf16_matrices(products_of_cuda):
-    """Over several blocks of columns and tiles: fp32 results, of which only the gradients are rounded."""
+    # Over several blocks of columns and tiles: fp32 results, of which only the gradients are rounded.
     case = FusedCase(9, 5, 9001, 9008, width=16, dtype=torch.bfloat16)
     found = case.fused(temperature=0.7, tile_tokens=4, **TRITON)
     expected = case.exact(temperature=0.7)
@@ -209,7 +207,8 @@ compile(triton_ops._gradient, gradient="*fp32", ALPHA=0.5, DIVERGENCE=0, ENTROPY
 
 
 def test_kernels_compile_for_an_h100(tmp_path):
-    """To machine code, by the ptxas that Triton brings: the compiler is stricter than the interpreter."""
+    # Compiled to machine code by the ptxas that ships with Triton: the compiler is stricter than the
+    # interpreter.
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
     done = subprocess.run(
         [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=300

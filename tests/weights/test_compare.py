@@ -1,4 +1,4 @@
-"""verify_checkpoint: what is equal, what differs and by how much, and its exit status."""
+"""Test verify_checkpoint: equal and different models, the size of differences, and the exit status."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from _compare import LOGIT_TOKENS, difference, logits
 from _folders import open_tensors
 from safetensors.torch import load_file, save_file
+from tables import each_row
 from test_convert import there, tool
 from tiny import make_model, save_folder
 from transformers import AutoModelForCausalLM
@@ -21,7 +22,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
-    """hf: a Qwen3-MoE and qwen3: a dense one; -megatron: converted."""
+    """Return a folder with hf (a Qwen3-MoE) and qwen3 (a dense one); -megatron: converted."""
     root = tmp_path_factory.mktemp("pristine")
     for name, family in (("qwen3", "qwen3"), ("moe", "qwen3_moe")):
         save_folder(root / name, make_model(family, vocab_size=261))
@@ -34,7 +35,7 @@ def verify(*arguments) -> int:
 
 
 def changed(source, target, change):
-    """A copy of the folder whose tensors `change` was applied to."""
+    """Return a copy of the folder with `change` applied to its tensors."""
     shutil.copytree(source, target)
     tensors = load_file(target / "model.safetensors")
     change(tensors)
@@ -52,7 +53,7 @@ def test_equal_in_any_format(pristine, capsys):
 
 @pytest.mark.parametrize("name", ["qwen3", "moe"])
 def test_logits_are_those_of_the_hf_folder(pristine, name):
-    """From a Megatron folder's tensors, against transformers' own loading."""
+    # From a Megatron folder's tensors, against transformers' own loading.
     source = MegatronTensors(pristine / f"{name}-megatron", HFFolder(pristine / name).architecture)
     ids = torch.randint(0, 261, LOGIT_TOKENS, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -101,7 +102,7 @@ def test_what_cannot_be_read(pristine, tmp_path, capsys):
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.mark.parametrize(
+@each_row(
     "first, second, expected",
     [
         ([1.0, 2.0], [1.0, 2.5], (0.5, 0.25, 1)),

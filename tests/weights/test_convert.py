@@ -1,6 +1,4 @@
-"""The converter programs: round trips by one process and by two, dtypes, padding, and what is told of bad
-input.
-"""
+"""Test the converter programs: round trips by one and two processes, dtypes, padding, error messages."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ EMBEDDING = "embedding.word_embeddings.weight"
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
-    """hf: a tied Qwen3 in fp32, vocabulary 261; megatron: the same, converted."""
+    """Return a folder with hf (a tied Qwen3 in fp32, vocabulary 261) and megatron (converted from it)."""
     root = tmp_path_factory.mktemp("pristine")
     save_folder(root / "hf", make_model(vocab_size=261))
     assert tool("convert_hf_to_megatron", "--hf-path", root / "hf", "--output", root / "megatron") == 0
@@ -38,18 +36,18 @@ def pristine(tmp_path_factory):
 
 @pytest.fixture
 def hf(pristine, tmp_path):
-    """A copy to damage."""
+    """Return a copy to damage."""
     return shutil.copytree(pristine / "hf", tmp_path / "hf")
 
 
 @pytest.fixture
 def megatron(pristine, tmp_path):
-    """A copy to damage."""
+    """Return a copy to damage."""
     return shutil.copytree(pristine / "megatron", tmp_path / "megatron")
 
 
 def tool(name: str, *arguments) -> int:
-    """The program's exit status, run in this process."""
+    """Run the program in this process; return its exit status."""
     before, sys.argv = sys.argv, [name, *map(str, arguments)]
     sys.path.insert(0, str(TOOLS))  # as for a program that is started: its neighbours can be imported
     try:
@@ -79,8 +77,8 @@ def back(source: Path, reference: Path, output: Path, *more) -> int:
     )
 
 
-def told(capsys) -> str:
-    """The one line on standard error that says what is wrong."""
+def error_line(capsys) -> str:
+    """Return the one line on standard error that says what is wrong."""
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     return lines[0]
@@ -93,13 +91,13 @@ def edit_tensors(folder: Path, change) -> None:
 
 
 def edit_metadata(folder: Path, change) -> None:
-    whole = pickle.loads((folder / ".metadata").read_bytes())
-    change(whole.state_dict_metadata)
-    (folder / ".metadata").write_bytes(pickle.dumps(whole))
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    change(metadata.state_dict_metadata)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
 def same(first: Path, second: Path) -> bool:
-    """Whether the folders hold the same tensors, bit for bit, in however many files."""
+    """Return whether the folders hold the same tensors, bit for bit, in any number of files."""
     one, other = (
         {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
         for folder in (first, second)
@@ -129,7 +127,7 @@ def test_round_trip_of_each_family(tmp_path, family):
 
 
 def test_two_processes_write_what_one_does(pristine, tmp_path):
-    """Each its share: files of like size; what they hold is the same."""
+    # Each writes its share: files of similar size, with the same content.
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     commands = [
         ["convert_hf_to_megatron.py", "--hf-path", pristine / "hf", "--output", tmp_path / "megatron"],
@@ -203,7 +201,7 @@ def test_the_folder_that_megatron_lm_names(pristine, tmp_path, tracker, name):
 
 
 def test_a_converted_folder_is_its_own_reference(pristine, tmp_path):
-    """What comes back holds nothing by which it would be taken for Megatron's."""
+    # The result holds nothing by which it would be taken for Megatron's.
     megatron, output = pristine / "megatron", tmp_path / "hf"
     assert (
         tool(
@@ -222,7 +220,7 @@ def test_a_tracker_that_names_nothing(pristine, tmp_path, capsys, written):
     assert "expected an iteration or 'release'" in capsys.readouterr().err
 
 
-def test_nan_is_told_and_kept(hf, tmp_path, capsys):
+def test_nan_is_reported_and_kept(hf, tmp_path, capsys):
     edit_tensors(hf, lambda tensors: tensors["model.norm.weight"][3:5].fill_(torch.nan))
     assert there(hf, tmp_path / "megatron") == 0
     assert "warning: model.norm.weight: 2 of 64 elements are NaN" in capsys.readouterr().err
@@ -255,7 +253,7 @@ def test_bad_tensors_in_the_hf_folder(hf, tmp_path, capsys, fault):
     change, words = HF_FAULTS[fault]
     edit_tensors(hf, change)
     assert there(hf, tmp_path / "out") == 2
-    message = told(capsys)
+    message = error_line(capsys)
     assert all(word in message for word in words), message
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
@@ -264,24 +262,24 @@ def test_a_truncated_hf_file(hf, tmp_path, capsys):
     file = hf / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     assert there(hf, tmp_path / "out") == 2
-    assert str(file) in told(capsys)
+    assert str(file) in error_line(capsys)
 
 
 def test_an_architecture_that_is_not_supported(hf, tmp_path, capsys):
     config = json.loads((hf / "config.json").read_text())
     (hf / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
     assert there(hf, tmp_path / "out") == 2
-    message = told(capsys)
+    message = error_line(capsys)
     assert "config.json" in message and "'mamba'" in message and "qwen3_moe" in message
 
 
 def set_size(entries: dict, key: str, shape) -> None:
-    """Another size, with pieces that lie within it."""
+    """Set another size, with pieces that lie within it."""
     entries[key].size = torch.Size(shape)
     for piece in entries[key].chunks:
         piece.sizes = torch.Size(
-            min(size, whole - start)
-            for size, whole, start in zip(piece.sizes, shape, piece.offsets, strict=True)
+            min(size, length - start)
+            for size, length, start in zip(piece.sizes, shape, piece.offsets, strict=True)
         )
 
 
@@ -299,23 +297,23 @@ def test_bad_tensors_in_the_checkpoint(pristine, megatron, tmp_path, capsys, fau
     change, words = MEGATRON_FAULTS[fault]
     edit_metadata(megatron, change)
     assert back(megatron, pristine / "hf", tmp_path / "out") == 2
-    message = told(capsys)
+    message = error_line(capsys)
     assert all(word in message for word in [str(megatron), *words]), message
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
 def test_an_unexpected_tensor_in_the_checkpoint(tmp_path, capsys):
-    """An untied model's output matrix, where the reference says tied."""
+    # An untied model's output matrix, though the reference says tied.
     save_folder(tmp_path / "untied", make_model(tied=False))
     save_folder(tmp_path / "tied", make_model(tied=True))
     assert there(tmp_path / "untied", tmp_path / "megatron") == 0
     assert back(tmp_path / "megatron", tmp_path / "tied", tmp_path / "out") == 2
-    assert "unexpected tensor output_layer.weight" in told(capsys)
+    assert "unexpected tensor output_layer.weight" in error_line(capsys)
 
 
-def test_a_checkpoint_that_is_none(pristine, tmp_path, capsys):
+def test_a_folder_that_is_no_checkpoint(pristine, tmp_path, capsys):
     assert back(pristine / "hf", pristine / "hf", tmp_path / "out") == 2
-    assert "metadata.json" in told(capsys)
+    assert "metadata.json" in error_line(capsys)
 
 
 def test_a_teacher_where_there_is_none(pristine, tmp_path, capsys):
@@ -328,7 +326,7 @@ def test_a_teacher_where_there_is_none(pristine, tmp_path, capsys):
         tmp_path / "out",
     )
     assert tool("convert_megatron_to_hf", *arguments, "--weights", "teacher") == 2
-    assert "is no training run's folder" in told(capsys)
+    assert "is no training run's folder" in error_line(capsys)
 
 
 def either_way(direction: str, pristine: Path, output: Path) -> int:
@@ -344,7 +342,7 @@ def test_an_output_folder_that_is_not_empty(pristine, tmp_path, capsys, directio
     output = tmp_path / "out"
     output.mkdir()
     (output / "precious").write_text("mine")
-    assert either_way(direction, pristine, output) == 2 and "not an empty folder" in told(capsys)
+    assert either_way(direction, pristine, output) == 2 and "not an empty folder" in error_line(capsys)
     assert [file.name for file in output.iterdir()] == ["precious"] and not (
         tmp_path / "out.partial"
     ).exists()
@@ -353,19 +351,19 @@ def test_an_output_folder_that_is_not_empty(pristine, tmp_path, capsys, directio
 def test_what_a_killed_attempt_left_is_named(pristine, tmp_path, capsys):
     (tmp_path / "out.partial").mkdir()
     assert there(pristine / "hf", tmp_path / "out") == 2
-    assert str(tmp_path / "out.partial") in told(capsys) and (tmp_path / "out.partial").exists()
+    assert str(tmp_path / "out.partial") in error_line(capsys) and (tmp_path / "out.partial").exists()
 
 
 @pytest.mark.parametrize("direction", ["there", "back"])
 def test_a_full_disk(pristine, tmp_path, capsys, direction):
-    """A limit on the size of files stands for it: writing fails half-way, and nothing is left."""
+    # Simulated by a limit on the size of files: writing fails half-way, and nothing is left.
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
     try:
         status = either_way(direction, pristine, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    message = told(capsys)
+    message = error_line(capsys)
     assert (
         status == 2
         and "cannot be written" in message

@@ -1,4 +1,4 @@
-"""The streaming safetensors writer, read back by safetensors itself."""
+"""Test the streaming safetensors writer by reading its files with safetensors itself."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ def test_safetensors_reads_what_was_written_in_any_order(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, tensor, told",
+    "name, tensor, message",
     [
         ("other", torch.zeros(5), "announced"),
         ("odd", torch.zeros(5), "int8"),
         ("odd", torch.zeros(6, dtype=torch.int8), "(6,)"),
     ],
 )
-def test_what_was_not_announced_is_refused(tmp_path, name, tensor, told):
+def test_what_was_not_announced_is_refused(tmp_path, name, tensor, message):
     writer = Writer(tmp_path / "x.safetensors", ANNOUNCED)
     with pytest.raises(ValueError, match="x.safetensors") as caught:
         writer.write(name, tensor)
-    assert name in str(caught.value) and told in str(caught.value)
+    assert name in str(caught.value) and message in str(caught.value)
 
 
 def test_a_tensor_twice_or_never(tmp_path):

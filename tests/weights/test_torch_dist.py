@@ -1,4 +1,4 @@
-"""torch_dist folders that are not as they should be, what the messages name, pickles that must not run."""
+"""Test damaged torch_dist folders, the messages that name the damage, and pickles that must not run."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_srpo.distributed.files import FileError
 from megatron_srpo.weights.torch_dist import Folder, RankFile, Writer, write_metadata
 
-WHOLE = torch.arange(48, dtype=torch.float32).reshape(2, 6, 4)
+STACK = torch.arange(48, dtype=torch.float32).reshape(2, 6, 4)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """`stack` [2, 6, 4] from two ranks: layer 0 in two pieces by different ranks, layer 1 whole; `plain` [3]
-    in bfloat16.
+    """Write `stack` [2, 6, 4] from two ranks and `plain` [3] in bfloat16.
+
+    Layer 0 of the stack is in two pieces by different ranks, layer 1 in one.
     """
     path = tmp_path / "checkpoint"
     path.mkdir()
     first, second = Writer(path, 0), Writer(path, 1)
-    first.write("stack", WHOLE[0, :2], (2, 6, 4), (0, 0, 0))
-    second.write("stack", WHOLE[0, 2:], (2, 6, 4), (0, 2, 0))
-    second.write("stack", WHOLE[1], (2, 6, 4), (1, 0, 0))
+    first.write("stack", STACK[0, :2], (2, 6, 4), (0, 0, 0))
+    second.write("stack", STACK[0, 2:], (2, 6, 4), (0, 2, 0))
+    second.write("stack", STACK[1], (2, 6, 4), (1, 0, 0))
     first.write("plain", torch.tensor([1, 2, 3]).bfloat16(), (3,), (0,))
     files = [RankFile.from_json(writer.close().to_json()) for writer in (first, second)]
     write_metadata(path, files, ["a._extra_state/shard_0_1"])
@@ -49,20 +50,20 @@ def refusal(path) -> str:
 
 
 def edit_metadata(path, change) -> None:
-    whole = pickle.loads((path / ".metadata").read_bytes())
-    change(whole)
-    (path / ".metadata").write_bytes(pickle.dumps(whole))
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    change(metadata)
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
 def test_parts_are_put_together(folder):
     opened = Folder(folder)
     assert set(opened.chunks) == {"stack", "plain"} and opened.shape("stack") == (2, 6, 4)
     assert opened.dtype("plain") == torch.bfloat16
-    assert torch.equal(opened.read("stack"), WHOLE)
-    assert torch.equal(opened.read("stack", (0,)), WHOLE[0]) and torch.equal(
-        opened.read("stack", (1,)), WHOLE[1]
+    assert torch.equal(opened.read("stack"), STACK)
+    assert torch.equal(opened.read("stack", (0,)), STACK[0]) and torch.equal(
+        opened.read("stack", (1,)), STACK[1]
     )
-    assert torch.equal(opened.read("stack", (1, 4)), WHOLE[1, 4])
+    assert torch.equal(opened.read("stack", (1, 4)), STACK[1, 4])
 
 
 def test_torchs_reader_knows_where_things_lie(folder):
@@ -72,7 +73,7 @@ def test_torchs_reader_knows_where_things_lie(folder):
 
 
 def test_a_transposed_tensor_that_torch_saved(tmp_path):
-    """torch keeps the strides of what it is given."""
+    # torch keeps the strides of its input.
     tensor = torch.arange(12.0).reshape(3, 4).t()
     save({"t": tensor}, checkpoint_id=tmp_path / "x", no_dist=True)
     (tmp_path / "x" / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist"}))
@@ -80,7 +81,7 @@ def test_a_transposed_tensor_that_torch_saved(tmp_path):
 
 
 class Evil:
-    """Makes a folder when it is unpickled."""
+    """Make a folder when unpickled."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -89,10 +90,10 @@ class Evil:
         return os.mkdir, (str(self.folder),)
 
 
-@pytest.mark.parametrize("place", ["whole", "planner_data", "storage_meta"])
+@pytest.mark.parametrize("place", ["metadata", "planner_data", "storage_meta"])
 def test_a_pickle_that_runs_code_is_refused_unrun(folder, tmp_path, place):
     evil = Evil(tmp_path / "pwned")
-    if place == "whole":
+    if place == "metadata":
         (folder / ".metadata").write_bytes(pickle.dumps(evil))
     else:
         edit_metadata(folder, lambda metadata: setattr(metadata, place, evil))
@@ -118,7 +119,7 @@ def test_a_tensor_that_runs_code_is_refused_unrun(folder, tmp_path):
 @pytest.mark.parametrize(
     "content", [b"", b"junk", pickle.dumps({"a": 1}), pickle.dumps(Metadata({}, None, None))[:40]]
 )
-def test_metadata_that_is_none(folder, content):
+def test_invalid_metadata(folder, content):
     (folder / ".metadata").write_bytes(content)
     assert ".metadata" in refusal(folder)
 
@@ -186,8 +187,8 @@ def test_another_dtype_than_announced(folder):
     ids=str,
 )
 def test_impossible_places_are_refused(folder, place):
-    def change(whole):
-        for stored in whole.storage_data.values():
+    def change(metadata):
+        for stored in metadata.storage_data.values():
             vars(stored).update(place)
 
     edit_metadata(folder, change)
@@ -198,21 +199,23 @@ def test_impossible_places_are_refused(folder, place):
     "chunks", [[], [((1,), (3,))], [((-1,), (3,))], [((0, 0), (3, 1))], [((0,), (4,))]], ids=str
 )
 def test_impossible_chunks_are_refused(folder, chunks):
-    """None, shifted, before the start, of other dimensions, too long."""
+    # No chunks, or chunks that are shifted, before the start, of other dimensions, too long.
 
-    def change(whole):
+    def change(metadata):
         pieces = [ChunkStorageMetadata(torch.Size(start), torch.Size(shape)) for start, shape in chunks]
-        whole.state_dict_metadata["plain"].chunks = pieces
-        stored = whole.storage_data.pop(MetadataIndex("plain", (0,)))
-        whole.storage_data |= {MetadataIndex("plain", piece.offsets): stored for piece in pieces}
+        metadata.state_dict_metadata["plain"].chunks = pieces
+        stored = metadata.storage_data.pop(MetadataIndex("plain", (0,)))
+        metadata.storage_data |= {MetadataIndex("plain", piece.offsets): stored for piece in pieces}
 
     edit_metadata(folder, change)
     assert str(folder / ".metadata") in refusal(folder)
 
 
-def test_a_dtype_that_is_none_is_refused(folder):
+def test_a_missing_dtype_is_refused(folder):
     edit_metadata(
         folder,
-        lambda whole: setattr(whole.state_dict_metadata["plain"], "properties", TensorProperties(dtype=None)),
+        lambda metadata: setattr(
+            metadata.state_dict_metadata["plain"], "properties", TensorProperties(dtype=None)
+        ),
     )
     assert "plain" in refusal(folder)

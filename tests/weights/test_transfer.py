@@ -1,4 +1,4 @@
-"""Writing HF folders: several shards, the index, what appears when."""
+"""Test writing HF folders: several shards, the index, and the order in which files appear."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_srpo.weights import transfer
 
 @pytest.fixture
 def source(tmp_path):
-    """A tiny folder and the stream an export would be."""
+    """Return a tiny folder and the stream of an export."""
     model = make_model(tied=False)
     folder = HFFolder(save_folder(tmp_path / "source", model))
     return folder, list(model.state_dict().items())
@@ -44,7 +44,7 @@ def test_the_dtype_written_is_the_dtype_declared(source, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
 
 
-def test_a_stream_that_breaks_leaves_no_folder_that_looks_whole(source, tmp_path):
+def test_a_stream_that_breaks_leaves_no_folder_that_looks_complete(source, tmp_path):
     folder, tensors = source
 
     def breaks():
@@ -66,9 +66,8 @@ def test_ranks_that_do_not_write_consume_the_stream(source, tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_a_rank_reads_only_its_own_slices(tmp_path, monkeypatch, family, rank):
-    """Of two tensor-parallel ranks, each reads as many numbers from the file as its parameters hold, and no
-    more.
-    """
+    # Of two tensor-parallel ranks, each reads as many numbers from the file as its parameters hold, and no
+    # more.
     folder = HFFolder(save_folder(tmp_path, family=family, tied=False))
     full, size = load_file(tmp_path / "model.safetensors"), 2
     read = 0
@@ -126,13 +125,13 @@ def test_a_rank_reads_only_its_own_slices(tmp_path, monkeypatch, family, rank):
 
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory):
-    """The architecture of a tiny Qwen3-MoE."""
+    """Return the architecture of a tiny Qwen3-MoE."""
     return HFFolder(save_folder(tmp_path_factory.mktemp("moe"), family="qwen3_moe")).architecture
 
 
 @pytest.mark.parametrize("name", ["local_experts.3.linear_fc1.weight", "linear_fc1.weight3"])
 def test_experts_are_numbered_over_all_ranks(experts, name):
-    """A module for each expert (local layers) or their matrices in one module (Transformer Engine)."""
+    # A module for each expert (local layers) or their matrices in one module (Transformer Engine).
     location = experts.locate(f"decoder.layers.1.mlp.experts.{name}", layer_offset=4, expert_offset=8)
     prefix = "model.layers.5.mlp.experts.11."
     assert location.names == (f"{prefix}gate_proj.weight", f"{prefix}up_proj.weight")

@@ -1,4 +1,4 @@
-"""Memory of this process on a CPU by /proc/self, and what glibc does with freed tensors."""
+"""Measure this process's memory by /proc/self, and control what glibc does with freed tensors."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def peak_resident_bytes() -> int:
 
 
 def reset_peak() -> None:
-    """Let the peak be what is resident now."""
+    """Reset the peak to the present resident memory."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def return_freed_above(size: int) -> None:
-    """Let glibc return freed tensors of `size` bytes and more to the system, not keep them in its heap."""
+    """Let glibc return freed tensors of `size` bytes or more to the system at once."""
     ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, size)
 
 
@@ -46,13 +46,13 @@ def trim_heap_above(size: int) -> None:
 
 
 def trim_heap() -> None:
-    """Return to the system what is free in glibc's heap."""
+    """Return the free memory of glibc's heap to the system."""
     ctypes.CDLL(None).malloc_trim(0)
 
 
 @dataclass
 class Growth:
-    """Largest growth of this process's memory, in bytes."""
+    """Hold the largest growth of this process's memory, in bytes."""
 
     bytes: int = 0
 

@@ -1,4 +1,4 @@
-"""config.json of Qwen3 in the published sizes, for models with made-up weights."""
+"""Provide config.json of Qwen3 in the published sizes, for models with random weights."""
 
 from __future__ import annotations
 

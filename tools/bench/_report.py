@@ -1,4 +1,4 @@
-"""What all benchmarks share: --json and --output, the name of the device, and the report.
+"""Share --json and --output, the device's name and the report between all benchmarks.
 
 A report is one JSON object {"device", "date", "shape": {…}, "rows": [{"name", "seconds", "ratio",
 "extra_bytes", …}]}, with "skipped" ({name: reason}) where a benchmark may leave rows out.

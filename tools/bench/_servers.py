@@ -1,4 +1,4 @@
-"""SGLang servers of the quick start for benchmarks: options, configuration, engine."""
+"""Start the quick start's SGLang servers for benchmarks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from megatron_srpo.rollout.sglang.engine import SGLangEngine
 from megatron_srpo.rollout.sglang.settings import SGLangSettings
 
 START = QUICKSTART / "start"
-LARGE_MODEL = ("--mem-fraction-static=0.8", "--max-total-tokens=2048")  # room for its weights on a CPU
+# Leaves memory for a large model's weights on a CPU.
+LARGE_MODEL = ("--mem-fraction-static=0.8", "--max-total-tokens=2048")
 
 
 def add_server_options(parser: argparse.ArgumentParser, servers: int) -> None:

@@ -1,4 +1,4 @@
-"""What saving costs the quick start: a step with a checkpoint after every step, async or not, and without.
+"""Measure what saving costs the quick start: a checkpoint after every step, async or not, and none.
 
     python tools/bench/bench_checkpoint.py [--steps 20] [--json] [--output FILE]
 
@@ -41,11 +41,13 @@ def measure(name: str, steps: int, folder: Path) -> Row:
 
 
 def format_row(row: Row) -> str:
+    """Return a row as a line of the table."""
     size = row["extra_bytes"] / 2**20
     return f"{row['name']:>20}  {row['seconds']:.3f} s a step  {row['ratio']:5.2f}  {size:.1f} MiB"
 
 
 def main() -> None:
+    """Measure each way of saving and publish the report."""
     parser = make_parser(__doc__)
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()

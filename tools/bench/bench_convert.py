@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How long conversion takes, against copying the same files, and the memory it needs.
+"""Measure the time and memory of conversion, against copying the same files.
 
     python tools/bench/bench_convert.py --shape 0.6b --folder DIR --json
 
@@ -66,7 +66,7 @@ def make_model(shape: str, folder: Path) -> None:
 
 
 def copy(source: Path, output: Path) -> None:
-    """Copy and flush each file: what converting is compared with."""
+    """Copy and flush each file, as the baseline for converting."""
     output.mkdir()
     for file in source.iterdir():
         shutil.copyfile(file, output / file.name)
@@ -75,12 +75,13 @@ def copy(source: Path, output: Path) -> None:
 
 
 def hf_to_megatron(source: Path, output: Path) -> None:
+    """Convert with the vocabulary padding of the configuration's default."""
     folder = HFFolder(source)
     to_megatron(HFTensors(folder), folder, output, ONE)
 
 
 def megatron_to_hf(source: Path, output: Path) -> None:
-    """Convert; the config beside the checkpoint is the reference."""
+    """Convert; the config next to the checkpoint is the reference."""
     reference = HFFolder(source)
     to_hf(MegatronTensors(source, reference.architecture), reference, output, ONE)
 
@@ -104,7 +105,7 @@ def back_memory(scratch: Path, size: int) -> None:
 
 def run_measured(name: str, source: Path, output: Path, answer) -> None:
     """Run in a process of its own; send (seconds, extra bytes)."""
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (progress; it lives as long as the process)
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (progress; open until the process ends)
     back_memory(output.with_name("scratch"), folder_bytes(source))
     reset_peak()
     before = peak_resident_bytes()
@@ -114,6 +115,7 @@ def run_measured(name: str, source: Path, output: Path, answer) -> None:
 
 
 def folder_bytes(folder: Path) -> int:
+    """Return the size of a folder's files."""
     return sum(file.stat().st_size for file in folder.iterdir())
 
 
@@ -165,11 +167,13 @@ def measure_all(shape: str, folder: Path, rounds: int) -> list[Row]:
 
 
 def format_row(row: Row, size: int) -> str:
+    """Return a row as a line of the table; `size` is the model's bytes."""
     rate, extra = f"{size / row['seconds'] / 1e6:6.0f} MB/s", f"+{row['extra_bytes'] / 2**20:6.0f} MiB"
     return f"{row['name']:>16}  {row['seconds']:8.2f} s  {rate}  {row['ratio']:5.2f}  {extra}"
 
 
 def main() -> None:
+    """Measure all rows and publish the report."""
     parser = make_parser(__doc__, rounds=3)
     parser.add_argument("--shape", choices=["tiny", *SIZES], default="0.6b")
     parser.add_argument(

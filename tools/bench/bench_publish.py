@@ -1,4 +1,4 @@
-"""What it costs to bring weights to an SGLang server: seconds, bytes and the trainer's extra memory, by way.
+"""Measure each way to send weights to an SGLang server: seconds, bytes and the trainer's extra memory.
 
     python tools/bench/bench_publish.py [--shape quickstart|0.6b|8b] [--dtype float32|bfloat16] [--servers 1]
         [--rounds 3] [--python .venv-sglang/bin/python] [--bucket-mib 512] [--ways disk,tensor,distributed]
@@ -104,12 +104,14 @@ def time_calls(name: str, rounds: int, call: Callable[[int], None]) -> Row:
 
 
 def format_row(row: Row, sent: int, piece: int) -> str:
+    """Return a row as a line; `sent` and `piece` are the bytes sent and the largest piece."""
     name, seconds = f"{row['name']:>20}", f"{row['seconds']:8.3f} s for {sent / 2**20:9.1f} MiB"
     extra = f"{row['extra_bytes'] / 2**20:8.1f} MiB, {row['extra_bytes'] / piece:.2f} pieces"
     return f"{name}  {seconds} ({row['ratio']:.1f} copies)  extra {extra}"
 
 
 def main() -> None:
+    """Measure the chosen ways and publish the report."""
     parser = make_parser(__doc__, rounds=3)
     add_server_options(parser, servers=1)
     parser.add_argument("--shape", choices=["quickstart", *SIZES], default="quickstart")

@@ -1,4 +1,6 @@
-"""A complete step of the quick start on a CPU (sampling, verifying, training), beside TRL's trainers.
+"""Compare a complete step of the quick start on a CPU with TRL's trainers.
+
+A step samples, verifies and trains.
 
     python tools/bench/bench_quickstart.py [--steps 10] [--json] [--output FILE]
 
@@ -60,9 +62,9 @@ def theirs(algorithm: str, steps: int) -> list[float]:
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__):
-            begun.append(time.perf_counter())
+            starts.append(time.perf_counter())
 
-    begun: list[float] = []
+    starts: list[float] = []
     start, task = QUICKSTART / "start", Addition(1)
     prompts = [task.prompt("train", number) for number in range(16 * steps)]
     rows = [{"prompt": list(prompt.messages), "answer": prompt.answer} for prompt in prompts]
@@ -99,7 +101,7 @@ def theirs(algorithm: str, steps: int) -> list[float]:
             callbacks=[Clock()],
         )
         trainer.train()
-    return [after - before for before, after in zip(begun, begun[1:], strict=False)]
+    return [after - before for before, after in zip(starts, starts[1:], strict=False)]
 
 
 def measure_all(options: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, str]]:
@@ -123,11 +125,13 @@ def measure_all(options: argparse.Namespace) -> tuple[dict[str, list[float]], di
 
 
 def format_row(row: Row) -> str:
+    """Return a row as a line of the table."""
     ratio = f"  {row['ratio']:.2f} of TRL's" if row["ratio"] else ""
     return f"{row['name']:>12}  {row['seconds']:.3f} s, median {row['median']:.3f} s{ratio}"
 
 
 def main() -> None:
+    """Measure one row in this process with --row, otherwise all rows, and publish the report."""
     parser = make_parser(__doc__, rounds=2)
     parser.add_argument("--steps", type=int, default=8, help="of each row in each round, after two others")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))

@@ -1,4 +1,4 @@
-"""Requests a second: 1,000 at concurrency 64 on two SGLang servers, ours beside SGLang's own client.
+"""Measure requests a second on two SGLang servers, of our client and of SGLang's own.
 
     python tools/bench/bench_rollout.py [--requests 1000] [--concurrency 64] [--servers 2] [--tokens 32]
         [--rounds 3] [--python .venv-sglang/bin/python] [--json] [--output FILE]
@@ -114,11 +114,13 @@ def client_command(url: str, servers: int, options: argparse.Namespace, seed: in
 
 
 def format_row(row: Row) -> str:
+    """Return a row as a line of the table."""
     speed = f"{row['requests_a_second']:6.1f} requests/s"
     return f"{row['name']:>16}  {row['seconds']:6.2f} s  {speed}  {row['ratio']:.2f}"
 
 
 def main() -> None:
+    """Run both clients in turn and publish the report."""
     parser = make_parser(__doc__, rounds=3)
     add_server_options(parser, servers=2)
     parser.add_argument("--requests", type=int, default=1000)

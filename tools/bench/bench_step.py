@@ -1,4 +1,6 @@
-"""One training step by phase, without sampling: GRPO, SDPO and SRPO on the same batch and random weights.
+"""Measure one training step by phase, without sampling: GRPO, SDPO and SRPO.
+
+All use the same batch and random weights.
 
     python tools/bench/bench_step.py --shape 1.7b --prompts 32 --samples 8 --response-tokens 1000
         [--routed-share 0.25] [--json] [section.key=value …]
@@ -49,7 +51,7 @@ WARM_UP = 2  # steps that are not measured
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What is measured.
+    """Describe the batch and model to measure.
 
     Lengths are means: responses spread evenly from a half to one and a half of theirs.
     """
@@ -124,7 +126,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 class Stopwatch:
-    """Seconds of one step by phase, as the keys of its row."""
+    """Measure the seconds of one step by phase, as the keys of its row."""
 
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = {}
@@ -192,12 +194,13 @@ def measure(model: dict, algorithm: str, shape: Shape, options: argparse.Namespa
 
 
 def is_distilled(sample: Sample) -> bool:
+    """Return whether the sample's route has a distillation term."""
     assert sample.route is not None
     return sample.route.distillation_weight > 0
 
 
 def in_own_process(work: Callable, *arguments):
-    """Return the result of `work`.
+    """Run `work` in a process of its own; return its result.
 
     Forked, so that imports are not measured; spawned where CUDA is, which cannot be forked.
     """
@@ -207,6 +210,7 @@ def in_own_process(work: Callable, *arguments):
 
 
 def parse_options() -> argparse.Namespace:
+    """Return the command line's options."""
     has_cuda = torch.cuda.is_available()
     parser = make_parser(__doc__, rounds=2)
     add = parser.add_argument
@@ -241,6 +245,7 @@ def make_model(options: argparse.Namespace) -> dict:
 
 
 def format_row(row: Row) -> str:
+    """Return a row as a line of the table."""
     phases = [
         f"{key.removeprefix('seconds_')} {value:.3f}"
         for key, value in row.items()
@@ -254,6 +259,7 @@ def format_row(row: Row) -> str:
 
 
 def main() -> None:
+    """Measure each algorithm in a process of its own and publish the report."""
     options = parse_options()
     quieten_libraries()
     # Imported once, before the rows' processes are forked.

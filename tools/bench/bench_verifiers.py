@@ -1,4 +1,4 @@
-"""Verdicts a second of the verifier pool, against the same verifiers called one after another in-process.
+"""Measure verdicts a second of the verifier pool, against the same verifiers in a loop in-process.
 
     python tools/bench/bench_verifiers.py [--workers 2] [--questions 500] [--json] [--output FILE]
 
@@ -109,11 +109,13 @@ def measure(kind: str, jobs: list[tuple[Job, bool]], workers: int) -> Row:
 
 
 def format_row(row: Row) -> str:
+    """Return a row as a line of the table."""
     speed, memory = f"{row['verdicts_per_second']:9.0f} verdicts/s", f"{row['extra_bytes'] / 2**20:.0f} MiB"
     return f"{row['name']:>16}  {speed}  {row['ratio']:.2f} of the loop's time  {memory}"
 
 
 def main() -> None:
+    """Measure every installed verifier and publish the report."""
     parser = make_parser(__doc__)
     parser.add_argument("--workers", type=int, default=2, help="worker processes")
     parser.add_argument("--questions", type=int, default=500, help="questions of eight responses each")

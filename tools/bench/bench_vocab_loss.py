@@ -1,4 +1,4 @@
-"""The routed loss's vocabulary pass against its bare matrix products and other ways to compute it.
+"""Compare the routed loss's vocabulary pass with bare matrix products and other implementations.
 
     python tools/bench/bench_vocab_loss.py --tokens 512 --hidden 1024 --vocab 151936 [--tensor-parallel 2]
         [--threads 1] [--json]
@@ -45,7 +45,7 @@ TRL, LIGER = "trl.experimental.sdpo.loss_utils", "liger_kernel.transformers.fuse
 
 
 class Inputs(NamedTuple):
-    """hidden, teacher_hidden [T, H]; weight, teacher_weight [padded_width, H] of the shard; targets [T]."""
+    """Hold hidden, teacher_hidden [T, H]; the shard's weights [padded_width, H]; targets [T]."""
 
     hidden: Tensor
     weight: Tensor
@@ -56,7 +56,7 @@ class Inputs(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Loss (None where only products are made), dHidden [T, H] and dWeight [padded_width, H]."""
+    """Hold loss (None where only products are made), dHidden [T, H] and dWeight [padded_width, H]."""
 
     loss: Tensor | None
     hidden_grad: Tensor
@@ -89,7 +89,7 @@ def bare_gemms(x: Inputs, chunk: int | None) -> Callable[[], Result]:
 def ours(
     x: Inputs, chunk: int | None, divergence: Divergence | None = None, weight_grad: Tensor | None = None
 ) -> Tensor:
-    """megatron_srpo.vocab_parallel.fused; without a chunk, in tiles of its own choice."""
+    """Return the loss by megatron_srpo.vocab_parallel.fused; without a chunk, it chooses its tiles itself."""
 
     def objective(rows, of_tile) -> Tensor:
         return (of_tile.divergence - LOG_PROB * of_tile.logprob).sum() / len(x.hidden)
@@ -125,7 +125,7 @@ def into_main_grad(x: Inputs, chunk: int | None) -> Callable[[], Result]:
 def autograd(
     x: Inputs, chunk: int | None, divergence: Callable[[Tensor, Tensor], Tensor], log_prob: float = LOG_PROB
 ) -> Tensor:
-    """torch autograd over whole [T, V] logits, in the inputs' dtype."""
+    """Return the loss by torch autograd over complete [T, V] logits, in the inputs' dtype."""
     logits = x.hidden @ x.weight.t()
     with torch.no_grad():
         teacher_logits = x.teacher_hidden @ x.teacher_weight.t()
@@ -134,13 +134,13 @@ def autograd(
 
 
 def trl(x: Inputs, chunk: int | None, function: str, **options) -> Tensor:
-    """The same with a divergence of TRL's SDPO trainer."""
+    """Return the same with a divergence of TRL's SDPO trainer."""
     divergence = getattr(importlib.import_module(TRL), function)
     return autograd(x, chunk, functools.partial(divergence, distillation_alpha=0.5, **options))
 
 
 def liger(x: Inputs, chunk: int | None) -> Tensor:
-    """Liger's fused linear JSD, in chunks of its own choice.
+    """Return the loss by Liger's fused linear JSD, which chooses its chunks itself.
 
     It knows no log-probability: this row's loss is the JSD alone.
     """
@@ -181,7 +181,7 @@ def differentiated(loss: Callable[..., Tensor], **options) -> Prepare:
 
 
 class Method(NamedTuple):
-    """How to prepare a row's call, its loss as `exact` computes it, the module it needs, where it runs."""
+    """Describe a row: its call, its loss as `exact` computes it, the module it needs, where it runs."""
 
     prepare: Prepare
     loss: Callable[..., Tensor] | None
@@ -215,10 +215,13 @@ METHODS = {
 
 
 def why_not(name: str, options: argparse.Namespace) -> str | None:
-    """Why this row cannot run, or None. Imports what it needs now, not while its memory is measured."""
+    """Return the reason that this row cannot run, or None.
+
+    Imports its module now, not while its memory is measured.
+    """
     method = METHODS[name]
     if options.tensor_parallel > 1 and not method.sharded:
-        return "computes on a whole vocabulary only"
+        return "needs the complete vocabulary on one rank"
     if method.cuda_only and options.device != "cuda":
         return "runs on CUDA only"
     try:
@@ -229,7 +232,7 @@ def why_not(name: str, options: argparse.Namespace) -> str | None:
 
 
 def make_inputs(tokens: int, options: argparse.Namespace, device: torch.device) -> Inputs:
-    """Return random states, over the whole vocabulary.
+    """Return random states, over the complete vocabulary.
 
     The softmax is peaked as a language model's, and the teacher is near the student.
     """
@@ -267,7 +270,7 @@ def shard_inputs(full: Inputs) -> Inputs:
 
 
 def exact(full: Inputs, loss: Callable[..., Tensor]) -> Result:
-    """Return float64 results over the whole vocabulary, computed a chunk of tokens at a time."""
+    """Return float64 results over the complete vocabulary, computed a chunk of tokens at a time."""
     weight, teacher_weight = full.weight.double().requires_grad_(), full.teacher_weight.double()
     total, hidden_grads = weight.new_zeros(()), []
     for start in range(0, len(full.hidden), EXACT_TOKENS):
@@ -299,6 +302,7 @@ def error_of(result: Result, expected: Result, shard: VocabShard) -> float:
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Return the norm of the difference, relative to the expected norm."""
     return float((found.double() - expected).norm() / expected.norm())
 
 
@@ -357,6 +361,7 @@ def measure(name: str, x: Inputs, chunk: int | None, rounds: int, expected: Resu
 
 
 def synchronise(device: torch.device) -> None:
+    """Wait until the device has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -401,6 +406,7 @@ def sweep(options: argparse.Namespace, device: torch.device) -> list[Row]:
 
 
 def format_row(row: Row) -> str:
+    """Return a row as a line of the table."""
     ratio = f"{row['ratio']:5.2f}" if "ratio" in row else ""
     error = f"  error {row['error']:.1e}" if "error" in row else ""
     memory = f"+{row['extra_bytes'] / 2**20:7.0f} MiB"
@@ -436,6 +442,7 @@ def run(rank: int, options: argparse.Namespace, rendezvous: str | None = None) -
 
 
 def parse_options() -> argparse.Namespace:
+    """Return the command line's options."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = make_parser(__doc__, rounds=2)
     add = parser.add_argument
@@ -454,6 +461,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Measure in this process, or in one process per vocabulary shard."""
     options = parse_options()
     if options.tensor_parallel == 1:
         run(0, options)

@@ -1,5 +1,5 @@
 "use strict";
-// Everything that is shown comes from one JSON object; text goes in as text (never as HTML).
+// All content comes from one JSON object; text is inserted as text, never as HTML.
 const data = JSON.parse(document.getElementById("data").textContent);
 const tip = document.getElementById("tip");
 const byId = (id) => document.getElementById(id);
@@ -20,7 +20,7 @@ function make(tag, attributes = {}, ...children) {
 // Control characters and those that turn the direction of text are shown by their names.
 function visible(text) {
   return text
-    .replace(/[\ud800-\udfff]/gu, "\ufffd")  // halves of pairs alone
+    .replace(/[\ud800-\udfff]/gu, "\ufffd")  // unpaired surrogates
     .replace(/[\u0000-\u0008\u000b-\u001f]/g, (c) => String.fromCharCode(0x2400 + c.charCodeAt(0)))
     .replace(/[\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g, (c) => `⟨U+${c.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`);
 }
@@ -51,7 +51,7 @@ function choices(place, names, picked, pick) {
 function showTip(x, y, ...content) {
   tip.replaceChildren(...content);
   tip.hidden = false;
-  tip.style.left = "0px";  // or its width would be what is left of the page where it was
+  tip.style.left = "0px";  // else its last position limits its width
   const width = tip.offsetWidth, height = tip.offsetHeight, left = window.scrollX, right = left + document.documentElement.clientWidth;
   tip.style.left = `${Math.max(left + 4, Math.min(x + 14, right - width - 6))}px`;
   tip.style.top = `${y - height - 12 > window.scrollY ? y - height - 12 : y + 20}px`;

@@ -26,7 +26,7 @@ function select() {
   more();
   byId("count").textContent = `${shown.length.toLocaleString("en")} of ${data.samples.length.toLocaleString("en")}`;
   if (shown.length) open(shown.slice(0, PAGE).find((sample) => sample.values && sample.values.divergence) || shown[0], false);
-  else byId("sample").replaceChildren(make("p", { class: "quiet" }, data.samples.length ? "No sample is like that." : "These runs have no rollouts (logging.rollouts: false)."));
+  else byId("sample").replaceChildren(make("p", { class: "quiet" }, data.samples.length ? "No sample matches." : "These runs have no rollouts (logging.rollouts: false)."));
 }
 
 function more() {
@@ -66,7 +66,7 @@ function drawSample(sample) {
     make("h3", {}, "Prompt"), words(...prompt.messages.flatMap(([role, text]) => [make("span", { class: "role" }, `${visible(role)}\n`), `${visible(text)}\n`])),
     ...response(sample),
     ...(sample.feedback ? [make("h3", {}, "Feedback"), words(visible(sample.feedback))] : []),
-    ...(sibling ? [make("h3", {}, `The sibling its teacher was shown (sample ${sibling.number})`), words(visible(sibling.text))] : []));
+    ...(sibling ? [make("h3", {}, `Sibling shown to its teacher (sample ${sibling.number})`), words(visible(sibling.text))] : []));
 }
 
 const words = (...children) => make("div", { class: "words", dir: "auto" }, ...children);
@@ -85,7 +85,7 @@ function response(sample) {
   return [make("h3", {}, "Response, coloured by"), make("div", { class: "bar" }, bar, scale), box];
 }
 
-// [red, green, blue] by name and strength 0 … 1 of a token under the present colouring.
+// [red, green, blue] by name and strength 0 … 1 of a token under the current colouring.
 function shade(sample, place) {
   const values = sample.values;
   if (coloring === "divergence") return ["heat", Math.min(1, values.divergence[place] / Math.LN2)];
@@ -107,15 +107,15 @@ function token(sample, text, place) {
   const [name, strength] = shade(sample, place);
   const node = make("span", { class: "token" }, visible(text));
   if (strength > 0.01) node.style.background = `rgba(var(--${name}), ${(0.8 * strength).toFixed(3)})`;
-  const tell = () => {
+  const show = () => {
     document.querySelector(".token.open")?.classList.remove("open");
     node.classList.add("open");
     const box = node.getBoundingClientRect();
     showTip(box.left + window.scrollX, box.top + window.scrollY, ...tokenTip(sample.values, place));
   };
-  node.addEventListener("pointerenter", tell);
+  node.addEventListener("pointerenter", show);
   node.addEventListener("pointerleave", () => { node.classList.remove("open"); hideTip(); });
-  node.addEventListener("click", tell);
+  node.addEventListener("click", show);
   return node;
 }
 

@@ -1,8 +1,8 @@
-"""The engine for OpenAI-compatible completions servers (experimental; see api.py for what they must offer).
+"""The engine for OpenAI-compatible completions servers (experimental; api.py lists what they must support).
 
-Weights go by disk: a Hugging Face folder in the run folder, which the servers must see under the same path,
-and a POST to rollout.openai.reload_path of each server. Without that key the servers keep the weights that
-they serve: sample and eval work if these are those of model.hf_path, and train is refused.
+Weights are published on disk: a Hugging Face folder in the run folder, which the servers must see under the
+same path, and a POST to rollout.openai.reload_path of each server. Without that key the servers keep their
+weights: sample and eval work if these are the weights of model.hf_path, and train is refused.
 """
 
 import os
@@ -14,6 +14,7 @@ from threading import Event
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import override
 
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.schema import Config
@@ -29,7 +30,7 @@ from megatron_srpo.weights.transfer import save_hf
 
 
 def check(config: Config, trains: bool) -> None:
-    """Refuse what needs other weights than the servers' (see rollout/engines.py)."""
+    """Raise ConfigError for a missing API key, or reload_path if weights must be sent to the servers."""
     settings = config.rollout.section(OpenAISettings)
     if settings.api_key_env is not None and not os.environ.get(settings.api_key_env):
         variable = settings.api_key_env
@@ -43,6 +44,7 @@ def check(config: Config, trains: bool) -> None:
 
 
 def create(config: Config, folder: HFFolder, layout: Layout, say: Callable[[str], None]) -> "OpenAIEngine":
+    """Create the engine (see rollout/engines.py)."""
     weights = config.logging.dir / "servers" / "weights"
     settings = config.rollout.section(OpenAISettings)
     engine = OpenAIEngine(settings, config.rollout.urls, folder, layout, weights)
@@ -51,12 +53,12 @@ def create(config: Config, folder: HFFolder, layout: Layout, say: Callable[[str]
 
 
 class OpenAIServer(Server):
-    """A server that is told by a configured call to load weights."""
+    """A server that loads weights on a configured call (rollout.openai.reload_path)."""
 
     settings: OpenAISettings
 
     def model(self) -> str:
-        """Return the name of the only model listed, or rollout.openai.model if it is. Raises ConfigError."""
+        """Return rollout.openai.model, or the only model if it is null. Raises ConfigError if not listed."""
         try:
             rows = self.get("/v1/models").get("data", [])
         except ServerFailed as failure:
@@ -69,6 +71,7 @@ class OpenAIServer(Server):
             raise ConfigError(f"rollout.openai.model: {wanted!r}, but {self.url} lists {', '.join(names)}")
         return wanted
 
+    @override
     def load(self, folder: Path, version: str) -> None:
         assert self.settings.reload_path is not None
         values = {"{path}": str(folder.resolve()), "{version}": version}
@@ -77,7 +80,7 @@ class OpenAIServer(Server):
 
 @dataclass(eq=False)
 class OpenAIEngine:
-    """See `Engine`. All ranks create and update it together. Raises ConfigError for an unusable server."""
+    """`Engine` on OpenAI-compatible servers, created by all ranks. Raises ConfigError for unusable ones."""
 
     settings: OpenAISettings
     urls: Sequence[str]
@@ -105,9 +108,11 @@ class OpenAIEngine:
         )
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, stop: Event) -> CompletionStream:
+        """Yield completions of the servers (see `Generation.generate`)."""
         return self.generation.generate(requests, sampling, stop)
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
+        """Save the weights on disk and let every server load them. Raises EngineFailed if none can."""
         self.generation.start_publication(version)
         failures: dict[str, str | None] = {server.url: None for server in self.servers}
         if self.settings.reload_path is not None:
@@ -125,9 +130,10 @@ class OpenAIEngine:
         self.generation.end_publication(failures)
 
     def release_memory(self) -> None:
-        """Keep the memory: rollout.colocated is refused for these servers."""
+        """Do nothing: rollout.colocated is refused for these servers."""
 
     def close(self) -> None:
+        """Close the connections to the servers, which keep running."""
         for server in self.servers:
             server.close()
 
@@ -144,7 +150,7 @@ class OpenAIEngine:
 
     def _no_server_reason(self, seconds: float) -> str | None:
         limit = self.settings.return_timeout
-        return f"none has come back in {limit:g} s" if seconds > limit else None
+        return f"none has recovered in {limit:g} s" if seconds > limit else None
 
 
 def _filled(value: Any, values: dict[str, str]) -> Any:

@@ -1,1 +1,1 @@
-"""What engines of HTTP servers share: processes, health, restarts, quarantine, load balancing, retries."""
+"""Shared by engines with HTTP servers: processes, health, restarts, quarantine, load balancing, retries."""

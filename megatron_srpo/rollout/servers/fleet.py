@@ -1,4 +1,4 @@
-"""All servers, as the first rank sees them: those of the run are started, watched, restarted and stopped."""
+"""All servers, managed by the first rank: it starts, monitors, restarts and stops those of the run."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ from megatron_srpo.rollout.servers import guard
 from megatron_srpo.rollout.servers.http import Server, ServerFailed
 
 _LOG_TAIL = 1500  # characters of a server's log in a message
-_POLL = 0.2  # seconds between looks at a process
+_POLL = 0.2  # seconds between checks of a process
 # torchrun's variables are for the trainer's processes, and so is the trainer's Python path
 _NOT_INHERITED = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
@@ -27,7 +27,7 @@ AnyServer = TypeVar("AnyServer", bound=Server)
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """Starts the servers of a run, each under a guard; a subclass for each kind of server."""
+    """Start the servers of a run, each under a guard; subclassed for each kind of server."""
 
     logs: Path  # folder of their output
     start_timeout: float  # seconds a server has to start
@@ -48,7 +48,7 @@ class Launch:
         for name in os.environ:
             if name in _NOT_INHERITED or name.startswith("TORCHELASTIC"):
                 del inherited[name]
-        mode = 0o666 if self.secret is None else 0o600  # servers print their arguments, the key among them
+        mode = 0o666 if self.secret is None else 0o600  # servers print their arguments, including the key
         with open(self.log(number), "ab", opener=lambda path, flags: os.open(path, flags, mode)) as log:
             return subprocess.Popen(
                 [sys.executable, "-P", guard.__file__, str(os.getpid()), *self.command(number)],
@@ -60,6 +60,7 @@ class Launch:
             )
 
     def log(self, number: int) -> Path:
+        """Return the file with the output of server `number`."""
         return self.logs / f"server_{number}.log"
 
     def log_tail(self, number: int) -> str:
@@ -73,13 +74,13 @@ class Launch:
 
 @dataclass
 class ServerHandle(Generic[AnyServer]):
-    """One server and its state:
+    """One server and its state.
 
-    starting     not there yet, or restarting; started by the run
-    outdated     answers, and does not have the newest weights
+    starting     of the run: starting or restarting
+    outdated     responds, but does not have the newest weights
     ready        has the newest weights
-    quarantined  external: does not answer; may be back at the next publication
-    failed       started by the run: after too many failed starts; external: after an invalid reply
+    quarantined  external: does not respond; tried again at the next publication
+    failed       of the run: after too many failed starts; external: after an invalid reply
     """
 
     server: AnyServer
@@ -87,7 +88,7 @@ class ServerHandle(Generic[AnyServer]):
     state: State
     process: subprocess.Popen | None = None
     reason: str = ""  # of quarantine or failure
-    failure: str | None = None  # reported and not dealt with yet
+    failure: str | None = None  # reported, not handled yet
     deadline: float = 0.0  # of its start
     failed_starts: int = 0  # in a row
     has_started: bool = False
@@ -95,7 +96,7 @@ class ServerHandle(Generic[AnyServer]):
 
 
 class Weights(NamedTuple):
-    """Weights on disk."""
+    """Published weights on disk, as a Hugging Face folder."""
 
     folder: Path
     version: str
@@ -124,31 +125,33 @@ class Fleet(Generic[AnyServer]):
             thread.start()
 
     def failed(self) -> str | None:
-        """Return why no server is left and none will be, or None."""
+        """Return the reasons if every server has failed for good, else None."""
         if all(handle.state == "failed" for handle in self.handles):
             return "; ".join(f"{handle.server.url}: {handle.reason}" for handle in self.handles)
         return None
 
     def is_starting(self) -> bool:
+        """Return True while a server is starting or a failure is not handled yet."""
         return any(handle.state == "starting" or handle.failure for handle in self.handles)
 
     def wait(self, seconds: float) -> None:
-        """Wait until every server is there or failed, at most `seconds`."""
+        """Wait at most `seconds` until every server has started or failed."""
         until = time.monotonic() + seconds
         while self.is_starting() and time.monotonic() < until:
             beat()
             time.sleep(0.05)
 
     def forbid_starts(self) -> None:
-        """Start nothing until `allow_starts`, and end what is starting: the memory is the trainer's."""
+        """End servers that are starting, and start none until `allow_starts`: the trainer uses the memory."""
         self.starts_allowed = False
         for handle in self.handles:
-            with handle.lock:  # no thread is about to start it
+            with handle.lock:  # wait for a thread that is about to start it
                 pass
         while any(_is_ending(handle) for handle in self.handles):
             time.sleep(0.05)
 
     def allow_starts(self) -> None:
+        """Let supervision start servers again after `forbid_starts`."""
         self.starts_allowed = True
 
     def reachable(self) -> list[ServerHandle[AnyServer]]:
@@ -177,12 +180,13 @@ class Fleet(Generic[AnyServer]):
                     handle.state = "outdated"
 
     def updated(self, handle: ServerHandle[AnyServer]) -> None:
+        """Mark a server ready, as it has the newest weights, unless it has failed meanwhile."""
         with handle.lock:
             if handle.state in ("outdated", "quarantined") and handle.failure is None:
                 self._set_ready(handle)
 
     def states(self) -> dict[str, str | None]:
-        """Return why each server must not be used, None if it may be, by URL."""
+        """Return by URL why a server must not be used, or None if it may be."""
         found: dict[str, str | None] = {}
         for handle in self.handles:
             found[handle.server.url] = None if handle.state == "ready" else handle.reason or handle.state
@@ -191,7 +195,7 @@ class Fleet(Generic[AnyServer]):
     def close(self) -> None:
         """Stop the servers of the run and all their processes."""
         self._closing.set()
-        for handle in self.handles:  # so that a thread's call to a server ends, too
+        for handle in self.handles:  # ends a supervising thread's call to a server, too
             self._end(handle)
         for thread in self.threads:
             thread.join()
@@ -268,7 +272,7 @@ class Fleet(Generic[AnyServer]):
                 handle.state, handle.reason = "failed", f"{problem}; {log} ends with:\n{tail}"
             self.say(f"giving up on server {handle.number}: {problem} ({log})")
         else:
-            during = f" while it started ({log})" if failed_start else ""
+            during = f" during its start ({log})" if failed_start else ""
             self.say(f"restarting server {handle.number}: {problem}{during}")
 
     def _catch_up(self, handle: ServerHandle[AnyServer]) -> None:
@@ -281,12 +285,12 @@ class Fleet(Generic[AnyServer]):
             handle.failure = str(failure)
             return
         with handle.lock:
-            if newest != self.newest:  # once more
+            if newest != self.newest:  # try again with the newer ones
                 return
             handle.has_started, handle.state = True, "outdated"
             if newest is not None:
                 self._set_ready(handle)
-                self.say(f"server {handle.number} is back, with version {newest.version}")
+                self.say(f"server {handle.number} is ready again, with weight version {newest.version}")
 
 
 def _is_ending(handle: ServerHandle) -> bool:

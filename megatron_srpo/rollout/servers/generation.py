@@ -1,4 +1,4 @@
-"""Requests of one rank to all servers: each to the least loaded one, and to another one if that fails."""
+"""Send one rank's requests to the servers: each to the least loaded one, retried on another one."""
 
 import asyncio
 import time
@@ -22,7 +22,7 @@ _LONGEST_PAUSE = 10.0  # seconds between two attempts of one request
 
 
 class _AttemptFailed(Exception):
-    """This attempt gave nothing; the request can be retried elsewhere."""
+    """An attempt failed; the request can be retried on another server."""
 
 
 class Call(NamedTuple):
@@ -33,10 +33,10 @@ class Call(NamedTuple):
 
 
 class CompletionsAPI(Protocol):
-    """How one kind of server is asked for a completion, and what it may answer."""
+    """The API of one kind of server: requests for completions, and checks of the replies."""
 
-    health_path: str  # GET; fails or hangs unless the server makes tokens
-    version_path: str  # GET; is answered at once, also by a busy server
+    health_path: str  # GET; fails or hangs unless the server generates tokens
+    version_path: str  # GET; answered at once, also by a busy server
 
     def call(self, request_id: str, ids: list[int], limit: int, sampling: Sampling, seed: str) -> Call:
         """Return the request for at most `limit` tokens that follow `ids`."""
@@ -47,7 +47,7 @@ class CompletionsAPI(Protocol):
         ...
 
     def abort_call(self, request_id: str) -> Call | None:
-        """Return the call that makes a server answer a running request early; None if there is none."""
+        """Return the call that aborts a running request; None if closing its connection does."""
         ...
 
     def has_version(self, info: Any, version: str) -> bool:
@@ -57,17 +57,17 @@ class CompletionsAPI(Protocol):
 
 @dataclass
 class Target:
-    """A server as this rank sees it."""
+    """A server, and its state on this rank."""
 
     url: str
-    quarantined: str | None = None  # why it gets no requests; None if it does
-    is_invalid: bool = False  # by a reply: quarantined until its process is gone or the first rank has acted
+    quarantined: str | None = None  # the reason; None if it gets requests
+    is_invalid: bool = False  # replied so: quarantined until its process is gone or the first rank acts
     calls: set[asyncio.Task] = field(default_factory=set)
 
 
 @dataclass(eq=False)
 class Generation:
-    """Gets completions from servers, some of which may fail."""
+    """Get completions from servers, some of which may fail."""
 
     api: CompletionsAPI
     urls: Sequence[str]  # of all servers, the same on every rank
@@ -76,7 +76,7 @@ class Generation:
     rank: int  # decides which server this rank prefers among equals
     world_size: int  # ranks that share `settings.concurrency`
     report_failure: Callable[[str, str, bool], None]  # (url, reason, is_invalid) of a server in quarantine
-    no_server_reason: Callable[[float], str | None]  # after seconds without one: why none will come back
+    no_server_reason: Callable[[float], str | None]  # after seconds without one: why none will recover
 
     def __post_init__(self) -> None:
         first = self.rank % len(self.urls)
@@ -89,7 +89,9 @@ class Generation:
     def generate(self, requests: Sequence[Request], sampling: Sampling, stop: Event) -> CompletionStream:
         """Implement `Engine.generate`. The event loop runs only while the consumer waits for completions.
 
-        Raises EngineFailed, and ValueError for an id outside the vocabulary, which kills some servers.
+        Raises:
+            EngineFailed: No server can complete a request, or none is left.
+            ValueError: A prompt is empty or has an id outside the vocabulary, which crashes some servers.
         """
         for number, request in enumerate(requests):
             ids = (*request.prompt_ids, *(request.start.ids if request.start else ()))
@@ -106,7 +108,7 @@ class Generation:
             runner.run(_wait_for(task))
 
     def quarantine(self, target: Target, reason: str, is_invalid: bool = False) -> None:
-        """Send no more requests to this server, and cancel those that it has."""
+        """Send no more requests to this server, and cancel those in flight."""
         target.is_invalid |= is_invalid
         if target.quarantined is None:
             target.quarantined = reason
@@ -115,19 +117,19 @@ class Generation:
                 call.cancel()
 
     def start_publication(self, version: str) -> None:
-        """Accept replies made by `version`, and still those of the version before."""
+        """Accept replies made with `version`, and still those of the version before."""
         self.versions.append(version)
         self.is_publishing = True
 
     def end_publication(self, states: dict[str, str | None]) -> None:
-        """Take over the first rank's view: why each server is in quarantine, None if it is not."""
+        """Apply the first rank's states, by URL: the reason for quarantine, or None."""
         for target in self.targets:
             target.quarantined = states[target.url]
             target.is_invalid = False
         self.is_publishing = False
 
     def accepted_versions(self) -> list[str]:
-        """Return the weight versions that may have made a reply to a request sent now."""
+        """Return the weight versions that a reply to a request sent now may have been made with."""
         return self.versions[max(0, len(self.versions) - 1 - self.is_publishing) :]
 
     def invalid_replies(self) -> dict[str, str]:
@@ -153,7 +155,7 @@ class _Batch:
         return await self._done.get()
 
     async def run(self) -> None:
-        """Complete every request, or until stopped. Raises EngineFailed."""
+        """Complete every request unless stopped. Raises EngineFailed."""
         try:
             async with self._client() as self._http:
                 health = asyncio.create_task(self._check_health())
@@ -168,7 +170,7 @@ class _Batch:
             self._done.put_nowait(None)
 
     async def stop(self) -> None:
-        """Abort what still runs; repeated, as a request may reach its server after its abort."""
+        """Abort requests in flight, repeatedly: a request may reach its server after its abort."""
         self.stopped = True
         until = time.monotonic() + self.settings.health_timeout
         while self._running and time.monotonic() < until:
@@ -188,7 +190,7 @@ class _Batch:
             self.generation.quarantine(target, f"abort: requests still run after {seconds:g} s")
 
     def _client(self) -> httpx.AsyncClient:
-        # one a worker: a client looks through all its connections for every request, 8 ms of CPU time with 64
+        # one per worker: a client scans all its connections for every request, 8 ms of CPU time with 64
         limits, tls = httpx.Limits(keepalive_expiry=IDLE), self.generation.tls
         secret = headers(self.settings)
         return httpx.AsyncClient(timeout=None, headers=secret, limits=limits, trust_env=False, verify=tls)
@@ -210,7 +212,7 @@ class _Batch:
                 break
             url = target.url
             try:
-                done = joined(done, await self._ask(http, target, request, done))
+                done = joined(done, await self._request(http, target, request, done))
             except _AttemptFailed as error:
                 failure = str(error)
                 continue
@@ -224,7 +226,7 @@ class _Batch:
         raise EngineFailed(f"a request failed {times}, the last time at {url}: {failure}")
 
     async def _free_target(self) -> Target | None:
-        """Return the least loaded server, None once stopped. Raises EngineFailed if none will come back."""
+        """Return the least loaded server, None once stopped. Raises EngineFailed if none will recover."""
         while not self.stopped:
             usable = [target for target in self.generation.targets if target.quarantined is None]
             if usable:
@@ -239,10 +241,10 @@ class _Batch:
             await asyncio.sleep(0.1)
         return None
 
-    async def _ask(
+    async def _request(
         self, http: httpx.AsyncClient, target: Target, request: Request, start: Completion | None
     ) -> Completion:
-        """Return one server's reply, without `start`. Raises EngineFailed if every server would refuse."""
+        """Return one server's continuation of `start`. Raises EngineFailed if a retry cannot help."""
         done = start.ids if start else []
         limit = self.sampling.max_tokens - len(done)
         if limit <= 0:
@@ -263,12 +265,12 @@ class _Batch:
             raise _AttemptFailed(target.quarantined) from None
         ends_at_stop = bool(completion.ids) and completion.ids[-1] in self.sampling.stop_ids
         if completion.finish_reason == "abort" and ends_at_stop:
-            # an abort that arrives with the last token wins over it
+            # an abort that arrives with the last token hides the stop
             return completion._replace(finish_reason="stop")
         if completion.finish_reason == "stop" and not ends_at_stop:
             found = f"{target.url} ends responses at token {completion.ids[-1]}"
             known = f"{self.sampling.stop_ids} (eos_token_id of the tokenizer and of generation_config.json)"
-            hint = "name it in generation_config.json"
+            hint = "add it to generation_config.json"
             raise EngineFailed(f"{found}, which is not among the trainer's {known}: {hint}")
         return completion
 
@@ -296,14 +298,14 @@ class _Batch:
                 raise _AttemptFailed(target.quarantined)
             return task.result()
         except httpx.HTTPError as error:
-            await self._check_target(target)  # a broken connection alone says nothing
+            await self._check_target(target)  # a broken connection alone is no failure of the server
             raise _AttemptFailed(f"{type(error).__name__}: {error}") from None
         finally:
             task.cancel()
             target.calls.discard(task)
 
     async def _check_health(self) -> None:
-        """Put silent servers in quarantine, and use those again that are back."""
+        """Quarantine servers that do not respond, and use recovered ones again."""
         while True:
             await asyncio.sleep(_HEALTH_INTERVAL)
             if not self.generation.is_publishing:  # a paused server does not answer
@@ -315,10 +317,10 @@ class _Batch:
         try:
             response = await self._get(f"{target.url}{path}")
             if target.quarantined is None and target.calls:
-                beat()  # it makes tokens, maybe for longer than a watchdog waits; request_timeout ends that
+                beat()  # it generates tokens, maybe for longer than the watchdog waits; see request_timeout
             may_return = target.quarantined is not None and not target.is_invalid
             if may_return and api.has_version(response.json(), self.generation.versions[-1]):
-                await self._get(f"{target.url}{api.health_path}")  # a hung server has a version, too
+                await self._get(f"{target.url}{api.health_path}")  # a hung server reports a version, too
                 target.quarantined = None
         except (httpx.HTTPError, ValueError, TypeError, KeyError, IndexError) as error:
             target.is_invalid &= not isinstance(error, httpx.ConnectError)
@@ -335,7 +337,7 @@ async def _wait_for(task: asyncio.Task[None]) -> None:
 
 
 async def _all_or_none(coroutines: Sequence[Coroutine], background: asyncio.Task) -> None:
-    """Await all; the first failure, that of `background` too, cancels the others and is raised."""
+    """Await all; raise the first failure, also that of `background`, and cancel the others."""
     tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
     try:
         pending = set(tasks)

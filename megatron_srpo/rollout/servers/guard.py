@@ -1,4 +1,4 @@
-"""Runs a command and kills it with all its processes when the parent is gone or SIGTERM arrives.
+"""Run a command, and kill it with all its processes when the parent is gone or SIGTERM arrives.
 
 `python guard.py PARENT_PID COMMAND …`. If the guard itself is killed, Linux kills the first process.
 """
@@ -18,12 +18,13 @@ LINUX = sys.platform == "linux"
 
 
 def prctl(option: int, value: int) -> None:
+    """Set an attribute of this process on Linux; do nothing elsewhere."""
     if LINUX:
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
 def kill_descendants() -> None:
-    """SIGKILL all processes below this one until none is left: as a subreaper it inherits their orphans."""
+    """Kill all processes below this one until none is left: as a subreaper, it inherits their orphans."""
     while processes := psutil.Process().children(recursive=True):
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -32,7 +33,7 @@ def kill_descendants() -> None:
 
 
 def main() -> int:
-    """Return the command's exit status, 1 if it was killed."""
+    """Run the command; return its exit status, 1 if it was killed."""
     parent = int(sys.argv[1])
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))

@@ -12,7 +12,7 @@ IDLE = 2.0  # seconds after which an idle connection is dropped; servers close t
 
 
 class ServerFailed(RuntimeError):
-    """A call to a server failed; the message names the URL and says how."""
+    """A call to a server failed; the message has the URL and the reason."""
 
 
 def headers(settings: ServerSettings) -> dict[str, str]:
@@ -23,7 +23,7 @@ def headers(settings: ServerSettings) -> dict[str, str]:
 
 
 class Server:
-    """The server at `url`; a subclass for each kind of server."""
+    """The server at `url`; subclassed for each kind of server."""
 
     def __init__(self, url: str, settings: ServerSettings):
         url = url.rstrip("/")
@@ -31,16 +31,16 @@ class Server:
         self.settings = settings
         self.incarnation = 0  # changes whenever another process may answer at the URL
         self.host = httpx.URL(url).host
-        # trust_env: the proxy of this machine's environment is not for servers of the same cluster
+        # trust_env: this machine's proxy settings are not for servers of the same cluster
         limits = httpx.Limits(keepalive_expiry=IDLE)
         self._http = httpx.Client(base_url=url, headers=headers(settings), trust_env=False, limits=limits)
 
     def get(self, path: str, timeout: float | None = None) -> dict[str, Any]:
-        """GET `path`. timeout: in seconds, default health_timeout. Raises ServerFailed."""
+        """Send GET `path`. timeout: in seconds, default health_timeout. Raises ServerFailed."""
         return self._call("GET", path, None, timeout or self.settings.health_timeout)
 
     def post(self, path: str, body: dict[str, Any], timeout: float | None = None) -> dict[str, Any]:
-        """POST `body` to `path`. timeout: in seconds, default update_timeout. Raises ServerFailed."""
+        """Send POST `path` with `body`. timeout: in seconds, default update_timeout. Raises ServerFailed."""
         return self._call("POST", path, body, timeout or self.settings.update_timeout)
 
     def version(self) -> str:
@@ -48,7 +48,7 @@ class Server:
         raise NotImplementedError
 
     def check_up(self) -> None:
-        """Raise ServerFailed unless the server answers and makes tokens. Hangs while it is paused."""
+        """Raise ServerFailed unless the server responds and generates tokens. Hangs while it is paused."""
         raise NotImplementedError
 
     def load(self, folder: Path, version: str) -> None:
@@ -71,4 +71,5 @@ class Server:
         return content if isinstance(content, dict) else {}
 
     def close(self) -> None:
+        """Close the connections."""
         self._http.close()

@@ -1,4 +1,4 @@
-"""Checks of replies that hold for every kind of server, and continued completions."""
+"""Check replies of any kind of server, and join the parts of a completion."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ _ROUNDING = 1e-3  # how far above 0 a log-probability may be
 
 
 class InvalidReply(ValueError):
-    """The server answered what no correct one can; the message says what."""
+    """A reply that no correct server sends; the message has the reason."""
 
 
 def check_tokens(
@@ -29,7 +29,7 @@ def check_tokens(
 
 
 def joined(first: Completion | None, second: Completion) -> Completion:
-    """Return the completion of an aborted attempt and of the one that continued it."""
+    """Join the completion of an aborted attempt and that of its continuation."""
     if first is None or not first.ids:
         return second
     offset = len(first.ids)

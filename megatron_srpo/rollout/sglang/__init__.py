@@ -1,1 +1,1 @@
-"""SGLang servers as the engine: started, asked for completions, given weights over HTTP; never imported."""
+"""SGLang servers as the engine, started and controlled over HTTP; SGLang itself is never imported."""

@@ -1,4 +1,4 @@
-"""What a server must be able to do, by its own account, before a run begins."""
+"""Check, before a run starts, that a server reports all required capabilities."""
 
 import contextlib
 import re
@@ -19,7 +19,7 @@ OLDEST, WITH_SESSIONS = (0, 5, 19), (0, 5, 21)
 
 
 class Capabilities(NamedTuple):
-    """What a server can do."""
+    """Capabilities that a server reports."""
 
     version: str  # of SGLang
     needs_session: bool  # weights must be sent between begin and end calls
@@ -28,11 +28,11 @@ class Capabilities(NamedTuple):
 
 
 def inspect(server: SGLangServer, settings: RolloutSection, folder: HFFolder) -> Capabilities:
-    """Ask the server, and let it make one token. Raises ConfigError, ServerFailed if it does not answer."""
+    """Query the server and sample one token. Raises ConfigError, ServerFailed if it does not respond."""
     found = check(server.url, server.get("/server_info"), server.get("/model_info"), settings, folder)
     if settings.urls:  # a trainer that was killed may have left it in the middle of a publication
         if found.needs_session:
-            with contextlib.suppress(ServerFailed):  # mostly there is nothing to end
+            with contextlib.suppress(ServerFailed):  # usually there is none to end
                 server.post("/end_weight_update", {})
         server.post("/continue_generation", {})
     parameters = {"max_new_tokens": 1}
@@ -41,14 +41,14 @@ def inspect(server: SGLangServer, settings: RolloutSection, folder: HFFolder) ->
         reply = server.post("/generate", body, timeout=settings.section(SGLangSettings).request_timeout)
         parse(reply, 1, folder.architecture.vocab_size, [server.version()])
     except InvalidReply as problem:
-        raise ConfigError(f"rollout.engine: {server.url} gives no usable tokens: {problem}") from None
+        raise ConfigError(f"rollout.engine: {server.url} returns no usable tokens: {problem}") from None
     return found
 
 
 def check(
     url: str, server_info: Info, model_info: Info, settings: RolloutSection, folder: HFFolder
 ) -> Capabilities:
-    """Return what the answers to /server_info and /model_info say. Raises ConfigError."""
+    """Return the capabilities in the replies of /server_info and /model_info. Raises ConfigError."""
     version = str(server_info.get("version"))
     match = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
     numbers = tuple(map(int, match.groups())) if match else None

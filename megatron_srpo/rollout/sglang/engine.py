@@ -1,4 +1,4 @@
-"""SGLang servers as the run's engine. The first rank keeps and updates them, every rank asks them."""
+"""SGLang servers as the run's engine. The first rank manages and updates them; all ranks sample."""
 
 import os
 import socket
@@ -24,7 +24,7 @@ from megatron_srpo.rollout.sglang.publisher import Publisher
 from megatron_srpo.rollout.sglang.server import SGLangServer, launch_of
 from megatron_srpo.rollout.sglang.settings import SGLangSettings
 
-# seconds between the ranks' exchanges while servers start, which may take longer than a collective may
+# seconds between the ranks' exchanges while servers start, which may exceed a collective's timeout
 _HEARTBEAT = 1.0
 
 
@@ -45,6 +45,7 @@ def check(config: Config, trains: bool) -> None:
 
 
 def create(config: Config, folder: HFFolder, layout: Layout, say: Callable[[str], None]) -> "SGLangEngine":
+    """Create the engine, and the run's servers on the first rank (see rollout/engines.py)."""
     launch = launch_of(config)
     urls = [url.rstrip("/") for url in config.rollout.urls]
     if launch is not None:
@@ -61,20 +62,20 @@ def create(config: Config, folder: HFFolder, layout: Layout, say: Callable[[str]
 
 @dataclass(eq=False)
 class SGLangEngine:
-    """See `Engine`. All ranks create and update it together. Raises ConfigError for unusable servers."""
+    """`Engine` on SGLang servers, created by all ranks. Raises ConfigError for unusable servers."""
 
     settings: RolloutSection
     folder: HFFolder
     layout: Layout
     urls: Sequence[str]  # of all servers
-    publisher: Publisher | None  # keeps the servers; on the first rank only
+    publisher: Publisher | None  # manages the servers; on the first rank only
 
     def __post_init__(self) -> None:
         settings, layout = self.settings, self.layout
         self.sglang = settings.section(SGLangSettings)
         vocab_size = self.folder.architecture.vocab_size
         try:
-            is_seeded = self._meet_servers()
+            is_seeded = self._wait_for_servers()
             problems = layout.gather_json(find_unreachable(self.urls, settings, layout.rank))
             for problem in problems:
                 if problem is not None:
@@ -94,10 +95,11 @@ class SGLangEngine:
         )
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, stop: Event) -> CompletionStream:
+        """Yield completions of the servers (see `Generation.generate`)."""
         return self.generation.generate(requests, sampling, stop)
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
-        """Consume `tensors`, which must be iterable again: for servers that missed the update."""
+        """Publish `tensors`; iterate over them again, to disk, for servers that missed the update."""
         self.generation.start_publication(version)
         invalid = self.layout.gather_json(self.generation.invalid_replies())
         problem, needs_disk = None, False
@@ -120,17 +122,19 @@ class SGLangEngine:
         self.generation.end_publication(self.layout.broadcast(states))
 
     def release_memory(self) -> None:
+        """Free the servers' GPU memory until the next update, with rollout.colocated."""
         if self.settings.colocated:
             if self.publisher is not None:
                 self.publisher.release_memory()
-            self.layout.broadcast(None)  # no rank may use the memory before it is there
+            self.layout.broadcast(None)  # no rank may use the memory before it is free
 
     def close(self) -> None:
+        """Stop the servers of the run, and leave external ones."""
         if self.publisher is not None:
             self.publisher.close()
 
-    def _meet_servers(self) -> bool:
-        """Wait until all servers are there, and check them. Returns True if they use our seeds."""
+    def _wait_for_servers(self) -> bool:
+        """Wait until all servers have started, and check them; return True if they use our seeds."""
         while self.layout.broadcast(self.publisher is not None and self.publisher.fleet.is_starting()):
             beat()  # start_timeout ends this wait
             time.sleep(_HEARTBEAT)
@@ -147,7 +151,7 @@ class SGLangEngine:
         return is_seeded
 
     def _report_failure(self, url: str, reason: str, is_invalid: bool) -> None:
-        # only the first rank can act at once; it hears of others' invalid replies at publications
+        # only the first rank can act at once; it gets others' invalid replies at publications
         if self.publisher is not None:
             self.publisher.fleet.report_failure(url, reason, is_invalid)
 
@@ -157,11 +161,11 @@ class SGLangEngine:
         limit = self.sglang.return_timeout
         if self.settings.servers:
             limit = (1 + self.sglang.max_restarts) * self.sglang.start_timeout
-        return f"none has come back in {limit:g} s" if seconds > limit else None
+        return f"none has recovered in {limit:g} s" if seconds > limit else None
 
 
 def find_unreachable(urls: Sequence[str], settings: RolloutSection, rank: int) -> str | None:
-    """Return why this rank cannot ask one of the servers (127.0.0.1 is each rank's own host), or None."""
+    """Return why this rank cannot reach a server (127.0.0.1 is each rank's own host), or None."""
     sglang = settings.section(SGLangSettings)
     name = sglang.api_key_env
     place = f"rank {rank} on {socket.gethostname()}"
@@ -179,6 +183,6 @@ def find_unreachable(urls: Sequence[str], settings: RolloutSection, rank: int) -
 
 
 def _consume(tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Take part in making each tensor, for the first rank."""
+    """Take part in the collectives that make each tensor, which only the first rank uses."""
     for _ in tensors:
         pass

@@ -1,4 +1,4 @@
-"""One update of the weights on several servers: pause → begin → send → end → continue; three ways to send.
+"""One update of the weights on several servers: pause → begin → send → end → continue; three transports.
 
 The stream of tensors is always consumed to its end: other ranks take part in making each tensor.
 """
@@ -37,22 +37,22 @@ from megatron_srpo.weights.transfer import save_hf
 
 Stream = Iterable[tuple[str, Tensor]]
 Result = TypeVar("Result")
-_REFUSAL = 0.01  # seconds in which a server that does not take a broadcast says so
+_REFUSAL = 0.01  # seconds within which a server refuses a broadcast
 
 
 @dataclass(eq=False)
 class Update:
-    """One update of several servers at once. A server that fails is left out of what follows."""
+    """One update of several servers at once. A server that fails is excluded from later calls."""
 
     servers: Sequence[SGLangServer]
     version: str
-    needs_session: bool  # the servers want begin and end around tensors
+    needs_session: bool  # tensors need a begin and an end call
     before_resume: Callable[[SGLangServer], Any] = lambda server: None  # for each, before it samples again
 
     def __post_init__(self) -> None:
         self.live = list(self.servers)  # those that have not failed
         self.failures: dict[SGLangServer, str] = {}  # reasons
-        self.missed: set[SGLangServer] = set()  # live, and kept from the update by the failure of another one
+        self.missed: set[SGLangServer] = set()  # live, but not updated because another one failed
         self._pool = ThreadPoolExecutor(max(1, len(self.servers)), "publication")
 
     def begin(self, call: Callable[[SGLangServer], Result]) -> dict[Future[Result], SGLangServer]:
@@ -60,7 +60,7 @@ class Update:
         return {self._pool.submit(call, server): server for server in self.live}
 
     def end(self, calls: dict[Future[Result], SGLangServer]) -> dict[SGLangServer, Result]:
-        """Wait for the calls. Returns the results of the servers that are still live."""
+        """Wait for the calls; return the results of the servers that are still live."""
         results = {}
         for call, server in calls.items():
             try:
@@ -71,15 +71,17 @@ class Update:
         return {server: result for server, result in results.items() if server in self.live}
 
     def each(self, call: Callable[[SGLangServer], Result]) -> dict[SGLangServer, Result]:
-        """Run `call` for every live server in parallel. Returns the results."""
+        """Run `call` for every live server in parallel; return the results."""
         return self.end(self.begin(call))
 
     def fail(self, server: SGLangServer, reason: str) -> None:
+        """Exclude a live server from later calls, for `reason`."""
         if server in self.live:
             self.live.remove(server)
             self.failures[server] = reason
 
     def pause(self) -> None:
+        """Pause all live servers; their running requests wait (mode "retract")."""
         self.each(lambda server: server.post("/pause_generation", {"mode": "retract"}))
 
     @contextlib.contextmanager
@@ -105,11 +107,12 @@ class Update:
             self.each(lambda server: server.post("/end_weight_update", {}))
 
     def close(self) -> None:
+        """End the threads, without waiting for running calls."""
         self._pool.shutdown(wait=False)
 
 
 class Transport(Protocol):
-    """How tensors get to servers."""
+    """A way to send tensors to servers."""
 
     def send(self, update: Update, tensors: Stream) -> None:
         """Consume the stream and update the live servers. `update` records failures."""
@@ -117,13 +120,14 @@ class Transport(Protocol):
 
 @dataclass(eq=False)
 class Disk:
-    """Through a Hugging Face folder in `directory`, which servers must see under the same path."""
+    """Transport by a Hugging Face folder in `directory`, which servers see under the same path."""
 
     reference: HFFolder  # the model
     directory: Path  # holds at most two versions
     on_disk: Callable[[Path, str], None]  # called with folder and version when the folder is complete
 
     def send(self, update: Update, tensors: Stream) -> None:
+        """Save the tensors, and let all live servers load them."""
         path = self.directory / f"version_{update.version}"
         folders = sorted(self.directory.glob("*"), key=lambda folder: folder.stat().st_mtime)
         for old in folders[:-1]:  # a server that restarts may be reading the last one
@@ -135,7 +139,7 @@ class Disk:
 
 
 class Entry(NamedTuple):
-    """Bytes start … end - 1 of a bucket are this tensor."""
+    """One tensor's place in a bucket: bytes start … end - 1."""
 
     name: str
     dtype: torch.dtype
@@ -152,16 +156,16 @@ class Bucket(NamedTuple):
     is_last: bool
 
     def version(self, version: str) -> str | None:
-        """Return the version to send with it: none before the server has all tensors."""
+        """Return the version to send with it: None before the last bucket."""
         return version if self.is_last else None
 
 
 def buckets(
     tensors: Stream, limit: int, allocate: Callable[[int], Tensor], memories: int = 1
 ) -> Iterator[Bucket]:
-    """Cut the stream into buckets of at most `limit` bytes; a larger tensor has a bucket of its own.
+    """Cut the stream into buckets of at most `limit` bytes; a larger tensor gets its own bucket.
 
-    `memories` buckets are valid at a time, the next overwrites the oldest. allocate: returns uint8 [bytes].
+    `memories` buckets are valid at a time; the next overwrites the oldest. allocate: returns uint8 [bytes].
     """
     buffers, entries, used = deque([torch.empty(0, dtype=uint8)] * memories), list[Entry](), 0
     for name, tensor in tensors:
@@ -170,7 +174,7 @@ def buckets(
             yield Bucket(buffers[0][:used], entries, is_last=False)
             buffers.rotate()
             entries, used = [], 0
-        if used + size > len(buffers[0]):  # only ever with an empty bucket
+        if used + size > len(buffers[0]):  # only while the bucket is empty
             buffers[0] = allocate(max(limit, size))
         buffers[0][used : used + size].copy_(tensor.detach().reshape(-1).view(uint8))
         entries.append(Entry(name, tensor.dtype, tuple(tensor.shape), used, used + size))
@@ -181,14 +185,15 @@ def buckets(
 
 @dataclass(eq=False)
 class SharedMemory:
-    """Through memory that servers of this machine map: CUDA's IPC, or /dev/shm on CPUs."""
+    """Transport by memory that servers of this machine map: CUDA IPC, or /dev/shm on CPUs."""
 
     limit: int  # bytes a bucket
     device: torch.device
     tensor_parallel_size: Callable[[SGLangServer], int]
 
     def send(self, update: Update, tensors: Stream) -> None:
-        # a server answers once its first worker has copied a bucket; the others have when it takes the next
+        """Copy one bucket after another into shared memory; all live servers read each."""
+        # a server responds once its first worker has copied a bucket; the others have when it takes the next
         has_workers = any(self.tensor_parallel_size(server) > 1 for server in update.live)
         memories = 2 if self.device.type == "cuda" and has_workers else 1
         with update.paused(), update.session(), _named_files():
@@ -204,14 +209,14 @@ class SharedMemory:
         return memory
 
     def _post(self, server: SGLangServer, bucket: Bucket, version: str) -> None:
-        # a handle for each reader: they are counted
+        # a handle for each reader: handles are counted
         handles = [_pickled(bucket) for _ in range(self.tensor_parallel_size(server))]
         body = {"serialized_named_tensors": handles, "load_format": "flattened_bucket", "flush_cache": True}
         server.post("/update_weights_from_tensor", {**body, "weight_version": bucket.version(version)})
 
 
 class _Handle:
-    """Pickles as the tensor does, with the UUID of its GPU, whose number may differ for the reader."""
+    """A tensor, pickled with the UUID of its GPU, as the reader may number GPUs differently."""
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
@@ -254,12 +259,12 @@ def _named_files() -> Iterator[None]:
 
 
 class _BroadcastFailed(Exception):
-    """The group is of no use any more; the message says why."""
+    """The process group can no longer be used; the message has the reason."""
 
 
 @dataclass(eq=False)
 class Broadcast:
-    """Through a process group of this process (rank 0) and all servers: NCCL on GPUs, gloo on CPUs."""
+    """Transport by a process group of this process (rank 0) and all servers: NCCL, or gloo on CPUs."""
 
     limit: int  # bytes a bucket
     device: torch.device
@@ -274,7 +279,7 @@ class Broadcast:
         self._incarnations: dict[SGLangServer, int] = {}  # of the members
 
     def send(self, update: Update, tensors: Stream) -> None:
-        """If one server fails, the group is broken, and the others miss the update."""
+        """Broadcast one bucket after another. If a server fails, all others miss the update."""
         stream = buckets(tensors, self.limit, lambda size: torch.empty(size, dtype=uint8, device=self.device))
         with update.paused(), update.session():
             try:
@@ -292,9 +297,10 @@ class Broadcast:
                 pass
 
     def _form_group(self, update: Update) -> dist.ProcessGroup | None:
-        """Form the group with all live servers. None, with every server failed, if that is impossible.
+        """Create the group with all live servers. If that is impossible, fail them all and return None.
 
-        Raises _BroadcastFailed if a server does not join.
+        Raises:
+            _BroadcastFailed: A server did not join.
         """
         if not update.live:
             return None
@@ -319,17 +325,17 @@ class Broadcast:
         calls = update.begin(
             lambda server: server.post("/init_weights_update_group", {**body, "rank_offset": offsets[server]})
         )
-        if backend == "nccl":  # it ends this process after the group's time-out: `_broadcast` notices earlier
+        if backend == "nccl":  # it ends this process after the timeout; that of `_broadcast` is shorter
             timeout += datetime.timedelta(seconds=60)
         try:
             group = _group(store, size, backend, name, timeout)
         except (RuntimeError, ValueError) as error:  # of gloo, NCCL and the store
             # members block until all have joined: none can be used
             for server in list(update.live):
-                update.fail(server, f"the group for weight updates could not be made: {error}")
+                update.fail(server, f"the group for weight updates could not be created: {error}")
             return None
         self._group = group
-        if len(update.end(calls)) < len(calls):  # NCCL's first broadcast would wait for ever
+        if len(update.end(calls)) < len(calls):  # NCCL's first broadcast would wait forever
             raise _BroadcastFailed("a server did not join the group")
         self._name = name
         self._incarnations = {server: server.incarnation for server in update.live}
@@ -346,14 +352,14 @@ class Broadcast:
             "weight_version": bucket.version(update.version),
         }
         calls = update.begin(lambda server: server.post("/update_weights_from_distributed", body))
-        # a server that refuses says so at once and does not take part: the broadcast would wait for ever
+        # a server that refuses responds at once and does not take part: the broadcast would wait forever
         if wait(calls, _REFUSAL, FIRST_COMPLETED).done:
             update.end(_done(calls))
             raise _BroadcastFailed("a server refused the update")
         try:
             work = group.broadcast(bucket.data, 0)
         except RuntimeError as error:
-            raise _BroadcastFailed(f"a broadcast could not begin: {error}") from None
+            raise _BroadcastFailed(f"a broadcast could not start: {error}") from None
         until = time.monotonic() + self.timeout
         while not work.is_completed():
             if any(call.exception() for call in _done(calls)):
@@ -392,7 +398,7 @@ def _done(calls: dict[Future[Result], SGLangServer]) -> dict[Future[Result], SGL
 def _group(
     store: distributed_c10d.Store, size: int, backend: str, name: str, timeout: datetime.timedelta
 ) -> dist.ProcessGroup:
-    """Return rank 0 of a group outside the trainer's, made as SGLang makes its end (no public way)."""
+    """Create rank 0 of a group outside the trainer's, as SGLang creates its ranks (no public API)."""
     made: Any = distributed_c10d._new_process_group_helper(
         size,
         0,

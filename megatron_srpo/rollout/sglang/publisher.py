@@ -1,4 +1,4 @@
-"""The first rank's part: the servers, and every version of the weights brought to all of them."""
+"""The first rank's part: manage the servers, and publish every weight version to all of them."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from megatron_srpo.rollout.sglang.settings import SGLangSettings
 
 @dataclass(eq=False)
 class Publisher:
-    """Keeps the fleet and updates it."""
+    """Manage the fleet, and publish weights to it."""
 
     settings: RolloutSection
     folder: HFFolder
@@ -28,7 +28,7 @@ class Publisher:
     launch: SGLangLaunch | None  # starts them; None if they are external
     device: torch.device  # of the published tensors
     dtype: torch.dtype  # of the published tensors
-    weights: Path  # folder for weights that go by disk
+    weights: Path  # folder for weights published on disk
     say: Callable[[str], None]
 
     def __post_init__(self) -> None:
@@ -41,13 +41,13 @@ class Publisher:
         self.disk = Disk(self.folder, self.weights, self._on_disk)
         self.transport = self.transport_for(self.settings)
         self._version: str | None = None  # published last
-        self.released: dict[SGLangServer, int] = {}  # without memory: by incarnation, as a new one has it
+        self.released: dict[SGLangServer, int] = {}  # have no memory; by incarnation, as a restarted one has
 
     def _on_disk(self, path: Path, version: str) -> None:
         self.fleet.weights_changed(Weights(path, version))
 
     def inspect(self) -> None:
-        """Check every server once all have started. Raises ConfigError for what is missing."""
+        """Check every server once all have started. Raises ConfigError if one cannot be used."""
         for handle in self.fleet.handles:
             if handle.state == "failed":
                 problem = f"server {handle.number} could not be started: {handle.reason}"
@@ -57,18 +57,19 @@ class Publisher:
             except ServerFailed as failure:
                 raise ConfigError(f"rollout.engine: {failure}") from None
         versions = ", ".join(sorted({found.version for found in self.capabilities.values()}))
-        way = self.sglang.update
-        self.say(f"SGLang {versions} on {len(self.capabilities)} servers; weights by {way}")
+        transport = self.sglang.update
+        self.say(f"SGLang {versions} on {len(self.capabilities)} servers; weight updates: {transport}")
         if not self.is_seeded:
             hint = "start the servers with --enable-deterministic-inference to use our seeds"
             self.say(f"sampling is not reproducible: {hint}")
 
     @property
     def is_seeded(self) -> bool:
+        """True if every server uses our sampling seeds."""
         return all(found.is_seeded for found in self.capabilities.values())
 
     def publish(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> str | None:
-        """Bring every server to `version`. Returns what the first update's checksums say is wrong."""
+        """Send `version` to every server; return the problem that the first update's checksums show."""
         self.fleet.allow_starts()
         self.fleet.wait(self.sglang.return_timeout)
         self.fleet.weights_changed(None)
@@ -83,7 +84,7 @@ class Publisher:
         if is_first and not update.missed:
             problem = self._compare(before, update.each(_checksum), version)
         self._version = version
-        self._settle(update)
+        self._record(update)
         return problem
 
     def forget(self) -> None:
@@ -91,28 +92,28 @@ class Publisher:
         self._version = None
 
     def needs_disk(self) -> bool:
-        """Return True if a server that missed the last update could load it, were it on disk."""
+        """Return True if a server missed the last update and can load it once it is on disk."""
         if self.fleet.newest is not None:
             return False
         handles = self.fleet.handles
         if self.fleet.launch is not None:
             return any(handle.state not in ("ready", "failed") for handle in handles)
         missed = [handle for handle in handles if handle.state in ("outdated", "quarantined")]
-        return any(_answers(handle.server) for handle in missed)
+        return any(_responds(handle.server) for handle in missed)
 
     def publish_through_disk(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
         """Publish the last version again, for servers that missed it. Consumes `tensors`."""
         handles = [handle for handle in self.fleet.reachable() if handle.state != "ready"]
         update = self._update(handles, version)
         self._send(update, tensors, self.disk)
-        self._settle(update)
+        self._record(update)
 
     def release_memory(self) -> None:
         """Release the servers' GPU memory until the next publication, and pause them meanwhile."""
         self.fleet.forbid_starts()
         handles = [handle for handle in self.fleet.reachable() if handle.state != "quarantined"]
         update = self._update(handles, "")
-        update.pause()  # a token would touch memory that is not there
+        update.pause()  # generating a token would access released memory
         body = {"tags": ["kv_cache", "weights"]}
         update.each(lambda server: server.post("/release_memory_occupation", body))
         self.released = {server: server.incarnation for server in update.live}
@@ -120,11 +121,13 @@ class Publisher:
         self.fleet.forbid_starts()  # waits for those that failed
 
     def close(self) -> None:
+        """Leave the process group and stop the servers of the run."""
         if isinstance(self.transport, Broadcast):
             self.transport.close()
         self.fleet.close()
 
     def transport_for(self, settings: RolloutSection) -> Transport:
+        """Return the transport for rollout.sglang.update."""
         sglang = settings.section(SGLangSettings)
         if sglang.update == "disk":
             return self.disk
@@ -140,19 +143,19 @@ class Publisher:
     def _update(self, handles: Iterable[ServerHandle[SGLangServer]], version: str) -> Update:
         servers = [handle.server for handle in handles]
         needs_session = any(found.needs_session for found in self.capabilities.values())
-        return Update(servers, version, needs_session, lambda server: self._take_back(server, "kv_cache"))
+        return Update(servers, version, needs_session, lambda server: self._resume_memory(server, "kv_cache"))
 
     def _send(self, update: Update, tensors: Iterable[tuple[str, Tensor]], transport: Transport) -> None:
-        update.each(lambda server: self._take_back(server, "weights"))
+        update.each(lambda server: self._resume_memory(server, "weights"))
         transport.send(update, tensors)
         self.released = {}
         update.each(lambda server: None if server in update.missed else server.check_version(update.version))
 
-    def _take_back(self, server: SGLangServer, what: str) -> None:
+    def _resume_memory(self, server: SGLangServer, tag: str) -> None:
         if self.released.get(server) == server.incarnation:
-            server.post("/resume_memory_occupation", {"tags": [what]})
+            server.post("/resume_memory_occupation", {"tags": [tag]})
 
-    def _settle(self, update: Update) -> None:
+    def _record(self, update: Update) -> None:
         """Record in the fleet which servers have the weights, and which failed."""
         for handle in self.fleet.handles:
             if handle.server in update.live and handle.server not in update.missed:
@@ -167,7 +170,7 @@ class Publisher:
     def _compare(
         self, before: dict[SGLangServer, str | None], after: dict[SGLangServer, str | None], version: str
     ) -> str | None:
-        """Return what is wrong by the first update's checksums. Servers of the run start with version "0"."""
+        """Return the problem that checksums show, or None. Servers of the run start with version "0"."""
         by_size: dict[int, dict[str, str]] = {}
         for server, checksum in after.items():
             if checksum is not None:
@@ -186,14 +189,14 @@ class Publisher:
 
 
 def _checksum(server: SGLangServer) -> str | None:
-    """Return one checksum of all the server's weights; None where it offers none."""
+    """Return one checksum of all the server's weights; None if it offers none."""
     try:
         return server.post("/weights_checker", {"action": "checksum"}).get("per_engine_checksum")
     except ServerFailed:
         return None
 
 
-def _answers(server: SGLangServer) -> bool:
+def _responds(server: SGLangServer) -> bool:
     try:
         server.version()
     except ServerFailed:

@@ -1,4 +1,4 @@
-"""One SGLang server: how it is started, looked at and given weights from disk."""
+"""One SGLang server: its start, its state, and weights from disk."""
 
 import math
 import os
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from typing_extensions import override
 
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.schema import Config
@@ -17,13 +18,18 @@ from megatron_srpo.rollout.sglang.settings import SGLangSettings
 
 
 class SGLangServer(Server):
+    """`Server` with the HTTP API of SGLang."""
+
+    @override
     def version(self) -> str:
         return str(self.get("/model_info").get("weight_version"))
 
+    @override
     def check_up(self) -> None:
         self.get("/model_info", timeout=2)
         self.get("/health")
 
+    @override
     def load(self, folder: Path, version: str) -> None:
         body = {"model_path": str(folder.resolve()), "weight_version": version, "flush_cache": True}
         self.post("/update_weights_from_disk", body)
@@ -38,7 +44,7 @@ class SGLangServer(Server):
 
 @dataclass(frozen=True, kw_only=True)
 class SGLangLaunch(Launch):
-    """Starts SGLang servers."""
+    """Start SGLang servers with the interpreter rollout.sglang.python."""
 
     settings: SGLangSettings
     model: Path  # folder of the start model
@@ -47,12 +53,13 @@ class SGLangLaunch(Launch):
     saves_memory: bool  # they can release their memory (rollout.colocated)
 
     def urls(self, count: int) -> list[str]:
-        """Return where `count` servers listen, as seen from other hosts unless they listen on loopback."""
+        """Return the URLs of `count` servers, as seen from other hosts unless they listen on loopback."""
         host = self.settings.host
         if host in ("0.0.0.0", "::"):
             host = socket.gethostname()
         return [f"http://{host}:{self.settings.port + number}" for number in range(count)]
 
+    @override
     def command(self, number: int) -> list[str]:
         settings, gpus = self.settings, self.settings.tensor_parallel_size
         words = [settings.python, "-m", "sglang.launch_server"]
@@ -66,6 +73,7 @@ class SGLangLaunch(Launch):
             words += ["--api-key", self.secret]
         return [*words, *settings.arguments]
 
+    @override
     def environment(self) -> dict[str, str]:
         # one setting for both sides
         health = {"SGLANG_HEALTH_CHECK_TIMEOUT": str(math.ceil(self.settings.health_timeout))}
@@ -74,8 +82,8 @@ class SGLangLaunch(Launch):
     def check(self, count: int) -> None:
         """Raise ConfigError for a missing interpreter and for ports in use."""
         if not os.access(self.settings.python, os.X_OK):
-            problem = f"{self.settings.python} is no interpreter; name that of an environment with SGLang"
-            hint = "bash tools/install_sglang.sh makes one for CPUs"
+            problem = f"{self.settings.python} is not an interpreter; set that of an environment with SGLang"
+            hint = "bash tools/install_sglang.sh creates one for CPUs"
             raise ConfigError(f"rollout.sglang.python: {problem} ({hint})")
         for number in range(count):
             port = self.settings.port + number
@@ -86,7 +94,7 @@ class SGLangLaunch(Launch):
 
 
 def launch_of(config: Config) -> SGLangLaunch | None:
-    """Return how the servers of `config` are started; None if they are external."""
+    """Return the launch of the servers of `config`; None if they are external."""
     settings = config.rollout.section(SGLangSettings)
     if not config.rollout.servers:
         return None

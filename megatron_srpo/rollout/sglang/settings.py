@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class SGLangSettings(ServerSettings):
-    """How to start and update SGLang servers."""
+    """Settings to start and update SGLang servers."""
 
     name = "sglang"
     summary = "SGLang servers"

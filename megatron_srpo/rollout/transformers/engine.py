@@ -32,6 +32,7 @@ def check(config: Config, trains: bool) -> None:
 
 
 def create(config: Config, folder: HFFolder, layout: Layout, say: Callable[[str], None]) -> Engine:
+    """Create the engine (see rollout/engines.py)."""
     return TransformersEngine(folder, layout.device, model_dtype(config.model), config.rollout.batch_size)
 
 
@@ -79,9 +80,10 @@ class TransformersEngine:
             yield dict(zip(numbers, completions, strict=True))
 
     def release_memory(self) -> None:
-        """Keep the model: rollout.colocated is for servers."""
+        """Do nothing: rollout.colocated is for servers."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Do nothing: the model's memory is freed with this object."""
 
     @torch.inference_mode()
     def _generate_batch(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
@@ -117,10 +119,8 @@ class TransformersEngine:
                 cache.batch_select_indices(keep)
                 live, ids, mask, positions = live[keep], ids[keep], mask[keep], positions[keep]
         if logprobs.isnan().any():
-            version = self.version
-            raise EngineFailed(
-                f"the model of weight version {version} gives no numbers (NaN): damaged weights?"
-            )
+            found = f"the model returns NaN with weight version {self.version}"
+            raise EngineFailed(f"{found}: are the weights damaged?")
         rows = zip(requests, tokens.tolist(), logprobs.tolist(), strict=True)
         return [self._completion(*row, sampling) for row in rows]
 
@@ -151,7 +151,7 @@ def _context(request: Request) -> tuple[int, ...]:
 
 
 def _uniforms(seed: str, count: int) -> np.ndarray:
-    """Return `count` uniform numbers in [0, 1) of the sample with this seed, whatever its batch."""
+    """Return `count` uniform numbers in [0, 1) for a sample's seed, independently of its batch."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(list(seed.encode())))).random(count)
 
 
@@ -167,7 +167,7 @@ def _sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> _Chosen:
         best = logits.argmax(-1)
         return _Chosen(best, logprobs.gather(1, best[:, None])[:, 0])
     logprobs, ids = (logits / sampling.temperature).log_softmax(-1), None
-    if sampling.top_p < 1:  # only this needs them in order
+    if sampling.top_p < 1:  # only top_p needs them sorted
         logprobs, ids = logprobs.sort(dim=-1, descending=True)
     mass = logprobs.double().exp().cumsum(-1)
     total = mass[:, -1]

@@ -1,4 +1,4 @@
-"""The embedded engine's properties; its only setting, rollout.batch_size, is older than engines' sections."""
+"""The embedded engine's properties; its only setting is rollout.batch_size."""
 
 from megatron_srpo.config.engines import EngineSettings
 

@@ -1,4 +1,4 @@
-"""The guard beside a server."""
+"""Test the guard process of a server."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_srpo.rollout.servers import guard
 
 
 def test_slurms_warning_ends_neither_guard_nor_server():
-    """SIGUSR1 is the run's, whose last step still samples; the guard hands on the command's status."""
+    # SIGUSR1 is meant for the run, whose last step still samples; the guard exits with the command's status.
     command = [
         sys.executable,
         "-P",

@@ -1,5 +1,6 @@
-"""What servers must be able to do, from the answers of a real one (SGLang 0.5.23) and changed ones; settings
-that contradict.
+"""Test the capabilities that servers must have, and settings that contradict.
+
+The answers are those of a real server (SGLang 0.5.23), some of them changed.
 """
 
 from __future__ import annotations
@@ -7,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tables import each_row
 
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.load import load_config
@@ -35,7 +37,7 @@ FOLDER = HFFolder(ROOT / "examples/quickstart/start")
 
 
 def config(*overrides):
-    """The quick start on servers, with changes."""
+    """Return the quick start's configuration on servers, with changes."""
     return load_config(ROOT / "examples/quickstart/sglang.yaml", list(overrides))
 
 
@@ -82,13 +84,13 @@ def test_what_a_server_can_do():
         ),
     ],
 )
-def test_what_a_run_cannot_use_is_told(server, model, overrides, message):
+def test_unusable_servers_are_refused(server, model, overrides, message):
     with pytest.raises(ConfigError) as caught:
         look(server, model, overrides)
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize(
+@each_row(
     "overrides, message",
     [
         (
@@ -138,11 +140,11 @@ def test_settings_that_contradict_are_refused_by_name(overrides, message):
         ),
         (
             ["rollout.sglang.python=/nowhere/python"],
-            "rollout.sglang.python: /nowhere/python is no interpreter",
+            "rollout.sglang.python: /nowhere/python is not an interpreter",
         ),
     ],
 )
-def test_what_this_machine_lacks_is_told_before_anything_starts(overrides, message):
+def test_what_this_machine_lacks_is_reported_before_anything_starts(overrides, message):
     with pytest.raises(ConfigError) as caught:
         check_engine(config(*overrides), trains=True)
     assert message in str(caught.value)

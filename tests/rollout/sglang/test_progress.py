@@ -1,6 +1,6 @@
-"""What the watchdog sees of SGLang servers: answers, tokens and bounded waits are progress, silence is not.
+"""Test what the watchdog counts as progress of SGLang servers, without real servers.
 
-Without real servers.
+Answers, tokens and bounded waits are progress, silence is not.
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ REPLY = {
 
 @contextmanager
 def server(is_healthy):
-    """Answers /generate when `released` is set, and /health at once or not before that either; yields (url,
-    released).
+    """Answer /generate once `released` is set, and /health at once or also only then.
+
+    Yields (url, released).
     """
     released = threading.Event()
 
@@ -65,7 +66,7 @@ def server(is_healthy):
 
 
 def generating(url, no_server_reason=lambda seconds: None):
-    """(a rank that asks the server at `url`, its completions of one request as an iterator)."""
+    """Return (a rank that uses the server at `url`, its completions of one request as an iterator)."""
     api = SGLangAPI(3, False)
     made = Generation(api, [url], SGLangSettings(), 3, 0, 1, lambda *_: None, no_server_reason)
     made.versions = ["0"]
@@ -80,10 +81,8 @@ def beats_during(seconds):
 
 @pytest.mark.parametrize("is_healthy", [True, False])
 def test_a_long_response_is_progress_while_its_server_makes_tokens(is_healthy, monkeypatch):
-    """One request whose answer takes for ever: SGLang's /health answers when tokens are made.
-
-    A server that hangs makes no sign.
-    """
+    # One request takes forever: SGLang's /health answers while tokens are made. A server that hangs gives no
+    # sign.
     monkeypatch.setattr(generation, "_HEALTH_INTERVAL", 0.02)
     done = []
     with server(is_healthy) as (url, released):
@@ -111,7 +110,7 @@ def test_waiting_for_a_server_to_come_back_is_progress_until_it_is_hopeless():
 
 
 def test_each_answer_to_a_publication_is_progress_and_silence_is_none():
-    """Three calls to two servers, one of which fails; then one that is not answered."""
+    # Three calls to two servers, one of which fails; then one call without an answer.
     servers = [SGLangServer(f"http://127.0.0.1:{port}", SGLangSettings()) for port in (8, 9)]
     update, answer = Update(servers, "1", needs_session=False), threading.Event()
 
@@ -132,7 +131,7 @@ def test_each_answer_to_a_publication_is_progress_and_silence_is_none():
 
 
 def test_waits_for_servers_that_start_are_progress(monkeypatch):
-    """At the start and before a publication; both are bounded by settings of their own."""
+    # At the start and before a publication; both are bounded by settings of their own.
     fleet = Fleet([SGLangServer("http://127.0.0.1:9", SGLangSettings())], None, lambda text: None)
     fleet.handles[0].state, before = "starting", PROGRESS.beats
     fleet.wait(0.3)

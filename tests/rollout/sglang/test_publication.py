@@ -1,4 +1,4 @@
-"""What servers are told, and in which order, when weights come and memory goes; without real servers."""
+"""Test the order of calls to servers when weights arrive and memory is released, without real servers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TENSORS = [(name, torch.full((4,), float(number))) for number, name in enumerate
 
 @contextmanager
 def server(answer=lambda path, body: (200, {})):
-    """Answers as `answer(path, body)` says; yields (url, what it was asked: [(path, body)])."""
+    """Answer as `answer(path, body)` says; yield (url, the requests: [(path, body)])."""
     asked = []
 
     def reply(request, body):
@@ -58,7 +58,7 @@ NOWHERE = SGLangServer("http://127.0.0.1:9", SGLangSettings())
 
 
 def launch_with(logs, start):
-    """A launch that starts what `start(number)` returns."""
+    """Return a launch that starts what `start(number)` returns."""
     return SimpleNamespace(
         logs=logs, start=start, log=lambda number: logs / "log", start_timeout=900, max_restarts=3
     )
@@ -69,13 +69,13 @@ def update_of(*urls):
 
 
 def test_a_server_has_the_version_only_with_the_last_bucket():
-    """One that misses the rest must not call itself "7", by which it would be taken for whole."""
+    # A server that misses the rest must not call itself "7": its weights would be taken for complete.
     with server() as (url, asked):
         update = update_of(url)
         SharedMemory(16, CPU, lambda server: 1).send(update, iter(TENSORS))
         update.close()
-    told = [body["weight_version"] for path, body in asked if path == "/update_weights_from_tensor"]
-    assert told == [None, None, "7"] and not update.failures
+    versions = [body["weight_version"] for path, body in asked if path == "/update_weights_from_tensor"]
+    assert versions == [None, None, "7"] and not update.failures
 
 
 def test_a_bucket_outlives_as_many_others_as_there_are_memories():
@@ -85,7 +85,7 @@ def test_a_bucket_outlives_as_many_others_as_there_are_memories():
 
 
 def test_threads_that_share_memory_do_not_change_how_the_others_do(monkeypatch):
-    """The second of two handles is made when the first thread is done: it, too, must be a named file."""
+    # The second of two handles is made when the first thread has finished: it, too, must be a named file.
     before, dumps = torch.multiprocessing.get_sharing_strategy(), publication.ForkingPickler.dumps
     both, order = threading.Event(), iter("ab")
 
@@ -113,10 +113,9 @@ def test_threads_that_share_memory_do_not_change_how_the_others_do(monkeypatch):
     assert torch.multiprocessing.get_sharing_strategy() == before
 
 
-def test_nobody_broadcasts_to_a_group_that_a_server_has_not_joined(monkeypatch):
-    """NCCL makes its group without waiting; at the first broadcast it would wait for ever for the one that
-    refused.
-    """
+def test_no_broadcast_to_a_group_that_a_server_has_not_joined(monkeypatch):
+    # NCCL makes its group without waiting; the first broadcast would wait forever for the server that
+    # refused.
     monkeypatch.setattr(
         publication, "_group", lambda *_: SimpleNamespace(broadcast=lambda *_: pytest.fail("broadcast"))
     )
@@ -137,9 +136,8 @@ def test_nobody_broadcasts_to_a_group_that_a_server_has_not_joined(monkeypatch):
 
 
 def test_released_servers_stay_paused_until_weights_and_memory_are_back(tmp_path):
-    """A token between, one of somebody's health check, would touch memory that is not there and end the
-    server.
-    """
+    # A token in between, for instance of a health check, would use memory that is not there and end the
+    # server.
     given = ["rollout.servers=0", "rollout.urls=[http://a:1]", f"logging.dir={tmp_path}"]
     config = load_config(ROOT / "examples/quickstart/sglang.yaml", given)
     config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"colocated": True})})
@@ -174,7 +172,7 @@ def test_released_servers_stay_paused_until_weights_and_memory_are_back(tmp_path
 
 
 def test_what_is_starting_is_ended_while_memory_is_the_trainers(tmp_path):
-    """A colocated server that was lost while sampling must not take GPU memory in the middle of an update."""
+    # A colocated server that was lost while sampling must not take GPU memory in the middle of an update.
     started = []
 
     def start(number):
@@ -200,15 +198,14 @@ def test_what_is_starting_is_ended_while_memory_is_the_trainers(tmp_path):
     assert started[1].poll() is not None
 
 
-def test_a_server_that_cannot_be_started_again_is_given_up(tmp_path):
-    """Nobody would hear of an error in the thread that tends it: the run would wait for it at every
-    publication.
-    """
+def test_a_server_that_cannot_be_restarted_is_abandoned(tmp_path):
+    # An error in the thread that restarts it would go unnoticed: the run would wait for the server at every
+    # publication.
     started, said = [], []
 
     def start(number):
         if started:
-            raise OSError("no room for another process")
+            raise OSError("no memory for another process")
         started.append(subprocess.Popen(["sleep", "100"]))
         return started[-1]
 
@@ -216,13 +213,13 @@ def test_a_server_that_cannot_be_started_again_is_given_up(tmp_path):
     fleet.handles[0].has_started = True
     started[0].kill()
     fleet.threads[0].join(20)
-    assert not fleet.is_starting() and "no room for another process" in fleet.failed()
-    assert "giving up on server 0: it could not be started: no room for another process" in said
+    assert not fleet.is_starting() and "no memory for another process" in fleet.failed()
+    assert "giving up on server 0: it could not be started: no memory for another process" in said
     fleet.close()
 
 
 def test_a_log_that_holds_the_key_is_its_owners_alone(tmp_path, monkeypatch):
-    """SGLang writes all its arguments to its log."""
+    # SGLang writes all its arguments to its log.
     monkeypatch.setenv("A_KEY", "open sesame")
     for name, others_read in (("A_KEY", False), (None, True)):
         settings = SGLangSettings(python="/bin/true", api_key_env=name)
@@ -244,7 +241,7 @@ def test_a_log_that_holds_the_key_is_its_owners_alone(tmp_path, monkeypatch):
 
 
 def test_a_rank_that_reaches_no_server_says_so_at_the_start():
-    """The first rank's 127.0.0.1 is another host to ranks elsewhere, which waited for an hour."""
+    # The first rank's 127.0.0.1 is another host to ranks elsewhere, which used to wait for an hour.
     assert re.fullmatch(
         r"rollout.engine: rank 8 on \S+ cannot reach a server: http://127.0.0.1:9/model_info: ConnectError.*",
         find_unreachable(["http://127.0.0.1:9"], RolloutSection(), 8),
@@ -256,7 +253,7 @@ def test_a_rank_that_reaches_no_server_says_so_at_the_start():
 
 
 def asking(url):
-    """(a rank that asks the server at `url`, a function that samples, the completions so far)."""
+    """Return (a rank that uses the server at `url`, a function that samples, the completions so far)."""
     settings = SGLangSettings(health_timeout=0.3, retries=2)
     made = Generation(SGLangAPI(3, False), [url], settings, 3, 0, 1, lambda *_: None, lambda seconds: None)
     made.versions, done = ["0"], []
@@ -280,10 +277,9 @@ def reply(ids, reason):
     }
 
 
-def test_a_response_aborted_with_its_last_token_is_whole():
-    """SGLang lets an abort win over a stop token that comes in the same pass; nothing may be sampled after
-    that token.
-    """
+def test_a_response_aborted_with_its_last_token_is_complete():
+    # In SGLang an abort takes precedence over a stop token of the same pass; nothing may be sampled after
+    # that token.
     with server(lambda path, body: reply([1, 2], "abort")) as (url, asked):
         _, generate, done = asking(url)
         generate()
@@ -292,7 +288,7 @@ def test_a_response_aborted_with_its_last_token_is_whole():
 
 
 def test_a_server_that_hangs_is_not_used_again_for_the_version_it_names(monkeypatch):
-    """Its HTTP side answers /model_info; what makes tokens is stuck, as /health tells."""
+    # Its HTTP side answers /model_info; the part that makes tokens hangs, as /health shows.
     monkeypatch.setattr(generation, "_HEALTH_INTERVAL", 0.02)
     is_stuck = threading.Event()
     is_stuck.set()

@@ -1,7 +1,8 @@
-"""Lets a stock SGLang wheel start where Triton and torchvision are not: a .pth file imports this module in
-every python start.
+"""Let a stock SGLang wheel start without Triton and torchvision.
 
-SGLang imports both at module level and calls neither on its CPU path. What is missing is answered by hollow
+A .pth file imports this module at every start of Python.
+
+SGLang imports both at module level and calls neither on its CPU path. Missing packages are replaced by hollow
 modules: any attribute is there, any call does nothing. Without SGLANG_USE_CPU_ENGINE=1 nothing happens.
 """
 
@@ -12,11 +13,11 @@ import os
 import sys
 import types
 
-STOOD_IN_FOR = ("triton", "torchvision", "torchaudio")
+REPLACED = ("triton", "torchvision", "torchaudio")
 
 
 class _HollowType(type):
-    """Its class attributes (members of an enum, say) are their own names."""
+    """Return class attributes (members of an enum, say) as their own names."""
 
     def __getattr__(cls, name):
         if name.startswith("__"):
@@ -25,15 +26,16 @@ class _HollowType(type):
 
 
 class _Hollow(metaclass=_HollowType):
-    """Made of anything, does nothing; can be inherited from."""
+    """Accept any arguments and do nothing; can be inherited from."""
 
     def __init__(self, *args, **kwargs):
         self.kwargs = kwargs  # triton.Config's are read back
 
 
 class _HollowModule(types.ModuleType):
-    """A capitalised attribute is a class, any other one a module; called, it is a decorator that changes
-    nothing.
+    """Return a class for a capitalised attribute and a module for any other one.
+
+    Called, it is a decorator that changes nothing.
     """
 
     __version__ = "3.5.0"
@@ -66,14 +68,14 @@ class _HollowModule(types.ModuleType):
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds and loads hollow modules, but for those who only ask whether the package is there."""
+    """Find and load hollow modules, except for callers that only check for the package."""
 
     def __init__(self, packages):
         self.packages = packages
 
     def find_spec(self, name, path=None, target=None):
         package = name.partition(".")[0]
-        if package not in self.packages or (package != "triton" and _is_only_asked_for()):
+        if package not in self.packages or (package != "triton" and _is_only_probed()):
             return None
         return importlib.machinery.ModuleSpec(name, self, is_package=True)
 
@@ -88,8 +90,11 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
-def _is_only_asked_for():
-    """Whether importlib.util.find_spec is asking, as transformers does before it uses an optional package."""
+def _is_only_probed():
+    """Return whether importlib.util.find_spec is the caller.
+
+    transformers calls it before it uses an optional package.
+    """
     frame = sys._getframe(2)
     for _ in range(5):
         if frame is None:
@@ -104,4 +109,4 @@ def _is_only_asked_for():
 
 
 if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
-    sys.meta_path.append(_Finder([name for name in STOOD_IN_FOR if importlib.util.find_spec(name) is None]))
+    sys.meta_path.append(_Finder([name for name in REPLACED if importlib.util.find_spec(name) is None]))

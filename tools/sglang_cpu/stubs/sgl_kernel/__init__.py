@@ -1,5 +1,6 @@
-"""What SGLang 0.5.23's CPU path calls of sgl_kernel, in plain torch: the published wheel is for CUDA, or for
-CPUs with AMX.
+"""Implement in plain torch the part of sgl_kernel that SGLang 0.5.23's CPU path calls.
+
+The published wheel is for CUDA, or for CPUs with AMX.
 
 Any other name can be imported and raises NotImplementedError when it is called.
 """
@@ -11,13 +12,13 @@ _MASK = 0xFFFFFFFF
 
 
 def assign_req_to_token_pool_cpu(req_pool_indices, req_to_token, start, end, out_cache_loc, pool_len=None):
-    """req_to_token[request, start:end] = the next (end - start) cache places, request by request."""
+    """Set req_to_token[request, start:end] to the next (end - start) cache places, request by request."""
     for place, request, first, last in _places(req_pool_indices, start, end):
         req_to_token[request, first:last] = out_cache_loc[place].to(req_to_token.dtype)
 
 
 def assign_extend_cache_locs_cpu(req_pool_indices, req_to_token, start, end, out_cache_loc, pool_len=None):
-    """The other way round: the requests' places in the cache, one behind the other, into out_cache_loc."""
+    """Copy the requests' places in the cache, one request after the other, into out_cache_loc."""
     for place, request, first, last in _places(req_pool_indices, start, end):
         out_cache_loc[place] = req_to_token[request, first:last].to(out_cache_loc.dtype)
 
@@ -30,7 +31,7 @@ def _places(requests, starts, ends):
 
 
 def _times(a, factor):
-    """a · factor modulo 2³² in int64 without overflow."""
+    """Return a · factor modulo 2³² in int64 without overflow."""
     return ((a & 0xFFFF) * factor + ((((a >> 16) * factor) & 0xFFFF) << 16)) & _MASK
 
 
@@ -39,7 +40,10 @@ def _rotated(a, bits):
 
 
 def _murmur_hash32(seed, positions, col_indices):
-    """MurmurHash3 (32 bits) of (low word of seed, high word, position, column) for every row and column."""
+    """Return MurmurHash3 (32 bits) for every row and column.
+
+    It hashes (low word of seed, high word, position, column).
+    """
     seed, positions, columns = seed.long()[:, None], positions.long()[:, None], col_indices.long()[None, :]
     state = torch.zeros_like(seed)
     for word in (seed & _MASK, (seed >> 32) & _MASK, positions & _MASK, columns & _MASK):
