@@ -19,7 +19,8 @@ from megatron_srpo.config.schema import Config
 
 def is_first_rank() -> bool:
     """Return True on rank 0 of torchrun, and without torchrun."""
-    return os.environ.get("RANK", "0") == "0"
+    rank = os.environ.get("RANK", "0")
+    return not rank.isdecimal() or int(rank) == 0  # every rank reports a RANK that is no number
 
 
 class Parser(argparse.ArgumentParser):

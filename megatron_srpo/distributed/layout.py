@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.schema import ParallelSection
 from megatron_srpo.distributed.megatron import parallel_state, tensor_parallel
-from megatron_srpo.distributed.processes import gather_bytes, world_size_from_environment
+from megatron_srpo.distributed.processes import gather_bytes, under_torchrun, world_size_from_environment
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def initialize(parallel: ParallelSection, seed: int) -> Layout:
     timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
     owns_process_group = not dist.is_initialized()
     if owns_process_group:
-        if "MASTER_ADDR" in os.environ:
+        if under_torchrun():
             dist.init_process_group(backend, timeout=timeout)
         else:
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
