@@ -42,12 +42,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if match := re.match(r"argument command: invalid choice: '(.*?)' \(choose from (.*)\)", message):
             known = re.findall(r"[\w-]+", match[2])
-            near = difflib.get_close_matches(match[1], known, n=1)
+            near = difflib.get_close_matches(match[1], known, n=1, cutoff=0.7)
             message = f"unknown command {match[1]!r}; "
             message += f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
         elif match := re.match(r"argument (\S+): invalid (\w+) value: (.*)", message):
             kind = {"int": "an integer", "float": "a number"}.get(match[2], match[2])
             message = f"{match[1]}: expected {kind}, not {match[3]}"
+        elif match := re.match(r"the following arguments are required: (.*)", message):
+            message = f"expected {match[1].replace(', ', ' and ')}, which is missing"
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
     def _refuse(self, text: str, arguments: argparse.Namespace) -> NoReturn:
@@ -62,7 +64,7 @@ class Parser(argparse.ArgumentParser):
             message += f"; did you mean {near[0]}?"
         elif hasattr(arguments, "overrides") and name.startswith("-"):
             meant = [f"{dotted}={value or '…'}" for dotted in keys_named(key)] or ["section.key=value"]
-            message += f"; a key of the configuration is given as {' or '.join(meant)}"
+            message += f"; expected a key of the configuration as {' or '.join(meant)}"
         command.error(message)
 
 

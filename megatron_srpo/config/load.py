@@ -109,7 +109,7 @@ def _read_yaml(path: Path) -> tuple[dict, dict[str, str]]:
         for key_node, value_node in node.value:
             key, place = f"{prefix}{key_node.value}", f"{path}:{key_node.start_mark.line + 1}"
             if key in places:
-                raise ConfigError(f"{place}: {key}: given twice, first at {places[key]}")
+                raise ConfigError(f"{place}: {key}: given twice, first at {places[key]}; remove one")
             places[key] = place
             if isinstance(value_node, yaml.MappingNode):
                 walk(value_node, f"{key}.")
@@ -128,18 +128,25 @@ def _read_yaml(path: Path) -> tuple[dict, dict[str, str]]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}; expected a YAML file") from None
     except RecursionError:
-        raise ConfigError(
-            f"{path}: is nested without end or too deeply to be read; does an alias (*name) contain itself?"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not valid YAML: {_yaml_problem(error)}") from None
+        expected = "expected no alias (*name) that contains itself"
+        raise ConfigError(f"{path}: is nested without end or too deeply to be read; {expected}") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path}:{line}: is not valid YAML: not UTF-8; expected a UTF-8 file") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark is not None else f"{path}"
+        expected = "expected key: value, indented with spaces"
+        raise ConfigError(f"{where}: is not valid YAML: {_yaml_problem(error)}; {expected}") from None
     return {
         key: {} if value is None and key in Config.model_fields else value for key, value in tree.items()
     }, places
 
 
 def _yaml_problem(error: Exception) -> str:
-    """Return an error of the parser in one line, with line and column."""
+    """Return a parser's error in one line, without its place."""
+    if isinstance(error, yaml.MarkedYAMLError):
+        return ", ".join(part for part in (error.context, error.problem) if part)
     return " ".join(str(error).split())
 
 

@@ -88,7 +88,7 @@ def training_tasks(config: Config) -> dict[str, Task]:
     tasks = {source.name: create_task(source, config.train.seed) for source in config.task.sources}
     for name, task in tasks.items():
         if task.size("train") == 0:
-            problem = "has no questions to train on (train.jsonl, or a smaller task.test_share)"
+            problem = "has no questions to train on; expected train.jsonl, or a smaller task.test_share"
             raise ConfigError(f"task.path: task {name} {problem}")
     return tasks
 
@@ -143,5 +143,5 @@ def _refuse_unused_keys(source: TaskSource) -> None:
     default = TaskSource()
     for key, is_read in belongs.items():
         if not is_read and getattr(source, key) != getattr(default, key):
-            hint = "; is task.path missing?" if path is None else ""
+            hint = "; is task.path missing? Set it, or remove the key" if path is None else "; remove it"
             raise ConfigError(f"task.{key}: task {source.name} does not read it{hint}")

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 
 import pytest
 import yaml
@@ -26,14 +27,14 @@ def test_folder_instead_of_file(tmp_path):
 
 @each_row("text", ["train: [1, 2\n", "train:\n\tsteps: 1\n", "a: b: c\n", "train: @x\n"])
 def test_not_yaml(message_of, text):
-    assert message_of(text).startswith("config.yaml: is not valid YAML: ")
+    assert re.match(
+        r"config\.yaml:[12]: is not valid YAML: .*; expected key: value, indented", message_of(text)
+    )
 
 
 @each_row("text", ["model: &m\n  hf_path: *m\n", "train: &t {<<: *t}\n", "? [a, b]\n: 1\n"])
 def test_yaml_that_is_no_tree(message_of, text):
-    assert message_of(text).startswith(
-        ("config.yaml: is not valid YAML: ", "config.yaml: is nested without end")
-    )
+    assert re.match(r"config\.yaml(:\d: is not valid YAML: |: is nested without end)", message_of(text))
 
 
 def test_not_utf8(tmp_path):
@@ -51,14 +52,17 @@ def test_no_sections(message_of, text):
 @each_row(
     "text, expected",
     [
-        (GOOD + "train:\n  steps: 4\n", "config.yaml:7: train: given twice, first at config.yaml:3"),
+        (
+            GOOD + "train:\n  steps: 4\n",
+            "config.yaml:7: train: given twice, first at config.yaml:3; remove one",
+        ),
         (
             GOOD.replace("  steps: 3\n", "  steps: 3\n  seed: 1\n  steps: 4\n"),
-            "config.yaml:6: train.steps: given twice, first at config.yaml:4",
+            "config.yaml:6: train.steps: given twice, first at config.yaml:4; remove one",
         ),
         (
             GOOD + "megatron:\n  a: 1\n  a: 1\n",
-            "config.yaml:9: megatron.a: given twice, first at config.yaml:8",
+            "config.yaml:9: megatron.a: given twice, first at config.yaml:8; remove one",
         ),
     ],
 )
