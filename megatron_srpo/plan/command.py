@@ -63,6 +63,11 @@ def plan(options: argparse.Namespace) -> int:
         tokens = own.cache_room / cache_bytes(architecture, planned_dtype(config, machine).itemsize)
         room = f"{own.cache_room / 1e9:.1f} GB per GPU for keys and values: {tokens:,.0f} tokens"
         console.print(f"during sampling, the engine has {room}")
+        if own.cache_needed and config.rollout.engine_settings.in_process:
+            peak = machine.memory - own.cache_room + own.cache_needed
+            console.print(
+                f"it needs up to {own.cache_needed / 1e9:.1f} GB; then a rank holds {peak / 1e9:.1f} GB"
+            )
     console.print(*_best(architecture, config, machine, options.gpus, workload))
     if options.scale:
         counts = [options.gpus * 2**n for n in range(13) if options.gpus * 2**n <= 4096]
@@ -192,8 +197,8 @@ def _run_lines(plan: Plan, architecture: Architecture, machine: Machine, workloa
         except ConfigError as error:
             lines.append(f"evaluation is not counted: {error}")
         else:
-            times = (architecture, config, machine, plan.gpus, workload, questions, samples)
-            seconds = sampling_seconds(*times)
+            what = config, machine, plan.gpus, workload
+            seconds = sampling_seconds(architecture, *what, questions, samples)
             evaluating = count * seconds
             ratio = (
                 questions * samples / (config.rollout.prompts_per_step * config.rollout.samples_per_prompt)

@@ -1,4 +1,4 @@
-"""What a first-day user meets: pipes, schedulers' variables, closing lines, names of runs, installers."""
+"""Check what a first-day user meets: pipes, schedulers' variables, closing lines, names of runs, installers."""
 
 from __future__ import annotations
 

@@ -182,6 +182,18 @@ def test_a_cpus_peak_is_not_zero(command):
     assert "1 × cpu (16 GB, 0.05 TFLOPS" in out
 
 
+def test_sampling_may_need_more_memory_than_training(command):
+    # Only the training's peak was shown: 7.8 GB planned, 9.4 measured, in a run of 135 million parameters.
+    _, out, _ = command(
+        "rollout.prompts_per_step=8", "--machine", "h200", "--gpus", "1", "--gpu-memory", "500"
+    )
+    tokens = 64 * (2048 + 8192)  # 8 × 8 samples of the greatest length
+    cache = 2 * 36 * 8 * 128 * 2 * tokens / 1e9  # keys and values of 36 layers, 8 heads of 128, in bf16
+    states = 8_190_735_360 * (2 + 4 + 12 + 2 + 4 + 2) / 1e9 + 5  # and the engine's copy, and the reserve
+    found = re.search(r"it needs up to ([\d.]+) GB; then a rank holds ([\d.]+) GB", out).groups()
+    assert [float(one) for one in found] == pytest.approx([cache, states + cache], rel=0.01)
+
+
 def test_a_model_is_enough(monkeypatch, capsys, tmp_path):
     # By its name, its folder, or its config.json alone; the fastest layout that fits is planned.
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_8B))
