@@ -1,4 +1,4 @@
-"""Check what a first-day user meets: pipes, schedulers' variables, closing lines, names of runs, installers."""
+"""Check what a first-day user meets: pipes, schedulers' variables, closing lines, runs' names, installers."""
 
 from __future__ import annotations
 
