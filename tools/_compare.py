@@ -1,17 +1,18 @@
-"""Compares two models: tensor by tensor, and by their logits on random ids."""
+"""Compare two models: tensor by tensor, and by their logits on random ids."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from _transformers import Reference
 from torch import Tensor
 
 from megatron_srpo.distributed.byte_progress import ByteProgress
 from megatron_srpo.weights.sources import Tensors
 
 LOGIT_TOKENS = (2, 48)  # sequences, their length
+_BLOCK = 2**24  # elements compared at once
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,17 @@ def difference(name: str, first: Tensor, second: Tensor) -> Difference | None:
     """Return None for equal values of any dtypes; NaN equals NaN and differs from all else by infinity."""
     if first.dtype == second.dtype and torch.equal(first, second):
         return None
-    first, second = first.float(), second.float()
-    gap = (first - second).abs_()
-    same = (first == second) | (first.isnan() & second.isnan())  # infinities, too
-    gap = gap.nan_to_num_(nan=torch.inf, posinf=torch.inf).masked_fill_(same, 0)
-    if not (elements := int(gap.count_nonzero())):
+    elements, largest, scale = 0, 0.0, 0.0
+    pairs = zip(first.reshape(-1).split(_BLOCK), second.reshape(-1).split(_BLOCK), strict=True)
+    for one, other in ((one.float(), other.float()) for one, other in pairs):
+        gap = (one - other).abs_()
+        same = (one == other) | (one.isnan() & other.isnan())  # infinities, too
+        gap = gap.nan_to_num_(nan=torch.inf, posinf=torch.inf).masked_fill_(same, 0)
+        elements += int(gap.count_nonzero())
+        largest = max(largest, float(gap.max()))
+        scale = max(scale, float(one.abs().nan_to_num_(nan=0).max()))
+    if not elements:
         return None
-    largest, scale = float(gap.max()), float(first.abs().nan_to_num_(nan=0).max())
     return Difference(name, largest, largest / scale if scale else torch.inf, elements, first.numel())
 
 
@@ -61,14 +66,7 @@ def compare_tensors(first: Tensors, second: Tensors, progress: ByteProgress) -> 
 
 def logits(source: Tensors, config_folder: Path, seed: int = 0) -> Tensor:
     """Compute fp32 logits [sequences, tokens, vocabulary] of transformers' model on random ids."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    config = AutoConfig.from_pretrained(config_folder, local_files_only=True)
-    weights = {name: source.tensor(name).float() for name in source.names()}
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    model = kind.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32).eval()
-    ids = torch.randint(0, config.vocab_size, LOGIT_TOKENS, generator=torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        return model(ids).logits
+    reference = Reference(config_folder)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, reference.config.vocab_size, LOGIT_TOKENS, generator=generator)
+    return reference.compute_logits(source, ids)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from _transformers import TransformersTensors
+
 from megatron_srpo.distributed.files import FileError
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.weights.sources import HFTensors, MegatronTensors, Tensors
+from megatron_srpo.weights.sources import MegatronTensors, Tensors
 
 
 def checkpoint_folder(path: Path) -> Path:
@@ -23,10 +25,13 @@ def checkpoint_folder(path: Path) -> Path:
 
 
 def open_tensors(path: Path, reference: HFFolder | None = None) -> Tensors:
-    """Open the HF or Megatron folder at `path`; a Megatron one without config.json needs `reference`."""
+    """Open the HF folder, through transformers, or the Megatron folder at `path`.
+
+    A Megatron folder without config.json needs `reference`.
+    """
     folder = checkpoint_folder(path)
     if not (folder / "metadata.json").exists():
-        return HFTensors(HFFolder(path))
+        return TransformersTensors(path)
     if reference is None:
         reference = architecture_folder(path)
     if reference is None:

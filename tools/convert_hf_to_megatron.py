@@ -44,6 +44,8 @@ def main() -> int:
 
     def work(processes: Processes) -> int:
         folder = HFFolder(options.hf_path)
+        if processes.rank == 0:
+            folder.check_weights()
         to_megatron(
             HFTensors(folder),
             folder,

@@ -1,7 +1,12 @@
 #!/usr/bin/env python3
+<<<<<<< HEAD
 """Compare two models: every tensor, and logits on random ids.
 
 Each is a Hugging Face folder, a megatron-core checkpoint or a training run.
+=======
+"""Compare two models, each a Hugging Face folder, a megatron-core checkpoint or a training run: every tensor,
+and logits on random ids. Hugging Face folders are read by transformers, a layer at a time.
+>>>>>>> wt/folders
 
     python tools/verify_checkpoint.py A B
 
@@ -28,25 +33,54 @@ from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.weights.sources import Tensors
 
 
+<<<<<<< HEAD
 def tensors_are_equal(first: Tensors, second: Tensors, tolerance: float) -> bool:
     """Print every difference larger than `tolerance`; return whether there was none."""
+=======
+def differences(first: Tensors, second: Tensors) -> list[Difference | str]:
+    """Return how the tensors differ, with lines for names and shapes."""
+>>>>>>> wt/folders
     total = sum(prod(first.shape(name)) * first.dtype(name).itemsize for name in first.names())
-    equal, tolerated = True, 0
     with ByteProgress("comparing", total) as progress:
-        for found in compare_tensors(first, second, progress):
-            if isinstance(found, Difference) and found.largest <= tolerance:
-                tolerated += 1
-                continue
-            equal = False
-            print(found, flush=True)
-    if equal:
-        print(
-            f"{len(first.names())} tensors are "
-            + (f"equal within {tolerance}; {tolerated} not exactly" if tolerated else "equal")
-        )
+        return list(compare_tensors(first, second, progress))
+
+
+def summary(found: list[Difference | str], count: int, tolerance: float) -> str:
+    """Return one line about all tensors."""
+    values = [each for each in found if isinstance(each, Difference)]
+    beyond = [each for each in values if each.largest > tolerance]
+    if len(found) == len(values) and not beyond:
+        exact = f" within {tolerance}; {len(values)} not exactly" if values else ""
+        return f"{count} tensors are equal{exact}"
+    parts = []
+    if beyond:
+        worst = max(beyond, key=lambda each: each.largest)
+        most = f"by at most {worst.largest:.3g} ({worst.name})"
+        parts.append(f"{len(beyond)} of {count} tensors differ, {most}")
+    if others := len(found) - len(values):
+        parts.append(f"{others} tensors are missing from one of the two, or have another shape")
+    return "different: " + "; ".join(parts)
+
+
+def compare(first: Tensors, second: Tensors, folder: Path | None, tolerance: float) -> bool:
+    """Print a summary, then every difference larger than `tolerance`; return whether there is none.
+
+    Logits are computed with config.json of `folder`, if it is not None.
+    """
+    found = differences(first, second)
+    print(summary(found, len(first.names()), tolerance), flush=True)
+    beyond = [each for each in found if not isinstance(each, Difference) or each.largest > tolerance]
+    equal = not beyond
+    if folder is not None and set(first.names()) == set(second.names()):
+        other = difference("logits", logits(first, folder), logits(second, folder))
+        print(other or "logits are equal", flush=True)
+        equal = equal and (other is None or other.largest <= tolerance)
+    for each in beyond:
+        print(each)
     return equal
 
 
+<<<<<<< HEAD
 def logits_are_equal(first: Tensors, second: Tensors, folder: Path, tolerance: float) -> bool:
     """Print the difference of the logits; return whether it is within `tolerance`."""
     found = difference("logits", logits(first, folder), logits(second, folder))
@@ -54,6 +88,8 @@ def logits_are_equal(first: Tensors, second: Tensors, folder: Path, tolerance: f
     return found is None or found.largest <= tolerance
 
 
+=======
+>>>>>>> wt/folders
 def main() -> int:
     """Compare; return the exit status."""
     parser = argparse.ArgumentParser(
@@ -80,9 +116,13 @@ def main() -> int:
         help="largest absolute difference of weights and logits that counts as equal",
     )
     parser.add_argument(
+<<<<<<< HEAD
         "--no-logits",
         action="store_true",
         help="skip the logits, for models that do not fit in memory in fp32",
+=======
+        "--no-logits", action="store_true", help="compare tensors only, which takes less time"
+>>>>>>> wt/folders
     )
     options = parser.parse_args()
     quieten_libraries()
@@ -97,10 +137,8 @@ def main() -> int:
             RunTensors(path, options.weights) if is_of_a_run(path) else open_tensors(path, reference)
             for path in (options.first, options.second)
         )
-        equal = tensors_are_equal(first, second, options.tolerance)
-        if not options.no_logits and set(first.names()) == set(second.names()):
-            equal = logits_are_equal(first, second, reference.path, options.tolerance) and equal
-        return 0 if equal else 1
+        folder = None if options.no_logits else reference.path
+        return 0 if compare(first, second, folder, options.tolerance) else 1
 
     return run_tool(work)
 

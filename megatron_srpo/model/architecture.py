@@ -22,6 +22,7 @@ FUSED_NORMS = {
 }
 # Local layers have a module for each expert; Transformer Engine has one with all experts' matrices, numbered.
 _EXPERT = re.compile(r"(mlp\.experts\.)(?:local_experts\.(\d+)\.)?(linear_fc[12]\.weight)(\d*)")
+_MOST_LAYERS = 100_000  # times experts; the largest published models have some 25,000
 _Made = TypeVar("_Made", "Architecture", "RopeScaling")
 
 
@@ -88,6 +89,9 @@ class Architecture:
         values["rope_scaling"] = _rope_scaling(rope)
         made = _checked(cls, values)
         heads, groups, chosen = made.num_attention_heads, made.num_key_value_heads, made.num_experts_per_tok
+        if made.num_hidden_layers * max(made.num_experts, 1) > _MOST_LAYERS:
+            given = f"num_hidden_layers is {made.num_hidden_layers}, num_experts {made.num_experts}"
+            raise UnsupportedModel(f"{given}; expected at most {_MOST_LAYERS} layers × experts")
         if heads % groups:
             expected = f"expected a divisor of num_attention_heads ({heads})"
             raise UnsupportedModel(f"num_key_value_heads is {groups}, {expected}")
@@ -103,6 +107,15 @@ class Architecture:
         for key, only in cls.only.items():
             if (given := config.get(key)) is not None and given != only:
                 raise UnsupportedModel(f"{key} is {given!r}; only {only!r} is supported")
+        for key in ("quantization_config", "compression_config"):
+            if config.get(key):
+                raise UnsupportedModel(f"{key}: quantised weights cannot be read; use the unquantised model")
+        if name := config.get("transformers_weights"):
+            raise UnsupportedModel(f"transformers_weights is {name!r}; only model.safetensors is supported")
+        both = [config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key)]
+        if len(both) == 2 and both[0] != both[1]:
+            fault = f"rope_scaling is {both[1]!r}, but rope_parameters {both[0]!r}; keep the right one"
+            raise UnsupportedModel(f"{fault} (transformers uses rope_scaling)")
         kinds = config.get("layer_types") or []
         if not isinstance(kinds, list) or set(map(str, kinds)) - {"full_attention"}:
             raise UnsupportedModel("layer_types: only 'full_attention' is supported")

@@ -1,24 +1,30 @@
 """Read a Hugging Face model folder: architecture, files of the tensors, tokenizer."""
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 
 from megatron_srpo.config.base import ConfigError
-from megatron_srpo.distributed.files import FileError
+from megatron_srpo.distributed.processes import rank_from_environment
 from megatron_srpo.model.architecture import Architecture, UnsupportedModel
 from megatron_srpo.model.families import architecture_of
+from megatron_srpo.model.folder_files import FolderError, check_texts, read_json, weight_files
+from megatron_srpo.model.reference import check_config, check_copy, check_tokens, check_turn_end
+
+FLOATS = ("F32", "BF16", "F16")  # dtypes of weights, by safetensors' names
 
 
-class FolderError(FileError):
-    """A Hugging Face folder is incomplete, damaged or not supported; the message names the file."""
+class _Header(NamedTuple):
+    """Where a tensor is stored, and as what."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
 
 
 @contextmanager
@@ -41,22 +47,10 @@ class HFFolder:
                 expected += f"; to get a model of the Hub: hf download {self.path} --local-dir DIR"
             raise FolderError(f"{self.path.resolve()} is not a folder; {expected}")
 
-    def _json(self, name: str) -> dict:
-        file = self.path / name
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            if not isinstance(content, dict):
-                raise ValueError("expected a JSON object")
-            return content
-        except FileNotFoundError:
-            raise FolderError(f"{file} is missing; is this a Hugging Face model folder?") from None
-        except (OSError, ValueError) as error:
-            raise FolderError(f"{file} cannot be read: {error}") from None
-
     @cached_property
     def config(self) -> dict[str, Any]:
         """The content of config.json."""
-        return self._json("config.json")
+        return read_json(self.path / "config.json")
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -67,48 +61,65 @@ class HFFolder:
             raise FolderError(f"{self.path / 'config.json'}: {error}") from None
 
     def validate(self) -> None:
-        """Raise FolderError if config.json, a tensor's name or shape, or the tokenizer is invalid."""
+        """Raise FolderError if config.json, a tensor's name, shape or dtype, or the tokenizer is invalid.
+
+        The first rank also compares what is read here with what transformers reads.
+        """
         _ = self.file_of
-        _ = self.tokenizer
+        if is_first := rank_from_environment() == 0:
+            self.check_weights()
+        _ = self.stop_ids
+        if is_first:
+            check_tokens(self.path, self.tokenizer)
+            check_turn_end(self.path, self.tokenizer, self.stop_ids)
+
+    def check_weights(self) -> None:
+        """Raise FolderError if transformers reads another architecture, or another output matrix."""
+        check_config(self.path, self.architecture)
+        file_of = {name: header.file for name, header in self._headers.items()}
+        for mapping in self.architecture.mappings:
+            for copy in mapping.tensors if mapping.tied_to is not None else ():
+                if copy in file_of and mapping.tied_to is not None:
+                    check_copy(file_of, copy, mapping.tied_to)
 
     @cached_property
-    def file_of(self) -> dict[str, Path]:
-        """The safetensors file of every tensor. Checks names and shapes; reads only headers."""
-        found: dict[str, tuple[Path, tuple[int, ...]]] = {}
-        for file in self._weight_files():
+    def _headers(self) -> dict[str, _Header]:
+        found: dict[str, _Header] = {}
+        for file in weight_files(self.path):
             try:
                 with safe_open(file, framework="pt") as tensors:
                     for key in tensors.keys():  # noqa: SIM118  (not a dict)
-                        found[key] = file, tuple(tensors.get_slice(key).get_shape())
+                        if key in found:
+                            raise FolderError(f"{file}: {key} is in {found[key].file.name}, too")
+                        part = tensors.get_slice(key)
+                        found[key] = _Header(file, tuple(part.get_shape()), part.get_dtype())
             except (SafetensorError, OSError) as error:
                 raise FolderError(f"{file} is damaged or not a safetensors file: {error}") from None
-        expected = self.architecture.tensor_shapes()
+        return found
+
+    @cached_property
+    def file_of(self) -> dict[str, Path]:
+        """The safetensors file of every tensor. Checks names, shapes and dtypes; reads only headers."""
+        expected, found = self.architecture.tensor_shapes(), self._headers
         for key, shape in expected.items():
             if key not in found:
                 raise FolderError(f"{self.path}: tensor {key} is missing")
-            if found[key][1] != shape:
-                file, wrong = found[key]
-                raise FolderError(f"{file}: {key} has shape {list(wrong)}, config.json implies {list(shape)}")
+            file, given, dtype = found[key]
+            if given != shape:
+                raise FolderError(f"{file}: {key} has shape {list(given)}, config.json implies {list(shape)}")
+            if dtype not in FLOATS:
+                wanted = "expected one of F32, BF16 and F16 (quantised models cannot be read)"
+                raise FolderError(f"{file}: {key} has dtype {dtype}; {wanted}")
         tied = [mapping for mapping in self.architecture.mappings if mapping.tied_to is not None]
         copies = {name for mapping in tied for name in mapping.tensors}
         if unexpected := sorted(set(found) - set(expected) - copies):
-            file, _ = found[unexpected[0]]
+            file = found[unexpected[0]].file
             raise FolderError(f"{file}: unexpected tensor {unexpected[0]} ({len(unexpected)} in all)")
-        return {key: found[key][0] for key in expected}
+        return {key: found[key].file for key in expected}
 
-    def _weight_files(self) -> list[Path]:
-        index = self.path / "model.safetensors.index.json"
-        names, listed = ["model.safetensors"], ""
-        if index.exists():
-            weight_map = self._json(index.name).get("weight_map", {})
-            if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-                raise FolderError(f"{index}: weight_map is not an object of tensor names and file names")
-            names, listed = sorted(set(weight_map.values())), f" ({index.name} lists it)"
-        files = [self.path / name for name in names]
-        for file in files:
-            if not file.is_file():
-                raise FolderError(f"{file} is missing{listed}")
-        return files
+    def dtype_of(self, name: str) -> str:
+        """Return a tensor's stored dtype, by safetensors' name."""
+        return self._headers[name].dtype
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -117,8 +128,10 @@ class HFFolder:
 
         if not (self.path / "tokenizer.json").is_file() and not (self.path / "vocab.json").is_file():
             raise FolderError(f"{self.path}: tokenizer.json is missing")
+        check_texts(self.path)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+            options = {"local_files_only": True, "trust_remote_code": False}
+            tokenizer: Any = AutoTokenizer.from_pretrained(self.path, **options)
         except Exception as error:  # the libraries raise many kinds of errors for a damaged file
             raise FolderError(f"{self.path}: the tokenizer cannot be loaded: {error}") from None
         size, rows = len(tokenizer), self.architecture.vocab_size
@@ -126,24 +139,40 @@ class HFFolder:
             raise FolderError(f"{self.path}: the tokenizer has {size} tokens but the embedding only {rows}")
         if tokenizer.chat_template is None:
             raise FolderError(f"{self.path}: the tokenizer has no chat template")
+        if isinstance(templates := tokenizer.chat_template, dict) and "default" not in templates:
+            names = ", ".join(map(repr, templates))
+            raise FolderError(f"{self.path}: has chat templates {names}, but none named 'default'")
         if tokenizer.eos_token_id is None:
             raise FolderError(f"{self.path}: the tokenizer has no end-of-sequence token")
+        tokenizer.clean_up_tokenization_spaces = False  # decoding would drop spaces before punctuation
         return tokenizer
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end a response: the eos_token_id of the tokenizer and of generation_config.json."""
-        ids = {self.tokenizer.eos_token_id}
-        if (self.path / "generation_config.json").exists():
-            given = self._json("generation_config.json").get("eos_token_id")
-            ids |= set(given if isinstance(given, list) else [given]) - {None}
-        return tuple(sorted(ids))
+        """Ids that end a response: eos_token_id of the tokenizer, and of generation_config.json.
+
+        As in transformers, config.json's is used where generation_config.json has none.
+        """
+        ids: set[int] = set()
+        for name in ("generation_config.json", "config.json"):
+            file = self.path / name
+            given = read_json(file).get("eos_token_id") if file.exists() else None
+            for token in given if isinstance(given, list) else [] if given is None else [given]:
+                if type(token) is not int or not 0 <= token < self.architecture.vocab_size:
+                    wanted = f"expected token ids below {self.architecture.vocab_size}"
+                    raise FolderError(f"{file}: eos_token_id is {given!r}, {wanted}")
+                ids.add(token)
+            if given is not None:
+                break
+        return tuple(sorted({*ids, self.tokenizer.eos_token_id}))
 
     def encode(self, messages: list[dict[str, str]], enable_thinking: bool = False) -> list[int]:
         """Return the token ids of chat messages, with the assistant's generation header."""
+        tokenizer = self.tokenizer
         options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": enable_thinking}
         try:
-            text = self.tokenizer.apply_chat_template(messages, **options)
-        except TemplateError as error:
-            raise FolderError(f"{self.path}: the chat template cannot be applied: {error}") from None
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+            text = tokenizer.apply_chat_template(messages, **options)
+        except Exception as error:  # a template may divide by zero, add text to a number, …
+            problem = f"{type(error).__name__}: {error}"
+            raise FolderError(f"{self.path}: the chat template cannot be applied: {problem}") from None
+        return tokenizer(text, add_special_tokens=False).input_ids

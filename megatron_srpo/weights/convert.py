@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_srpo.distributed.byte_progress import ByteProgress
 from megatron_srpo.distributed.files import FileError, atomic_directory
 from megatron_srpo.distributed.processes import Processes
+from megatron_srpo.model.folder_files import companions
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.weights import safetensors_file, torch_dist
 from megatron_srpo.weights.hf_output import SHARD_BYTES, plan_shards, size_of, write_companions, write_config
@@ -81,6 +82,7 @@ def to_hf(
 
     All processes together; see `to_megatron` for the arguments. Raises FileError or ConfigError.
     """
+    companions(reference.path)  # raises before hours of writing
     tensors = {name: (dtype or source.dtype(name), source.shape(name)) for name in source.names()}
     total = sum(size_of(announced) for announced in tensors.values())
     shards = plan_shards(tensors, min(SHARD_BYTES, -(-total // processes.world_size)))

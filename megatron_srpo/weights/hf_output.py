@@ -11,11 +11,11 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from megatron_srpo.distributed.files import FileError
+from megatron_srpo.model.folder_files import companions
 from megatron_srpo.model.hf_folder import HFFolder
 
 SHARD_BYTES = 4 * 2**30
 
-_COMPANIONS = (".json", ".txt", ".jinja", ".model")  # suffixes of tokenizer and configuration files
 Announced = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
@@ -44,17 +44,12 @@ def write_companions(
             total = sum(size_of(announced) for announced in tensors.values())
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-        for file in reference.path.iterdir():
-            if file.is_file() and file.suffix in _COMPANIONS and not _is_of_weights(file.name):
-                (folder / file.name).write_bytes(file.read_bytes())
+        for name, file in companions(reference.path).items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(file.read_bytes())
         write_config(folder, reference, tensors)
     except OSError as error:
         raise FileError(f"{folder}: cannot be written: {error.strerror}") from None
-
-
-def _is_of_weights(name: str) -> bool:
-    """Return True for an index of the reference's own weights, and for the marker of a Megatron folder."""
-    return "safetensors" in name or name.endswith(".bin.index.json") or name == "metadata.json"
 
 
 def write_config(folder: Path, reference: HFFolder, tensors: Announced) -> None:
@@ -63,7 +58,6 @@ def write_config(folder: Path, reference: HFFolder, tensors: Announced) -> None:
     for dtype, shape in tensors.values():
         bytes_by_dtype[dtype] += size_of((dtype, shape))
     dtype = bytes_by_dtype.most_common(1)[0][0]
-    config = json.loads((reference.path / "config.json").read_text(encoding="utf-8"))
-    config.pop("torch_dtype", None)
+    config = {key: value for key, value in reference.config.items() if key != "torch_dtype"}
     config |= {"dtype": str(dtype).removeprefix("torch.")}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -52,13 +52,7 @@ class HFTensors:
         self.folder = folder
         self._shapes = folder.architecture.tensor_shapes()
         self._opened: tuple[Path, Any] | None = None
-        self._dtypes: dict[str, torch.dtype] = {}
-        for name, file in sorted(folder.file_of.items(), key=lambda item: item[1]):
-            kind = self._open(file).get_slice(name).get_dtype()
-            if DTYPES.get(kind) not in _FLOATS:
-                expected = "expected one of F32, BF16 and F16 (quantised models cannot be read)"
-                raise FileError(f"{file}: {name} has dtype {kind}; {expected}")
-            self._dtypes[name] = DTYPES[kind]
+        _ = folder.file_of
 
     def _open(self, file: Path) -> Any:
         """Open a file, and keep only this one open: a mapped file's pages count as this process's memory."""
@@ -76,7 +70,7 @@ class HFTensors:
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the stored dtype."""
-        return self._dtypes[name]
+        return DTYPES[self.folder.dtype_of(name)]
 
     def tensor(self, name: str) -> Tensor:
         """Read a tensor from its file."""

@@ -20,6 +20,6 @@ def test_report(tmp_path):
     rows = {row["name"]: row for row in report["rows"]}
     assert list(rows) == ["python -c pass", "srpo --help", "srpo config", "srpo plan"]
     for row in rows.values():
-        assert set(row) == {"name", "seconds", "ratio", "extra_bytes", "imports_torch"}
+        assert set(row) == {"name", "seconds", "cpu_seconds", "ratio", "extra_bytes", "imports_torch"}
         assert row["seconds"] > 0 and row["extra_bytes"] > 0
     assert not rows["srpo --help"]["imports_torch"] and not rows["srpo config"]["imports_torch"]

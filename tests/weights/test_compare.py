@@ -8,10 +8,11 @@ import pytest
 import torch
 from _compare import LOGIT_TOKENS, difference, logits
 from _folders import open_tensors
+from _transformers import TransformersTensors, layer_of
 from safetensors.torch import load_file, save_file
 from tables import each_row
 from test_convert import there, tool
-from tiny import make_model, save_folder
+from tiny import FAMILIES, make_model, save_folder
 from transformers import AutoModelForCausalLM
 
 from megatron_srpo.model.hf_folder import HFFolder
@@ -66,9 +67,10 @@ def test_what_differs_and_by_how_much(pristine, tmp_path, capsys):
     other = changed(pristine / "qwen3", tmp_path / "other", lambda t: t[UP][5, 7:9].add_(0.25))
     assert verify(pristine / "qwen3-megatron", other) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and lines[1].startswith("logits:")
+    assert len(lines) == 3 and lines[1].startswith("logits:")
+    assert lines[0] == f"different: 1 of 46 tensors differ, by at most 0.25 ({UP})"
     relative = f"({0.25 / original.abs().max():.3g} of its largest element)"
-    assert lines[0] == f"{UP}: 2 of 6144 elements differ, by at most 0.25 {relative}"
+    assert lines[2] == f"{UP}: 2 of 6144 elements differ, by at most 0.25 {relative}"
     assert verify(pristine / "qwen3", other, "--no-logits", "--tolerance", "0.2") == 1
     assert verify(pristine / "qwen3", other, "--no-logits", "--tolerance", "0.3") == 0
 
@@ -97,6 +99,42 @@ def test_what_cannot_be_read(pristine, tmp_path, capsys):
     assert verify(bare, bare) == 2 and "--hf-reference" in capsys.readouterr().err
     assert verify(bare, bare, "--no-logits", "--hf-reference", pristine / "qwen3") == 0
     assert open_tensors(bare, HFFolder(pristine / "qwen3")).shape(UP) == (96, 64)
+
+
+def test_a_tied_config_beside_another_output_matrix_is_different(pristine, tmp_path, capsys):
+    # transformers uses both matrices; a converter that drops one must not be confirmed.
+
+    def add_head(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 0.01
+
+    other = changed(pristine / "qwen3", tmp_path / "other", add_head)
+    assert verify(pristine / "qwen3-megatron", other) == 1
+    assert "lm_head.weight: missing from the first" in capsys.readouterr().out
+    assert there(other, tmp_path / "converted") == 2
+    assert "lm_head.weight differs from model.embed_tokens.weight" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hf_folders_are_read_as_transformers_loads_them(tmp_path, family):
+    """In several shards, in bf16; the names are those that transformers saves."""
+    model = make_model(family, tied=False, vocab_size=261).bfloat16()
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    read = TransformersTensors(tmp_path)
+    stored = {k: v for file in tmp_path.glob("*.safetensors") for k, v in load_file(file).items()}
+    assert set(read.names()) == set(stored)
+    for name, tensor in stored.items():
+        assert (read.shape(name), read.dtype(name)) == (tuple(tensor.shape), tensor.dtype)
+        assert torch.equal(read.tensor(name), tensor)
+
+
+def test_a_layer_at_a_time_is_in_memory(tmp_path):
+    """No part holds more than one layer, or the matrices outside the layers."""
+    make_model("qwen3", vocab_size=261, layers=4).save_pretrained(tmp_path)
+    read = TransformersTensors(tmp_path)
+    for name in read.names():
+        read.tensor(name)
+        assert len({layer_of(each) for each in read._last[1]}) == 1
+        assert all(parameter.is_meta for parameter in read._reference.model.parameters())
 
 
 NAN, INF = float("nan"), float("inf")

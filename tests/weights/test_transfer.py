@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tiny import FAMILIES, make_model, save_folder
 from transformers import AutoModelForCausalLM
 
+from megatron_srpo.distributed.files import FileError
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.weights import transfer
 
@@ -34,6 +35,25 @@ def test_many_shards_load_in_transformers_and_in_our_reader(source, tmp_path, mo
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors)
     assert len(written.tokenizer) == len(folder.tokenizer)
+
+
+def test_files_beside_the_weights_are_copied_by_name_and_never_through_a_link_elsewhere(source, tmp_path):
+    """The written folder is one that people upload."""
+    folder, tensors = source
+    secret = tmp_path / "secret"
+    secret.write_text('{"token": "hf_xyz"}')
+    (folder.path / "notes.txt").symlink_to(secret)
+    (folder.path / "passwords.json").write_text("{}")
+    (folder.path / "additional_chat_templates").mkdir()
+    (folder.path / "additional_chat_templates" / "rag.jinja").write_text("a")
+    transfer.save_hf(tensors, folder, tmp_path / "out", write=True)
+    copied = {str(file.relative_to(tmp_path / "out")) for file in (tmp_path / "out").rglob("*")}
+    assert {"tokenizer.json", "additional_chat_templates/rag.jinja", "generation_config.json"} <= copied
+    assert not {"notes.txt", "passwords.json"} & copied
+    (folder.path / "special_tokens_map.json").symlink_to(secret)
+    with pytest.raises(FileError, match="outside of the folder"):
+        transfer.save_hf(tensors, folder, tmp_path / "again", write=True)
+    assert not (tmp_path / "again").exists()
 
 
 def test_the_dtype_written_is_the_dtype_declared(source, tmp_path):

@@ -3,8 +3,10 @@
     python tools/bench/bench_command.py [--rounds 5] [--json] [--output FILE]
 
 Each command runs in a process of its own, whose files have been read once before; `seconds` is the median
-of the rounds. The first row is the interpreter alone, and `ratio` is to it. `extra_bytes` is the process's
-peak resident memory, `imports_torch` says whether it has imported torch.
+of the rounds, and `cpu_seconds` that of its CPU time, which other processes disturb less. The first row is
+the interpreter alone, and `ratio` is to it. `extra_bytes` is the process's peak resident memory,
+`imports_torch` says whether it has imported torch, and `load` is the machine's load average of the minute
+before.
 """
 
 from __future__ import annotations
@@ -37,8 +39,8 @@ COMMANDS = {
 }
 
 
-def run(command: list[str]) -> tuple[float, int]:
-    """Run it to its end; return the seconds and the peak resident bytes. Raises ValueError if it fails."""
+def run(command: list[str]) -> tuple[float, float, int]:
+    """Run it; return seconds, CPU seconds and peak resident bytes. Raises ValueError if it fails."""
     began = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert process.stderr is not None
@@ -48,7 +50,7 @@ def run(command: list[str]) -> tuple[float, int]:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
         raise ValueError(f"{' '.join(command)}: {errors.decode(errors='replace')[-2000:]}")
-    return seconds, usage.ru_maxrss * 1024
+    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
 
 def imports_torch(arguments: list[str]) -> bool:
@@ -63,26 +65,29 @@ def measure(name: str, command: list[str], rounds: int) -> Row:
     """Return the row of a command, after one run that is not counted."""
     run(command)
     found = [run(command) for _ in range(rounds)]
-    seconds = statistics.median(one for one, _ in found)
-    return {"name": name, "seconds": seconds, "extra_bytes": max(peak for _, peak in found)}
+    seconds, cpu_seconds, peaks = zip(*found, strict=True)
+    row = {"name": name, "seconds": statistics.median(seconds), "cpu_seconds": statistics.median(cpu_seconds)}
+    return row | {"extra_bytes": max(peaks)}
 
 
 def format_row(row: Row) -> str:
     """Return the line to print."""
     torch = ", imports torch" if row["imports_torch"] else ""
-    return f"{row['name']:>16}  {row['seconds']:6.3f} s  {row['extra_bytes'] / 2**20:5.0f} MiB{torch}"
+    seconds = f"{row['seconds']:6.3f} s  CPU {row['cpu_seconds']:6.3f} s"
+    return f"{row['name']:>16}  {seconds}  {row['extra_bytes'] / 2**20:5.0f} MiB{torch}"
 
 
 def main() -> None:
     """Measure every command, and publish the rows."""
     options = make_parser(__doc__, rounds=5).parse_args()
+    shape = {"rounds": options.rounds, "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1)}
     rows = [measure("python -c pass", [sys.executable, "-c", "pass"], options.rounds)]
     rows[0]["imports_torch"] = False
     for name, arguments in COMMANDS.items():
         row = measure(f"srpo {name}", [*SRPO, *arguments], options.rounds)
         rows.append(row | {"imports_torch": imports_torch(arguments)})
     add_ratios(rows)
-    publish(options, cpu_name(), {"rounds": options.rounds}, rows, format_row)
+    publish(options, cpu_name(), shape, rows, format_row)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,11 @@ of 8 prompts), SDPO and SRPO one. A seed decides training and evaluation questio
 
 A run that is finished under --runs is used again; one that is not is started over. `--sweep` also trains
 at other learning rates, with two seeds, and prints their table: does 1e-4 suit all methods alike?
+
+It did on 2026-11-29 (two cores of an AMD EPYC, torch 2.13, float32): avg@4 after 30 steps, the mean of seeds
+1 and 2, at 3e-5, 1e-4 and 3e-4 was 0.825, 0.881, 0.057 (GRPO), 0.765, 0.890, 0.662 (SDPO) and 0.766, 0.885,
+0.457 (SRPO). At 1e-4 the five seeds' mean ± standard deviation was 0.870 ± 0.028, 0.889 ± 0.028 and
+0.874 ± 0.036: the methods differ by less than their seeds do.
 """
 
 from __future__ import annotations
