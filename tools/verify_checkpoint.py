@@ -1,12 +1,8 @@
 #!/usr/bin/env python3
-<<<<<<< HEAD
 """Compare two models: every tensor, and logits on random ids.
 
-Each is a Hugging Face folder, a megatron-core checkpoint or a training run.
-=======
-"""Compare two models, each a Hugging Face folder, a megatron-core checkpoint or a training run: every tensor,
-and logits on random ids. Hugging Face folders are read by transformers, a layer at a time.
->>>>>>> wt/folders
+Each is a Hugging Face folder, a megatron-core checkpoint or a training run. Hugging Face folders are read by
+transformers, a layer at a time.
 
     python tools/verify_checkpoint.py A B
 
@@ -33,13 +29,8 @@ from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.weights.sources import Tensors
 
 
-<<<<<<< HEAD
-def tensors_are_equal(first: Tensors, second: Tensors, tolerance: float) -> bool:
-    """Print every difference larger than `tolerance`; return whether there was none."""
-=======
 def differences(first: Tensors, second: Tensors) -> list[Difference | str]:
     """Return how the tensors differ, with lines for names and shapes."""
->>>>>>> wt/folders
     total = sum(prod(first.shape(name)) * first.dtype(name).itemsize for name in first.names())
     with ByteProgress("comparing", total) as progress:
         return list(compare_tensors(first, second, progress))
@@ -80,16 +71,6 @@ def compare(first: Tensors, second: Tensors, folder: Path | None, tolerance: flo
     return equal
 
 
-<<<<<<< HEAD
-def logits_are_equal(first: Tensors, second: Tensors, folder: Path, tolerance: float) -> bool:
-    """Print the difference of the logits; return whether it is within `tolerance`."""
-    found = difference("logits", logits(first, folder), logits(second, folder))
-    print(found or "logits are equal")
-    return found is None or found.largest <= tolerance
-
-
-=======
->>>>>>> wt/folders
 def main() -> int:
     """Compare; return the exit status."""
     parser = argparse.ArgumentParser(
@@ -116,13 +97,7 @@ def main() -> int:
         help="largest absolute difference of weights and logits that counts as equal",
     )
     parser.add_argument(
-<<<<<<< HEAD
-        "--no-logits",
-        action="store_true",
-        help="skip the logits, for models that do not fit in memory in fp32",
-=======
         "--no-logits", action="store_true", help="compare tensors only, which takes less time"
->>>>>>> wt/folders
     )
     options = parser.parse_args()
     quieten_libraries()
