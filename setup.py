@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_srpo", "megatron_srpo.*"]),
-    package_data={"megatron_srpo.observe": ["page/*"]},
+    package_data={"megatron_srpo.observe": ["page/*"], "megatron_srpo.plan.models": ["*.json"]},
     entry_points={"console_scripts": ["srpo = megatron_srpo.__main__:main"]},
     install_requires=[
         "torch>=2.9.0a0",  # NVIDIA's images name theirs so

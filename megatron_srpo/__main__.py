@@ -6,12 +6,13 @@ Nothing here imports torch before a command that needs it runs, so that `--help`
 
 import argparse
 import importlib
+import io
 import logging
 import os
 import sys
 import warnings
 
-from megatron_srpo.commands.common import is_first_rank
+from megatron_srpo.commands.common import Parser, is_first_rank
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.distributed.files import FileError
 
@@ -23,6 +24,9 @@ def main() -> int:
 
     0; 1: stopped; 2: wrong configuration or file; 75: exited on request, can be resumed; 130: Ctrl-C.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a pipe's encoding may be ASCII: · becomes ?
+            stream.reconfigure(errors="replace")
     parser = command_line()
     if "_ARGCOMPLETE" in os.environ:  # set by the shell function that argcomplete registers
         importlib.import_module("argcomplete").autocomplete(parser)
@@ -57,7 +61,7 @@ def main() -> int:
 
 def command_line() -> argparse.ArgumentParser:
     """Build the parser of all commands; the chosen one's function is in `arguments.run`."""
-    parser = argparse.ArgumentParser("srpo", description="Sample-Routed Policy Optimization on megatron-core")
+    parser = Parser("srpo", description="Sample-Routed Policy Optimization on megatron-core")
     subparsers = parser.add_subparsers(dest="command", required=True)
     for name in COMMANDS:
         module = importlib.import_module(f"megatron_srpo.commands.{name}")

@@ -59,7 +59,7 @@ def command(start, monkeypatch, capsys):
     [
         (["rollout.sampels_per_prompt=4"], "did you mean samples_per_prompt"),
         (["rollout.samples_per_prompt=1"], "at least 2, not 1"),
-        (["rollout.max_response_tokens=0"], "greater than 0"),
+        (["rollout.max_response_tokens=0"], "expected more than 0"),
         (["rollout.max_prompt_tokens=20"], "prompt addition/train/0 has"),
         (["parallel.tensor_model_parallel_size=2"], "does not divide the 1 processes"),
         (["parallel.tensor_model_parallel_size=3"], "does not divide the model's num_attention_heads (8)"),

@@ -11,7 +11,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${1:-.venv-sglang}
 requirements=tools/sglang_cpu/requirements.txt stubs=tools/sglang_cpu/stubs
-if ! cmp -s "$requirements" "$venv/.installed" || ! "$venv/bin/python" -c 'import sglang' 2>/dev/null; then
+if ! cmp -s "$requirements" "$venv/.installed" || ! SGLANG_USE_CPU_ENGINE=1 "$venv/bin/python" -c 'import sglang' 2>/dev/null; then
     "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "${PYTHON:-python3}" -m venv "$venv" # also repairs one without pip
     echo "install: an SGLang server into $venv (once, 2 GB; some minutes) …"
     pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)

@@ -6,4 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 bash tools/install.sh .venv
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # more threads do not help such a small model
 run="runs/quickstart-$(date +%Y%m%d-%H%M%S)"
+for override in "$@"; do # the folder's name says what the run changes
+    [[ $override == */* ]] || run+="-$(tr -c 'A-Za-z0-9.\n-' _ <<<"${override#*=}")"
+done
 exec .venv/bin/python -m megatron_srpo train examples/quickstart/config.yaml "logging.dir=$run" "$@"

@@ -8,4 +8,7 @@ bash tools/install.sh .venv
 bash tools/install_sglang.sh .venv-sglang
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 run="runs/quickstart-sglang-$(date +%Y%m%d-%H%M%S)"
+for override in "$@"; do # the folder's name says what the run changes
+    [[ $override == */* ]] || run+="-$(tr -c 'A-Za-z0-9.\n-' _ <<<"${override#*=}")"
+done
 exec .venv/bin/python -m megatron_srpo train examples/quickstart/sglang.yaml "logging.dir=$run" "$@"

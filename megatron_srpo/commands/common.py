@@ -1,25 +1,79 @@
 """Arguments and errors shared by the commands that take a configuration file."""
 
 import argparse
+import difflib
 import errno
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
+from typing_extensions import override
+
+from megatron_srpo.config.explain import keys_named
 from megatron_srpo.config.load import load_config
 from megatron_srpo.config.schema import Config
 
 
 def is_first_rank() -> bool:
     """Return True on rank 0 of torchrun, and without torchrun."""
-    return os.environ.get("RANK", "0") == "0"
+    rank = os.environ.get("RANK", "0")
+    return not rank.isdecimal() or int(rank) == 0  # every rank reports a RANK that is no number
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+class Parser(argparse.ArgumentParser):
+    """A parser that also takes overrides behind options, and reports an error in one line."""
+
+    @override
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        # argparse reads all values of a positional argument at once: those behind an option are left over.
+        arguments, left = self.parse_known_args(args, namespace)
+        overrides = getattr(arguments, "overrides", None)
+        if overrides is not None:
+            arguments.overrides = [*overrides, *(text for text in left if not text.startswith("-"))]
+            left = [text for text in left if text.startswith("-")]
+        if left:
+            self._refuse(left[0], arguments)
+        return arguments
+
+    @override
+    def error(self, message: str) -> NoReturn:
+        if match := re.match(r"argument command: invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            known = re.findall(r"[\w-]+", match[2])
+            near = difflib.get_close_matches(match[1], known, n=1, cutoff=0.7)
+            message = f"unknown command {match[1]!r}; "
+            message += f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+        elif match := re.match(r"argument (\S+): invalid (\w+) value: (.*)", message):
+            kind = {"int": "an integer", "float": "a number"}.get(match[2], match[2])
+            message = f"{match[1]}: expected {kind}, not {match[3]}"
+        elif match := re.match(r"the following arguments are required: (.*)", message):
+            message = f"expected {match[1].replace(', ', ' and ')}, which is missing"
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+    def _refuse(self, text: str, arguments: argparse.Namespace) -> NoReturn:
+        """Report an argument that the chosen command does not have, with the nearest option or key."""
+        name, _, value = text.partition("=")
+        key = name.lstrip("-").replace("-", "_")
+        commands = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        command = commands[0].choices[arguments.command] if commands else self
+        options = [option for action in command._actions for option in action.option_strings]
+        message = f"unknown argument {text!r}"
+        if near := difflib.get_close_matches(name, options, n=1, cutoff=0.7):
+            message += f"; did you mean {near[0]}?"
+        elif hasattr(arguments, "overrides") and name.startswith("-"):
+            meant = [f"{dotted}={value or '…'}" for dotted in keys_named(key)] or ["section.key=value"]
+            message += f"; expected a key of the configuration as {' or '.join(meant)}"
+        command.error(message)
+
+
+def add_config_arguments(
+    parser: argparse.ArgumentParser, help_text: str = "YAML file, see examples/"
+) -> None:
     """Add CONFIG.yaml and its overrides."""
-    parser.add_argument("config", type=Path, help="YAML file, see examples/")
-    add_overrides(parser, "settings that replace the file's; before the options")
+    parser.add_argument("config", type=Path, help=help_text)
+    add_overrides(parser, "settings that replace the file's")
 
 
 def add_overrides(parser: argparse.ArgumentParser, help_text: str) -> None:

@@ -169,6 +169,10 @@ def check(path: Path, overrides: list[str], processes: int | None) -> str:
     parallel, rollout, steps = config.parallel, config.rollout, config.train.steps
     experts = parallel.expert_tensor_size * parallel.expert_model_parallel_size
     experts *= parallel.pipeline_model_parallel_size
+    if processes is not None:
+        from megatron_srpo.distributed.layout import data_parallel_size
+
+        data_parallel_size(parallel, processes, "--processes")
     processes = processes or math.lcm(parallel.replica_size, experts)
     os.environ["WORLD_SIZE"] = str(processes)
     method = f"{config.algorithm.name} on {preflight(config).path.name}"

@@ -3,14 +3,14 @@
 import argparse
 
 from megatron_srpo.commands.common import add_config_arguments
-from megatron_srpo.config.load import load_config
 
 HELP = "memory, time and traffic of a configuration, and better layouts; reads no weights"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the configuration, the machine, and the assumed speed and lengths."""
-    add_config_arguments(parser)
+    models = "a model: its folder, its config.json or a name, Qwen/Qwen3-8B"
+    add_config_arguments(parser, f"YAML file; or {models}")
     add = parser.add_argument
     add("--gpus", type=int, default=8, help="training processes, one per GPU (default 8)")
     add("--machine", default="h100", help="h100 (default), h200, h20, a100 or cpu")
@@ -27,4 +27,4 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the plan, and return its exit status."""
     from megatron_srpo.plan.command import plan
 
-    return plan(load_config(arguments.config, arguments.overrides), arguments)
+    return plan(arguments)

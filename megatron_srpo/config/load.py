@@ -1,17 +1,17 @@
 """Load the configuration from a YAML file and dotted overrides; errors name file, line and key."""
 
-import difflib
 import re
 from pathlib import Path
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import ValidationError
 
-from megatron_srpo.algorithm import METHODS
 from megatron_srpo.config.base import ConfigError
+from megatron_srpo.config.explain import explain, shortened
 from megatron_srpo.config.schema import Config
-from megatron_srpo.config.task_section import TaskSource
+
+LARGEST = 100_000  # values in a file, those of an alias (*name) counted each time it is used
 
 
 class _Loader(yaml.SafeLoader):
@@ -34,39 +34,67 @@ def load_config(path: Path, overrides: list[str]) -> Config:
         ConfigError: If any key is invalid. Names each with its file and line (or override) and the nearest
             valid name.
     """
-    tree, places = _read_yaml(path)
+    return validate_tree(*_read_yaml(path), overrides, str(path))
+
+
+def validate_tree(tree: dict[str, Any], places: dict[str, str], overrides: list[str], origin: str) -> Config:
+    """Apply the overrides to a tree of keys and validate it; see `load_config`.
+
+    Args:
+        tree: Sections and keys; is changed.
+        places: The place of every dotted key in the tree.
+        overrides: `section.key=value`, in order.
+        origin: The place of what is missing.
+    """
+    # A task without a file makes its questions itself: its name is no name for the questions of a file.
+    task = tree.get("task")
+    is_own_name = isinstance(task, dict) and task.get("path") is not None
     for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator:
-            raise ConfigError(f"override {override!r}: expected section.key=value")
-        key = SHORT.get(key, key)
-        try:
-            value = yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
+        key, value = _parse(override)
         *sections, name = key.split(".")
         node = tree
         for section in sections:
             node = node.setdefault(section, {})
             if not isinstance(node, dict):
-                raise ConfigError(f"override {override!r}: {section} is not a section")
+                raise ConfigError(
+                    f"override {override!r}: {section} is not a section; expected section.key=value"
+                )
         node[name] = value
         places = {known: place for known, place in places.items() if not known.startswith(f"{key}.")}
         for depth in range(1, len(sections) + 1):
             places.setdefault(".".join(sections[:depth]), f"override {override!r}")
         places[key] = f"override {override!r}"
+        is_own_name |= key in ("task", "task.name")
+    if isinstance(task := tree.get("task"), dict) and task.get("path") is not None and not is_own_name:
+        task.pop("name", None)
     if isinstance(algorithm := tree.get("algorithm"), dict):
         algorithm.setdefault("name", Config.model_fields["algorithm"].default.name)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(problem, path, places) for problem in error.errors()]
-        raise ConfigError("\n".join(lines)) from None
+        raise ConfigError("\n".join(explain(one, places, origin) for one in error.errors())) from None
+
+
+def _parse(override: str) -> tuple[str, Any]:
+    """Return key and value of an override; raise ConfigError."""
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        example = "expected section.key=value, such as train.steps=100"
+        raise ConfigError(f"override {shortened(override)}: {example}")
+    where = f"override {shortened(override)}"
+    try:
+        _refuse_size(yaml.compose(text, _Loader), where)
+        return SHORT.get(key, key), yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{where}: the value is not YAML: {_yaml_problem(error)}") from None
 
 
 def save_config(config: Config, path: Path) -> None:
     """Write the configuration as run, with every default."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    path.write_text(text, encoding="utf-8")
 
 
 def _read_yaml(path: Path) -> tuple[dict, dict[str, str]]:
@@ -81,73 +109,58 @@ def _read_yaml(path: Path) -> tuple[dict, dict[str, str]]:
         for key_node, value_node in node.value:
             key, place = f"{prefix}{key_node.value}", f"{path}:{key_node.start_mark.line + 1}"
             if key in places:
-                raise ConfigError(f"{place}: {key}: given twice, first at {places[key]}")
+                raise ConfigError(f"{place}: {key}: given twice, first at {places[key]}; remove one")
             places[key] = place
             if isinstance(value_node, yaml.MappingNode):
                 walk(value_node, f"{key}.")
 
     try:
-        text = path.read_text(encoding="utf-8")
-        root, tree = yaml.compose(text, _Loader), yaml.load(text, _Loader)
+        if path.exists() and not path.is_file():
+            kind = "a folder" if path.is_dir() else "not a regular file"
+            raise ConfigError(f"{path}: cannot be read: is {kind}; expected a YAML file")
+        text = path.read_text(encoding="utf-8-sig")
+        root = yaml.compose(text, _Loader)
         if not isinstance(root, yaml.MappingNode):
             raise ConfigError(f"{path}: expected sections (model:, train:, …) at the top level")
+        _refuse_size(root, str(path))
+        tree = yaml.load(text, _Loader)
         walk(root, "")
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}; expected a YAML file") from None
     except RecursionError:
-        raise ConfigError(f"{path}: is nested without end: an alias (*name) contains itself") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not valid YAML: {error}") from None
+        expected = "expected no alias (*name) that contains itself"
+        raise ConfigError(f"{path}: is nested without end or too deeply to be read; {expected}") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path}:{line}: is not valid YAML: not UTF-8; expected a UTF-8 file") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark is not None else f"{path}"
+        expected = "expected key: value, indented with spaces"
+        raise ConfigError(f"{where}: is not valid YAML: {_yaml_problem(error)}; {expected}") from None
     return {
         key: {} if value is None and key in Config.model_fields else value for key, value in tree.items()
     }, places
 
 
-def _explain(problem: ErrorDetails, path: Path, places: dict[str, str]) -> str:
-    """Describe a pydantic error in one line: place, key, what is wrong, nearest valid name."""
-    location = [str(part) for part in problem["loc"]]
-    if location[:1] == ["algorithm"] and len(location) > 1:  # pydantic inserts the union's tag
-        location = ["algorithm", *location[2:]]
-    key = ".".join(location)
-    message = problem["msg"].removeprefix("Value error, ")
-    name, _, rest = message.partition(": ")
-    for named in (name, f"{key}.{name}"):  # a validator of several keys names the one to change
-        if named in places:
-            key, message = named, rest
-    place = next((places[nearest] for nearest in _and_above(key) if nearest in places), str(path))
-    if problem["type"] == "extra_forbidden":
-        known = sorted(_known_names(location[:-1], problem))
-        message = f"unknown key; {_nearest(location[-1], known)}"
-    elif problem["type"] == "missing":
-        message = "is required"
-    elif problem["type"] == "union_tag_invalid":
-        key, given = "algorithm.name", str(problem.get("ctx", {})["tag"])
-        message = f"unknown algorithm {given!r}; {_nearest(given, list(METHODS))}"
-        place = places.get(key, place)
-    elif problem["type"] != "value_error":
-        message = f"{message}, not {problem['input']!r}"
-    return f"{place}: {key}: {message}" if key else f"{place}: {message}"
+def _yaml_problem(error: Exception) -> str:
+    """Return a parser's error in one line, without its place."""
+    if isinstance(error, yaml.MarkedYAMLError):
+        return ", ".join(part for part in (error.context, error.problem) if part)
+    return " ".join(str(error).split())
 
 
-def _and_above(key: str) -> list[str]:
-    """Return a dotted key and its sections, innermost first."""
-    return [key, *(key[:end] for end in range(len(key) - 1, 0, -1) if key[end] == ".")]
+def _refuse_size(root: yaml.Node | None, where: str) -> None:
+    """Raise ConfigError for a tree that its aliases make huge (a few lines are enough for 10⁹ values)."""
+    sizes: dict[int, int] = {}
 
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            parts = node.value if isinstance(node, yaml.CollectionNode) else []
+            inner = [one for part in parts for one in (part if isinstance(part, tuple) else (part,))]
+            sizes[id(node)] = 1 + sum(map(size, inner))
+        return sizes[id(node)]
 
-def _known_names(section: list[str], problem: ErrorDetails) -> list[str]:
-    """Return the keys of a section, given by the parts of its dotted name."""
-    if section[:1] == ["algorithm"]:
-        return list(METHODS[str(problem["loc"][1])].model_fields)
-    if section[:1] in (["task"], ["evaluation"]) and len(section) > 1:  # an entry of a list of tasks
-        return list(TaskSource.model_fields)
-    model: type[BaseModel] = Config
-    for name in section:
-        annotation = model.model_fields[name].annotation
-        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        model = annotation
-    return list(model.model_fields)
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+    if root is not None and (found := size(root)) > LARGEST:
+        expected = f"a configuration of at most {LARGEST:,}; write out what the aliases (*name) repeat"
+        raise ConfigError(f"{where}: holds {found:,} values, expected {expected}")

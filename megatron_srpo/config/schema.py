@@ -337,7 +337,8 @@ class Config(Section):
             raise ValueError(f"rollout.samples_per_prompt: {needed}")
         for key in self.resume.override:
             if not _is_key(self, key):
-                raise ValueError(f"resume.override: {key!r} is not a key or section of the configuration")
+                expected = "expected a key or a section of the configuration, such as optimizer.lr"
+                raise ValueError(f"resume.override: {key!r} is not a key; {expected}")
         stale = f"rollout.max_staleness: {rollout.max_staleness}, but with rollout.async_steps: 1"
         if rollout.async_steps > rollout.max_staleness:
             raise ValueError(f"{stale} every sample is one version old; set 1")

@@ -74,6 +74,7 @@ class TaskSection(TaskSource):
     def _mixture_alone(cls, given: Any) -> Any:
         if isinstance(given, dict) and given.get("mixture"):
             default = TaskSource()
+            given = {key: value for key, value in given.items() if value is not None}
             for key in sorted(TaskSource.model_fields):
                 if key in given and given[key] != getattr(default, key):
                     raise ValueError(
@@ -89,5 +90,7 @@ class TaskSection(TaskSource):
                 f"task.mixture: two tasks are called {repeated[0]}; rename one (and set its verifier)"
             )
         if self.mixture is None and self.weight != 1:
-            raise ValueError("task.weight: is a task's share of task.mixture, but there is no mixture")
+            raise ValueError(
+                "task.weight: is a task's share of task.mixture, but there is no mixture; remove it"
+            )
         return self

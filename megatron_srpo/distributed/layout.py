@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.schema import ParallelSection
 from megatron_srpo.distributed.megatron import parallel_state, tensor_parallel
-from megatron_srpo.distributed.processes import gather_bytes, world_size_from_environment
+from megatron_srpo.distributed.processes import gather_bytes, under_torchrun, world_size_from_environment
 
 
 @dataclass(frozen=True)
@@ -86,18 +86,27 @@ def replica_group(parameter: torch.nn.Parameter) -> dist.ProcessGroup:
     return parallel_state.get_expert_data_parallel_group()
 
 
-def data_parallel_size(parallel: ParallelSection, world_size: int) -> int:
+def data_parallel_size(
+    parallel: ParallelSection,
+    world_size: int,
+    given_by: str = "torchrun --nproc-per-node × --nnodes",
+) -> int:
     """Return how many groups of ranks train different samples.
+
+    Args:
+        parallel: The layout.
+        world_size: The number of processes.
+        given_by: What sets it, for the message.
 
     Raises:
         ConfigError: If the layout does not divide `world_size`.
     """
     replica, stages = parallel.replica_size, parallel.pipeline_model_parallel_size
-    problem = f"does not divide the {world_size} processes that were started"
+    problem = f"does not divide the {world_size} processes ({given_by})"
     if world_size % replica:
         context = " × context_parallel_size" if parallel.context_parallel_size > 1 else ""
         product = f"tensor_model_parallel_size × pipeline_model_parallel_size{context} = {replica}"
-        raise ConfigError(f"parallel: {product} {problem} (torchrun --nproc-per-node × --nnodes)")
+        raise ConfigError(f"parallel: {product} {problem}; expected a multiple of it")
     experts = parallel.expert_tensor_size * parallel.expert_model_parallel_size * stages
     if world_size % experts:
         names = "expert_tensor_parallel_size × expert_model_parallel_size × pipeline_model_parallel_size"
@@ -119,7 +128,7 @@ def initialize(parallel: ParallelSection, seed: int) -> Layout:
     timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
     owns_process_group = not dist.is_initialized()
     if owns_process_group:
-        if "MASTER_ADDR" in os.environ:
+        if under_torchrun():
             dist.init_process_group(backend, timeout=timeout)
         else:
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]

@@ -10,15 +10,44 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_srpo.config.base import ConfigError
+
 
 def world_size_from_environment() -> int:
-    """Return the number of processes that torchrun started; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Return the number of processes that torchrun started; 1 without torchrun. Raises ConfigError."""
+    return _number("WORLD_SIZE", 1)
 
 
 def rank_from_environment() -> int:
-    """Return this process's rank; 0 without torchrun."""
-    return int(os.environ.get("RANK", "0"))
+    """Return this process's rank; 0 without torchrun. Raises ConfigError."""
+    return _number("RANK", 0)
+
+
+def under_torchrun() -> bool:
+    """Return True if the environment names all that processes need to meet.
+
+    A scheduler's script may set some of it for other programs; a single process ignores that.
+
+    Raises:
+        ConfigError: There are several processes, and something is missing.
+    """
+    missing = [
+        name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ
+    ]
+    world_size = world_size_from_environment()
+    if missing and (world_size > 1 or rank_from_environment() > 0):
+        needed = f"but {' and '.join(missing)} is not set; start the processes with torchrun"
+        raise ConfigError(f"WORLD_SIZE: {world_size} processes, {needed}")
+    return not missing
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise ConfigError(
+            f"{name}: the environment variable is {text!r}; expected torchrun's number, or unset"
+        )
+    return int(text)
 
 
 def wait_for_first_rank(rank: int) -> None:

@@ -1,5 +1,6 @@
 """Read a Hugging Face model folder: architecture, files of the tensors, tokenizer."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -41,7 +42,10 @@ class HFFolder:
     def __init__(self, path: Path):
         self.path = Path(path)
         if not self.path.is_dir():
-            raise FolderError(f"{self.path.resolve()} is not a folder; expected a Hugging Face model folder")
+            expected = "expected a Hugging Face model folder"
+            if re.fullmatch(r"[\w.-]+/[\w.-]+", str(self.path)) and not self.path.exists():
+                expected += f"; to get a model of the Hub: hf download {self.path} --local-dir DIR"
+            raise FolderError(f"{self.path.resolve()} is not a folder; {expected}")
 
     @cached_property
     def config(self) -> dict[str, Any]:

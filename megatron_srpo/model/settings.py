@@ -37,7 +37,9 @@ def check_layout(architecture: Architecture, parallel: ParallelSection, megatron
             raise ConfigError(f"parallel.expert_model_parallel_size: {size}, {hint}")
     for name, (key, size) in divided.items():
         if (value := getattr(architecture, name)) % size:
-            raise ConfigError(f"parallel.{key}: {size} does not divide the model's {name} ({value})")
+            raise ConfigError(
+                f"parallel.{key}: {size} does not divide the model's {name} ({value}); expected a divisor"
+            )
     layers = architecture.num_hidden_layers
     stages = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
     uneven = any("pipeline" in key for key in megatron)  # Megatron's own keys may distribute layers unevenly

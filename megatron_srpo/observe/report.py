@@ -3,6 +3,8 @@
 import datetime
 import json
 import math
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,13 +49,20 @@ def report_data(paths: Sequence[Path], samples: int) -> dict[str, Any]:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """Name each folder by the shortest end of its path that is unique."""
+    """Name each folder by the shortest end of its path that is unique, without the words that all share.
+
+    The page has room for about twelve characters of a name.
+    """
     resolved = [path.resolve() for path in paths]
+    names = [str(path) for path in resolved]
     for depth in range(1, 9):
-        names = ["/".join(path.parts[-depth:]) for path in resolved]
-        if len(set(names)) == len(set(resolved)):
-            return names
-    return [str(path) for path in resolved]
+        ends = ["/".join(path.parts[-depth:]) for path in resolved]
+        if len(set(ends)) == len(set(resolved)):
+            names = ends
+            break
+    words = [re.split(r"(?<=[-_/])", name) for name in names]
+    shared = os.path.commonprefix([of_name[:-1] for of_name in words]) if len(set(names)) > 1 else []
+    return ["".join(of_name[len(shared) :]) for of_name in words]
 
 
 def _run_data(run: RunFolder, name: str) -> dict[str, Any]:

@@ -40,8 +40,11 @@ class Reporter:
         rows = self._metrics.rewind(step, is_evaluated)
         self._terminal.recall(rows)
         if self._is_first:
-            trackers = start_trackers(self._config, step)
-            self._trackers = Trackers(trackers, lambda text: self._terminal.say(text, "bold red"))
+
+            def warn(text: str) -> None:
+                self._terminal.say(text, "bold red")
+
+            self._trackers = Trackers(start_trackers(self._config, step, warn), warn)
         recent = [row for row in rows if "loss" in row][-REMEMBERED:]
         self._rows = self._layout.broadcast(recent)  # only the first rank has read them
         self.skipped_in_a_row = skipped_in_a_row
@@ -75,10 +78,10 @@ class Reporter:
     def summary(self) -> None:
         """Print the scores and the contents of the run folder, and write report.html."""
         if evaluations := self.evaluations:
-            key = next(key for key in evaluations[-1] if "/avg@" in key)
-            values = [row[key] for row in evaluations if key in row]  # others are possible after a resume
-            change = f"{values[0]:.3f} before, {values[-1]:.3f} after"
-            self._terminal.say(f"{key.removeprefix('eval/')}: {change}", "bold green")
+            for key in (key for key in evaluations[-1] if "/avg@" in key):  # of every task, and their mean
+                values = [row[key] for row in evaluations if key in row]  # others are possible after a resume
+                change = f"{values[0]:.3f} before, {values[-1]:.3f} after"
+                self._terminal.say(f"{key.removeprefix('eval/')}: {change}", "bold green")
         directory = self._config.logging.dir
         contents = "report.html, metrics.jsonl, rollouts/; the trained model is in hf/"
         self._terminal.say(f"run folder: {directory}  ({contents})")

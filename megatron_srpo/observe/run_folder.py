@@ -33,7 +33,9 @@ class RunFolder:
         """Read config.yaml and metrics.jsonl; raise ConfigError if `path` is not a run's folder."""
         file = path / "metrics.jsonl"
         if not file.is_file():
-            raise ConfigError(f"{path}: is not a run folder: it has no metrics.jsonl")
+            raise ConfigError(
+                f"{path}: is not a run folder: it has no metrics.jsonl; expected one of train or sample"
+            )
         try:
             config = Config.model_validate(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
         except (OSError, yaml.YAMLError, UnicodeDecodeError, ValidationError) as error:

@@ -53,13 +53,29 @@ class Trackers:
                 self._trackers.remove(tracker)
 
 
-def start_trackers(config: Config, step: int) -> list[Tracker]:
-    """Start the configured trackers, for a run that resumes after `step`."""
-    trackers: list[Tracker] = []
+def start_trackers(config: Config, step: int, say: Callable[[str], None]) -> list[Tracker]:
+    """Start the configured trackers, for a run that resumes after `step`; one that cannot start is reported.
+
+    Weights & Biases falls back to its offline mode, as it needs a login and a network otherwise.
+    """
+    starts: dict[str, Callable[[], Tracker]] = {}
     if config.logging.tensorboard:
-        trackers.append(TensorBoard(config.logging.dir / "tensorboard", step))
+        directory = config.logging.dir / "tensorboard"
+        starts["TensorBoard, which is disabled"] = lambda: TensorBoard(directory, step)
     if config.logging.wandb_project is not None:
-        trackers.append(WandB(config))
+        if config.logging.wandb_mode == "online":
+            offline = f"W&B online; falling back to {config.logging.dir}/wandb, for `wandb sync`"
+            starts[offline] = lambda: WandB(config, "online")
+        starts["W&B offline, which is disabled"] = lambda: WandB(config, "offline")
+    trackers: list[Tracker] = []
+    for what, start in starts.items():
+        if any(isinstance(tracker, WandB) for tracker in trackers):
+            break
+        try:
+            trackers.append(start())
+        except Exception as error:  # whatever the packages raise
+            reason = " ".join(str(error).split())
+            say(f"cannot start {what} (metrics.jsonl has all numbers): {type(error).__name__}: {reason}")
     return trackers
 
 
@@ -89,7 +105,7 @@ class TensorBoard:
 class WandB:
     """One W&B run per run folder, also over several starts of it; its id is kept in RUN/wandb_id."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, mode: str):
         import wandb  # pyright: ignore[reportMissingImports]
 
         settings, file = config.logging, config.logging.dir / "wandb_id"
@@ -97,7 +113,7 @@ class WandB:
             write_text(file, secrets.token_hex(4))
         name, run_id = settings.wandb_exp_name or settings.dir.name, file.read_text(encoding="utf-8").strip()
         options: dict[str, Any] = {"project": settings.wandb_project, "name": name, "dir": str(settings.dir)}
-        options |= {"id": run_id, "resume": "allow", "mode": settings.wandb_mode}
+        options |= {"id": run_id, "resume": "allow", "mode": mode}
         options |= {"config": config.model_dump(mode="json")}
         quiet = wandb.Settings(silent=True, console="off")  # the terminal is ours
         self.run = wandb.init(**options, settings=quiet)

@@ -205,7 +205,8 @@ def step_seconds(
     """
     rate, rollout = machine.peak * machine.mfu * gpus, config.rollout
     samples = rollout.prompts_per_step * rollout.samples_per_prompt
-    parts = {"sampling": sampling_seconds(architecture, config, machine, gpus, workload)}
+    sampled = rollout.prompts_per_step, rollout.samples_per_prompt
+    parts = {"sampling": sampling_seconds(architecture, config, machine, gpus, workload, *sampled)}
     compute = {phase: flops / rate for phase, flops in step_flops(architecture, config, workload).items()}
     if config.megatron.get("recompute_granularity") == "full":
         again = forward_flops(architecture, samples * workload.document, workload.document)
@@ -258,9 +259,17 @@ def cache_bytes(architecture: Architecture, size: int) -> int:
 
 
 def sampling_seconds(
-    architecture: Architecture, config: Config, machine: Machine, gpus: int, workload: Workload
+    architecture: Architecture,
+    config: Config,
+    machine: Machine,
+    gpus: int,
+    workload: Workload,
+    prompts: int,
+    samples: int,
 ) -> float:
-    """Return the seconds of decoding: the sum of memory and computation time; 0 for a replay.
+    """Return the seconds of decoding `samples` responses to each of `prompts`; 0 for a replay.
+
+    The sum of memory and computation time.
 
     Each token of the longest response reads all weights, and each token its sequence's keys and values (cf.
     Pope et al., arXiv 2211.05102, §2); each token, prompts included, costs two FLOP per parameter.
@@ -268,7 +277,7 @@ def sampling_seconds(
     if config.rollout.replay is not None:
         return 0.0
     rollout, size, servers = config.rollout, planned_dtype(config, machine).itemsize, Servers.of(config, gpus)
-    sequences = math.ceil(rollout.prompts_per_step / servers.count) * rollout.samples_per_prompt
+    sequences = math.ceil(prompts / servers.count) * samples
     mean = workload.response_tokens
     longest = min(rollout.max_response_tokens, LONGEST * mean)
     cached = sequences * mean * (workload.prompt_tokens + mean / 2) * cache_bytes(architecture, size)
@@ -280,3 +289,11 @@ def sampling_seconds(
         rounds = math.ceil(sequences / rollout.batch_size)
         seconds = max(seconds, rounds * longest * architecture.num_hidden_layers * EMBEDDED_SECONDS)
     return seconds
+
+
+def evaluation_count(config: Config) -> int:
+    """Count the evaluations of a run: after every `evaluation.every` steps, first and last included."""
+    every, steps = config.evaluation.every, config.train.steps
+    if not every or config.rollout.replay is not None:
+        return 0
+    return 1 + steps // every + (steps % every > 0)

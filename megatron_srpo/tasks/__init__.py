@@ -31,6 +31,9 @@ class Task(Protocol):
 
 def create_task(source: TaskSource, seed: int) -> Task:
     """Create the task of a source; raise ConfigError for unknown names, unreadable data or unused keys."""
+    if source.path is not None and not source.path.exists():
+        expected = "expected a folder with train.jsonl and test.jsonl, a .jsonl file or your .py file"
+        raise ConfigError(f"task.path: {source.path.resolve()} does not exist; {expected}")
     _refuse_unused_keys(source)
     if source.path is not None and source.path.suffix == ".py":
         from megatron_srpo.tasks.own import create_own_task
@@ -85,7 +88,7 @@ def training_tasks(config: Config) -> dict[str, Task]:
     tasks = {source.name: create_task(source, config.train.seed) for source in config.task.sources}
     for name, task in tasks.items():
         if task.size("train") == 0:
-            problem = "has no questions to train on (train.jsonl, or a smaller task.test_share)"
+            problem = "has no questions to train on; expected train.jsonl, or a smaller task.test_share"
             raise ConfigError(f"task.path: task {name} {problem}")
     return tasks
 
@@ -101,13 +104,23 @@ def evaluation_tasks(config: Config) -> dict[str, Task]:
         task = tasks[source.name] = create_task(source, config.train.seed)
         for split in settings.splits:
             if task.size(split) == 0:
-                options = f"{split}.jsonl, task.{split}_share, or evaluation.every: 0"
-                problem = f"task {source.name} has no {split} questions ({options})"
-                raise ConfigError(f"evaluation.splits: {problem}")
+                raise ConfigError(f"evaluation.splits: {_no_questions(source, task, split)}")
             if task.size(split) is None and settings.prompts is None:
                 problem = f"null means all, but task {source.name} is endless; give a number"
                 raise ConfigError(f"evaluation.prompts: {problem}")
     return tasks
+
+
+def _no_questions(source: TaskSource, task: Task, split: str) -> str:
+    """Say why a split is empty, and what to do."""
+    problem, path = f"task {source.name} has no {split} questions", source.path
+    share = {"test": source.test_share, "validation": source.validation_share}[split]
+    if path is not None and path.suffix == ".jsonl" and (split == "test" or share):
+        lines = sum(task.size(one) or 0 for one in ("train", "validation", "test"))
+        share = 0.1 if share is None else share
+        found = f"task.{split}_share: {share:g} of the {lines} questions in {path} rounds to 0"
+        return f"{problem}: {found}; set a larger share, more questions, or evaluation.every: 0"
+    return f"{problem}; expected {split}.jsonl, task.{split}_share, or evaluation.every: 0"
 
 
 def question_count(task: Task, split: str, settings: EvaluationSection) -> int:
@@ -130,5 +143,5 @@ def _refuse_unused_keys(source: TaskSource) -> None:
     default = TaskSource()
     for key, is_read in belongs.items():
         if not is_read and getattr(source, key) != getattr(default, key):
-            hint = "; is task.path missing?" if path is None else ""
+            hint = "; is task.path missing? Set it, or remove the key" if path is None else "; remove it"
             raise ConfigError(f"task.{key}: task {source.name} does not read it{hint}")

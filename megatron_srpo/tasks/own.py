@@ -28,7 +28,8 @@ def create_own_task(source: TaskSource, seed: int) -> Task:
     try:
         module = load_attribute(f"{file}:")
     except Exception as error:
-        raise ConfigError(f"task.path: {file} cannot be run: {type(error).__name__}: {error}") from error
+        problem = f"{type(error).__name__}: {error}; expected a Python file with one class"
+        raise ConfigError(f"task.path: {file} cannot be run: {problem}") from error
     classes = [found for _, found in inspect.getmembers(module, inspect.isclass)]
     classes = [found for found in classes if found.__module__ == module.__name__]
     classes = [found for found in classes if hasattr(found, "prompt") and hasattr(found, "verify")]

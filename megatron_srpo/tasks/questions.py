@@ -173,13 +173,16 @@ def read_splits(source: TaskSource, phrase: Callable[[str], str]) -> dict[str, l
             name: read_questions(file, phrase) if file.is_file() else [] for name, file in files.items()
         }
         if not splits["train"] and not splits["test"]:
-            raise ConfigError(f"task.path: {path.resolve()} has neither train.jsonl nor test.jsonl")
+            raise ConfigError(
+                f"task.path: {path.resolve()} has neither train.jsonl nor test.jsonl; expected them"
+            )
     elif path.suffix == ".jsonl":
         questions = read_questions(path, phrase)
         test, train = hold_out(questions, 0.1 if source.test_share is None else source.test_share)
         splits = {"train": train, "validation": [], "test": test}
     else:
-        raise ConfigError(f"task.path: {path.resolve()} is neither a folder nor a .jsonl file")
+        expected = "expected one of them, or your .py file"
+        raise ConfigError(f"task.path: {path.resolve()} is neither a folder nor a .jsonl file; {expected}")
     if source.validation_share and not splits["validation"]:
         splits["validation"], splits["train"] = hold_out(splits["train"], source.validation_share)
     return splits

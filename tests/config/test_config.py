@@ -153,21 +153,23 @@ def test_unknown_algorithm(message_of, name, expected):
 
 
 def test_algorithm_given_as_a_word(message_of):
-    assert message_of(GOOD + "algorithm: grpo\n").startswith("config.yaml:7: algorithm: ")
+    expected = "expected a section of keys (set algorithm.name=grpo), not 'grpo'"
+    assert message_of(GOOD + "algorithm: grpo\n") == f"config.yaml:7: algorithm: {expected}"
 
 
 @each_row("missing", ["model", "train", "logging"])
 def test_required_sections(message_of, missing):
     tree = yaml.safe_load(GOOD)
     del tree[missing]
-    assert message_of(yaml.safe_dump(tree)) == f"config.yaml: {missing}: is required"
+    first = {"model": "hf_path", "train": "steps", "logging": "dir"}[missing]
+    expected = f"config.yaml: {missing}: is required; set {missing}.{first}"
+    assert message_of(yaml.safe_dump(tree)) == expected
 
 
 def test_required_key_names_its_section(message_of):
-    assert (
-        message_of(GOOD.replace("  steps: 3\n", "  seed: 3\n")) == "config.yaml:3: train.steps: is required"
-    )
-    assert message_of(GOOD.replace("  steps: 3\n", "")) == "config.yaml:3: train.steps: is required"
+    expected = "config.yaml:3: train.steps: is required: training steps, each with one rollout batch"
+    assert message_of(GOOD.replace("  steps: 3\n", "  seed: 3\n")) == expected
+    assert message_of(GOOD.replace("  steps: 3\n", "")) == expected
 
 
 @each_row(
@@ -347,24 +349,24 @@ def test_contradictions_name_their_place(message_of, text, override, place):
             "task:\n  mixture: [addition, addition]\n",
             "config.yaml:8: task.mixture: two tasks are called addition",
         ),
-        ("task:\n  mixture: []\n", "config.yaml:8: task.mixture: List should have at least 1 item"),
+        ("task:\n  mixture: []\n", "config.yaml:8: task.mixture: expected at least 1 of them, not []"),
         (
             "task:\n  mixture: [{name: addition, weight: 0}]\n",
-            "config.yaml:8: task.mixture.0.weight: Input should be greater than 0",
+            "config.yaml:8: task.mixture.0.weight: expected more than 0",
         ),
         (
             "task:\n  weight: 2\n",
             "config.yaml:8: task.weight: is a task's share of task.mixture, but there is no mixture",
         ),
-        ("task:\n  name: a b\n", "config.yaml:8: task.name: String should match"),
-        ("task:\n  rule: lax\n", "config.yaml:8: task.rule: Input should be 'paper' or 'strict'"),
+        ("task:\n  name: a b\n", "config.yaml:8: task.name: expected text that matches"),
+        ("task:\n  rule: lax\n", "config.yaml:8: task.rule: expected paper or strict, not 'lax'"),
         (
             "evaluation:\n  tasks: [{weigt: 1}]\n",
             "config.yaml:8: evaluation.tasks.0.weigt: unknown key; did you mean weight?",
         ),
         (
             "evaluation:\n  splits: [train]\n",
-            "config.yaml:8: evaluation.splits.0: Input should be 'test' or 'validation'",
+            "config.yaml:8: evaluation.splits.0: expected test or validation, not 'train'",
         ),
     ],
 )

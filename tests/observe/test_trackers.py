@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 from small_run import small_config, small_run
+from tables import each_row
 
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.observe import trackers
@@ -96,6 +97,38 @@ def test_a_failing_tracker_is_reported_once_and_the_others_continue():
     assert said == ["disabling SimpleNamespace: ConnectionResetError: gone"] * 2
 
 
+@each_row(
+    "mode, failing, started, said",
+    [
+        ("online", {"online"}, ["online", "offline"], ["falling back to"]),
+        ("online", {"online", "offline"}, ["online", "offline"], ["falling back to", "which is disabled"]),
+        ("offline", {"offline"}, ["offline"], ["which is disabled"]),
+        ("online", set(), ["online"], []),
+    ],
+)
+def test_wandb_that_cannot_start_does_not_end_the_run(wandb, tmp_path, mode, failing, started, said):
+    # It ended the run with a traceback: no login, no network, a broken package.
+    inner, tried, lines = wandb.init, [], []
+
+    def init(**options):
+        tried.append(options["mode"])
+        if options["mode"] in failing:
+            raise ConnectionError("no API key\nconfigured")
+        return inner(**options)
+
+    wandb.init = init
+    config = small_config(tmp_path / "run", "logging.wandb_project=p", f"logging.wandb_mode={mode}")
+    config.logging.dir.mkdir(exist_ok=True)
+    try:
+        found = trackers.start_trackers(config, 0, lines.append)
+    finally:
+        wandb.init = inner
+    assert tried == started and len(found) == (0 if "offline" in failing else 1)
+    assert len(lines) == len(said)
+    for line, part in zip(lines, said, strict=True):
+        assert part in line and line.endswith("ConnectionError: no API key configured")
+
+
 def test_weights_and_biases_keeps_the_steps_of_a_run_that_goes_back(tmp_path):
     # The package itself, offline: a run of five steps resumes from its checkpoint after the third; every row
     # is kept with its step.
@@ -106,7 +139,7 @@ def test_weights_and_biases_keeps_the_steps_of_a_run_that_goes_back(tmp_path):
         [0, 1, 2, 2, 3, 4, 5, 4],
         [4, 5, 5, 6],
     ):  # evaluations next to steps; the first tracker also goes back by itself
-        tracker = trackers.WandB(config)
+        tracker = trackers.WandB(config, "offline")
         for step in steps:
             logged.append((step, 100.0 * len(logged)))
             tracker.write({"step": step, "loss": logged[-1][1], "alarms": ["not a number"]})

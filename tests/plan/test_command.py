@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 from tables import each_row
@@ -15,36 +17,10 @@ from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.plan.layouts import layouts, plan_for, scale, where_it_stops
 from megatron_srpo.plan.machine import MACHINES, Workload
 from megatron_srpo.plan.memory import total_parameters
+from megatron_srpo.plan.models import PUBLISHED, planned_architecture, published_config
 from megatron_srpo.plan.step import active_parameters
 
-QWEN3 = {
-    "vocab_size": 151_936,
-    "head_dim": 128,
-    "max_position_embeddings": 40_960,
-    "rope_theta": 1e6,
-    "rms_norm_eps": 1e-6,
-}
-QWEN3_8B = QWEN3 | {
-    "model_type": "qwen3",
-    "hidden_size": 4096,
-    "intermediate_size": 12_288,
-    "num_hidden_layers": 36,
-}
-QWEN3_8B |= {"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False}
-QWEN3_30B = QWEN3 | {
-    "model_type": "qwen3_moe",
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "num_hidden_layers": 48,
-    "num_experts": 128,
-}
-QWEN3_30B |= {
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "num_experts_per_tok": 8,
-    "moe_intermediate_size": 768,
-}
-QWEN3_30B |= {"norm_topk_prob": True, "tie_word_embeddings": False}
+QWEN3_8B, QWEN3_30B = published_config("Qwen/Qwen3-8B"), published_config("Qwen/Qwen3-30B-A3B")
 PAPER = Workload(256, 1024, 0.25)
 H100 = MACHINES["h100"]
 REPLAY = "rollout.replay=elsewhere"  # no engine on the training GPUs
@@ -63,12 +39,29 @@ def configure(tmp_path):
     return make
 
 
-def test_published_models(configure):
-    # 8.19 and 30.5 billion parameters, of which 3.3 are active, embedding and output matrix included.
-    dense, experts = configure(QWEN3_8B)[0], configure(QWEN3_30B)[0]
-    assert total_parameters(dense) == 8_190_735_360 and total_parameters(experts) == 30_532_122_624
-    matrices = 2 * experts.vocab_size * experts.hidden_size
-    assert active_parameters(experts) + matrices == pytest.approx(3.3e9, rel=0.02)
+# As published: the sizes of the safetensors files on the Hugging Face Hub, in parameters.
+PARAMETERS = {
+    "Qwen/Qwen3-0.6B": 596_049_920,  # without the copy of the tied matrix
+    "Qwen/Qwen3-1.7B": 1_720_574_976,  # also without
+    "Qwen/Qwen3-4B": 4_022_468_096,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "Qwen/Qwen3-14B": 14_768_307_200,
+    "Qwen/Qwen3-32B": 32_762_123_264,
+    "Qwen/Qwen3-30B-A3B": 30_532_122_624,
+    "Qwen/Qwen3-235B-A22B": 235_093_634_560,
+}
+ACTIVE = {"Qwen/Qwen3-30B-A3B": 3.3e9, "Qwen/Qwen3-235B-A22B": 22e9}  # by their model cards
+
+
+def test_published_models():
+    # The config.json of every Qwen3 is known by name; its parameters are the published number.
+    assert set(PUBLISHED) == set(PARAMETERS)
+    for name, count in PARAMETERS.items():
+        architecture = planned_architecture(Path(name))
+        assert total_parameters(architecture) == count, name
+        if name in ACTIVE:
+            matrices = 2 * architecture.vocab_size * architecture.hidden_size
+            assert active_parameters(architecture) + matrices == pytest.approx(ACTIVE[name], rel=0.02)
 
 
 def test_training_time_of_the_paper(configure):
@@ -143,9 +136,89 @@ def test_command(command):
     assert status == 1 and "does not fit: needs" in out and "of 20 GB" in out
 
 
+def test_overrides_behind_options(command):
+    # `plan CONFIG --gpus 8 key=value` said: unrecognized arguments.
+    layout = [
+        "parallel.tensor_model_parallel_size=8",
+        "--gpus",
+        "8",
+        "parallel.sequence_parallel=true",
+        REPLAY,
+    ]
+    status, out, _ = command(*layout, "--machine", "h200")
+    assert status == 0 and "TP8" in out and "8 × h200" in out
+
+
+def seconds_of(text, what):
+    """Return the number behind `what`, in seconds."""
+    number, unit = re.search(rf"{what}[^\n]*?, ([\d.,]+) (seconds|minutes|hours)", text).groups()
+    return float(number.replace(",", "")) * {"seconds": 1, "minutes": 60, "hours": 3600}[unit]
+
+
+def test_evaluation_and_the_complete_run(command, tmp_path):
+    # Neither was counted: the 8B example evaluates 13 times a step's samples every five steps.
+    layout = ["parallel.tensor_model_parallel_size=4", "parallel.sequence_parallel=true", "train.steps=100"]
+    layout += ["megatron={recompute_granularity: full, recompute_method: uniform, recompute_num_layers: 1}"]
+    layout += ["rollout.engine=sglang", "rollout.servers=8", "rollout.colocated=true"]
+    _, out, _ = command(*layout, "evaluation.every=0")
+    step = float(re.search(r"total +│ ([\d.]+) +│ [\d.]+ +│", out)[1])
+    assert "an evaluation" not in out and seconds_of(out, "the complete run") == pytest.approx(
+        100 * step, rel=0.03
+    )
+    file = tmp_path / "chemistry.jsonl"
+    file.write_text("".join(f'{{"question": "q{n}", "answer": "1"}}\n' for n in range(208)))
+    questions = [f"task.path={file}", "task.verifier=math", "task.test_share=0.99", "evaluation.prompts=null"]
+    _, out, _ = command(*layout, *questions)
+    assert "206 questions × 16 samples (12.9 × a step's)" in out and "21 of them" in out
+    together = 100 * step + 21 * seconds_of(out, "an evaluation")
+    assert seconds_of(out, "the complete run") == pytest.approx(together, rel=0.05)
+    _, out, _ = command(*layout, "task.name=math", "task.path=/nope", "evaluation.prompts=null")
+    assert "evaluation is not counted: task.path: /nope does not exist" in out
+
+
+def test_a_cpus_peak_is_not_zero(command):
+    # It said: 0 TFLOPS.
+    _, out, _ = command("--machine", "cpu", "--gpus", "1", REPLAY)
+    assert "1 × cpu (16 GB, 0.05 TFLOPS" in out
+
+
+def test_sampling_may_need_more_memory_than_training(command):
+    # Only the training's peak was shown: 7.8 GB planned, 9.4 measured, in a run of 135 million parameters.
+    _, out, _ = command(
+        "rollout.prompts_per_step=8", "--machine", "h200", "--gpus", "1", "--gpu-memory", "500"
+    )
+    tokens = 64 * (2048 + 8192)  # 8 × 8 samples of the greatest length
+    cache = 2 * 36 * 8 * 128 * 2 * tokens / 1e9  # keys and values of 36 layers, 8 heads of 128, in bf16
+    states = 8_190_735_360 * (2 + 4 + 12 + 2 + 4 + 2) / 1e9 + 5  # and the engine's copy, and the reserve
+    found = re.search(r"it needs up to ([\d.]+) GB; then a rank holds ([\d.]+) GB", out).groups()
+    assert [float(one) for one in found] == pytest.approx([cache, states + cache], rel=0.01)
+
+
+def test_a_model_is_enough(monkeypatch, capsys, tmp_path):
+    # By its name, its folder, or its config.json alone; the fastest layout that fits is planned.
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_8B))
+    monkeypatch.setenv("COLUMNS", "200")
+    found = []
+    for given in ("Qwen/Qwen3-8B", str(tmp_path), str(tmp_path / "config.json")):
+        monkeypatch.setattr(sys, "argv", ["srpo", "plan", given, "train.steps=10"])
+        assert main() == 0
+        found.append(capsys.readouterr().out.partition("\n")[2])
+    assert "fits" in found[0] and "the complete run: 10 steps" in found[0] and found[1:] == found[:1] * 2
+    monkeypatch.setattr(
+        sys, "argv", ["srpo", "plan", "Qwen/Qwen3-8B", "parallel.pipeline_model_parallel_size=2"]
+    )
+    main()
+    assert "PP2 DP4" in capsys.readouterr().out.splitlines()[1]
+
+
 @each_row(
     "arguments, said",
     [
+        (
+            ["--gpus", "6", "parallel.tensor_model_parallel_size=4"],
+            "does not divide the 6 processes (--gpus)",
+        ),
+        (["model.hf_path=Qwen/Qwen3-9B"], "expected a folder with a config.json, or one of Qwen/Qwen3-0.6B"),
         (["--machine", "abacus"], "--machine: 'abacus'; expected one of h100"),
         (["--gpus", "0"], "--gpus: 0"),
         (["parallel.pipeline_model_parallel_size=2", "--gpus", "3"], "does not divide the 3 processes"),

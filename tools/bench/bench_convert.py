@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from _memory import peak_resident_bytes, reset_peak
-from _models import SHARED, SIZES, qwen3_config
+from _models import SIZES, qwen3_config
 from _report import Row, add_ratios, cpu_name, make_parser, publish
 
 from megatron_srpo.distributed.processes import Processes
@@ -34,7 +34,7 @@ from megatron_srpo.weights.safetensors_file import Writer
 from megatron_srpo.weights.sources import HFTensors, MegatronTensors
 
 TINY = {
-    **SHARED,
+    **qwen3_config("0.6b"),
     "vocab_size": 1000,
     "hidden_size": 64,
     "intermediate_size": 96,
