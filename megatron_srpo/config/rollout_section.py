@@ -105,6 +105,10 @@ class _RolloutSection(Section):
                 needed = f"either {needed} or servers (how many to start)"
             raise ValueError(f"rollout.engine: {self.engine} needs {needed}")
         for url in self.urls:
+            if "@" in url:  # config.yaml would hold the password
+                host = url.rpartition("@")[2]
+                needed = f"set rollout.{self.engine}.api_key_env to the name of an environment variable"
+                raise ValueError(f"rollout.urls: …@{host}: expected no user and no password; {needed}")
             if not re.fullmatch(r"https?://[^/?#]+/?", url):
                 raise ValueError(f"rollout.urls: {url!r}: expected http://host:port")
         if len({url.rstrip("/") for url in self.urls}) < len(self.urls):
