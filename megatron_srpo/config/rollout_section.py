@@ -1,5 +1,6 @@
 """The rollout section: the engine and its settings, servers, and how a batch is sampled."""
 
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
@@ -74,6 +75,11 @@ class _RolloutSection(Section):
     def engine_settings(self) -> EngineSettings:
         """The section of the selected engine."""
         return self.section(ENGINES[self.engine])
+
+    @property
+    def nucleus_gap(self) -> float:
+        """Nats by which top_p lets a token's log-probability differ from the complete softmax at most."""
+        return 0.0 if self.engine_settings.renormalises is False else -math.log(self.top_p)
 
     def section(self, engine: type[_Engine]) -> _Engine:
         """Return the section of an engine, selected or not."""

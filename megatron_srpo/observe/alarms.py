@@ -38,7 +38,8 @@ class Limits(NamedTuple):
     def of(cls, config: Config) -> Limits:
         """Return the limits of a run's configuration."""
         has_teacher = config.algorithm.uses_teacher
-        gap = None if config.rollout.replay else config.rollout.logprob_gap_warning
+        rollout = config.rollout
+        gap = None if rollout.replay else rollout.logprob_gap_warning + rollout.nucleus_gap
         rate = config.teacher.ema_rate if has_teacher and config.teacher.kind == "ema" else None
         weighs_entropy = has_teacher and config.algorithm.entropy_beta > 0
         return cls(config.logging.dead_group_share, gap, rate, weighs_entropy)
