@@ -27,6 +27,8 @@ class EngineSettings(Section):
         name: The value of rollout.engine.
         summary: Short text for the description of rollout.engine.
         in_process: Every rank holds a copy of the model; otherwise rollout.urls or rollout.servers sample.
+        renormalises: Under top_p its log-probabilities are those of the tokens that may be sampled, not of
+            the complete softmax; None: depends on the servers.
         starts_servers: The run can start servers (rollout.servers) and share their GPUs (rollout.colocated).
     """
 
@@ -34,6 +36,7 @@ class EngineSettings(Section):
     name: ClassVar[str]
     summary: ClassVar[str]
     in_process: ClassVar[bool] = False
+    renormalises: ClassVar[bool | None] = False
     starts_servers: ClassVar[bool] = False
 
     @classmethod

@@ -1,5 +1,6 @@
 """The rollout section: the engine and its settings, servers, and how a batch is sampled."""
 
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
@@ -75,6 +76,11 @@ class _RolloutSection(Section):
         """The section of the selected engine."""
         return self.section(ENGINES[self.engine])
 
+    @property
+    def nucleus_gap(self) -> float:
+        """Nats by which top_p lets a token's log-probability differ from the complete softmax at most."""
+        return 0.0 if self.engine_settings.renormalises is False else -math.log(self.top_p)
+
     def section(self, engine: type[_Engine]) -> _Engine:
         """Return the section of an engine, selected or not."""
         return getattr(self, engine.name, None) or engine()
@@ -105,6 +111,10 @@ class _RolloutSection(Section):
                 needed = f"either {needed} or servers (how many to start)"
             raise ValueError(f"rollout.engine: {self.engine} needs {needed}")
         for url in self.urls:
+            if "@" in url:  # config.yaml would hold the password
+                host = url.rpartition("@")[2]
+                needed = f"set rollout.{self.engine}.api_key_env to the name of an environment variable"
+                raise ValueError(f"rollout.urls: …@{host}: expected no user and no password; {needed}")
             if not re.fullmatch(r"https?://[^/?#]+/?", url):
                 raise ValueError(f"rollout.urls: {url!r}: expected http://host:port")
         if len({url.rstrip("/") for url in self.urls}) < len(self.urls):

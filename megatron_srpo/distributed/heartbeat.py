@@ -1,6 +1,7 @@
 """Progress of this process, for the watchdog: step, phase, heartbeats, last collective.
 
-There is one record per process. All long operations call `beat`, which costs less than a microsecond.
+There is one record per process. All long operations call `beat`, which costs less than a microsecond. This
+module imports torch only when a watchdog is entered: processes without torch import modules that beat.
 """
 
 import time
@@ -8,9 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import NamedTuple
-
-import torch
-import torch.distributed as dist
 
 
 class Collective(NamedTuple):
@@ -69,6 +67,8 @@ _COLLECTIVES = f"{_GATHERS} {_OTHERS}".split()
 @contextmanager
 def collectives_noted() -> Iterator[None]:
     """Count each collective of torch.distributed as two heartbeats, before and after, while entered."""
+    import torch.distributed as dist
+
     before = {name: getattr(dist, name) for name in _COLLECTIVES if hasattr(dist, name)}
     for name, function in before.items():
         setattr(dist, name, _noted(name, function))
@@ -80,6 +80,9 @@ def collectives_noted() -> Iterator[None]:
 
 
 def _noted(name: str, function: Callable) -> Callable:
+    import torch
+    import torch.distributed as dist
+
     @wraps(function)
     def collective(*arguments, **options):
         tensor = next((value for value in arguments if isinstance(value, torch.Tensor)), None)

@@ -38,7 +38,8 @@ class Limits(NamedTuple):
     def of(cls, config: Config) -> Limits:
         """Return the limits of a run's configuration."""
         has_teacher = config.algorithm.uses_teacher
-        gap = None if config.rollout.replay else config.rollout.logprob_gap_warning
+        rollout = config.rollout
+        gap = None if rollout.replay else rollout.logprob_gap_warning + rollout.nucleus_gap
         rate = config.teacher.ema_rate if has_teacher and config.teacher.kind == "ema" else None
         weighs_entropy = has_teacher and config.algorithm.entropy_beta > 0
         return cls(config.logging.dead_group_share, gap, rate, weighs_entropy)
@@ -111,6 +112,13 @@ def _logprob_gap(rows: Sequence[Row], limits: Limits) -> str | None:
     return f"log-probabilities of trainer and engine differ by {size}"
 
 
+def _samples_dropped(rows: Sequence[Row], limits: Limits) -> str | None:
+    dropped = rows[-1].get("samples_dropped", 0)
+    if not dropped:
+        return None
+    return f"{dropped} samples of earlier steps were discarded (rollout.max_staleness)"
+
+
 def _number(row: Row, key: str) -> float:
     """Return a number of the row; null (for a non-finite number) counts as infinite."""
     value = row.get(key)
@@ -152,5 +160,11 @@ _ALARMS: dict[AlarmName, tuple[Callable[[Sequence[Row], Limits], str | None], st
         "The trained policy is not the one that sampled. Check that the engine has the published weights, and"
         " the same dtype and temperature. A step of staleness adds to the gap; importance weights correct a"
         " small one.",
+    ),
+    "samples_dropped": (
+        _samples_dropped,
+        "They were sampled with weights that are too old now, and their prompts are sampled again. Raise"
+        " rollout.max_staleness, or lower rollout.over_sampling: a step can leave at most"
+        " rollout.prompts_per_step groups to the next one.",
     ),
 }

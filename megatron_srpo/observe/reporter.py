@@ -116,8 +116,9 @@ class Reporter:
 
     def _check_logprob_gap(self, step: int, gap: float) -> None:
         """Raise TrainingStopped if trainer and engine disagree; skip replayed samples of another policy."""
-        limit = self._config.rollout.logprob_gap_stop
-        if self._config.rollout.replay is not None or limit is None or gap < limit:
+        rollout = self._config.rollout
+        limit = rollout.logprob_gap_stop
+        if rollout.replay is not None or limit is None or gap < limit + rollout.nucleus_gap:
             return
         found = f"log-probabilities of trainer and engine differ by {gap:.3g} nats per token"
         advice = "check that the engine has the published weights"

@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_srpo.distributed.files import write_text
@@ -16,7 +17,7 @@ from megatron_srpo.distributed.heartbeat import PROGRESS, collectives_noted
 from megatron_srpo.distributed.layout import Layout
 
 STALLED = 1  # the exit status
-_GRACE_SECONDS = 10  # rank 0 of a stalled run waits so long for the other ranks' stacks
+_GRACE_SECONDS = 10  # the rank that ends a stalled run waits so long for the other ranks' stacks
 
 
 class Watchdog:
@@ -30,6 +31,10 @@ class Watchdog:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._collectives = collectives_noted()
+        self._written = -1  # heartbeats in the file
+        self._seen: list[int | str] = []
+        self._moved_at = 0.0
+        self._reason = ""
 
     def __enter__(self) -> Watchdog:
         if self.limit < math.inf:
@@ -38,6 +43,7 @@ class Watchdog:
             PROGRESS.enter("start")
             self._log = self._file(self.layout.rank, ".stacks.txt").open("w", encoding="utf-8")
             self._interval = min(15.0, self.limit / 10)
+            self._moved_at = time.monotonic()
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
         return self
@@ -59,26 +65,61 @@ class Watchdog:
         return self.folder / f"stalled-{self.session}.txt"
 
     def _watch(self) -> None:
-        """Write this rank's state (`distributed/heartbeat.py`) while it runs; rank 0 reads all of them."""
-        written: int | None = None
-        seen: list[str] = []
-        moved_at = time.monotonic()
-        while not self._stop.wait(self._interval):
-            # The interpreter's timer, which does not need the GIL: for a main thread that never releases it.
-            faulthandler.dump_traceback_later(self.limit + _GRACE_SECONDS, exit=True, file=self._log)
-            if written != PROGRESS.beats:
-                written = PROGRESS.beats
-                write_text(self._file(self.layout.rank), f"{self.session} {written}\n{self._describe()}\n")
-            if self._verdict.exists():
-                self._dump_and_exit()
-            if self.layout.rank == 0:
-                states = [self._read(rank) for rank in range(self.layout.world_size)]
-                if states != seen:
-                    seen, moved_at = states, time.monotonic()
-                elif time.monotonic() - moved_at >= self.limit:
-                    minutes = f"{self.limit / 60:g} minutes (logging.watchdog_minutes)"
-                    write_text(self._verdict, f"no rank made progress for {minutes}\n")
-                    self._dump_and_exit()
+        """Look at the run at every interval. An error of the disk ends neither this thread nor the run."""
+        try:
+            while not self._stop.wait(self._interval):
+                # The interpreter's timer needs no GIL: it is for a main thread that never releases it.
+                faulthandler.dump_traceback_later(self.limit + _GRACE_SECONDS, exit=True, file=self._log)
+                self._write_state()
+                if self._verdict.exists():
+                    self._end_run(leads=False)
+                reason = self._find_stall()
+                if reason is not None:
+                    self._end_run(leads=self._claim(reason))
+        finally:
+            faulthandler.cancel_dump_traceback_later()  # without this thread, nobody would set it again
+
+    def _write_state(self) -> None:
+        """Write this rank's state (`distributed/heartbeat.py`) if it changed, else only the file's time."""
+        beats, file = PROGRESS.beats, self._file(self.layout.rank)
+        with suppress(OSError):
+            if beats != self._written:
+                write_text(file, f"{self.session} {beats}\n{self._describe()}\n")
+                self._written = beats
+            elif self.layout.rank == 0:
+                os.utime(file)
+
+    def _find_stall(self) -> str | None:
+        """Return why the run must end, or None.
+
+        The first rank reads the states of all. The others read only whether the first rank's watchdog is
+        alive, which finds a first rank whose process is stopped.
+        """
+        if self.layout.rank == 0:
+            states = [self._read(rank) for rank in range(1, self.layout.world_size)]
+        else:
+            states = [self._modified(0)]
+        now = [PROGRESS.beats, *states]
+        if now != self._seen:
+            self._seen, self._moved_at = now, time.monotonic()
+        if time.monotonic() - self._moved_at < self.limit:
+            return None
+        minutes = f"{self.limit / 60:g} minutes (logging.watchdog_minutes)"
+        if self.layout.rank == 0:
+            return f"no rank made progress for {minutes}"
+        return f"rank 0 did not respond for {minutes}, and rank {self.layout.rank} made no progress"
+
+    def _claim(self, reason: str) -> bool:
+        """Record that the run stalled; return False if another rank has done so."""
+        self._reason = reason
+        try:
+            with self._verdict.open("x", encoding="utf-8") as file:
+                file.write(reason + "\n")
+        except FileExistsError:
+            return False
+        except OSError:  # the other ranks will be ended with this one
+            pass
+        return True
 
     def _read(self, rank: int) -> str:
         try:
@@ -86,28 +127,51 @@ class Watchdog:
         except OSError:
             return ""  # not yet written
 
+    def _modified(self, rank: int) -> str:
+        try:
+            return str(self._file(rank).stat().st_mtime_ns)
+        except OSError:
+            return ""
+
     def _describe(self) -> str:
         process = f"rank {self.layout.rank} on {socket.gethostname()}, process {os.getpid()}"
         return f"{process}: {PROGRESS.describe()}"
 
-    def _dump_and_exit(self) -> None:
+    def _end_run(self, leads: bool) -> None:
         """Write state and stacks, then end this process, whatever its main thread waits for."""
-        faulthandler.dump_traceback(self._log, all_threads=True)
-        self._log.flush()
-        write_text(self._file(self.layout.rank), f"{self.session} stalled\n{self._describe()}\n")
-        end = time.monotonic() + _GRACE_SECONDS + self._interval
-        if self.layout.rank == 0:
-            ranks = range(self.layout.world_size)
-            stalled = f"{self.session} stalled"
-            while time.monotonic() < end and not all(self._read(rank).startswith(stalled) for rank in ranks):
-                time.sleep(0.05)
-            lines = [self._verdict.read_text(encoding="utf-8").strip()]
-            for rank in ranks:
-                lines.append(self._read(rank).partition("\n")[2].strip() or f"rank {rank}: no state written")
-            text = "\n".join([*lines, f"stacks: {self.folder}/rank_*.stacks.txt"])
-            print(f"stopped: {text}", file=sys.stderr, flush=True)
-            write_text(self._verdict, text + "\n")
-        else:  # rank 0 prints first: torchrun ends all ranks when one exits
-            while time.monotonic() < end and "stacks:" not in self._verdict.read_text(encoding="utf-8"):
-                time.sleep(0.05)
-        os._exit(STALLED)
+        try:
+            faulthandler.dump_traceback(self._log, all_threads=True)
+            with suppress(OSError):
+                write_text(self._file(self.layout.rank), f"{self.session} stalled\n{self._describe()}\n")
+            end = time.monotonic() + _GRACE_SECONDS + self._interval
+            if leads:
+                self._print_all(end)
+            else:  # the leading rank prints first: torchrun ends all ranks when one exits
+                while time.monotonic() < end + 1 and not self._is_printed():
+                    time.sleep(0.05)
+        finally:
+            os._exit(STALLED)
+
+    def _print_all(self, end: float) -> None:
+        """Print the state of every rank; wait until `end` for those that have not written it."""
+        ranks = range(self.layout.world_size)
+        expected = ranks if self.layout.rank == 0 else ranks[1:]  # else the first rank does not respond
+        while time.monotonic() < end and not all(map(self._has_stalled, expected)):
+            time.sleep(0.05)
+        lines = [self._reason]
+        for rank in ranks:
+            state = self._read(rank).partition("\n")[2].strip() or f"rank {rank}: no state written"
+            silent = "" if self._has_stalled(rank) else "; did not respond: is its process stopped or lost?"
+            lines.append(state + silent)
+        text = "\n".join([*lines, f"stacks: {self.folder}/rank_*.stacks.txt"])
+        print(f"stopped: {text}", file=sys.stderr, flush=True)
+        write_text(self._verdict, text + "\n")
+
+    def _has_stalled(self, rank: int) -> bool:
+        # rank is this one: its state may not have been written, on a full disk
+        return rank == self.layout.rank or self._read(rank).startswith(f"{self.session} stalled")
+
+    def _is_printed(self) -> bool:
+        with suppress(OSError):
+            return "stacks:" in self._verdict.read_text(encoding="utf-8")
+        return False

@@ -3,7 +3,12 @@
 All ranks run the same rounds, and each samples its share of a round's prompts. Without over-sampling and
 filtering there is one round, without communication. With them, each rank stops when it has its share of the
 groups needed, ranks exchange their groups, and another round follows if these are not enough. Leftover groups
-and partial rollouts continue in the next step, unless they are too stale.
+and partial rollouts continue in the next step.
+
+Short responses finish first, so discarding what is pending would remove long ones from the training data. A
+rank therefore does not stop while it has a pending group that would be too stale in the next step, or more
+groups than this step and the next one can use. Then every prompt that was started is trained, with its first
+samples, or is discarded for its place in the order, not for its length.
 """
 
 import math
@@ -78,7 +83,8 @@ class BatchBuilder:
         """Sample the batch of `step`. Collective if groups are selected. watch: None in another thread."""
         settings, target = self.settings, self.settings.prompts_per_step
         self._last_step, self._last_step_began_at = step, self.next_prompt
-        incomplete, self.carried = self._drop_stale(self.carried, step), []
+        incomplete, dropped = self._drop_stale(self.carried, step)
+        self.carried = []
         recovered, self._recovered = self._recovered, {}
         chosen: list[Group] = []
         no_signal: list[Group] = []
@@ -99,10 +105,10 @@ class BatchBuilder:
                 chosen += no_signal[:missing]
                 no_signal = no_signal[missing:]
         left_over = [PartialGroup(prompt=group[0].prompt, samples=group) for group in chosen[target:]]
-        self.carried = left_over + incomplete
+        self.carried = sorted(left_over + incomplete, key=_age)  # the next step uses the oldest ones first
         self.ledger.carry(step + 1, self.carried)
         metrics: dict[str, float] = {"groups_filtered": len(no_signal), "groups_carried": len(self.carried)}
-        metrics["rounds"] = rounds
+        metrics |= {"samples_dropped": dropped, "rounds": rounds}
         return Batch(chosen[:target][self.layout.rank :: self.layout.world_size], metrics)
 
     def _new_prompts(self, count: int) -> list[PartialGroup]:
@@ -120,7 +126,9 @@ class BatchBuilder:
         watch: Stopwatch | None,
     ) -> _Round:
         mine = [self._with_known(one, known) for one in started[self.layout.rank :: self.layout.world_size]]
-        share = math.ceil(needed * len(mine) / len(started))
+        part = len(mine) / len(started)
+        share, usable = math.ceil(needed * part), (needed + self.settings.prompts_per_step) * part
+        expiring = {one.prompt.id for one in mine if self._expires(one, step)}
         pending = PendingGroups(mine, self.settings.samples_per_prompt)
         stop = Event()
         persist = partial(self.ledger.persist, step, round_number)
@@ -129,8 +137,10 @@ class BatchBuilder:
         seed = f"{self.seed}/{step}"
         for group in self.collector.collect(pending, self.sampling, seed, stop, persist, watch):
             groups[group[0].prompt.id] = group
+            expiring.discard(group[0].prompt.id)
             useful += self._is_useful(group)
-            if self.selects and useful >= share:
+            left = len(mine) - (len(groups) - useful)  # without those that have no signal
+            if self.selects and useful >= share and not expiring and left <= usable:
                 stop.set()
         in_order = [groups[one.prompt.id] for one in mine if one.prompt.id in groups]
         own = _Round(in_order, pending.incomplete())
@@ -168,15 +178,28 @@ class BatchBuilder:
     def _is_useful(self, group: Group) -> bool:
         return not self.settings.dynamic_filtering or self.has_signal(group)
 
-    def _drop_stale(self, carried: Sequence[PartialGroup], step: int) -> list[PartialGroup]:
-        """Remove the samples whose oldest token exceeds max_staleness at `step`."""
+    def _expires(self, group: PartialGroup, step: int) -> bool:
+        """Return True if the next step would discard samples of this group, started now or before."""
+        oldest = step - self.settings.max_staleness
+        now = step - 1 - self.settings.async_steps
+        return min([now, *map(_oldest_version, group.samples)]) < oldest
+
+    def _drop_stale(self, carried: Sequence[PartialGroup], step: int) -> tuple[list[PartialGroup], int]:
+        """Remove the samples whose oldest token exceeds max_staleness at `step`; return their number too."""
         oldest = step - 1 - self.settings.max_staleness
         groups = []
+        dropped = 0
         for group in carried:
             fresh = tuple(sample for sample in group.samples if _oldest_version(sample) >= oldest)
+            dropped += len(group.samples) - len(fresh)
             groups.append(group.model_copy(update={"samples": fresh}))
-        return groups
+        return groups, dropped
 
 
 def _oldest_version(sample: Sample) -> int:
     return min(int(version) for version, _, _ in sample.versions)
+
+
+def _age(group: PartialGroup) -> float:
+    """Return a key that sorts groups by their oldest weights; groups without a sample are last."""
+    return min(map(_oldest_version, group.samples), default=math.inf)

@@ -21,8 +21,8 @@ class Completion(NamedTuple):
 
     Attributes:
         ids: Token ids, including a stop token.
-        logprobs: One per token, in nats, of the full softmax at the sampling temperature (temperature 1 when
-            greedy); top_p does not renormalise them.
+        logprobs: One per token, in nats, of the softmax at the sampling temperature (temperature 1 when
+            greedy); with top_p, of the distribution sampled from if the settings say `renormalises`.
         versions: Half-open spans (weight version, start, end) of `ids`.
         finish_reason: "abort" marks a partial rollout, which may be empty.
     """

@@ -1,5 +1,6 @@
 """The source of a step's groups: an engine with the policy's weights, or a folder of dumped steps."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -65,6 +66,8 @@ def open_rollouts(
     settings = config.rollout
     if settings.replay is not None:
         return ReplayedRollouts(settings.replay, settings, folder, layout)
+    if settings.top_p < 1 and not settings.engine_settings.renormalises:
+        say(_top_p_warning(settings))
     ledger = Ledger(config.logging.dir / "ledger", layout, keeps_samples=config.checkpoint.save_interval > 0)
     engine = create_engine(config, folder, layout, say)
     trained = training_tasks(config)
@@ -76,6 +79,15 @@ def open_rollouts(
     builder = BatchBuilder(collector, mixture.prompt, ledger, settings, config.train.seed, is_useful)
     last_step_ahead = config.train.steps if settings.async_steps else 0
     return LiveRollouts(builder, watch, last_step_ahead, evaluated)
+
+
+def _top_p_warning(settings: RolloutSection) -> str:
+    unless = "" if settings.engine_settings.renormalises is False else ", unless its servers renormalise them"
+    return (
+        f"rollout.top_p: {settings.top_p:g} biases training: the log-probabilities of {settings.engine} are"
+        f" those of the complete softmax{unless}; a token's importance weight is up to"
+        f" {1 / settings.top_p:.2f} times too large ({-math.log(settings.top_p):.3f} nats); set 1"
+    )
 
 
 @dataclass(eq=False)

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.task_section import TaskSection
 from megatron_srpo.data.records import Verdict
+from megatron_srpo.distributed.heartbeat import beat
 
 START_SECONDS = 120  # to import a verifier, on the busiest machine
 LARGEST_CHUNK = 32  # jobs a worker holds at once: it never waits, and the work is still shared evenly
@@ -68,6 +69,7 @@ class Pool:
             while len(verdicts) < len(jobs):
                 self._dispatch(waiting, chunk)
                 self._collect(waiting, verdicts)
+                beat()  # it returns at a verdict, or at the end of a time limit
         except BaseException:  # pending answers belong to no later job
             for index, worker in enumerate(self.workers):
                 if worker.held:

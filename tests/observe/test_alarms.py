@@ -62,6 +62,14 @@ def test_a_fault_is_reported_in_its_third_step_and_not_after_its_end(name, fault
     assert names(faulty + rows(1, **fault) + rows(1)) == []
 
 
+def test_discarded_samples_are_reported_at_once():
+    # Over-sampling discarded long responses silently.
+    faulty = rows(2) + rows(1, samples_dropped=3)
+    (alarm,) = alarms(faulty, LIMITS)
+    assert alarm.name == "samples_dropped" and "3 samples" in alarm.finding
+    assert names(faulty + rows(1, samples_dropped=0)) == []
+
+
 @each_row(
     "fall, expected",
     [

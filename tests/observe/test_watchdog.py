@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -76,6 +77,74 @@ def test_a_stall_of_an_earlier_start_is_ignored(ends, tmp_path):
     with Watchdog(tmp_path / "w", rank(1, 2), LIMIT / 60, "s"):
         time.sleep(LIMIT / 2)
         assert ends == []
+
+
+def beat_for(seconds):
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        beat()
+        time.sleep(LIMIT / 20)
+
+
+def wait_for_end(ends):
+    until = time.monotonic() + 20
+    while not ends and time.monotonic() < until:
+        time.sleep(0.05)
+
+
+def test_a_full_disk_ends_neither_the_watchdog_nor_a_healthy_run(ends, tmp_path, monkeypatch):
+    # Four seconds of full disk ended the watchdog's thread, and the timer it had set ended the run later.
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Watchdog(tmp_path / "w", rank(0), LIMIT / 60, "s") as dog:
+        with monkeypatch.context() as disk:
+            disk.setattr(watchdog, "write_text", full)
+            disk.setattr(watchdog.os, "utime", full)
+            beat_for(2 * LIMIT)
+        beat_for(LIMIT / 2)
+        assert ends == [] and dog._thread.is_alive()
+        assert (tmp_path / "w" / "rank_00000.txt").exists()
+        wait_for_end(ends)
+        assert ends == [1]
+
+
+def test_a_stall_on_a_full_disk_is_still_reported(ends, tmp_path, monkeypatch, capfd):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(watchdog, "write_text", full)
+    with Watchdog(tmp_path / "w", rank(0), LIMIT / 60, "s"):
+        wait_for_end(ends)
+    assert ends == [1] and "stopped: no rank made progress" in capfd.readouterr().err
+
+
+def test_a_watchdog_that_dies_takes_its_timer_along(ends, tmp_path, monkeypatch):
+    armed = []
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later", lambda *_, **__: armed.append(1))
+    monkeypatch.setattr(watchdog.faulthandler, "cancel_dump_traceback_later", armed.clear)
+    monkeypatch.setattr(threading, "excepthook", lambda *_: None)
+    dog = Watchdog(tmp_path / "w", rank(0), LIMIT / 60, "s")
+    monkeypatch.setattr(dog, "_find_stall", lambda: 1 / 0)
+    with dog:
+        dog._thread.join(20)
+        assert armed == []
+
+
+def test_a_first_rank_whose_process_is_stopped_is_named(ends, tmp_path, capfd):
+    # A stopped first rank was not named: only its own watchdog looked at the others.
+    (tmp_path / "w").mkdir()
+    first = tmp_path / "w" / "rank_00000.txt"
+    first.write_text("s 7\nrank 0 on host, process 1: step 2\n")
+    with Watchdog(tmp_path / "w", rank(1, 2), LIMIT / 60, "s"):
+        for _ in range(8):  # alive: it waits for this rank as long as its own limit allows
+            os.utime(first)
+            time.sleep(LIMIT / 4)
+        assert ends == []
+        wait_for_end(ends)
+    said = capfd.readouterr().err
+    assert ends == [1] and "rank 0 did not respond for" in said
+    assert "rank 0 on host, process 1: step 2; did not respond" in said
 
 
 def test_a_rank_that_sleeps_forever(tmp_path):

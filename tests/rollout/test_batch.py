@@ -118,7 +118,7 @@ def test_groups_without_signal_are_left_out_and_others_are_sampled(make):
     batch = builder.build(1)
     # a second round for one, a third because p3 has no signal either
     assert names(batch.groups) == ["p0", "p2", "p4"]
-    assert batch.metrics == {"groups_filtered": 2, "groups_carried": 0, "rounds": 3}
+    assert batch.metrics == {"groups_filtered": 2, "groups_carried": 0, "samples_dropped": 0, "rounds": 3}
     assert prompts_asked(engine) == ["p0", "p1", "p2", "p3", "p4"]
     assert names(builder.build(2).groups) == ["p5", "p6", "p7"]
 

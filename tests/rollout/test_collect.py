@@ -12,9 +12,10 @@ from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.rollout_section import RolloutSection
 from megatron_srpo.config.task_section import TaskSection
 from megatron_srpo.data.records import Prompt
+from megatron_srpo.distributed.heartbeat import PROGRESS
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.collect import Collector
-from megatron_srpo.tasks.pool import Pool
+from megatron_srpo.tasks.pool import Job, Pool
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +58,16 @@ def test_feedback_of_the_data_is_for_failed_samples():
     assert judged("<answer>A</answer>", "it was B").feedback == "it was B"
     assert judged("<answer>A</answer>", None).feedback == "Your answer is wrong."
     assert judged("<answer>B</answer>", "it was B").feedback is None
+
+
+def test_every_verdict_is_progress_also_that_of_a_response_that_hangs(tmp_path):
+    # The watchdog ended runs whose verdicts took long: verification was no progress.
+    file = tmp_path / "slow.py"
+    file.write_text("import time\n\n\ndef verify(answer, text):\n    time.sleep(60)\n")
+    settings = TaskSection(verifier_workers=1, verifier_seconds=0.3)
+    pool = Pool({"slow": f"{file}:verify"}, settings)
+    before = PROGRESS.beats
+    verdicts = pool.verify([Job("slow", "", "")] * 4)
+    pool.close()
+    assert [verdict.verifier_failed for verdict in verdicts] == ["timeout"] * 4
+    assert PROGRESS.beats - before >= 4

@@ -26,6 +26,7 @@ from megatron_srpo.rollout.openai.api import OpenAICompletions
 from megatron_srpo.rollout.openai.settings import OpenAISettings
 from megatron_srpo.rollout.servers.generation import Generation
 from megatron_srpo.rollout.servers.http import Server, ServerFailed
+from megatron_srpo.rollout.servers.replies import MALFORMED
 from megatron_srpo.weights.transfer import save_hf
 
 
@@ -60,10 +61,11 @@ class OpenAIServer(Server):
     def model(self) -> str:
         """Return rollout.openai.model, or the only model if it is null. Raises ConfigError if not listed."""
         try:
-            rows = self.get("/v1/models").get("data", [])
+            names = [str(row["id"]) for row in self.get("/v1/models").get("data", [])]
         except ServerFailed as failure:
             raise ConfigError(f"rollout.urls: {failure}") from None
-        names = [str(row["id"]) for row in rows]
+        except MALFORMED as error:
+            raise ConfigError(f"rollout.urls: {self.url}/v1/models: unexpected format: {error}") from None
         wanted = self.settings.model
         if wanted is None and len(names) == 1:
             return names[0]
@@ -133,9 +135,7 @@ class OpenAIEngine:
         """Do nothing: rollout.colocated is refused for these servers."""
 
     def close(self) -> None:
-        """Close the connections to the servers, which keep running."""
-        for server in self.servers:
-            server.close()
+        """Do nothing: the servers keep running."""
 
     def _load(self, path: Path, version: str) -> dict[str, str | None]:
         failures: dict[str, str | None] = {}

@@ -11,6 +11,7 @@ class OpenAISettings(ServerSettings):
     """Servers with an OpenAI-compatible /v1/completions that takes and returns token ids (experimental)."""
 
     name = "openai"
+    renormalises = None
     summary = "servers with a compatible /v1/completions (experimental)"
 
     model: str | None = Field(

@@ -1,5 +1,6 @@
 """All servers, managed by the first rank: it starts, monitors, restarts and stops those of the run."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -50,6 +51,8 @@ class Launch:
                 del inherited[name]
         mode = 0o666 if self.secret is None else 0o600  # servers print their arguments, including the key
         with open(self.log(number), "ab", opener=lambda path, flags: os.open(path, flags, mode)) as log:
+            if self.secret is not None:
+                os.fchmod(log.fileno(), mode)  # the log of an earlier start keeps its mode when it is opened
             return subprocess.Popen(
                 [sys.executable, "-P", guard.__file__, str(os.getpid()), *self.command(number)],
                 env={**inherited, **self.environment()},
@@ -65,10 +68,12 @@ class Launch:
 
     def log_tail(self, number: int) -> str:
         """Return the end of a server's log, without the secret."""
-        log = self.log(number)
-        with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - _LOG_TAIL))
-            tail = file.read().decode(errors="replace")
+        try:
+            with self.log(number).open("rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - _LOG_TAIL))
+                tail = file.read().decode(errors="replace")
+        except OSError as error:
+            tail = str(error)
         return tail if self.secret is None else tail.replace(self.secret, "…")
 
 
@@ -107,7 +112,7 @@ class Fleet(Generic[AnyServer]):
 
     def __init__(self, servers: Sequence[AnyServer], launch: Launch | None, say: Callable[[str], None]):
         self.launch = launch
-        self.say = say
+        self._print = say
         self.newest: Weights | None = None  # the newest weights, if they are on disk
         self.starts_allowed = True
         self._closing = threading.Event()
@@ -123,6 +128,11 @@ class Fleet(Generic[AnyServer]):
             thread = threading.Thread(target=self._supervise, args=(handle, launch), daemon=True, name=name)
             self.threads.append(thread)
             thread.start()
+
+    def say(self, text: str) -> None:
+        """Print a line; a full disk or a closed terminal must not end a supervising thread."""
+        with contextlib.suppress(OSError):
+            self._print(text)
 
     def failed(self) -> str | None:
         """Return the reasons if every server has failed for good, else None."""
@@ -201,7 +211,6 @@ class Fleet(Generic[AnyServer]):
             thread.join()
         for handle in self.handles:
             self._end(handle)
-            handle.server.close()
 
     def _set_ready(self, handle: ServerHandle[AnyServer]) -> None:
         handle.state, handle.reason, handle.failed_starts = "ready", "", 0

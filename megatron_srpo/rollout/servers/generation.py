@@ -1,11 +1,14 @@
 """Send one rank's requests to the servers: each to the least loaded one, retried on another one."""
 
 import asyncio
+import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from threading import Event
 from typing import Any, NamedTuple, Protocol
 
@@ -14,11 +17,12 @@ import httpx
 from megatron_srpo.config.engines import ServerSettings
 from megatron_srpo.distributed.heartbeat import beat
 from megatron_srpo.rollout.engine import EMPTY, Completion, CompletionStream, EngineFailed, Request, Sampling
-from megatron_srpo.rollout.servers.http import IDLE, headers
-from megatron_srpo.rollout.servers.replies import InvalidReply, joined
+from megatron_srpo.rollout.servers.http import CONTROL_BYTES, Reply, client, send
+from megatron_srpo.rollout.servers.replies import MALFORMED, InvalidReply, joined
 
 _HEALTH_INTERVAL = 2.0  # seconds between health checks
 _LONGEST_PAUSE = 10.0  # seconds between two attempts of one request
+_REPLY_BYTES, _TOKEN_BYTES = 1 << 20, 1 << 10  # limit of a reply, and in addition per token of its sequence
 
 
 class _AttemptFailed(Exception):
@@ -61,8 +65,10 @@ class Target:
 
     url: str
     quarantined: str | None = None  # the reason; None if it gets requests
-    is_invalid: bool = False  # replied so: quarantined until its process is gone or the first rank acts
+    is_invalid: bool = False  # or hung: quarantined until its process is gone or the first rank acts
     calls: set[asyncio.Task] = field(default_factory=set)
+    timeouts: int = 0  # in a row, while it answered no other request
+    answered_at: float = 0.0
 
 
 @dataclass(eq=False)
@@ -84,10 +90,9 @@ class Generation:
         self.concurrency = max(1, self.settings.concurrency // self.world_size)
         self.versions: list[str] = []  # of the policy's weights, in the order of publication
         self.is_publishing = False
-        self.tls = httpx.create_ssl_context(trust_env=False)  # shared: it takes longer to make than a request
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, stop: Event) -> CompletionStream:
-        """Implement `Engine.generate`. The event loop runs only while the consumer waits for completions.
+        """Implement `Engine.generate`. Servers are served in a thread, also while the consumer verifies.
 
         Raises:
             EngineFailed: No server can complete a request, or none is left.
@@ -98,14 +103,14 @@ class Generation:
             if not request.prompt_ids or not all(0 <= token < self.vocab_size for token in ids):
                 problem = f"empty or has an id outside the vocabulary of {self.vocab_size}"
                 raise ValueError(f"request {number}: its prompt is {problem}")
-        with asyncio.Runner() as runner:  # on exit it cancels what still runs
+        with _loop_in_thread() as loop:
             batch = _Batch(self, requests, sampling)
-            task = runner.get_loop().create_task(batch.run())
-            while (completions := runner.run(batch.next())) is not None:
+            task = asyncio.run_coroutine_threadsafe(batch.run(), loop)
+            while (completions := batch.done.get()) is not None:
                 yield completions
                 if stop.is_set() and not batch.stopped:
-                    runner.run(batch.stop())
-            runner.run(_wait_for(task))
+                    asyncio.run_coroutine_threadsafe(batch.stop(), loop).result()
+            task.result()
 
     def quarantine(self, target: Target, reason: str, is_invalid: bool = False) -> None:
         """Send no more requests to this server, and cancel those in flight."""
@@ -125,7 +130,7 @@ class Generation:
         """Apply the first rank's states, by URL: the reason for quarantine, or None."""
         for target in self.targets:
             target.quarantined = states[target.url]
-            target.is_invalid = False
+            target.is_invalid, target.timeouts = False, 0
         self.is_publishing = False
 
     def accepted_versions(self) -> list[str]:
@@ -148,16 +153,13 @@ class _Batch:
         self.stopped = False
         self._waiting = deque(range(len(requests)))
         self._running: dict[str, tuple[Target, httpx.AsyncClient]] = {}  # by request id
-        self._done: asyncio.Queue[dict[int, Completion] | None] = asyncio.Queue()  # None: the end
+        self.done: SimpleQueue[dict[int, Completion] | None] = SimpleQueue()  # None: the end
         self._no_server_since: float | None = None
-
-    async def next(self) -> dict[int, Completion] | None:
-        return await self._done.get()
 
     async def run(self) -> None:
         """Complete every request unless stopped. Raises EngineFailed."""
         try:
-            async with self._client() as self._http:
+            async with client(self.settings) as self._http:
                 health = asyncio.create_task(self._check_health())
                 try:
                     workers = min(self.generation.concurrency, len(self.requests))
@@ -165,9 +167,9 @@ class _Batch:
                 finally:
                     health.cancel()
             for number in self._waiting:
-                self._done.put_nowait({number: self.requests[number].aborted()})
+                self.done.put({number: self.requests[number].aborted()})
         finally:
-            self._done.put_nowait(None)
+            self.done.put(None)
 
     async def stop(self) -> None:
         """Abort requests in flight, repeatedly: a request may reach its server after its abort."""
@@ -178,7 +180,8 @@ class _Batch:
             for request_id, (target, http) in self._running.items():
                 call = self.generation.api.abort_call(request_id)
                 if call is not None:
-                    calls.append(http.post(f"{target.url}{call.path}", json=call.body, timeout=5))
+                    url = f"{target.url}{call.path}"
+                    calls.append(send(http, "POST", url, call.body, 5, CONTROL_BYTES))
             if not calls:
                 for target in self.generation.targets:
                     for running in list(target.calls):
@@ -189,17 +192,12 @@ class _Batch:
             seconds = self.settings.health_timeout
             self.generation.quarantine(target, f"abort: requests still run after {seconds:g} s")
 
-    def _client(self) -> httpx.AsyncClient:
-        # one per worker: a client scans all its connections for every request, 8 ms of CPU time with 64
-        limits, tls = httpx.Limits(keepalive_expiry=IDLE), self.generation.tls
-        secret = headers(self.settings)
-        return httpx.AsyncClient(timeout=None, headers=secret, limits=limits, trust_env=False, verify=tls)
-
     async def _work(self) -> None:
-        async with self._client() as http:
+        # one client per worker: it scans all its connections for every request, 8 ms of CPU time with 64
+        async with client(self.settings) as http:
             while self._waiting and not self.stopped:
                 number = self._waiting.popleft()
-                self._done.put_nowait({number: await self._complete(http, self.requests[number])})
+                self.done.put({number: await self._complete(http, self.requests[number])})
 
     async def _complete(self, http: httpx.AsyncClient, request: Request) -> Completion:
         """Return the request's completion, after as many attempts as `retries` allows."""
@@ -231,7 +229,7 @@ class _Batch:
             usable = [target for target in self.generation.targets if target.quarantined is None]
             if usable:
                 self._no_server_since = None
-                return min(usable, key=lambda target: len(target.calls))
+                return min(usable, key=lambda target: (target.timeouts, len(target.calls)))
             self._no_server_since = self._no_server_since or time.monotonic()
             reason = self.generation.no_server_reason(time.monotonic() - self._no_server_since)
             if reason is not None:
@@ -254,13 +252,13 @@ class _Batch:
         call = self.generation.api.call(request_id, ids, limit, self.sampling, f"{request.seed}/{len(done)}")
         self._running[request_id] = target, http
         try:
-            response = await self._post(http, target, call)
+            reply = await self._post(http, target, call, _TOKEN_BYTES * (limit + len(ids)))
         finally:
             del self._running[request_id]
-        self._check_status(target, call, response, len(ids))
+        self._check_status(target, call, reply, len(ids))
         try:
-            completion = self.generation.api.parse(response.json(), limit, versions)
-        except (InvalidReply, ValueError) as error:  # ValueError: no JSON
+            completion = self.generation.api.parse(reply.json(), limit, versions)
+        except MALFORMED as error:
             self.generation.quarantine(target, f"{call.path}: {error}", is_invalid=True)
             raise _AttemptFailed(target.quarantined) from None
         ends_at_stop = bool(completion.ids) and completion.ids[-1] in self.sampling.stop_ids
@@ -274,35 +272,53 @@ class _Batch:
             raise EngineFailed(f"{found}, which is not among the trainer's {known}: {hint}")
         return completion
 
-    def _check_status(self, target: Target, call: Call, response: httpx.Response, tokens: int) -> None:
-        if response.status_code in (400, 413, 422):
-            raise EngineFailed(f"{target.url} refuses a request of {tokens} tokens: {response.text[:500]}")
-        if response.status_code in (429, 503):
-            raise _AttemptFailed(f"{call.path}: {response.status_code}: the server is overloaded")
-        if response.status_code != 200:
-            reason = f"{call.path}: {response.status_code}: {response.text[:200]}"
+    def _check_status(self, target: Target, call: Call, reply: Reply, tokens: int) -> None:
+        if reply.status in (400, 413, 422):
+            raise EngineFailed(f"{target.url} refuses a request of {tokens} tokens: {reply.text}")
+        if reply.status in (429, 503):
+            raise _AttemptFailed(f"{call.path}: {reply.status}: the server is overloaded")
+        if reply.status != 200:
+            reason = f"{call.path}: {reply.status}: {reply.text[:200]}"
             self.generation.quarantine(target, reason)
             raise _AttemptFailed(target.quarantined)
 
-    async def _post(self, http: httpx.AsyncClient, target: Target, call: Call) -> httpx.Response:
-        task = asyncio.create_task(http.post(f"{target.url}{call.path}", json=call.body))
+    async def _post(self, http: httpx.AsyncClient, target: Target, call: Call, limit: int) -> Reply:
+        """Return the reply, of at most `limit` bytes and some. Raises _AttemptFailed."""
+        seconds, began = self.settings.request_timeout, time.monotonic()
+        request = send(http, "POST", f"{target.url}{call.path}", call.body, seconds, _REPLY_BYTES + limit)
+        task = asyncio.create_task(request)
         target.calls.add(task)
         try:
-            await asyncio.wait({task}, timeout=self.settings.request_timeout)
-            if not task.done():
-                seconds = self.settings.request_timeout
-                raise _AttemptFailed(
-                    f"no answer in {seconds:g} s (rollout.{self.settings.name}.request_timeout)"
-                )
+            await asyncio.wait({task})
             if task.cancelled():
                 raise _AttemptFailed(target.quarantined)
-            return task.result()
+            reply = task.result()
+            target.answered_at, target.timeouts = time.monotonic(), 0
+            return reply
+        except TimeoutError:
+            reason = f"no answer in {seconds:g} s (rollout.{self.settings.name}.request_timeout)"
+            if target.answered_at < began:  # not even to another request
+                self._note_timeout(target, f"{call.path}: {reason}")
+            raise _AttemptFailed(reason) from None
+        except InvalidReply as error:
+            self.generation.quarantine(target, f"{call.path}: {error}", is_invalid=True)
+            raise _AttemptFailed(target.quarantined) from None
         except httpx.HTTPError as error:
             await self._check_target(target)  # a broken connection alone is no failure of the server
             raise _AttemptFailed(f"{type(error).__name__}: {error}") from None
         finally:
             task.cancel()
             target.calls.discard(task)
+
+    def _note_timeout(self, target: Target, reason: str) -> None:
+        """Quarantine a server that answers no request; the only one that is left has a second attempt.
+
+        Its health checks may succeed, so they do not end this quarantine (`is_invalid`).
+        """
+        target.timeouts += 1
+        others = [other for other in self.generation.targets if other.quarantined is None]
+        if target.timeouts > 1 or len(others) > 1:
+            self.generation.quarantine(target, reason, is_invalid=True)
 
     async def _check_health(self) -> None:
         """Quarantine servers that do not respond, and use recovered ones again."""
@@ -315,25 +331,37 @@ class _Batch:
         api = self.generation.api
         path = api.version_path if target.quarantined else api.health_path
         try:
-            response = await self._get(f"{target.url}{path}")
+            info = await self._get(f"{target.url}{path}")
             if target.quarantined is None and target.calls:
                 beat()  # it generates tokens, maybe for longer than the watchdog waits; see request_timeout
             may_return = target.quarantined is not None and not target.is_invalid
-            if may_return and api.has_version(response.json(), self.generation.versions[-1]):
+            if may_return and api.has_version(info.json(), self.generation.versions[-1]):
                 await self._get(f"{target.url}{api.health_path}")  # a hung server reports a version, too
                 target.quarantined = None
-        except (httpx.HTTPError, ValueError, TypeError, KeyError, IndexError) as error:
+        except (httpx.HTTPError, TimeoutError, _AttemptFailed, *MALFORMED) as error:
             target.is_invalid &= not isinstance(error, httpx.ConnectError)
             if not self.generation.is_publishing:
                 self.generation.quarantine(target, f"{path}: {type(error).__name__}: {error}")
 
-    async def _get(self, url: str) -> httpx.Response:
-        response = await self._http.get(url, timeout=self.settings.health_timeout)
-        return response.raise_for_status()
+    async def _get(self, url: str) -> Reply:
+        reply = await send(self._http, "GET", url, None, self.settings.health_timeout, CONTROL_BYTES)
+        if reply.status != 200:
+            raise _AttemptFailed(f"{reply.status}: {reply.text[:200]}")
+        return reply
 
 
-async def _wait_for(task: asyncio.Task[None]) -> None:
-    await task
+@contextmanager
+def _loop_in_thread() -> Iterator[asyncio.AbstractEventLoop]:
+    """Yield an event loop that runs in a thread of its own; on exit, cancel what it still runs."""
+    with asyncio.Runner() as runner:
+        loop = runner.get_loop()
+        thread = threading.Thread(target=loop.run_forever, name="requests", daemon=True)
+        thread.start()
+        try:
+            yield loop
+        finally:
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
 
 
 async def _all_or_none(coroutines: Sequence[Coroutine], background: asyncio.Task) -> None:

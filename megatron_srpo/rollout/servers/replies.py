@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 from megatron_srpo.rollout.engine import Completion
 
+# what reading a value of an unexpected kind raises: huge numbers and deep nesting included
+MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 _ROUNDING = 1e-3  # how far above 0 a log-probability may be
 
 

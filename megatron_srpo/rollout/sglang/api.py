@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_srpo.rollout.engine import Completion, Sampling
 from megatron_srpo.rollout.servers.generation import Call
-from megatron_srpo.rollout.servers.replies import InvalidReply, check_tokens
+from megatron_srpo.rollout.servers.replies import MALFORMED, InvalidReply, check_tokens
 
 
 @dataclass(eq=False)
@@ -62,7 +62,7 @@ def parse(reply: Any, limit: int, vocab_size: int, versions: Sequence[str]) -> C
         single = {"version": meta.get("weight_version"), "start": 0, "end": len(ids)}
         spans = meta.get("weight_versions") or [single]
         spans = [(str(span["version"]), span["start"], span["end"]) for span in spans] if ids else []
-    except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
+    except MALFORMED as error:
         raise InvalidReply(f"unexpected format of a reply: {type(error).__name__}: {error}") from None
     if named != ids:
         found = f"the log-probabilities are those of {len(named)} other tokens"

@@ -172,13 +172,10 @@ def find_unreachable(urls: Sequence[str], settings: RolloutSection, rank: int) -
     if name is not None and not os.environ.get(name):
         return f"rollout.sglang.api_key_env: {place} does not have the environment variable {name}"
     for url in urls:
-        server = SGLangServer(url, sglang)
         try:
-            server.version()
+            SGLangServer(url, sglang).version()
         except ServerFailed as failure:
             return f"rollout.engine: {place} cannot reach a server: {failure}"
-        finally:
-            server.close()
     return None
 
 

@@ -64,6 +64,9 @@ class SGLangSettings(ServerSettings):
 
     @override
     def check(self, rollout: RolloutSection) -> None:
+        if any(re.match("--(admin-)?api-key", word) for word in self.arguments):
+            needed = "which config.yaml would show; set rollout.sglang.api_key_env"
+            raise ValueError(f"rollout.sglang.arguments: found an API key, {needed}")
         elsewhere = [url for url in rollout.urls if not is_loopback(re.split(r"//|[:/]", url)[2])]
         if self.update == "tensor" and elsewhere:
             raise ValueError(

@@ -171,9 +171,11 @@ def _sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> _Chosen:
         logprobs, ids = logprobs.sort(dim=-1, descending=True)
     mass = logprobs.double().exp().cumsum(-1)
     total = mass[:, -1]
+    renormalisation = torch.zeros_like(total)
     if sampling.top_p < 1:  # the smallest set of tokens whose mass reaches top_p
         kept = (mass < sampling.top_p * total[:, None]).sum(-1, keepdim=True).clamp(max=mass.shape[1] - 1)
-        total = mass.gather(1, kept)[:, 0]
+        nucleus = mass.gather(1, kept)[:, 0]
+        total, renormalisation = nucleus, (nucleus / total).log()
     place = (mass <= (uniforms * total)[:, None]).sum(-1, keepdim=True).clamp(max=mass.shape[1] - 1)
     chosen = place if ids is None else ids.gather(1, place)
-    return _Chosen(chosen[:, 0], logprobs.gather(1, place)[:, 0])
+    return _Chosen(chosen[:, 0], logprobs.gather(1, place)[:, 0] - renormalisation.float())

@@ -9,3 +9,4 @@ class TransformersSettings(EngineSettings):
     name = "transformers"
     summary = "its model in this process"
     in_process = True
+    renormalises = True

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
-from contextlib import contextmanager
+import socket
+import threading
+import time
+from contextlib import contextmanager, suppress
 from threading import Event
 
 import pytest
@@ -17,6 +20,9 @@ from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.preflight import preflight
 from megatron_srpo.rollout.engine import Completion, EngineFailed, Request, Sampling
 from megatron_srpo.rollout.engines import create_engine
+from megatron_srpo.rollout.openai.settings import OpenAISettings
+from megatron_srpo.rollout.servers import generation, http
+from megatron_srpo.rollout.servers.http import Server, ServerFailed
 
 SAMPLING = Sampling(1.0, 1.0, 4, (2,))
 REQUEST = Request((5, 6), "seed")
@@ -103,6 +109,13 @@ def logprobs(*values):
     return {"logprobs": {"token_logprobs": list(values)}}
 
 
+def nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 FAULTS = {
     "500": ((500, b"oops"), "/v1/completions: 500: oops"),
     "no JSON": ((200, b'{"model": "m'), "/v1/completions: "),
@@ -116,6 +129,10 @@ FAULTS = {
     "outside": ((200, changed(token_ids=[7, 384, 2])), "an output id is outside the vocabulary of 384"),
     "negative": ((200, changed(token_ids=[7, -1, 2])), "an output id is outside the vocabulary of 384"),
     "finish reason": ((200, changed(finish_reason="tired")), "finish_reason 'tired'"),
+    "nested too deeply": ((200, b"[" * 200_000), "the answer is not JSON"),
+    "nested deeply": ((200, changed(finish_reason=nested(800))), "/v1/completions: "),
+    "a huge number": ((200, changed(**logprobs(-(10**400), -0.25, 0.0))), "a value that is not a number"),
+    "endless": ((200, b" " * (1 << 22)), "the answer has more than"),
     "too short": (
         (200, changed(finish_reason="length")),
         "3 tokens and finish_reason length; 4 were requested",
@@ -158,6 +175,75 @@ def test_a_request_without_an_answer_is_retried_and_then_fails(tmp_path):
             sample(engine, [REQUEST], SAMPLING)
         released.set()
     assert [path for path, _ in asked].count("/v1/completions") == 2
+
+
+def test_a_server_whose_generation_hangs_is_quarantined_though_it_is_healthy(tmp_path):
+    # /generate hung while /health answered: such a server was never taken out.
+    released, patience = Event(), ["rollout.openai.request_timeout=0.5"]
+
+    def hang(body):
+        released.wait(20)
+        return 200, REPLY
+
+    with (
+        server(hang) as (bad, asked),
+        server() as (good, _),
+        engine_for(tmp_path, bad, good, overrides=patience) as engine,
+    ):
+        for _ in range(2):
+            completions = sample(engine, [REQUEST] * 3, SAMPLING)
+            assert [completion.ids for completion in completions] == [[7, 8, 2]] * 3
+        states = {target.url: target.quarantined for target in engine.generation.targets}
+        assert states[good] is None and "no answer in 0.5 s" in states[bad]
+        posted = [path for path, _ in asked].count("/v1/completions")
+        sample(engine, [REQUEST] * 3, SAMPLING)
+        assert [path for path, _ in asked].count("/v1/completions") == posted  # health does not bring it back
+        released.set()
+
+
+def test_servers_are_served_while_responses_are_verified(tmp_path, monkeypatch):
+    # Verification blocked the event loop: answers to health checks were not read, healthy servers taken out.
+    monkeypatch.setattr(generation, "_HEALTH_INTERVAL", 0.02)
+    with (
+        server(lambda body: (time.sleep(0.3 * (body["prompt"][1] - 6)), (200, REPLY))[1]) as (url, asked),
+        engine_for(tmp_path, url, overrides=["rollout.openai.health_timeout=0.5"]) as engine,
+    ):
+        requests, checks = [Request((5, 6 + number), "seed") for number in range(3)], []
+        for _ in engine.generate(requests, SAMPLING, Event()):
+            before = [path for path, _ in asked].count("/health")
+            time.sleep(1)  # a verifier that takes its time
+            checks.append([path for path, _ in asked].count("/health") - before)
+        assert checks[0] > 3
+        assert engine.generation.targets[0].quarantined is None
+
+
+def test_a_control_call_that_drips_has_an_end():
+    # A time limit for each part of a reply never ended a call that sent a byte now and then.
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+
+        def drip(head):
+            connection, _ = listener.accept()
+            with connection, suppress(OSError):
+                connection.sendall(head)
+                for _ in range(200):
+                    connection.sendall(b" ")
+                    time.sleep(0.05)
+
+        for head in (b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n", b"HTTP/1.1 200 OK\r\nX: "):
+            threading.Thread(target=drip, args=(head,), daemon=True).start()
+            with pytest.raises(ServerFailed, match="/model_info: no answer in 0.5 s"):
+                Server(f"http://127.0.0.1:{port}", OpenAISettings()).get("/model_info", timeout=0.5)
+
+
+def test_a_control_call_reads_no_reply_of_any_size(monkeypatch):
+    monkeypatch.setattr(http, "CONTROL_BYTES", 1000)
+    for content, reason in ((b" " * 5000, "more than 1000 bytes"), (b"[" * 900, "not JSON")):
+        with listening(lambda *_, content=content: (200, content)) as stand_in:
+            if reason == "not JSON":
+                monkeypatch.setattr(http, "CONTROL_BYTES", 1 << 20)
+            with pytest.raises(ServerFailed, match=reason):
+                Server(stand_in.url, OpenAISettings()).post("/x", {})
 
 
 def test_a_refused_request_fails_at_once(tmp_path):

@@ -5,6 +5,7 @@ Answers, tokens and bounded waits are progress, silence is not.
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 import time
@@ -147,6 +148,16 @@ def test_waits_for_servers_that_start_are_progress(monkeypatch):
     with server(is_healthy=True) as (url, _):
         SGLangEngine(RolloutSection(), folder, Layout(), [url], publisher)
     assert PROGRESS.beats - before == 3
+
+
+def test_a_line_that_cannot_be_printed_ends_no_thread_of_the_servers():
+    # No thread dies of I/O: those that supervise servers print, on a disk that may be full.
+    def full(text):
+        raise OSError(errno.ENOSPC, text)
+
+    fleet = Fleet([SGLangServer("http://127.0.0.1:9", SGLangSettings())], None, full)
+    fleet.report_failure("http://127.0.0.1:9", "it hangs", is_invalid=False)
+    assert fleet.handles[0].state == "quarantined"
 
 
 def test_a_watchdog_less_patient_than_publications_is_refused():
