@@ -12,6 +12,7 @@ from megatron_srpo.algorithm import METHODS
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.schema import Config
 from megatron_srpo.config.task_section import TaskSource
+from megatron_srpo.data.atomic import write_text
 
 
 class _Loader(yaml.SafeLoader):
@@ -66,7 +67,7 @@ def load_config(path: Path, overrides: list[str]) -> Config:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the configuration as run, with every default."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    write_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
 def _read_yaml(path: Path) -> tuple[dict, dict[str, str]]:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from megatron_srpo.data.atomic import write_text as write_text
+
 if TYPE_CHECKING:  # imports torch, which most readers of files do not need
     from megatron_srpo.distributed.processes import Processes
 
@@ -116,20 +118,6 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(file: Path, text: str) -> None:
-    """Write a small file atomically."""
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as out:
-            out.write(text)
-            out.flush()
-            os.fsync(out.fileno())
-        partial.replace(file)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-
-
 class JsonLines(NamedTuple):
     """The objects of a JSONL file, their line numbers (from 1), and the problems of the other lines."""
 
@@ -148,7 +136,7 @@ def read_jsonl(file: Path) -> JsonLines:
             row = json.loads(line, parse_constant=lambda name: None)
             if not isinstance(row, dict):
                 raise ValueError("not a JSON object")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             found.problems.append(f"{file}:{number}: is damaged ({error})")
         else:
             found.rows.append(row)
