@@ -28,22 +28,14 @@ from pydantic import BaseModel, ValidationError
 
 from megatron_srpo.config.schema import Config
 from megatron_srpo.distributed.device import model_dtype
-from megatron_srpo.distributed.files import FileError, sync, write_text
+from megatron_srpo.distributed.files import FileError, SavedFile, describe, sync, write_text
 from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.model.architecture import Architecture
 
 FORMAT = 2  # 1: safetensors files with ranges of the ranks' shards
 CARRIED = "carried.jsonl"
-_READ_BYTES = 16 * 2**20
 _PACKAGES = ("megatron-core", "megatron_srpo", "safetensors", "torch", "transformers")
 _NAME = re.compile(r"step_(\d{6,})")
-
-
-class SavedFile(BaseModel, extra="forbid"):
-    """Size and checksum of a file."""
-
-    bytes: int
-    crc32: int
 
 
 # Configuration key → name of a file, or of something else that the key stands for → its checksum.
@@ -154,15 +146,6 @@ def _checksum(tree: dict[str, Any]) -> int:
     """Return the CRC-32 of a manifest, given as a JSON object, but for the checksum itself."""
     rest = {key: value for key, value in tree.items() if key != "crc32"}
     return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
-
-
-def describe(file: Path) -> SavedFile:
-    """Return the file's size and CRC-32."""
-    size, crc32 = 0, 0
-    with file.open("rb") as content:
-        while block := content.read(_READ_BYTES):
-            size, crc32 = size + len(block), zlib.crc32(block, crc32)
-    return SavedFile(bytes=size, crc32=crc32)
 
 
 def check_files(folder: Path, manifest: Manifest, share: slice = slice(None)) -> None:

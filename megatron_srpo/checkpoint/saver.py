@@ -85,7 +85,7 @@ class Saver:
         self._join()
         self._start(snapshot(trainer), manifest, progress.carried)
 
-    def _start(self, slices: Sequence[TensorSlice], manifest: Manifest, carried: str) -> None:
+    def _start(self, slices: Sequence[TensorSlice], manifest: Manifest, carried: str = "") -> None:
         arguments = self.directory / f".step_{manifest.step:06d}.{self.session}", slices, manifest, carried
         self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
@@ -108,9 +108,7 @@ class Saver:
             self._thread.join()
             self._thread = None
 
-    def _write(
-        self, partial: Path, slices: Sequence[TensorSlice], manifest: Manifest, carried: str
-    ) -> None:
+    def _write(self, partial: Path, slices: Sequence[TensorSlice], manifest: Manifest, carried: str) -> None:
         """Write this rank's file and a note for the first rank, which then completes the checkpoint."""
         self._problem, rank = None, self.layout.rank
         try:

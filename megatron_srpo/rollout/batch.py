@@ -65,7 +65,7 @@ class BatchBuilder:
         self._before_last_step: tuple[int, list[PartialGroup]] = 0, []  # next_prompt and carried
 
     def state_before(self, step: int) -> tuple[int, list[PartialGroup]]:
-        """Return what a checkpoint saves: the first prompt not started before `step`, the groups left over."""
+        """Return the first prompt not started before `step` and the groups left over, for a checkpoint."""
         return self._before_last_step if step == self._last_step else (self.next_prompt, self.carried)
 
     def resume(self, step: int, next_prompt: int, carried: list[PartialGroup]) -> None:

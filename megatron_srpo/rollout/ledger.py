@@ -129,6 +129,6 @@ def carried_groups(text: str, where: str) -> list[PartialGroup]:
         try:
             groups += [PartialGroup.model_validate_json(line)] if line else []
         except ValidationError as error:
-            problem = f"is damaged ({error.errors()[0]['msg']})"
-            raise ConfigError(f"{where}:{number}: {problem}; remove the file to sample the groups again") from None
+            problem = f"is damaged ({error.errors()[0]['msg']}); remove it to sample its groups again"
+            raise ConfigError(f"{where}:{number}: {problem}") from None
     return groups

@@ -14,14 +14,14 @@ from megatron_srpo.algorithm.routing import has_signal
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.rollout_section import RolloutSection
 from megatron_srpo.config.schema import Config
-from megatron_srpo.data.records import Group
+from megatron_srpo.data.records import Group, PartialGroup
 from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.observe.stopwatch import Stopwatch
 from megatron_srpo.rollout.batch import Batch, BatchBuilder
 from megatron_srpo.rollout.collect import Collector
 from megatron_srpo.rollout.engines import create_engine
-from megatron_srpo.rollout.ledger import Ledger, carried_groups, carried_text
+from megatron_srpo.rollout.ledger import Ledger, carried_groups
 from megatron_srpo.rollout.replay import replay
 from megatron_srpo.tasks import Task, evaluation_tasks, training_tasks
 from megatron_srpo.tasks.mixture import Mixture
@@ -43,9 +43,9 @@ class Rollouts(Protocol):
     def publish(self, tensors: Iterable[tuple[str, Tensor]], step: int) -> None:
         """Send the policy's weights to the engine, as version `step`, once no request is in flight."""
 
-    def state(self) -> tuple[int, str]:
-        """Return the first prompt of the next step, and the groups left over for it as JSON lines."""
-        return 0, ""
+    def state(self) -> tuple[int, list[PartialGroup]]:
+        """Return the first prompt of the next step, and the groups left over for it."""
+        return 0, []
 
     def resume(self, step: int, next_prompt: int, carried: Path | None) -> None:
         """Restore the `state` after `step`, with left-over groups in `carried`; discard later samples."""
@@ -119,9 +119,8 @@ class LiveRollouts(Rollouts):
         self.collector.engine.update_weights(tensors, str(step))
 
     @override
-    def state(self) -> tuple[int, str]:
-        next_prompt, carried = self.builder.state_before(self._published + 1)
-        return next_prompt, carried_text(carried)
+    def state(self) -> tuple[int, list[PartialGroup]]:
+        return self.builder.state_before(self._published + 1)
 
     @override
     def resume(self, step: int, next_prompt: int, carried: Path | None) -> None:

@@ -247,7 +247,7 @@ def test_without_a_complete_checkpoint_a_run_does_not_restart_silently(command, 
         (run / "checkpoints" / f"step_{step:06d}" / "manifest.json").write_text("")
     before = rows(run)
     status, said = command(run)
-    assert status == 2 and "remove that folder to start the run over" in said and rows(run) == before
+    assert status == 2 and "remove the run folder to start the run over" in said and rows(run) == before
 
 
 @pytest.mark.parametrize(
