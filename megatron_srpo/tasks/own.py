@@ -114,7 +114,9 @@ class OwnTask:
 
 def _at(where: str, file: Path, error: Exception) -> str:
     """Add the line in the user's file where `error` was raised to `where`, which ends with the file."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+    lines = [
+        frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)
+    ]
     if isinstance(error, SyntaxError) and error.filename == str(file):
         lines = [error.lineno]
     return f"{where}:{lines[-1]}:" if lines else f"{where}:"
