@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_srpo.config.load import load_config
 from megatron_srpo.config.schema import Config
+from megatron_srpo.data.visible import visible
 
 
 def is_first_rank() -> bool:
@@ -39,7 +40,7 @@ def configured(command: Callable[[Config], int]) -> Callable[[argparse.Namespace
             with naming_key("model.hf_path"):
                 return command(config)
         except EngineFailed as error:  # on any rank alone
-            print(f"stopped: {error}", file=sys.stderr)
+            print(visible(f"stopped: {error}"), file=sys.stderr)
             return 1
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

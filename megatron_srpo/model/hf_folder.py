@@ -1,5 +1,6 @@
 """Read a Hugging Face model folder: architecture, files of the tensors, tokenizer."""
 
+import datetime
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,9 @@ from megatron_srpo.config.base import ConfigError
 from megatron_srpo.distributed.files import FileError
 from megatron_srpo.model.architecture import Architecture, UnsupportedModel
 from megatron_srpo.model.families import architecture_of
+
+# The date in prompts of chat templates that ask for today's; Llama's templates use it if they have no clock.
+TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
 
 
 class FolderError(FileError):
@@ -138,6 +142,7 @@ class HFFolder:
     def encode(self, messages: list[dict[str, str]], enable_thinking: bool = False) -> list[int]:
         """Return the token ids of chat messages, with the assistant's generation header."""
         options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": enable_thinking}
+        options["strftime_now"] = TEMPLATE_DATE.strftime  # the same prompts on every day
         try:
             text = self.tokenizer.apply_chat_template(messages, **options)
         except TemplateError as error:
