@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -18,6 +19,8 @@ from megatron_srpo.model.families import architecture_of
 
 # The date in prompts of chat templates that ask for today's; Llama's templates use it if they have no clock.
 TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
+_CLOCK_USE = re.compile(r"\bstrftime_now\s*\(")
+_CLOCK = re.compile(r"""\bstrftime_now\s*\(\s*(["'])([^"']*)\1\s*\)""")
 
 
 class FolderError(FileError):
@@ -139,10 +142,23 @@ class HFFolder:
             ids |= set(given if isinstance(given, list) else [given]) - {None}
         return tuple(sorted(ids))
 
+    @cached_property
+    def _dated_template(self) -> str | None:
+        """The chat template with a fixed date in place of today's; None if it has none."""
+        template = self.tokenizer.chat_template
+        if not isinstance(template, str) or not _CLOCK_USE.search(template):
+            return None
+        dated = _CLOCK.sub(lambda match: repr(TEMPLATE_DATE.strftime(match[2])), template)
+        if _CLOCK_USE.search(dated):
+            problem = "asks for today's date (strftime_now) in a format that is no literal; write the date"
+            raise FolderError(f"{self.path}: the chat template {problem} into the template")
+        return dated
+
     def encode(self, messages: list[dict[str, str]], enable_thinking: bool = False) -> list[int]:
         """Return the token ids of chat messages, with the assistant's generation header."""
         options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": enable_thinking}
-        options["strftime_now"] = TEMPLATE_DATE.strftime  # the same prompts on every day
+        if self._dated_template is not None:
+            options["chat_template"] = self._dated_template
         try:
             text = self.tokenizer.apply_chat_template(messages, **options)
         except TemplateError as error:
