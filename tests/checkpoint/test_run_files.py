@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ from checkpoints import write
 
 from megatron_srpo.checkpoint import folder as folders
 from megatron_srpo.checkpoint.folder import DamagedCheckpoint, Manifest
+from megatron_srpo.checkpoint.inputs import inputs_of
 from megatron_srpo.checkpoint.run_folder import check_run_folder
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.load import load_config, save_config
@@ -30,7 +32,7 @@ def config(tmp_path):
     return load_config(ROOT / "examples/quickstart/config.yaml", settings)
 
 
-def save(run, step):
+def save(run, step, **changes):
     """Commit a checkpoint of `step` without tensors."""
     directory = run / "checkpoints"
     partial = directory / f".step_{step:06d}.test"
@@ -39,7 +41,7 @@ def save(run, step):
     state = {"skipped_in_a_row": 0, "next_prompt": 8, "schedule_steps": 2, "optimizer_updates": 2}
     facts = {"architecture": {}, "dtype": "float32", "config": {"lr": 1e-6}, "versions": {}, "world_size": 1}
     manifest = Manifest(
-        **facts,
+        **{**facts, **changes},
         format=folders.FORMAT,
         step=step,
         session="s",
@@ -120,6 +122,26 @@ def test_a_lost_folder_of_checkpoints_is_not_a_new_run(config, tmp_path, is_empt
         (run / "checkpoints").mkdir()
     with pytest.raises(ConfigError, match=r"whose checkpoint step_000010 is missing from .*checkpoints"):
         check_run_folder(config, model)
+
+
+def test_a_run_folder_refuses_changed_inputs_before_anything_is_read(config, tmp_path):
+    # Row: resume trains on other data without a word. The newest readable manifest has the checksums.
+    run, model = tmp_path / "run", HFFolder(config.model.hf_path)
+    save_config(config, run / "config.yaml")
+    inputs = inputs_of(config, model)
+    save(run, 10, architecture=dataclasses.asdict(model.architecture), inputs=inputs)
+    check_run_folder(config, model)
+    inputs["model.hf_path"]["tokenizer.json"] = "0"
+    inputs["task.name"] = {"the training prompts of task addition": "0"}
+    save(run, 20, architecture=dataclasses.asdict(model.architecture), inputs=inputs)
+    with pytest.raises(
+        ConfigError, match=r"task.name: the training prompts .*\n.*tokenizer.json is not what"
+    ):
+        check_run_folder(config, model)
+    allowed = config.resume.model_copy(update={"override": ("task", "model", "resume")})
+    check_run_folder(config.model_copy(update={"resume": allowed}), model)
+    (run / "checkpoints" / "step_000020" / "manifest.json").write_text("half")
+    check_run_folder(config, model)
 
 
 def row(step, **changes):
