@@ -134,9 +134,7 @@ def test_a_run_folder_refuses_changed_inputs_before_anything_is_read(config, tmp
     inputs["model.hf_path"]["tokenizer.json"] = "0"
     inputs["task.name"] = {"the training prompts of task addition": "0"}
     save(run, 20, architecture=dataclasses.asdict(model.architecture), inputs=inputs)
-    with pytest.raises(
-        ConfigError, match=r"task.name: the training prompts .*\n.*tokenizer.json is not what"
-    ):
+    with pytest.raises(ConfigError, match=r"task.name: the training .*\n.*tokenizer.json is not"):
         check_run_folder(config, model)
     allowed = config.resume.model_copy(update={"override": ("task", "model", "resume")})
     check_run_folder(config.model_copy(update={"resume": allowed}), model)
