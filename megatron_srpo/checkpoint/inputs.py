@@ -90,7 +90,7 @@ def _task(source: TaskSource, seed: int) -> dict[str, str]:
 def _modules_beside(file: Path) -> list[Path]:
     """Return the modules in the file's folder which a task's file imports, directly or not."""
     found: dict[Path, None] = {}
-    waiting = [sys.modules[f"{OWN_MODULE}.{file.stem}"]]
+    waiting = [module for name, module in sys.modules.items() if name == f"{OWN_MODULE}.{file.stem}"]
     while waiting:
         for value in vars(waiting.pop()).values():
             name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
