@@ -14,6 +14,7 @@ import warnings
 
 from megatron_srpo.commands.common import Parser, is_first_rank
 from megatron_srpo.config.base import ConfigError
+from megatron_srpo.data.visible import visible
 from megatron_srpo.distributed.files import FileError
 
 COMMANDS = ("train", "sample", "eval", "plan", "compare", "report", "inspect", "config")
@@ -41,7 +42,7 @@ def main() -> int:
     except (ConfigError, FileError) as error:
         if is_first_rank():
             kind = "configuration error" if isinstance(error, ConfigError) else "error"
-            print(f"{kind}: {error}", file=sys.stderr, flush=True)
+            print(visible(f"{kind}: {error}"), file=sys.stderr, flush=True)
         else:
             from megatron_srpo.distributed.processes import rank_from_environment, wait_for_first_rank
 

@@ -40,12 +40,14 @@ def preflight(config: Config, trains: bool = True) -> HFFolder:
     folder.validate()
     for task in training_tasks(config).values():  # a finite task: all prompts, which the first epoch contains
         _check_prompts(config, folder, task, "train", task.size("train") or config.rollout.prompts_per_step)
+        if config.task.mixture is None:  # the run's last prompt, which an endless task may not have
+            task.prompt("train", config.train.steps * config.rollout.prompts_per_step - 1)
     if config.evaluation.every > 0 and config.rollout.replay is None:
         check_evaluation(config, folder, evaluation_tasks(config))
     if rank_from_environment() == 0:
         if config.rollout.replay is None:
             check_engine(config, trains)
-        check_run_folder(config, folder.architecture)
+        check_run_folder(config, folder)
     if config.rollout.replay is not None:
         for step in range(1, config.train.steps + 1):
             if not step_file(config.rollout.replay, step).is_file():

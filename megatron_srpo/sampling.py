@@ -62,7 +62,7 @@ def _sample_steps(config: Config, folder: HFFolder, layout: Layout, terminal: Te
     rollouts = open_rollouts(config, folder, layout, terminal.say, watch)
     metrics = MetricsFile(directory / "metrics.jsonl" if is_first else Path(os.devnull))
     try:
-        rollouts.resume(0, 0)
+        rollouts.resume(0, 0, None)
         rollouts.publish(stored_weights(config, folder), 0)
         for step in range(1, config.train.steps + 1):
             PROGRESS.step = step

@@ -2,9 +2,11 @@
 
     RUN/checkpoints/step_000010/__0_0.distcp …   each rank's tensors, in megatron-core's format torch_dist
                                 .metadata, common.pt, metadata.json   the same format's
-                                manifest.json    step, configuration, versions, counters, and every file's
-                                                 size and checksum
+                                carried.jsonl    groups left over for the next step, if any
+                                manifest.json    step, configuration, versions, counters, checksums of the
+                                                 run's inputs, and every file's size and checksum
                     latest                       the name of the newest one
+    RUN/newest_checkpoint                        the same, in case the folder above is lost
 
 A checkpoint is written to `.step_000010.…`, synced, and renamed when it is complete.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import json
 import re
 import shutil
 import zlib
@@ -20,25 +23,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from pydantic import BaseModel, ValidationError
 
 from megatron_srpo.config.schema import Config
 from megatron_srpo.distributed.device import model_dtype
-from megatron_srpo.distributed.files import FileError, sync, write_text
+from megatron_srpo.distributed.files import FileError, SavedFile, describe, sync, write_text
 from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.model.architecture import Architecture
 
 FORMAT = 2  # 1: safetensors files with ranges of the ranks' shards
-_READ_BYTES = 16 * 2**20
+CARRIED = "carried.jsonl"
 _PACKAGES = ("megatron-core", "megatron_srpo", "safetensors", "torch", "transformers")
 _NAME = re.compile(r"step_(\d{6,})")
 
 
-class SavedFile(BaseModel, extra="forbid"):
-    """Size and checksum of a file."""
-
-    bytes: int
-    crc32: int
+# Configuration key → name of a file, or of something else that the key stands for → its checksum.
+Inputs = dict[str, dict[str, str]]
 
 
 class RunInfo(BaseModel, extra="forbid"):
@@ -49,9 +50,11 @@ class RunInfo(BaseModel, extra="forbid"):
     config: dict[str, Any]
     versions: dict[str, str]  # of the packages a run depends on
     world_size: int
+    threads: int | None = None  # of a process (OMP_NUM_THREADS); None: saved by an older version, as below
+    inputs: Inputs = {}
 
     @classmethod
-    def of(cls, config: Config, architecture: Architecture, layout: Layout) -> RunInfo:
+    def of(cls, config: Config, architecture: Architecture, layout: Layout, inputs: Inputs) -> RunInfo:
         """Describe this process's run."""
         return cls(
             architecture=dataclasses.asdict(architecture),
@@ -59,6 +62,8 @@ class RunInfo(BaseModel, extra="forbid"):
             config=config.model_dump(mode="json"),
             versions=package_versions(),
             world_size=layout.world_size,
+            threads=torch.get_num_threads(),
+            inputs=inputs,
         )
 
 
@@ -78,6 +83,8 @@ class Manifest(RunInfo):
     state: dict[str, int]  # the trainer's scalars and `Counters`
     evaluation: dict[str, Any] | None  # the row of metrics.jsonl, if this step was evaluated
     files: dict[str, SavedFile]
+    metrics: SavedFile | None = None  # the beginning of metrics.jsonl, up to this step
+    crc32: int | None = None  # of everything else in manifest.json
 
     @property
     def counters(self) -> Counters:
@@ -105,30 +112,40 @@ def steps(directory: Path) -> list[int]:
     return sorted((int(match[1]) for match in names if match), reverse=True)
 
 
+def newest_saved(run: Path) -> str | None:
+    """Return the name of the newest checkpoint that this run has ever saved, None if there is none."""
+    for file in (run / "newest_checkpoint", run / "checkpoints" / "latest"):
+        if file.is_file():
+            return file.read_text(encoding="utf-8", errors="replace").strip()
+    return None
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of the checkpoint in `folder`. Raises DamagedCheckpoint."""
     file = folder / "manifest.json"
     try:
-        manifest = Manifest.model_validate_json(file.read_bytes())
+        tree = json.loads(file.read_bytes())
+        manifest = Manifest.model_validate(tree)
     except OSError as error:
         raise DamagedCheckpoint(f"{file}: cannot be read: {error.strerror}") from None
     except ValidationError as error:
         raise DamagedCheckpoint(f"{file}: is damaged: {error.errors()[0]['msg']}") from None
+    except (ValueError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{file}: is damaged: {error}") from None
     if manifest.format != FORMAT:
         found = f"{file}: has format {manifest.format}, and this version reads format {FORMAT}"
         advice = "resume with the version that saved it (see that file), or start a new run from the"
         advice += " Hugging Face folder that its convert_megatron_to_hf.py writes"
         raise DamagedCheckpoint(f"{found}; {advice}")
+    if manifest.crc32 is not None and manifest.crc32 != _checksum(tree):
+        raise DamagedCheckpoint(f"{file}: its content has changed since it was written (CRC-32)")
     return manifest
 
 
-def describe(file: Path) -> SavedFile:
-    """Return the file's size and CRC-32."""
-    size, crc32 = 0, 0
-    with file.open("rb") as content:
-        while block := content.read(_READ_BYTES):
-            size, crc32 = size + len(block), zlib.crc32(block, crc32)
-    return SavedFile(bytes=size, crc32=crc32)
+def _checksum(tree: dict[str, Any]) -> int:
+    """Return the CRC-32 of a manifest, given as a JSON object, but for the checksum itself."""
+    rest = {key: value for key, value in tree.items() if key != "crc32"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
 
 def check_files(folder: Path, manifest: Manifest, share: slice = slice(None)) -> None:
@@ -147,6 +164,7 @@ def check_files(folder: Path, manifest: Manifest, share: slice = slice(None)) ->
 
 def commit(partial: Path, manifest: Manifest, directory: Path) -> Path:
     """Rename the complete checkpoint in `partial`, point `latest` to it, and discard later ones."""
+    manifest = manifest.model_copy(update={"crc32": _checksum(json.loads(manifest.model_dump_json()))})
     write_text(partial / "manifest.json", manifest.model_dump_json(indent=1))
     sync(partial)
     final = folder_of(directory, manifest.step)
@@ -154,7 +172,8 @@ def commit(partial: Path, manifest: Manifest, directory: Path) -> Path:
         discard(final)
     partial.rename(final)
     sync(directory)
-    write_text(directory / "latest", final.name + "\n")
+    for file in (directory / "latest", directory.parent / "newest_checkpoint"):
+        write_text(file, final.name + "\n")
     for step in steps(directory):
         if step > manifest.step:  # a damaged one, which resuming skipped
             discard(folder_of(directory, step))

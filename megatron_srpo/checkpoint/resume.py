@@ -4,8 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from megatron_srpo.checkpoint import folder as folders
-from megatron_srpo.checkpoint.folder import Counters, DamagedCheckpoint, Manifest
+from megatron_srpo.checkpoint.folder import Counters, DamagedCheckpoint, Manifest, SavedFile
 from megatron_srpo.checkpoint.run_folder import differences
 from megatron_srpo.checkpoint.state import restore_generators, restore_trainer
 from megatron_srpo.config.base import ConfigError
@@ -42,10 +44,13 @@ def find(config: Config, layout: Layout, say: Callable[[str], None]) -> Checkpoi
     directory = config.logging.dir / "checkpoints"
     if config.resume.mode == "never" or not folders.steps(directory):
         return None
+    newest = folders.newest_saved(config.logging.dir)
+    if newest not in (None, folders.folder_of(directory, folders.steps(directory)[0]).name):
+        say(f"{directory}: its newest checkpoint, {newest}, is missing: resuming from an earlier one")
     found = folders.newest_valid(directory, check, say)
     if found is None:
         problem = f"no checkpoint in {directory.resolve()} is valid"
-        raise ConfigError(f"logging.dir: {problem}; remove that folder to start the run over")
+        raise ConfigError(f"logging.dir: {problem}; remove the run folder to start the run over")
     return Checkpoint(*found)
 
 
@@ -55,6 +60,8 @@ class Resumed(NamedTuple):
     step: int = 0  # the last completed step
     is_evaluated: bool = False
     counters: Counters = Counters()
+    carried: Path | None = None  # file of the groups left over for the next step
+    metrics: SavedFile | None = None  # metrics.jsonl at that step
 
 
 def restore(
@@ -68,7 +75,12 @@ def restore(
     restore_trainer(trainer, saved, manifest.state)
     if manifest.world_size == layout.world_size:
         restore_generators(saved, layout.rank)
+    if (threads := torch.get_num_threads()) != (manifest.threads or threads):
+        change = f"the checkpoint was written with {manifest.threads} threads per process, now there are"
+        advice = f"for the same bits, set OMP_NUM_THREADS={manifest.threads}"
+        say(f"{change} {threads}: sums are rounded differently; {advice}")
     for name, (old, new) in differences(manifest.versions, folders.package_versions()).items():
         say(f"the checkpoint was written with {name} {old}, this is {new}")
     say(f"resuming from step {manifest.step}: {checkpoint.folder}")
-    return Resumed(manifest.step, manifest.evaluation is not None, manifest.counters)
+    is_evaluated, carried = manifest.evaluation is not None, checkpoint.folder / folders.CARRIED
+    return Resumed(manifest.step, is_evaluated, manifest.counters, carried, manifest.metrics)

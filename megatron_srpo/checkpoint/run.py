@@ -2,15 +2,18 @@
 
 from typing import Any
 
+from megatron_srpo.checkpoint import folder as folders
 from megatron_srpo.checkpoint import resume
 from megatron_srpo.checkpoint.folder import Counters, RunInfo
-from megatron_srpo.checkpoint.saver import Saver
+from megatron_srpo.checkpoint.inputs import inputs_of
+from megatron_srpo.checkpoint.saver import Progress, Saver
 from megatron_srpo.config.schema import Config
 from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.observe.reporter import Reporter
 from megatron_srpo.observe.stopwatch import Stopwatch
 from megatron_srpo.observe.terminal import Terminal
+from megatron_srpo.rollout.ledger import carried_text
 from megatron_srpo.rollout.source import Rollouts
 from megatron_srpo.training.trainer import Trainer
 
@@ -29,7 +32,8 @@ class RunCheckpoints:
         self._settings, self._last_step = config.checkpoint, config.train.steps
         self._layout, self._terminal, self._watch = layout, terminal, watch
         self._found = resume.find(config, layout, lambda text: terminal.say(text, "bold red"))
-        info = RunInfo.of(config, folder.architecture, layout)
+        inputs = inputs_of(config, folder) if layout.rank == 0 else {}
+        info = RunInfo.of(config, folder.architecture, layout, inputs)
         self._saver = Saver(config.logging.dir / "checkpoints", config.checkpoint, layout, info)
 
     @property
@@ -40,11 +44,11 @@ class RunCheckpoints:
     def restore(self, trainer: Trainer, rollouts: Rollouts, reporter: Reporter) -> tuple[int, bool]:
         """Restore the checkpoint, if any; return its step (else 0), and True if that was evaluated."""
         restored = resume.restore(self._found, trainer, self._layout, self._terminal.say)
-        step, is_evaluated, counters = restored
-        reporter.resume(step, is_evaluated, counters.skipped_in_a_row)
-        rollouts.resume(step, counters.next_prompt)
+        step, counters = restored.step, restored.counters
+        reporter.resume(step, restored.is_evaluated, counters.skipped_in_a_row, restored.metrics)
+        rollouts.resume(step, counters.next_prompt, restored.carried)
         self._saver.on_commit = rollouts.saved
-        return step, is_evaluated
+        return step, restored.is_evaluated
 
     def save(
         self,
@@ -62,8 +66,11 @@ class RunCheckpoints:
         interval = self._settings.save_interval
         if interval and (step % interval == 0 or step == self._last_step or is_ending):
             with self._watch("checkpoint"):
-                counters = Counters(reporter.skipped_in_a_row, rollouts.next_prompt)
-                self._saver.save(step, trainer, counters, evaluation)
+                next_prompt, carried = rollouts.state()
+                counters = Counters(reporter.skipped_in_a_row, next_prompt)
+                text = carried_text(carried) if self._layout.rank == 0 else ""
+                metrics = folders.describe(reporter.metrics_file) if self._layout.rank == 0 else None
+                self._saver.save(step, trainer, Progress(counters, evaluation, text, metrics))
         if problem := self._saver.news():  # the previous checkpoint is kept
             self._terminal.say(problem, "bold red")
 

@@ -8,16 +8,18 @@ from typing import Any
 import yaml
 
 from megatron_srpo.checkpoint import folder as folders
-from megatron_srpo.checkpoint.folder import DamagedCheckpoint
+from megatron_srpo.checkpoint.folder import DamagedCheckpoint, Manifest
+from megatron_srpo.checkpoint.inputs import check_inputs, inputs_of
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.schema import Config
 from megatron_srpo.model.architecture import Architecture
 from megatron_srpo.model.families import architecture_from_dict
+from megatron_srpo.model.hf_folder import HFFolder
 
 _OF_A_RUN = ("metrics.jsonl", "rollouts", "checkpoints", "hf", "hf.partial")
 
 
-def check_run_folder(config: Config, architecture: Architecture) -> None:
+def check_run_folder(config: Config, folder: HFFolder) -> None:
     """Raise ConfigError if logging.dir contains another run, or one that cannot be resumed."""
     directory = config.logging.dir
     check_writable(directory)
@@ -34,11 +36,21 @@ def check_run_folder(config: Config, architecture: Architecture) -> None:
         advice = "name another folder (and train on its samples with rollout.replay)"
         raise ConfigError(f"{what} of the sample command; {advice}")
     steps = folders.steps(directory / "checkpoints")
+    if not steps and (newest := folders.newest_saved(directory)):
+        found = f"{what}, whose checkpoint {newest} is missing from {directory / 'checkpoints'}"
+        advice = "bring it back (a disk that is not mounted?), or remove the run folder to start the run over"
+        raise ConfigError(f"{found}; {advice}")
     if not steps and ("hf" in held or not config.checkpoint.save_interval):
         raise ConfigError(f"{what} without a checkpoint to resume from; name another folder")
     _check_configuration(config, what)
-    if steps:
-        _check_model(folders.folder_of(directory / "checkpoints", steps[0]), architecture)
+    for step in steps:
+        try:
+            manifest = folders.read_manifest(folders.folder_of(directory / "checkpoints", step))
+        except DamagedCheckpoint:
+            continue  # `resume.find` reports and skips it
+        _check_model(manifest, folders.folder_of(directory / "checkpoints", step), folder.architecture)
+        check_inputs(manifest.inputs, inputs_of(config, folder), config.resume.override, what)
+        break
 
 
 def check_writable(directory: Path) -> None:
@@ -79,7 +91,9 @@ def _check_configuration(config: Config, what: str) -> None:
     file = config.logging.dir / "config.yaml"
     try:
         before = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        if not isinstance(before, dict):
+            raise ValueError("it has no sections")
+    except (OSError, yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{what}, but {file.name} cannot be read ({error}); name another folder") from None
     changes = differences(before, config.model_dump(mode="json"))
     allowed = ("resume", *config.resume.override)
@@ -91,14 +105,11 @@ def _check_configuration(config: Config, what: str) -> None:
         raise ConfigError("\n  ".join(lines) + f"\n{advice}")
 
 
-def _check_model(folder: Path, architecture: Architecture) -> None:
-    try:
-        saved = architecture_from_dict(folders.read_manifest(folder).architecture)
-    except DamagedCheckpoint:
-        return  # `resume.find` reports and skips it
+def _check_model(manifest: Manifest, checkpoint: Path, architecture: Architecture) -> None:
+    saved = architecture_from_dict(manifest.architecture)
     changes = differences(dataclasses.asdict(saved), dataclasses.asdict(architecture))
     if changes:
-        lines = [f"logging.dir: {folder} is a checkpoint of another model:"]
+        lines = [f"logging.dir: {checkpoint} is a checkpoint of another model:"]
         for key, (old, new) in changes.items():
             lines.append(f"{key}: the checkpoint has {old!r}, model.hf_path {new!r}")
         raise ConfigError("\n  ".join(lines))

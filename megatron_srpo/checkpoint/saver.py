@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_srpo.checkpoint import folder as folders
 from megatron_srpo.checkpoint.folder import Counters, Manifest, RunInfo, SavedFile
@@ -33,6 +33,15 @@ _NOTE = "rank_{:05d}.note"
 
 class SaveFailed(RuntimeError):
     """The last checkpoint could not be written; the previous one is intact."""
+
+
+class Progress(NamedTuple):
+    """State of a run in addition to its tensors; on other ranks than the first, only the counters count."""
+
+    counters: Counters
+    evaluation: dict[str, Any] | None  # the row of metrics.jsonl, if the step was evaluated
+    carried: str  # JSON lines: the groups left over for the next step
+    metrics: SavedFile | None  # metrics.jsonl as it is now
 
 
 @dataclass(eq=False)
@@ -58,27 +67,26 @@ class Saver:
         self._problem: str | None = None  # the last checkpoint's failure
         self._unreported: str | None = None
 
-    def save(
-        self, step: int, trainer: Trainer, counters: Counters, evaluation: dict[str, Any] | None
-    ) -> None:
+    def save(self, step: int, trainer: Trainer, progress: Progress) -> None:
         """Wait for the previous checkpoint, then start one of the state after `step`. All ranks together.
 
-        `news` and `finish` report errors. `evaluation` is the row of metrics.jsonl, if `step` was evaluated.
+        `news` and `finish` report errors.
         """
         manifest = Manifest(
             **self.info.model_dump(),
             format=folders.FORMAT,
             step=step,
             session=self.session,
-            state=scalars(trainer) | counters._asdict(),
-            evaluation=evaluation,
+            state=scalars(trainer) | progress.counters._asdict(),
+            evaluation=progress.evaluation,
             files={},
+            metrics=progress.metrics,
         )
         self._join()
-        self._start(snapshot(trainer), manifest)
+        self._start(snapshot(trainer), manifest, progress.carried)
 
-    def _start(self, slices: Sequence[TensorSlice], manifest: Manifest) -> None:
-        arguments = self.directory / f".step_{manifest.step:06d}.{self.session}", slices, manifest
+    def _start(self, slices: Sequence[TensorSlice], manifest: Manifest, carried: str = "") -> None:
+        arguments = self.directory / f".step_{manifest.step:06d}.{self.session}", slices, manifest, carried
         self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
         if not self.settings.async_save:
@@ -100,7 +108,7 @@ class Saver:
             self._thread.join()
             self._thread = None
 
-    def _write(self, partial: Path, slices: Sequence[TensorSlice], manifest: Manifest) -> None:
+    def _write(self, partial: Path, slices: Sequence[TensorSlice], manifest: Manifest, carried: str) -> None:
         """Write this rank's file and a note for the first rank, which then completes the checkpoint."""
         self._problem, rank = None, self.layout.rank
         try:
@@ -113,12 +121,12 @@ class Saver:
                 note = {"error": f"rank {rank}: {error}"}
             write_text(partial / _NOTE.format(rank), json.dumps(note))
             if rank == 0:
-                self._finish(partial, manifest)
+                self._finish(partial, manifest, carried)
         except Exception as error:  # on the first rank, or on a rank that cannot even write a note
             self._problem = f"the checkpoint of step {manifest.step} could not be written: {error}"
             self._unreported = self._problem
 
-    def _finish(self, partial: Path, manifest: Manifest) -> None:
+    def _finish(self, partial: Path, manifest: Manifest, carried: str) -> None:
         """Wait for all ranks' notes, commit the checkpoint and discard old ones; only on the first rank."""
         notes = [_await_note(partial / _NOTE.format(rank)) for rank in range(self.layout.world_size)]
         if problems := [note["error"] for note in notes if "error" in note]:
@@ -129,7 +137,9 @@ class Saver:
         torch_dist.write_metadata(partial, files, empty_objects(architecture))
         for file in files:
             manifest.files[file.name] = SavedFile(bytes=file.bytes, crc32=file.crc32)
-        for name in torch_dist.METADATA_FILES:
+        if carried:
+            write_text(partial / folders.CARRIED, carried)
+        for name in (*torch_dist.METADATA_FILES, *([folders.CARRIED] if carried else [])):
             manifest.files[name] = folders.describe(partial / name)
         folders.commit(partial, manifest, self.directory)
         folders.retain(self.directory, self.settings.keep_last, self.settings.keep_best)

@@ -15,6 +15,7 @@ from typing_extensions import override
 from megatron_srpo.config.explain import keys_named
 from megatron_srpo.config.load import load_config
 from megatron_srpo.config.schema import Config
+from megatron_srpo.data.visible import visible
 
 
 def is_first_rank() -> bool:
@@ -93,7 +94,7 @@ def configured(command: Callable[[Config], int]) -> Callable[[argparse.Namespace
             with naming_key("model.hf_path"):
                 return command(config)
         except EngineFailed as error:  # on any rank alone
-            print(f"stopped: {error}", file=sys.stderr)
+            print(visible(f"stopped: {error}"), file=sys.stderr)
             return 1
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

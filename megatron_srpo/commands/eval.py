@@ -2,6 +2,7 @@
 
 from megatron_srpo.commands.common import add_config_arguments, configured, is_first_rank
 from megatron_srpo.config.schema import Config
+from megatron_srpo.data.visible import visible
 
 HELP = "evaluate model.hf_path by a configuration file"
 
@@ -15,6 +16,6 @@ def run(config: Config) -> int:
 
     directory = run_evaluation(config)
     if is_first_rank():
-        print((directory / "result.md").read_text(encoding="utf-8"))
+        print(visible((directory / "result.md").read_text(encoding="utf-8")))
         print(f"result folder: {directory}  (result.json, result.md, samples/)")
     return 0

@@ -4,6 +4,7 @@ import sys
 
 from megatron_srpo.commands.common import add_config_arguments, configured, is_first_rank
 from megatron_srpo.config.schema import Config
+from megatron_srpo.data.visible import visible
 
 HELP = "train by a configuration file"
 INTERRUPTED = 75  # exit status: EX_TEMPFAIL of sysexits.h, run the same command again
@@ -28,5 +29,5 @@ def run(config: Config) -> int:
     else:
         return 0
     if is_first_rank():
-        print(message, file=sys.stderr)
+        print(visible(message), file=sys.stderr)
     return status

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.explain import explain, shortened
 from megatron_srpo.config.schema import Config
+from megatron_srpo.data.atomic import write_text
 
 LARGEST = 100_000  # values in a file, those of an alias (*name) counted each time it is used
 
@@ -93,8 +94,7 @@ def _parse(override: str) -> tuple[str, Any]:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the configuration as run, with every default."""
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")
+    write_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
 def _read_yaml(path: Path) -> tuple[dict, dict[str, str]]:

@@ -2,11 +2,11 @@
 
 import itertools
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_srpo.data.atomic import atomic_file
 from megatron_srpo.data.records import Group
 
 
@@ -19,14 +19,9 @@ def step_file(folder: Path, step: int) -> Path:
 def dump(groups: Sequence[Group], folder: Path, step: int) -> None:
     """Write the step's samples atomically."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = step_file(folder, step)
-    partial = file.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as out:
+    with atomic_file(step_file(folder, step)) as out:
         for sample in itertools.chain.from_iterable(groups):
             out.write(json.dumps({"step": step, **sample.model_dump(mode="json")}, ensure_ascii=False) + "\n")
-        out.flush()
-        os.fsync(out.fileno())
-    partial.replace(file)
 
 
 def policy_tokens(row: dict[str, Any]) -> int:

@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pydantic import BaseModel
+
+from megatron_srpo.data.atomic import write_text as write_text
+
 if TYPE_CHECKING:  # imports torch, which most readers of files do not need
     from megatron_srpo.distributed.processes import Processes
 
+_READ_BYTES = 16 * 2**20
 _WRITE_BACK_BYTES = 32 * 2**20
 
 
@@ -116,18 +122,20 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(file: Path, text: str) -> None:
-    """Write a small file atomically."""
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as out:
-            out.write(text)
-            out.flush()
-            os.fsync(out.fileno())
-        partial.replace(file)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+class SavedFile(BaseModel, extra="forbid"):
+    """Size and checksum of a file, or of its beginning."""
+
+    bytes: int
+    crc32: int
+
+
+def describe(file: Path, end: int | None = None) -> SavedFile:
+    """Return the size and CRC-32 of the file, or of its first `end` bytes."""
+    size, crc32 = 0, 0
+    with file.open("rb") as content:
+        while block := content.read(_READ_BYTES if end is None else min(_READ_BYTES, end - size)):
+            size, crc32 = size + len(block), zlib.crc32(block, crc32)
+    return SavedFile(bytes=size, crc32=crc32)
 
 
 class JsonLines(NamedTuple):
@@ -148,7 +156,7 @@ def read_jsonl(file: Path) -> JsonLines:
             row = json.loads(line, parse_constant=lambda name: None)
             if not isinstance(row, dict):
                 raise ValueError("not a JSON object")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             found.problems.append(f"{file}:{number}: is damaged ({error})")
         else:
             found.rows.append(row)

@@ -1,10 +1,11 @@
 """Evaluation of the engine's weights on held-out questions; training and the eval command share it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 
 from megatron_srpo.config.schema import EvaluationSection
-from megatron_srpo.data.records import Group
+from megatron_srpo.data.records import Group, Sample, SampleKey
 from megatron_srpo.evaluation.scores import interval, sample_means
 from megatron_srpo.rollout.collect import Collector, exchange
 from megatron_srpo.rollout.engine import Sampling
@@ -30,11 +31,22 @@ def evaluate(
 
 
 def ask(
-    collector: Collector, task: Task, split: str, numbers: range, samples: int, sampling: Sampling, seed: str
+    collector: Collector,
+    task: Task,
+    split: str,
+    numbers: range,
+    samples: int,
+    sampling: Sampling,
+    seed: str,
+    known: Mapping[SampleKey, Sample] = MappingProxyType({}),
+    persist: Callable[[Sequence[Sample]], None] | None = None,
 ) -> list[Group]:
-    """Return the verified groups of the questions `numbers` of `split`, in order on every rank."""
+    """Return the verified groups of the questions `numbers` of `split`, in order on every rank.
+
+    known, persist: see `Collector.sample`.
+    """
     prompts = collector.prompts(partial(task.prompt, split), numbers)
-    return exchange(collector.sample(prompts, samples, sampling, seed), collector.layout)
+    return exchange(collector.sample(prompts, samples, sampling, seed, known, persist), collector.layout)
 
 
 def summarise(label: str, groups: Sequence[Group]) -> dict[str, float]:

@@ -1,17 +1,24 @@
 """The eval command: evaluate a Hugging Face folder, or the policy of a run, on held-out questions."""
 
+import hashlib
+import json
+import math
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
 from safetensors import safe_open
 from torch import Tensor
 
+from megatron_srpo.checkpoint.folder import read_manifest
+from megatron_srpo.checkpoint.inputs import file_checksum, tokenizer_inputs
 from megatron_srpo.checkpoint.weights import RunTensors, checkpoint_of, is_of_a_run
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.schema import Config, ParallelSection
-from megatron_srpo.distributed.layout import process_group
+from megatron_srpo.data.records import Sample
+from megatron_srpo.distributed.layout import Layout, process_group
 from megatron_srpo.distributed.processes import rank_from_environment
 from megatron_srpo.evaluation.answers import Answers, answer_files, check_answered, check_files, open_folder
 from megatron_srpo.evaluation.evaluate import ask, label_of, parts
@@ -25,7 +32,8 @@ from megatron_srpo.tasks import Task, evaluation_tasks, question_count
 from megatron_srpo.tasks.pool import Pool
 from megatron_srpo.weights.transfer import Repeatable
 
-CHUNK_SEQUENCES = 1024  # at most this many responses are lost when a command is killed
+CHUNK_SEQUENCES = 1024  # responses that all ranks sample before they exchange them
+PROGRESS_SECONDS = 10.0
 
 
 @naming_key("model.hf_path")
@@ -41,9 +49,12 @@ def run_evaluation(config: Config) -> Path:
     tasks = evaluation_tasks(config)
     check_evaluation(config, folder, tasks)
     check_files(config, tasks)
+    weights = ""
     if rank_from_environment() == 0:
         check_engine(config, trains=False)
-        open_folder(config)
+        weights = weights_checksum(config, folder)
+        model = {"weights": weights, **tokenizer_inputs(folder)}
+        open_folder(config, model)
         check_answered(config, tasks)
     # Every process has its own engine.
     minutes = config.parallel.distributed_timeout_minutes
@@ -59,8 +70,9 @@ def run_evaluation(config: Config) -> Path:
             collector = Collector(verifiers, engine, folder, layout, config.rollout)
             outcomes = _sample_all(config, collector, tasks)
             if layout.rank == 0:
-                model = str(config.evaluation.checkpoint or config.model.hf_path)
-                write_result(config.logging.dir, result_of(outcomes, model, layout.device.type))
+                name = str(config.evaluation.checkpoint or config.model.hf_path)
+                result = result_of(outcomes, name, weights, layout.device.type)
+                write_result(config.logging.dir, result)
     return config.logging.dir
 
 
@@ -79,12 +91,13 @@ def _sample_all(config: Config, collector: Collector, tasks: Mapping[str, Task])
         label = label_of(task, split)
         file, greedy_file = answer_files(config, task, split)
         sampled = Answers(file, settings.samples, collector.layout)
-        single = Answers(greedy_file, 1, collector.layout)
+        single = None
         _complete(sampled, collector, task, split, config, sampling)
-        if wants_greedy := settings.greedy and settings.temperature > 0:
+        if settings.greedy and settings.temperature > 0:
+            single = Answers(greedy_file, 1, collector.layout)
             _complete(single, collector, task, split, config, greedy)
         if collector.layout.rank == 0:
-            greedy_groups = single.read() if wants_greedy else None
+            greedy_groups = None if single is None else single.read()
             outcomes.append(Outcome(label, sampled.read(), sampled.seconds(), greedy_groups))
     return outcomes
 
@@ -95,12 +108,53 @@ def _complete(
     """Sample answers to the questions without any, in chunks that keep every rank's engine busy."""
     count, ranks = question_count(task, split, config.evaluation), collector.layout.world_size
     chunk = max(1, CHUNK_SEQUENCES // answers.samples // ranks) * ranks
-    seed = f"{config.train.seed}/evaluation"
-    for start in range(answers.done(), count, chunk):
-        began = time.perf_counter()
+    seed, done = f"{config.train.seed}/evaluation", answers.done()
+    known = answers.unfinished()
+    progress = _Progress(answers.path.stem, count * answers.samples, collector.layout)
+    progress.show(max(done * answers.samples, len(known)))
+
+    def persist(samples: Sequence[Sample]) -> None:
+        answers.keep(samples)
+        progress.add(len(samples) * ranks)
+
+    for start in range(done, count, chunk):
         numbers = range(start, min(start + chunk, count))
-        groups = ask(collector, task, split, numbers, answers.samples, sampling, seed)
-        answers.append(groups, time.perf_counter() - began)
+        groups = ask(collector, task, split, numbers, answers.samples, sampling, seed, known, persist)
+        answers.append(groups)
+        progress.show(numbers.stop * answers.samples)
+    answers.close()
+
+
+class _Progress:
+    """Lines about the number of answers so far, on the first rank's standard error."""
+
+    def __init__(self, name: str, total: int, layout: Layout):
+        self._name, self._total, self._is_first = name, total, layout.rank == 0
+        self._done, self._shown_at = 0, -math.inf
+
+    def add(self, count: int) -> None:
+        """Count answers, of all ranks by estimate; show them every PROGRESS_SECONDS."""
+        self._done = min(self._done + count, self._total)
+        if time.monotonic() - self._shown_at >= PROGRESS_SECONDS:
+            self.show(self._done)
+
+    def show(self, done: int) -> None:
+        """Show that `done` answers exist."""
+        self._done, self._shown_at = done, time.monotonic()
+        if self._is_first:
+            print(f"{self._name}: {done} of {self._total} answers", file=sys.stderr, flush=True)
+
+
+def weights_checksum(config: Config, folder: HFFolder) -> str:
+    """Return the SHA-256 of the weights' files, or of the checksums in evaluation.checkpoint."""
+    total = hashlib.sha256()
+    if (path := config.evaluation.checkpoint) is not None:
+        files = read_manifest(path).files
+        total.update(json.dumps({name: files[name].crc32 for name in sorted(files)}).encode())
+    else:
+        for file in sorted(set(folder.file_of.values())):
+            total.update(f"{file.name} {file_checksum(file)}\n".encode())
+    return total.hexdigest()
 
 
 def stored_weights(config: Config, folder: HFFolder) -> Iterator[tuple[str, Tensor]]:

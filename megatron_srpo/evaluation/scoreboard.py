@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import BaseModel, Field, ValidationError
+
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.data.records import Group
 from megatron_srpo.distributed.files import write_text
@@ -21,7 +23,7 @@ class Outcome(NamedTuple):
     greedy: list[Group] | None
 
 
-def result_of(outcomes: Sequence[Outcome], model: str, device: str) -> dict[str, Any]:
+def result_of(outcomes: Sequence[Outcome], model: str, weights: str, device: str) -> dict[str, Any]:
     """Compute result.json: intervals are 95 % bootstrap over questions, `overall` is the mean over tasks."""
     tasks = {outcome.label: _task_result(outcome) for outcome in outcomes}
     overall: dict[str, Any] = {}
@@ -34,7 +36,8 @@ def result_of(outcomes: Sequence[Outcome], model: str, device: str) -> dict[str,
     seconds = sum(outcome.seconds for outcome in outcomes)
     overall |= {"seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds}
     date = datetime.date.today().isoformat()
-    return {"model": model, "device": device, "date": date, "overall": overall, "tasks": tasks}
+    facts = {"model": model, "weights": weights, "device": device, "date": date}
+    return {**facts, "overall": overall, "tasks": tasks}
 
 
 def _shared(tasks: Iterable[dict[str, Any]]) -> list[str]:
@@ -82,7 +85,8 @@ def markdown(result: dict[str, Any]) -> str:
     scores = _shared(result["tasks"].values())
     shares = ("format_rate", "truncated_share", "verifier_failed_share")
     header = ["task", "questions", *scores, "tokens", "format", "truncated", "no verdict"]
-    lines = [f"`{result['model']}` on {result['device']}, {result['date']}", "", *_header(header)]
+    model = f"`{result['model']}` (weights {result['weights'][:12]})"
+    lines = [f"{model} on {result['device']}, {result['date']}", "", *_header(header)]
     for name, row in rows:
         cells = [name, str(row.get("question_count", ""))]
         for key in scores:
@@ -97,17 +101,31 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+class _TaskScores(BaseModel, strict=True, allow_inf_nan=False):
+    questions: dict[str, dict[str, float]]  # score → question → its value
+
+
+class _Result(BaseModel, strict=True):
+    """What `compare` reads of result.json."""
+
+    model: str
+    tasks: dict[str, _TaskScores] = Field(min_length=1)
+
+
 def read_result(directory: Path) -> dict[str, Any]:
     """Read result.json of an evaluation's folder; raise ConfigError if it is missing or damaged."""
     file = directory / "result.json"
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(result, dict) or "tasks" not in result:
-            raise ValueError("it has no tasks")
+        _Result.model_validate(result)
         return result
     except OSError:
         raise ConfigError(f"{file} is missing; is {directory} the folder of a finished evaluation?") from None
-    except ValueError as error:
+    except ValidationError as error:
+        first = error.errors()[0]
+        problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise ConfigError(f"{file}: is not a result of the eval command: {problem}") from None
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: is not a result of the eval command: {error}") from None
 
 

@@ -83,7 +83,7 @@ def with_history(
     for key, value in scores.items():
         label, separator, _ = key.rpartition("/avg@")
         if separator:
-            seen = [row[key] for row in earlier if key in row] + [value]
+            seen = [row[key] for row in earlier if row.get(key) is not None] + [value]
             extended[f"{label}/avg_best"] = max(seen)
             extended[f"{label}/avg_last_{last}"] = sum(seen[-last:]) / len(seen[-last:])
     return extended

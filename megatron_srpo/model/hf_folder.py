@@ -1,5 +1,6 @@
 """Read a Hugging Face model folder: architecture, files of the tensors, tokenizer."""
 
+import datetime
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,11 @@ from megatron_srpo.model.folder_files import FolderError, check_texts, read_json
 from megatron_srpo.model.reference import check_config, check_copy, check_tokens, check_turn_end
 
 FLOATS = ("F32", "BF16", "F16")  # dtypes of weights, by safetensors' names
+
+# The date in prompts of chat templates that ask for today's; Llama's templates use it if they have no clock.
+TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
+_CLOCK_USE = re.compile(r"\bstrftime_now\s*\(")
+_CLOCK = re.compile(r"""\bstrftime_now\s*\(\s*(["'])([^"']*)\1\s*\)""")
 
 
 class _Header(NamedTuple):
@@ -166,10 +172,24 @@ class HFFolder:
                 break
         return tuple(sorted({*ids, self.tokenizer.eos_token_id}))
 
+    @cached_property
+    def _dated_template(self) -> str | None:
+        """The chat template with a fixed date in place of today's; None if it has none."""
+        template = self.tokenizer.chat_template
+        if not isinstance(template, str) or not _CLOCK_USE.search(template):
+            return None
+        dated = _CLOCK.sub(lambda match: repr(TEMPLATE_DATE.strftime(match[2])), template)
+        if _CLOCK_USE.search(dated):
+            problem = "asks for today's date (strftime_now) in a format that is no literal; write the date"
+            raise FolderError(f"{self.path}: the chat template {problem} into the template")
+        return dated
+
     def encode(self, messages: list[dict[str, str]], enable_thinking: bool = False) -> list[int]:
         """Return the token ids of chat messages, with the assistant's generation header."""
         tokenizer = self.tokenizer
         options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": enable_thinking}
+        if self._dated_template is not None:
+            options["chat_template"] = self._dated_template
         try:
             text = tokenizer.apply_chat_template(messages, **options)
         except Exception as error:  # a template may divide by zero, add text to a number, …

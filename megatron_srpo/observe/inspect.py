@@ -1,7 +1,6 @@
 """Show a sample in the terminal: prompt, verdict, route, what its teacher saw, and its tokens."""
 
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +9,9 @@ from rich.text import Text
 
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.data.rollout_file import policy_tokens
+from megatron_srpo.data.visible import visible as visible
 from megatron_srpo.observe.run_folder import RunFolder
-from megatron_srpo.observe.tokens import read_tokens
-
-_FORMAT = "\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff"
-_HIDDEN = re.compile(f"[\x00-\x08\x0b-\x1f\x7f-\x9f{_FORMAT}]")
-_NUMBERS = ("logprob", "teacher_logprob", "entropy", "teacher_entropy", "divergence", "weight")
-
-
-def visible(text: str) -> str:
-    """Replace control and direction characters, which a terminal would interpret, by their code points."""
-    return _HIDDEN.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text)
+from megatron_srpo.observe.tokens import NUMBERS, read_tokens
 
 
 def inspect(path: Path, step: int, number: int | None, console: Console) -> None:
@@ -66,7 +57,7 @@ def _list(rows: list[dict], values: dict, console: Console) -> None:
 
 def _verdict(row: dict) -> str:
     failed = row["verdict"]["verifier_failed"]
-    return failed if failed else "right" if row["verdict"]["correct"] else "wrong"
+    return visible(failed) if failed else "right" if row["verdict"]["correct"] else "wrong"
 
 
 def _facts(row: dict, step: int, number: int, console: Console) -> None:
@@ -99,7 +90,7 @@ def _tokens(values: dict[str, Any], console: Console) -> None:
     console.print(text, soft_wrap=True)
     console.print(Text("\nper token: nats, and the five most likely of student and teacher", style="cyan"))
     for place, token in enumerate(values["tokens"]):
-        keys = [key for key in _NUMBERS if key in values]
+        keys = [key for key in NUMBERS if key in values]
         numbers = [f"{key.replace('_', ' ')} {_figure(values[key][place])}" for key in keys]
         console.print(Text.assemble((_quoted(token), "bold"), "  ", ", ".join(numbers)), soft_wrap=True)
         for key, who in (("top", "student"), ("teacher_top", "teacher")):

@@ -8,9 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from typing_extensions import override
+
+from megatron_srpo.data.visible import visible
 from megatron_srpo.distributed.layout import Layout
 
 LOG = logging.getLogger("megatron_srpo")
+
+
+class _Formatter(logging.Formatter):
+    @override
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
 
 
 @contextmanager
@@ -19,7 +28,7 @@ def rank_log(directory: Path, layout: Layout) -> Iterator[None]:
     path = directory / "logs" / f"rank_{layout.rank:05d}.log"
     file = path.open("a", encoding="utf-8", errors="backslashreplace")
     handler = logging.StreamHandler(file)
-    handler.setFormatter(logging.Formatter("%(asctime)s.%(msecs)03d %(message)s", "%Y-%m-%d %H:%M:%S"))
+    handler.setFormatter(_Formatter("%(asctime)s.%(msecs)03d %(message)s", "%Y-%m-%d %H:%M:%S"))
     level, propagate = LOG.level, LOG.propagate
     LOG.addHandler(handler)
     LOG.setLevel(logging.INFO)

@@ -147,12 +147,7 @@ def _add_samples(data: dict[str, Any], run: RunFolder, number: int, name: str, l
     for step, rows in sorted(chosen, key=lambda pair: pair[0]):
         values = read_tokens(run.path, step)
         for place, row in enumerate(rows):
-            try:
-                sample = _sample(row, place, values, data["prompts"], prompts)
-            except (KeyError, TypeError) as error:
-                where = f"{name}: step {step}, sample {place}"
-                run.problems.append(f"{where}: is not a valid sample and left out: {error!r}")
-                continue
+            sample = _sample(row, place, values, data["prompts"], prompts)
             data["samples"].append({"run": number, "step": step, **sample})
     if len(chosen) < len(steps):
         shown = f"this page has the samples of {len(chosen)} of {len(steps)} steps"

@@ -8,6 +8,7 @@ from typing import Any
 from megatron_srpo.config.schema import Config
 from megatron_srpo.data.records import Group
 from megatron_srpo.data.update_report import UpdateReport
+from megatron_srpo.distributed.files import SavedFile
 from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.observe.alarms import REMEMBERED, Alarm, Limits, alarms
 from megatron_srpo.observe.metrics import MetricsFile, rollout_metrics, update_metrics, version_metrics
@@ -35,9 +36,16 @@ class Reporter:
         self._trackers = Trackers([], terminal.say)
         self.skipped_in_a_row = 0
 
-    def resume(self, step: int, is_evaluated: bool, skipped_in_a_row: int) -> None:
-        """Drop rows after the completed `step`, and its evaluation unless is_evaluated. Collective."""
-        rows = self._metrics.rewind(step, is_evaluated)
+    def resume(
+        self, step: int, is_evaluated: bool, skipped_in_a_row: int, saved: SavedFile | None = None
+    ) -> None:
+        """Drop rows after the completed `step`, and its evaluation unless is_evaluated. Collective.
+
+        `saved` describes metrics.jsonl at that step, if known; a damaged file is reported and kept aside.
+        """
+        rows, problem = self._metrics.rewind(step, is_evaluated, saved)
+        if problem:
+            self._terminal.say(problem, "bold red")
         self._terminal.recall(rows)
         if self._is_first:
 
@@ -64,6 +72,11 @@ class Reporter:
         self._check_skipped_updates(step, report)
 
     @property
+    def metrics_file(self) -> Path:
+        """The file metrics.jsonl, on rank 0."""
+        return self._metrics.path
+
+    @property
     def evaluations(self) -> list[dict[str, Any]]:
         """The rows of all evaluations so far; empty on other ranks than 0."""
         return self._metrics.evaluations()
@@ -79,9 +92,11 @@ class Reporter:
         """Print the scores and the contents of the run folder, and write report.html."""
         if evaluations := self.evaluations:
             for key in (key for key in evaluations[-1] if "/avg@" in key):  # of every task, and their mean
-                values = [row[key] for row in evaluations if key in row]  # others are possible after a resume
-                change = f"{values[0]:.3f} before, {values[-1]:.3f} after"
-                self._terminal.say(f"{key.removeprefix('eval/')}: {change}", "bold green")
+                # a resumed run may have evaluated others before
+                values = [row[key] for row in evaluations if row.get(key) is not None]
+                if values:
+                    change = f"{values[0]:.3f} before, {values[-1]:.3f} after"
+                    self._terminal.say(f"{key.removeprefix('eval/')}: {change}", "bold green")
         directory = self._config.logging.dir
         contents = "report.html, metrics.jsonl, rollouts/; the trained model is in hf/"
         self._terminal.say(f"run folder: {directory}  ({contents})")

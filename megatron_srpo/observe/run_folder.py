@@ -12,8 +12,10 @@ from pydantic import ValidationError
 
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.schema import Config
+from megatron_srpo.data.records import Sample
 from megatron_srpo.data.rollout_file import step_file
-from megatron_srpo.distributed.files import read_jsonl
+from megatron_srpo.distributed.files import JsonLines, read_jsonl
+from megatron_srpo.observe.metrics import read_rows
 
 _STEP = re.compile(r"step_(\d{6,})\.jsonl")
 
@@ -38,13 +40,12 @@ class RunFolder:
             )
         try:
             config = Config.model_validate(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
-        except (OSError, yaml.YAMLError, UnicodeDecodeError, ValidationError) as error:
+        except (OSError, yaml.YAMLError, UnicodeDecodeError, ValidationError, RecursionError) as error:
             problem = f"cannot be read as a run's configuration: {error}"
             raise ConfigError(f"{path / 'config.yaml'}: {problem}") from None
         run = cls(path, config, [], [])
-        for row in run._lines(file):
-            if isinstance(row.get("step"), int):
-                (run.steps if "pass_rate" in row else run.evaluations).append(row)
+        for row in run._kept(read_rows(file)).rows:
+            (run.steps if "pass_rate" in row else run.evaluations).append(row)
         return run
 
     @property
@@ -61,9 +62,22 @@ class RunFolder:
             steps = self.sampled_steps
             held = f"{steps[0]} … {steps[-1]}" if steps else "none (logging.rollouts: false)"
             raise ConfigError(f"{self.path}: has no samples of step {step}; steps with samples: {held}")
-        return self._lines(file)
+        found, rows = self._kept(read_jsonl(file)), []
+        for row, number in zip(found.rows, found.numbers, strict=True):
+            row.pop("step", None)
+            try:
+                sample = Sample.model_validate(row)
+                if sample.verdict is None or sample.route is None:
+                    raise ValueError("verdict or route is missing")
+                rows.append(sample.model_dump(mode="json"))
+            except ValidationError as error:
+                problem = error.errors()[0]
+                place = f"{file}:{number}: {'.'.join(map(str, problem['loc']))}"
+                self.problems.append(f"{place}: {problem['msg']}; is not a valid sample and left out")
+            except ValueError as error:
+                self.problems.append(f"{file}:{number}: {error}; is not a valid sample and left out")
+        return rows
 
-    def _lines(self, file: Path) -> list[dict[str, Any]]:
-        found = read_jsonl(file)
+    def _kept(self, found: JsonLines) -> JsonLines:
         self.problems += [f"{problem} and left out" for problem in found.problems]
-        return found.rows
+        return found

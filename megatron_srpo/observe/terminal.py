@@ -11,6 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from megatron_srpo.data.visible import visible
 from megatron_srpo.distributed.heartbeat import PROGRESS
 from megatron_srpo.observe.alarms import Alarm
 from megatron_srpo.observe.logs import LOG
@@ -55,7 +56,7 @@ class Terminal:
     def say(self, message: str, style: str = "") -> None:
         """Print and log one line."""
         LOG.info("%s", message)
-        self.console.print(Text(message, style=style), soft_wrap=True)
+        self.console.print(Text(visible(message), style=style), soft_wrap=True)
 
     def phase(self, name: str) -> None:
         """Show and log that phase `name` of the step begins."""

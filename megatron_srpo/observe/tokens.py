@@ -7,10 +7,14 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.data.records import Group, Sample, SampleKey
 from megatron_srpo.data.rollout_file import step_file
 from megatron_srpo.distributed.files import read_jsonl, write_text
+
+NUMBERS = ("logprob", "teacher_logprob", "entropy", "teacher_entropy", "divergence", "weight")
 
 
 def choose(groups: Sequence[Group], count: int) -> list[SampleKey]:
@@ -66,6 +70,38 @@ def read_tokens(folder: Path, step: int) -> dict[SampleKey, dict[str, Any]]:
     try:
         if found.problems:
             raise ValueError(found.problems[0])
+        for row, number in zip(found.rows, found.numbers, strict=True):
+            _check_row(row, f"{file}:{number}")
         return {(row["prompt_id"], row["index"]): row for row in found.rows}
-    except (ValueError, KeyError) as error:
+    except ValueError as error:
         raise ConfigError(f"{file}: {error}; remove the file, which nothing else needs") from None
+
+
+class _Row(BaseModel, strict=True, extra="allow"):
+    """The types of a line; every list has an entry for each token."""
+
+    prompt_id: str
+    index: int
+    tokens: list[str]
+    __pydantic_extra__: dict[str, int | list[float | None] | list[list[list[str | float | None]]]]
+
+
+def _check_row(row: dict[str, Any], where: str) -> None:
+    """Raise ValueError if a value is not of its type."""
+    try:
+        _Row.model_validate(row)
+    except ValidationError as error:
+        place = ".".join(map(str, error.errors()[0]["loc"][:1]))
+        raise ValueError(f"{where}: is damaged ({place}: {error.errors()[0]['msg']})") from None
+    for key in ("top", "teacher_top", *NUMBERS):
+        value = row.get(key, row["tokens"])
+        fits = isinstance(value, list) and len(value) == len(row["tokens"])
+        if fits and key in ("top", "teacher_top") and key in row:
+            pairs = [pair for place in value if isinstance(place, list) for pair in place]
+            fits = all(isinstance(place, list) for place in value) and all(
+                len(pair) == 2 and isinstance(pair[0], str) and not isinstance(pair[1], str) for pair in pairs
+            )
+        elif fits and key in row:
+            fits = not any(isinstance(one, list) for one in value)
+        if not fits:
+            raise ValueError(f"{where}: is damaged ({key}: expected an entry for each token)")

@@ -12,7 +12,7 @@ samples, or is discarded for its place in the order, not for its length.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from threading import Event
@@ -24,7 +24,7 @@ from megatron_srpo.config.rollout_section import RolloutSection
 from megatron_srpo.data.records import Group, PartialGroup, Prompt, Sample, SampleKey
 from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.observe.stopwatch import Stopwatch
-from megatron_srpo.rollout.collect import Collector, PendingGroups, encode_prompt
+from megatron_srpo.rollout.collect import Collector, PendingGroups, encode_prompt, with_known
 from megatron_srpo.rollout.engine import Sampling
 from megatron_srpo.rollout.ledger import Ledger, Recovered
 
@@ -67,22 +67,21 @@ class BatchBuilder:
         self.carried: list[PartialGroup] = []
         self._recovered: dict[SampleKey, Recovered] = {}
         self._last_step = 0
-        self._last_step_began_at = 0  # next_prompt before it
+        self._before_last_step: tuple[int, list[PartialGroup]] = 0, []  # next_prompt and carried
 
-    def first_prompt(self, step: int) -> int:
-        """Return the first prompt that was not started before `step`: the cursor that a checkpoint saves."""
-        return self._last_step_began_at if step == self._last_step else self.next_prompt
+    def state_before(self, step: int) -> tuple[int, list[PartialGroup]]:
+        """Return the first prompt not started before `step` and the groups left over, for a checkpoint."""
+        return self._before_last_step if step == self._last_step else (self.next_prompt, self.carried)
 
-    def resume(self, step: int, next_prompt: int) -> None:
+    def resume(self, step: int, next_prompt: int, carried: list[PartialGroup]) -> None:
         """Restore the state before `step` was sampled."""
-        self.next_prompt = next_prompt
-        self.carried = self.ledger.carried(step)
+        self.next_prompt, self.carried = next_prompt, carried
         self._recovered = self.ledger.recovered(step)
 
     def build(self, step: int, watch: Stopwatch | None = None) -> Batch:
         """Sample the batch of `step`. Collective if groups are selected. watch: None in another thread."""
         settings, target = self.settings, self.settings.prompts_per_step
-        self._last_step, self._last_step_began_at = step, self.next_prompt
+        self._last_step, self._before_last_step = step, (self.next_prompt, self.carried)
         incomplete, dropped = self._drop_stale(self.carried, step)
         self.carried = []
         recovered, self._recovered = self._recovered, {}
@@ -106,7 +105,6 @@ class BatchBuilder:
                 no_signal = no_signal[missing:]
         left_over = [PartialGroup(prompt=group[0].prompt, samples=group) for group in chosen[target:]]
         self.carried = sorted(left_over + incomplete, key=_age)  # the next step uses the oldest ones first
-        self.ledger.carry(step + 1, self.carried)
         metrics: dict[str, float] = {"groups_filtered": len(no_signal), "groups_carried": len(self.carried)}
         metrics |= {"samples_dropped": dropped, "rounds": rounds}
         return Batch(chosen[:target][self.layout.rank :: self.layout.world_size], metrics)
@@ -146,17 +144,12 @@ class BatchBuilder:
         own = _Round(in_order, pending.incomplete())
         return self._gather_round(own, started) if self.selects else own
 
-    def _with_known(self, group: PartialGroup, known: dict[SampleKey, Sample]) -> PartialGroup:
+    def _with_known(self, group: PartialGroup, known: Mapping[SampleKey, Sample]) -> PartialGroup:
         """Return the group with token ids, and with its samples recovered from a stopped run."""
-        prompt = group.prompt
-        if not prompt.ids:
-            prompt = encode_prompt(prompt, self.collector.folder, self.settings)
-        samples = {sample.index: sample for sample in group.samples}
-        for index in range(self.settings.samples_per_prompt):
-            sample = known.get((prompt.id, index))
-            if sample is not None and sample.prompt == prompt:
-                samples[index] = sample
-        return PartialGroup(prompt=prompt, samples=tuple(samples[index] for index in sorted(samples)))
+        if not group.prompt.ids:
+            prompt = encode_prompt(group.prompt, self.collector.folder, self.settings)
+            group = group.model_copy(update={"prompt": prompt})
+        return with_known(group, known, self.settings.samples_per_prompt)
 
     def _gather_round(self, own: _Round, started: Sequence[PartialGroup]) -> _Round:
         """Return all ranks' groups, in the order of `started`."""

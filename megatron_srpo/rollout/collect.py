@@ -1,9 +1,10 @@
 """Sample and verify this rank's prompts, and exchange groups so that every rank has all of them."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from threading import Event
+from types import MappingProxyType
 
 from pydantic import TypeAdapter
 
@@ -27,6 +28,16 @@ def encode_prompt(prompt: Prompt, folder: HFFolder, settings: RolloutSection) ->
         found = f"{settings.max_prompt_tokens}, but prompt {prompt.id} has {len(ids)} tokens"
         raise ConfigError(f"rollout.max_prompt_tokens: {found}; raise it")
     return prompt.model_copy(update={"ids": ids})
+
+
+def with_known(group: PartialGroup, known: Mapping[SampleKey, Sample], size: int) -> PartialGroup:
+    """Add the samples of `known` that belong to this group of `size`, unless their prompt has changed."""
+    samples = {sample.index: sample for sample in group.samples}
+    for index in range(size):
+        sample = known.get((group.prompt.id, index))
+        if sample is not None and sample.prompt == group.prompt:
+            samples[index] = sample
+    return PartialGroup(prompt=group.prompt, samples=tuple(samples[index] for index in sorted(samples)))
 
 
 class PendingGroups:
@@ -85,10 +96,22 @@ class Collector:
         mine = numbers[self.layout.rank :: self.layout.world_size]
         return [encode_prompt(prompt(number), self.folder, self.settings) for number in mine]
 
-    def sample(self, prompts: Sequence[Prompt], size: int, sampling: Sampling, seed: str) -> list[Group]:
-        """Return a verified group of `size` responses for each prompt, in order."""
-        pending = PendingGroups([PartialGroup(prompt=prompt) for prompt in prompts], size)
-        groups = {group[0].prompt.id: group for group in self.collect(pending, sampling, seed, Event())}
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        size: int,
+        sampling: Sampling,
+        seed: str,
+        known: Mapping[SampleKey, Sample] = MappingProxyType({}),
+        persist: Callable[[Sequence[Sample]], None] | None = None,
+    ) -> list[Group]:
+        """Return a verified group of `size` responses for each prompt, in order.
+
+        Samples in `known` are not sampled again; `persist` is called with others as they finish.
+        """
+        started = [with_known(PartialGroup(prompt=prompt), known, size) for prompt in prompts]
+        found = self.collect(PendingGroups(started, size), sampling, seed, Event(), persist)
+        groups = {group[0].prompt.id: group for group in found}
         return [groups[prompt.id] for prompt in prompts]
 
     def collect(

@@ -15,14 +15,14 @@ from megatron_srpo.algorithm.routing import has_signal
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.rollout_section import RolloutSection
 from megatron_srpo.config.schema import Config
-from megatron_srpo.data.records import Group
+from megatron_srpo.data.records import Group, PartialGroup
 from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.observe.stopwatch import Stopwatch
 from megatron_srpo.rollout.batch import Batch, BatchBuilder
 from megatron_srpo.rollout.collect import Collector
 from megatron_srpo.rollout.engines import create_engine
-from megatron_srpo.rollout.ledger import Ledger
+from megatron_srpo.rollout.ledger import Ledger, carried_groups
 from megatron_srpo.rollout.replay import replay
 from megatron_srpo.tasks import Task, evaluation_tasks, training_tasks
 from megatron_srpo.tasks.mixture import Mixture
@@ -44,13 +44,12 @@ class Rollouts(Protocol):
     def publish(self, tensors: Iterable[tuple[str, Tensor]], step: int) -> None:
         """Send the policy's weights to the engine, as version `step`, once no request is in flight."""
 
-    @property
-    def next_prompt(self) -> int:
-        """The first training prompt that belongs to none of the steps trained so far."""
-        return 0
+    def state(self) -> tuple[int, list[PartialGroup]]:
+        """Return the first prompt of the next step, and the groups left over for it."""
+        return 0, []
 
-    def resume(self, step: int, next_prompt: int) -> None:
-        """Restore the state after `step`, and discard later samples."""
+    def resume(self, step: int, next_prompt: int, carried: Path | None) -> None:
+        """Restore the `state` after `step`, with left-over groups in `carried`; discard later samples."""
 
     def saved(self, step: int) -> None:
         """Remove the samples up to `step`, which a checkpoint has. Called on one rank, at any time."""
@@ -131,15 +130,19 @@ class LiveRollouts(Rollouts):
         self._published = step
         self.collector.engine.update_weights(tensors, str(step))
 
-    @property
     @override
-    def next_prompt(self) -> int:
-        return self.builder.first_prompt(self._published + 1)
+    def state(self) -> tuple[int, list[PartialGroup]]:
+        return self.builder.state_before(self._published + 1)
 
     @override
-    def resume(self, step: int, next_prompt: int) -> None:
-        self.builder.ledger.resume(step)
-        self.builder.resume(step + 1, next_prompt)
+    def resume(self, step: int, next_prompt: int, carried: Path | None) -> None:
+        ledger = self.builder.ledger
+        ledger.resume(step)
+        if carried is not None and carried.is_file():
+            groups = carried_groups(carried.read_text(encoding="utf-8"), str(carried))
+        else:
+            groups = carried_groups(ledger.carried(step + 1), str(ledger.directory))
+        self.builder.resume(step + 1, next_prompt, groups)
 
     @override
     def saved(self, step: int) -> None:

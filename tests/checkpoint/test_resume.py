@@ -240,6 +240,28 @@ def test_a_damaged_newest_checkpoint_is_skipped_with_a_message(command, uninterr
     assert_same(run, uninterrupted)
 
 
+def test_falling_back_keeps_the_carried_samples_and_threads_are_compared(command, tmp_path):
+    # Row: falling back to an earlier checkpoint loses carried samples: 36 of 36 fallbacks differ from the
+    # uncut run. Row: "same bits" holds for one thread count.
+    overrides = ["rollout.over_sampling=2", "rollout.dynamic_filtering=true", "rollout.batch_size=6"]
+    uncut, run = tmp_path / "uncut", tmp_path / "run"
+    assert command(uncut, *overrides)[0] == 0
+    shutil.copytree(uncut, run)
+    assert (run / "checkpoints" / "step_000002" / "carried.jsonl").stat().st_size > 0
+    file = run / "checkpoints" / f"step_{STEPS:06d}" / "__0_0.distcp"
+    file.write_bytes(file.read_bytes()[:-100] + b"\1" * 100)
+    status, said = command(run, *overrides)
+    assert status == 0 and "resuming from step 2" in said and "threads" not in said
+    assert_same(run, uncut)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        status, said = command(run, *overrides)
+    finally:
+        torch.set_num_threads(threads)
+    assert status == 0 and f"for the same bits, set OMP_NUM_THREADS={threads}" in said
+
+
 def test_without_a_complete_checkpoint_a_run_does_not_restart_silently(command, uninterrupted, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(uninterrupted, run)
@@ -247,7 +269,7 @@ def test_without_a_complete_checkpoint_a_run_does_not_restart_silently(command, 
         (run / "checkpoints" / f"step_{step:06d}" / "manifest.json").write_text("")
     before = rows(run)
     status, said = command(run)
-    assert status == 2 and "remove that folder to start the run over" in said and rows(run) == before
+    assert status == 2 and "remove the run folder to start the run over" in said and rows(run) == before
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Evaluation during training takes the same path.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sys
@@ -105,8 +106,8 @@ def test_an_interrupted_command_resumes(evaluation, tmp_path, monkeypatch):
     assert evaluation(tmp_path / "uninterrupted", *small)[0] == 0
     append, appended = answers.Answers.append, []
 
-    def cut(answers, groups, seconds):
-        append(answers, groups, seconds)
+    def cut(answers, groups):
+        append(answers, groups)
         appended.append(len(groups))
         if len(appended) == 2:
             content = answers.path.read_bytes()
@@ -129,6 +130,92 @@ def test_an_interrupted_command_resumes(evaluation, tmp_path, monkeypatch):
         for name in ("uninterrupted", "cut")
     ]
     assert results[0]["questions"] == results[1]["questions"]
+
+
+def test_answers_are_kept_as_they_arrive_and_progress_is_shown(evaluation, tmp_path, monkeypatch):
+    # Row: eval prints nothing until it ends and saves nothing until a batch of 256 is done. Killed in the
+    # middle of the only chunk, after two of the engine's three batches: the rest alone is sampled later.
+    monkeypatch.setattr(run, "PROGRESS_SECONDS", 0.0)
+    small = ["evaluation.greedy=false", "evaluation.prompts=6", "rollout.batch_size=8"]
+    status, _, error = evaluation(tmp_path / "uninterrupted", *small)
+    assert status == 0
+    assert [line for line in error.splitlines() if "of 24" in line] == [
+        f"addition: {count} of 24 answers" for count in (0, 8, 16, 24, 24)
+    ]
+    keep, kept = answers.Answers.keep, []
+
+    def cut(self, samples):
+        keep(self, samples)
+        kept.append(len(samples))
+        if len(kept) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(answers.Answers, "keep", cut)
+    assert evaluation(tmp_path / "cut", *small)[0] == 130
+    assert not (tmp_path / "cut/samples/addition.jsonl").exists()
+    status, _, error = evaluation(tmp_path / "cut", *small)
+    assert status == 0 and kept == [8, 8, 8] and "addition: 16 of 24 answers" in error
+    texts = [sample_rows(tmp_path / name / "samples/addition.jsonl") for name in ("uninterrupted", "cut")]
+    assert texts[0] == texts[1]
+    assert not (tmp_path / "cut/samples/unfinished").exists()
+
+
+def test_results_belong_to_the_checksum_of_the_weights(evaluation, tmp_path):
+    # Row: eval shows old results for new weights. The weights, or the chat template, are overwritten.
+    model, short = tmp_path / "model", ["evaluation.greedy=false", "evaluation.prompts=2"]
+    shutil.copytree(START, model)
+    arguments = [tmp_path / "run", *short, f"hf_path={model}"]
+    status, out, _ = evaluation(*arguments)
+    weights = (model / "model.safetensors").read_bytes()
+    expected = f"model.safetensors {hashlib.sha256(weights).hexdigest()}\n"
+    found = json.loads((tmp_path / "run/result.json").read_text())["weights"]
+    assert status == 0 and found == hashlib.sha256(expected.encode()).hexdigest() and found[:12] in out
+    assert evaluation(*arguments)[0] == 0
+    (model / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    status, out, error = evaluation(*arguments)
+    assert status == 2 and "holds answers of another model (weights changed since)" in error and not out
+    (model / "model.safetensors").write_bytes(weights)
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**config, "padding_side": "left"}))
+    status, _, error = evaluation(*arguments)
+    assert status == 2 and "another model (tokenizer_config.json changed since)" in error
+    (tmp_path / "run/model.json").unlink()
+    status, _, error = evaluation(*arguments)
+    assert status == 2 and "an evaluation of an older version" in error
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "said"),
+    [
+        ("samples/addition.jsonl", '"index":0', '"index":"a"', "addition.jsonl:1: index: Input should be"),
+        ("samples/addition.jsonl", '"verdict":{', '"verdict":null,"route":{', "addition.jsonl:1: "),
+        ("samples/addition.seconds", ".", "x", "addition.seconds: is damaged"),
+        ("model.json", "{", "[{", "model.json: cannot be read"),
+    ],
+)
+def test_wrong_types_in_an_evaluations_files_are_one_sentence(evaluation, tmp_path, file, old, new, said):
+    # Row: wrong types in a run's files: tracebacks.
+    arguments = [tmp_path / "run", "evaluation.greedy=false", "evaluation.prompts=1"]
+    assert evaluation(*arguments)[0] == 0
+    text = (tmp_path / "run" / file).read_text()
+    assert old in text
+    (tmp_path / "run" / file).write_text(text.replace(old, new, 1))
+    status, _, error = evaluation(*arguments)
+    assert status == 2 and said in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"tasks": []}, {"tasks": {}}, {"tasks": {"t": 1}}, {"model": 3}]
+    + [{"tasks": {"t": {"questions": {"avg@2": value}}}} for value in ([], {"q": "a"}, {"q": None})],
+)
+def test_wrong_types_in_a_result_are_one_sentence(command, tmp_path, change):
+    result = {"model": "m", "tasks": {"t": {"questions": {"avg@2": {"q": 0.5}}}}}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    assert command("compare", tmp_path, tmp_path)[0] == 0
+    (tmp_path / "result.json").write_text(json.dumps(result | change))
+    status, _, error = command("compare", tmp_path, tmp_path)
+    assert status == 2 and "result.json: is not a result of the eval command: " in error
 
 
 def test_another_evaluation_in_the_same_folder_is_refused(evaluation, command, tmp_path):

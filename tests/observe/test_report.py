@@ -350,7 +350,8 @@ def test_a_row_that_is_no_sample_is_left_out(folders, tmp_path):
     step_file(run, 2).write_text("\n".join([lines[0].replace('"reward"', '"score"'), *lines[1:]]))
     data = report_data([run], 10_000)
     assert len(data["samples"]) == STEPS * PROMPTS * GROUP - 1
-    assert data["notes"] == ["run: step 2, sample 0: is not a valid sample and left out: KeyError('reward')"]
+    (note,) = data["notes"]
+    assert "step_000002.jsonl:1: verdict.reward: Field required; is not a valid sample and left out" in note
 
 
 def test_fewer_samples_are_complete_steps_and_the_page_says_so(folders):

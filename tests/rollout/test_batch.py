@@ -14,13 +14,14 @@ import pytest
 from tiny import save_folder
 
 from megatron_srpo.algorithm.routing import has_signal
+from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.load import load_config
 from megatron_srpo.data.records import Prompt, Verdict
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.batch import BatchBuilder
 from megatron_srpo.rollout.collect import Collector
 from megatron_srpo.rollout.engine import Completion
-from megatron_srpo.rollout.ledger import Ledger
+from megatron_srpo.rollout.ledger import Ledger, carried_groups, carried_text
 
 ALONE = SimpleNamespace(rank=0, world_size=1, gather_bytes=lambda mine, background=False: [mine])
 
@@ -110,7 +111,7 @@ def test_without_selection_every_prompt_is_trained_in_order(make):
         ["p0", "p1", "p2"],
         ["p3", "p4", "p5"],
     ]
-    assert len(engine.asked) == 12 and builder.first_prompt(2) == 3 and builder.first_prompt(3) == 6
+    assert len(engine.asked) == 12 and builder.state_before(2)[0] == 3 and builder.state_before(3)[0] == 6
 
 
 def test_groups_without_signal_are_left_out_and_others_are_sampled(make):
@@ -178,10 +179,11 @@ def test_complete_groups_beyond_the_batch_are_carried(make):
 
 
 def test_a_step_with_carried_groups_resumes_identically(make, tmp_path):
-    # Resuming after step 1 with the cursor and the ledger's carried groups gives the same second step.
+    # Resuming after step 1 with the saved cursor and carried groups gives the same second step.
     builder, engine = make(None, "rollout.over_sampling=2")
     builder.build(1)
-    place = builder.first_prompt(2)
+    place, carried = builder.state_before(2)
+    carried = carried_groups(carried_text(carried), "carried.jsonl")
     expected = builder.build(2).groups
     again, other = make(None, "rollout.over_sampling=2")
     (
@@ -190,7 +192,7 @@ def test_a_step_with_carried_groups_resumes_identically(make, tmp_path):
     # A run of an older version leaves such a line.
     (tmp_path / "ledger" / "events.jsonl").write_text('{"event": "drawn"}\n')
     again.ledger.resume(1)
-    again.resume(2, place)
+    again.resume(2, place, carried)
     assert again.build(2).groups == expected
 
 
@@ -198,7 +200,7 @@ def test_finished_samples_are_not_sampled_again(make):
     builder, _ = make()
     expected = builder.build(1).groups
     again, engine = make()
-    again.resume(1, 0)
+    again.resume(1, 0, [])
     assert again.build(1).groups == expected and engine.asked == []
 
 
@@ -227,7 +229,7 @@ def test_a_later_round_resumes_identically_on_several_ranks(make):
                 rank=rank, world_size=2, gather_bytes=partial(gather, meeting, shown, rank)
             )
             made.append(make(script, *settings, "rollout.prompts_per_step=4", layout=layout))
-            made[-1][0].resume(1, 0)
+            made[-1][0].resume(1, 0, [])
         with ThreadPoolExecutor(2) as ranks:
             batch = list(ranks.map(lambda both: both[0].build(1), made))
         left = [(builder.next_prompt, builder.carried, engine.asked) for builder, engine in made]
@@ -248,7 +250,7 @@ def test_a_prompt_that_has_changed_is_sampled_again(make, monkeypatch):
     builder.build(1)
     again, engine = make()
     again.prompt = lambda number: prompt(number).model_copy(update={"answer": str(number + 1)})
-    again.resume(1, 0)
+    again.resume(1, 0, [])
     again.build(1)
     assert len(engine.asked) == 6
 
@@ -257,7 +259,24 @@ def test_what_is_carried_may_hold_any_character(make, tmp_path):
     # Also those at which Python's splitlines would split: JSON leaves them as they are.
     builder, _ = make(None, "rollout.over_sampling=2")
     builder.build(1)
-    (one, *_), ledger = builder.ledger.carried(2), builder.ledger
+    one, *_ = builder.state_before(2)[1]
     strange = one.samples[0].model_copy(update={"text": "a\u2028b\u2029c\x85d\x0ce"})
-    ledger.carry(2, [one.model_copy(update={"samples": (strange,)})])
-    assert ledger.carried(2)[0].samples == (strange,)
+    text = carried_text([one.model_copy(update={"samples": (strange,)})])
+    assert carried_groups(text, "carried.jsonl")[0].samples == (strange,)
+    with pytest.raises(ConfigError, match=r"carried.jsonl:1: is damaged"):
+        carried_groups(text.replace('"index"', '"indey"'), "carried.jsonl")
+
+
+def test_flipped_bits_of_the_ledger_are_not_trained_on(make, tmp_path):
+    # Row: not covered by checksums (ledger). A flip leaves valid JSON, so only a checksum can tell.
+    builder, _ = make()
+    expected = builder.build(1).groups
+    file = tmp_path / "ledger" / "step_000001.rank_00000.jsonl"
+    intact = file.read_text()
+    changed = [('"logprobs":[-1.0', '"logprobs":[-3.0'), ('"round":1', '"round":0'), ("crc32", "crc33")]
+    for old, new in changed:
+        assert old in intact, intact
+        file.write_text(intact.replace(old, new, 1))
+        again, engine = make()
+        again.resume(1, 0, [])
+        assert again.build(1).groups == expected and len(engine.asked) > 0
