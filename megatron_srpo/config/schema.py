@@ -229,7 +229,9 @@ class ResumeSection(Section):
         return {"mode": value} if isinstance(value, str) else value
 
 
-AlarmName = Literal["collapse", "dead_groups", "teacher_still", "uniform_weights", "logprob_gap"]
+AlarmName = Literal[
+    "collapse", "dead_groups", "teacher_still", "uniform_weights", "logprob_gap", "verifier_failures"
+]
 
 
 class LoggingSection(Section):

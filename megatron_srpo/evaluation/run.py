@@ -21,7 +21,7 @@ from megatron_srpo.preflight import check_evaluation
 from megatron_srpo.rollout.collect import Collector
 from megatron_srpo.rollout.engine import Sampling
 from megatron_srpo.rollout.engines import check_engine, create_engine
-from megatron_srpo.tasks import Task, evaluation_tasks, question_count
+from megatron_srpo.tasks import Task, evaluation_remarks, evaluation_tasks, question_count
 from megatron_srpo.tasks.pool import Pool
 from megatron_srpo.weights.transfer import Repeatable
 
@@ -44,6 +44,8 @@ def run_evaluation(config: Config) -> Path:
     if rank_from_environment() == 0:
         check_engine(config, trains=False)
         open_folder(config)
+        for line in evaluation_remarks(config.evaluation, tasks, {}):
+            print(line)
         check_answered(config, tasks)
     # Every process has its own engine.
     minutes = config.parallel.distributed_timeout_minutes

@@ -1,7 +1,7 @@
 """Read a Hugging Face model folder: architecture, files of the tensors, tokenizer."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -134,6 +134,15 @@ class HFFolder:
             given = self._json("generation_config.json").get("eos_token_id")
             ids |= set(given if isinstance(given, list) else [given]) - {None}
         return tuple(sorted(ids))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return a response's text; only the ends of turns, padding and the begin of text are left out.
+
+        Other special tokens stay: `<answer>` and `<think>` are such tokens in some tokenizers.
+        """
+        tokenizer = self.tokenizer
+        hidden = {*self.stop_ids, tokenizer.pad_token_id, tokenizer.bos_token_id}
+        return tokenizer.decode([token for token in ids if token not in hidden], skip_special_tokens=False)
 
     def encode(self, messages: list[dict[str, str]], enable_thinking: bool = False) -> list[int]:
         """Return the token ids of chat messages, with the assistant's generation header."""

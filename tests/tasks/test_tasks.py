@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from megatron_srpo.tasks.pool import Job, Pool
 
 ROOT = Path(__file__).parents[2]
 OWN = ROOT / "examples/own_task/backwards.py"
-LINE = '{{"id": "{0}", "question": "{0}?", "answer": "{0}"}}\n'
+LINE = '{{"id": "{0}", "question": "{0}?", "answer": "A"}}\n'
 
 
 @pytest.fixture
@@ -41,7 +42,10 @@ def test_a_folder_names_its_task_and_the_name_its_verifier(folder):
     assert (task.name, task.verifier) == ("chemistry", "megatron_srpo.tasks.sciknoweval:verify")
     strict = create_task(TaskSource(path=folder / "chemistry", rule="strict"), 1)
     assert strict.verifier == "megatron_srpo.tasks.sciknoweval:verify_strict"
-    named = create_task(TaskSource(name="tool_use", path=folder / "chemistry"), 1)
+    calls = [{"Action": "a", "Action_Input": {"n": 1.5}}]
+    (folder / "physics/train.jsonl").write_text(json.dumps({"question": "Q", "answer": calls}) + "\n")
+    (folder / "physics/test.jsonl").unlink()
+    named = create_task(TaskSource(name="tool_use", path=folder / "physics"), 1)
     assert named.verifier == "megatron_srpo.tasks.tool_use:verify"
 
 
