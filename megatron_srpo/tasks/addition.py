@@ -5,7 +5,7 @@ import zlib
 
 from megatron_srpo.data.records import Prompt, Verdict
 from megatron_srpo.tasks.catalog import BuiltinTask, Verifier
-from megatron_srpo.tasks.extract import last_answer_block, verdict_of
+from megatron_srpo.tasks.extract import after_thinking, last_answer_block, verdict_of
 from megatron_srpo.tasks.worker import Verify
 
 DIGITS = 3
@@ -14,7 +14,7 @@ TEST_SHARE = 10  # one sum in ten belongs to the test split and is never trained
 
 def verify(answer: str, text: str) -> Verdict:
     """Accept a response whose last complete `<answer>` block, stripped, equals `answer` (`exact`)."""
-    given = last_answer_block(text)
+    given = last_answer_block(after_thinking(text))
     return verdict_of(given == answer, format_ok=given is not None)
 
 

@@ -11,7 +11,7 @@ from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.task_section import TaskSection, TaskSource
 from megatron_srpo.data.records import Prompt, Verdict
 from megatron_srpo.tasks.catalog import BuiltinTask
-from megatron_srpo.tasks.extract import last_answer_block, verdict_of
+from megatron_srpo.tasks.extract import after_thinking, last_answer_block, verdict_of
 from megatron_srpo.tasks.pool import Job, Pool
 from megatron_srpo.tasks.procedural_scorers import SCORERS
 
@@ -93,7 +93,7 @@ class Procedural:
 
 def verify(answer: str, text: str) -> Verdict:
     """Accept an answer with the dataset's full score; partial scores and unreadable answers are wrong."""
-    given = last_answer_block(text)
+    given = last_answer_block(after_thinking(text))
     if given is None:
         return verdict_of(False, False, "Your response holds no <answer> block.")
     truth: dict[str, Any] = json.loads(answer)
@@ -103,6 +103,11 @@ def verify(answer: str, text: str) -> Verdict:
     except MALFORMED:
         correct = False
     return verdict_of(correct, True, "Your answer is wrong.")
+
+
+def prepare() -> None:
+    """Import the library (a worker calls it before the time of its first job begins)."""
+    import reasoning_gym.factory  # noqa: F401
 
 
 @lru_cache(maxsize=64)
