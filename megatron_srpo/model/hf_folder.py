@@ -135,14 +135,23 @@ class HFFolder:
             ids |= set(given if isinstance(given, list) else [given]) - {None}
         return tuple(sorted(ids))
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return a response's text; only the ends of turns, padding and the begin of text are left out.
-
-        Other special tokens stay: `<answer>` and `<think>` are such tokens in some tokenizers.
-        """
+    @cached_property
+    def _turn_ids(self) -> frozenset[int]:
+        """The special ids that separate turns: the chat template's, those that end a response, padding."""
         tokenizer = self.tokenizer
-        hidden = {*self.stop_ids, tokenizer.pad_token_id, tokenizer.bos_token_id}
-        return tokenizer.decode([token for token in ids if token not in hidden], skip_special_tokens=False)
+        text = tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
+        written = tokenizer(text, add_special_tokens=False).input_ids
+        added = tokenizer.added_tokens_decoder
+        special = {token for token in written if token in added and added[token].special}
+        return frozenset({*special, *self.stop_ids, tokenizer.pad_token_id, tokenizer.bos_token_id})
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return a response's text without the tokens that separate turns.
+
+        Other special tokens stay: in some tokenizers `<answer>` and `<think>` are such tokens.
+        """
+        kept = [token for token in ids if token not in self._turn_ids]
+        return self.tokenizer.decode(kept, skip_special_tokens=False)
 
     def encode(self, messages: list[dict[str, str]], enable_thinking: bool = False) -> list[int]:
         """Return the token ids of chat messages, with the assistant's generation header."""
