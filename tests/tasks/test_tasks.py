@@ -12,7 +12,13 @@ from tables import each_row
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.schema import Config
 from megatron_srpo.config.task_section import TaskSection, TaskSource
-from megatron_srpo.tasks import create_task, evaluation_tasks, question_count, training_tasks
+from megatron_srpo.tasks import (
+    create_task,
+    evaluation_remarks,
+    evaluation_tasks,
+    question_count,
+    training_tasks,
+)
 from megatron_srpo.tasks.mixture import Mixture
 from megatron_srpo.tasks.pool import Job, Pool
 
@@ -207,6 +213,30 @@ def test_what_is_trained_on_is_not_evaluated(folder, shares, monkeypatch):
         task=file, evaluation={"tasks": [file | {"test_share": 1.0}]}
     )  # an explicit share takes all
     assert [task.size("test") for task in evaluation_tasks(asked).values()] == [10]
+
+
+def test_trained_test_questions_and_partial_evaluations_are_said(folder):
+    # A test question with other blanks is the same; endless tasks have no such questions.
+    lines = [{"id": "t", "question": "3?", "answer": "A"}, {"id": "u", "question": " 4? ", "answer": "B"}]
+    with (folder / "chemistry/test.jsonl").open("a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+    config = config_of(
+        task={"mixture": [{"path": folder / "chemistry"}, {"path": folder / "physics"}, "addition"]},
+        evaluation={"prompts": 4},
+    )
+    trained, evaluated = training_tasks(config), evaluation_tasks(config)
+    partial, shared = evaluation_remarks(config.evaluation, evaluated, trained)
+    assert partial == (
+        "only the first 4 of 5 test questions of chemistry are evaluated (evaluation.prompts; null: all)"
+    )
+    assert shared.startswith(
+        "1 of 4 test questions of chemistry are also trained on, word for word (the first: "
+    )
+    assert "chemistry/test/t is " in shared
+    del evaluated["addition"]
+    everything = config_of(evaluation={"prompts": None}).evaluation
+    (shared,) = evaluation_remarks(everything, evaluated, trained)
+    assert shared.startswith("2 of 5 test questions of chemistry are also trained on")
 
 
 @each_row(
