@@ -157,6 +157,11 @@ def test_golds_that_are_accepted(gold):
         ),  # Minerva
         ({"question": "Q", "final_answer": ["$2$"], "solution": ["long"]}, ("Q", "$2$")),  # OlympiadBench
         ({"problem": "Q", "answer": r"\frac{1}{2}"}, ("Q", r"\frac{1}{2}")),  # HMMT
+        (
+            {"question": "Q", "final_answer": ["2.5"], "error": "1e-1", "is_multiple_answer": False},
+            ("Q", '{"answer": "2.5", "tolerance": "1e-1"}'),
+        ),
+        ({"question": "Q", "final_answer": ["$1,2$"], "is_multiple_answer": True}, ("Q", r"\{1,2\}")),
         ({"question": "Q", "solution": "no box"}, r"solution: holds no \boxed"),
         ({"question": "Q", "final_answer": ["1", "2"]}, "final_answer: expected one answer, not 2"),
         ({"question": "Q"}, "answer: is missing"),
