@@ -169,8 +169,11 @@ def check_gold(answer: str, question: str, verify: Verify) -> None:
     except (ValueError, RecursionError) as error:
         expected = 'expected a JSON list of {"Action": name, "Action_Input": object}'
         raise ValueError(f"is not a list of calls ({error}); {expected}") from None
-    said = [f"Action: {name}\nAction Input: {json.dumps(value)}" for name, value in calls]
-    if not verify(answer, "\n".join(said)).correct:
+    said = "\n".join(f"Action: {name}\nAction Input: {json.dumps(value)}" for name, value in calls)
+    # The strict rule knows optional calls, the papers' takes the mark for a part of the name.
+    if not any(
+        verify(answer, text).correct for text in (said, said.replace(f"Action: {OPTIONAL}", "Action: "))
+    ):
         raise ValueError(f"is {answer[:100]}, which no response can match; expected one-line names and JSON")
 
 

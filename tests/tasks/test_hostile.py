@@ -161,7 +161,7 @@ def test_mathematics_in_its_workers():
     pytest.importorskip("math_verify")
     pool = Pool({"math": "megatron_srpo.tasks.mathematics:verify"}, TaskSection(verifier_seconds=2.0))
     endless = [r"\boxed{(10^{10^{10}})!}", r"\boxed{9^{9^{9^{9}}}}", r"\boxed{\sum_{k=1}^{10^{9}} \sin k}"]
-    boxed = [f"\\boxed{{{text}}}" for text in hostile("math, boxed", 100)]
+    boxed = [f"\\boxed{{{text}}}" for text in hostile("math, boxed", COUNT // 5)]
     texts = [*hostile("math", COUNT - len(boxed)), *boxed, *endless]
     verdicts = pool.verify([Job("math", "7", text) for text in (*MATH_TRICKS, *texts)])
     pool.close()

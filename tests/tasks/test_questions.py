@@ -230,6 +230,14 @@ def test_golds_that_no_answer_can_match_are_refused(tmp_path, verifier, rule, qu
     assert str(caught.value).startswith(f"task.path: {file}:2: answer: ") and said in str(caught.value)
 
 
+def test_optional_calls_are_no_faults_of_the_data(tmp_path):
+    file = tmp_path / "data.jsonl"
+    calls = [{"Action": "[Optional]a", "Action_Input": {}}, {"Action": "b", "Action_Input": '{"n": 1}'}]
+    file.write_text(json.dumps({"question": "Q", "answer": calls}) + "\n")
+    for rule in ("paper", "strict"):
+        create_task(TaskSource(name="mine", path=file, verifier="tool_calls", rule=rule), 1)
+
+
 def test_numbers_keep_their_spelling_and_trailing_blanks_are_removed(tmp_path):
     file = tmp_path / "data.jsonl"
     lines = ['"answer": 0.00001', '"answer": "B \\n"', '"answer": 1e5', '"answer": 4', '"answer": 2.50']
