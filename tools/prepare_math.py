@@ -23,6 +23,7 @@ from _prepare import print_report, write_questions
 
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.tasks.extract import last_boxed
+from megatron_srpo.tasks.mathematics import check_gold, verify
 from megatron_srpo.tasks.questions import read_objects
 
 QUESTION_FIELDS = ("question", "problem", "prompt")
@@ -54,9 +55,14 @@ def published_row(row: dict[str, Any]) -> tuple[str, str]:
         text = last_boxed(text)
         if text is None:
             raise ValueError(f"{field}: holds no \\boxed{{…}} answer")
-    if not text.strip():
+    text = text.strip()
+    if not text:
         raise ValueError(f"{field}: is empty")
-    return question, text.strip()
+    if row.get("is_multiple_answer") is True and "," in text:  # OlympiadBench; in any order
+        text = f"\\{{{text.strip('$')}\\}}"
+    if row.get("error"):  # OlympiadBench's absolute tolerance
+        text = json.dumps({"answer": text, "tolerance": str(row["error"])})
+    return question, text
 
 
 def prepare(raw: Path, output: Path) -> Iterator[str]:
@@ -68,6 +74,7 @@ def prepare(raw: Path, output: Path) -> Iterator[str]:
     for number, row in read_objects(raw):
         try:
             question, answer = published_row(row)
+            check_gold(answer, question, verify)
         except ValueError as error:
             left_out.append(f"{raw}:{number}: {error}")
             continue

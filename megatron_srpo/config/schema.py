@@ -230,7 +230,13 @@ class ResumeSection(Section):
 
 
 AlarmName = Literal[
-    "collapse", "dead_groups", "teacher_still", "uniform_weights", "logprob_gap", "samples_dropped"
+    "collapse",
+    "dead_groups",
+    "teacher_still",
+    "uniform_weights",
+    "logprob_gap",
+    "samples_dropped",
+    "verifier_failures",
 ]
 
 

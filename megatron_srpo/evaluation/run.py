@@ -28,7 +28,7 @@ from megatron_srpo.preflight import check_evaluation
 from megatron_srpo.rollout.collect import Collector
 from megatron_srpo.rollout.engine import Sampling
 from megatron_srpo.rollout.engines import check_engine, create_engine
-from megatron_srpo.tasks import Task, evaluation_tasks, question_count
+from megatron_srpo.tasks import Task, evaluation_remarks, evaluation_tasks, question_count
 from megatron_srpo.tasks.pool import Pool
 from megatron_srpo.weights.transfer import Repeatable
 
@@ -55,6 +55,8 @@ def run_evaluation(config: Config) -> Path:
         weights = weights_checksum(config, folder)
         model = {"weights": weights, **tokenizer_inputs(folder)}
         open_folder(config, model)
+        for line in evaluation_remarks(config.evaluation, tasks, {}):
+            print(line)
         check_answered(config, tasks)
     # Every process has its own engine.
     minutes = config.parallel.distributed_timeout_minutes

@@ -2,7 +2,7 @@
 
 import datetime
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -183,6 +183,24 @@ class HFFolder:
             problem = "asks for today's date (strftime_now) in a format that is no literal; write the date"
             raise FolderError(f"{self.path}: the chat template {problem} into the template")
         return dated
+
+    @cached_property
+    def _turn_ids(self) -> frozenset[int]:
+        """The special ids that separate turns: the chat template's, those that end a response, padding."""
+        tokenizer = self.tokenizer
+        text = tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
+        written = tokenizer(text, add_special_tokens=False).input_ids
+        added = tokenizer.added_tokens_decoder
+        special = {token for token in written if token in added and added[token].special}
+        return frozenset({*special, *self.stop_ids, tokenizer.pad_token_id, tokenizer.bos_token_id})
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return a response's text without the tokens that separate turns.
+
+        Other special tokens stay: in some tokenizers `<answer>` and `<think>` are such tokens.
+        """
+        kept = [token for token in ids if token not in self._turn_ids]
+        return self.tokenizer.decode(kept, skip_special_tokens=False)
 
     def encode(self, messages: list[dict[str, str]], enable_thinking: bool = False) -> list[int]:
         """Return the token ids of chat messages, with the assistant's generation header."""

@@ -15,6 +15,8 @@ REMEMBERED = 25  # rows that any alarm reads
 _FALLS = {"response_tokens_mean": 0.4, "policy_entropy": 0.6, "format_rate": 0.2}  # relative falls that count
 _RISE = 0.05  # of the pass rate, with which shorter and more certain responses are no fault
 _WEIGHT_STD = 0.02  # of nearly uniform entropy weights
+_VERIFIER_FAILURES = 0.05  # share of a step's samples; single timeouts are normal
+UNJUDGED = 0.5  # share of samples without a verdict at which training stops
 _CERTAIN = 0.05  # nats per token; a teacher of lower entropy is certain at every token
 
 
@@ -119,6 +121,25 @@ def _samples_dropped(rows: Sequence[Row], limits: Limits) -> str | None:
     return f"{dropped} samples of earlier steps were discarded (rollout.max_staleness)"
 
 
+def _verifier_failures(rows: Sequence[Row], limits: Limits) -> str | None:
+    share = _unjudged(rows[-1])
+    return f"{share:.0%} of the step's samples have no verdict" if share >= _VERIFIER_FAILURES else None
+
+
+def too_many_unjudged(rows: Sequence[Row]) -> str | None:
+    """Return why training must stop: a step without any verdict, or several with less than half of theirs."""
+    now = [_unjudged(row) for row in rows[-PERSISTENCE:]]
+    if now and now[-1] == 1:
+        return "no sample of the step has a verdict"
+    if len(now) < PERSISTENCE or min(now) < UNJUDGED:
+        return None
+    return f"{min(now):.0%} of the samples or more have no verdict in each of the last {PERSISTENCE} steps"
+
+
+def _unjudged(row: Row) -> float:
+    return row.get("verifier_failed_share") or 0.0
+
+
 def _number(row: Row, key: str) -> float:
     """Return a number of the row; null (for a non-finite number) counts as infinite."""
     value = row.get(key)
@@ -166,5 +187,11 @@ _ALARMS: dict[AlarmName, tuple[Callable[[Sequence[Row], Limits], str | None], st
         "They were sampled with weights that are too old now, and their prompts are sampled again. Raise"
         " rollout.max_staleness, or lower rollout.over_sampling: a step can leave at most"
         " rollout.prompts_per_step groups to the next one.",
+    ),
+    "verifier_failures": (
+        _verifier_failures,
+        "The verifier raised an error, took too long or was out of memory. With task.verifier_failed: exclude"
+        " such samples teach nothing. The first failure is shown with its place; see its sample with srpo"
+        " inspect, and task.verifier_seconds and task.verifier_memory_mib.",
     ),
 }

@@ -10,7 +10,7 @@ from megatron_srpo.data.records import Group
 from megatron_srpo.data.update_report import UpdateReport
 from megatron_srpo.distributed.files import SavedFile
 from megatron_srpo.distributed.layout import Layout
-from megatron_srpo.observe.alarms import REMEMBERED, Alarm, Limits, alarms
+from megatron_srpo.observe.alarms import REMEMBERED, Alarm, Limits, alarms, too_many_unjudged
 from megatron_srpo.observe.metrics import MetricsFile, rollout_metrics, update_metrics, version_metrics
 from megatron_srpo.observe.report import write_report
 from megatron_srpo.observe.terminal import Terminal
@@ -35,6 +35,7 @@ class Reporter:
         self._metrics = MetricsFile(file)
         self._trackers = Trackers([], terminal.say)
         self.skipped_in_a_row = 0
+        self._has_shown_failure = False  # of a verifier
 
     def resume(
         self, step: int, is_evaluated: bool, skipped_in_a_row: int, saved: SavedFile | None = None
@@ -67,7 +68,9 @@ class Reporter:
         row["alarms"] = [alarm.name for alarm in raised]
         self._write(row)
         self._terminal.step(row)
+        self._show_verifier_failure(step, groups)
         self._raise_alarms(step, raised, before)
+        self._check_verdicts(step)
         self._check_logprob_gap(step, row["engine_logprob_gap"])
         self._check_skipped_updates(step, report)
 
@@ -128,6 +131,24 @@ class Reporter:
         for alarm in raised:
             if alarm.name in self._config.logging.stop_on:
                 raise TrainingStopped(f"step {step}: alarm {alarm.name} (logging.stop_on): {alarm.finding}")
+
+    def _show_verifier_failure(self, step: int, groups: Sequence[Group]) -> None:
+        """Print the run's first failure of a verifier, with its place in the verifier's file."""
+        samples = [sample for group in groups for sample in group]
+        failed = next((sample for sample in samples if sample.judged.verifier_failed is not None), None)
+        if failed is None or self._has_shown_failure:
+            return
+        self._has_shown_failure = True
+        which = (
+            f"the verifier of task {failed.prompt.task} failed on {failed.prompt.id}, sample {failed.index}"
+        )
+        others = "later failures count in verifier_failed_share"
+        self._terminal.say(f"step {step}: {which}: {failed.judged.verifier_failed}; {others}", "bold red")
+
+    def _check_verdicts(self, step: int) -> None:
+        if (found := too_many_unjudged(self._rows)) is not None:
+            advice = "correct the verifier, task.verifier_seconds or task.verifier_memory_mib"
+            raise TrainingStopped(f"step {step}: {found}; {advice}")
 
     def _check_logprob_gap(self, step: int, gap: float) -> None:
         """Raise TrainingStopped if trainer and engine disagree; skip replayed samples of another policy."""

@@ -24,7 +24,7 @@ from megatron_srpo.rollout.collect import Collector
 from megatron_srpo.rollout.engines import create_engine
 from megatron_srpo.rollout.ledger import Ledger, carried_groups
 from megatron_srpo.rollout.replay import replay
-from megatron_srpo.tasks import Task, evaluation_tasks, training_tasks
+from megatron_srpo.tasks import Task, evaluation_remarks, evaluation_tasks, training_tasks
 from megatron_srpo.tasks.mixture import Mixture
 from megatron_srpo.tasks.pool import Pool
 
@@ -71,6 +71,8 @@ def open_rollouts(
     engine = create_engine(config, folder, layout, say)
     trained = training_tasks(config)
     evaluated = evaluation_tasks(config) if config.evaluation.every > 0 else {}
+    for line in evaluation_remarks(config.evaluation, evaluated, trained):
+        say(line)
     verifiers = {name: task.verifier for name, task in {**trained, **evaluated}.items()}
     collector = Collector(Pool(verifiers, config.task), engine, folder, layout, settings)
     mixture = Mixture(trained, {source.name: source.weight for source in config.task.sources})

@@ -5,7 +5,8 @@ import zlib
 
 from megatron_srpo.data.records import Prompt, Verdict
 from megatron_srpo.tasks.catalog import BuiltinTask, Verifier
-from megatron_srpo.tasks.extract import last_answer_block, verdict_of
+from megatron_srpo.tasks.extract import after_thinking, last_answer_block, verdict_of
+from megatron_srpo.tasks.worker import Verify
 
 DIGITS = 3
 TEST_SHARE = 10  # one sum in ten belongs to the test split and is never trained on
@@ -13,8 +14,14 @@ TEST_SHARE = 10  # one sum in ten belongs to the test split and is never trained
 
 def verify(answer: str, text: str) -> Verdict:
     """Accept a response whose last complete `<answer>` block, stripped, equals `answer` (`exact`)."""
-    given = last_answer_block(text)
+    given = last_answer_block(after_thinking(text))
     return verdict_of(given == answer, format_ok=given is not None)
+
+
+def check_gold(answer: str, question: str, verify: Verify) -> None:
+    """Raise ValueError if `<answer>` cannot hold the answer."""
+    if not verify(answer, f"<answer>{answer}</answer>").correct:
+        raise ValueError(f"is {answer[:100]!r}; expected a text that an <answer> block can hold")
 
 
 class Addition:
@@ -49,4 +56,4 @@ class Addition:
 
 
 TASK = BuiltinTask("addition", lambda source, seed: Addition(seed))
-VERIFIER = Verifier("exact", {"paper": verify})
+VERIFIER = Verifier("exact", {"paper": verify}, check_gold=check_gold)

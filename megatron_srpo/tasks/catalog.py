@@ -36,6 +36,10 @@ class BuiltinTask(NamedTuple):
         return name.startswith(family + slash) if slash else name == self.name
 
 
+def accept_any(answer: str, question: str, verify: Verify) -> None:
+    """Accept every gold answer."""
+
+
 class Verifier(NamedTuple):
     """A way to judge answers to the questions of a file.
 
@@ -45,6 +49,8 @@ class Verifier(NamedTuple):
         tasks: Values of task.name that imply this verifier.
         phrase: Turns a plain question into the user's message.
         requires: A module that must be installed (extra `tasks`).
+        check_gold: Raises ValueError("found; expected …") for an answer that no response can match, given
+            (answer, question, function of the rule).
     """
 
     name: str
@@ -52,6 +58,7 @@ class Verifier(NamedTuple):
     tasks: tuple[str, ...] = ()
     phrase: Callable[[str], str] = str
     requires: str | None = None
+    check_gold: Callable[[str, str, Verify], None] = accept_any
 
     def path(self, rule: str) -> str:
         """Return "module:function" of a rule."""

@@ -1,19 +1,27 @@
-"""Mathematics: GSM8K, AIME, HMMT, Minerva, OlympiadBench and other short answers, compared by math-verify."""
+"""Mathematics: GSM8K, AIME, HMMT, Minerva, OlympiadBench and other short answers (see `math_equal`)."""
 
+import json
 import re
-from functools import lru_cache
-from typing import Any
+from fractions import Fraction
 
 from megatron_srpo.data.records import Verdict
 from megatron_srpo.tasks.catalog import Verifier
-from megatron_srpo.tasks.extract import last_answer_block, last_boxed, verdict_of
+from megatron_srpo.tasks.extract import after_thinking, last_answer_block, last_boxed, verdict_of
+from megatron_srpo.tasks.math_equal import equal, number_of
+from megatron_srpo.tasks.worker import Verify
 
 LONGEST_ANSWER = 1_000  # characters; a longer one is not a short answer, and takes the parser minutes
+# Raised by the parser and by sympy for formulas without meaning, or too deep.
+MALFORMED = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 _INTEGER = re.compile(r"[+-]?[0-9]{1,100}")
-_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
-_SPACED_THOUSANDS = re.compile(r"(?<=\d)\\[,;: ](?=\d{3}(?!\d))")  # which math-verify adds up: 1\,234 = 235
-_DISPLAY = re.compile(r"\\\[(.*)\\\]|\$(.*)(?<!\\)\$", re.DOTALL)
-_FULL_STOP = re.compile(r"(?<![.\\])(?<!\\right)\.$")
 
 
 def phrase(question: str) -> str:
@@ -22,47 +30,69 @@ def phrase(question: str) -> str:
 
 
 def final_answer(text: str) -> str | None:
-    r"""Return a response's last \boxed{…}, else its last complete <answer> block, else None."""
+    r"""Return a response's last \boxed{…} with content, else its last complete <answer> block, else None."""
+    text = after_thinking(text)
     boxed = last_boxed(text)
     return last_answer_block(text) if boxed is None else boxed
 
 
+def prepare() -> None:
+    """Import what comparisons need (a worker calls it before the time of its first job begins)."""
+    equal(r"\sqrt{2}x + 1", "x + 2")
+
+
 def verify(answer: str, text: str) -> Verdict:
-    """Accept a response whose final answer math-verify finds equal to `answer` (LaTeX or plain numbers).
+    """Accept a response whose final answer equals `answer` (LaTeX or plain numbers, or see `gold_of`).
 
     Answers are parsed as LaTeX, which evaluates no Python. Hostile input may never end: use killable workers.
     """
     given = final_answer(text)
     if not given or len(given) > LONGEST_ANSWER:
         return verdict_of(False, False, "Your response holds no final answer within \\boxed{}.")
-    answer, given = _bare(answer), _bare(given)
-    correct = given == answer or _equal(answer, given)
+    gold, tolerance = gold_of(answer)
+    if _INTEGER.fullmatch(gold) and _INTEGER.fullmatch(given) and tolerance is None:  # most answers
+        correct = int(gold) == int(given)
+    else:
+        try:
+            correct = equal(gold, given, tolerance)
+        except MALFORMED:
+            correct = False
     return verdict_of(correct, True, "Your final answer is wrong.")
 
 
-def _bare(answer: str) -> str:
-    """Remove a formula's delimiters, a full stop and spaces between thousands, which the parser misreads."""
-    answer = _FULL_STOP.sub("", answer.strip())
-    if around := _DISPLAY.fullmatch(answer):
-        answer = _FULL_STOP.sub("", (around[1] or around[2] or "").strip())
-    return _SPACED_THOUSANDS.sub("", answer)
+def gold_of(answer: str) -> tuple[str, Fraction | None]:
+    """Return (gold, tolerance) of `answer`, or of {"answer": …, "tolerance": absolute}; raise ValueError."""
+    if not answer.startswith("{") or not answer.endswith("}") or '"answer"' not in answer:
+        return answer, None
+    row = json.loads(answer)
+    if set(row) != {"answer", "tolerance"} or not isinstance(row["answer"], str | int | float):
+        raise ValueError(f'has keys {sorted(row)}; expected "answer" and "tolerance"')
+    tolerance = number_of(str(row["tolerance"]))
+    if tolerance is None or tolerance.value <= 0:
+        raise ValueError(f"tolerance: is {row['tolerance']!r}; expected a number above 0")
+    return str(row["answer"]).strip(), tolerance.value
 
 
-def _equal(answer: str, given: str) -> bool:
-    if _INTEGER.fullmatch(answer) and _INTEGER.fullmatch(given):  # most answers; parsing takes milliseconds
-        return int(answer) == int(given)
-    from math_verify import verify as equal
+def check_gold(answer: str, question: str, verify: Verify) -> None:
+    """Raise ValueError for a list, a complete solution, or what no box can hold."""
+    gold, _ = gold_of(answer)
+    shown = repr(gold[:100])
+    if gold.startswith("[") and _is_json(gold) and '"' in gold:
+        raise ValueError(
+            f"is the list {shown}; expected one answer: 3, 5 in order, or \\\\{{3, 5\\\\}} in any"
+        )
+    if "####" in gold:
+        raise ValueError(f"is the solution {shown}; expected the short answer (tools/prepare_math.py)")
+    if len(gold) > LONGEST_ANSWER or final_answer(f"\\boxed{{{gold}}}") != gold:
+        raise ValueError(f"is {shown}, which \\boxed{{}} cannot hold; expected a short answer in LaTeX")
 
-    return equal(list(_parsed(answer)), list(_parsed(given)), timeout_seconds=None)
 
-
-@lru_cache(maxsize=4096)  # every gold answer is compared with all samples of a group
-def _parsed(answer: str) -> tuple[Any, ...]:
-    from math_verify import LatexExtractionConfig, parse
-
-    extraction = [LatexExtractionConfig()]
-    no_limit: Any = None  # the pool limits the time; the library's own limit needs the main thread's signals
-    return tuple(parse(f"${answer}$", extraction_config=extraction, parsing_timeout=no_limit))
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 VERIFIER = Verifier(
@@ -71,4 +101,5 @@ VERIFIER = Verifier(
     tasks=("math", "gsm8k", "aime24", "aime25", "hmmt25", "minerva", "olympiadbench"),
     phrase=phrase,
     requires="math_verify",
+    check_gold=check_gold,
 )

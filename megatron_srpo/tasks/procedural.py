@@ -11,11 +11,13 @@ from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.task_section import TaskSection, TaskSource
 from megatron_srpo.data.records import Prompt, Verdict
 from megatron_srpo.tasks.catalog import BuiltinTask
-from megatron_srpo.tasks.extract import last_answer_block, verdict_of
+from megatron_srpo.tasks.extract import after_thinking, last_answer_block, verdict_of
 from megatron_srpo.tasks.pool import Job, Pool
 from megatron_srpo.tasks.procedural_scorers import SCORERS
 
-CHECKED = 10  # entries tried before a run
+CHECKED = 20  # entries tried before a run
+# Answers without a look at the question; the question itself is tried, too.
+CONSTANTS = ("0", "1", "nan", "8*4*1 - 8")
 PREFIX = "reasoning_gym/"
 SIZE = 1_000  # entries of one dataset, some are created at once; the next thousand comes from another seed
 # Raised by scorers for a malformed answer, or one too deep for their parsers.
@@ -54,7 +56,8 @@ class Procedural:
     def _check(self, prompts: list[Prompt]) -> None:
         """Judge the dataset's own answers and wrong ones as in a run; raise ConfigError for wrong verdicts.
 
-        Some datasets accept anything; some would evaluate answers as Python code, which the workers refuse.
+        Some datasets accept anything, or one constant; some would evaluate answers as Python code, which the
+        workers refuse.
         """
         right = []
         for prompt in prompts:
@@ -63,15 +66,27 @@ class Procedural:
             if answer is not None and "Integral(" not in str(answer):
                 right.append(Job(self.name, prompt.answer, f"<answer>{answer}</answer>"))
         nonsense = [Job(self.name, prompt.answer, "<answer>[no such answer]</answer>") for prompt in prompts]
+        constants, tried = [], []
+        for prompt in prompts:
+            answer, question = str(_entry(prompt.answer)["answer"]), _entry(prompt.answer)["question"]
+            for constant in (*CONSTANTS, question):
+                if not _is_same(constant, answer):
+                    constants.append((constant, answer))
+                    tried.append(Job(self.name, prompt.answer, f"<answer>{constant}</answer>"))
         pool = Pool({self.name: self.verifier}, TaskSection(verifier_workers=1))
-        verdicts = pool.verify([*right, *nonsense])
+        verdicts = pool.verify([*right, *nonsense, *tried])
         pool.close()
         if not all(verdict.correct for verdict in verdicts[: len(right)]):
             problem = "does not accept its own answers, or would evaluate them as code"
             raise ConfigError(f"task.name: {self.name} cannot be verified: reasoning-gym {problem}")
-        if any(verdict.correct or verdict.verifier_failed for verdict in verdicts[len(right) :]):
+        judged = verdicts[len(right) : len(right) + len(nonsense)]
+        if any(verdict.correct or verdict.verifier_failed for verdict in judged):
             problem = "accepts wrong answers, or cannot judge them"
             raise ConfigError(f"task.name: {self.name} cannot be verified: reasoning-gym {problem}")
+        for (constant, answer), verdict in zip(constants, verdicts[-len(constants) :], strict=True):
+            if verdict.correct:
+                problem = f"accepts the constant {constant[:100]!r} where the answer is {answer[:100]!r}"
+                raise ConfigError(f"task.name: {self.name} cannot be verified: reasoning-gym {problem}")
 
     def size(self, split: str) -> None:
         """Return None: every split is endless."""
@@ -93,7 +108,7 @@ class Procedural:
 
 def verify(answer: str, text: str) -> Verdict:
     """Accept an answer with the dataset's full score; partial scores and unreadable answers are wrong."""
-    given = last_answer_block(text)
+    given = last_answer_block(after_thinking(text))
     if given is None:
         return verdict_of(False, False, "Your response holds no <answer> block.")
     truth: dict[str, Any] = json.loads(answer)
@@ -103,6 +118,11 @@ def verify(answer: str, text: str) -> Verdict:
     except MALFORMED:
         correct = False
     return verdict_of(correct, True, "Your answer is wrong.")
+
+
+def prepare() -> None:
+    """Import the library (a worker calls it before the time of its first job begins)."""
+    import reasoning_gym.factory  # noqa: F401
 
 
 @lru_cache(maxsize=64)
@@ -130,6 +150,16 @@ def _dataset(name: str, options: dict[str, Any], **more: int) -> Any:
 
 def _entry(answer: str) -> dict[str, Any]:
     return ast.literal_eval(json.loads(answer)["entry"])
+
+
+def _is_same(constant: str, answer: str) -> bool:
+    """Return True if a constant happens to be the answer, as text or as a number."""
+    if constant.strip().casefold() == answer.strip().casefold():
+        return True
+    try:
+        return float(constant) == float(answer)
+    except ValueError:
+        return False
 
 
 def _plain(value: Any) -> Any:

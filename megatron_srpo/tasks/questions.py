@@ -2,9 +2,11 @@
 
 A line has `answer` and either `messages` (chat, one user message last), `question`, or the SDPO code's
 `prompt` and `system`; optionally `id` (or `idx`; default: line number) and `feedback`. Others are ignored.
+An answer that its verifier cannot match is refused.
 """
 
 import json
+import math
 import random
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +17,7 @@ from typing import Any, NamedTuple
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.task_section import TaskSource
 from megatron_srpo.data.records import Prompt
+from megatron_srpo.tasks.catalog import Verifier
 
 SPLITS = ("train", "validation", "test")
 LONGEST_LINE = 16 << 20  # bytes; a longer line is not a question
@@ -29,8 +32,23 @@ class Question(NamedTuple):
     feedback: str | None
 
 
-def read_questions(path: Path, phrase: Callable[[str], str] = str) -> list[Question]:
+class _Written(float):
+    """A number as the file writes it: 0.00001 must not become 1e-05."""
+
+    def __new__(cls, text: str) -> "_Written":
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    text: str
+
+
+def read_questions(
+    path: Path, phrase: Callable[[str], str] = str, check_gold: Callable[[str, str], None] | None = None
+) -> list[Question]:
     """Read the file's questions in order; `phrase` turns a plain `question` into the user's message.
+
+    check_gold: raises ValueError for an (answer, question) that no response can match.
 
     Raises:
         ConfigError: An empty file, a bad line or field, or a repeated id; names file, line and field.
@@ -40,6 +58,11 @@ def read_questions(path: Path, phrase: Callable[[str], str] = str) -> list[Quest
     for number, row in read_objects(path):
         where = f"task.path: {path}:{number}"
         question = _question(row, number, where, phrase)
+        if check_gold is not None:
+            try:
+                check_gold(question.answer, question.messages[-1]["content"])
+            except ValueError as error:
+                raise ConfigError(f"{where}: answer: {error}") from None
         if question.id in line_of:
             first = line_of[question.id]
             raise ConfigError(f"{where}: id: {question.id!r} is also in line {first}; ids must be unique")
@@ -64,7 +87,7 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8").rstrip())
+                row = json.loads(line.decode("utf-8").rstrip(), parse_float=_Written)
                 # Neither tokenizers nor the run's files accept half a surrogate pair.
                 if rb"\ud" in line.lower():
                     json.dumps(row, ensure_ascii=False).encode()
@@ -89,8 +112,13 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _question(row: dict[str, Any], number: int, where: str, phrase: Callable[[str], str]) -> Question:
     answer = row.get("answer")
+    answer = answer.strip() if isinstance(answer, str) else answer  # verifiers strip what is given
     if answer is None or answer == "":
         raise ConfigError(f"{where}: answer: is missing; expected the right answer, a string or a number")
+    if isinstance(answer, float) and not math.isfinite(answer):
+        raise ConfigError(f"{where}: answer: is {answer}; expected the right answer, a string or a number")
+    if isinstance(answer, _Written):
+        answer = answer.text
     if not isinstance(answer, str):  # numbers, and lists of tool calls
         answer = json.dumps(answer, ensure_ascii=False)
     identifier = row.get("id", row.get("idx", number))
@@ -131,10 +159,10 @@ def _is_message(value: Any) -> bool:
 class QuestionFile:
     """A finite task. Training uses each question once an epoch, and every epoch has its own order."""
 
-    def __init__(self, source: TaskSource, seed: int, verifier: str, phrase: Callable[[str], str] = str):
-        """Read and check all questions. `verifier`: see `Task`. Raises ConfigError."""
-        self.name, self.seed, self.verifier = source.name, seed, verifier
-        self.splits = read_splits(source, phrase)
+    def __init__(self, source: TaskSource, seed: int, verifier: Verifier):
+        """Read and check all questions. Raises ConfigError."""
+        self.name, self.seed, self.verifier = source.name, seed, verifier.path(source.rule)
+        self.splits = read_splits(source, verifier)
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
     def size(self, split: str) -> int:
@@ -163,21 +191,23 @@ class QuestionFile:
         return order
 
 
-def read_splits(source: TaskSource, phrase: Callable[[str], str]) -> dict[str, list[Question]]:
+def read_splits(source: TaskSource, verifier: Verifier) -> dict[str, list[Question]]:
     """Read train, validation and test of a folder or of one file; raise ConfigError."""
-    path = source.path
+    path, phrase = source.path, verifier.phrase
     assert path is not None
+    check = partial(_check_gold, verifier, source.rule)
     if path.is_dir():
         files = {name: path / f"{name}.jsonl" for name in SPLITS}
         splits = {
-            name: read_questions(file, phrase) if file.is_file() else [] for name, file in files.items()
+            name: read_questions(file, phrase, check) if file.is_file() else []
+            for name, file in files.items()
         }
         if not splits["train"] and not splits["test"]:
             raise ConfigError(
                 f"task.path: {path.resolve()} has neither train.jsonl nor test.jsonl; expected them"
             )
     elif path.suffix == ".jsonl":
-        questions = read_questions(path, phrase)
+        questions = read_questions(path, phrase, check)
         test, train = hold_out(questions, 0.1 if source.test_share is None else source.test_share)
         splits = {"train": train, "validation": [], "test": test}
     else:
@@ -186,6 +216,10 @@ def read_splits(source: TaskSource, phrase: Callable[[str], str]) -> dict[str, l
     if source.validation_share and not splits["validation"]:
         splits["validation"], splits["train"] = hold_out(splits["train"], source.validation_share)
     return splits
+
+
+def _check_gold(verifier: Verifier, rule: str, answer: str, question: str) -> None:
+    verifier.check_gold(answer, question, verifier.rules[rule])
 
 
 def hold_out(questions: Sequence[Question], share: float) -> tuple[list[Question], list[Question]]:

@@ -5,7 +5,9 @@ import re
 from megatron_srpo.data.records import Verdict
 from megatron_srpo.tasks.catalog import Verifier
 from megatron_srpo.tasks.extract import verdict_of
+from megatron_srpo.tasks.worker import Verify
 
+_OPTION = re.compile(r"^[ \t]*\(?([A-Z])[:.)][ \t]", re.MULTILINE)
 _BLOCK = re.compile(r"<answer>\s*([A-D])\s*</answer>")
 
 
@@ -31,8 +33,16 @@ def _verdict(correct: bool, format_ok: bool) -> Verdict:
     return verdict_of(correct, format_ok, "Your answer is wrong." if format_ok else malformed)
 
 
+def check_gold(answer: str, question: str, verify: Verify) -> None:
+    """Raise ValueError unless the answer is the letter of an option of the question (default: A to D)."""
+    options = dict.fromkeys(_OPTION.findall(question)) or dict.fromkeys("ABCD")
+    if answer not in options or not verify(answer, f"<answer>{answer}</answer>").correct:
+        raise ValueError(f"is {answer[:100]!r}; expected the letter of an option: {', '.join(options)}")
+
+
 VERIFIER = Verifier(
     "multiple_choice",
     {"paper": verify, "strict": verify_strict},
     tasks=("sciknoweval", "chemistry", "physics", "biology", "materials"),
+    check_gold=check_gold,
 )

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from megatron_srpo.data.records import Verdict
 from megatron_srpo.tasks.catalog import Verifier
 from megatron_srpo.tasks.extract import verdict_of
+from megatron_srpo.tasks.worker import Verify
 
 OPTIONAL = "[Optional]"  # prefix of the name of a gold call that may be left out
 
@@ -161,4 +162,24 @@ def _verdict(correct: bool, malformed: str | None) -> Verdict:
     return verdict_of(correct, True, "Your calls or their inputs are wrong.")
 
 
-VERIFIER = Verifier("tool_calls", {"paper": verify, "strict": verify_strict}, tasks=("tool_use",))
+def check_gold(answer: str, question: str, verify: Verify) -> None:
+    """Raise ValueError if the answer is no list of calls, or its own calls are not accepted."""
+    try:
+        calls = gold_calls(answer)
+    except (ValueError, RecursionError) as error:
+        expected = 'expected a JSON list of {"Action": name, "Action_Input": object}'
+        raise ValueError(f"is not a list of calls ({error}); {expected}") from None
+    said = "\n".join(f"Action: {name}\nAction Input: {json.dumps(value)}" for name, value in calls)
+    # The strict rule knows optional calls, the papers' takes the mark for a part of the name.
+    if not any(
+        verify(answer, text).correct for text in (said, said.replace(f"Action: {OPTIONAL}", "Action: "))
+    ):
+        raise ValueError(f"is {answer[:100]}, which no response can match; expected one-line names and JSON")
+
+
+VERIFIER = Verifier(
+    "tool_calls",
+    {"paper": verify, "strict": verify_strict},
+    tasks=("tool_use",),
+    check_gold=check_gold,
+)

@@ -9,6 +9,7 @@ import json
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from multiprocessing.connection import Connection
@@ -49,15 +50,23 @@ def judge(verifier: Verify, answer: str, text: str) -> dict[str, Any]:
     except MemoryError:
         return {"failed": "memory"}
     except Exception as error:  # a verifier's bug must not end the run, and is counted
-        return {"failed": f"error: {type(error).__name__}: {error}"[:500]}
+        return {"failed": f"error: {type(error).__name__}: {error}"[:500] + _place(error)}
+
+
+def _place(error: Exception) -> str:
+    """Return " (file:line)" of the verifier's innermost line, or "" if the error is not raised in one."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
+    return f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
 
 
 def main() -> None:
     """Judge jobs until the connection closes; its file descriptor is the only argument.
 
     First message in: {"verifiers": {task: reference}, "memory_bytes", "seconds"}; first message out: {} or
-    {"refused": why}. Then lists of [task, answer, text] in, and a verdict per job out, in order. The process
-    exits after a MemoryError, and when a job takes longer than `seconds` (if no pool is left to kill it).
+    {"refused": why}. A verifier's module may have a function `prepare()`, which is called before that. Then
+    lists of [task, answer, text] in, and a verdict per job out, in order. The process exits after a
+    MemoryError, and when a job takes longer than `seconds` (if no pool is left to kill it).
     """
     pool = Connection(int(sys.argv[1]))
     for number in (signal.SIGINT, signal.SIGUSR1):  # Ctrl-C and Slurm's warning are for the run to handle
@@ -68,6 +77,8 @@ def main() -> None:
     sys.addaudithook(partial(_refuse_evaluation, judging))
     try:
         verifiers = {task: load_attribute(reference) for task, reference in settings["verifiers"].items()}
+        for module in {sys.modules[verifier.__module__] for verifier in verifiers.values()}:
+            getattr(module, "prepare", _nothing)()  # imports what it needs, before any job's time begins
     except Exception as error:
         pool.send_bytes(json.dumps({"refused": f"{type(error).__name__}: {error}"}).encode())
         return
@@ -115,11 +126,21 @@ def _refuse_evaluation(judging: threading.Event, event: str, arguments: tuple) -
     raise PermissionError(f"{caller} tried to evaluate a string; model output is data")
 
 
+def _nothing() -> None:
+    pass
+
+
 def _limit_memory(size: int) -> None:
+    """Limit what jobs may allocate to `size` bytes; libraries may have mapped gigabytes before."""
     import resource
 
-    for limit in (resource.RLIMIT_DATA, resource.RLIMIT_AS):  # some systems keep only one of them
-        resource.setrlimit(limit, (size, resource.getrlimit(limit)[1]))
+    pages = Path("/proc/self/statm").read_text().split()
+    mapped, data = (int(pages[place]) * resource.getpagesize() for place in (0, 5))
+    # Some systems keep only one of the two limits.
+    for limit, used in ((resource.RLIMIT_DATA, data), (resource.RLIMIT_AS, mapped)):
+        hard = resource.getrlimit(limit)[1]
+        wanted = used + size
+        resource.setrlimit(limit, (wanted if hard < 0 else min(wanted, hard), hard))
 
 
 if __name__ == "__main__":

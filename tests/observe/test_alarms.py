@@ -8,7 +8,7 @@ from tables import each_row
 
 from megatron_srpo.config.load import load_config
 from megatron_srpo.data.records import Verdict
-from megatron_srpo.observe.alarms import Limits, alarms
+from megatron_srpo.observe.alarms import Limits, alarms, too_many_unjudged
 from megatron_srpo.observe.reporter import TrainingStopped
 from megatron_srpo.rollout.transformers.engine import TransformersEngine
 from megatron_srpo.tasks.pool import Pool
@@ -29,6 +29,7 @@ HEALTHY = {
     "engine_logprob_gap": 1e-7,
     "teacher_distance": 0.01,
     "teacher_followed": 0.05,
+    "verifier_failed_share": 0.0,
 }
 
 
@@ -125,6 +126,7 @@ def test_numbers_that_are_not_finite_do_not_stop_the_others(value):
         "updates",
         "updates_skipped",
         "response_tokens_mean",
+        "verifier_failed_share",
     )
     broken = dict.fromkeys(set(HEALTHY) - set(shares), value)
     assert names(rows(9) + rows(4, **broken)) == ["logprob_gap"]
@@ -132,6 +134,29 @@ def test_numbers_that_are_not_finite_do_not_stop_the_others(value):
         "dead_groups",
         "logprob_gap",
     ]
+
+
+def test_verifier_failures_are_reported_at_once():
+    assert names(rows(1, verifier_failed_share=0.05)) == ["verifier_failures"]
+    assert names(rows(1, verifier_failed_share=0.04)) == []
+
+
+@each_row(
+    "shares, stops",
+    [
+        ([1.0], True),
+        ([0.0, 0.0, 1.0], True),
+        ([0.5, 0.6, 0.5], True),
+        ([0.9, 0.9], False),
+        ([0.9, 0.4, 0.9], False),
+        ([0.04] * 9, False),
+        ([None, None, None], False),
+        ([], False),
+    ],
+)
+def test_training_stops_without_verdicts(shares, stops):
+    found = too_many_unjudged([HEALTHY | {"verifier_failed_share": share} for share in shares])
+    assert (found is not None) == stops
 
 
 def test_what_is_meant_to_be_so_is_no_alarm():
@@ -212,3 +237,23 @@ def test_stop_on_ends_the_run_and_keeps_what_was_learnt(monkeypatch, tmp_path):
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
     assert (tmp_path / "run" / "hf" / "model.safetensors").is_file()
     assert "TrainingStopped" in (tmp_path / "run" / "logs" / "rank_00000.log").read_text()
+
+
+@each_row("verdict", ["raise KeyError(1)", "return None", "return 1.0", "return float('nan')"])
+def test_a_verifier_that_always_fails_stops_the_run(verdict, tmp_path_factory, capsys):
+    # Before, every sample was excluded, and the run ended with loss 0 and without an alarm.
+    tmp_path = tmp_path_factory.mktemp("failing")
+    file = tmp_path / "mine.py"
+    example = (QUICKSTART.parent / "own_task" / "backwards.py").read_text()
+    lines = example.splitlines()
+    place = next(number for number, line in enumerate(lines) if line.strip().startswith("def verify"))
+    file.write_text("\n".join([*lines[: place + 1], f"        {verdict}", *lines[place + 1 :]]))
+    with pytest.raises(
+        TrainingStopped, match="step 1: no sample of the step has a verdict; correct the verifier"
+    ):
+        small_run(tmp_path / "run", f"task.path={file}", "task.name=mine", "train.steps=2")
+    said = capsys.readouterr().out
+    assert said.count("the verifier of task mine failed on mine/train/") == 1
+    assert "alarm verifier_failures: 100% of the step's samples have no verdict" in said
+    if "raise" in verdict:
+        assert f"error: KeyError: 1 ({file}:{place + 2})" in said.replace("\n", "")

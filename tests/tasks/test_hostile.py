@@ -1,4 +1,4 @@
-"""Test verifiers with hostile output: 10,000 responses each, and known tricks.
+"""Test verifiers with hostile output, and known tricks: `HOSTILE_OUTPUTS=10000 pytest …` tries more.
 
 No crash, no false positive, linear time.
 """
@@ -6,6 +6,7 @@ No crash, no false positive, linear time.
 from __future__ import annotations
 
 import json
+import os
 import random
 
 import pytest
@@ -18,7 +19,7 @@ from megatron_srpo.tasks import addition, mathematics, procedural, sciknoweval, 
 from megatron_srpo.tasks.pool import Job, Pool
 from megatron_srpo.tasks.procedural_scorers import SCORERS
 
-COUNT = 10_000
+COUNT = int(os.environ.get("HOSTILE_OUTPUTS", "500"))  # for each verifier; 10,000 before a release
 PIECES = [
     "<answer>", "</answer>", "<answer", "answer>", "<ANSWER>", "<answer/>", "<reasoning>", "</reasoning>",
     "<think>", "</think>", "\\boxed{", "\\boxed", "\\fbox{", "{", "}", "[", "]", "(", ")", "\\frac{", "^",
@@ -48,7 +49,7 @@ def hostile(seed: str, count: int):
 
 @each_row("name", WRONG)
 @time_limit(60)
-def test_ten_thousand_outputs(name):
+def test_hostile_outputs(name):
     verify, answer = WRONG[name]
     assert not any(verify(answer, text).correct for text in hostile(name, COUNT))
 
@@ -58,7 +59,7 @@ ENTRY = {"answer": "579341", "metadata": {"variable": "x", "integrand": "579341*
 
 @each_row("dataset", SCORERS)
 @time_limit(60)
-def test_ten_thousand_outputs_for_our_scorers_of_procedural_tasks(dataset):
+def test_hostile_outputs_for_our_scorers_of_procedural_tasks(dataset):
     entry = ENTRY | {"answer": "['579341']"} if dataset == "number_sorting" else ENTRY
     answer = json.dumps({"dataset": dataset, "options": {}, "entry": repr(entry)})
     assert not any(
@@ -156,15 +157,16 @@ MATH_TRICKS = [
 
 
 def test_mathematics_in_its_workers():
-    # 10,000 outputs, tricks, and endless expressions: every verdict is wrong or missing.
+    # Outputs, tricks, and endless expressions: every verdict is wrong or missing.
     pytest.importorskip("math_verify")
     pool = Pool({"math": "megatron_srpo.tasks.mathematics:verify"}, TaskSection(verifier_seconds=2.0))
-    endless = [r"\boxed{10^{10^{10^{10}}}}", r"\boxed{9^{9^{9^{9}}}}"]
-    boxed = [f"\\boxed{{{text}}}" for text in hostile("math, boxed", 100)]
+    endless = [r"\boxed{(10^{10^{10}})!}", r"\boxed{9^{9^{9^{9}}}}", r"\boxed{\sum_{k=1}^{10^{9}} \sin k}"]
+    boxed = [f"\\boxed{{{text}}}" for text in hostile("math, boxed", COUNT // 5)]
     texts = [*hostile("math", COUNT - len(boxed)), *boxed, *endless]
     verdicts = pool.verify([Job("math", "7", text) for text in (*MATH_TRICKS, *texts)])
     pool.close()
     fooled = [text for text, verdict in zip((*MATH_TRICKS, *texts), verdicts, strict=True) if verdict.correct]
     assert not fooled
-    assert all(verdict.verifier_failed for verdict in verdicts[-len(endless) :])
-    assert sum(verdict.verifier_failed is not None for verdict in verdicts) < 20
+    failures = [verdict.verifier_failed for verdict in verdicts if verdict.verifier_failed is not None]
+    assert len(failures) < 20 and set(failures) <= {"timeout", "memory"}
+    assert all(verdict.excluded == (verdict.verifier_failed is not None) for verdict in verdicts)

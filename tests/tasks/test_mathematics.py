@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from math_cases import CASES, KNOWN_LIMITS
 from prepare_math import published_row
 from tables import each_row
 
@@ -15,7 +16,7 @@ from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.task_section import TaskSource
 from megatron_srpo.tasks import create_task
 from megatron_srpo.tasks.extract import last_answer_block, last_boxed
-from megatron_srpo.tasks.mathematics import final_answer, verify
+from megatron_srpo.tasks.mathematics import check_gold, final_answer, verify
 from megatron_srpo.tasks.questions import read_questions
 
 ROOT = Path(__file__).parents[2]
@@ -37,9 +38,13 @@ ROOT = Path(__file__).parents[2]
         (r"\boxed{a \boxed{b} c \boxed{d}}", r"a \boxed{b} c \boxed{d}"),
         (r"}} \boxed{3} {{", "3"),
         (r"{ \boxed{4} }", "4"),
-        (r"\boxed{}", ""),
+        (r"\boxed{}", None),
+        (r"\boxed{5} so \boxed{}", "5"),  # an empty box after the answer
+        (r"\boxed{5} so \boxed{ }", "5"),
         (r"\\boxed{9}", None),  # a line break, then a word
-        (r"\boxed 5", None),
+        (r"\boxed 5", "5"),
+        (r"so $\boxed 12$.", "12"),
+        (r"\boxed 4 or \boxed{5}", "5"),
         (r"boxed{5}", None),
         ("", None),
     ],
@@ -55,6 +60,11 @@ def test_last_box(text, expected):
         ("<answer> 6 </answer>", "6"),
         ("<answer>6</answer> <answer>7", "6"),
         ("the answer is 6", None),
+        (r"<think>\boxed{5}", None),  # the thinking is not the answer, least of all an unfinished one
+        (r"<think>\boxed{5}</think>6", None),
+        (r"<think>\boxed{5}</think>\boxed{6}", "6"),
+        (r"\boxed{5}</think>\boxed{6}", "6"),  # the prompt has opened the block
+        (r"\boxed{5} <think> again", None),
     ],
 )
 def test_final_answer(text, expected):
@@ -103,6 +113,38 @@ def test_comparison(gold, text, right):
     assert verdict.correct or gold not in verdict.feedback
 
 
+def test_hundreds_of_answers_judged_by_hand():
+    # E notation, small numbers, units, words, ordered lists, intervals and the forms of published data sets.
+    pytest.importorskip("math_verify")
+    accepted = {case: verify(case[0], f"\\boxed{{{case[1]}}}").correct for case in CASES}
+    assert not [case for case, correct in accepted.items() if correct and not case[2]]  # false "correct"
+    refused = {case[:2] for case, correct in accepted.items() if case[2] and not correct}
+    assert refused == set(KNOWN_LIMITS)
+    assert len(accepted) >= 300 and len(refused) <= 0.01 * len(accepted)
+
+
+@each_row(
+    "gold, said",
+    [
+        ("18\n#### 18", "is the solution '18\\n#### 18'; expected the short answer (tools/prepare_math.py)"),
+        ('["3", "5"]', "is the list"),
+        (r"\frac{1}{2", r"which \boxed{} cannot hold"),
+        ("9" * 2000, r"which \boxed{} cannot hold"),
+        ('{"answer": "3", "tolerance": 0}', "tolerance: is 0; expected a number above 0"),
+        ('{"answer": "3"}', 'expected "answer" and "tolerance"'),
+    ],
+)
+def test_golds_that_no_answer_can_match_are_refused(gold, said):
+    with pytest.raises(ValueError) as caught:
+        check_gold(gold, "Q", verify)
+    assert said in str(caught.value)
+
+
+@each_row("gold", ["18", "[0, 1)", "[1, 2]", r"\{3, 5\}", "1e-05", r"\text{yes}", "70 000", "(1, 2]", "A"])
+def test_golds_that_are_accepted(gold):
+    check_gold(gold, "Q", verify)
+
+
 @each_row(
     "row, expected",
     [
@@ -115,6 +157,11 @@ def test_comparison(gold, text, right):
         ),  # Minerva
         ({"question": "Q", "final_answer": ["$2$"], "solution": ["long"]}, ("Q", "$2$")),  # OlympiadBench
         ({"problem": "Q", "answer": r"\frac{1}{2}"}, ("Q", r"\frac{1}{2}")),  # HMMT
+        (
+            {"question": "Q", "final_answer": ["2.5"], "error": "1e-1", "is_multiple_answer": False},
+            ("Q", '{"answer": "2.5", "tolerance": "1e-1"}'),
+        ),
+        ({"question": "Q", "final_answer": ["$1,2$"], "is_multiple_answer": True}, ("Q", r"\{1,2\}")),
         ({"question": "Q", "solution": "no box"}, r"solution: holds no \boxed"),
         ({"question": "Q", "final_answer": ["1", "2"]}, "final_answer: expected one answer, not 2"),
         ({"question": "Q"}, "answer: is missing"),

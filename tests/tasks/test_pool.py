@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 import signal
 import time
@@ -13,6 +14,7 @@ from tables import each_row
 
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.task_section import TaskSection
+from megatron_srpo.tasks.catalog import verifiers
 from megatron_srpo.tasks.pool import Job, Pool
 
 BAD = f"{Path(__file__).parent / 'own_verifiers.py'}:misbehave"
@@ -119,6 +121,102 @@ def test_workers_import_no_torch(pool):
         "megatron_srpo.data.records" in modules
         and not {"torch", "transformers", "numpy", "megatron.core"} & modules
     )
+
+
+SCIENCE = {
+    name: verifier.path("paper") for name, verifier in verifiers().items() if verifier.requires is None
+}
+
+
+def test_workers_of_every_builtin_verifier_import_no_torch():
+    # Its CUDA wheel maps more memory than the limit allows.
+    references = SCIENCE | {"bad": BAD}
+    for name, module in (("math", "math_verify"), ("procedural", "reasoning_gym")):
+        if importlib.util.find_spec(module) is not None:
+            references[name] = {"math": "megatron_srpo.tasks.mathematics:verify"}.get(
+                name, "megatron_srpo.tasks.procedural:verify"
+            )
+    pool = Pool(references, TaskSection(verifier_workers=1))
+    (verdict,) = pool.verify(jobs("modules"))
+    pool.close()
+    assert not {"torch", "transformers", "megatron.core"} & set(verdict.feedback.split())
+
+
+def test_what_a_library_maps_when_it_is_imported_does_not_count_as_a_jobs_memory(tmp_path):
+    # As torch's CUDA wheel does, if the user's own task imports it.
+    file = tmp_path / "large.py"
+    file.write_text(LARGE)
+    settings = TaskSection(verifier_workers=1, verifier_memory_mib=512)
+    pool = Pool({"bad": f"{file}:verify"}, settings)
+    verdicts = pool.verify(jobs("right" + " " * 4_000_000, "eat", "right"))
+    pool.close()
+    assert [(verdict.correct, verdict.verifier_failed) for verdict in verdicts] == [
+        (True, None),
+        (False, "memory"),
+        (True, None),
+    ]
+
+
+LARGE = """
+import mmap
+from megatron_srpo.data.records import Verdict
+held = mmap.mmap(-1, 3 << 30, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def verify(answer, text):
+    if text == "eat":
+        eaten = [bytearray(64 << 20) for _ in range(20)]
+    correct = f"{text} {text}".split()[0] == answer
+    return Verdict(reward=float(correct), correct=correct, format_ok=True)
+"""
+SLOW = """
+import time
+from megatron_srpo.data.records import Verdict
+library = None
+
+
+def prepare():
+    global library
+    time.sleep(3)
+    library = "imported"
+
+
+def verify(answer, text):
+    assert library is not None
+    return Verdict(reward=1.0, correct=True, format_ok=True)
+"""
+
+
+def test_slow_imports_are_no_timeouts(tmp_path):
+    # They are over before the clock of the first job starts.
+    file = tmp_path / "slow.py"
+    file.write_text(SLOW)
+    pool = Pool({"bad": f"{file}:verify"}, TaskSection(verifier_workers=2, verifier_seconds=1.0))
+    verdicts = pool.verify(jobs("a", "b", "c", "d"))
+    pool.close()
+    assert all(verdict.correct for verdict in verdicts)
+
+
+def test_a_library_that_cannot_be_imported_is_reported_at_the_start(tmp_path):
+    file = tmp_path / "slow.py"
+    file.write_text(SLOW.replace("time.sleep(3)", "import nowhere"))
+    with pytest.raises(ConfigError, match="a verifier cannot be loaded: ModuleNotFoundError"):
+        Pool({"bad": f"{file}:verify"}, TaskSection(verifier_workers=1))
+
+
+def test_mathematics_is_imported_before_the_first_job():
+    pytest.importorskip("math_verify")
+    both = {"math": "megatron_srpo.tasks.mathematics:verify", "bad": BAD}
+    pool = Pool(both, TaskSection(verifier_workers=1))
+    (verdict,) = pool.verify(jobs("modules"))
+    pool.close()
+    assert "math_verify" in verdict.feedback.split() and "sympy" in verdict.feedback.split()
+
+
+def test_a_failure_names_file_and_line(pool):
+    (verdict,) = pool.verify(jobs("raise"))
+    line = Path(BAD.rpartition(":")[0]).read_text().splitlines().index('        raise KeyError("a bug")') + 1
+    assert verdict.verifier_failed == f"error: KeyError: 'a bug' ({BAD.rpartition(':')[0]}:{line})"
 
 
 def test_large_texts_in_both_directions(pool):

@@ -67,7 +67,6 @@ SAMPLE = {
     "intermediate_integration": {},
     "number_sorting": {},
     "polynomial_multiplication": {},
-    "puzzle24": {"max_value": 6},
     "composite": {"datasets": [{"name": "simple_integration", "weight": 1, "config": {"max_terms": 3}}]},
     "graph_color": {},
 }
@@ -98,6 +97,13 @@ def test_right_and_wrong_answers_by_a_worker(name):
             (one, None) for one in expected
         ]
     pool.close()
+
+
+@each_row("name, constant", [("complex_arithmetic", "nan"), ("puzzle24", "8*4*1 - 8"), ("coin_flip", "0")])
+def test_a_dataset_that_accepts_a_constant_is_refused(name, constant):
+    with pytest.raises(ConfigError) as caught:
+        make(name)
+    assert f"accepts the constant {constant!r} where the answer is " in str(caught.value)
 
 
 @each_row(

@@ -195,3 +195,52 @@ def test_one_file_is_divided(tmp_path):
     for share, sizes in ((None, (45, 5)), (0.0, (50, 0)), (1.0, (0, 50)), (0.5, (25, 25))):
         task = create_task(TaskSource(name="mine", path=file, verifier="exact", test_share=share), 1)
         assert (task.size("train"), task.size("test")) == sizes
+
+
+FOUR = "Which?\nA: 1\nB: 2\nC: 3\nD: 4\nPlease reason step by step."
+TWO = "Which?\nA: 1\nB: 2\nPlease reason step by step."
+
+
+@each_row(
+    "verifier, rule, question, answer, said",
+    [
+        ("multiple_choice", "paper", FOUR, "b", "is 'b'; expected the letter of an option: A, B, C, D"),
+        ("multiple_choice", "paper", FOUR, "B.", "is 'B.'; expected the letter"),
+        ("multiple_choice", "paper", FOUR, "E", "is 'E'; expected the letter of an option: A, B, C, D"),
+        ("multiple_choice", "paper", TWO, "C", "is 'C'; expected the letter of an option: A, B"),
+        ("multiple_choice", "strict", "Which?", "AB", "is 'AB'; expected the letter"),
+        ("math", "paper", "Q", "2 + 3 = 5\n#### 5", "expected the short answer (tools/prepare_math.py)"),
+        ("math", "paper", "Q", ["3", "5"], "is the list"),
+        ("tool_calls", "paper", "Q", '[{"Action": "a", "Action_Input": "{"}]', "is not a list of calls"),
+        ("tool_calls", "paper", "Q", "call a", "is not a list of calls"),
+        ("tool_calls", "strict", "Q", [], "which no response can match"),
+        ("tool_calls", "paper", "Q", [{"Action": "a\nb", "Action_Input": {}}], "which no response can match"),
+        ("exact", "paper", "Q", "<answer>a", "expected a text that an <answer> block can hold"),
+        ("exact", "paper", "Q", float("nan"), "is nan; expected the right answer"),
+    ],
+)
+def test_golds_that_no_answer_can_match_are_refused(tmp_path, verifier, rule, question, answer, said):
+    pytest.importorskip("math_verify")
+    file = tmp_path / "data.jsonl"
+    good = {"multiple_choice": "B", "tool_calls": [{"Action": "a", "Action_Input": {}}]}.get(verifier, "1")
+    lines = [{"question": "Q", "answer": good}, {"question": question, "answer": answer}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ConfigError) as caught:
+        create_task(TaskSource(name="mine", path=file, verifier=verifier, rule=rule), 1)
+    assert str(caught.value).startswith(f"task.path: {file}:2: answer: ") and said in str(caught.value)
+
+
+def test_optional_calls_are_no_faults_of_the_data(tmp_path):
+    file = tmp_path / "data.jsonl"
+    calls = [{"Action": "[Optional]a", "Action_Input": {}}, {"Action": "b", "Action_Input": '{"n": 1}'}]
+    file.write_text(json.dumps({"question": "Q", "answer": calls}) + "\n")
+    for rule in ("paper", "strict"):
+        create_task(TaskSource(name="mine", path=file, verifier="tool_calls", rule=rule), 1)
+
+
+def test_numbers_keep_their_spelling_and_trailing_blanks_are_removed(tmp_path):
+    file = tmp_path / "data.jsonl"
+    lines = ['"answer": 0.00001', '"answer": "B \\n"', '"answer": 1e5', '"answer": 4', '"answer": 2.50']
+    file.write_text("".join(f'{{"question": "Q", {line}}}\n' for line in lines))
+    answers = [question.answer for question in read_questions(file)]
+    assert answers == ["0.00001", "B", "1e5", "4", "2.50"]

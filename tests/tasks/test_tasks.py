@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -11,13 +12,19 @@ from tables import each_row
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.schema import Config
 from megatron_srpo.config.task_section import TaskSection, TaskSource
-from megatron_srpo.tasks import create_task, evaluation_tasks, question_count, training_tasks
+from megatron_srpo.tasks import (
+    create_task,
+    evaluation_remarks,
+    evaluation_tasks,
+    question_count,
+    training_tasks,
+)
 from megatron_srpo.tasks.mixture import Mixture
 from megatron_srpo.tasks.pool import Job, Pool
 
 ROOT = Path(__file__).parents[2]
 OWN = ROOT / "examples/own_task/backwards.py"
-LINE = '{{"id": "{0}", "question": "{0}?", "answer": "{0}"}}\n'
+LINE = '{{"id": "{0}", "question": "{0}?", "answer": "A"}}\n'
 
 
 @pytest.fixture
@@ -41,7 +48,10 @@ def test_a_folder_names_its_task_and_the_name_its_verifier(folder):
     assert (task.name, task.verifier) == ("chemistry", "megatron_srpo.tasks.sciknoweval:verify")
     strict = create_task(TaskSource(path=folder / "chemistry", rule="strict"), 1)
     assert strict.verifier == "megatron_srpo.tasks.sciknoweval:verify_strict"
-    named = create_task(TaskSource(name="tool_use", path=folder / "chemistry"), 1)
+    calls = [{"Action": "a", "Action_Input": {"n": 1.5}}]
+    (folder / "physics/train.jsonl").write_text(json.dumps({"question": "Q", "answer": calls}) + "\n")
+    (folder / "physics/test.jsonl").unlink()
+    named = create_task(TaskSource(name="tool_use", path=folder / "physics"), 1)
     assert named.verifier == "megatron_srpo.tasks.tool_use:verify"
 
 
@@ -203,6 +213,30 @@ def test_what_is_trained_on_is_not_evaluated(folder, shares, monkeypatch):
         task=file, evaluation={"tasks": [file | {"test_share": 1.0}]}
     )  # an explicit share takes all
     assert [task.size("test") for task in evaluation_tasks(asked).values()] == [10]
+
+
+def test_trained_test_questions_and_partial_evaluations_are_said(folder):
+    # A test question with other blanks is the same; endless tasks have no such questions.
+    lines = [{"id": "t", "question": "3?", "answer": "A"}, {"id": "u", "question": " 4? ", "answer": "B"}]
+    with (folder / "chemistry/test.jsonl").open("a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+    config = config_of(
+        task={"mixture": [{"path": folder / "chemistry"}, {"path": folder / "physics"}, "addition"]},
+        evaluation={"prompts": 4},
+    )
+    trained, evaluated = training_tasks(config), evaluation_tasks(config)
+    partial, shared = evaluation_remarks(config.evaluation, evaluated, trained)
+    assert partial == (
+        "only the first 4 of 5 test questions of chemistry are evaluated (evaluation.prompts; null: all)"
+    )
+    assert shared.startswith(
+        "1 of 4 test questions of chemistry are also trained on, word for word (the first: "
+    )
+    assert "chemistry/test/t is " in shared
+    del evaluated["addition"]
+    everything = config_of(evaluation={"prompts": None}).evaluation
+    (shared,) = evaluation_remarks(everything, evaluated, trained)
+    assert shared.startswith("2 of 5 test questions of chemistry are also trained on")
 
 
 @each_row(
