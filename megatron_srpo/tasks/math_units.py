@@ -45,7 +45,7 @@ _MONEY = re.compile(r"([-+]?)\s*(\\\$|[$€£¥]|\\pounds|\\euro)\s*(?=[\d.\\])"
 
 
 def split_unit(answer: str) -> tuple[str, str | None]:
-    """Return (expression, unit) of a quantity, else (answer, None). «…» marks text, as of `\\text{…}`."""
+    r"""Return (expression, unit) of a quantity, else (answer, None). «…» marks text, as of `\text{…}`."""
     if money := _MONEY.match(answer):
         rest, more = split_unit(answer[: money.start()] + money[1] + answer[money.end() :])
         sign = {"\\$": "$", "\\pounds": "£", "\\euro": "€"}.get(money[2], money[2])
