@@ -45,7 +45,7 @@ class Reference:
         kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)]
         with torch.device("meta"):
             self.model: Any = kind(self.config).eval()
-        self._conversions = get_model_conversion_mapping(self.model)
+        self._conversions: Any = get_model_conversion_mapping(self.model)
         self._empty = dict(self.model.named_parameters(remove_duplicate=False))
         self.missing: set[str] = set()  # parameters that the last `load` did not fill
 

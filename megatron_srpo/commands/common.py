@@ -51,7 +51,8 @@ class Parser(argparse.ArgumentParser):
             message = f"{match[1]}: expected {kind}, not {match[3]}"
         elif match := re.match(r"the following arguments are required: (.*)", message):
             message = f"expected {match[1].replace(', ', ' and ')}, which is missing"
-        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+        print(f"{self.prog}: error: {message}; see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(2)
 
     def _refuse(self, text: str, arguments: argparse.Namespace) -> NoReturn:
         """Report an argument that the chosen command does not have, with the nearest option or key."""

@@ -205,7 +205,11 @@ class HFFolder:
     def encode(self, messages: list[dict[str, str]], enable_thinking: bool = False) -> list[int]:
         """Return the token ids of chat messages, with the assistant's generation header."""
         tokenizer = self.tokenizer
-        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": enable_thinking}
+        options: dict[str, Any] = {
+            "tokenize": False,
+            "add_generation_prompt": True,
+            "enable_thinking": enable_thinking,
+        }
         if self._dated_template is not None:
             options["chat_template"] = self._dated_template
         try:

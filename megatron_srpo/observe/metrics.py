@@ -147,7 +147,8 @@ def _row_problem(row: dict[str, Any]) -> str | None:
         elif key == "weight_version":
             fits = isinstance(value, str)
         else:  # null: a number that was not finite
-            fits = type(value) in (int, float) and abs(value) < 1e300 or value is None and key not in required
+            is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+            fits = is_number or (value is None and key not in required)
         if not fits:
             return f"{key}: found {str(value)[:40]!r}, expected {_EXPECTED.get(key, 'a number')}"
     return None

@@ -61,8 +61,8 @@ def _same(gold: Form, given: Form, tolerance: Fraction | None = None) -> bool:
         if interval is not None:
             return isinstance(gold, Items) and _same_items(gold, interval, tolerance)
         return _value_of_chain(given, gold, tolerance)
-    if isinstance(gold, Relation):
-        return _same_relation(gold, given, tolerance)
+    if isinstance(gold, Relation) or isinstance(given, Relation):
+        return isinstance(gold, Relation) and _same_relation(gold, given, tolerance)
     if isinstance(gold, Items) or isinstance(given, Items):
         return isinstance(gold, Items) and isinstance(given, Items) and _same_items(gold, given, tolerance)
     if isinstance(gold, Words) and isinstance(given, Words):
@@ -214,7 +214,7 @@ def _same_equation(gold: Relation, given: Relation, tolerance: Fraction | None) 
     if is_equation and _is_name(gold.sides[0]) and _is_name(given.sides[0]):
         if not _same(gold.sides[0], given.sides[0]):
             return False
-        value = Relation(given.sides[1:], given.signs[1:]) if len(given.sides) > 2 else given.sides[1]
+        value = Relation(given.sides[1:], given.signs[1:]) if len(given.sides) > 2 else given.sides[-1]
         if _same(gold.sides[-1], value, tolerance):
             return True
     if len(gold.sides) != 2 or len(given.sides) != 2:
@@ -400,9 +400,15 @@ def _evaluated(expression: Any) -> tuple[Fraction, Fraction] | None:
     if not size.is_Float or not size.is_finite or size > sympy.Float(10) ** LARGEST_EXPONENT:
         return None
     digits = 100 + max(0, int(sympy.log(size, 10)) if size > 1 else 0)
-    parts = [sympy.Rational(sympy.Float(part, digits)) for part in sympy.N(expression, digits).as_real_imag()]
-    real, imaginary = (Fraction(int(part.p), int(part.q)) for part in parts)
-    return real, imaginary
+    real, imaginary = sympy.N(expression, digits).as_real_imag()
+    return _fraction(real, digits), _fraction(imaginary, digits)
+
+
+def _fraction(number: Any, digits: int) -> Fraction:
+    import sympy
+
+    exact: Any = sympy.Rational(sympy.Float(number, digits))
+    return Fraction(int(exact.p), int(exact.q))
 
 
 def _same_value(
@@ -413,14 +419,14 @@ def _same_value(
     infinite = {sympy.oo, -sympy.oo}
     if first in infinite or second in infinite:
         return first == second
-    values = _evaluated(first), _evaluated(second)
-    if values[0] is None or values[1] is None:
+    one_value, other_value = _evaluated(first), _evaluated(second)
+    if one_value is None or other_value is None:
         return False
     decimals = [number.digits for number in (one, other) if number is not None and number.digits is not None]
     if first.has(sympy.Float) and one is None or second.has(sympy.Float) and other is None:
         decimals.append(DIGITS)
-    for left, right in zip(*values, strict=True):
-        size = max(abs(part) for pair in values if pair is not None for part in pair)
+    size = max(map(abs, (*one_value, *other_value)))
+    for left, right in zip(one_value, other_value, strict=True):
         if abs(left - right) <= min(size, 1) * _TINY or (
             tolerance is not None and abs(left - right) <= tolerance
         ):
