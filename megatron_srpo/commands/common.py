@@ -59,7 +59,7 @@ class Parser(argparse.ArgumentParser):
         name, _, value = text.partition("=")
         key = name.lstrip("-").replace("-", "_")
         commands = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
-        command = commands[0].choices[arguments.command] if commands else self
+        command: argparse.ArgumentParser = commands[0].choices[arguments.command] if commands else self
         options = [option for action in command._actions for option in action.option_strings]
         message = f"unknown argument {text!r}"
         if near := difflib.get_close_matches(name, options, n=1, cutoff=0.7):

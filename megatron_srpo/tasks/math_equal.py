@@ -214,7 +214,8 @@ def _same_equation(gold: Relation, given: Relation, tolerance: Fraction | None) 
     if is_equation and _is_name(gold.sides[0]) and _is_name(given.sides[0]):
         if not _same(gold.sides[0], given.sides[0]):
             return False
-        value = Relation(given.sides[1:], given.signs[1:]) if len(given.sides) > 2 else given.sides[-1]
+        rest = list(given.sides[1:])
+        value = Relation(tuple(rest), given.signs[1:]) if len(rest) > 1 else rest[0]
         if _same(gold.sides[-1], value, tolerance):
             return True
     if len(gold.sides) != 2 or len(given.sides) != 2:
