@@ -54,7 +54,7 @@ class Parser(argparse.ArgumentParser):
         print(f"{self.prog}: error: {message}; see {self.prog} --help", file=sys.stderr)
         raise SystemExit(2)
 
-    def _refuse(self, text: str, arguments: argparse.Namespace) -> NoReturn:
+    def _refuse(self, text: str, arguments: argparse.Namespace) -> None:
         """Report an argument that the chosen command does not have, with the nearest option or key."""
         name, _, value = text.partition("=")
         key = name.lstrip("-").replace("-", "_")
