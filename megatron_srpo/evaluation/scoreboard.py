@@ -106,7 +106,7 @@ class _TaskScores(BaseModel, strict=True, allow_inf_nan=False):
 
 
 class _Result(BaseModel, strict=True):
-    """What `compare` reads of result.json."""
+    """The values of result.json that `compare` reads."""
 
     model: str
     tasks: dict[str, _TaskScores] = Field(min_length=1)

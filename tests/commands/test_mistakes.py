@@ -256,7 +256,7 @@ QUESTION_FILES = [
     ("roles.jsonl task.verifier=math", "roles.jsonl:1: messages: expected system messages"),
     ("questions.csv task.verifier=math", "questions.csv is neither a folder nor a .jsonl file"),
     ("empty_folder task.verifier=math", "empty_folder has neither train.jsonl nor test.jsonl"),
-    ("syntax.py", "syntax.py cannot be run: SyntaxError"),
+    ("syntax.py", "syntax.py:2: cannot be run: SyntaxError"),
     ("no_class.py", "no_class.py: expected one class with size, prompt and verify, found 0"),
     ("not_static.py", "Mine.verify must be a @staticmethod"),
 ]
