@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from megatron_srpo.config.base import ConfigError
+from megatron_srpo.data.visible import visible
 
 HELP = "compare evaluations with the first one, by a paired bootstrap over questions"
 
@@ -19,5 +20,5 @@ def run(arguments: argparse.Namespace) -> int:
 
     if len(arguments.results) < 2:
         raise ConfigError("compare: expected two folders or more")
-    print(compare(arguments.results))
+    print(visible(compare(arguments.results)))
     return 0

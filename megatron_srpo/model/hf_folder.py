@@ -21,6 +21,7 @@ FLOATS = ("F32", "BF16", "F16")  # dtypes of weights, by safetensors' names
 
 # The date in prompts of chat templates that ask for today's; Llama's templates use it if they have no clock.
 TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
+_PROMPT_TAIL = 16  # tokens that hold a `<think>` and the white space after it
 _CLOCK_USE = re.compile(r"\bstrftime_now\s*\(")
 _CLOCK = re.compile(r"""\bstrftime_now\s*\(\s*(["'])([^"']*)\1\s*\)""")
 
@@ -194,13 +195,16 @@ class HFFolder:
         special = {token for token in written if token in added and added[token].special}
         return frozenset({*special, *self.stop_ids, tokenizer.pad_token_id, tokenizer.bos_token_id})
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], prompt_ids: Sequence[int] = ()) -> str:
         """Return a response's text without the tokens that separate turns.
 
-        Other special tokens stay: in some tokenizers `<answer>` and `<think>` are such tokens.
+        Other special tokens stay: in some tokenizers `<answer>` and `<think>` are such tokens. A `<think>` that
+        ends the prompt, by the chat template, comes first: without it, unfinished thinking looks like text.
         """
         kept = [token for token in ids if token not in self._turn_ids]
-        return self.tokenizer.decode(kept, skip_special_tokens=False)
+        text = self.tokenizer.decode(kept, skip_special_tokens=False)
+        prompt = self.tokenizer.decode(list(prompt_ids[-_PROMPT_TAIL:]), skip_special_tokens=False)
+        return f"<think>{text}" if prompt.rstrip().endswith("<think>") else text
 
     def encode(self, messages: list[dict[str, str]], enable_thinking: bool = False) -> list[int]:
         """Return the token ids of chat messages, with the assistant's generation header."""

@@ -162,7 +162,7 @@ class Collector:
     def _sample(self, prompt: Prompt, index: int, completion: Completion) -> Sample:
         ids, logprobs = tuple(completion.ids), tuple(completion.logprobs)
         segments = (Segment(ids=ids, logprobs=logprobs, versions=tuple(completion.versions)),)
-        text = self.folder.decode(completion.ids)
+        text = self.folder.decode(completion.ids, prompt.ids)
         reason = completion.finish_reason
         return Sample(prompt=prompt, index=index, segments=segments, finish_reason=reason, text=text)
 

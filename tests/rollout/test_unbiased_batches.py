@@ -22,7 +22,7 @@ ALONE = SimpleNamespace(rank=0, world_size=1, gather_bytes=lambda mine, backgrou
 FOLDER = SimpleNamespace(
     encode=lambda messages, thinking: (1,),
     stop_ids=(2,),
-    decode=lambda ids: "",
+    decode=lambda ids, prompt_ids: "",
 )
 LONG, LONG_SHARE = 24, 0.034
 PROMPTS = 20_000
