@@ -198,8 +198,8 @@ class HFFolder:
     def decode(self, ids: Sequence[int], prompt_ids: Sequence[int] = ()) -> str:
         """Return a response's text without the tokens that separate turns.
 
-        Other special tokens stay: in some tokenizers `<answer>` and `<think>` are such tokens. A `<think>` that
-        ends the prompt, by the chat template, comes first: without it, unfinished thinking looks like text.
+        Other special tokens stay: in some tokenizers `<answer>` and `<think>` are such tokens. If the chat
+        template ends the prompt with `<think>`, the text begins with it: it shows that thinking has not ended.
         """
         kept = [token for token in ids if token not in self._turn_ids]
         text = self.tokenizer.decode(kept, skip_special_tokens=False)
