@@ -199,7 +199,7 @@ class HFFolder:
         """Return a response's text without the tokens that separate turns.
 
         Other special tokens stay: in some tokenizers `<answer>` and `<think>` are such tokens. If the chat
-        template ends the prompt with `<think>`, the text begins with it: it shows that thinking has not ended.
+        template ends the prompt with `<think>`, the text begins with it, so that unfinished thinking is seen.
         """
         kept = [token for token in ids if token not in self._turn_ids]
         text = self.tokenizer.decode(kept, skip_special_tokens=False)
