@@ -77,7 +77,7 @@ class Watchdog:
                 if reason is not None:
                     self._end_run(leads=self._claim(reason))
         finally:
-            faulthandler.cancel_dump_traceback_later()  # without this thread, nobody would set it again
+            faulthandler.cancel_dump_traceback_later()  # without this thread it would not be set again
 
     def _write_state(self) -> None:
         """Write this rank's state (`distributed/heartbeat.py`) if it changed, else only the file's time."""

@@ -18,7 +18,8 @@ LONGEST_NUMBER = 400  # digits
 _TINY = Fraction(1, 10**80)  # relative difference of exact values, which are computed to 100 digits
 _PLAIN = re.compile(r"([+-]?)\s*(\d+\.?\d*|\.\d+)(?:[eE]([+-]?\d+))?")
 _SCIENTIFIC = re.compile(
-    r"([+-]?)\s*(?:(\d+\.?\d*|\.\d+)\s*(?:\\times|\\cdot|x)\s*)?10\s*\^\s*(?:\{\s*([+-]?\s*\d+)\s*\}|([+-]?\d+))"
+    r"([+-]?)\s*(?:(\d+\.?\d*|\.\d+)\s*(?:\\times|\\cdot|x)\s*)?"
+    r"10\s*\^\s*(?:\{\s*([+-]?\s*\d+)\s*\}|([+-]?\d+))"
 )
 _QUOTIENT = re.compile(r"([+-]?)\s*(?:(\d+)\s*\\frac|\\frac)\s*\{\s*([+-]?\d+)\s*\}\s*\{\s*([+-]?\d+)\s*\}")
 _SHORT_QUOTIENT = re.compile(r"([+-]?)\s*(\d*)\s*\\frac\s*(\d)\s*(\d)|([+-]?)()(\d+)\s*/\s*(\d+)")
