@@ -10,7 +10,6 @@ from pathlib import Path
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.load import save_config
 from megatron_srpo.config.schema import Config, ResumeSection
-from megatron_srpo.data.rollout_file import dump
 from megatron_srpo.distributed.heartbeat import PROGRESS
 from megatron_srpo.distributed.layout import Layout, process_group
 from megatron_srpo.evaluation.run import stored_weights
@@ -20,7 +19,7 @@ from megatron_srpo.observe.session import run_session
 from megatron_srpo.observe.stopwatch import Stopwatch
 from megatron_srpo.observe.terminal import Terminal
 from megatron_srpo.preflight import preflight
-from megatron_srpo.rollout.collect import exchange
+from megatron_srpo.rollout.exchange import share_outlines, write_samples
 from megatron_srpo.rollout.route import route
 from megatron_srpo.rollout.source import open_rollouts
 
@@ -67,11 +66,10 @@ def _sample_steps(config: Config, folder: HFFolder, layout: Layout, terminal: Te
         for step in range(1, config.train.steps + 1):
             PROGRESS.step = step
             with watch("rollout"):
-                groups = rollouts.collect(step)
-                groups = exchange(route(groups, step, config, folder), layout)
-                if is_first:
-                    dump(groups, directory / "rollouts", step)
-            row = {"step": step, **rollout_metrics(groups), **rollouts.metrics, **watch.read()}
+                groups = route(rollouts.collect(step), step, config, folder)
+                outlines = share_outlines(groups, layout)
+                write_samples(groups, directory / "rollouts", step, layout)
+            row = {"step": step, **rollout_metrics(outlines), **rollouts.metrics, **watch.read()}
             metrics.write(row)
             terminal.say(
                 f"step {step:>4}/{config.train.steps}  pass {row['pass_rate']:.3f}"

@@ -16,7 +16,7 @@ from megatron_srpo.observe.session import run_session
 from megatron_srpo.observe.stopwatch import Stopwatch
 from megatron_srpo.observe.terminal import Terminal
 from megatron_srpo.preflight import describe_setup, preflight
-from megatron_srpo.rollout.collect import exchange
+from megatron_srpo.rollout.exchange import deliver, share_outlines
 from megatron_srpo.rollout.route import route
 from megatron_srpo.rollout.source import open_rollouts
 from megatron_srpo.training.step_dump import StepDump
@@ -115,20 +115,22 @@ class Training:
         """Run one training step: sample, route, score, update, publish. Raises TrainingStopped."""
         rollouts, trainer, watch = self.rollouts, self.trainer, self.watch
         with watch("rollout"):
-            groups = rollouts.collect(step)
-            groups = exchange(route(groups, step, self.config, self.folder), self.layout)
+            groups = route(rollouts.collect(step), step, self.config, self.folder)
+            outlines = share_outlines(groups, self.layout)
             rollouts.release_memory()
             self.dump.samples(step, groups)
+            plans = trainer.plan(outlines)
+            samples = deliver(groups, outlines, plans, self.layout)
         with trainer.onloaded():
             with watch("teacher"):
-                batches = trainer.pack(groups)
+                batches = trainer.build(plans, samples)
                 scores = trainer.score_teacher(batches)
             with watch("update"):
-                values = self.dump.token_values(step, groups)
+                values = self.dump.token_values(step, outlines)
                 report = trainer.update(batches, scores, values)
-                self.dump.tokens(step, groups, values)
+                self.dump.tokens(step, values)
         self._publish(step)
-        self.reporter.step(step, groups, report, {**rollouts.metrics, **watch.read()})
+        self.reporter.step(step, outlines, report, {**rollouts.metrics, **watch.read()})
 
     def _publish(self, step: int) -> None:
         with self.watch("publish"):

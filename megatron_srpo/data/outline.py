@@ -8,30 +8,47 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_srpo.data.records import Group, Route, Sample
+from megatron_srpo.data.records import Group, Route, Sample, SampleKey, Verdict
 
 
 @dataclass(frozen=True, slots=True)
 class Outline:
     """A routed sample without its tokens."""
 
+    prompt_id: str
+    task: str
+    index: int  # position in its group
     prompt_tokens: int
     segments: tuple[tuple[Literal["policy", "environment"], int], ...]  # (author, number of tokens)
     routed: Route  # without `teacher_ids`
     teacher_tokens: int  # of the teacher's prompt, 0 without one
     teacher_of: int  # index in the group of the first sample that has the same teacher's prompt
+    judged: Verdict  # without `feedback`
+    finish_reason: Literal["stop", "length", "abort"]
+    versions: tuple[str, ...]  # weight versions of its spans of tokens, in order
 
     @classmethod
     def of(cls, sample: Sample, teacher_of: int) -> Outline:
         """Return the outline of a routed sample."""
         route = sample.routed
         return cls(
+            prompt_id=sample.prompt.id,
+            task=sample.prompt.task,
+            index=sample.index,
             prompt_tokens=len(sample.prompt.ids),
             segments=tuple((segment.author, len(segment.ids)) for segment in sample.segments),
             routed=route.model_copy(update={"teacher_ids": None}),
             teacher_tokens=len(route.teacher_ids or ()),
             teacher_of=teacher_of,
+            judged=sample.judged.model_copy(update={"feedback": None}),
+            finish_reason=sample.finish_reason,
+            versions=tuple(version for version, _, _ in sample.versions),
         )
+
+    @property
+    def key(self) -> SampleKey:
+        """What identifies the sample in its run."""
+        return self.prompt_id, self.index
 
     @property
     def policy_positions(self) -> list[int]:

@@ -2,12 +2,12 @@
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_srpo.data.atomic import atomic_file
-from megatron_srpo.data.records import Group
+from megatron_srpo.data.records import Group, Sample
 
 
 def step_file(folder: Path, step: int) -> Path:
@@ -16,12 +16,23 @@ def step_file(folder: Path, step: int) -> Path:
     return (inner if inner.is_dir() else folder) / f"step_{step:06d}.jsonl"
 
 
-def dump(groups: Sequence[Group], folder: Path, step: int) -> None:
-    """Write the step's samples atomically."""
+def encode_sample(sample: Sample, step: int) -> bytes:
+    """Return a sample's line."""
+    row = {"step": step, **sample.model_dump(mode="json")}
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode()
+
+
+def write_step(lines: Iterable[bytes], folder: Path, step: int) -> None:
+    """Write the lines of a step's samples atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(step_file(folder, step)) as out:
-        for sample in itertools.chain.from_iterable(groups):
-            out.write(json.dumps({"step": step, **sample.model_dump(mode="json")}, ensure_ascii=False) + "\n")
+        out.buffer.writelines(lines)
+
+
+def dump(groups: Sequence[Group], folder: Path, step: int) -> None:
+    """Write the samples of all groups of a step atomically."""
+    samples = itertools.chain.from_iterable(groups)
+    write_step((encode_sample(sample, step) for sample in samples), folder, step)
 
 
 def policy_tokens(row: dict[str, Any]) -> int:

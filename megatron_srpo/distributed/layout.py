@@ -4,7 +4,7 @@ import datetime
 import gc
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,8 @@ import torch.distributed as dist
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.schema import ParallelSection
 from megatron_srpo.distributed.megatron import parallel_state, tensor_parallel
-from megatron_srpo.distributed.processes import gather_bytes, under_torchrun, world_size_from_environment
+from megatron_srpo.distributed.messages import exchange_bytes, gather_bytes, gather_on_first
+from megatron_srpo.distributed.processes import under_torchrun, world_size_from_environment
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,17 @@ class Layout:
     is_last_stage: bool = True
     owns_process_group: bool = False
     background_group: dist.ProcessGroup | None = None  # all ranks, gloo: may overlap collectives of training
+
+    def data_rank_of(self, rank: int) -> int:
+        """Return the data-parallel rank of `rank`, in Megatron's order: TP, CP, DP, PP from the innermost."""
+        inner = self.tensor_parallel_size * self.context_parallel_size
+        return rank // inner % self.data_parallel_size
+
+    def replica_ranks(self, data_rank: int) -> list[int]:
+        """Return the ranks that train the same samples: those with this data-parallel rank, ascending."""
+        inner = self.tensor_parallel_size * self.context_parallel_size
+        firsts = range(data_rank * inner, self.world_size, inner * self.data_parallel_size)
+        return [first + place for first in firsts for place in range(inner)]
 
     @property
     def data_parallel_group(self) -> dist.ProcessGroup:
@@ -69,6 +81,23 @@ class Layout:
         if background:
             return gather_bytes(own, torch.device("cpu"), self.background_group)
         return gather_bytes(own, self.device)
+
+    def exchange_bytes(
+        self, outgoing: Mapping[int, bytes], incoming: Mapping[int, int], background: bool = False
+    ) -> dict[int, bytes]:
+        """Send a message to each rank of `outgoing`; return those of the ranks in `incoming` (bytes each).
+
+        `background` as in `gather_bytes`.
+        """
+        if self.world_size == 1:
+            return {rank: message for rank, message in outgoing.items() if message}
+        if background:
+            return exchange_bytes(outgoing, incoming, torch.device("cpu"), self.background_group)
+        return exchange_bytes(outgoing, incoming, self.device)
+
+    def gather_on_first(self, own: Sequence[bytes]) -> list[list[bytes]]:
+        """Return every rank's list of bytes, in rank order, on the first rank, and [] on the others."""
+        return [list(own)] if self.world_size == 1 else gather_on_first(own, self.device)
 
     def gather_json(self, own: Any, background: bool = False) -> list[Any]:
         """Return every rank's JSON value, in rank order, on every rank; `background` as in `gather_bytes`."""
@@ -145,7 +174,7 @@ def initialize(parallel: ParallelSection, seed: int) -> Layout:
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     background: Any = dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
-    return Layout(
+    layout = Layout(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         device=device,
@@ -161,6 +190,8 @@ def initialize(parallel: ParallelSection, seed: int) -> Layout:
         owns_process_group=owns_process_group,
         background_group=background,
     )
+    assert layout.data_rank_of(layout.rank) == layout.data_parallel_rank
+    return layout
 
 
 def random_states() -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Processes without Megatron: torchrun's rank and world size, and exchange of bytes."""
+"""Processes without Megatron: torchrun's rank and world size, and a command-line tool's processes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_srpo.config.base import ConfigError
+from megatron_srpo.distributed.messages import gather_bytes
 
 
 def world_size_from_environment() -> int:
@@ -54,22 +55,6 @@ def wait_for_first_rank(rank: int) -> None:
     """Wait on all other ranks until rank 0 has printed a common error: torchrun kills all when one exits."""
     if rank > 0:
         time.sleep(5)
-
-
-def gather_bytes(mine: bytes, device: torch.device, group: dist.ProcessGroup | None = None) -> list[bytes]:
-    """Return every rank's bytes, in rank order, on every rank of the group (default: all). No pickle."""
-    world_size = dist.get_world_size()
-    sizes = torch.zeros(world_size, dtype=torch.long, device=device)
-    sizes[dist.get_rank()] = len(mine)
-    dist.all_reduce(sizes, group=group)
-    longest = max(int(sizes.max()), 1)  # not every backend supports an empty collective
-    buffer = torch.zeros(longest, dtype=torch.uint8, device=device)
-    own = torch.frombuffer(bytearray(mine or b"\0"), dtype=torch.uint8)
-    buffer[: len(mine)] = own[: len(mine)].to(device)
-    everything = torch.empty(world_size * longest, dtype=torch.uint8, device=device)
-    dist.all_gather_into_tensor(everything, buffer, group=group)
-    rows = everything.view(world_size, longest).cpu()
-    return [bytes(row[:size].numpy()) for row, size in zip(rows, sizes.tolist(), strict=True)]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_srpo.data.histogram import quantile
-from megatron_srpo.data.records import Group, Sample
+from megatron_srpo.data.outline import Outline, OutlineGroup
 from megatron_srpo.data.update_report import UpdateReport
 from megatron_srpo.distributed.files import JsonLines, SavedFile, describe, read_jsonl, write_text
 
@@ -27,11 +27,11 @@ def _share(conditions: Sequence[bool]) -> float:
     return _mean([float(condition) for condition in conditions])
 
 
-def _tokens(samples: Sequence[Sample]) -> int:
+def _tokens(samples: Sequence[Outline]) -> int:
     return sum(sample.policy_tokens for sample in samples)
 
 
-def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
+def rollout_metrics(groups: Sequence[OutlineGroup]) -> dict[str, float]:
     """Compute a step's metrics; excluded samples count in lengths, truncations, verifier failures only."""
     samples = [sample for group in groups for sample in group]
     judged = [sample for sample in samples if not sample.judged.excluded]
@@ -56,12 +56,12 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     }
 
 
-def _by_task(samples: Sequence[Sample]) -> dict[str, float]:
+def _by_task(samples: Sequence[Outline]) -> dict[str, float]:
     """Compute the most important metrics of each task if there are several."""
     rows: dict[str, float] = {}
-    names = sorted({sample.prompt.task for sample in samples})
+    names = sorted({sample.task for sample in samples})
     for name in names if len(names) > 1 else ():
-        own = [sample for sample in samples if sample.prompt.task == name]
+        own = [sample for sample in samples if sample.task == name]
         judged = [sample for sample in own if not sample.judged.excluded]
         rows |= {
             f"prompt_share/{name}": len(own) / len(samples),
@@ -73,13 +73,13 @@ def _by_task(samples: Sequence[Sample]) -> dict[str, float]:
     return rows
 
 
-def version_metrics(groups: Sequence[Group], step: int) -> dict[str, Any]:
+def version_metrics(groups: Sequence[OutlineGroup], step: int) -> dict[str, Any]:
     """Return the newest weight version that sampled the groups, and the age of each sample's oldest token."""
     versions = []
     for sample in (sample for group in groups for sample in group):
-        versions.append([int(version) for version, _, _ in sample.versions if version.isdigit()])
+        versions.append([int(version) for version in sample.versions if version.isdigit()])
     behind = [step - 1 - min(of_sample) for of_sample in versions if of_sample]
-    newest = str(max(map(max, filter(None, versions)), default=groups[0][0].versions[-1][0]))
+    newest = str(max(map(max, filter(None, versions)), default=groups[0][0].versions[-1]))
     ages = {"staleness_mean": _mean(behind), "staleness_max": max(behind, default=0)}
     return {"weight_version": newest, **ages}
 

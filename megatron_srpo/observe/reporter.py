@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_srpo.config.schema import Config
-from megatron_srpo.data.records import Group
+from megatron_srpo.data.outline import OutlineGroup
 from megatron_srpo.data.update_report import UpdateReport
 from megatron_srpo.distributed.files import SavedFile
 from megatron_srpo.distributed.layout import Layout
@@ -58,7 +58,9 @@ class Reporter:
         self._rows = self._layout.broadcast(recent)  # only the first rank has read them
         self.skipped_in_a_row = skipped_in_a_row
 
-    def step(self, step: int, groups: Sequence[Group], report: UpdateReport, extra: dict[str, Any]) -> None:
+    def step(
+        self, step: int, groups: Sequence[OutlineGroup], report: UpdateReport, extra: dict[str, Any]
+    ) -> None:
         """Write the row of `step` (from 1) with `extra` metrics and raise alarms, or TrainingStopped."""
         row = {"step": step, **update_metrics(report), **rollout_metrics(groups)}
         row |= version_metrics(groups, step) | extra
@@ -132,16 +134,14 @@ class Reporter:
             if alarm.name in self._config.logging.stop_on:
                 raise TrainingStopped(f"step {step}: alarm {alarm.name} (logging.stop_on): {alarm.finding}")
 
-    def _show_verifier_failure(self, step: int, groups: Sequence[Group]) -> None:
+    def _show_verifier_failure(self, step: int, groups: Sequence[OutlineGroup]) -> None:
         """Print the run's first failure of a verifier, with its place in the verifier's file."""
         samples = [sample for group in groups for sample in group]
         failed = next((sample for sample in samples if sample.judged.verifier_failed is not None), None)
         if failed is None or self._has_shown_failure:
             return
         self._has_shown_failure = True
-        which = (
-            f"the verifier of task {failed.prompt.task} failed on {failed.prompt.id}, sample {failed.index}"
-        )
+        which = f"the verifier of task {failed.task} failed on {failed.prompt_id}, sample {failed.index}"
         others = "later failures count in verifier_failed_share"
         self._terminal.say(f"step {step}: {which}: {failed.judged.verifier_failed}; {others}", "bold red")
 

@@ -10,28 +10,29 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from megatron_srpo.config.base import ConfigError
-from megatron_srpo.data.records import Group, Sample, SampleKey
+from megatron_srpo.data.outline import Outline, OutlineGroup
+from megatron_srpo.data.records import SampleKey
 from megatron_srpo.data.rollout_file import step_file
 from megatron_srpo.distributed.files import read_jsonl, write_text
 
 NUMBERS = ("logprob", "teacher_logprob", "entropy", "teacher_entropy", "divergence", "weight")
 
 
-def choose(groups: Sequence[Group], count: int) -> list[SampleKey]:
+def choose(groups: Sequence[OutlineGroup], count: int) -> list[SampleKey]:
     """Choose `count` samples: in turn distilled, failed without a teacher, correct; of many prompts."""
-    kinds: tuple[list[Sample], ...] = ([], [], [])
+    kinds: tuple[list[Outline], ...] = ([], [], [])
     for sample in chain.from_iterable(groups):
         is_distilled = sample.routed.distillation_weight > 0
         kinds[0 if is_distilled else 2 if sample.judged.correct else 1].append(sample)
     turns = (_prompt_after_prompt(kind) for kind in kinds)
     chosen = [sample for turn in zip_longest(*turns) for sample in turn if sample is not None]
-    return [(sample.prompt.id, sample.index) for sample in chosen[:count]]
+    return [sample.key for sample in chosen[:count]]
 
 
-def _prompt_after_prompt(samples: Sequence[Sample]) -> list[Sample]:
-    by_prompt: dict[str, list[Sample]] = {}
+def _prompt_after_prompt(samples: Sequence[Outline]) -> list[Outline]:
+    by_prompt: dict[str, list[Outline]] = {}
     for sample in samples:
-        by_prompt.setdefault(sample.prompt.id, []).append(sample)
+        by_prompt.setdefault(sample.prompt_id, []).append(sample)
     return [sample for sample in chain.from_iterable(zip_longest(*by_prompt.values())) if sample is not None]
 
 
@@ -44,9 +45,8 @@ Decode = Callable[[Sequence[int]], str]  # token ids to text
 Rows = Sequence[Mapping[str, Any]]
 
 
-def write_tokens(rows: Rows, groups: Sequence[Group], decode: Decode, folder: Path, step: int) -> None:
+def write_tokens(rows: Rows, decode: Decode, folder: Path, step: int) -> None:
     """Write the rows of `TokenValues.gather`, each token id replaced by its text, in one atomic file."""
-    ids_of = {(sample.prompt.id, sample.index): sample.policy_ids for group in groups for sample in group}
 
     @cache
     def text(token: int) -> str:
@@ -54,7 +54,7 @@ def write_tokens(rows: Rows, groups: Sequence[Group], decode: Decode, folder: Pa
 
     lines = []
     for row in rows:
-        tokens = {"tokens": [text(token) for token in ids_of[row["prompt_id"], row["index"]]]}
+        tokens = {"tokens": [text(token) for token in row["tokens"]]}
         tops: dict[str, Any] = {}
         for key in ("top", "teacher_top"):
             if key in row:

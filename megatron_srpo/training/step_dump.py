@@ -4,10 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_srpo.config.schema import LoggingSection
+from megatron_srpo.data.outline import OutlineGroup
 from megatron_srpo.data.records import Group
-from megatron_srpo.data.rollout_file import dump
 from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.observe.tokens import choose, write_tokens
+from megatron_srpo.rollout.exchange import write_samples
 from megatron_srpo.training.token_values import TokenValues
 
 
@@ -21,19 +22,19 @@ class StepDump:
     decode: Callable[[Sequence[int]], str]  # token ids to text
 
     def samples(self, step: int, groups: Sequence[Group]) -> None:
-        """Write the samples of `step`, if logging.rollouts is set."""
-        if self.settings.rollouts and self.layout.rank == 0:
-            dump(groups, self.settings.dir / "rollouts", step)
+        """Write the samples of `step`, if logging.rollouts is set; `groups` are this rank's. A collective."""
+        if self.settings.rollouts:
+            write_samples(groups, self.settings.dir / "rollouts", step, self.layout)
 
-    def token_values(self, step: int, groups: Sequence[Group]) -> TokenValues | None:
+    def token_values(self, step: int, groups: Sequence[OutlineGroup]) -> TokenValues | None:
         """Return a recorder for the updates of `step`, or None if its tokens are not dumped."""
         every = self.settings.tokens_every
         if not self.settings.rollouts or not every or (step != 1 and step % every != 0):
             return None
         return TokenValues(choose(groups, self.settings.tokens_samples), self.layout, self.temperature)
 
-    def tokens(self, step: int, groups: Sequence[Group], values: TokenValues | None) -> None:
+    def tokens(self, step: int, values: TokenValues | None) -> None:
         """Write the token values that all ranks recorded. A collective."""
         rows = values.gather() if values is not None else []
-        if rows and self.layout.rank == 0:
-            write_tokens(rows, groups, self.decode, self.settings.dir / "rollouts", step)
+        if rows:  # on rank 0
+            write_tokens(rows, self.decode, self.settings.dir / "rollouts", step)

@@ -1,5 +1,6 @@
 """Per-token values of the loss, for a few samples that people will look at."""
 
+import json
 from collections.abc import Collection
 from itertools import chain
 from typing import Any
@@ -21,8 +22,8 @@ TOP = 5
 class TokenValues:
     """A recorder of per-token values of the `chosen` samples (the same on all ranks) during an update.
 
-    A row holds lists with one value per policy token, in nats at the rollout temperature. logprob is the
-    policy's before the update; top and teacher_top are the likeliest [id, logprob] pairs.
+    A row holds lists with one value per policy token, in nats at the rollout temperature. tokens are the ids;
+    logprob is the policy's before the update; top and teacher_top are the likeliest [id, logprob] pairs.
     """
 
     def __init__(self, chosen: Collection[SampleKey], layout: Layout, temperature: float):
@@ -70,13 +71,14 @@ class TokenValues:
                     "teacher_logprob": _short(top.target_logprob),
                     "teacher_top": _pairs(top.ids, top.logprobs),
                 }
-            self.rows.append(row)
+            self.rows.append({**row, "tokens": ids.tolist()})
 
     def gather(self) -> list[dict[str, Any]]:
-        """Return all ranks' rows on every rank; joins a sample's context-parallel parts. A collective."""
+        """Return all ranks' rows on rank 0, [] on others; joins context-parallel parts. A collective."""
         has_rows = self.layout.is_last_stage and self.layout.tensor_parallel_rank == 0
         merged: dict[SampleKey, dict[str, Any]] = {}
-        for row in chain.from_iterable(self.layout.gather_json(self.rows if has_rows else [])):
+        rows = self.layout.gather_on_first([json.dumps(row).encode() for row in self.rows if has_rows])
+        for row in map(json.loads, chain.from_iterable(rows)):
             before = merged.setdefault((row["prompt_id"], row["index"]), row)
             if before is not row:  # ranks are in the order of their parts (ContextParallel.share)
                 for name, values in row.items():

@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 from tiny import save_folder
@@ -17,13 +16,14 @@ from megatron_srpo.algorithm.routing import has_signal
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.load import load_config
 from megatron_srpo.data.records import Prompt, Verdict
+from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.batch import BatchBuilder
 from megatron_srpo.rollout.collect import Collector
 from megatron_srpo.rollout.engine import Completion
 from megatron_srpo.rollout.ledger import Ledger, carried_groups, carried_text
 
-ALONE = SimpleNamespace(rank=0, world_size=1, gather_bytes=lambda mine, background=False: [mine])
+ALONE = Layout()
 
 
 class Engine:
@@ -204,13 +204,32 @@ def test_finished_samples_are_not_sampled_again(make):
     assert again.build(1).groups == expected and engine.asked == []
 
 
-def gather(meeting, shown, rank, mine, background):
-    """Exchange between two threads, one for each of two ranks."""
-    shown[rank] = mine
-    meeting.wait()
-    everyone = [*shown]
-    meeting.wait()
-    return everyone
+class Rank:
+    """A layout whose ranks are threads."""
+
+    def __init__(self, rank, meeting, shown):
+        self.rank, self.world_size, self.meeting, self.shown = rank, len(shown), meeting, shown
+
+    def gather_bytes(self, mine, background):
+        self.shown[self.rank] = mine
+        self.meeting.wait()
+        everyone = [*self.shown]
+        self.meeting.wait()
+        return everyone
+
+    def exchange_bytes(self, outgoing, incoming, background):
+        everyone = self.gather_bytes(outgoing, background)
+        messages = {rank: sent[self.rank] for rank, sent in enumerate(everyone) if self.rank in sent}
+        assert incoming == {rank: len(message) for rank, message in messages.items()}
+        return messages
+
+
+def on_ranks(ranks, make, work):
+    """Return what work(builder, engine) returns on every rank, each in a thread."""
+    meeting, shown = threading.Barrier(ranks, timeout=20), [b""] * ranks
+    made = [make(Rank(rank, meeting, shown)) for rank in range(ranks)]
+    with ThreadPoolExecutor(ranks) as threads:
+        return list(threads.map(lambda both: work(*both), made))
 
 
 def test_a_later_round_resumes_identically_on_several_ranks(make):
@@ -221,28 +240,57 @@ def test_a_later_round_resumes_identically_on_several_ranks(make):
         dict.fromkeys((1, 3, 4, 5), (1, 1)),
         ["rollout.dynamic_filtering=true", "rollout.over_sampling=1.5"],
     )
-    results = []
-    for _ in range(2):
-        meeting, shown, made = threading.Barrier(2, timeout=20), [b"", b""], []
-        for rank in range(2):
-            layout = SimpleNamespace(
-                rank=rank, world_size=2, gather_bytes=partial(gather, meeting, shown, rank)
-            )
-            made.append(make(script, *settings, "rollout.prompts_per_step=4", layout=layout))
-            made[-1][0].resume(1, 0, [])
-        with ThreadPoolExecutor(2) as ranks:
-            batch = list(ranks.map(lambda both: both[0].build(1), made))
-        left = [(builder.next_prompt, builder.carried, engine.asked) for builder, engine in made]
-        results.append([(one, *rest) for one, rest in zip(batch, left, strict=True)])
-    first, second = results
+
+    def work(builder, engine):
+        builder.resume(1, 0, [])
+        return builder.build(1), builder.state_before(2), engine.asked
+
+    settings.append("rollout.prompts_per_step=4")
+    first, second = (
+        on_ranks(2, lambda layout: make(script, *settings, layout=layout), work) for _ in range(2)
+    )
     assert [names(batch.groups) for batch, *_ in first] == [["p0", "p6"], ["p2", "p7"]]
     assert first[0][0].metrics["rounds"] == 2
-    for (batch, *rest, _), (again, *other, asked) in zip(first, second, strict=True):
-        assert (batch.groups, batch.metrics, rest) == (
-            again.groups,
-            again.metrics,
-            other,
-        ) and not asked  # nothing is left to sample
+    for (batch, state, _), (again, other, asked) in zip(first, second, strict=True):
+        assert (batch, state) == (again, other) and not asked  # nothing is left to sample
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_several_ranks_select_carry_and_continue_together(make, ranks):
+    # A group that changes its rank keeps all its samples; the first rank has what is left over of all ranks,
+    # and a run that resumes with it builds the same next step.
+    script = {number: ((1, 1), (1, 0), (1, 0))[number % 3] for number in range(99)}
+    settings = ["rollout.dynamic_filtering=true", "rollout.over_sampling=2.5", "rollout.prompts_per_step=4"]
+
+    def work(builder, engine):
+        steps, states = [], []
+        for step in (1, 2, 3):
+            engine.version = str(step - 1)
+            states.append(builder.state_before(step))
+            steps.append(builder.build(step))
+        return steps, [*states, builder.state_before(4)]
+
+    found = on_ranks(ranks, lambda layout: make(script, *settings, layout=layout), work)
+    for number in range(3):
+        batches = [steps[number] for steps, _ in found]
+        trained = [batches[place % ranks].groups[place // ranks] for place in range(4)]
+        assert len(set(names(trained))) == 4 and sum(len(batch.groups) for batch in batches) == 4
+        assert all([sample.judged.correct for sample in group] == [True, False] for group in trained)
+        assert all(batch.metrics == batches[0].metrics for batch in batches)
+        first, *others = [states[number + 1] for _, states in found]
+        assert len(first[1]) == batches[0].metrics["groups_carried"]
+        for rank, (next_prompt, carried) in enumerate(others, 1):
+            assert next_prompt == first[0] and carried == first[1][rank::ranks]
+    saved = found[0][1][2]
+    assert saved[1]
+
+    def resume(builder, engine):
+        engine.version = "2"
+        builder.resume(3, *saved)
+        return builder.build(3)
+
+    again = on_ranks(ranks, lambda layout: make(script, *settings, layout=layout), resume)
+    assert again == [steps[2] for steps, _ in found]
 
 
 def test_a_prompt_that_has_changed_is_sampled_again(make, monkeypatch):

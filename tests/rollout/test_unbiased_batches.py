@@ -13,12 +13,13 @@ import pytest
 
 from megatron_srpo.config.rollout_section import RolloutSection
 from megatron_srpo.data.records import Prompt, Verdict
+from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.rollout.batch import BatchBuilder
 from megatron_srpo.rollout.collect import Collector
 from megatron_srpo.rollout.engine import EMPTY, Completion
 from megatron_srpo.rollout.ledger import Ledger
 
-ALONE = SimpleNamespace(rank=0, world_size=1, gather_bytes=lambda mine, background=False: [mine])
+ALONE = Layout()
 FOLDER = SimpleNamespace(
     encode=lambda messages, thinking: (1,),
     stop_ids=(2,),
