@@ -11,15 +11,16 @@ import pytest
 import torch
 from rollouts import write_rollouts
 from simulated import Collectives, simulated
+from thread_ranks import on_ranks
 from tiny import make_model, save_folder
 
 from megatron_srpo.algorithm.routing import route_groups
 from megatron_srpo.config.load import load_config
 from megatron_srpo.config.schema import ParallelSection
-from megatron_srpo.distributed.layout import Layout
+from megatron_srpo.data.outline import outline
 from megatron_srpo.distributed.stop import StopRequest
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.rollout.collect import exchange
+from megatron_srpo.rollout.exchange import deliver, share_outlines
 from megatron_srpo.rollout.ledger import Ledger
 from megatron_srpo.rollout.replay import replay
 from megatron_srpo.training import packing
@@ -57,28 +58,32 @@ def samples_of(groups):
     return [sample for group in groups for sample in group]
 
 
-@pytest.mark.parametrize("ranks", [4, 64])
-def test_exchange(start, ranks):
-    # One message per rank, with its own share; the result is the batch, in order, on any number of ranks.
+def test_exchange(start):
+    # A rank receives an outline of every sample and the tokens that it trains, on any number of ranks.
     groups = start[2]
-    own = {rank: groups[rank::ranks] for rank in range(ranks)}
-    sent: dict[int, list[bytes]] = {}
-    with simulated(0, ranks) as layout, pytest.MonkeyPatch.context() as patch:
+    samples = samples_of(groups)
+    outlines = [outline(group) for group in groups]
+    tokens = {
+        number: 4 * len(sample.prompt.ids + (sample.routed.teacher_ids or ())) + 12 * len(sample.response_ids)
+        for number, sample in enumerate(samples)
+    }
+    for ranks in (4, 64):
+        wanted = [range(rank, len(samples), ranks)[:: 1 if rank % 2 else -1] for rank in range(ranks)]
 
-        def hand_in(self: Layout, mine: bytes, beside: bool = False) -> list[bytes]:
-            sent.setdefault(current, []).append(mine)
-            return [mine]
+        def exchange(layout, ranks=ranks, wanted=wanted):
+            mine = groups[layout.rank :: ranks]
+            found = share_outlines(mine, layout)
+            return layout, found, deliver(mine, found, wanted, layout)
 
-        patch.setattr(Layout, "gather_bytes", hand_in)
-        for current in range(ranks):
-            exchange(own[current], layout)
-        payloads = [sent[rank][0] for rank in range(ranks)]
-        patch.setattr(Layout, "gather_bytes", lambda self, mine, background=False: payloads)
-        assert exchange(own[0], layout) == list(groups)
-    assert all(len(messages) == 1 for messages in sent.values())
-    lines = sum(len(sample.model_dump_json().encode()) + 1 for sample in samples_of(groups))
-    brackets = 2 * (len(groups) + ranks)
-    assert sum(map(len, payloads)) <= lines + brackets  # only the batch is sent
+        for layout, found, trained in on_ranks(ranks, exchange):
+            own = wanted[layout.rank]
+            assert found == outlines and sorted(trained) == sorted(own)
+            assert all(trained[number].logprobs == samples[number].logprobs for number in own)
+            assert all(trained[number].response_ids == samples[number].response_ids for number in own)
+            of_outlines, of_tokens = layout.received
+            assert of_outlines <= 150 * len(samples) + 50 * ranks
+            assert 0 < of_tokens <= sum(tokens[number] for number in own)
+            assert layout.sent[1] <= sum(tokens.values()) * 2 / ranks
 
 
 def test_packing_builds_only_what_its_rank_trains(start, monkeypatch):

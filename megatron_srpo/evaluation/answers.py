@@ -19,6 +19,7 @@ from megatron_srpo.data.records import Group, Prompt, Sample, SampleKey
 from megatron_srpo.distributed.files import FileError, read_jsonl, write_text
 from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.evaluation.evaluate import label_of, parts
+from megatron_srpo.rollout.exchange import in_prompt_order
 from megatron_srpo.rollout.ledger import Ledger
 from megatron_srpo.tasks import Task, question_count
 
@@ -61,10 +62,14 @@ class Answers:
         self._append(self.times, self._seconds())
 
     def append(self, groups: Sequence[Group]) -> None:
-        """Append a chunk's samples, on disk when this returns, and its time."""
-        lines = "".join(sample.model_dump_json() + "\n" for group in groups for sample in group)
+        """Append all ranks' samples of a chunk, on disk when this returns, and its time. A collective.
+
+        Rank r has every world_size-th group of the chunk, from the r-th.
+        """
+        own = ["".join(sample.model_dump_json() + "\n" for sample in group).encode() for group in groups]
+        lines = b"".join(in_prompt_order(self.layout.gather_on_first(own)))
         self._append(self.times, self._seconds())
-        self._append(self.path, lines)
+        self._append(self.path, lines.decode())
 
     def close(self) -> None:
         """Remove the kept answers, once all questions are answered."""

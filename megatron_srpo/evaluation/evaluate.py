@@ -6,9 +6,10 @@ from types import MappingProxyType
 
 from megatron_srpo.config.schema import EvaluationSection
 from megatron_srpo.data.records import Group, Sample, SampleKey
-from megatron_srpo.evaluation.scores import interval, sample_means
-from megatron_srpo.rollout.collect import Collector, exchange
+from megatron_srpo.evaluation.scores import Score, interval, sample_means
+from megatron_srpo.rollout.collect import Collector
 from megatron_srpo.rollout.engine import Sampling
+from megatron_srpo.rollout.exchange import in_prompt_order
 from megatron_srpo.tasks import Task, question_count
 
 
@@ -21,7 +22,10 @@ def evaluate(
     for task, split in parts(tasks, settings):
         numbers = range(question_count(task, split, settings))
         groups = ask(collector, task, split, numbers, settings.samples, sampling, f"{seed}/evaluation")
-        scores |= summarise(label_of(task, split), groups)
+        own = [[Score.of(sample) for sample in group] for group in groups]
+        shares = collector.layout.gather_json(own)
+        everyone = [[Score(*score) for score in group] for group in in_prompt_order(shares)]
+        scores |= summarise(label_of(task, split), everyone)
     if len(tasks) > 1:
         for kind in ("avg", "pass"):
             key = f"{kind}@{settings.samples}"
@@ -41,25 +45,25 @@ def ask(
     known: Mapping[SampleKey, Sample] = MappingProxyType({}),
     persist: Callable[[Sequence[Sample]], None] | None = None,
 ) -> list[Group]:
-    """Return the verified groups of the questions `numbers` of `split`, in order on every rank.
+    """Return this rank's share of the verified groups of the questions `numbers` of `split`, in order.
 
     known, persist: see `Collector.sample`.
     """
     prompts = collector.prompts(partial(task.prompt, split), numbers)
-    return exchange(collector.sample(prompts, samples, sampling, seed, known, persist), collector.layout)
+    return collector.sample(prompts, samples, sampling, seed, known, persist)
 
 
-def summarise(label: str, groups: Sequence[Group]) -> dict[str, float]:
+def summarise(label: str, groups: Sequence[Sequence[Score]]) -> dict[str, float]:
     """Return eval/<label>/…: avg@K (accuracy) with its 95 % interval, pass@K (solved groups), means."""
-    samples = [sample for group in groups for sample in group]
+    samples = [score for group in groups for score in group]
     k = len(groups[0])
-    question_means = [sum(sample.judged.correct for sample in group) / k for group in groups]
+    question_means = [sum(score.correct for score in group) / k for group in groups]
     _, low, high = interval([question_means])
-    solved = [any(sample.judged.correct for sample in group) for group in groups]
+    solved = [any(score.correct for score in group) for group in groups]
     scores = {
         "avg_low": low,
         "avg_high": high,
-        f"avg@{k}": sum(sample.judged.correct for sample in samples) / len(samples),
+        f"avg@{k}": sum(score.correct for score in samples) / len(samples),
         f"pass@{k}": sum(solved) / len(groups),
         **sample_means(samples),
     }

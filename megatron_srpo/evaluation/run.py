@@ -32,7 +32,7 @@ from megatron_srpo.tasks import Task, evaluation_remarks, evaluation_tasks, ques
 from megatron_srpo.tasks.pool import Pool
 from megatron_srpo.weights.transfer import Repeatable
 
-CHUNK_SEQUENCES = 1024  # responses that all ranks sample before they exchange them
+CHUNK_SEQUENCES = 1024  # responses that all ranks sample before the first one writes them
 PROGRESS_SECONDS = 10.0
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, ValidationError
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.data.records import Group
 from megatron_srpo.distributed.files import write_text
-from megatron_srpo.evaluation.scores import interval, paired_difference, pass_at_k, sample_means
+from megatron_srpo.evaluation.scores import Score, interval, paired_difference, pass_at_k, sample_means
 
 
 class Outcome(NamedTuple):
@@ -66,7 +66,7 @@ def _task_result(outcome: Outcome) -> dict[str, Any]:
         **scores,
         "question_count": len(outcome.samples),
         "samples": k,
-        **sample_means(samples),
+        **sample_means([Score.of(sample) for sample in samples]),
         "seconds": outcome.seconds,
         "tokens_per_second": tokens / outcome.seconds,
         "questions": questions,

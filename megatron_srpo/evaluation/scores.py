@@ -11,6 +11,23 @@ from megatron_srpo.data.records import Sample
 RESAMPLES = 2_000
 
 
+class Score(NamedTuple):
+    """What counts of a verified sample."""
+
+    correct: bool
+    policy_tokens: int
+    format_ok: bool
+    is_truncated: bool
+    verifier_failed: bool
+
+    @classmethod
+    def of(cls, sample: Sample) -> "Score":
+        """Return the score of a verified sample."""
+        verdict, is_truncated = sample.judged, sample.finish_reason == "length"
+        failed = verdict.verifier_failed is not None
+        return cls(verdict.correct, sample.policy_tokens, verdict.format_ok, is_truncated, failed)
+
+
 class Interval(NamedTuple):
     """A mean with the 2.5th and 97.5th percentile of its bootstrap distribution."""
 
@@ -35,14 +52,14 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
-def sample_means(samples: Sequence[Sample]) -> dict[str, float]:
+def sample_means(scores: Sequence[Score]) -> dict[str, float]:
     """Return the mean length and the shares of well-formed, truncated and unverified samples."""
-    count = len(samples)
+    count = len(scores)
     return {
-        "response_tokens_mean": sum(sample.policy_tokens for sample in samples) / count,
-        "format_rate": sum(sample.judged.format_ok for sample in samples) / count,
-        "truncated_share": sum(sample.finish_reason == "length" for sample in samples) / count,
-        "verifier_failed_share": sum(sample.judged.verifier_failed is not None for sample in samples) / count,
+        "response_tokens_mean": sum(score.policy_tokens for score in scores) / count,
+        "format_rate": sum(score.format_ok for score in scores) / count,
+        "truncated_share": sum(score.is_truncated for score in scores) / count,
+        "verifier_failed_share": sum(score.verifier_failed for score in scores) / count,
     }
 
 

@@ -1,12 +1,10 @@
-"""Sample and verify this rank's prompts, and exchange groups so that every rank has all of them."""
+"""Sample and verify this rank's prompts."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from threading import Event
 from types import MappingProxyType
-
-from pydantic import TypeAdapter
 
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.rollout_section import RolloutSection
@@ -17,8 +15,6 @@ from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.observe.stopwatch import Stopwatch
 from megatron_srpo.rollout.engine import Completion, Engine, Request, Sampling
 from megatron_srpo.tasks.pool import Job, Pool
-
-_GROUPS = TypeAdapter(list[Group])
 
 
 def encode_prompt(prompt: Prompt, folder: HFFolder, settings: RolloutSection) -> Prompt:
@@ -181,12 +177,3 @@ def _with_verdict(sample: Sample, verdict: Verdict) -> Sample:
     if sample.prompt.feedback and not verdict.correct and not verdict.verifier_failed:
         verdict = verdict.model_copy(update={"feedback": sample.prompt.feedback})
     return sample.model_copy(update={"verdict": verdict})
-
-
-def exchange(groups: Sequence[Group], layout: Layout) -> list[Group]:
-    """Return every rank's groups on every rank, in prompt order (rank r holds every world_size-th)."""
-    if layout.world_size == 1:
-        return list(groups)
-    shares = [_GROUPS.validate_json(part) for part in layout.gather_bytes(_GROUPS.dump_json(list(groups)))]
-    longest = max(map(len, shares))
-    return [share[place] for place in range(longest) for share in shares if place < len(share)]

@@ -14,6 +14,7 @@ from megatron_srpo.algorithm.methods.grpo import GRPO
 from megatron_srpo.algorithm.methods.sdpo import SDPO
 from megatron_srpo.algorithm.methods.srpo import SRPO
 from megatron_srpo.algorithm.routing import choose_sibling, group_advantages, has_signal, route_groups
+from megatron_srpo.data.outline import outline
 from megatron_srpo.data.records import Verdict
 
 PLENTY = 10_000
@@ -208,12 +209,14 @@ def test_teacherless_samples_are_counted():
     from megatron_srpo.observe.metrics import rollout_metrics
 
     groups = [make_group((1, 0, 0, 0), "a"), make_group((0, 0, 0, 0), "b"), make_group((1, 1, 1, 1), "c")]
-    fits = rollout_metrics(route_groups(groups, SRPO(), encode_bytes, PLENTY, "s"))
+    fits = rollout_metrics(
+        [outline(group) for group in route_groups(groups, SRPO(), encode_bytes, PLENTY, "s")]
+    )
     assert fits["teacherless_failed_share"] == pytest.approx(4 / 7)  # 3 failed with a sibling, 4 without
     assert fits["teacher_prompts_empty"] == 0
     assert fits["sdpo_sample_share"] == pytest.approx(3 / 12)
     assert fits["zero_advantage_share"] == pytest.approx(2 / 3)
-    tight = rollout_metrics(route_groups(groups, SRPO(), encode_bytes, 20, "s"))
+    tight = rollout_metrics([outline(group) for group in route_groups(groups, SRPO(), encode_bytes, 20, "s")])
     assert tight["teacherless_failed_share"] == 1
     assert tight["teacher_prompts_empty"] == 3
     assert tight["sdpo_sample_share"] == 0
@@ -286,7 +289,9 @@ def test_metrics_leave_excluded_samples_out():
 
     unjudged = without_verdict(make_group((0, 0), "r"), 0, 1)
     groups = [without_verdict(make_group((1, 0, 0, 1)), 1), make_group((0, 0, 0, 0), "q"), unjudged]
-    metrics = rollout_metrics(route_groups(groups, SRPO(), encode_bytes, PLENTY, "s"))
+    metrics = rollout_metrics(
+        [outline(group) for group in route_groups(groups, SRPO(), encode_bytes, PLENTY, "s")]
+    )
     assert metrics["pass_rate"] == metrics["reward_mean"] == pytest.approx(2 / 7)
     assert metrics["sdpo_sample_share"] == metrics["sdpo_token_share"] == pytest.approx(1 / 7)
     assert metrics["zero_advantage_share"] == 1 / 2

@@ -40,7 +40,7 @@ def run(tmp_path):
     group = tuple(make_sample(index, index == 0, "p", text="words", route=route) for index in range(2))
     dump([group], folder / "rollouts", 1)
     values = {"prompt_id": "p", "index": 0, "logprob": [-1.0, None], "top": [[[8, -0.1]], [[9, -0.2]]]}
-    write_tokens([values], [group], str, folder, 1)
+    write_tokens([{**values, "tokens": [8, 9]}], str, folder, 1)
     return folder
 
 

@@ -16,6 +16,7 @@ from samples import make_sample
 
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.load import load_config, save_config
+from megatron_srpo.data.outline import outline
 from megatron_srpo.data.records import Route, Verdict
 from megatron_srpo.data.rollout_file import dump, step_file
 from megatron_srpo.observe.inspect import inspect
@@ -120,6 +121,7 @@ def values(key, divergence):
         **numbers,
         **(taught if key[1] == 1 else {}),
         "teacher_top": top,
+        "tokens": [3, 4, 5],
     }
 
 
@@ -157,11 +159,10 @@ def folders(tmp_path_factory):
             if step % 10 == 1:
                 rows = [
                     values(key, [0.0, 0.3, 0.6 if number == 3 else 0.1])
-                    for number, key in enumerate(choose(groups, 9))
+                    for number, key in enumerate(choose([outline(group) for group in groups], 9))
                 ]
                 write_tokens(
                     rows,
-                    groups,
                     lambda ids: ["<b>", "ha", "\n", "x", "</script>", "z"][ids[0]],
                     path / "rollouts",
                     step,

@@ -9,6 +9,7 @@ import pytest
 from samples import make_sample
 
 from megatron_srpo.config.base import ConfigError
+from megatron_srpo.data.outline import outline
 from megatron_srpo.data.records import Route
 from megatron_srpo.observe.tokens import choose, read_tokens, tokens_file, write_tokens
 
@@ -32,17 +33,17 @@ def group(prompt, kinds):
 
 
 def test_samples_of_every_kind_and_of_many_prompts_are_chosen():
-    groups = [group("a", "rddd"), group("b", "rrdd"), group("c", "ffff")]
+    groups = [outline(group(*one)) for one in (("a", "rddd"), ("b", "rrdd"), ("c", "ffff"))]
     assert choose(groups, 6) == [("a", 1), ("c", 0), ("a", 0), ("b", 2), ("c", 1), ("b", 0)]
     assert len(choose(groups, 100)) == len(set(choose(groups, 100))) == 12
     assert choose([], 5) == []
 
 
 def test_ids_become_text_and_a_damaged_file_is_named(tmp_path):
-    groups = [group("a", "rd")]
     (tmp_path / "rollouts").mkdir()
     row = {"prompt_id": "a", "index": 1, "logprob": [-1.0, -2.0], "top": [[[8, -0.1]], [[3, -0.2]]]}
-    write_tokens([row], groups, lambda ids: f"<{ids[0]}>", tmp_path, 4)
+    row["tokens"] = [8, 9]
+    write_tokens([row], lambda ids: f"<{ids[0]}>", tmp_path, 4)
     (found,) = read_tokens(tmp_path, 4).values()
     assert found == {**row, "step": 4, "tokens": ["<8>", "<9>"], "top": [[["<8>", -0.1]], [["<3>", -0.2]]]}
     assert read_tokens(tmp_path, 5) == {}

@@ -5,11 +5,10 @@ The engine is scripted, the rest real.
 
 from __future__ import annotations
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
+from thread_ranks import on_ranks
 from tiny import save_folder
 
 from megatron_srpo.algorithm.routing import has_signal
@@ -74,7 +73,7 @@ def make(folder, tmp_path):
     """
 
     def build(script=None, *overrides, layout=ALONE):
-        config = tmp_path / "config.yaml"
+        config = tmp_path / f"config_{layout.rank}.yaml"
         config.write_text(
             f"model: {{hf_path: {folder.path}}}\nrollout: {{prompts_per_step: 3, samples_per_prompt: 2}}\n"
             f"train: {{steps: 9}}\nlogging: {{dir: {tmp_path / 'run'}}}\n"
@@ -204,34 +203,6 @@ def test_finished_samples_are_not_sampled_again(make):
     assert again.build(1).groups == expected and engine.asked == []
 
 
-class Rank:
-    """A layout whose ranks are threads."""
-
-    def __init__(self, rank, meeting, shown):
-        self.rank, self.world_size, self.meeting, self.shown = rank, len(shown), meeting, shown
-
-    def gather_bytes(self, mine, background):
-        self.shown[self.rank] = mine
-        self.meeting.wait()
-        everyone = [*self.shown]
-        self.meeting.wait()
-        return everyone
-
-    def exchange_bytes(self, outgoing, incoming, background):
-        everyone = self.gather_bytes(outgoing, background)
-        messages = {rank: sent[self.rank] for rank, sent in enumerate(everyone) if self.rank in sent}
-        assert incoming == {rank: len(message) for rank, message in messages.items()}
-        return messages
-
-
-def on_ranks(ranks, make, work):
-    """Return what work(builder, engine) returns on every rank, each in a thread."""
-    meeting, shown = threading.Barrier(ranks, timeout=20), [b""] * ranks
-    made = [make(Rank(rank, meeting, shown)) for rank in range(ranks)]
-    with ThreadPoolExecutor(ranks) as threads:
-        return list(threads.map(lambda both: work(*both), made))
-
-
 def test_a_later_round_resumes_identically_on_several_ranks(make):
     # Rank 0 has enough and aborts p4, rank 1 finds nothing; p4 is finished in the second round, and has no
     # signal. Both ranks are killed after that round and resume: if p4 counted as complete in the first round,
@@ -241,14 +212,13 @@ def test_a_later_round_resumes_identically_on_several_ranks(make):
         ["rollout.dynamic_filtering=true", "rollout.over_sampling=1.5"],
     )
 
-    def work(builder, engine):
+    def work(layout):
+        builder, engine = make(script, *settings, layout=layout)
         builder.resume(1, 0, [])
         return builder.build(1), builder.state_before(2), engine.asked
 
     settings.append("rollout.prompts_per_step=4")
-    first, second = (
-        on_ranks(2, lambda layout: make(script, *settings, layout=layout), work) for _ in range(2)
-    )
+    first, second = (on_ranks(2, work) for _ in range(2))
     assert [names(batch.groups) for batch, *_ in first] == [["p0", "p6"], ["p2", "p7"]]
     assert first[0][0].metrics["rounds"] == 2
     for (batch, state, _), (again, other, asked) in zip(first, second, strict=True):
@@ -262,7 +232,8 @@ def test_several_ranks_select_carry_and_continue_together(make, ranks):
     script = {number: ((1, 1), (1, 0), (1, 0))[number % 3] for number in range(99)}
     settings = ["rollout.dynamic_filtering=true", "rollout.over_sampling=2.5", "rollout.prompts_per_step=4"]
 
-    def work(builder, engine):
+    def work(layout):
+        builder, engine = make(script, *settings, layout=layout)
         steps, states = [], []
         for step in (1, 2, 3):
             engine.version = str(step - 1)
@@ -270,7 +241,7 @@ def test_several_ranks_select_carry_and_continue_together(make, ranks):
             steps.append(builder.build(step))
         return steps, [*states, builder.state_before(4)]
 
-    found = on_ranks(ranks, lambda layout: make(script, *settings, layout=layout), work)
+    found = on_ranks(ranks, work)
     for number in range(3):
         batches = [steps[number] for steps, _ in found]
         trained = [batches[place % ranks].groups[place // ranks] for place in range(4)]
@@ -284,13 +255,13 @@ def test_several_ranks_select_carry_and_continue_together(make, ranks):
     saved = found[0][1][2]
     assert saved[1]
 
-    def resume(builder, engine):
+    def resume(layout):
+        builder, engine = make(script, *settings, layout=layout)
         engine.version = "2"
         builder.resume(3, *saved)
         return builder.build(3)
 
-    again = on_ranks(ranks, lambda layout: make(script, *settings, layout=layout), resume)
-    assert again == [steps[2] for steps, _ in found]
+    assert on_ranks(ranks, resume) == [steps[2] for steps, _ in found]
 
 
 def test_a_prompt_that_has_changed_is_sampled_again(make, monkeypatch):
