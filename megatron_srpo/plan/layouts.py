@@ -199,7 +199,7 @@ _WHY = {
     " rollout.async_steps: 1 hides training behind it",
     "idle": "there are fewer samples than data-parallel ranks",
     "bubble": "there are too few micro-batches for the pipeline's stages",
-    "reading samples": "every rank reads the entire batch",
+    "reading samples": "every rank reads the outline of every sample and plans all of them",
 }
 
 

@@ -11,9 +11,11 @@ from megatron_srpo.model.architecture import Architecture
 from megatron_srpo.plan.machine import Machine, Workload, planned_dtype
 from megatron_srpo.plan.memory import Parameters, replicas, stage_parameters, state_bytes, total_parameters
 
-# Bytes per prompt token and per response token in the JSON that ranks exchange: ids, log-prob, text.
-SAMPLE_BYTES = (8, 31)
-SAMPLE_SECONDS = 2e-7  # to read one such token; measured on one core of a busy x86 machine, 2026-11-24
+LINE_BYTES = (8, 31)  # per prompt token and per response token in rollouts/: ids, log-prob, text
+TOKEN_BYTES = (4, 12)  # the same in the exchange between ranks: ids, log-prob
+OUTLINE_BYTES = 100  # of a sample
+# To send and read a token, and to read and plan a sample's outline; one core of a busy x86 machine, 2026-11-29
+TOKEN_SECONDS, OUTLINE_SECONDS = 1.2e-7, 5e-5
 LATENCY = 1e-5  # minimum seconds of a collective per doubling of its ranks; assumed
 LONGEST = 4  # longest response of a step over the mean one, up to rollout.max_response_tokens; assumed
 DECODING = 0.6  # share of the memory bandwidth that a server reaches; assumed
@@ -91,7 +93,7 @@ def traffic(
     Engine also sends keys and values again); the same for the last hidden states. gradients: reduce-scatter
     in fp32 and all-gather of weights (all-reduce without the distributed optimizer), per optimizer step.
     host: offloaded tensors, in both directions. teacher: `Teacher.follow`, one all-reduce per parameter.
-    samples: every rank receives the complete batch. export: every rank receives every tensor.
+    samples: see `exchanged_bytes`. export: every rank receives every tensor.
     """
     a, parallel, rollout = architecture, config.parallel, config.rollout
     size, tensor = planned_dtype(config, machine).itemsize, parallel.tensor_model_parallel_size
@@ -131,7 +133,8 @@ def traffic(
     found |= _replication(a, config, machine, gpus, own, size)
     if moved := _host_bytes(architecture, config, machine, gpus):
         found["host"] = Transfer(moved, 2, 1, machine.host_bandwidth)
-    found["samples"] = Transfer(exchanged_bytes(config, workload), 2, gpus, machine.network_bandwidth)
+    exchanged = exchanged_bytes(config, gpus, workload)
+    found["samples"] = Transfer(exchanged, 5, gpus, machine.network_bandwidth)
     if tensor * stages * experts > 1:
         sent = total_parameters(a) * size
         found["export"] = Transfer(sent, _layer_tensors(a), tensor * stages, machine.network_bandwidth)
@@ -178,10 +181,22 @@ def _host_bytes(architecture: Architecture, config: Config, machine: Machine, gp
     return 2 * (moved + config.rollout.colocated * states.get("teacher", 0.0))
 
 
-def exchanged_bytes(config: Config, workload: Workload) -> float:
-    """Return the bytes of a step's samples as JSON lines (`rollout.collect.exchange`), for any rank count."""
+def exchanged_bytes(config: Config, gpus: int, workload: Workload) -> float:
+    """Return the bytes of a step's samples that the first rank receives (`rollout.exchange`).
+
+    Outlines of all samples (an all-reduce sends them twice), the tokens that it trains, and the lines of all
+    samples for rollouts/.
+    """
     samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
-    return samples * (SAMPLE_BYTES[0] * workload.prompt_tokens + SAMPLE_BYTES[1] * workload.response_tokens)
+    lengths = workload.prompt_tokens, workload.response_tokens
+    trained = samples / data_parallel_size(config.parallel, gpus)
+    tokens = sum(size * length for size, length in zip(TOKEN_BYTES, lengths, strict=True))
+    if config.algorithm.uses_teacher:
+        prompt = workload.teacher_document(config) - workload.response_tokens
+        tokens += TOKEN_BYTES[0] * workload.distilled_share * prompt
+    lines = sum(size * length for size, length in zip(LINE_BYTES, lengths, strict=True))
+    received = 2 * OUTLINE_BYTES * samples + trained * tokens
+    return received + (samples * lines if config.logging.rollouts else 0.0)
 
 
 def micro_batch_count(config: Config, gpus: int, workload: Workload) -> int:
@@ -201,7 +216,7 @@ def step_seconds(
     sampling: `sampling_seconds`. update, scoring, teacher: FLOP divided by ranks, peak and MFU; full
     recompute repeats the update's forward pass. idle: a rank trains complete samples, ⌈n/D⌉ of an optimizer
     batch's n. bubble: (p - 1)/(v·m) of the computation, for p stages and m micro-batches (arXiv 2104.04473,
-    §2.2). Then `traffic`, and the time to read the samples on a CPU.
+    §2.2). Then `traffic`, and the time to plan the step and to read the samples on a CPU.
     """
     rate, rollout = machine.peak * machine.mfu * gpus, config.rollout
     samples = rollout.prompts_per_step * rollout.samples_per_prompt
@@ -225,7 +240,9 @@ def step_seconds(
     parts["bubble"] = (busy + parts["idle"]) * (stages - 1) / (virtual * max(row_count, 1))
     for name, transfer in traffic(architecture, config, machine, gpus, workload).items():
         parts[f"traffic: {name}"] = transfer.seconds
-    parts["reading samples"] = samples * workload.document * SAMPLE_SECONDS if gpus > 1 else 0.0
+    if gpus > 1:
+        trained = samples / data
+        parts["reading samples"] = samples * OUTLINE_SECONDS + trained * workload.document * TOKEN_SECONDS
     return {name: seconds for name, seconds in parts.items() if seconds}
 
 

@@ -93,15 +93,15 @@ def test_experts_are_shared_out(configure):
 
 
 def test_scale(configure):
-    # The same batch gains less and less; a growing one keeps its step time until every rank reads what all
-    # have sampled.
+    # The same batch gains less and less; a growing one keeps its step time until every rank plans what
+    # all have sampled.
     architecture, config = configure(QWEN3_8B, REPLAY)
     rows = scale(architecture, config, H100, PAPER, [8, 64, 512, 4096])
     strong, weak = [row.strong.step for row in rows], [row.weak.step for row in rows]
     assert strong == sorted(strong, reverse=True) and strong[-1] > strong[0] / 512
     assert weak[1] < 1.4 * weak[0] < weak[-1]
     same, growing = where_it_stops(rows)
-    assert same.startswith("same batch: ") and "reading samples: every rank reads the entire batch" in growing
+    assert same.startswith("same batch: ") and "reading samples: every rank reads the outline of" in growing
 
 
 def test_impossible_layouts_are_refused_with_the_reason(configure):

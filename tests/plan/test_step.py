@@ -11,7 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_srpo.algorithm.routing import route_groups
 from megatron_srpo.config.load import load_config
-from megatron_srpo.data.records import Segment
+from megatron_srpo.data.outline import outline
+from megatron_srpo.data.outline_bytes import encode_outlines
+from megatron_srpo.data.records import Route, Sample, Segment
+from megatron_srpo.data.rollout_file import encode_sample
+from megatron_srpo.data.token_bytes import message_bytes
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.plan.machine import MACHINES, Workload
 from megatron_srpo.plan.step import exchanged_bytes, forward_flops, step_flops, traffic
@@ -130,31 +134,34 @@ def test_context_parallel_traffic_is_what_a_step_sends(start):
 
 
 def test_exchanged_bytes(start):
-    # Samples as JSON, with ids of six digits and four letters a token, to 10 %.
+    # All samples as JSON lines, with ids of six digits and four letters a token, to 10 %; the tokens that the
+    # first rank trains.
     samples = [sample for group in replay(start[1], 1, 4, start[0]) for sample in group]
+    route = Route(branch="grpo", policy_weight=1, distillation_weight=0, advantage=1)
 
-    def length(times: int) -> tuple[int, int]:
-        """Return tokens and bytes of all samples with their responses repeated."""
-        made = [
-            sample.model_copy(
-                update={
-                    "segments": (
-                        Segment(
-                            ids=tuple(100_000 + token for token in sample.response_ids) * times,
-                            logprobs=sample.logprobs * times,
-                            versions=sample.segments[0].versions,
-                        ),
-                    ),
-                    "text": "four" * len(sample.response_ids) * times,
-                }
+    def made(times: int) -> list[Sample]:
+        """Return all samples with their responses repeated."""
+        changed = []
+        for sample in samples:
+            segment = Segment(
+                ids=tuple(100_000 + token for token in sample.response_ids) * times,
+                logprobs=sample.logprobs * times,
+                versions=sample.segments[0].versions,
             )
-            for sample in samples
-        ]
-        return sum(len(sample.response_ids) for sample in made), sum(
-            len(sample.model_dump_json()) for sample in made
-        )
+            text = "four" * len(sample.response_ids) * times
+            update = {"segments": (segment,), "text": text, "route": route}
+            changed.append(sample.model_copy(update=update))
+        return changed
 
-    (few, small), (many, large) = length(1), length(50)
-    config = load_config(start[2], [])
-    planned = exchanged_bytes(config, Workload(0, many, 0)) - exchanged_bytes(config, Workload(0, few, 0))
-    assert planned / len(samples) == pytest.approx(large - small, rel=0.1)
+    few, many = made(1), made(50)
+    tokens = [sum(len(sample.response_ids) for sample in step) // len(step) for step in (few, many)]
+    lines = [sum(len(encode_sample(sample, 1)) for sample in step) for step in (few, many)]
+    messages = [message_bytes(outline(tuple(step))) for step in (few, many)]
+    outlines = [len(encode_outlines([outline(tuple(step))])) for step in (few, many)]
+    for dumps in (True, False):
+        config = load_config(start[2], [f"logging.rollouts={dumps}"])
+        factor = len(samples) / (config.rollout.prompts_per_step * config.rollout.samples_per_prompt)
+        workload = [Workload(0, count, 0) for count in tokens]
+        planned = [exchanged_bytes(config, RANKS, one) * factor for one in workload]
+        found = [lines[n] * dumps + messages[n] / RANKS + 2 * outlines[n] for n in (0, 1)]
+        assert planned[1] - planned[0] == pytest.approx(found[1] - found[0], rel=0.1 if dumps else 0.01)
