@@ -1,7 +1,7 @@
 """The data of one training step in order of creation: Prompt, Sample, Verdict, Route.
 
 All records are frozen; each phase returns copies with one more field. One `Sample` is one line of
-`rollouts/step_NNNNNN.jsonl`; ranks exchange the same line, and replay reads it.
+`rollouts/step_NNNNNN.jsonl`, which replay reads.
 """
 
 from typing import Any, Literal, Self
