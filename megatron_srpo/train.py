@@ -16,7 +16,7 @@ from megatron_srpo.observe.session import run_session
 from megatron_srpo.observe.stopwatch import Stopwatch
 from megatron_srpo.observe.terminal import Terminal
 from megatron_srpo.preflight import describe_setup, preflight
-from megatron_srpo.rollout.exchange import deliver, share_outlines
+from megatron_srpo.rollout.exchange import share_outlines
 from megatron_srpo.rollout.route import route
 from megatron_srpo.rollout.source import open_rollouts
 from megatron_srpo.training.step_dump import StepDump
@@ -67,7 +67,8 @@ class Training:
         for line in describe_setup(config, folder, layout):
             terminal.say(line)
         self.trainer = Trainer(TrainerSettings.of(config), folder, layout, self.checkpoints.is_resumed)
-        terminal.say(self.trainer.describe_loss())
+        for line in (self.trainer.describe_loss(), self.trainer.describe_packing()):
+            terminal.say(line)
         self.rollouts = open_rollouts(config, folder, layout, terminal.say, self.watch)
         self.evaluator = create_evaluator(config, self.rollouts, terminal.say)
         self.reporter = Reporter(config, layout, terminal)
@@ -119,11 +120,9 @@ class Training:
             outlines = share_outlines(groups, self.layout)
             rollouts.release_memory()
             self.dump.samples(step, groups)
-            plans = trainer.plan(outlines)
-            samples = deliver(groups, outlines, plans, self.layout)
         with trainer.onloaded():
             with watch("teacher"):
-                batches = trainer.build(plans, samples)
+                batches = trainer.prepare(groups, outlines)
                 scores = trainer.score_teacher(batches)
             with watch("update"):
                 values = self.dump.token_values(step, outlines)

@@ -51,15 +51,13 @@ class Outline:
         return self.prompt_id, self.index
 
     @property
-    def policy_positions(self) -> list[int]:
-        """Positions of the policy's tokens among all tokens after the prompt, ascending."""
-        positions: list[int] = []
-        start = 0
+    def response_inputs(self) -> int:
+        """Number of the response's tokens that are model inputs: those before the last policy token."""
+        end = total = 0
         for author, count in self.segments:
-            if author == "policy":
-                positions.extend(range(start, start + count))
-            start += count
-        return positions
+            total += count
+            end = total if author == "policy" else end
+        return end - 1
 
     @property
     def policy_tokens(self) -> int:

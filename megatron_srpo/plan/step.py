@@ -14,7 +14,7 @@ from megatron_srpo.plan.memory import Parameters, replicas, stage_parameters, st
 LINE_BYTES = (8, 31)  # per prompt token and per response token in rollouts/: ids, log-prob, text
 TOKEN_BYTES = (4, 12)  # the same in the exchange between ranks: ids, log-prob
 OUTLINE_BYTES = 100  # of a sample
-# To send and read a token, and to read and plan a sample's outline; one core of a busy x86 machine, 2026-11-29
+# To send and read a token; to read and plan an outline. On one core of a busy x86 machine, 2026-11-29
 TOKEN_SECONDS, OUTLINE_SECONDS = 1.2e-7, 5e-5
 LATENCY = 1e-5  # minimum seconds of a collective per doubling of its ranks; assumed
 LONGEST = 4  # longest response of a step over the mean one, up to rollout.max_response_tokens; assumed

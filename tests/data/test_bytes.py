@@ -23,7 +23,6 @@ def test_an_outline_holds_what_the_records_say():
     for sample, one in zip(group, outline(group), strict=True):
         assert one.judged.model_copy(update={"feedback": sample.judged.feedback}) == sample.judged
         assert one.policy_tokens == len(sample.policy_ids) == len(sample.logprobs)
-        assert [sample.response_ids[place] for place in one.policy_positions] == [*sample.policy_ids]
         first = group[one.teacher_of]
         assert first.routed.teacher_ids == sample.routed.teacher_ids and one.teacher_of <= sample.index
         assert one.versions == tuple(version for version, _, _ in sample.versions)

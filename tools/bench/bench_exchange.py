@@ -23,13 +23,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from _report import Row, add_ratios, cpu_name, make_parser, publish
-from megatron_srpo.training.batch_plan import plan_batch
 
 from megatron_srpo.data.outline import OutlineGroup, outline
 from megatron_srpo.data.outline_bytes import decode_outlines, encode_outlines
 from megatron_srpo.data.records import Group, Prompt, Route, Sample, Segment, Verdict
 from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.rollout.exchange import deliver, in_prompt_order
+from megatron_srpo.training.batch_plan import plan_batch
 from megatron_srpo.training.packing import PackingRules
 
 SAMPLES, PROMPT, TEACHER = 8, 300, 4000
