@@ -1,4 +1,4 @@
-"""What every rank knows of every sample of a step: lengths, verdict and route, without tokens and text.
+"""The outline of a sample, which every rank has of all samples: lengths and route, no tokens, no text.
 
 It is enough to compute the step's plan, its denominators and its metrics on every rank.
 """
