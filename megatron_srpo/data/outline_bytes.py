@@ -11,7 +11,7 @@ UTF-8               all strings, each once, as a JSON list
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, get_args
 
@@ -41,13 +41,15 @@ _SAMPLE = np.dtype(
         ("branch", "i1"),  # numbers of the annotated choices
         ("no_teacher", "i1"),
         ("finish_reason", "i1"),
-        ("flags", "u1"),
+        ("correct", "?"),
+        ("format_ok", "?"),
+        ("excluded", "?"),
+        ("demonstration_cut", "?"),
     ]
 )
 _BRANCHES = get_args(Route.model_fields["branch"].annotation)
 _NO_TEACHER = get_args(get_args(Route.model_fields["no_teacher"].annotation)[0])
 _FINISH = get_args(Sample.model_fields["finish_reason"].annotation)
-_FLAGS = ("correct", "format_ok", "excluded", "demonstration_cut")  # bits, from the lowest
 
 
 class _Strings:
@@ -77,7 +79,6 @@ def encode_outlines(groups: Sequence[OutlineGroup]) -> bytes:
 def _row(one: Outline, strings: _Strings) -> tuple[Any, ...]:
     """Return the fields of `_SAMPLE`."""
     route, verdict = one.routed, one.judged
-    flags = (verdict.correct, verdict.format_ok, verdict.excluded, route.demonstration_cut)
     return (
         strings.number(one.prompt_id),
         strings.number(one.task),
@@ -96,7 +97,10 @@ def _row(one: Outline, strings: _Strings) -> tuple[Any, ...]:
         _BRANCHES.index(route.branch),
         _NONE if route.no_teacher is None else _NO_TEACHER.index(route.no_teacher),
         _FINISH.index(one.finish_reason),
-        sum(flag << bit for bit, flag in enumerate(flags)),
+        verdict.correct,
+        verdict.format_ok,
+        verdict.excluded,
+        route.demonstration_cut,
     )
 
 
@@ -124,14 +128,15 @@ def decode_outlines(data: bytes) -> list[OutlineGroup]:
     return [tuple(islice(outlines, size)) for size in sizes]
 
 
-def _outline(row: tuple[Any, ...], segments: Any, versions: Any, strings: list[str]) -> Outline:
+def _outline(
+    row: tuple[Any, ...], segments: Iterator[int], versions: Iterator[int], strings: list[str]
+) -> Outline:
     """Return the outline of a row of `_SAMPLE`, with its next segments and versions."""
     field = dict(zip(_SAMPLE.names or (), row, strict=True))
 
-    def optional(values: Sequence[str], name: str) -> str | None:
+    def optional(values: Sequence[Any], name: str) -> Any:
         return None if field[name] == _NONE else values[field[name]]
 
-    flags = {name: bool(field["flags"] >> bit & 1) for bit, name in enumerate(_FLAGS)}
     route = Route(
         branch=_BRANCHES[field["branch"]],
         policy_weight=field["policy_weight"],
@@ -139,9 +144,15 @@ def _outline(row: tuple[Any, ...], segments: Any, versions: Any, strings: list[s
         advantage=field["advantage"],
         sibling=None if field["sibling"] == _NONE else field["sibling"],
         no_teacher=optional(_NO_TEACHER, "no_teacher"),
-        demonstration_cut=flags.pop("demonstration_cut"),
+        demonstration_cut=field["demonstration_cut"],
     )
-    verdict = Verdict(reward=field["reward"], verifier_failed=optional(strings, "verifier_failed"), **flags)
+    verdict = Verdict(
+        reward=field["reward"],
+        correct=field["correct"],
+        format_ok=field["format_ok"],
+        verifier_failed=optional(strings, "verifier_failed"),
+        excluded=field["excluded"],
+    )
     lengths = islice(segments, field["segments"])
     return Outline(
         prompt_id=strings[field["prompt_id"]],

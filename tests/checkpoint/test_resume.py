@@ -107,14 +107,14 @@ def assert_same(run, uninterrupted):
 
 def interrupt_in_step(monkeypatch, step, number=signal.SIGTERM):
     """Send this process a signal while the samples of `step` are being written."""
-    real = driver.dump
+    real = driver.write_samples
 
-    def dump(groups, folder, at):
-        real(groups, folder, at)
+    def write_samples(groups, folder, at, layout):
+        real(groups, folder, at, layout)
         if at == step:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(driver, "dump", dump)
+    monkeypatch.setattr(driver, "write_samples", write_samples)
 
 
 @pytest.mark.parametrize(
