@@ -49,7 +49,7 @@ class ThreadLayout(Layout):
 
 
 def on_ranks(ranks: int, work: Callable[[ThreadLayout], _T]) -> list[_T]:
-    """Return what work(layout) returns on every rank, each in a thread."""
+    """Return what work(layout) returns on every rank, each in a thread; an error ends all of them."""
     meeting, shown = threading.Barrier(ranks, timeout=60), [b""] * ranks
     layouts = [
         ThreadLayout(
@@ -62,5 +62,17 @@ def on_ranks(ranks: int, work: Callable[[ThreadLayout], _T]) -> list[_T]:
         )
         for rank in range(ranks)
     ]
+
+    def one(layout: ThreadLayout) -> _T:
+        try:
+            return work(layout)
+        except BaseException:
+            meeting.abort()
+            raise
+
     with ThreadPoolExecutor(ranks) as threads:
-        return list(threads.map(work, layouts))
+        futures = [threads.submit(one, layout) for layout in layouts]
+    errors = [error for future in futures if (error := future.exception()) is not None]
+    for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+        raise error
+    return [future.result() for future in futures]

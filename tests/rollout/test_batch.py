@@ -81,6 +81,7 @@ def make(folder, tmp_path):
         config = load_config(config, list(overrides))
         engine = Engine()
         collector = Collector(Judge(script or {}), engine, folder, layout, config.rollout)
+        (tmp_path / "ledger").mkdir(exist_ok=True)  # the first rank may be late
         ledger = Ledger(tmp_path / "ledger", layout, keeps_samples=True)
         useful = partial(has_signal, algorithm=config.algorithm, feedback=config.teacher.feedback)
         seed = config.train.seed
