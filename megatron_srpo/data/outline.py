@@ -47,7 +47,7 @@ class Outline:
 
     @property
     def key(self) -> SampleKey:
-        """What identifies the sample in its run."""
+        """The sample's key in its run: prompt id and index."""
         return self.prompt_id, self.index
 
     @property

@@ -12,7 +12,7 @@ RESAMPLES = 2_000
 
 
 class Score(NamedTuple):
-    """What counts of a verified sample."""
+    """A verified sample's part in the scores."""
 
     correct: bool
     policy_tokens: int

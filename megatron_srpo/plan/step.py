@@ -133,8 +133,7 @@ def traffic(
     found |= _replication(a, config, machine, gpus, own, size)
     if moved := _host_bytes(architecture, config, machine, gpus):
         found["host"] = Transfer(moved, 2, 1, machine.host_bandwidth)
-    exchanged = exchanged_bytes(config, gpus, workload)
-    found["samples"] = Transfer(exchanged, 5, gpus, machine.network_bandwidth)
+    found["samples"] = Transfer(exchanged_bytes(config, gpus, workload), 5, gpus, machine.network_bandwidth)
     if tensor * stages * experts > 1:
         sent = total_parameters(a) * size
         found["export"] = Transfer(sent, _layer_tensors(a), tensor * stages, machine.network_bandwidth)
