@@ -1,4 +1,4 @@
-"""The benchmark of the exchange runs; its bytes hardly depend on the number of ranks. Timings are not judged."""
+"""The benchmark of the exchange runs; its bytes hardly depend on the number of ranks."""
 
 from __future__ import annotations
 
