@@ -6,6 +6,7 @@ It is enough to compute the step's plan, its denominators and its metrics on eve
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os.path import commonprefix
 from typing import Literal
 
 from megatron_srpo.data.records import Group, Route, Sample, SampleKey, Verdict
@@ -23,12 +24,13 @@ class Outline:
     routed: Route  # without `teacher_ids`
     teacher_tokens: int  # of the teacher's prompt, 0 without one
     teacher_of: int  # index in the group of the first sample that has the same teacher's prompt
+    teacher_shared: int  # number of first tokens that all teacher's prompts of the group have in common
     judged: Verdict  # without `feedback`
     finish_reason: Literal["stop", "length", "abort"]
     versions: tuple[str, ...]  # weight versions of its spans of tokens, in order
 
     @classmethod
-    def of(cls, sample: Sample, teacher_of: int) -> Outline:
+    def of(cls, sample: Sample, teacher_of: int, teacher_shared: int) -> Outline:
         """Return the outline of a routed sample."""
         route = sample.routed
         return cls(
@@ -40,6 +42,7 @@ class Outline:
             routed=route.model_copy(update={"teacher_ids": None}),
             teacher_tokens=len(route.teacher_ids or ()),
             teacher_of=teacher_of,
+            teacher_shared=teacher_shared,
             judged=sample.judged.model_copy(update={"feedback": None}),
             finish_reason=sample.finish_reason,
             versions=tuple(version for version, _, _ in sample.versions),
@@ -70,9 +73,9 @@ OutlineGroup = tuple[Outline, ...]  # the samples of one prompt, by index
 
 def outline(group: Group) -> OutlineGroup:
     """Return the outlines of a routed group."""
-    first: dict[tuple[int, ...] | None, int] = {}
+    prompts = [sample.routed.teacher_ids for sample in group]
+    shared = len(commonprefix([ids for ids in prompts if ids is not None]))
     outlines: list[Outline] = []
-    for position, sample in enumerate(group):
-        teacher_of = first.setdefault(sample.routed.teacher_ids, position)
-        outlines.append(Outline.of(sample, teacher_of))
+    for sample, ids in zip(group, prompts, strict=True):
+        outlines.append(Outline.of(sample, prompts.index(ids), shared))
     return tuple(outlines)

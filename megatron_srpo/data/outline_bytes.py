@@ -31,6 +31,7 @@ _SAMPLE = np.dtype(
         ("prompt_tokens", "<i4"),
         ("teacher_tokens", "<i4"),
         ("teacher_of", "<i4"),
+        ("teacher_shared", "<i4"),
         ("sibling", "<i4"),
         ("segments", "<i4"),  # how many
         ("versions", "<i4"),
@@ -87,6 +88,7 @@ def _row(one: Outline, strings: _Strings) -> tuple[Any, ...]:
         one.prompt_tokens,
         one.teacher_tokens,
         one.teacher_of,
+        one.teacher_shared,
         _NONE if route.sibling is None else route.sibling,
         len(one.segments),
         len(one.versions),
@@ -163,6 +165,7 @@ def _outline(
         routed=route,
         teacher_tokens=field["teacher_tokens"],
         teacher_of=field["teacher_of"],
+        teacher_shared=field["teacher_shared"],
         judged=verdict,
         finish_reason=_FINISH[field["finish_reason"]],
         versions=tuple(strings[number] for number in islice(versions, field["versions"])),

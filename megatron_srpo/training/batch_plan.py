@@ -172,17 +172,33 @@ class _Planner:
 
     def students(self, keys: Sequence[int]) -> list[Family]:
         """Return the families of samples of one group after its prompt."""
-        return self.rules.families([self._sequence(key, self.outlines[key].prompt_tokens) for key in keys])
+        if not keys:
+            return []
+        prompt_tokens = self.outlines[keys[0]].prompt_tokens
+        return self.rules.families([self._sequence(key, prompt_tokens) for key in keys], prompt_tokens)
 
     def teachers(self, keys: Sequence[int]) -> list[Family]:
-        """Return the families of a group's distilled samples, one for each teacher's prompt."""
+        """Return the families of a group's distilled samples.
+
+        Either those who see the same demonstration form a family, or all, which share the question: whatever
+        takes fewer tokens.
+        """
+        outlines = {key: self.outlines[key] for key in keys}
+        distilled = [key for key, outline in outlines.items() if outline.routed.distillation_weight > 0]
+        if not distilled:
+            return []
+        sequences = {key: self._sequence(key, outlines[key].teacher_tokens) for key in distilled}
         by_prompt: dict[int, list[PackedSequence]] = {}
-        for key in keys:
-            outline = self.outlines[key]
-            if outline.routed.distillation_weight > 0:
-                sequence = self._sequence(key, outline.teacher_tokens)
-                by_prompt.setdefault(outline.teacher_of, []).append(sequence)
-        return [family for sequences in by_prompt.values() for family in self.rules.families(sequences)]
+        for key, sequence in sequences.items():
+            by_prompt.setdefault(outlines[key].teacher_of, []).append(sequence)
+        apart = [
+            family
+            for alike in by_prompt.values()
+            for family in self.rules.families(alike, alike[0].prompt_tokens)
+        ]
+        common = outlines[distilled[0]].teacher_shared
+        together = self.rules.families(list(sequences.values()), common)
+        return min(apart, together, key=self._tokens)
 
     def _sequence(self, key: int, prompt_tokens: int) -> PackedSequence:
         return PackedSequence(key, prompt_tokens, prompt_tokens + self.outlines[key].response_inputs)
@@ -207,9 +223,10 @@ class _Planner:
 
     def _cost(self, keys: Sequence[int]) -> int:
         """Return the teacher's tokens plus three times the student's, for forward and backward."""
-        context = self.rules.context
-        student = sum(family.length(context) for family in self.students(keys))
-        return 3 * student + sum(family.length(context) for family in self.teachers(keys))
+        return 3 * self._tokens(self.students(keys)) + self._tokens(self.teachers(keys))
+
+    def _tokens(self, families: Sequence[Family]) -> int:
+        return sum(family.length(self.rules.context) for family in families)
 
 
 def balance(costs: Sequence[int], bins: int) -> list[list[int]]:

@@ -1,7 +1,7 @@
 """Packing of sequences into rows, and the tensors of a row on one rank.
 
-Sequences with the same prompt form a family, whose prompt is computed once. Rows are planned from lengths
-alone; only `micro_batch` needs tokens.
+Sequences whose prompts begin alike form a family, which computes that beginning once. Rows are planned from
+lengths alone; only `micro_batch` needs tokens.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class PackedSequence(NamedTuple):
 
 
 class Family(NamedTuple):
-    """Sequences of one row with the same prompt, whose first `shared` tokens are computed once."""
+    """Sequences of one row whose prompts have the first `shared` tokens in common; they are computed once."""
 
     sequences: tuple[PackedSequence, ...]
-    shared: int = 0  # a multiple of `ContextParallel.multiple`, less than the prompt's tokens
+    shared: int = 0  # a multiple of `ContextParallel.multiple`, less than any prompt's tokens
 
     def length(self, context: ContextParallel) -> int:
         """Return the number of tokens in the row, each document padded."""
@@ -56,13 +56,16 @@ class PackingRules(NamedTuple):
     context: ContextParallel = ContextParallel()
     shares_prompts: bool = True  # the layers can compute a prompt once for several responses
 
-    def families(self, sequences: Sequence[PackedSequence]) -> list[Family]:
-        """Return the families of sequences that have the same prompt: one, if that saves enough tokens."""
+    def families(self, sequences: Sequence[PackedSequence], common: int) -> list[Family]:
+        """Return the sequences as one family if that saves enough tokens, otherwise each as its own.
+
+        common: Number of first tokens that all prompts have in common.
+        """
         if not sequences or not self.shares_prompts:
             return [Family((sequence,)) for sequence in sequences]
         multiple = self.context.multiple
-        # The last token of the prompt stays in each response's document: it predicts the first policy token.
-        shared = (sequences[0].prompt_tokens - 1) // multiple * multiple
+        # The last token of a prompt stays in its response's document: it predicts the first policy token.
+        shared = min(common, *(sequence.prompt_tokens - 1 for sequence in sequences)) // multiple * multiple
         saved, all_tokens = shared * (len(sequences) - 1), sum(sequence.length for sequence in sequences)
         if saved < max(_WORTH_SHARING * all_tokens, 1):
             return [Family((sequence,)) for sequence in sequences]
@@ -104,10 +107,14 @@ def _pieces(family: Family, rules: PackingRules) -> list[Family]:
     for sequence in sorted(family.sequences, key=lambda sequence: (-sequence.length, sequence.key)):
         longer = Family((*part, sequence), family.shared)
         if part and longer.length(rules.context) > rules.token_budget:
-            pieces += rules.families(part)
+            pieces.append(_family(part, family.shared))
             part = []
         part.append(sequence)
-    return pieces + rules.families(part)
+    return [*pieces, _family(part, family.shared)]
+
+
+def _family(sequences: Sequence[PackedSequence], shared: int) -> Family:
+    return Family(tuple(sequences), shared if len(sequences) > 1 else 0)
 
 
 class SequenceTokens(NamedTuple):

@@ -72,6 +72,7 @@ def routed_sample(
     first = 1000 * number + 1
     return make_sample(
         index,
+        correct=True,
         prompt_id=prompt_id,
         prompt_ids=tuple(prompt),
         response_ids=range(first, first + response_length),

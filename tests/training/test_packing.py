@@ -226,6 +226,24 @@ def test_a_teachers_prompt_is_computed_once_for_those_who_see_the_same_demonstra
     assert row.total == 19 + 3 * 4 + 30 + 3
 
 
+def test_teachers_prompts_that_begin_alike_share_the_question():
+    # A question of 40 tokens, then demonstrations of 3: the question once is less than each prompt once.
+    samples = [("sdpo", 4, teacher, (), False) for teacher in (0, 0, 1, 1)]
+    (group,) = groups_of((3, (1, 1), samples))
+    question = tuple(range(10**7, 10**7 + 40))
+    shown = {0: (1, 2, 3), 1: (4, 5, 6)}
+    group = tuple(
+        sample.model_copy(
+            update={"route": sample.route.model_copy(update={"teacher_ids": question + shown[number // 2]})}
+        )
+        for number, sample in enumerate(group)
+    )
+    (row,) = pack([group], 0, 1, PackingRules(token_budget=1000)).teacher_micro_batches
+    assert row.documents.bounds == (0, 40, 46, 52, 58, 64) and row.documents.prefixes == (-1, 0, 0, 0, 0)
+    assert row.ids.tolist()[:40] == list(question) and row.ids.tolist()[40:43] == [1, 2, 3]
+    assert row.predicts.tolist()[:4] == [42, 43, 44, 45]
+
+
 def test_short_prompts_of_long_responses_are_not_shared():
     (group,) = groups_of((4, (5,), [("grpo", 100, 0, (), False)] * 3))
     (row,) = pack([group], 0, 1, PackingRules(token_budget=1000)).micro_batches
