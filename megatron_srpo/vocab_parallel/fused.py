@@ -21,7 +21,14 @@ from typing_extensions import override
 from megatron_srpo.vocab_parallel.divergence import Divergence
 from megatron_srpo.vocab_parallel.kernels.base import Statistics, StatisticsGrad
 from megatron_srpo.vocab_parallel.kernels.choice import KernelName, create_kernel
-from megatron_srpo.vocab_parallel.logits import InterpolatedLogits, Rows, Student, Teacher
+from megatron_srpo.vocab_parallel.logits import (
+    InterpolatedLogits,
+    LogitsGradient,
+    ProjectionGradient,
+    Rows,
+    Student,
+    Teacher,
+)
 from megatron_srpo.vocab_parallel.shard import VocabShard, accumulation_dtype, check_consistent
 
 MEMORY = {"cpu": 320 * 2**20, "cuda": 2 * 2**30}  # default bytes of the tiles of logits, by device
@@ -169,7 +176,7 @@ class TiledPass:
         count = 2 if self.distilled else 1
         self.buffers = [self.like.new_empty(shape, dtype=self.dtype) for _ in range(count)]
         self.kernel = create_kernel(inputs.kernel, tile_tokens, inputs.shard, inputs.divergence, self.like)
-        self.pending_products: list[Callable[[], None]] = []
+        self.pending_products: Iterator[Callable[[], None]] = iter(())
 
     def tiles(self, distilled_only: bool = False) -> Iterator[tuple[Rows, bool]]:
         """Yield each tile's tokens and True if they are distilled; no tile mixes the two kinds."""
@@ -209,37 +216,43 @@ class TiledPass:
             sources.append(inputs.teacher)
         count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
         tiles = [buffer[:count] for buffer in self.buffers[: len(sources)]]
-        if not self.kernel.gradient_is_separate:
-            self.finish_products()
-        for source, tile in zip(sources, tiles, strict=True):
-            source.write(rows, tile, 1.0 / inputs.temperature)
+        scale = 1.0 / inputs.temperature
+
+        def write(index: int, columns: slice) -> None:
+            sources[index].write(rows, columns, tiles[index][:, columns], scale)
+
         targets = None if inputs.targets is None else inputs.targets[rows]
-        statistics = self.kernel.statistics(tiles, targets, self.compute_one_product)
+        statistics = self.kernel.statistics(tiles, write, targets, self.compute_one_product)
         for values, all_values in zip(statistics, into, strict=True):
             if values is not None and all_values is not None:
                 all_values[rows] = values
         return statistics
 
-    def logits_grad(self, grads: StatisticsGrad) -> Tensor:
-        """Return the last tile's dLogits [n, width] from the gradients of its statistics.
+    def accumulate_grad(self, rows: Rows, grads: StatisticsGrad, into: LogitsGradient | ProjectionGradient):
+        """Accumulate the gradient of the last tile's logits, given those of its statistics.
 
-        The dtype is the model's on CUDA (that of the matrix products), else fp32 or float64.
+        Matrix products that can overlap with the collectives of the next tile remain pending.
         """
         self.finish_products()
         scale = 1.0 / self.inputs.temperature
         scaled = StatisticsGrad(*(None if grad is None else grad * scale for grad in grads))
-        gradient = self.kernel.logits_grad(scaled)
-        return gradient.to(self.like.dtype) if gradient.is_cuda else gradient
+        blocks = self.kernel.logits_grad(scaled)
+        if self.kernel.gradient_is_separate:
+            dtype = self.like.dtype if self.like.is_cuda else self.dtype  # of the products
+            blocks = [(columns, gradient.to(dtype)) for columns, gradient in blocks]
+        self.pending_products = into.products(rows, blocks)
+        if not (self.kernel.gradient_is_separate and self.inputs.shard.is_split):
+            self.finish_products()
 
     def compute_one_product(self) -> None:
         """Compute one pending product of the previous tile, if any, while a collective runs."""
-        if self.pending_products:
-            self.pending_products.pop(0)()
+        if product := next(self.pending_products, None):
+            product()
 
     def finish_products(self) -> None:
         """Compute the remaining matrix products of the previous tile."""
-        while self.pending_products:
-            self.compute_one_product()
+        for product in self.pending_products:
+            product()
 
 
 def _kept_tokens(targets: Tensor | None) -> Tensor | None:
@@ -282,15 +295,12 @@ class _FusedObjective(torch.autograd.Function):
         collector = source.gradients(needed, weight_grad) if any(needed) else None
         loss = student[0].new_zeros((), dtype=tiled_pass.dtype)
         statistics = tiled_pass.empty_statistics()
-        overlaps = tiled_pass.kernel.gradient_is_separate and tiled_pass.inputs.shard.is_split
         for rows, is_distilled in tiled_pass.tiles():
             tile_statistics = tiled_pass.tile_statistics(rows, is_distilled, statistics)
             tile_loss, grads = _differentiate(objective, rows, tile_statistics)
             loss += tile_loss
             if collector is not None:
-                tiled_pass.pending_products = collector.products(rows, tiled_pass.logits_grad(grads))
-                if not overlaps:
-                    tiled_pass.finish_products()
+                tiled_pass.accumulate_grad(rows, grads, collector)
         tiled_pass.finish_products()
         ctx.gradients = None if collector is None else collector.results()
         ctx.must_be_one = weight_grad is not None
