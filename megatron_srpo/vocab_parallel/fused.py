@@ -11,6 +11,8 @@ Collectives per tile on the full support: one all-gather of [4, 2, n] fp32, and 
 CUDA they overlap with the matrix products of the previous tile. Per call: one all-gather of ten integers.
 """
 
+import contextlib
+import mmap
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -32,6 +34,7 @@ from megatron_srpo.vocab_parallel.logits import (
 from megatron_srpo.vocab_parallel.shard import VocabShard, accumulation_dtype, check_consistent
 
 MEMORY = {"cpu": 320 * 2**20, "cuda": 2 * 2**30}  # default bytes of the tiles of logits, by device
+_HUGE_PAGE = 2 * 2**20  # bytes
 IGNORED = -100  # torch's own ignore_index
 
 # objective(rows, statistics of those tokens) -> scalar, differentiable in all three
@@ -174,7 +177,7 @@ class TiledPass:
         tile_tokens = max(1, min(tile_tokens, self.tokens))
         self.tile_tokens, shape = tile_tokens, (tile_tokens, inputs.shard.width)
         count = 2 if self.distilled else 1
-        self.buffers = [self.like.new_empty(shape, dtype=self.dtype) for _ in range(count)]
+        self.buffers = [_empty_tile(shape, self.dtype, self.like.device) for _ in range(count)]
         self.kernel = create_kernel(inputs.kernel, tile_tokens, inputs.shard, inputs.divergence, self.like)
         self.pending_products: Iterator[Callable[[], None]] = iter(())
 
@@ -284,6 +287,20 @@ def _tile_tokens(memory: int | None, width: int, like: Tensor) -> int:
     if like.is_cuda and tokens >= 128:
         return tokens - tokens % 128  # a multiple of the matrix products' own tile size
     return tokens
+
+
+def _empty_tile(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Allocate a tile, for a CPU in huge pages where the system has them.
+
+    The tiles of a call are new memory; in pages of 4 KiB, page faults take a fiftieth of the loss's time.
+    """
+    size = shape[0] * shape[1] * dtype.itemsize
+    if device.type != "cpu" or size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 class _FusedObjective(torch.autograd.Function):

@@ -27,13 +27,13 @@ class JensenShannon(Formula):
     @override
     def on_cpu(self, block: CpuBlock, alpha: float) -> None:
         # log(m/p) = log1p(α (q - p) / p) and log(m/q) = log1p((1-α) (p - q) / q): exactly 0 where p = q
-        p, q, difference = block.p, block.q, block.negative_pf
+        p, q, difference, zero = block.p, block.q, block.negative_pf, block.p.new_zeros(())
         torch.sub(q, p, out=difference)
         from_q = torch.clamp(q, min=TINY, out=block.y)
-        torch.div(difference, from_q, out=from_q).mul_(alpha - 1).log1p_().mul_(q)
+        torch.addcdiv(zero, difference, from_q, value=alpha - 1, out=from_q).log1p_().mul_(q)
         torch.sum(from_q, 1, out=block.teacher_sum).neg_()
         at_least_tiny = torch.clamp(p, min=TINY, out=block.x)
-        difference.div_(at_least_tiny).mul_(alpha).log1p_().mul_(p)
+        torch.addcdiv(zero, difference, at_least_tiny, value=alpha, out=difference).log1p_().mul_(p)
 
     @override
     def pf_weight(self, alpha: float) -> float:
