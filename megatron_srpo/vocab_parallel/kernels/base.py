@@ -89,7 +89,7 @@ def combine(maxima: Tensor, totals: Tensor, weighted: Tensor) -> RowSums:
 
 
 def add_at(block: Tensor, columns: slice, positions: Tensor, values: Tensor) -> None:
-    """Add values [n, k] to a block of a tile at those of the tile's columns `positions` [n, k] it contains."""
+    """Add values [n, k] at columns `positions` [n, k] of a tile, where they lie in its block `columns`."""
     if not block.shape[1]:
         return
     is_inside = (positions >= columns.start) & (positions < columns.stop)
