@@ -231,7 +231,9 @@ class TiledPass:
                 all_values[rows] = values
         return statistics
 
-    def accumulate_grad(self, rows: Rows, grads: StatisticsGrad, into: LogitsGradient | ProjectionGradient):
+    def accumulate_grad(
+        self, rows: Rows, grads: StatisticsGrad, into: LogitsGradient | ProjectionGradient
+    ) -> None:
         """Accumulate the gradient of the last tile's logits, given those of its statistics.
 
         Matrix products that can overlap with the collectives of the next tile remain pending.
