@@ -113,8 +113,8 @@ class _PerToken(torch.autograd.Function):
         for rows, is_distilled in tiled_pass.tiles(distilled_only=ctx.name == "divergence"):
             tiled_pass.tile_statistics(rows, is_distilled, statistics)
             grads = StatisticsGrad(**{ctx.name: values_grad[rows].to(tiled_pass.dtype)})
-            tiled_pass.pending_products = collector.products(rows, tiled_pass.logits_grad(grads))
-            tiled_pass.finish_products()
+            tiled_pass.accumulate_grad(rows, grads, collector)
+        tiled_pass.finish_products()
         return None, None, *collector.results()
 
 

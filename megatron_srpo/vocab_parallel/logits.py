@@ -6,17 +6,18 @@ Tiles are fp32 (float64 for float64 inputs): products of bf16 matrices are never
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron_srpo.vocab_parallel.kernels.base import ColumnBlock
 from megatron_srpo.vocab_parallel.shard import VocabShard, accumulation_dtype
 
 Rows = slice | Tensor  # a range of tokens, or their indices
 
-_COLUMN_BLOCK = 8192  # columns of a bf16 matrix upcast at a time on a CPU
+_UPCAST_COLUMNS = 8192  # columns of a bf16 matrix upcast at a time on a CPU
 _ROW_BLOCK = 2048  # rows of a product added at a time where `addmm` cannot add; they fit into a GPU's cache
 
 
@@ -38,15 +39,15 @@ class Logits(NamedTuple):
             raise ValueError(f"{found}: expected [tokens, vocabulary columns], floating-point")
         _check_shard(shard, shape[1], f"{name} of {shape[1]} columns")
 
-    def write(self, rows: Rows, tile: Tensor, scale: float, add: bool = False) -> None:
-        """Write scale · logits[rows] to `tile` [n, width], or add it."""
-        logits = self.logits[rows, : tile.shape[1]]
+    def write(self, rows: Rows, columns: slice, block: Tensor, scale: float, add: bool = False) -> None:
+        """Write scale · logits[rows, columns] to `block` [n, columns], or add it."""
+        logits = self.logits[rows, columns]
         if add:
-            tile.add_(logits, alpha=scale)
+            block.add_(logits, alpha=scale)
             return
-        tile.copy_(logits)
+        block.copy_(logits)
         if scale != 1.0:
-            tile.mul_(scale)
+            block.mul_(scale)
 
     def gradients(self, needed: tuple[bool, ...], weight_grad: Tensor | None = None) -> LogitsGradient:
         """Create the accumulator of dLogits; the arguments are not used."""
@@ -77,22 +78,22 @@ class Projection(NamedTuple):
             raise ValueError(f"{found}: expected one floating-point dtype and one device")
         _check_shard(shard, len(weight), f"{prefix}weight of {len(weight)} rows")
 
-    def write(self, rows: Rows, tile: Tensor, scale: float, add: bool = False) -> None:
-        """Write scale · hidden[rows] · weightᵀ to `tile` [n, width], or add it."""
-        hidden, weight, beta = self.hidden[rows], self.weight[: tile.shape[1]], 1.0 if add else 0.0
-        if weight.dtype == tile.dtype:
-            torch.addmm(tile, hidden, weight.t(), beta=beta, alpha=scale, out=tile)
+    def write(self, rows: Rows, columns: slice, block: Tensor, scale: float, add: bool = False) -> None:
+        """Write scale · hidden[rows] · weight[columns]ᵀ to `block` [n, columns], or add it."""
+        hidden, weight, beta = self.hidden[rows], self.weight[columns], 1.0 if add else 0.0
+        if weight.dtype == block.dtype:
+            torch.addmm(block, hidden, weight.t(), beta=beta, alpha=scale, out=block)
         elif weight.is_cuda and not add:
-            torch.mm(hidden, weight.t(), out_dtype=tile.dtype, out=tile)
+            torch.mm(hidden, weight.t(), out_dtype=block.dtype, out=block)
             if scale != 1.0:
-                tile.mul_(scale)
+                block.mul_(scale)
         elif weight.is_cuda:
-            _add_product(tile.t(), weight, hidden.t(), scale)
+            _add_product(block.t(), weight, hidden.t(), scale)
         else:
-            hidden = hidden.to(tile.dtype)
-            for columns in _column_blocks(tile.shape[1]):
-                block, upcast = tile[:, columns], weight[columns].to(tile.dtype)
-                torch.addmm(block, hidden, upcast.t(), beta=beta, alpha=scale, out=block)
+            hidden = hidden.to(block.dtype)
+            for part in _parts(block.shape[1]):
+                upcast = weight[part].to(block.dtype)
+                torch.addmm(block[:, part], hidden, upcast.t(), beta=beta, alpha=scale, out=block[:, part])
 
     def gradients(self, needed: tuple[bool, ...], weight_grad: Tensor | None = None) -> ProjectionGradient:
         """Create the accumulator of dHidden and dWeight.
@@ -128,11 +129,11 @@ class InterpolatedLogits(NamedTuple):
             found = [f"{len(x)} tokens ({x.dtype}, {x.device})" for x in (one, other)]
             raise ValueError(f"{name}.reference and {name}.policy: {' and '.join(found)}; expected the same")
 
-    def write(self, rows: Rows, tile: Tensor, scale: float, add: bool = False) -> None:
-        """Write scale times the interpolated logits to `tile` [n, width], or add them."""
+    def write(self, rows: Rows, columns: slice, block: Tensor, scale: float, add: bool = False) -> None:
+        """Write scale times the interpolated logits to `block` [n, columns], or add them."""
         for source, share in ((self.reference, 1 - self.interpolation), (self.policy, self.interpolation)):
             if share:  # 0 · -inf would be NaN
-                source.write(rows, tile, scale * share, add)
+                source.write(rows, columns, block, scale * share, add)
                 add = True
 
 
@@ -145,12 +146,13 @@ class LogitsGradient:
     def __init__(self, source: Logits):
         self.gradient = torch.zeros_like(source.logits)
 
-    def products(self, rows: Rows, gradient: Tensor) -> list[Callable[[], None]]:
-        """Return the calls that accumulate a tile's dLogits [n, width]."""
-        return [functools.partial(self._store, rows, gradient)]
+    def products(self, rows: Rows, blocks: Iterable[ColumnBlock]) -> Iterator[Callable[[], None]]:
+        """Yield the calls that store a tile's dLogits."""
+        for block in blocks:
+            yield functools.partial(self._store, rows, *block)
 
-    def _store(self, rows: Rows, gradient: Tensor) -> None:
-        self.gradient[rows, : gradient.shape[1]] = gradient.to(self.gradient.dtype)
+    def _store(self, rows: Rows, columns: slice, gradient: Tensor) -> None:
+        self.gradient[rows, columns] = gradient.to(self.gradient.dtype)
 
     def results(self) -> tuple[Tensor]:
         """Return the gradients of the source's tensors, in order."""
@@ -169,40 +171,42 @@ class ProjectionGradient:
             weight_grad = weight.new_zeros(weight.shape, dtype=accumulation_dtype(weight.dtype))
         self.weight_grad = weight_grad
 
-    def products(self, rows: Rows, gradient: Tensor) -> list[Callable[[], None]]:
-        """Return the calls for dHidden[rows] = gradient · weight and dWeight += gradientᵀ · hidden[rows]."""
-        products: list[Callable[[], None]] = []
-        if self.hidden_grad is not None:
-            products.append(functools.partial(self._to_hidden, self.hidden_grad, rows, gradient))
-        if self.weight_grad is not None:
-            accumulator = self.weight_grad[: gradient.shape[1]]
-            products.append(functools.partial(self._to_weight, accumulator, rows, gradient))
-        return products
+    def products(self, rows: Rows, blocks: Iterable[ColumnBlock]) -> Iterator[Callable[[], None]]:
+        """Yield the calls for dHidden[rows] = gradient · weight and dWeight += gradientᵀ · hidden[rows].
 
-    def _to_hidden(self, hidden_grad: Tensor, rows: Rows, gradient: Tensor) -> None:
-        weight = self.source.weight[: gradient.shape[1]]
-        if weight.dtype != gradient.dtype:
-            result = gradient.new_zeros(len(gradient), weight.shape[1])
-            for columns in _column_blocks(gradient.shape[1]):
-                result.addmm_(gradient[:, columns], weight[columns].to(gradient.dtype))
-            hidden_grad[rows] = result.to(weight.dtype)
-        elif isinstance(rows, slice):
-            torch.mm(gradient, weight, out=hidden_grad[rows])
-        else:
-            hidden_grad[rows] = torch.mm(gradient, weight)
-
-    def _to_weight(self, accumulator: Tensor, rows: Rows, gradient: Tensor) -> None:
-        hidden = self.source.hidden[rows]
-        if gradient.dtype == accumulator.dtype:
-            accumulator.addmm_(gradient.t(), hidden.to(gradient.dtype))
-        else:
-            _add_product(accumulator, gradient.t(), hidden)
+        Each block is requested after the calls of the previous one, whose memory may be reused for it.
+        """
+        hidden, weight, hidden_sum = self.source.hidden[rows], self.source.weight, None
+        for columns, gradient in blocks:
+            if self.hidden_grad is not None:
+                if hidden_sum is None:
+                    hidden_sum = gradient.new_zeros(hidden.shape)
+                yield functools.partial(_add_to_hidden, hidden_sum, gradient, weight[columns])
+            if self.weight_grad is not None:
+                yield functools.partial(_add_to_weight, self.weight_grad[columns], gradient, hidden)
+        if self.hidden_grad is not None and hidden_sum is not None:
+            self.hidden_grad[rows] = hidden_sum.to(self.hidden_grad.dtype)
 
     def results(self) -> tuple[Tensor | None, Tensor | None]:
         """Return dHidden and dWeight; None if not needed, or if dWeight was added to the caller's tensor."""
         if self.returns_weight_grad and self.weight_grad is not None:
             return self.hidden_grad, self.weight_grad.to(self.source.weight.dtype)
         return self.hidden_grad, None
+
+
+def _add_to_hidden(hidden_sum: Tensor, gradient: Tensor, weight: Tensor) -> None:
+    if weight.dtype == gradient.dtype:
+        hidden_sum.addmm_(gradient, weight)
+        return
+    for part in _parts(gradient.shape[1]):
+        hidden_sum.addmm_(gradient[:, part], weight[part].to(gradient.dtype))
+
+
+def _add_to_weight(weight_grad: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+    if gradient.dtype == weight_grad.dtype:
+        weight_grad.addmm_(gradient.t(), hidden.to(gradient.dtype))
+    else:
+        _add_product(weight_grad, gradient.t(), hidden)
 
 
 def _add_product(into: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
@@ -226,9 +230,9 @@ def _addmm_takes_fp32(device: torch.device) -> bool:
     return True
 
 
-def _column_blocks(width: int) -> Iterator[slice]:
-    for start in range(0, width, _COLUMN_BLOCK):
-        yield slice(start, min(start + _COLUMN_BLOCK, width))
+def _parts(width: int) -> Iterator[slice]:
+    for start in range(0, width, _UPCAST_COLUMNS):
+        yield slice(start, min(start + _UPCAST_COLUMNS, width))
 
 
 def _check_shard(shard: VocabShard, padded_width: int, source: str) -> None:

@@ -49,7 +49,7 @@ def top_tokens(
     for start in range(0, len(like), _TILE_TOKENS):
         rows = slice(start, min(start + _TILE_TOKENS, len(like)))
         logits = like.new_empty((rows.stop - start, shard.width), dtype=dtype)
-        source.write(rows, logits, 1.0 / temperature)
+        source.write(rows, slice(0, shard.width), logits, 1.0 / temperature)
         logprobs = logits - log_sum_exp(logits, shard.group)[:, None]
         ids = top_ids(logprobs, k, shard)
         target_logprob = _gather_logprobs(targets[rows, None], logprobs, shard)[:, 0]

@@ -109,6 +109,13 @@ def test_any_shape(
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("divergence", [*FULL[:4], *SORTS[1:]], ids=str)
+def test_several_blocks_of_columns_and_parts_of_rows(divergence):
+    # Wider than a block of the CPU kernel, and tiles large enough for huge pages.
+    case = FusedCase(40, 33, 9001, 9008)
+    assert_close(case.fused(divergence, 0.7), case.exact(divergence, 0.7), 1e-11)
+
+
 @pytest.mark.parametrize("divergence", SORTS, ids=str)
 def test_fp32_is_close_to_float64(divergence):
     case = FusedCase(64, 32, 500, 512, width=16, dtype=torch.float32)

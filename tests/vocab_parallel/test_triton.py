@@ -170,7 +170,9 @@ def test_products_of_interpolated_logits(products_of_cuda):
     case = FusedCase(9, 9, 9001, 9008, width=16, dtype=torch.bfloat16)
     pairs = (case.hidden, case.weight), (case.teacher_hidden, case.teacher_weight)
     tile = torch.full((9, 9001), torch.nan)
-    InterpolatedLogits(*(Projection(*pair) for pair in pairs), 0.25).write(slice(0, 9), tile, 0.5)
+    InterpolatedLogits(*(Projection(*pair) for pair in pairs), 0.25).write(
+        slice(0, 9), slice(0, 9001), tile, 0.5
+    )
     one, other = (hidden.double() @ weight[:9001].double().t() for hidden, weight in pairs)
     assert largest_error(tile, 0.5 * (0.75 * one + 0.25 * other)) < FP32
 

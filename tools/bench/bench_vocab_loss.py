@@ -6,6 +6,7 @@
 
 The second form measures `ours` only, whose memory does not grow with the tokens.
 
+`ours` adds dWeight to an existing buffer (`main_grad`), as the trainer does; `ours, new gradient` returns it.
 Every token is distilled (JSD of student and teacher plus the log-probability of the target), forward and
 backward to hidden states and weight. `ratio` is to the four bare matrix products; `extra_bytes` is peak
 memory above the inputs and their gradients; `error` is the largest relative error of loss, dHidden and
@@ -86,7 +87,35 @@ def bare_gemms(x: Inputs, chunk: int | None) -> Callable[[], Result]:
     return call
 
 
-def ours(
+def elementwise(x: Inputs, chunk: int | None) -> Callable[[], Result]:
+    """Return the call of the fewest passes by torch, in cache, that make JSD and its gradient from logits.
+
+    Of both models: maximum, exp, sum, probability. Then two logarithms with products and sums; the gradient.
+    """
+    tokens, width = len(x.hidden), x.shard.width
+    tiles = x.hidden.new_ones(2, min(chunk or GEMM_TOKENS[x.hidden.device.type], tokens), width)
+    p, q, terms = x.hidden.new_empty(3, tiles.shape[1], 512)
+    row, scale = p.new_empty(len(p)), p.new_full((len(p), 1), 1e-6)
+
+    def block_work(student: Tensor, teacher: Tensor, *parts: Tensor) -> None:
+        for logits, probability in ((student, parts[0]), (teacher, parts[1])):
+            torch.amax(logits, 1, out=row)
+            torch.sum(torch.exp2(logits, out=probability).mul_(scale), 1, out=row)
+        for probability in parts[:2]:
+            torch.sum(torch.div(*parts[:2], out=parts[2]).log1p_().mul_(probability), 1, out=row)
+        torch.addcmul(parts[2], parts[0], scale, out=student)
+
+    def call() -> Result:
+        for _ in range(0, tokens, len(p)):
+            for start in range(0, width, p.shape[1]):
+                student, teacher = tiles[:, :, start : start + p.shape[1]]
+                block_work(student, teacher, *(part[:, : student.shape[1]] for part in (p, q, terms)))
+        return Result(None, x.hidden, x.weight)
+
+    return call
+
+
+def fused(
     x: Inputs, chunk: int | None, divergence: Divergence | None = None, weight_grad: Tensor | None = None
 ) -> Tensor:
     """Return the loss by megatron_srpo.vocab_parallel.fused; without a chunk, it chooses its tiles itself."""
@@ -108,13 +137,13 @@ def ours(
 
 
 def into_main_grad(x: Inputs, chunk: int | None) -> Callable[[], Result]:
-    """Return the call of `ours` as the trainer makes it: dWeight is added to an existing buffer."""
+    """Return the call of `fused` as the trainer makes it: dWeight is added to an existing buffer."""
     weight_grad = torch.zeros_like(x.weight, dtype=torch.float32)
 
     def call() -> Result:
         own = x._replace(hidden=x.hidden.detach().requires_grad_(), weight=x.weight.detach().requires_grad_())
         weight_grad.zero_()
-        value = ours(own, chunk, weight_grad=weight_grad)
+        value = fused(own, chunk, weight_grad=weight_grad)
         value.backward()
         assert own.hidden.grad is not None
         return Result(value.detach(), own.hidden.grad, weight_grad)
@@ -203,9 +232,10 @@ TOP_TRL = {
 # the rest.
 METHODS = {
     "gemms": Method(bare_gemms, None, sharded=True),
-    "ours": Method(differentiated(ours), FULL, sharded=True),
-    "ours, into main_grad": Method(into_main_grad, FULL, sharded=True),
-    "ours, top-100 + tail": Method(differentiated(ours, divergence=TOP_OURS), TOP, sharded=True),
+    "elementwise": Method(elementwise, None, sharded=True),
+    "ours": Method(into_main_grad, FULL, sharded=True),
+    "ours, new gradient": Method(differentiated(fused), FULL, sharded=True),
+    "ours, top-100 + tail": Method(differentiated(fused, divergence=TOP_OURS), TOP, sharded=True),
     "naive autograd": Method(differentiated(FULL), FULL),
     "top-100 + tail": Method(differentiated(TOP), TOP),
     "TRL full": Method(differentiated(trl, function="compute_full_logit_self_distillation_loss"), FULL, TRL),
@@ -368,13 +398,9 @@ def synchronise(device: torch.device) -> None:
 
 def measure_all(options: argparse.Namespace, device: torch.device) -> tuple[list[Row], dict[str, str]]:
     """Return the rows, the bare products first, and {name: reason} of those that cannot run."""
-    skipped: dict[str, str] = {}
-    names = []
-    for name in dict.fromkeys(["gemms", *options.methods]):
-        if reason := why_not(name, options):
-            skipped[name] = reason
-        else:
-            names.append(name)
+    reasons = {name: why_not(name, options) for name in ["gemms", *options.methods]}
+    skipped = {name: reason for name, reason in reasons.items() if reason}
+    names = [name for name in reasons if name not in skipped]
     x = make_inputs(options.tokens, options, device)
     expected: dict[Callable[..., Tensor], Result] = {}
     for name in names:

@@ -34,18 +34,22 @@ def formula(name: str) -> Formula:
 
 
 class CpuBlock(NamedTuple):
-    """A few rows of one tile that fit in cache, [n, width] each, for `Formula.on_cpu`.
+    """A part of one tile that fits in cache, for `Formula.on_cpu`; [n, columns] where not noted otherwise.
 
-    log p = x - shift_p and log q = y - shift_q, with difference = shift_p - shift_q; p = scale · exp x.
+    log q - log p = y - x + difference.
     """
 
-    x: Tensor  # the student's logits minus their maximum; replaced by p·f / Formula.pf_weight
-    y: Tensor  # the teacher's logits minus their maximum; replaced by p
+    p: Tensor
     q: Tensor
-    scratch: tuple[Tensor, Tensor]
-    scale: Tensor  # [n, 1]
+    x: Tensor  # the student's logits minus their maximum; may be overwritten
+    y: Tensor  # the teacher's logits minus their maximum; may be overwritten
     difference: Tensor  # [n, 1]
+    negative_pf: Tensor  # receives -p·f / Formula.pf_weight
     teacher_sum: Tensor  # [n], zeros; receives the teacher's sum
+
+    def log_ratio(self) -> Tensor:
+        """Compute log q - log p in the memory of y."""
+        return self.y.sub_(self.x).add_(self.difference)
 
 
 class Formula:
@@ -68,7 +72,7 @@ class Formula:
         raise NotImplementedError
 
     def on_cpu(self, block: CpuBlock, alpha: float) -> None:
-        """Overwrite x and y and fill teacher_sum, as documented in `CpuBlock`."""
+        """Fill negative_pf and teacher_sum, as documented in `CpuBlock`."""
         raise NotImplementedError
 
     def pf_weight(self, alpha: float) -> float:

@@ -20,11 +20,8 @@ class ForwardKL(Formula):
 
     @override
     def on_cpu(self, block: CpuBlock, alpha: float) -> None:
-        x, y = block.x, block.y
-        p = torch.exp(x, out=block.scratch[1]).mul_(block.scale)
-        torch.sum(y.sub_(x).add_(block.difference).mul_(block.q), 1, out=block.teacher_sum)
-        torch.sub(p, block.q, out=x)
-        y.copy_(p)
+        torch.sum(block.log_ratio().mul_(block.q), 1, out=block.teacher_sum)
+        torch.sub(block.q, block.p, out=block.negative_pf)
 
     @override
     def value(self, student_sum: Tensor, teacher_sum: Tensor, alpha: float) -> Tensor:

@@ -26,13 +26,14 @@ class JensenShannon(Formula):
 
     @override
     def on_cpu(self, block: CpuBlock, alpha: float) -> None:
-        # log(p / m) instead of log p - log m: exactly 0 where p = q
-        x, q, (m, terms) = block.x, block.q, block.scratch
-        p = torch.exp(x, out=block.y).mul_(block.scale)
-        torch.lerp(p, q, alpha, out=m).add_(TINY)
-        torch.add(q, TINY, out=terms).div_(m).log_().mul_(q)
-        torch.sum(terms, 1, out=block.teacher_sum)
-        torch.add(p, TINY, out=x).div_(m).log_().mul_(p)
+        # log(m/p) = log1p(α (q - p) / p) and log(m/q) = log1p((1-α) (p - q) / q): exactly 0 where p = q
+        p, q, difference, zero = block.p, block.q, block.negative_pf, block.p.new_zeros(())
+        torch.sub(q, p, out=difference)
+        from_q = torch.clamp(q, min=TINY, out=block.y)
+        torch.addcdiv(zero, difference, from_q, value=alpha - 1, out=from_q).log1p_().mul_(q)
+        torch.sum(from_q, 1, out=block.teacher_sum).neg_()
+        at_least_tiny = torch.clamp(p, min=TINY, out=block.x)
+        torch.addcdiv(zero, difference, at_least_tiny, value=alpha, out=difference).log1p_().mul_(p)
 
     @override
     def pf_weight(self, alpha: float) -> float:

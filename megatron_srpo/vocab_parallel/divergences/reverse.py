@@ -20,9 +20,7 @@ class ReverseKL(Formula):
 
     @override
     def on_cpu(self, block: CpuBlock, alpha: float) -> None:
-        p = torch.exp(block.x, out=block.scratch[1]).mul_(block.scale)
-        block.x.sub_(block.y).sub_(block.difference).mul_(p)
-        block.y.copy_(p)
+        torch.mul(block.log_ratio(), block.p, out=block.negative_pf)
 
     @override
     def value(self, student_sum: Tensor, teacher_sum: Tensor, alpha: float) -> Tensor:

@@ -1,5 +1,6 @@
 """The results of a kernel for one tile of tokens, and the elementwise operations each device provides."""
 
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -7,6 +8,10 @@ from torch import Tensor
 
 FLOOR = -1e30  # replaces logits of -inf: gives a probability of exactly 0, without NaN
 TINY = 1e-37  # keeps logarithms of 0 and of 0/0 finite where they are multiplied by 0
+
+
+WriteLogits = Callable[[int, slice], None]  # write these columns of the tile with this index
+ColumnBlock = tuple[slice, Tensor]  # columns of a tile and their values, [n, columns]
 
 
 def times(probability: Tensor, log: Tensor) -> Tensor:
@@ -52,13 +57,41 @@ class TileOps(Protocol):
 
     gradient_is_separate: bool  # the gradient remains valid while the next tile's logits are written
 
-    def row_sums(self, tiles: list[Tensor], sums: Tensor) -> None:
-        """Fill sums [3, tiles, n] with m = max z, Σ exp(z - m) and the student's Σ exp(z - m)(z - m)."""
+    def row_sums(self, tiles: list[Tensor], write: WriteLogits, sums: Tensor) -> None:
+        """Let `write` fill the tiles.
+
+        Fill sums [3, tiles, n] with m = max z, Σ exp(z - m) and the student's Σ exp(z - m)(z - m).
+        """
 
     def divergence_sums(self, tiles: list[Tensor], maximum: Tensor, total: Tensor) -> Tensor:
         """Return [2, n]: Σ p·f without Formula.pf_weight, and the teacher's sum (see Formula.value)."""
         ...
 
-    def gradient(self, terms: GradTerms, maximum: Tensor, total: Tensor) -> Tensor:
-        """Return the [n, width] gradient of the student's logits."""
+    def gradient(self, terms: GradTerms, maximum: Tensor, total: Tensor) -> Iterable[ColumnBlock]:
+        """Return the gradient of the student's logits as blocks of columns in order."""
         ...
+
+
+class RowSums(NamedTuple):
+    """m = max z, Σ exp(z - m) and Σ exp(z - m)(z - m) over some columns."""
+
+    maximum: Tensor
+    total: Tensor
+    weighted: Tensor
+
+
+def combine(maxima: Tensor, totals: Tensor, weighted: Tensor) -> RowSums:
+    """Combine row sums over several parts of the columns, [parts, …] each, into row sums over all columns."""
+    maximum = maxima.amax(0)
+    shift = maxima - maximum
+    factor = shift.exp()
+    return RowSums(maximum, (factor * totals).sum(0), (factor * (weighted + shift * totals)).sum(0))
+
+
+def add_at(block: Tensor, columns: slice, positions: Tensor, values: Tensor) -> None:
+    """Add values [n, k] at columns `positions` [n, k] of a tile, where they lie in its block `columns`."""
+    if not block.shape[1]:
+        return
+    is_inside = (positions >= columns.start) & (positions < columns.stop)
+    index = torch.where(is_inside, positions - columns.start, 0)
+    block.scatter_add_(1, index, torch.where(is_inside, values, 0.0).to(block.dtype))

@@ -14,7 +14,7 @@ from megatron_srpo.vocab_parallel.kernels.topk import TopKKernel
 from megatron_srpo.vocab_parallel.shard import VocabShard, accumulation_dtype
 
 KernelName = Literal["cpu", "triton", "reference"]
-_DESCRIPTIONS = {"cpu": "CPU, row by row in cache", "triton": "Triton", "reference": "plain torch"}
+_DESCRIPTIONS = {"cpu": "CPU, blocks in cache", "triton": "Triton", "reference": "plain torch"}
 
 # Divergences implemented in triton_ops.py, which cannot be imported without Triton.
 _IN_TRITON = ("jsd", "reverse", "forward")

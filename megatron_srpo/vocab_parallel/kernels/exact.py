@@ -10,14 +10,22 @@ collectives per tile: all ranks' row sums (local maximum, Σ exp, Σ exp·z and 
 each rank computes the softmax over all columns), then all ranks' parts of the divergence.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from megatron_srpo.vocab_parallel.divergence import Divergence
-from megatron_srpo.vocab_parallel.kernels.base import FLOOR, GradTerms, Statistics, StatisticsGrad, TileOps
+from megatron_srpo.vocab_parallel.kernels.base import (
+    FLOOR,
+    ColumnBlock,
+    GradTerms,
+    Statistics,
+    StatisticsGrad,
+    TileOps,
+    WriteLogits,
+    combine,
+)
 from megatron_srpo.vocab_parallel.shard import VocabShard, gather, local_columns
 
 
@@ -33,18 +41,23 @@ class ExactKernel:
         self.gradient_is_separate = ops.gradient_is_separate
 
     def statistics(
-        self, tiles: list[Tensor], targets: Tensor | None, while_waiting: Callable[[], None]
+        self,
+        tiles: list[Tensor],
+        write: WriteLogits,
+        targets: Tensor | None,
+        while_waiting: Callable[[], None],
     ) -> Statistics:
         """Compute the statistics of one tile.
 
         Args:
-            tiles: [n, width] logits of the student and, if distilled, of the teacher; overwritten.
+            tiles: [n, width] buffers for the student and, if distilled, for the teacher; overwritten.
+            write: Writes columns of the logits to a tile.
             targets: [n] token ids; if None, the log-probs are zeros.
             while_waiting: Called once during each collective.
         """
         local = tiles[0].new_zeros(4, len(tiles), len(tiles[0]))
+        self.ops.row_sums(tiles, write, local[:3])
         self._target_logits(tiles, targets, local[3])
-        self.ops.row_sums(tiles, local[:3])
         maxima, totals, weighted, target_logits = gather(local, self.shard, while_waiting).unbind(1)
         self.maximum, self.total, weighted = combine(maxima, totals, weighted)  # [tiles, n] each
         log_total = self.total.log()
@@ -77,8 +90,8 @@ class ExactKernel:
         self.mean_f = torch.zeros_like(student_sum) if formula.mean_is_zero else student_sum
         return formula.value(student_sum, teacher_sum, self.divergence.alpha)
 
-    def logits_grad(self, grads: StatisticsGrad) -> Tensor:
-        """Return the gradient of the last tile's student logits, [n, width]; valid until the next tile."""
+    def logits_grad(self, grads: StatisticsGrad) -> Iterable[ColumnBlock]:
+        """Return the gradient of the last tile's student logits, by columns; valid until the next tile."""
         target_grad, entropy_grad, divergence_grad = grads
         if target_grad is None:
             target_grad = torch.zeros_like(self.entropy)
@@ -92,19 +105,3 @@ class ExactKernel:
             p_scale = p_scale - pf_scale * self.mean_f
         terms = GradTerms(self.target_columns, target_grad, p_scale, pf_scale, plogp_scale)
         return self.ops.gradient(terms, self.maximum, self.total)
-
-
-class RowSums(NamedTuple):
-    """m = max z, Σ exp(z - m) and Σ exp(z - m)(z - m) over some columns."""
-
-    maximum: Tensor
-    total: Tensor
-    weighted: Tensor
-
-
-def combine(maxima: Tensor, totals: Tensor, weighted: Tensor) -> RowSums:
-    """Combine row sums over several parts of the columns, [parts, …] each, into row sums over all columns."""
-    maximum = maxima.amax(0)
-    shift = maxima - maximum
-    factor = shift.exp()
-    return RowSums(maximum, (factor * totals).sum(0), (factor * (weighted + shift * totals)).sum(0))

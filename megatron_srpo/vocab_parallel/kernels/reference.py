@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_srpo.vocab_parallel.divergence import Divergence, divergence_on_tile
-from megatron_srpo.vocab_parallel.kernels.base import Statistics, StatisticsGrad
+from megatron_srpo.vocab_parallel.kernels.base import ColumnBlock, Statistics, StatisticsGrad, WriteLogits
 from megatron_srpo.vocab_parallel.shard import VocabShard, all_reduce, local_columns
 
 
@@ -24,9 +24,15 @@ class ReferenceKernel:
         self.shard, self.divergence = shard, divergence
 
     def statistics(
-        self, tiles: list[Tensor], targets: Tensor | None, while_waiting: Callable[[], None]
+        self,
+        tiles: list[Tensor],
+        write: WriteLogits,
+        targets: Tensor | None,
+        while_waiting: Callable[[], None],
     ) -> Statistics:
         """Compute the statistics of one tile (see `ExactKernel`); `while_waiting` is not used."""
+        for index, tile in enumerate(tiles):
+            write(index, slice(0, tile.shape[1]))
         logps, self.entropy, logprobs = _log_softmax(tiles, targets, self.shard)
         self.targets, self.logp, divergence = targets, logps[0], None
         if len(tiles) == 2 and self.divergence.support == "sampled":
@@ -37,8 +43,8 @@ class ReferenceKernel:
             divergence, self.divergence_grad = on_tile
         return Statistics(logprobs[0], self.entropy, divergence)
 
-    def logits_grad(self, grads: StatisticsGrad) -> Tensor:
-        """Return the gradient of the last tile's student logits, [n, width]."""
+    def logits_grad(self, grads: StatisticsGrad) -> list[ColumnBlock]:
+        """Return the gradient of the last tile's student logits as one block."""
         gradient = torch.zeros_like(self.logp)
         if grads.logprob is not None:
             gradient = self._logprob_grad(grads.logprob)
@@ -47,7 +53,7 @@ class ReferenceKernel:
             gradient.addcmul_(p * (logp + self.entropy[:, None]), -grads.entropy[:, None])
         if grads.divergence is not None:
             gradient.addcmul_(self.divergence_grad, grads.divergence[:, None])
-        return gradient
+        return [(slice(0, gradient.shape[1]), gradient)]
 
     def _logprob_grad(self, scale: Tensor) -> Tensor:
         """Return scale · (1[v = y] - p_v), [n, width]."""

@@ -9,15 +9,24 @@ of the buckets as in `divergences`, a column v outside the head has the gradient
 where p_v / P_tail is computed as a softmax over the tail: exact also where P_tail is too small for fp32.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from megatron_srpo.vocab_parallel.divergence import divergence_terms, top_ids
-from megatron_srpo.vocab_parallel.kernels.base import FLOOR, GradTerms, Statistics, StatisticsGrad
-from megatron_srpo.vocab_parallel.kernels.exact import ExactKernel, combine
+from megatron_srpo.vocab_parallel.kernels.base import (
+    FLOOR,
+    ColumnBlock,
+    GradTerms,
+    Statistics,
+    StatisticsGrad,
+    WriteLogits,
+    add_at,
+    combine,
+)
+from megatron_srpo.vocab_parallel.kernels.exact import ExactKernel
 from megatron_srpo.vocab_parallel.shard import all_reduce, gather, local_columns
 
 
@@ -30,16 +39,22 @@ class TopKKernel(ExactKernel):
 
     @override
     def statistics(
-        self, tiles: list[Tensor], targets: Tensor | None, while_waiting: Callable[[], None]
+        self,
+        tiles: list[Tensor],
+        write: WriteLogits,
+        targets: Tensor | None,
+        while_waiting: Callable[[], None],
     ) -> Statistics:
         self.has_head = len(tiles) == 2
         if not self.has_head:
-            return super().statistics(tiles, targets, while_waiting)
+            return super().statistics(tiles, write, targets, while_waiting)
         dtype = tiles[0].dtype
+        for index, tile in enumerate(tiles):
+            write(index, slice(0, tile.shape[1]))
         local = tiles[0].new_zeros(4, 2, len(tiles[0]))
         self._target_logits(tiles, targets, local[3])
         head = self._take_head(tiles)
-        self.ops.row_sums(tiles, local[:3])
+        self.ops.row_sums(tiles, _keep_tiles, local[:3])
         gathered = gather(local, self.shard, while_waiting).double()
         maxima, totals, weighted, target_logits = gathered.unbind(1)
         tail = combine(maxima, totals, weighted)
@@ -74,7 +89,7 @@ class TopKKernel(ExactKernel):
         return all_reduce(head, self.shard.group).double()
 
     @override
-    def logits_grad(self, grads: StatisticsGrad) -> Tensor:
+    def logits_grad(self, grads: StatisticsGrad) -> Iterable[ColumnBlock]:
         if not self.has_head:
             return super().logits_grad(grads)
         target_grad, entropy_grad, divergence_grad = grads
@@ -97,8 +112,15 @@ class TopKKernel(ExactKernel):
             target_columns = torch.where(is_target.any(1), -1, target_columns)
         p_scale = bucket_grad[:, -1].to(dtype).contiguous()
         terms = GradTerms(target_columns, target_grad, p_scale, plogp_scale=plogp_scale)
-        gradient = self.ops.gradient(terms, self.tail_maximum, self.tail_total)
-        if self.shard.width:
-            values = torch.where(self.is_local, bucket_grad[:, :-1], 0.0).to(gradient.dtype)
-            gradient.scatter_add_(1, self.columns, values)
-        return gradient
+        return self._with_head(self.ops.gradient(terms, self.tail_maximum, self.tail_total), bucket_grad)
+
+    def _with_head(self, blocks: Iterable[ColumnBlock], bucket_grad: Tensor) -> Iterator[ColumnBlock]:
+        """Add the gradient of the head's columns, which is 0 in the blocks."""
+        head_columns = torch.where(self.is_local, self.columns, -1)
+        for columns, gradient in blocks:
+            add_at(gradient, columns, head_columns, bucket_grad[:, :-1])
+            yield columns, gradient
+
+
+def _keep_tiles(index: int, columns: slice) -> None:
+    """Write nothing: the tiles are complete."""

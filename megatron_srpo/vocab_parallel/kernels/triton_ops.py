@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_srpo.vocab_parallel.divergence import Divergence
 from megatron_srpo.vocab_parallel.kernels import base
-from megatron_srpo.vocab_parallel.kernels.base import GradTerms
+from megatron_srpo.vocab_parallel.kernels.base import ColumnBlock, GradTerms, WriteLogits
 
 FLOOR, TINY = tl.constexpr(base.FLOOR), tl.constexpr(base.TINY)
 JSD, REVERSE, FORWARD, NONE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -29,9 +29,11 @@ class TritonTileOps:
         self.divergence = divergence
         self.gradient_buffer = like.new_empty(tile_tokens, width)
 
-    def row_sums(self, tiles: list[Tensor], sums: Tensor) -> None:
-        """Fill `sums` (see `TileOps`); the tiles are unchanged."""
+    def row_sums(self, tiles: list[Tensor], write: WriteLogits, sums: Tensor) -> None:
+        """Fill the tiles and `sums` (see `TileOps`)."""
         self.tiles = tiles
+        for index, tile in enumerate(tiles):
+            write(index, slice(0, tile.shape[1]))
         for index, tile in enumerate(tiles):
             rows, constants = sums[:, index], _LAUNCH | {"WEIGHTED": index == 0}
             sizes = (rows.stride(0), tile.shape[1], tile.stride(0))
@@ -46,8 +48,8 @@ class TritonTileOps:
         _launch(_divergence_sums, (len(student),), *arguments, **constants)
         return sums
 
-    def gradient(self, terms: GradTerms, maximum: Tensor, total: Tensor) -> Tensor:
-        """Return the gradient in a separate buffer, in the model's dtype."""
+    def gradient(self, terms: GradTerms, maximum: Tensor, total: Tensor) -> list[ColumnBlock]:
+        """Return the gradient as one block in a separate buffer, in the model's dtype."""
         student, teacher = self.tiles[0], self.tiles[-1]
         gradient = self.gradient_buffer[: len(student)]
         columns, target_grad, p_scale, pf_scale, plogp_scale = terms
@@ -61,7 +63,7 @@ class TritonTileOps:
         grid = (len(student), triton.cdiv(max(student.shape[1], 1), _BLOCK))
         arguments = (student, teacher, gradient, *vectors, *sizes)
         _launch(_gradient, grid, *arguments, **constants)
-        return gradient
+        return [(slice(0, gradient.shape[1]), gradient)]
 
     def _constants(self) -> dict[str, Any]:
         divergence = _DIVERGENCES.get(self.divergence.name, NONE.value)
