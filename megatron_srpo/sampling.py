@@ -15,7 +15,8 @@ from megatron_srpo.distributed.heartbeat import PROGRESS
 from megatron_srpo.distributed.layout import Layout, process_group
 from megatron_srpo.evaluation.run import stored_weights
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.observe.metrics import MetricsFile, rollout_metrics
+from megatron_srpo.observe.metrics import rollout_metrics
+from megatron_srpo.observe.metrics_file import MetricsFile
 from megatron_srpo.observe.session import run_session
 from megatron_srpo.observe.stopwatch import Stopwatch
 from megatron_srpo.observe.terminal import Terminal

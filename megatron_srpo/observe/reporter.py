@@ -11,7 +11,8 @@ from megatron_srpo.data.update_report import UpdateReport
 from megatron_srpo.distributed.files import SavedFile
 from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.observe.alarms import REMEMBERED, Alarm, Limits, alarms, too_many_unjudged
-from megatron_srpo.observe.metrics import MetricsFile, rollout_metrics, update_metrics, version_metrics
+from megatron_srpo.observe.metrics import rollout_metrics, update_metrics, version_metrics
+from megatron_srpo.observe.metrics_file import MetricsFile
 from megatron_srpo.observe.report import write_report
 from megatron_srpo.observe.terminal import Terminal
 from megatron_srpo.observe.trackers import Trackers, start_trackers
