@@ -18,16 +18,16 @@ from megatron_srpo.observe.tokens import NUMBERS, read_tokens
 
 def inspect(path: Path, step: int, number: int | None, console: Console) -> None:
     """Show sample `number` (from 0) of a step, or list all if it is None. Raises ConfigError."""
-    run, values = RunFolder.read(path), read_tokens(path, step)
+    run = RunFolder.read(path)
     if number is None:
-        _list(run.samples(step), values, console)
+        _list(run.samples(step), {key for key, _ in read_tokens(path, step)}, console)
     else:
-        _show(run, step, number, values, console)
+        _show(run, step, number, console)
     for problem in run.problems:
         console.print(Text(visible(problem), style="yellow"))
 
 
-def _show(run: RunFolder, step: int, number: int, values: dict, console: Console) -> None:
+def _show(run: RunFolder, step: int, number: int, console: Console) -> None:
     """Show sample `number` of a step; of the others, only the texts are kept in memory."""
     row: dict[str, Any] | None = None
     places: dict[SampleKey, tuple[int, str]] = {}
@@ -39,7 +39,8 @@ def _show(run: RunFolder, step: int, number: int, values: dict, console: Console
     _facts(row, step, number, console)
     messages = [f"{message['role']}: {message['content']}" for message in row["prompt"]["messages"]]
     _section("prompt", "\n".join(messages), console)
-    found = values.get((row["prompt"]["id"], row["index"]))
+    key = row["prompt"]["id"], row["index"]
+    found = next((values for of_sample, values in read_tokens(run.path, step) if of_sample == key), None)
     if found is None:
         _section("response", row["text"], console)
     else:
@@ -53,12 +54,12 @@ def _show(run: RunFolder, step: int, number: int, values: dict, console: Console
         _section("complete prompt of the teacher", _decoded(run, row["route"]["teacher_ids"]), console)
 
 
-def _list(rows: Iterable[dict], values: dict, console: Console) -> None:
+def _list(rows: Iterable[dict], with_values: set[SampleKey], console: Console) -> None:
     header = "sample  verdict  route  advantage  tokens  finish  values  response"
     console.print(Text(header, style="dim"), soft_wrap=True)
     for number, row in enumerate(rows):
         route, length = row["route"], policy_tokens(row)
-        values_of = "tokens" if (row["prompt"]["id"], row["index"]) in values else ""
+        values_of = "tokens" if (row["prompt"]["id"], row["index"]) in with_values else ""
         line = f"{number:>6}  {_verdict(row):<7}  {route['branch']:<5}  {route['advantage']:>+9.3f}"
         line += f"  {length:>6}  {row['finish_reason']:<6}  {values_of:<6}"
         start = visible(row["text"][:60].replace("\n", " "))

@@ -21,7 +21,7 @@ from megatron_srpo.observe.tokens import read_tokens, tokens_file
 SAMPLES = 5_000
 SAMPLE_BYTES = 14_000_000  # with their prompts and token values
 CURVE_VALUES = 600_000  # 4 MB; of longer runs every second, third, … step is shown
-_TOKEN_FILE_BYTES = 1 << 30  # read for the quantiles of entropy weights: of as many steps as that allows
+_TOKEN_FILE_BYTES = 1 << 29  # read for the quantiles of entropy weights: of as many steps as that allows
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _PAGE = Path(__file__).with_name("page")
 
@@ -141,7 +141,7 @@ def _weight_quantiles(run: RunFolder) -> dict[str, Any]:
             continue
         read += size
         weights: list[float] = []
-        for row in read_tokens(run.path, step).values():
+        for _, row in read_tokens(run.path, step):
             weights += [weight for weight in row.get("weight", ()) if weight is not None]
         if weights:
             quantiles[step] = np.quantile(weights, _QUANTILES).tolist()

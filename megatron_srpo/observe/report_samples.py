@@ -12,7 +12,6 @@ from megatron_srpo.observe.tokens import NUMBERS, read_tokens, tokens_file
 TEXT_CHARACTERS = 20_000  # of one response or message; longer ones are cut in the middle
 TOKENS = 600  # of a sample with token values; the middle of longer ones is left out
 _SHORTEST_TEXT = 2_000  # characters; in large steps, texts are cut down to it, so that more samples fit
-_DIGITS = 4  # of token values
 
 
 class Selection(NamedTuple):
@@ -74,7 +73,8 @@ def spread(steps: Sequence[int]) -> list[int]:
 
 def _read(run: RunFolder, step: int, samples: int, size: int, characters: int, first_prompt: int) -> _Step:
     """Read a step, sample by sample, until it exceeds `samples` or `size`; texts of at most `characters`."""
-    values, numbers = read_tokens(run.path, step), {}
+    values = {key: _token_values(of_tokens) for key, of_tokens in read_tokens(run.path, step)}
+    numbers: dict[str, int] = {}
     found: list[dict[str, Any]] = []
     prompts: list[dict[str, Any]] = []
     used = 0
@@ -89,8 +89,7 @@ def _read(run: RunFolder, step: int, samples: int, size: int, characters: int, f
             prompts.append({"id": prompt["id"], "messages": messages, "answer": answer})
             used += len(json.dumps(prompts[-1]))
         sample = {"step": step, "number": place, "prompt": numbers[prompt["id"]]} | _sample(row, characters)
-        if (of_tokens := values.get((prompt["id"], row["index"]))) is not None:
-            sample |= _token_values(of_tokens)
+        sample |= values.get((prompt["id"], row["index"]), {})
         found.append(sample)
         used += len(json.dumps(sample))
     return _Step(found, prompts, used, True)
@@ -117,22 +116,15 @@ def _sample(row: dict[str, Any], characters: int) -> dict[str, Any]:
 
 def _token_values(row: dict[str, Any]) -> dict[str, Any]:
     """Return the values of at most `TOKENS` tokens, and the mean divergence of all."""
-    values: dict[str, Any] = {"tokens": row["tokens"]}
-    for key in NUMBERS:
-        if key in row:
-            values[key] = [short(value, _DIGITS) for value in row[key]]
-    for key in ("top", "teacher_top"):
-        if key in row:
-            values[key] = [[[text, short(value, _DIGITS)] for text, value in place] for place in row[key]]
+    columns = {key: row[key] for key in ("tokens", *NUMBERS, "top", "teacher_top") if key in row}
     known = [value for value in row.get("divergence", ()) if value is not None]
-    found = {"divergence": short(sum(known) / len(known))} if known else {}
-    left_out = len(row["tokens"]) - TOKENS
-    if left_out <= 0:
-        return {**found, "values": values}
-    half = TOKENS // 2
-    middle = {"tokens": f"[… {left_out} tokens left out …]", "top": [], "teacher_top": []}
-    cut = {key: [*column[:half], middle.get(key), *column[-half:]] for key, column in values.items()}
-    return {**found, "values": {**cut, "gap": half}}
+    found: dict[str, Any] = {"divergence": short(sum(known) / len(known))} if known else {}
+    left_out, half = len(row["tokens"]) - TOKENS, TOKENS // 2
+    if left_out > 0:
+        gaps = {"tokens": f"[… {left_out} tokens left out …]", "top": [], "teacher_top": []}
+        columns = {key: [*column[:half], gaps.get(key), *column[-half:]] for key, column in columns.items()}
+        found["gap"] = half
+    return {**found, "values": columns}
 
 
 def _cut(text: str, characters: int) -> str:
@@ -142,6 +134,6 @@ def _cut(text: str, characters: int) -> str:
     return f"{text[:half]}\n[… {len(text) - 2 * half} characters left out …]\n{text[-half:]}"
 
 
-def short(value: float | None, digits: int = 5) -> float | None:
-    """Round to significant digits; None if the number is not finite."""
-    return None if value is None or not math.isfinite(value) else float(f"{value:.{digits}g}")
+def short(value: float | None) -> float | None:
+    """Round to five significant digits; None if the number is not finite."""
+    return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")

@@ -103,7 +103,7 @@ function legend() {
 }
 
 function token(sample, text, place) {
-  if (place === sample.values.gap) return make("span", { class: "quiet" }, `\n${text}\n`);
+  if (place === sample.gap) return make("span", { class: "quiet" }, `\n${text}\n`);
   const [name, strength] = shade(sample, place);
   const node = make("span", { class: "token" }, visible(text));
   if (strength > 0.01) node.style.background = `rgba(var(--${name}), ${(0.8 * strength).toFixed(3)})`;
