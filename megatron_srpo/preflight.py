@@ -52,9 +52,9 @@ def preflight(config: Config, trains: bool = True) -> HFFolder:
         for step in range(1, config.train.steps + 1):
             if not step_file(config.rollout.replay, step).is_file():
                 missing = step_file(config.rollout.replay, step)
-                raise ConfigError(
-                    f"rollout.replay: {missing} is missing, but train.steps is {config.train.steps}"
-                )
+                why = f"is missing, but train.steps is {config.train.steps}"
+                hint = "its run may have removed it (logging.rollouts_limit_gib)"
+                raise ConfigError(f"rollout.replay: {missing} {why}; {hint}")
     return folder
 
 

@@ -1,29 +1,40 @@
 """Files of a step in RUN/rollouts: its samples, and per-token values of some of them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-from megatron_srpo.config.schema import LoggingSection
+from megatron_srpo.config.schema import Config
 from megatron_srpo.data.records import Group
 from megatron_srpo.data.rollout_file import dump
+from megatron_srpo.data.rollout_retention import Retention
 from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.observe.tokens import choose, write_tokens
 from megatron_srpo.training.token_values import TokenValues
 
 
-@dataclass(frozen=True)
 class StepDump:
     """Writer of the files of logging.rollouts and logging.tokens_*; all ranks call it, rank 0 writes."""
 
-    settings: LoggingSection
-    layout: Layout
-    temperature: float  # of the rollouts and of the token values
-    decode: Callable[[Sequence[int]], str]  # token ids to text
+    def __init__(
+        self,
+        config: Config,
+        layout: Layout,
+        decode: Callable[[Sequence[int]], str],
+        say: Callable[[str], None],
+    ):
+        """Print by `say` how long dumps are kept; `decode` converts token ids to text."""
+        self.settings, self.layout = config.logging, layout
+        self.temperature = config.rollout.temperature  # of the rollouts and of the token values
+        self.decode, self.say = decode, say
+        self.folder = config.logging.dir / "rollouts"
+        limit = config.logging.rollouts_limit_gib
+        self.retention = Retention(self.folder, None if limit is None else limit * 2**30)
+        if config.logging.rollouts:
+            say(self.retention.describe())
 
     def samples(self, step: int, groups: Sequence[Group]) -> None:
         """Write the samples of `step`, if logging.rollouts is set."""
         if self.settings.rollouts and self.layout.rank == 0:
-            dump(groups, self.settings.dir / "rollouts", step)
+            dump(groups, self.folder, step)
 
     def token_values(self, step: int, groups: Sequence[Group]) -> TokenValues | None:
         """Return a recorder for the updates of `step`, or None if its tokens are not dumped."""
@@ -33,7 +44,12 @@ class StepDump:
         return TokenValues(choose(groups, self.settings.tokens_samples), self.layout, self.temperature)
 
     def tokens(self, step: int, groups: Sequence[Group], values: TokenValues | None) -> None:
-        """Write the token values that all ranks recorded. A collective."""
+        """Write the token values that all ranks recorded, then apply the retention. A collective."""
         rows = values.gather() if values is not None else []
-        if rows and self.layout.rank == 0:
-            write_tokens(rows, groups, self.decode, self.settings.dir / "rollouts", step)
+        if not self.settings.rollouts or self.layout.rank > 0:
+            return
+        if rows:
+            write_tokens(rows, groups, self.decode, self.folder, step)
+        if removed := self.retention.added(step):
+            steps = f"{len(removed)} steps between {removed[0]} and {removed[-1]}"
+            self.say(f"step {step}: rollouts/ exceeds logging.rollouts_limit_gib; removed {steps}")

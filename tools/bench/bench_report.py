@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _memory import status_bytes
 from _report import QUICKSTART, Row, cpu_name, make_parser, publish
 
 from megatron_srpo.config.load import load_config, save_config
@@ -124,13 +125,17 @@ def make_run(folder: Path, steps: int, full: int, prompts: int, size: int, token
 
 def run_command(name: str, *arguments: str) -> Row:
     """Run an `srpo` command; return a row with its seconds and its peak memory."""
-    start = time.perf_counter()
+    start, peak = time.perf_counter(), 0
     process = subprocess.Popen([sys.executable, "-m", "megatron_srpo", *arguments], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
+        peak = max(peak, status_bytes(process.pid, "VmHWM"))  # ru_maxrss would include this process's memory
+        time.sleep(0.02)
+    process.returncode = os.waitstatus_to_exitcode(ended[1])
     if process.returncode:
         raise ChildProcessError(f"{name}: exit status {process.returncode}")
-    return {"name": name, "seconds": time.perf_counter() - start, "extra_bytes": usage.ru_maxrss * 1024}
+    used = ended[2].ru_utime + ended[2].ru_stime
+    seconds = time.perf_counter() - start
+    return {"name": name, "seconds": seconds, "cpu_seconds": used, "extra_bytes": peak}
 
 
 def measure(folder: Path, options: Any) -> list[Row]:
@@ -142,9 +147,10 @@ def measure(folder: Path, options: Any) -> list[Row]:
         make_group(large[0], number, options.samples_per_prompt, options.tokens)
         for number in range(options.prompts)
     ]
-    start = time.perf_counter()
+    start, used = time.perf_counter(), time.process_time()
     dump(groups, folder / "rollouts", large[0])
-    row: Row = {"name": "dump of a step", "seconds": time.perf_counter() - start, "extra_bytes": 0}
+    row: Row = {"name": "dump of a step", "seconds": time.perf_counter() - start}
+    row |= {"cpu_seconds": time.process_time() - used, "extra_bytes": 0}
     files = [step_file(folder, large[0]), rollout_file.binary_file(step_file(folder, large[0]))]
     row["file_bytes"] = sum(file.stat().st_size for file in files if file.is_file())
     rows = [row, run_command("inspect", "inspect", str(folder), "--step", str(large[0]))]
@@ -156,7 +162,8 @@ def measure(folder: Path, options: Any) -> list[Row]:
 def format_row(row: Row) -> str:
     """Return a row as a line of the table."""
     size = f"{row['file_bytes'] / 1e6:8.1f} MB written" if "file_bytes" in row else ""
-    return f"{row['name']:>16}  {row['seconds']:7.2f} s  {row['extra_bytes'] / 1e6:6.0f} MB of memory{size}"
+    seconds = f"{row['seconds']:7.2f} s ({row['cpu_seconds']:.2f} s of CPU)"
+    return f"{row['name']:>16}  {seconds}  {row['extra_bytes'] / 1e6:6.0f} MB of memory{size}"
 
 
 def main() -> None:
