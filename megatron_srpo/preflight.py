@@ -130,9 +130,7 @@ def _check_questions(config: Config, folder: HFFolder, task: QuestionFile, split
             advance(int(limits[number]))
 
 
-def _token_limits(
-    config: Config, folder: HFFolder, task: QuestionFile, split: str, count: int
-) -> np.ndarray:
+def _token_limits(config: Config, folder: HFFolder, task: QuestionFile, split: str, count: int) -> np.ndarray:
     """Return a limit of each question's tokens: its bytes, and what the template adds to as many messages."""
     limits = task.most_tokens(split)[:count].astype(np.int64)
     messages = task.message_counts(split)[:count]

@@ -248,7 +248,7 @@ class LoggingSection(Section):
     rollouts_limit_gib: float | None = Field(
         default=100,
         gt=0,
-        description="size of RUN/rollouts above which steps are removed, oldest first, down to three quarters:"
+        description="size of RUN/rollouts above which steps are removed, oldest first, down to 3/4 of it;"
         " kept are step 1, the newest 10 and every 2nd step, or every 4th, 8th, …; null: keep all",
     )
     tensorboard: bool = Field(default=False, description="event files in RUN/tensorboard")

@@ -2,8 +2,8 @@
 
 Token ids and log-probabilities of a long sample (more than `INLINE_IDS` ids) are in a binary file next to it:
 
-    rollouts/step_000001.jsonl   {"step": 1, "offset": 0, "crc32": 1234, "arrays": [["prompt.ids", "int32", 512],
-                                  ["segments.0.ids", "int32", 8000], …], "prompt": {…}, …}
+    rollouts/step_000001.jsonl   {"step": 1, "offset": 0, "crc32": 1234,
+                                  "arrays": [["prompt.ids", "int32", 512], …], "prompt": {…}, …}
     rollouts/step_000001.bin     the arrays of all long samples, little-endian, one after the other
 
 `offset` is the byte at which a sample's arrays begin, in the order of `arrays`: [field, dtype, length];
@@ -24,7 +24,9 @@ import numpy as np
 from megatron_srpo.data.atomic import atomic_binary
 from megatron_srpo.data.records import Group, Sample
 
-INLINE_IDS = 1024  # a sample with more ids (prompt, response and teacher's prompt) has them in the binary file
+INLINE_IDS = (
+    1024  # a sample with more ids (prompt, response and teacher's prompt) has them in the binary file
+)
 
 _DTYPES = {"int32": np.dtype("<i4"), "float32": np.dtype("<f4"), "float64": np.dtype("<f8")}
 _FIELD = re.compile(r"(prompt)\.(ids)|(route)\.(teacher_ids)|segments\.(\d+)\.(ids|logprobs)")

@@ -1,7 +1,7 @@
 """Retention of dumped rollouts: when RUN/rollouts exceeds its limit, the files of some steps are removed.
 
-Step 1, the newest 10 steps and every 2nd step are kept; if that is not enough, every 4th, 8th, and so on. Only
-files of dumped steps are removed: no checkpoint, ledger or resumed run reads them.
+Step 1, the newest 10 steps and every 2nd step are kept; if that is not enough, every 4th, 8th, and so on.
+Only files of dumped steps are removed: no checkpoint, ledger or resumed run reads them.
 """
 
 import os
@@ -27,7 +27,8 @@ class Retention:
         if self.limit is None:
             return "rollouts/ keeps every step (logging.rollouts_limit_gib: null)"
         kept = f"then step 1, the newest {NEWEST} and every 2nd step are kept, or every 4th, 8th, …"
-        return f"rollouts/ keeps every step up to {self.limit / 2**30:g} GiB (logging.rollouts_limit_gib); {kept}"
+        limit = f"{self.limit / 2**30:g} GiB (logging.rollouts_limit_gib)"
+        return f"rollouts/ keeps every step up to {limit}; {kept}"
 
     def added(self, step: int) -> list[int]:
         """Count the files of a step that has just been written, and return the steps removed since."""

@@ -78,7 +78,9 @@ class RunFolder:
             except ValidationError as error:
                 problem = error.errors()[0]
                 field = ".".join(map(str, problem["loc"]))
-                self.problems.append(f"{place}: {field}: {problem['msg']}; is not a valid sample and left out")
+                self.problems.append(
+                    f"{place}: {field}: {problem['msg']}; is not a valid sample and left out"
+                )
             except ValueError as error:
                 self.problems.append(f"{place}: {error}; is not a valid sample and left out")
             else:

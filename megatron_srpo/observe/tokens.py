@@ -107,7 +107,9 @@ def _are_pairs(column: list) -> bool:
     pairs = [*chain.from_iterable(column)]
     if not _are(pairs, list) or set(map(len, pairs)) - {2}:
         return False
-    return _are([text for text, _ in pairs], str) and _are([number for _, number in pairs], float, int, NoneType)
+    return _are([text for text, _ in pairs], str) and _are(
+        [number for _, number in pairs], float, int, NoneType
+    )
 
 
 def _are(values: list, *kinds: type) -> bool:

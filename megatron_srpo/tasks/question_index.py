@@ -1,4 +1,4 @@
-"""An index of a file of questions, 44 bytes each: a million questions are checked once and read when asked for.
+"""Index of a file of questions: each is checked once, takes 44 bytes, and is read when it is asked for.
 
 Every line is compared with its checksum when it is read again. The file stays open: if another takes its name
 during a run, the run has its own questions.
@@ -111,7 +111,7 @@ def _check(check_gold: Callable[[str, str], None], question: Question) -> None:
 
 @contextmanager
 def progress_of(title: str, size: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function of the bytes done since its last call; if `size` is large, rank 0 shows the progress."""
+    """Yield a function of the bytes done since its last call; rank 0 shows progress if `size` is large."""
     if size < _LARGE or os.environ.get("RANK", "0") != "0":
         yield lambda size: None
         return

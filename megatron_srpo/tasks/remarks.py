@@ -1,4 +1,4 @@
-"""What a user should know about the evaluated questions: how many they are, and which are also trained on."""
+"""Remarks on the evaluated questions: how many there are, and which are also trained on."""
 
 from collections.abc import Mapping
 

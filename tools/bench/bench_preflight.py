@@ -24,7 +24,7 @@ SYSTEM = (
     "Given a question and four options, please select the right answer. Respond in the following format:\n"
     "<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>\n\nFor the answer, only output the letter."
 )
-WORDS = "the mass of a compound is found by adding how many grams each day if it takes twice as long".split()
+TEXT = "the mass of a compound is found by adding how many grams each day if it takes twice as long"
 
 # Prints {"seconds", "cpu_seconds", "bytes"}; imports and the model folder are not counted.
 MEASURE = """
@@ -54,10 +54,10 @@ print(json.dumps(found))
 
 def write_questions(file: Path, kind: str, count: int, seed: int) -> None:
     """Write a file of questions of 300 to 400 bytes with answers of the kind."""
-    rng = random.Random(f"{kind}/{seed}")
+    rng, words = random.Random(f"{kind}/{seed}"), TEXT.split()
     with file.open("w") as out:
         for number in range(count):
-            text = " ".join(rng.choices(WORDS, k=25)) + f" {seed}.{number}?"
+            text = " ".join(rng.choices(words, k=25)) + f" {seed}.{number}?"
             if kind == "gsm8k":
                 answer = str(number) if number % 4 else rf"\frac{{{number}}}{{{number + 7}}}"
                 row = {"id": f"{kind}-{seed}-{number}", "question": text * 2, "answer": answer}
@@ -80,13 +80,20 @@ def measure(kind: str, folder: Path, model: Path, tree: Path) -> Row:
     found = json.loads(done.stdout)
     row = {"name": kind, "seconds": found["seconds"], "cpu_seconds": found["cpu_seconds"]}
     size = sum(file.stat().st_size for file in folder.glob("*.jsonl"))
-    return {**row, "extra_bytes": found["bytes"], "file_bytes": size, "progress_lines": done.stderr.count("checking ")}
+    return {
+        **row,
+        "extra_bytes": found["bytes"],
+        "file_bytes": size,
+        "progress_lines": done.stderr.count("checking "),
+    }
 
 
 def format_row(row: Row) -> str:
     """Return a row as a line of the table."""
     seconds = f"{row['seconds']:7.1f} s ({row['cpu_seconds']:.1f} s of CPU)"
-    return f"{row['name']:>16}  {seconds}  {row['extra_bytes'] / 1e6:6.0f} MB  of {row['file_bytes'] / 1e6:.0f}"
+    return (
+        f"{row['name']:>16}  {seconds}  {row['extra_bytes'] / 1e6:6.0f} MB  of {row['file_bytes'] / 1e6:.0f}"
+    )
 
 
 def main() -> None:

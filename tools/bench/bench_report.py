@@ -33,7 +33,7 @@ from megatron_srpo.observe.tokens import choose, write_tokens
 
 VOCABULARY = 151_936
 PROMPT_TOKENS = 512
-WORDS = "so the sum of both sides is x = 2, and therefore we have that f(x) in [0, 1) holds".split()
+TEXT = "so the sum of both sides is x = 2, and therefore we have that f(x) in [0, 1) holds"
 COLUMNS = (
     "loss grad_norm lr policy_entropy teacher_entropy teacher_entropy_p10 teacher_entropy_p50"
     " teacher_entropy_p90 distillation_divergence entropy_weight_mean entropy_weight_std engine_logprob_gap"
@@ -41,13 +41,13 @@ COLUMNS = (
     " reward_mean pass_rate response_tokens_mean truncated_share format_rate verifier_failed_share"
     " sdpo_sample_share sdpo_token_share teacherless_failed_share zero_advantage_share staleness_mean seconds"
     " seconds_rollout seconds_verify seconds_teacher seconds_update seconds_publish seconds_checkpoint"
-).split()
+)
 
 
 def make_group(step: int, number: int, size: int, tokens: int) -> Group:
     """Return a verified and routed group of `size` responses of `tokens` tokens."""
     rng = np.random.default_rng((step, number))
-    messages = ({"role": "user", "content": " ".join(rng.choice(WORDS, PROMPT_TOKENS))},)
+    messages = ({"role": "user", "content": " ".join(rng.choice(TEXT.split(), PROMPT_TOKENS))},)
     ids = tuple(rng.integers(VOCABULARY, size=min(tokens, PROMPT_TOKENS)).tolist())
     prompt = Prompt(id=f"{step}/{number}", task="made-up", messages=messages, answer="7", ids=ids)
     group = []
@@ -68,7 +68,7 @@ def make_group(step: int, number: int, size: int, tokens: int) -> Group:
             index=index,
             segments=(Segment(ids=response, logprobs=logprobs, versions=((str(step - 1), 0, tokens),)),),
             finish_reason="stop",
-            text=" ".join(rng.choice(WORDS, tokens)),
+            text=" ".join(rng.choice(TEXT.split(), tokens)),
             verdict=Verdict(reward=1 - is_distilled, correct=not is_distilled, format_ok=True),
             route=route,
         )
@@ -85,12 +85,11 @@ def token_values(key: tuple[str, int], tokens: int) -> dict[str, Any]:
     }
     tops: dict[str, Any] = {}
     for name in ("top", "teacher_top"):
-        likeliest = zip(
-            rng.integers(VOCABULARY, size=(tokens, 5)).tolist(), rng.exponential(size=(tokens, 5)).tolist()
-        )
+        likeliest = rng.integers(VOCABULARY, size=(tokens, 5)).tolist()
+        values = (-rng.exponential(size=(tokens, 5))).tolist()
         tops[name] = [
-            [[token, -float(f"{value:.5g}")] for token, value in zip(*place, strict=True)]
-            for place in likeliest
+            [[token, float(f"{value:.5g}")] for token, value in zip(*place, strict=True)]
+            for place in zip(likeliest, values, strict=True)
         ]
     return {"prompt_id": key[0], "index": key[1], **numbers, **tops}
 
@@ -106,7 +105,7 @@ def make_run(folder: Path, steps: int, full: int, prompts: int, size: int, token
     rng, large = random.Random(0), [round(steps * (place + 1) / full) for place in range(full)]
     with (folder / "metrics.jsonl").open("w") as out:
         for step in range(1, steps + 1):
-            row: dict[str, Any] = {"step": step, **{name: rng.random() for name in COLUMNS}}
+            row: dict[str, Any] = {"step": step, **{name: rng.random() for name in COLUMNS.split()}}
             row |= {"updates": 1, "updates_skipped": 0, "tokens": 2_000_000, "alarms": []}
             out.write(json.dumps(row | {"weight_version": str(step - 1)}) + "\n")
             if step % 100 == 0:
