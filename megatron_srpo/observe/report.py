@@ -109,9 +109,9 @@ def _curve_notes(curves: dict[str, Any]) -> list[str]:
     """Name the steps that are left out of a run's curves."""
     notes = []
     if curves["every"] > 1:
-        notes.append(f"its curves show every {curves['every']}th of {curves['steps']} steps, without a mean.")
+        notes.append(f"its curves show one in {curves['every']} of its {curves['steps']} steps.")
     if left_out := curves["weights"]["left_out"]:
-        notes.append(f"the entropy weights of {left_out} steps with token values are left out.")
+        notes.append(f"its curve of entropy weights leaves out {left_out} steps with token values.")
     return notes
 
 
@@ -133,11 +133,10 @@ def _weight_quantiles(run: RunFolder) -> dict[str, Any]:
     """Compute quantiles of the dumped tokens' entropy weights, by step."""
     quantiles: dict[int, list[float]] = {}
     read = left_out = 0
-    for step in spread(run.sampled_steps):
-        file = tokens_file(run.path, step)
-        size = file.stat().st_size if file.is_file() else 0
+    for step in spread([step for step in run.sampled_steps if tokens_file(run.path, step).is_file()]):
+        size = tokens_file(run.path, step).stat().st_size
         if read and read + size > _TOKEN_FILE_BYTES:
-            left_out += size > 0
+            left_out += 1
             continue
         read += size
         weights: list[float] = []
