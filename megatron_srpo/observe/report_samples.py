@@ -43,7 +43,7 @@ def select_samples(run: RunFolder, samples: int, size: int, first_prompt: int) -
     with_tokens = {step for step in steps if tokens_file(run.path, step).is_file()}
     order = spread(sorted(with_tokens)) + spread([step for step in steps if step not in with_tokens])
     expected = min(samples * 2 // 5, len(steps) * rollout.prompts_per_step * rollout.samples_per_prompt)
-    characters = max(_SHORTEST_TEXT, min(TEXT_CHARACTERS, size // max(1, expected)))
+    characters = max(_SHORTEST_TEXT, min(TEXT_CHARACTERS, size * 3 // (4 * max(1, expected))))
     for step in order:
         if not step_file(run.path, step).is_file():
             continue  # the run is in progress, and has just removed it (logging.rollouts_limit_gib)
