@@ -202,7 +202,8 @@ def test_all_are_tokenized_if_the_template_repeats_the_question(tmp_path, model,
 
 def test_a_number_of_messages_that_the_template_refuses_is_found(tmp_path, model, monkeypatch):
     copied = HFFolder(save_folder(tmp_path / "model"))
-    copied.tokenizer.chat_template = "{% if messages | length > 2 %}{{ 1 / 0 }}{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"
+    refusal = "{% if messages | length > 2 %}{{ 1 / 0 }}{% endif %}"
+    copied.tokenizer.chat_template = refusal + "{% for m in messages %}{{ m.content }}{% endfor %}"
     rows = make_rows(2000)
     system = {"role": "system", "content": "S"}
     rows[1234] = {"messages": [system, system, {"role": "user", "content": "Q"}], "answer": "1"}
