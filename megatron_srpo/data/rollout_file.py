@@ -24,9 +24,7 @@ import numpy as np
 from megatron_srpo.data.atomic import atomic_binary
 from megatron_srpo.data.records import Group, Sample
 
-INLINE_IDS = (
-    1024  # a sample with more ids (prompt, response and teacher's prompt) has them in the binary file
-)
+INLINE_IDS = 1024  # of prompt, response and teacher's prompt; a sample with more has them in the binary file
 
 _DTYPES = {"int32": np.dtype("<i4"), "float32": np.dtype("<f4"), "float64": np.dtype("<f8")}
 _FIELD = re.compile(r"(prompt)\.(ids)|(route)\.(teacher_ids)|segments\.(\d+)\.(ids|logprobs)")
@@ -137,8 +135,8 @@ def _insert_arrays(row: dict[str, Any], file: BinaryIO | None, path: Path) -> No
         dtypes = [_DTYPES[dtype] for _, dtype, _ in fields]
         sizes = [dtype.itemsize * length for dtype, (_, _, length) in zip(dtypes, fields, strict=True)]
         targets = [_target(row, field) for field, _, _ in fields]
-        if offset < 0 or any(length < 0 for _, _, length in fields):
-            raise ValueError("a negative number")
+        if any(type(number) is not int or number < 0 for number in (offset, *(field[2] for field in fields))):
+            raise ValueError("expected whole numbers")
         file.seek(0, 2)
         is_inside = offset + sum(sizes) <= file.tell()
     except (TypeError, KeyError, IndexError, ValueError) as error:
@@ -161,9 +159,10 @@ def _target(row: dict[str, Any], field: str) -> tuple[dict[str, Any], str]:
     if found is None:
         raise ValueError(f"unknown field {field[:40]}")
     section, key, other, other_key, number, segment_key = found.groups()
-    if number is not None:
-        return row["segments"][int(number)], segment_key
-    return row[section or other], key or other_key
+    holder = row["segments"][int(number)] if number is not None else row[section or other]
+    if not isinstance(holder, dict):
+        raise ValueError(f"{field} is not in an object")
+    return holder, segment_key or key or other_key
 
 
 def policy_tokens(row: dict[str, Any]) -> int:

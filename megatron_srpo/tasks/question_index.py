@@ -152,8 +152,8 @@ def most_tokens(text: str) -> int:
 class Questions(Sequence[Question]):
     """Some questions of a file, in an order."""
 
-    def __init__(self, index: QuestionIndex, numbers: Sequence[int] | np.ndarray):
-        self.index, self.numbers = index, np.asarray(numbers, np.uint32)
+    def __init__(self, file: QuestionIndex, numbers: Sequence[int] | np.ndarray):
+        self.file, self.numbers = file, np.asarray(numbers, np.uint32)
 
     @override
     def __len__(self) -> int:
@@ -166,8 +166,8 @@ class Questions(Sequence[Question]):
     @override
     def __getitem__(self, place):
         if isinstance(place, slice):
-            return Questions(self.index, self.numbers[place])
-        return self.index.question(int(self.numbers[place]))
+            return Questions(self.file, self.numbers[place])
+        return self.file.question(int(self.numbers[place]))
 
 
 def read_questions(

@@ -50,15 +50,15 @@ class QuestionFile:
 
     def text_hashes(self, split: str) -> np.ndarray:
         """Return `text_hash` of all questions of a split, in the order of `prompt` (the first epoch's)."""
-        return self._in_order(split, self.splits[split].index.texts)
+        return self._in_order(split, self.splits[split].file.texts)
 
     def most_tokens(self, split: str) -> np.ndarray:
         """Return `most_tokens` of all questions of a split, in the order of `prompt` (the first epoch's)."""
-        return self._in_order(split, self.splits[split].index.most_tokens)
+        return self._in_order(split, self.splits[split].file.most_tokens)
 
     def message_counts(self, split: str) -> np.ndarray:
         """Return the number of messages of all questions, in the order of `most_tokens`."""
-        return self._in_order(split, self.splits[split].index.message_counts)
+        return self._in_order(split, self.splits[split].file.message_counts)
 
     def _in_order(self, split: str, values: array) -> np.ndarray:
         found = np.asarray(values)[self.splits[split].numbers]
@@ -120,11 +120,11 @@ def hold_out(questions: Questions, share: float) -> tuple[Questions, Questions]:
     count = round(share * len(questions))
     if not count:
         return questions[:0], questions
-    ranks = np.asarray(questions.index.id_checksums)[questions.numbers]
+    ranks = np.asarray(questions.file.id_checksums)[questions.numbers]
     order = np.argsort(ranks, kind="stable")
     last = ranks[order[count - 1]]
     is_chosen = ranks < last
     tied = sorted(np.flatnonzero(ranks == last).tolist(), key=lambda place: questions[place].id)
     is_chosen[tied[: count - int(is_chosen.sum())]] = True
     numbers = questions.numbers[is_chosen], questions.numbers[~is_chosen]
-    return Questions(questions.index, numbers[0]), Questions(questions.index, numbers[1])
+    return Questions(questions.file, numbers[0]), Questions(questions.file, numbers[1])

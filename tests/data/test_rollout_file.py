@@ -116,8 +116,10 @@ def test_lines_of_other_ranks_are_written_unparsed(tmp_path):
         (lambda row: row["arrays"][0].__setitem__(0, "prompt.task"), "unknown field prompt.task"),
         (lambda row: row["arrays"][0].__setitem__(1, "object"), "arrays: is damaged"),
         (lambda row: row["arrays"][0].__setitem__(2, -1), "arrays: is damaged"),
+        (lambda row: row["arrays"][0].__setitem__(2, 1.5), "arrays: is damaged"),
         (lambda row: row["arrays"][0].__setitem__(2, 10**15), "has been cut short"),
         (lambda row: row["arrays"][1].__setitem__(0, "segments.9.ids"), "arrays: is damaged"),
+        (lambda row: row.update(segments="text"), "arrays: is damaged"),
         (lambda row: row.update(segments=None), "arrays: is damaged"),
     ],
 )

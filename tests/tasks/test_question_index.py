@@ -111,7 +111,7 @@ def test_a_changed_file_is_read_again(tmp_path):
     file = write(tmp_path / "mine.jsonl", make_rows(20))
     source = TaskSource(name="mine", path=file, verifier="exact", test_share=0.0)
     first = create_task(source, 1)
-    assert create_task(source, 1).splits["train"].index is first.splits["train"].index  # one for all tasks
+    assert create_task(source, 1).splits["train"].file is first.splits["train"].file  # one for all tasks
     os.replace(write(tmp_path / "other.jsonl", make_rows(30, seed=1)), file)
     assert (create_task(source, 1).size("train"), first.size("train")) == (30, 20)
 
