@@ -74,9 +74,12 @@ class QuestionIndex:
 
     def question(self, number: int) -> Question:
         """Read question `number` (from 0). Raises ConfigError if the file has been written to."""
-        line = os.pread(self._descriptor, self._sizes[number], self._offsets[number])
+        where = place(self.path, self._numbers[number])
+        try:
+            line = os.pread(self._descriptor, self._sizes[number], self._offsets[number])
+        except OSError as error:
+            raise ConfigError(f"{where}: cannot be read: {error.strerror}") from None
         if zlib.crc32(line) != self._checksums[number]:
-            where = place(self.path, self._numbers[number])
             raise ConfigError(f"{where}: has changed since the file was checked; restore it")
         return parse_question(line, self._numbers[number], self._phrase)
 

@@ -51,5 +51,5 @@ class StepDump:
         if rows:
             write_tokens(rows, groups, self.decode, self.folder, step)
         if removed := self.retention.added(step):
-            steps = f"{len(removed)} steps between {removed[0]} and {removed[-1]}"
-            self.say(f"step {step}: rollouts/ exceeds logging.rollouts_limit_gib; removed {steps}")
+            which = ", ".join(map(str, removed[:3])) + (f", … {removed[-1]}" if len(removed) > 3 else "")
+            self.say(f"step {step}: rollouts/ exceeds logging.rollouts_limit_gib; removed steps: {which}")
