@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -111,3 +112,14 @@ def make_run(
         if values:
             write_tokens(values, groups, lambda ids: f"t{ids[0]}", folder / "rollouts", step)
     return large
+
+
+def link_steps(folder: Path, large: list[int], steps: int) -> None:
+    """Replace the thin steps by hard links to complete ones, every tenth with token values."""
+    for step in sorted({*range(1, steps + 1)} - {*large}):
+        source = large[step % len(large)]
+        for suffix in (".jsonl", ".bin", ".tokens.jsonl") if step % 10 == 0 else (".jsonl", ".bin"):
+            file = folder / f"step_{step:06d}{suffix}"
+            file.unlink(missing_ok=True)
+            if (folder / f"step_{source:06d}{suffix}").exists():
+                os.link(folder / f"step_{source:06d}{suffix}", file)

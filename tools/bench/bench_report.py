@@ -1,11 +1,12 @@
 """Measure seconds, peak memory and page size of `srpo report` on a generated run folder of full size.
 
-    python tools/bench/bench_report.py [--steps 10000] [--full 8] [--inline] [--json] [--output FILE]
+    python tools/bench/bench_report.py [--steps 10000] [--full 8] [--link] [--inline] [--json] [--output FILE]
 
 The folder has a row of metrics for every step; `--full` steps, spread over the run, have 256 samples of 8,192
 tokens and token values of 8 of them, and every other step has one short sample. The rows: writing the dump of
 a full step (in this process), reading all samples of one (`srpo inspect`), and the report (processes of their
 own). `extra_bytes` is the peak of resident memory of the process, `file_bytes` the size of what it wrote.
+`--link`: the other steps are hard links to complete ones, which fills the run without filling the disk.
 `--inline` writes token ids and log-probabilities into the JSON lines, as older versions did.
 """
 
@@ -21,7 +22,7 @@ from typing import Any
 
 from _memory import status_bytes
 from _report import Row, cpu_name, make_parser, publish
-from _runs import make_group, make_run
+from _runs import link_steps, make_group, make_run
 
 from megatron_srpo.data import rollout_file
 from megatron_srpo.data.rollout_file import dump, step_file
@@ -47,6 +48,8 @@ def measure(folder: Path, options: Any) -> list[Row]:
     large = make_run(
         folder, options.steps, options.full, options.prompts, options.samples_per_prompt, options.tokens
     )
+    if options.link:
+        link_steps(folder / "rollouts", large, options.steps)
     groups = [
         make_group(large[0], number, options.samples_per_prompt, options.tokens)
         for number in range(options.prompts)
@@ -78,6 +81,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32, help="groups of a complete step")
     parser.add_argument("--samples-per-prompt", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=8192, help="of a response")
+    parser.add_argument("--link", action="store_true", help="all other steps are links to complete ones")
     parser.add_argument("--inline", action="store_true", help="token ids in the JSON lines")
     options = parser.parse_args()
     if options.inline:
