@@ -25,6 +25,7 @@ SYSTEM = (
     "<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>\n\nFor the answer, only output the letter."
 )
 TEXT = "the mass of a compound is found by adding how many grams each day if it takes twice as long"
+KINDS = ("gsm8k", "chemistry")
 
 # Prints {"seconds", "cpu_seconds", "bytes"}; imports and the model folder are not counted.
 MEASURE = """
@@ -102,9 +103,10 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=1_000_000)
     parser.add_argument("--model", type=Path, default=QUICKSTART / "start")
     parser.add_argument("--tree", type=Path, default=ROOT, help="source tree that is measured (%(default)s)")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     options = parser.parse_args()
     rows = []
-    for kind in ("gsm8k", "chemistry"):
+    for kind in options.kinds:
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place)
             write_questions(folder / "train.jsonl", kind, options.questions, 1)
