@@ -67,7 +67,8 @@ class Training:
         for line in describe_setup(config, folder, layout):
             terminal.say(line)
         self.trainer = Trainer(TrainerSettings.of(config), folder, layout, self.checkpoints.is_resumed)
-        terminal.say(self.trainer.describe_loss())
+        for line in (self.trainer.describe_loss(), self.trainer.describe_packing()):
+            terminal.say(line)
         self.rollouts = open_rollouts(config, folder, layout, terminal.say, self.watch)
         self.evaluator = create_evaluator(config, self.rollouts, terminal.say)
         self.reporter = Reporter(config, layout, terminal)

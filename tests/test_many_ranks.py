@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from packed import pack
 from rollouts import write_rollouts
 from simulated import Collectives, simulated
 from tiny import make_model, save_folder
@@ -23,7 +24,7 @@ from megatron_srpo.rollout.collect import exchange
 from megatron_srpo.rollout.ledger import Ledger
 from megatron_srpo.rollout.replay import replay
 from megatron_srpo.training import packing
-from megatron_srpo.training.packing import PackingRules, pack
+from megatron_srpo.training.packing import PackingRules
 from megatron_srpo.training.trainer import Trainer, TrainerSettings
 
 PROMPTS = 64  # of a step: one a rank, where there are 64
@@ -87,12 +88,14 @@ def test_packing_builds_only_what_its_rank_trains(start, monkeypatch):
     monkeypatch.setattr(
         packing,
         "micro_batch",
-        lambda sequences, *rest: built.append(len(sequences)) or build(sequences, *rest),
+        lambda families, *rest: (
+            built.append(sum(len(family.sequences) for family in families)) or build(families, *rest)
+        ),
     )
     for ranks in (4, 64):
         built.clear()
         with simulated(1, ranks), Collectives() as collectives:
-            batch = pack(samples_of(start[2]), 1, ranks, PackingRules(400), "token_mean")
+            batch = pack(start[2], 1, ranks, PackingRules(400))
         own = [*batch.micro_batches, *batch.teacher_micro_batches]
         assert built == [len(row.sequences) for row in own] and not collectives.seen
         assert (

@@ -182,8 +182,8 @@ def test_a_run_leaves_its_folder_and_replays_itself(start, command, tmp_path):
         "step loss grad_norm lr reward_mean pass_rate response_tokens_mean truncated_share format_rate "
         "sdpo_sample_share sdpo_token_share teacherless_failed_share zero_advantage_share policy_entropy "
         "teacher_entropy distillation_divergence entropy_weight_std engine_logprob_gap "
-        "importance_clip_share tokens seconds seconds_rollout seconds_verify seconds_teacher seconds_update "
-        "seconds_publish weight_version "
+        "importance_clip_share tokens tokens_trained tokens_scored seconds seconds_rollout seconds_verify "
+        "seconds_teacher seconds_update seconds_publish weight_version "
     )
     assert set(documented.split()) <= set(steps[0])
     line = sample_rows(sampled / "rollouts" / "step_000002.jsonl")[0]

@@ -54,6 +54,11 @@ class Route(_Record):
     no_teacher: Literal["no_correct_sibling", "nothing_to_show"] | None = None
     demonstration_cut: bool = Field(default=False, description="the sibling's text was shortened to fit")
 
+    @property
+    def teaches(self) -> bool:
+        """True if the loss of the sample has a gradient: a term with a weight that is not zero."""
+        return self.distillation_weight > 0 or self.policy_weight * self.advantage != 0
+
 
 class Segment(_Record):
     """Consecutive tokens of one author. Only the policy's tokens have log-probs and are trained."""

@@ -12,10 +12,12 @@ from megatron_srpo.data.histogram import BINS
 
 
 class TokenSums(NamedTuple):
-    """Sums over policy tokens, the last six over distilled tokens only; float64 scalars, in nats.
+    """Sums over the policy tokens that were computed, the last six over distilled tokens; float64, in nats.
 
     Attributes:
         loss: Terms of the objective, each divided by the optimizer batch's denominator.
+        tokens: Number of policy tokens, trained or scored.
+        trained: Number of those whose sample has a gradient.
         gap: |log π_old - log π_roll|.
         clipped: Number of tokens whose importance weight was above its cap.
         importance: Capped importance weights.
@@ -25,6 +27,7 @@ class TokenSums(NamedTuple):
 
     loss: Tensor
     tokens: Tensor
+    trained: Tensor
     entropy: Tensor
     gap: Tensor
     clipped: Tensor

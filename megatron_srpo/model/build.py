@@ -1,6 +1,7 @@
 """Build this rank's chunks of the policy on megatron-core, with Transformer Engine's layers or local ones."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,11 +10,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from megatron_srpo.config.schema import ModelSection, ParallelSection
+from megatron_srpo.distributed.context_parallel import ContextParallel
 from megatron_srpo.distributed.device import uses_transformer_engine
 from megatron_srpo.distributed.megatron import (
     GPTModel,
     ModuleSpec,
     PackedSeqParams,
+    RotaryEmbedding,
     TransformerBlockSubmodules,
     TransformerConfig,
     get_gpt_layer_local_spec,
@@ -23,7 +26,8 @@ from megatron_srpo.distributed.megatron import (
     tensor_parallel,
 )
 from megatron_srpo.model.architecture import Architecture
-from megatron_srpo.model.layers import PackedAttention, RMSNorm
+from megatron_srpo.model.layers import PackedAttention, PackedRow, RMSNorm
+from megatron_srpo.model.packed_row import Documents
 from megatron_srpo.model.settings import padded_vocab_size, transformer_config
 from megatron_srpo.vocab_parallel.shard import VocabShard
 
@@ -32,6 +36,7 @@ class PolicyModel(GPTModel):
     """A GPTModel whose last stage returns final hidden states: the loss computes logits tile by tile."""
 
     unpadded_vocab_size: int  # rows of the output matrix that are real tokens; set by `build_chunks`
+    uses_local_layers: bool  # instead of Transformer Engine's; set by `build_chunks`
 
     @override
     def _postprocess(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
@@ -56,6 +61,35 @@ class PolicyModel(GPTModel):
         rank = parallel_state.get_tensor_model_parallel_rank()
         group = parallel_state.get_tensor_model_parallel_group()
         return VocabShard.of_rank(rank, self.output_weight.shape[0], self.unpadded_vocab_size, group)
+
+    def packed_row(self, documents: Documents, positions: Tensor) -> PackedSeqParams:
+        """Describe a packed row to the layers; `positions` [t] are those of this rank's tokens.
+
+        Transformer Engine's context parallelism needs padded bounds as well. Its flash kernels allow no
+        padding between documents, so each document includes its padding, which the causal mask hides at its
+        end.
+
+        Raises:
+            ValueError: A document continues another one, which Transformer Engine's layers do not support.
+        """
+        if self.uses_local_layers:
+            group = parallel_state.get_context_parallel_group()
+            context = ContextParallel(group.rank(), group.size())
+            return PackedRow.of(documents, context, positions, self.rotary_pos_emb, self.config.params_dtype)
+        if any(prefix >= 0 for prefix in documents.prefixes):
+            raise ValueError("a document continues another one: Transformer Engine's layers cannot share it")
+        bounds = torch.tensor(documents.bounds, dtype=torch.int32, device=positions.device)
+        padded: Any = bounds if parallel_state.get_context_parallel_world_size() > 1 else None
+        longest = max(end - start for start, end in itertools.pairwise(documents.bounds))
+        return PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=bounds,
+            cu_seqlens_kv=bounds,
+            cu_seqlens_q_padded=padded,
+            cu_seqlens_kv_padded=padded,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
 
     def final_hidden(self, output: Tensor) -> Tensor:
         """Gather the last stage's output, [this rank's tokens, 1, H], to [T, H] on all TP and CP ranks.
@@ -96,11 +130,19 @@ def build_chunks(
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
             share_embeddings_and_output_weights=architecture.tie_word_embeddings,
-            position_embedding_type="rope",
+            position_embedding_type="rope" if use_transformer_engine else "none",  # see PackedAttention
             rotary_base=architecture.rope_theta,  # pyright: ignore[reportArgumentType]  (a float, too)
             vp_stage=stage,
         )
         chunk.unpadded_vocab_size = architecture.vocab_size
+        chunk.uses_local_layers = not use_transformer_engine
+        if chunk.uses_local_layers:
+            chunk.rotary_pos_emb = RotaryEmbedding(
+                core.kv_channels or 0,
+                rotary_percent=1.0,
+                rotary_base=architecture.rope_theta,  # pyright: ignore[reportArgumentType]
+                use_cpu_initialization=core.use_cpu_initialization,
+            )
         if architecture.rope_scaling is not None:  # GPTModel accepts the factor, but not the other three
             scaling = dataclasses.asdict(architecture.rope_scaling)
             rotary: Any = chunk.rotary_pos_emb
@@ -129,21 +171,3 @@ def _local_spec(core: TransformerConfig, stage: int | None) -> TransformerBlockS
     layers = get_num_layers_to_build(core, vp_stage=stage)
     norm: Any = RMSNorm  # Megatron's annotation is its own class
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
-
-
-def packed_params(cu_seqlens: Tensor, max_seqlen: int) -> PackedSeqParams:
-    """Describe packed documents to Megatron: bounds [documents + 1] int32, in tokens of the complete row.
-
-    Transformer Engine's context parallelism needs padded bounds as well. Its flash kernels allow no padding
-    between documents, so each document includes its padding, which the causal mask hides at its end.
-    """
-    padded: Any = cu_seqlens if parallel_state.get_context_parallel_world_size() > 1 else None
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        cu_seqlens_q_padded=padded,
-        cu_seqlens_kv_padded=padded,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_kv=max_seqlen,
-    )

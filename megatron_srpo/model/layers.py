@@ -1,16 +1,25 @@
 """Local replacements of Transformer Engine's layers: RMSNorm, and attention over packed documents."""
 
-import itertools
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 from typing_extensions import override
 
-from megatron_srpo.distributed.context_parallel import gathered_positions
-from megatron_srpo.distributed.megatron import MegatronModule, parallel_state, tensor_parallel
+from megatron_srpo.distributed.context_parallel import ContextParallel, gathered_positions
+from megatron_srpo.distributed.megatron import (
+    MegatronModule,
+    PackedSeqParams,
+    RotaryEmbedding,
+    parallel_state,
+    tensor_parallel,
+)
+from megatron_srpo.model.packed_row import AttentionBatch, Documents, attention_batches
 
 
 class RMSNorm(torch.nn.Module):
@@ -28,10 +37,58 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-class PackedAttention(MegatronModule):
-    """Causal (grouped-query) attention within each document of a packed `thd` micro-batch, by SDPA.
+@dataclasses.dataclass
+class PackedRow(PackedSeqParams):
+    """A packed row as the local layers need it; Megatron hands it from the model to every layer.
 
-    Query [t, heads, d], key and value [t, kv_heads, d] → [t, heads · d].
+    Attributes:
+        cos: Rotary cosines of this rank's tokens, [t, 1, d].
+        sin: Rotary sines, likewise.
+        batches: The row's attention.
+        order: For each of this rank's tokens its place in the outputs of all batches, [t]; None if in order.
+        gathered: With context parallelism the place of each token of the row after the ranks' parts are
+            concatenated, [T].
+    """
+
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    batches: Sequence[AttentionBatch] = ()
+    order: Tensor | None = None
+    gathered: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        documents: Documents,
+        context: ContextParallel,
+        positions: Tensor,
+        rotary: RotaryEmbedding,
+        dtype: torch.dtype,
+    ) -> PackedRow:
+        """Return the row of `documents` whose tokens on this rank have `positions` [t] in their sequences."""
+        device = positions.device
+        batches = attention_batches(documents, context, device, dtype)
+        queries = torch.cat([_as_tensor(batch.queries.rows, device) for batch in batches])
+        is_in_order = bool((queries.diff() == 1).all())
+        gathered = None
+        if context.size > 1:
+            gathered = gathered_positions(torch.tensor(documents.bounds), context.size).to(device)
+        angles = rotary.get_emb(int(positions.max()) + 1)[positions][:, 0]
+        return cls(
+            qkv_format="thd",
+            cos=angles.cos().to(dtype),
+            sin=angles.sin().to(dtype),
+            batches=batches,
+            order=None if is_in_order else queries.argsort(),
+            gathered=gathered,
+        )
+
+
+class PackedAttention(MegatronModule):
+    """Rotary embedding and causal (grouped-query) attention in the documents of a `PackedRow`, by SDPA.
+
+    Query [t, heads, d], key and value [t, kv_heads, d] → [t, heads · d]. Context parallelism: one all-gather
+    of keys and values forward, one reduce-scatter backward.
     """
 
     def __init__(self, config, layer_number, attn_mask_type, attention_type, softmax_scale=None, **_):
@@ -42,60 +99,47 @@ class PackedAttention(MegatronModule):
 
     @override
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, packed_seq_params, **_
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask,
+        *,
+        packed_seq_params: PackedRow,
+        **_,
     ) -> Tensor:
-        if self.config.context_parallel_size > 1:
-            return self._shared(query, key, value, packed_seq_params.cu_seqlens_q)
-        bounds = packed_seq_params.cu_seqlens_q.tolist()
-        lengths = [end - start for start, end in itertools.pairwise(bounds)]
-        if len(lengths) * max(lengths) <= 2 * query.shape[0]:
-            return self._padded(query, key, value, lengths)
-        documents = (tensor.split(lengths) for tensor in (query, key, value))
-        outputs = [self._attend(q[None], k[None], v[None])[0] for q, k, v in zip(*documents, strict=True)]
-        return torch.cat(outputs).flatten(1)
+        row = packed_seq_params
+        query, key = _rotated(query, row), _rotated(key, row)
+        if row.gathered is not None:
+            group = parallel_state.get_context_parallel_group()
+            both = torch.stack([key, value], dim=1)
+            both = tensor_parallel.gather_from_sequence_parallel_region(both, group=group)
+            key, value = both[row.gathered].unbind(1)
+        outputs = torch.cat([self._attend(batch, query, key, value) for batch in row.batches])
+        return (outputs if row.order is None else outputs.index_select(0, row.order)).flatten(1)
 
-    def _padded(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
-        """Attend in documents of similar length as one batch, with padding that the causal mask hides.
-
-        No row is read twice, because CUDA sums the gradient of a repeated index serially.
-        """
-        count, longest = len(lengths), max(lengths)
-        sizes = torch.tensor(lengths)
-        shift = torch.arange(count) * longest - (sizes.cumsum(0) - sizes)  # of each document's rows
-        place = (torch.arange(len(query)) + shift.repeat_interleave(sizes)).to(query.device)
-        batch = []
-        for tensor in (query, key, value):
-            padded = tensor.new_zeros(count * longest, *tensor.shape[1:]).index_copy(0, place, tensor)
-            batch.append(padded.unflatten(0, (count, longest)))
-        return self._attend(*batch).flatten(0, 1).index_select(0, place).flatten(1)
-
-    def _shared(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Attend from this rank's two chunks of each document to the document's keys up to each chunk's end.
-
-        Context parallelism: one all-gather of keys and values forward, one reduce-scatter backward.
-        """
-        group = parallel_state.get_context_parallel_group()
-        rank, size = group.rank(), group.size()
-        both = torch.stack([key, value], dim=1)
-        both = tensor_parallel.gather_from_sequence_parallel_region(both, group=group)
-        key, value = both[gathered_positions(cu_seqlens, size)].unbind(1)
-        outputs, done = [], 0
-        for start, end in itertools.pairwise(cu_seqlens.tolist()):
-            chunk = (end - start) // (2 * size)
-            for number in (rank, 2 * size - 1 - rank):
-                rows, seen = slice(done, done + chunk), slice(start, start + (number + 1) * chunk)
-                outputs.append(self._attend(query[None, rows], key[None, seen], value[None, seen])[0])
-                done += chunk
-        return torch.cat(outputs).flatten(1)
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attend causally, [documents, length, heads, d]; the last query attends to all keys."""
-        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        mask, (length, keys) = None, (query.shape[2], key.shape[2])
-        if length < keys and query.is_cuda:
-            mask = causal_lower_right(length, keys)  # the flash kernel needs no mask in memory
-        elif length < keys:
-            mask = torch.ones(length, keys, dtype=torch.bool).tril(keys - length)
+    def _attend(self, batch: AttentionBatch, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Return the outputs of a batch's queries, [queries, heads, d], in their order."""
+        query = batch.queries.pad(query).transpose(1, 2)
+        both = [batch.keys.pad(tensor) for tensor in (key, value)]
+        if (prefixes := batch.prefixes) is not None:
+            count = batch.keys.count // prefixes.count
+            shared = [prefixes.pad(tensor)[:, None] for tensor in (key, value)]
+            shared = [tensor.expand(-1, count, *tensor.shape[2:]).flatten(0, 1) for tensor in shared]
+            both = [torch.cat(pair, dim=1) for pair in zip(shared, both, strict=True)]
+        key, value = (tensor.transpose(1, 2) for tensor in both)
         options: Any = {"scale": self.scale, "enable_gqa": query.shape[1] != key.shape[1]}
+        mask = batch.mask
         output = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, **options)
-        return output.transpose(1, 2)
+        return batch.queries.unpad(output.transpose(1, 2))
+
+
+def _rotated(tensor: Tensor, row: PackedRow) -> Tensor:
+    """Apply the rotary embedding, x · cos + rotate_half(x) · sin, to [t, heads, d]."""
+    assert row.cos is not None and row.sin is not None
+    first, second = tensor.chunk(2, dim=-1)
+    return tensor * row.cos + torch.cat([-second, first], dim=-1) * row.sin
+
+
+def _as_tensor(rows: slice | Tensor, device: torch.device) -> Tensor:
+    return torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows

@@ -51,10 +51,12 @@ def check_layout(architecture: Architecture, parallel: ParallelSection, megatron
 # A micro-batch's balance loss is not a sum over tokens, and Megatron scales router losses by token counts.
 _SPLIT_DEPENDENT = "is not supported: it would depend on how the batch is split"
 _ROUTER_LOSSES = ("moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_z_loss_coeff")
+_ROTARY = ("rotary_interleaved", "no_rope_freq")
 _CONTEXT = ("hybrid_context_parallel", "hierarchical_context_parallel_sizes")  # need other process groups
 _REFUSED = {
     **dict.fromkeys(_ROUTER_LOSSES, f"(router losses) {_SPLIT_DEPENDENT}"),
     **dict.fromkeys(("hidden_dropout", "attention_dropout"), f"(dropout) {_SPLIT_DEPENDENT}"),
+    **dict.fromkeys(_ROTARY, "is not supported: no model of these families has it"),
     **dict.fromkeys(_CONTEXT, "is not supported; parallel.context_parallel_size splits every sequence"),
 }
 
@@ -126,6 +128,8 @@ def _refusal(key: str, value: Any, model: ModelSection, derived: Mapping[str, An
         return "Megatron's CUDA graphs do not support packed sequences, and long rows do not need them"
     if key == "cp_comm_type" and not uses_transformer_engine(model):
         return "is for Transformer Engine's attention; local layers gather keys and values"
+    if key == "apply_rope_fusion" and value and not uses_transformer_engine(model):
+        return "is for Transformer Engine's layers"
     if key in _REFUSED and value:
         return _REFUSED[key]
     return "comes from config.json or another section and cannot be set here" if key in derived else None

@@ -38,6 +38,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     return {
         "reward_mean": _mean([sample.judged.reward for sample in judged]),
         "pass_rate": _share([sample.judged.correct for sample in judged]),
+        "tokens": _tokens(samples),
         "response_tokens_mean": _mean([sample.policy_tokens for sample in samples]),
         "truncated_share": _share([sample.finish_reason == "length" for sample in samples]),
         "format_rate": _share([sample.judged.format_ok for sample in judged]),
@@ -101,7 +102,8 @@ def update_metrics(report: UpdateReport) -> dict[str, float]:
         "engine_logprob_gap_max": report.gap_max,
         "importance_mean": _ratio(sums.importance, sums.tokens),
         "importance_clip_share": _ratio(sums.clipped, sums.tokens),
-        "tokens": int(sums.tokens),
+        "tokens_trained": int(sums.trained),
+        "tokens_scored": int(sums.tokens - sums.trained),
         **_teacher_metrics(report.teacher_distances),
     }
 

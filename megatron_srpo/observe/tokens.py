@@ -18,9 +18,11 @@ _TOPS = ("top", "teacher_top")
 
 
 def choose(groups: Sequence[Group], count: int) -> list[SampleKey]:
-    """Choose `count` samples: in turn distilled, failed without a teacher, correct; of many prompts."""
+    """Choose `count` trained samples: in turn distilled, failed without a teacher, correct."""
     kinds: tuple[list[Sample], ...] = ([], [], [])
     for sample in chain.from_iterable(groups):
+        if not sample.routed.teaches:
+            continue
         is_distilled = sample.routed.distillation_weight > 0
         kinds[0 if is_distilled else 2 if sample.judged.correct else 1].append(sample)
     turns = (_prompt_after_prompt(kind) for kind in kinds)

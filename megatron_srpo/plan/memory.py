@@ -199,17 +199,17 @@ def layer_bytes(
 
     Local layers: two norms, each with input, normalised input and output, 6H (bf16: the input in fp32, so
     8H); query-key-value product A + 2K; queries copied out of it and normalised, keys normalised, 2A + K
-    (bf16: inputs in fp32, 3A + 3K); rotated A + K, by 4d cosines and sines; attention's output and the
-    projection's input 2A; feed-forward: both halves 2F, silu(first) F, second + offset F, product F; the
-    fused kernel on a GPU keeps 2F + F. In fp32: 4 bytes per norm and query head, for scale and log-sum-exp.
-    Transformer Engine: norms keep input and output, 4H; A + 2K, queries 2A, keys K, output A, cosines as
-    above; 3F.
+    (bf16: inputs in fp32, 3A + 3K); rotated A + K; attention's output and the projection's input 2A;
+    feed-forward: both halves 2F, silu(first) F, second + offset F, product F; the fused kernel on a GPU
+    keeps 2F + F. In fp32: 4 bytes per norm and query head, for scale and log-sum-exp.
+    Transformer Engine: norms keep input and output, 4H; A + 2K, queries 2A, keys K, output A, cosines and
+    sines 4d; 3F.
 
     Experts: for each of a token's k experts (evenly loaded), its input H, a feed-forward network as above and
     F for its weight; 5 bytes per expert for the router's map, 24 per chosen expert. Backward: gradients of
     the feed-forward's tensors, 4F, and of the residual stream, 2H. Local, with C context-parallel ranks: keys
-    and values of all ranks, 2K·C, instead of the rotated keys, and their positions, 8·C bytes; in backward
-    as many gradients. (Transformer Engine sends keys and values around instead.)
+    and values of all ranks, 2K·C, instead of the rotated keys; in backward as many gradients. (Transformer
+    Engine sends keys and values around instead.) On a CPU, documents of similar length are padded to one.
     """
     a, size = architecture, planned_dtype(config, machine).itemsize
     tensor = config.parallel.tensor_model_parallel_size
@@ -219,7 +219,7 @@ def layer_bytes(
     if is_local:
         norms = (6 if is_wide else 8) * hidden
         qk_norm = (2 * queries + keys if is_wide else 3 * queries + 3 * keys) if a.qk_norm else queries
-        numbers = norms + qk_norm + (queries + 2 * keys) + (queries + keys) + 4 * head + 2 * queries
+        numbers = norms + qk_norm + (queries + 2 * keys) + (queries + keys) + 2 * queries
     else:
         numbers = 4 * hidden + 4 * queries + 3 * keys + 4 * head
     kept = numbers * size + 4 * (2 + 2 * heads + key_heads)
@@ -233,7 +233,7 @@ def layer_bytes(
         kept += feed * a.intermediate_size / tensor * size
         transient = (4 * a.intermediate_size / tensor + 2 * hidden) * size
     if is_local and (context := config.parallel.context_parallel_size) > 1:
-        kept += (2 * context - 1) * keys * size + 8 * context
+        kept += (2 * context - 1) * keys * size
         transient = max(transient, 2 * keys * context * size + 2 * hidden * size)
     return batch.tokens * kept, batch.tokens * transient
 

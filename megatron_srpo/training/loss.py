@@ -1,5 +1,7 @@
 """The routed loss of an optimizer batch, micro-batch by micro-batch on the last pipeline stage."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,8 +15,8 @@ from megatron_srpo.data import histogram
 from megatron_srpo.data.update_report import TokenSums
 from megatron_srpo.distributed.megatron import DistributedDataParallel
 from megatron_srpo.model.build import PolicyModel
+from megatron_srpo.training.batch_plan import OptimizerBatch
 from megatron_srpo.training.optimizer import gradient_is_ready
-from megatron_srpo.training.packing import OptimizerBatch
 from megatron_srpo.training.teacher import TeacherScores
 from megatron_srpo.training.token_values import TokenValues
 from megatron_srpo.vocab_parallel.divergence import Divergence
@@ -31,9 +33,40 @@ class LossSettings(NamedTuple):
     logits_memory: int | None  # bytes of the tiles of logits; None: the device's default
 
 
+class TokenTotals:
+    """This rank's token sums of an optimizer batch so far."""
+
+    def __init__(self, device: torch.device, importance_cap: float | None):
+        self.sums = TokenSums.zeros(device)  # a vector
+        self.gap_max = torch.zeros((), device=device)  # largest |log π_old - log π_roll|, in nats
+        self._cap = importance_cap
+
+    def add(self, old_logprob: Tensor, engine_logprob: Tensor, entropy: Tensor, **others: Tensor) -> None:
+        """Add policy tokens, [R] each; `others` are values of other fields of `TokenSums`."""
+        gap = old_logprob - engine_logprob
+        importance = gap.exp()
+        capped = importance if self._cap is None else importance.clamp(max=self._cap)
+        values = others | {
+            "tokens": torch.ones_like(gap),
+            "entropy": entropy,
+            "gap": gap.abs(),
+            "clipped": importance > capped,
+            "importance": capped,
+        }
+        added = TokenSums.from_vector(TokenSums.zeros(gap.device))._asdict()
+        added |= {name: value.double().sum() for name, value in values.items()}
+        self.sums += TokenSums(**added).vector
+        if len(gap):
+            torch.maximum(self.gap_max, gap.abs().max().float(), out=self.gap_max)
+
+    def count_entropies(self, teacher_entropy: Tensor) -> None:
+        """Add the teacher's entropies of distilled tokens to the histogram."""
+        self.sums[-histogram.BINS :] += histogram.counts(teacher_entropy)
+
+
 @dataclass(eq=False)
 class RoutedLoss:
-    """The loss of an optimizer batch: call it with each micro-batch's hidden states. Adds up token sums."""
+    """The loss of an optimizer batch: call it with each micro-batch's hidden states."""
 
     settings: LossSettings
     batch: OptimizerBatch
@@ -42,11 +75,7 @@ class RoutedLoss:
     old_logprobs: Mapping[int, Tensor] | None  # log π_old [R] by micro-batch; None: the policy's own
     last_chunk: DistributedDataParallel
     token_values: TokenValues | None
-
-    def __post_init__(self) -> None:
-        device = self.mean_entropy_weight.device
-        self.sums = TokenSums.zeros(device)  # this rank's sums so far, as a vector
-        self.gap_max = torch.zeros((), device=device)  # largest |log π_old - log π_roll|, in nats
+    totals: TokenTotals
 
     def __call__(self, number: int, hidden: Tensor, model: PolicyModel) -> Tensor:
         """Return micro-batch `number`'s part of the batch's loss, from `hidden` [R, H].
@@ -86,34 +115,22 @@ class RoutedLoss:
         if (values := self.token_values) is not None:
             shard, scores = model.vocab_shard, self.scores
             values.record(self.batch, micro_batch, policy, shard, statistics, weights, scores)
-        self._add(loss, statistics, terms, weights, teacher_entropy)
-        return loss
-
-    def _add(
-        self, loss: Tensor, statistics: Statistics, terms: TokenTerms, weights: Tensor, entropy: Tensor
-    ) -> None:
         assert statistics.divergence is not None
         old = statistics.logprob if terms.old_logprob is None else terms.old_logprob
-        gap = old - terms.engine_logprob
-        importance, cap = gap.exp(), self.settings.algorithm.importance_cap
-        capped = importance if cap is None else importance.clamp(max=cap)
-        sums = TokenSums(
-            loss=loss.detach().double(),
-            tokens=torch.ones_like(gap).double().sum(),
-            entropy=statistics.entropy.double().sum(),
-            gap=gap.abs().double().sum(),
-            clipped=(importance > capped).double().sum(),
-            importance=capped.double().sum(),
-            distilled=torch.ones_like(weights).double().sum(),
-            divergence=statistics.divergence.double().sum(),
-            teacher_entropy=entropy.double().sum(),
-            weight=weights.double().sum(),
-            weight_squared=weights.square().double().sum(),
-            entropy_counts=histogram.counts(entropy),
+        self.totals.add(
+            old,
+            terms.engine_logprob,
+            statistics.entropy,
+            loss=loss.detach(),
+            trained=torch.ones_like(old),
+            distilled=torch.ones_like(weights),
+            divergence=statistics.divergence,
+            teacher_entropy=teacher_entropy,
+            weight=weights,
+            weight_squared=weights.square(),
         )
-        self.sums += sums.vector
-        if len(gap):
-            torch.maximum(self.gap_max, gap.abs().max().float(), out=self.gap_max)
+        self.totals.count_entropies(teacher_entropy)
+        return loss
 
 
 class _TileObjective(NamedTuple):

@@ -1,45 +1,132 @@
-"""Packing of routed samples into micro-batches, the same number on every data-parallel rank.
+"""Packing of sequences into rows, and the tensors of a row on one rank.
 
-Every rank knows all samples and computes the complete plan, without a collective.
+Sequences with the same prompt form a family, whose prompt is computed once. Rows are planned from lengths
+alone; only `micro_batch` needs tokens.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron_srpo.algorithm.objective import TokenTerms
 from megatron_srpo.data.records import Sample
 from megatron_srpo.distributed.context_parallel import ContextParallel, gathered_positions
+from megatron_srpo.model.packed_row import Documents
+
+# A prompt is shared if that saves this part of a family's tokens: with long responses it would cost more to
+# mask attention than it saves.
+_WORTH_SHARING = 1 / 8
 
 
 class PackedSequence(NamedTuple):
-    """One sequence of a micro-batch."""
+    """One sequence of a row, without its tokens."""
 
-    key: int  # the sample's index in its optimizer batch
+    key: int  # the sample's number in its optimizer batch
+    prompt_tokens: int
+    length: int  # number of input tokens: those before the last policy token
+
+
+class Family(NamedTuple):
+    """Sequences of one row with the same prompt, whose first `shared` tokens are computed once."""
+
+    sequences: tuple[PackedSequence, ...]
+    shared: int = 0  # a multiple of `ContextParallel.multiple`, less than the prompt's tokens
+
+    def length(self, context: ContextParallel) -> int:
+        """Return the number of tokens in the row, each document padded."""
+        own = sum(context.padded(sequence.length - self.shared) for sequence in self.sequences)
+        return self.shared + own
+
+
+Row = list[Family]
+
+
+class PackingRules(NamedTuple):
+    """Limits and shapes of the rows."""
+
+    token_budget: int  # tokens of a row, over all context-parallel ranks
+    length_multiple: int = 1  # the tensor-parallel size with sequence parallelism
+    uniform: bool = False  # all rows have the same length, as pipelines require
+    count_multiple: int = 1  # divisor of the number of micro-batches, the stages of an interleaved pipeline
+    context: ContextParallel = ContextParallel()
+    shares_prompts: bool = True  # the layers can compute a prompt once for several responses
+
+    def families(self, sequences: Sequence[PackedSequence]) -> list[Family]:
+        """Return the families of sequences that have the same prompt: one, if that saves enough tokens."""
+        if not sequences or not self.shares_prompts:
+            return [Family((sequence,)) for sequence in sequences]
+        multiple = self.context.multiple
+        # The last token of the prompt stays in each response's document: it predicts the first policy token.
+        shared = (sequences[0].prompt_tokens - 1) // multiple * multiple
+        saved, all_tokens = shared * (len(sequences) - 1), sum(sequence.length for sequence in sequences)
+        if saved < max(_WORTH_SHARING * all_tokens, 1):
+            return [Family((sequence,)) for sequence in sequences]
+        return [Family(tuple(sequences), shared)]
+
+
+def fill_all(families_of_rank: Sequence[Iterable[Family]], rules: PackingRules) -> list[list[Row]]:
+    """Fill every rank's rows, then add empty rows until all ranks have the same number."""
+    rows_of_rank = [_fill(families, rules) for families in families_of_rank]
+    count = max(len(rows) for rows in rows_of_rank)
+    count = -(-count // rules.count_multiple) * rules.count_multiple
+    return [rows + [[] for _ in range(count - len(rows))] for rows in rows_of_rank]
+
+
+def _fill(families: Iterable[Family], rules: PackingRules) -> list[Row]:
+    """Fill rows by first fit, longest first. A sequence longer than the budget gets its own row."""
+    rows: list[Row] = []
+    room: list[int] = []
+    pieces = [piece for family in families for piece in _pieces(family, rules)]
+    sized = [(piece.length(rules.context), piece) for piece in pieces]
+    for length, piece in sorted(sized, key=lambda pair: (-pair[0], pair[1].sequences[0].key)):
+        for index, free in enumerate(room):
+            if length <= free:
+                rows[index].append(piece)
+                room[index] -= length
+                break
+        else:
+            rows.append([piece])
+            room.append(rules.token_budget - length)
+    return rows
+
+
+def _pieces(family: Family, rules: PackingRules) -> list[Family]:
+    """Divide a family into parts that fit into the budget, if a single sequence does."""
+    if len(family.sequences) == 1 or family.length(rules.context) <= rules.token_budget:
+        return [family]
+    pieces: list[Family] = []
+    part: list[PackedSequence] = []
+    for sequence in sorted(family.sequences, key=lambda sequence: (-sequence.length, sequence.key)):
+        longer = Family((*part, sequence), family.shared)
+        if part and longer.length(rules.context) > rules.token_budget:
+            pieces += rules.families(part)
+            part = []
+        part.append(sequence)
+    return pieces + rules.families(part)
+
+
+class SequenceTokens(NamedTuple):
+    """The tokens of a sequence."""
+
     prompt_ids: Sequence[int]
     response_ids: Sequence[int]
     policy_positions: Sequence[int]  # positions in `response_ids` of the policy's tokens, the only targets
 
     @classmethod
-    def of(cls, key: int, prompt_ids: Sequence[int], sample: Sample) -> PackedSequence:
-        """Return the sequence of a sample's response after `prompt_ids` (the student's or the teacher's)."""
+    def of(cls, prompt_ids: Sequence[int], sample: Sample) -> SequenceTokens:
+        """Return a sample's response after `prompt_ids` (the student's or the teacher's)."""
         positions = [position for position, is_policy in enumerate(sample.loss_mask) if is_policy]
-        return cls(key, prompt_ids, sample.response_ids, positions)
+        return cls(prompt_ids, sample.response_ids, positions)
 
-    @property
-    def length(self) -> int:
-        """Number of input tokens: those before the last policy token, after which nothing is predicted."""
-        return len(self.prompt_ids) + self.policy_positions[-1]
-
-
-_Row = list[PackedSequence]
+    def sequence(self, key: int) -> PackedSequence:
+        """Return the sequence's lengths."""
+        prompt_tokens = len(self.prompt_ids)
+        return PackedSequence(key, prompt_tokens, prompt_tokens + self.policy_positions[-1])
 
 
 @dataclass(frozen=True)
@@ -49,12 +136,16 @@ class MicroBatch:
     sequences: tuple[PackedSequence, ...]
     distilled: int  # number of distilled sequences, which come first
     ids: Tensor  # [T / context-parallel size] int64
-    positions: Tensor  # [T / context-parallel size] int64
-    cu_seqlens: Tensor  # [sequences + 1] int32, of the complete row, including a padding sequence
-    max_seqlen: int
+    positions: Tensor  # [T / context-parallel size] int64, of the tokens in their sequences
+    documents: Documents  # of the complete row, including a document of padding
     predicts: Tensor  # [R] int64, rows of `PolicyModel.final_hidden` that predict the targets
     targets: Tensor  # [R] int64 token ids
     shares: tuple[slice, ...]  # for each sequence, this rank's part of its policy tokens
+
+    @property
+    def total(self) -> int:
+        """T, the tokens of the complete row."""
+        return self.documents.bounds[-1]
 
     @property
     def target_counts(self) -> list[int]:
@@ -67,189 +158,97 @@ class MicroBatch:
         return [sequence.key for sequence in self.sequences[: self.distilled]]
 
 
-@dataclass(frozen=True)
-class OptimizerBatch:
-    """This rank's work for one optimizer step."""
-
-    samples: tuple[Sample, ...]  # of all ranks
-    micro_batches: list[MicroBatch]
-    teacher_micro_batches: list[MicroBatch]
-    loss_scale: tuple[float, ...]  # for each sample, 1 / (denominator of the loss)
-    distilled_tokens: int  # |Ω|, over all ranks
-
-    def terms(
-        self, micro_batch: MicroBatch, weights: Tensor, old_logprobs: Tensor | None, device: torch.device
-    ) -> TokenTerms:
-        """Return the objective's inputs, [R] float32, given entropy `weights` [D] and `old_logprobs` [R]."""
-        counts = torch.tensor(micro_batch.target_counts, dtype=torch.long)
-
-        def per_token(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float64).repeat_interleave(counts).float().to(device)
-
-        advantages: list[float] = []
-        policy_weights: list[float] = []
-        distillation_weights: list[float] = []
-        engine_logprobs: list[float] = []
-        for sequence, share in zip(micro_batch.sequences, micro_batch.shares, strict=True):
-            sample, scale = self.samples[sequence.key], self.loss_scale[sequence.key]
-            advantages.append(sample.routed.advantage)
-            policy_weights.append(sample.routed.policy_weight * scale)
-            distillation_weights.append(sample.routed.distillation_weight * scale)
-            engine_logprobs.extend(sample.logprobs[share])
-        distillation = per_token(distillation_weights)
-        distillation[: len(weights)] *= weights
-        return TokenTerms(
-            advantage=per_token(advantages),
-            policy_weight=per_token(policy_weights),
-            distillation_weight=distillation,
-            engine_logprob=torch.tensor(engine_logprobs, dtype=torch.float32, device=device),
-            old_logprob=old_logprobs,
-        )
-
-
-class PackingRules(NamedTuple):
-    """Limits and shapes of the rows."""
-
-    token_budget: int  # tokens of a row, over all context-parallel ranks
-    length_multiple: int = 1  # the tensor-parallel size with sequence parallelism
-    uniform: bool = False  # all rows have the same length, as pipelines require
-    count_multiple: int = 1  # divisor of the number of micro-batches, the stages of an interleaved pipeline
-    context: ContextParallel = ContextParallel()
-
-
-def loss_scales(samples: Sequence[Sample], aggregation: str) -> tuple[float, ...]:
-    """Return the factor of each sample's token losses, 1 / denominator; 0 for a sample with branch none.
-
-    token_mean: the denominator is the number of policy tokens of all routed samples. seq_mean: it is the
-    number of routed samples times the sample's own number of policy tokens.
-    """
-    lengths = [sample.policy_tokens if sample.routed.branch != "none" else 0 for sample in samples]
-    if aggregation == "seq_mean":
-        routed = sum(length > 0 for length in lengths)
-        return tuple(1.0 / (routed * length) if length else 0.0 for length in lengths)
-    return tuple(1.0 / sum(lengths) if length else 0.0 for length in lengths)
-
-
-def pack(
-    samples: Sequence[Sample], data_rank: int, data_size: int, rules: PackingRules, aggregation: str
-) -> OptimizerBatch:
-    """Return the optimizer batch of data-parallel rank `data_rank` of `data_size`."""
-    students: list[PackedSequence] = []
-    teachers: dict[int, PackedSequence] = {}
-    for key, sample in enumerate(samples):
-        students.append(PackedSequence.of(key, sample.prompt.ids, sample))
-        if sample.routed.distillation_weight > 0:
-            assert sample.routed.teacher_ids is not None
-            teachers[key] = PackedSequence.of(key, sample.routed.teacher_ids, sample)
-    # The student's forward and backward cost as much as three forwards; the teacher adds one.
-    costs = [3 * student.length for student in students]
-    for key, teacher in teachers.items():
-        costs[key] += teacher.length
-    keys_of_rank = balance(costs, data_size)
-    student_rows = _fill_all([[students[key] for key in keys] for keys in keys_of_rank], rules)
-    distilled = [[teachers[key] for key in keys if key in teachers] for keys in keys_of_rank]
-    teacher_rows = _fill_all(distilled, rules)
-    return OptimizerBatch(
-        samples=tuple(samples),
-        micro_batches=_micro_batches(student_rows[data_rank], teachers, rules),
-        teacher_micro_batches=_micro_batches(teacher_rows[data_rank], teachers, rules) if teachers else [],
-        loss_scale=loss_scales(samples, aggregation),
-        distilled_tokens=sum(len(teacher.policy_positions) for teacher in teachers.values()),
-    )
-
-
-def balance(costs: Sequence[int], bins: int) -> list[list[int]]:
-    """Distribute items over bins, largest first, each to the least loaded bin (of equal ones, the first)."""
-    loads: list[int] = [0] * bins
-    contents: list[list[int]] = [[] for _ in range(bins)]
-    for item in sorted(range(len(costs)), key=lambda item: (-costs[item], item)):
-        cheapest = loads.index(min(loads))
-        loads[cheapest] += costs[item]
-        contents[cheapest].append(item)
-    return contents
-
-
-def _fill_all(sequences_of_rank: list[_Row], rules: PackingRules) -> list[list[_Row]]:
-    """Fill every rank's rows, then add empty rows until all ranks have the same number."""
-    rows_of_rank = [_fill(sequences, rules.token_budget, rules.context) for sequences in sequences_of_rank]
-    count = max(max(len(rows) for rows in rows_of_rank), 1)
-    count = -(-count // rules.count_multiple) * rules.count_multiple
-    return [rows + [[] for _ in range(count - len(rows))] for rows in rows_of_rank]
-
-
-def _fill(sequences: _Row, budget: int, context: ContextParallel) -> list[_Row]:
-    """Fill rows by first fit, longest first. A sequence longer than the budget gets its own row."""
-    rows: list[_Row] = []
-    room: list[int] = []
-    for sequence in sorted(sequences, key=lambda sequence: (-sequence.length, sequence.key)):
-        length = context.padded(sequence.length)
-        for index, free in enumerate(room):
-            if length <= free:
-                rows[index].append(sequence)
-                room[index] -= length
-                break
-        else:
-            rows.append([sequence])
-            room.append(budget - length)
-    return rows
-
-
-def _micro_batches(
-    rows: list[_Row], teachers: dict[int, PackedSequence], rules: PackingRules
+def micro_batches(
+    rows: Sequence[Row], tokens: Mapping[int, SequenceTokens], distilled: Iterable[int], rules: PackingRules
 ) -> list[MicroBatch]:
-    """Build the rows' micro-batches, of equal length if `rules.uniform`; distilled sequences come first."""
-    context = rules.context
+    """Build the rows' micro-batches, of equal length if `rules.uniform`.
+
+    Args:
+        rows: The rows of this rank.
+        tokens: The sequences' tokens by key.
+        distilled: Keys of the samples that have a teacher.
+        rules: The limits and shapes.
+    """
+    context, keys = rules.context, set(distilled)
     multiple = math.lcm(context.multiple, context.size * rules.length_multiple)
-    lengths = [max(sum(context.padded(sequence.length) for sequence in row), 1) for row in rows]
-    if rules.uniform:
+    lengths = [max(sum(family.length(context) for family in row), 1) for row in rows]
+    if rules.uniform and rows:
         lengths = [max(lengths)] * len(rows)
-    built: list[MicroBatch] = []
-    for row, length in zip(rows, lengths, strict=True):
-        ordered = sorted(row, key=lambda sequence: sequence.key not in teachers)
-        distilled = sum(sequence.key in teachers for sequence in row)
-        built.append(micro_batch(ordered, -(-length // multiple) * multiple, context, distilled))
-    return built
+    totals = [-(-length // multiple) * multiple for length in lengths]
+    return [micro_batch(*pair, tokens, context, keys) for pair in zip(rows, totals, strict=True)]
 
 
 def micro_batch(
-    sequences: Sequence[PackedSequence],
+    families: Sequence[Family],
     total: int,
+    tokens: Mapping[int, SequenceTokens],
     context: ContextParallel = ContextParallel(),  # noqa: B008  (immutable)
-    distilled: int = 0,
+    distilled: Iterable[int] = (),
 ) -> MicroBatch:
-    """Build this rank's part of a row of `total` tokens: the sequences, if any, and a padding sequence."""
-    ids: list[int] = []
-    bounds = [0]
+    """Build this rank's part of a row of `total` tokens: the families, if any, and padding at the end."""
+    row = _RowBuilder(context)
+    for family in families:
+        row.add(family, tokens)
+    if len(row.ids) < total:
+        row.add_document([0] * (total - len(row.ids)), 0, -1)
+    keys = set(distilled)
+    first_of = dict(sorted(row.first_of.items(), key=lambda item: item[0].key not in keys))
+    shares = tuple(context.share(len(tokens[one.key].policy_positions)) for one in first_of)
     predicts: list[int] = []
     targets: list[int] = []
-    shares = tuple(context.share(len(sequence.policy_positions)) for sequence in sequences)
-    for sequence, share in zip(sequences, shares, strict=True):
-        first = len(ids) + len(sequence.prompt_ids) - 1  # a token is predicted from the position before it
-        for position in sequence.policy_positions[share]:
+    for (sequence, first), share in zip(first_of.items(), shares, strict=True):
+        own = tokens[sequence.key]
+        for position in own.policy_positions[share]:
             predicts.append(first + position)
-            targets.append(sequence.response_ids[position])
-        ids.extend([*sequence.prompt_ids, *sequence.response_ids][: sequence.length])
-        ids.extend([0] * (context.padded(sequence.length) - sequence.length))  # hidden by the causal mask
-        bounds.append(len(ids))
-    if len(ids) < total:
-        bounds.append(total)
-        ids.extend([0] * (total - len(ids)))
-    lengths = [end - start for start, end in itertools.pairwise(bounds)]
-    row_ids, predicting = torch.tensor(ids), torch.tensor(predicts, dtype=torch.long)
-    positions = torch.cat([torch.arange(length) for length in lengths])
-    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+            targets.append(own.response_ids[position])
+    ids, positions = torch.tensor(row.ids), torch.tensor(row.positions)
+    predicting = torch.tensor(predicts, dtype=torch.long)
     if context.size > 1:
-        gathered = gathered_positions(cu_seqlens, context.size)
+        gathered = gathered_positions(torch.tensor(row.bounds), context.size)
         local = context.local_tokens(gathered)
-        row_ids, positions, predicting = row_ids[local], positions[local], gathered[predicting]
+        ids, positions, predicting = ids[local], positions[local], gathered[predicting]
     return MicroBatch(
-        sequences=tuple(sequences),
-        distilled=distilled,
-        ids=row_ids,
+        sequences=tuple(first_of),
+        distilled=sum(sequence.key in keys for sequence in first_of),
+        ids=ids,
         positions=positions,
-        cu_seqlens=cu_seqlens,
-        max_seqlen=max(lengths),
+        documents=Documents(tuple(row.bounds), tuple(row.prefixes)),
         predicts=predicting,
         targets=torch.tensor(targets, dtype=torch.long),
         shares=shares,
     )
+
+
+class _RowBuilder:
+    """The documents of a row so far."""
+
+    def __init__(self, context: ContextParallel):
+        self.context = context
+        self.ids: list[int] = []
+        self.positions: list[int] = []
+        self.bounds = [0]
+        self.prefixes: list[int] = []
+        self.first_of: dict[
+            PackedSequence, int
+        ] = {}  # the row's token that predicts the first of the response
+
+    def add(self, family: Family, tokens: Mapping[int, SequenceTokens]) -> None:
+        """Append the documents of a family: the shared tokens, and each sequence without them."""
+        shared, prefix = family.shared, -1
+        shared_ids = [*tokens[family.sequences[0].key].prompt_ids[:shared]]
+        if shared:
+            prefix = len(self.prefixes)
+            self.add_document(shared_ids, 0, -1)
+        for sequence in family.sequences:
+            own = tokens[sequence.key]
+            assert [*own.prompt_ids[:shared]] == shared_ids
+            self.first_of[sequence] = len(self.ids) + sequence.prompt_tokens - 1 - shared
+            self.add_document([*own.prompt_ids, *own.response_ids][shared : sequence.length], shared, prefix)
+
+    def add_document(self, ids: Sequence[int], first_position: int, prefix: int) -> None:
+        """Append a document and its padding, which the causal mask hides."""
+        length = self.context.padded(len(ids))
+        self.ids += [*ids, *[0] * (length - len(ids))]
+        self.positions += range(first_position, first_position + length)
+        self.bounds.append(len(self.ids))
+        self.prefixes.append(prefix)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_srpo.distributed.megatron import get_forward_backward_func
-from megatron_srpo.model.build import PolicyModel, packed_params
+from megatron_srpo.model.build import PolicyModel
 from megatron_srpo.training.packing import MicroBatch
 
 # on_output(index of the micro-batch, final hidden states that predict its targets [R, H], model) → loss
@@ -31,9 +31,9 @@ def run_schedule(
 
     def forward_step(iterator, model):
         number, batch = next(iterator)
-        ids, positions = batch.ids[None].to(device), batch.positions[None].to(device)
-        packed = packed_params(batch.cu_seqlens.to(device), batch.max_seqlen)
-        output = model(ids, positions, None, packed_seq_params=packed)
+        ids, positions = batch.ids.to(device), batch.positions.to(device)
+        row = _policy_model(model).packed_row(batch.documents, positions)
+        output = model(ids[None], positions[None], None, packed_seq_params=row)
         return output, partial(_loss, on_output, number, batch.predicts.to(device), model)
 
     iterators = [iter(list(enumerate(micro_batches))) for _ in chunks]
@@ -44,7 +44,7 @@ def run_schedule(
             data_iterator=iterators if interleaved else iterators[0],
             model=list(chunks) if interleaved else chunks[0],
             num_microbatches=len(micro_batches),
-            seq_length=int(micro_batches[0].cu_seqlens[-1]),  # with pipelines, all rows have this length
+            seq_length=micro_batches[0].total,  # with pipelines, all rows have this length
             micro_batch_size=1,
             forward_only=not backward,
         )
@@ -54,9 +54,15 @@ def _loss(
     on_output: OnOutput, number: int, predicts: Tensor, model: torch.nn.Module, output: Tensor
 ) -> tuple[Tensor, Tensor, dict]:
     """Return the loss and, as Megatron expects, an unused number of tokens and an empty log."""
+    policy = _policy_model(model)
+    value = on_output(number, policy.final_hidden(output)[predicts], policy)
+    return value, torch.zeros((), dtype=torch.int, device=output.device), {}
+
+
+def _policy_model(model: torch.nn.Module) -> PolicyModel:
+    """Return the model inside Megatron's wrappers."""
     inner: Any = model
     while hasattr(inner, "module"):
         inner = inner.module
     assert isinstance(inner, PolicyModel)
-    value = on_output(number, inner.final_hidden(output)[predicts], inner)
-    return value, torch.zeros((), dtype=torch.int, device=output.device), {}
+    return inner

@@ -12,9 +12,9 @@ from megatron_srpo.config.schema import TeacherSection
 from megatron_srpo.distributed.layout import replica_group
 from megatron_srpo.model.architecture import Architecture
 from megatron_srpo.model.build import PolicyModel
+from megatron_srpo.training.batch_plan import OptimizerBatch
 from megatron_srpo.training.offload import HostMemory
 from megatron_srpo.training.optimizer import Optimizer, Shard
-from megatron_srpo.training.packing import OptimizerBatch
 from megatron_srpo.training.schedule import run_schedule
 from megatron_srpo.vocab_parallel.fused import score
 from megatron_srpo.vocab_parallel.logits import InterpolatedLogits, Projection

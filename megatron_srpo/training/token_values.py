@@ -8,7 +8,8 @@ from torch import Tensor
 
 from megatron_srpo.data.records import SampleKey
 from megatron_srpo.distributed.layout import Layout
-from megatron_srpo.training.packing import MicroBatch, OptimizerBatch
+from megatron_srpo.training.batch_plan import OptimizerBatch
+from megatron_srpo.training.packing import MicroBatch
 from megatron_srpo.training.teacher import TeacherScores
 from megatron_srpo.vocab_parallel.fused import Statistics
 from megatron_srpo.vocab_parallel.logits import Projection

@@ -14,27 +14,29 @@ from torch import Tensor
 from megatron_srpo.algorithm.objective import entropy_weights
 from megatron_srpo.algorithm.settings import Algorithm
 from megatron_srpo.config import schema
+from megatron_srpo.data.outline import OutlineGroup, outline
 from megatron_srpo.data.records import Group
 from megatron_srpo.data.update_report import OptimizerUpdate, TokenSums, UpdateReport
 from megatron_srpo.distributed.context_parallel import ContextParallel
-from megatron_srpo.distributed.device import model_dtype
+from megatron_srpo.distributed.device import model_dtype, uses_transformer_engine
 from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.model.build import PolicyModel, build_chunks
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.training.loss import LossSettings, RoutedLoss
+from megatron_srpo.training.batch_plan import BatchPlan, OptimizerBatch, plan_batch
+from megatron_srpo.training.loss import LossSettings, RoutedLoss, TokenTotals
 from megatron_srpo.training.offload import HostMemory
 from megatron_srpo.training.optimizer import Optimizer, wrap_data_parallel
-from megatron_srpo.training.packing import OptimizerBatch, PackingRules, pack
+from megatron_srpo.training.packing import MicroBatch, PackingRules
 from megatron_srpo.training.schedule import run_schedule
 from megatron_srpo.training.teacher import Teacher, TeacherScores
 from megatron_srpo.training.token_values import TokenValues
 from megatron_srpo.vocab_parallel.divergence import Divergence
-from megatron_srpo.vocab_parallel.fused import score
+from megatron_srpo.vocab_parallel.fused import Statistics, score
 from megatron_srpo.vocab_parallel.kernels.choice import describe_kernel
 from megatron_srpo.vocab_parallel.logits import Projection
 from megatron_srpo.weights.transfer import Repeatable, export, load
 
-_Logprobs = dict[int, Tensor]  # log π_old [R] by index of the micro-batch, on the last stage
+_Scores = dict[int, Statistics]  # of the policy's tokens, by number of the micro-batch, on the last stage
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,12 @@ class Trainer:
         """Release the model: DDP's hooks refer to it from C++, invisible to the garbage collector."""
         for chunk in self.chunks:
             vars(chunk).clear()
+
+    def describe_packing(self) -> str:
+        """Describe, for the log, whether a prompt is computed once for several responses."""
+        if self.rules.shares_prompts:
+            return "prompts: computed once for all responses of a micro-batch that have the same"
+        return "prompts: computed for each response (Transformer Engine's attention cannot share them)"
 
     def describe_loss(self) -> str:
         """Describe, for the log, how the loss computes its pass over the vocabulary."""
@@ -164,14 +172,20 @@ class Trainer:
     def _update_state(self) -> list[Tensor]:
         return [*self.optimizer.state(), *(self.teacher.shares if self.teacher else ())]
 
+    def plan(self, groups: Sequence[OutlineGroup]) -> list[BatchPlan]:
+        """Plan the step's optimizer batches, `mini_batch_prompts` groups each; `groups` are all ranks'."""
+        size, ranks = self.settings.mini_batch_prompts, self.layout.data_parallel_size
+        aggregation = self.algorithm.loss_aggregation
+        parts = [groups[start : start + size] for start in range(0, len(groups), size)]
+        return [plan_batch(part, ranks, self.rules, aggregation) for part in parts]
+
     def pack(self, groups: Sequence[Group]) -> list[OptimizerBatch]:
-        """Return the step's optimizer batches, `mini_batch_prompts` groups each; `groups` are all ranks'."""
-        size, layout = self.settings.mini_batch_prompts, self.layout
+        """Return this rank's part of the step's optimizer batches; `groups` are all ranks', with tokens."""
+        size, rank = self.settings.mini_batch_prompts, self.layout.data_parallel_rank
         batches: list[OptimizerBatch] = []
-        for start in range(0, len(groups), size):
-            samples = list(chain.from_iterable(groups[start : start + size]))
-            ranks = layout.data_parallel_rank, layout.data_parallel_size
-            batches.append(pack(samples, *ranks, self.rules, self.algorithm.loss_aggregation))
+        for number, plan in enumerate(self.plan([outline(group) for group in groups])):
+            samples = chain.from_iterable(groups[number * size : (number + 1) * size])
+            batches.append(plan.build(rank, dict(enumerate(samples))))
         return batches
 
     def score_teacher(self, batches: Sequence[OptimizerBatch]) -> list[TeacherScores]:
@@ -188,46 +202,62 @@ class Trainer:
     ) -> UpdateReport:
         """Make one optimizer update per batch; then update the teacher, unless all updates were skipped.
 
-        With several batches, log π_old is computed for all of them before the first update.
+        Before the first update, samples without a gradient are scored and, with several batches, log π_old of
+        the others is computed.
         """
         self.optimizer.start_step()
         lr = self.optimizer.lr
-        old_logprobs = [self._score_old_policy(batch) if len(batches) > 1 else None for batch in batches]
+        totals = [self._score_samples_without_gradient(batch) for batch in batches]
+        old_scores = [self._score(batch.micro_batches) if len(batches) > 1 else None for batch in batches]
         updates: list[OptimizerUpdate] = []
         distances = None
-        for batch, teacher_scores, old in zip(batches, scores, old_logprobs, strict=True):
-            loss = self._accumulate_gradients(batch, teacher_scores, old, token_values)
+        for batch, teacher_scores, old, sums in zip(batches, scores, old_scores, totals, strict=True):
+            self._accumulate_gradients(batch, teacher_scores, old, token_values, sums)
             with self.update_state_onloaded():
-                updates.append(self._apply(loss))
+                updates.append(self._apply(sums))
                 if len(updates) == len(batches):
                     distances = self._update_teacher(any(update.applied for update in updates))
         return UpdateReport(updates, lr, distances)
 
-    def _score_old_policy(self, batch: OptimizerBatch) -> _Logprobs:
-        logprobs: _Logprobs = {}
+    def _score(self, micro_batches: Sequence[MicroBatch]) -> _Scores:
+        """Return the policy's log-probabilities and entropies of the targets, without gradient."""
+        scores: _Scores = {}
         settings = self.loss_settings
 
         def keep(number: int, hidden: Tensor, model: PolicyModel) -> Tensor:
             policy, shard = Projection(hidden, model.output_weight), model.vocab_shard
-            targets = batch.micro_batches[number].targets.to(hidden.device)
+            targets = micro_batches[number].targets.to(hidden.device)
             limits = {"temperature": settings.temperature, "memory": settings.logits_memory}
-            logprobs[number] = score(policy, targets, shard, **limits).logprob
+            scores[number] = score(policy, targets, shard, **limits)
             return hidden.new_zeros(())
 
-        run_schedule(self.chunks, batch.micro_batches, keep, backward=False)
-        return logprobs
+        run_schedule(self.chunks, micro_batches, keep, backward=False)
+        return scores
+
+    def _score_samples_without_gradient(self, batch: OptimizerBatch) -> TokenTotals:
+        """Return the totals of the batch's samples that are scored, but not trained."""
+        totals = TokenTotals(self.layout.device, self.algorithm.importance_cap)
+        for number, found in self._score(batch.scored_micro_batches).items():
+            engine = batch.engine_logprobs(batch.scored_micro_batches[number])
+            totals.add(found.logprob, engine.to(self.layout.device), found.entropy)
+        return totals
 
     def _accumulate_gradients(
-        self, batch: OptimizerBatch, scores: TeacherScores, old: _Logprobs | None, values: TokenValues | None
-    ) -> RoutedLoss:
-        """Run forward and backward over the batch; return its loss with sums over all ranks."""
+        self,
+        batch: OptimizerBatch,
+        scores: TeacherScores,
+        old: _Scores | None,
+        values: TokenValues | None,
+        totals: TokenTotals,
+    ) -> None:
+        """Run forward and backward over the batch; add its sums to `totals`, then those of all ranks."""
         mean = self._mean_entropy_weight(batch, scores)
-        loss = RoutedLoss(self.loss_settings, batch, scores, mean, old, self.chunks[-1], values)
+        logprobs = None if old is None else {number: found.logprob for number, found in old.items()}
+        loss = RoutedLoss(self.loss_settings, batch, scores, mean, logprobs, self.chunks[-1], values, totals)
         self.optimizer.zero_grad()
         run_schedule(self.chunks, batch.micro_batches, loss, backward=True)
-        self.layout.from_last_stage(self.layout.sum_over_data_parallel(loss.sums))
-        self.layout.from_last_stage(self.layout.max_over_data_parallel(loss.gap_max))
-        return loss
+        self.layout.from_last_stage(self.layout.sum_over_data_parallel(totals.sums))
+        self.layout.from_last_stage(self.layout.max_over_data_parallel(totals.gap_max))
 
     def _mean_entropy_weight(self, batch: OptimizerBatch, scores: TeacherScores) -> Tensor:
         """Return the mean of exp(-beta · entropy) over Ω, [1] float64; 1 if Ω is empty. A collective."""
@@ -237,11 +267,11 @@ class Trainer:
         self.layout.sum_over_data_parallel(total)
         return total / batch.distilled_tokens if batch.distilled_tokens else torch.ones_like(total)
 
-    def _apply(self, loss: RoutedLoss) -> OptimizerUpdate:
-        sums = TokenSums.from_vector(loss.sums.cpu())
+    def _apply(self, totals: TokenTotals) -> OptimizerUpdate:
+        sums = TokenSums.from_vector(totals.sums.cpu())
         value = float(sums.loss)
         result = self.optimizer.step(value)
-        return OptimizerUpdate(value, result.grad_norm, result.applied, sums, float(loss.gap_max))
+        return OptimizerUpdate(value, result.grad_norm, result.applied, sums, float(totals.gap_max))
 
     def _update_teacher(self, has_moved: bool) -> tuple[float, float] | None:
         """Update the teacher if the policy `has_moved`; return their distances before and after."""
@@ -265,4 +295,5 @@ def packing_rules(settings: TrainerSettings, layout: Layout) -> PackingRules:
         uniform=stages > 1,
         count_multiple=stages if parallel.virtual_pipeline_model_parallel_size else 1,
         context=ContextParallel(layout.context_parallel_rank, layout.context_parallel_size),
+        shares_prompts=not uses_transformer_engine(settings.model),
     )

@@ -19,6 +19,7 @@ def run(job: dict) -> None:
     """Write the logits and exported tensors of one layout."""
     import torch
     import torch.distributed as dist
+    from packed import row_of
     from safetensors.torch import save_file
 
     from megatron_srpo.config.load import load_config
@@ -26,7 +27,6 @@ def run(job: dict) -> None:
     from megatron_srpo.distributed.megatron import parallel_state
     from megatron_srpo.model.build import build_chunks
     from megatron_srpo.model.hf_folder import HFFolder
-    from megatron_srpo.training.packing import PackedSequence, micro_batch
     from megatron_srpo.training.schedule import run_schedule
     from megatron_srpo.weights.transfer import export, load
 
@@ -36,10 +36,7 @@ def run(job: dict) -> None:
     chunks = build_chunks(folder.architecture, config.model, config.parallel, config.megatron, layout.device)
     load(chunks, folder)
     # Every token is a "response" token but the first, so every position's logits but the last come back.
-    documents = [
-        PackedSequence(n, ids[:1], ids[1:], range(len(ids) - 1)) for n, ids in enumerate(job["documents"])
-    ]
-    total = -(-sum(document.length for document in documents) // 4) * 4
+    total = -(-sum(len(ids) - 1 for ids in job["documents"]) // 4) * 4
     results = {}
 
     def keep(number, hidden, model):
@@ -50,7 +47,7 @@ def run(job: dict) -> None:
         return hidden.new_zeros(())
 
     run_schedule(
-        chunks, [micro_batch(documents, total)] * (layout.pipeline_parallel_size), keep, backward=False
+        chunks, [row_of(job["documents"], total)] * (layout.pipeline_parallel_size), keep, backward=False
     )
     exported = {
         f"export.{name}": tensor.detach().clone() for name, tensor in export(chunks, folder.architecture)

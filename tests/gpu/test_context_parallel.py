@@ -71,31 +71,33 @@ def test_two_gpus_that_share_every_sequence(start, layers):
     torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=0.03, atol=0)
 
 
-def test_attention_of_a_chunk_needs_no_mask():
-    # The last half of the queries against all keys: the flash kernel's values and gradients equal those of
-    # the masked formula in fp32.
+def test_attention_after_a_shared_prefix_needs_no_mask():
+    # The queries of a document that continues another one against the keys of both: the flash kernel's values
+    # and gradients equal those of the masked formula in fp32.
+    from megatron_srpo.distributed.context_parallel import ContextParallel
     from megatron_srpo.model.layers import PackedAttention
+    from megatron_srpo.model.packed_row import Documents, attention_batches
 
     attention = PackedAttention.__new__(PackedAttention)
     torch.nn.Module.__init__(attention)
     attention.scale = None
     torch.manual_seed(1)
-    query, key, value = (
-        torch.randn(1, length, heads, 64, device="cuda")
-        for length, heads in ((2048, 8), (4096, 2), (4096, 2))
-    )
+    query, key, value = (torch.randn(4096, heads, 64, device="cuda") for heads in (8, 2, 2))
+    documents, device = Documents((0, 2048, 4096), (-1, 0)), torch.device("cuda")
+    batches = attention_batches(documents, ContextParallel(), device, torch.bfloat16)
+    (batch,) = (batch for batch in batches if batch.prefixes is not None)
     found = [tensor.bfloat16().requires_grad_() for tensor in (query, key, value)]
     exact = [tensor.detach().float().requires_grad_() for tensor in found]
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    output = attention._attend(*found)
+    output = attention._attend(batch, *found)
     assert (
         torch.cuda.max_memory_allocated() - before < 2048 * 4096 / 2
     )  # bytes: half of what a mask would take, let alone scores
-    q, k, v = exact[0], *(tensor.repeat_interleave(4, dim=2) for tensor in exact[1:])
+    q, k, v = exact[0][2048:], *(tensor.repeat_interleave(4, dim=1) for tensor in exact[1:])
     seen = torch.ones(2048, 4096, dtype=torch.bool, device="cuda").tril(2048)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / 8
-    expected = torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+    scores = torch.einsum("qhd,khd->hqk", q, k) / 8
+    expected = torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
     torch.testing.assert_close(output.float(), expected, rtol=0.02, atol=0.02)
     gradients = torch.autograd.grad(output.float().square().sum(), found)
     for own, other in zip(gradients, torch.autograd.grad(expected.square().sum(), exact), strict=True):

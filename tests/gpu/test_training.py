@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import save, state_of
+from packed import row_of
 from reference import Reference
 from rollouts import write_rollouts
 from small_run import trainers
@@ -31,7 +32,6 @@ from megatron_srpo.distributed.layout import initialize, shut_down
 from megatron_srpo.model.build import build_chunks
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.replay import replay
-from megatron_srpo.training.packing import PackedSequence, micro_batch
 from megatron_srpo.training.schedule import run_schedule
 from megatron_srpo.weights.torch_dist import Folder
 from megatron_srpo.weights.transfer import load
@@ -82,12 +82,7 @@ def test_logits_are_those_of_transformers(layers, family, tmp_path):
     found, rows = [], []
     for lengths in ((300, 290), (2, 400, 30), (1,)):
         texts = [torch.randint(3, 270, (length + 1,), generator=generator).tolist() for length in lengths]
-        rows.append(
-            [
-                PackedSequence(number, ids[:1], ids[1:], range(len(ids) - 1))
-                for number, ids in enumerate(texts)
-            ]
-        )
+        rows.append(texts)
 
     def keep(number, hidden, chunk):
         found.append((hidden @ chunk.output_weight.t()).float().cpu()[:, :270])
@@ -99,14 +94,13 @@ def test_logits_are_those_of_transformers(layers, family, tmp_path):
             folder.architecture, config.model, config.parallel, config.megatron, layout.device
         )
         load(chunks, folder)
-        run_schedule(
-            chunks, [micro_batch(row, sum(d.length for d in row) + 3) for row in rows], keep, backward=False
-        )
+        packed = [row_of(row, sum(len(ids) - 1 for ids in row) + 3) for row in rows]
+        run_schedule(chunks, packed, keep, backward=False)
     finally:
         shut_down(layout)
     for logits, row in zip(found, rows, strict=True):
         with torch.no_grad():
-            inputs = [torch.tensor([[*d.prompt_ids, *d.response_ids[:-1]]]) for d in row]
+            inputs = [torch.tensor([ids[:-1]]) for ids in row]
             expected = torch.cat([model(ids).logits[0] for ids in inputs])
         assert (logits - expected).norm() < 0.03 * expected.norm()
 

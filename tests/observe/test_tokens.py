@@ -14,7 +14,7 @@ from megatron_srpo.observe.tokens import choose, read_tokens, tokens_file, write
 
 
 def group(prompt, kinds):
-    """Return a group by `kinds`: r right, d distilled, f failed without a teacher; one letter a sample."""
+    """Return a group by `kinds`: r right, d distilled, f failed without a teacher, n no gradient."""
     return tuple(
         make_sample(
             index,
@@ -24,7 +24,7 @@ def group(prompt, kinds):
                 branch="sdpo" if kind == "d" else "grpo",
                 policy_weight=float(kind != "d"),
                 distillation_weight=float(kind == "d"),
-                advantage=0,
+                advantage=0.0 if kind == "n" else 1.0,
             ),
         )
         for index, kind in enumerate(kinds)
@@ -32,7 +32,7 @@ def group(prompt, kinds):
 
 
 def test_samples_of_every_kind_and_of_many_prompts_are_chosen():
-    groups = [group("a", "rddd"), group("b", "rrdd"), group("c", "ffff")]
+    groups = [group("a", "rddd"), group("b", "rrdd"), group("c", "ffff"), group("d", "nn")]
     assert choose(groups, 6) == [("a", 1), ("c", 0), ("a", 0), ("b", 2), ("c", 1), ("b", 0)]
     assert len(choose(groups, 100)) == len(set(choose(groups, 100))) == 12
     assert choose([], 5) == []

@@ -27,7 +27,8 @@ def start(tmp_path_factory):
     root = tmp_path_factory.mktemp("step")
     model = make_model(tied=False)
     folder = HFFolder(save_folder(root / "hf", model))
-    write_rollouts(root / "rollouts", folder, model, steps=1)
+    verdicts = ([1, 0, 0, 1], [1, 0, 0, 0], [0, 1, 0, 0], [1, 1, 0, 1])  # every sample has a gradient
+    write_rollouts(root / "rollouts", folder, model, verdicts, steps=1)
     config = root / "config.yaml"
     config.write_text(
         f"model: {{hf_path: {folder.path}, dtype: float32}}\n"
@@ -91,6 +92,7 @@ def collectives_of_an_update(start, config, ranks):
             replay(rollouts, 1, 4, folder), config.algorithm, folder.encode, 160, seed="1/1"
         )
         trainer = Trainer(TrainerSettings.of(config), folder, layout)
+        trainer.rules = trainer.rules._replace(shares_prompts=False)  # the plan does not count on it
         batches = trainer.pack(groups)
         scores = trainer.score_teacher(batches)
         with Collectives() as collectives:

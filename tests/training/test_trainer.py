@@ -85,6 +85,37 @@ def test_a_non_finite_update_is_skipped_and_leaves_weights_and_teacher_alone(mak
     assert all(torch.isfinite(parameter).all() for parameter in trainer.parameters)
 
 
+def flat(groups):
+    """Return the same groups without a gradient: advantages 0, nothing distilled."""
+    route = Route(branch="grpo", policy_weight=1.0, distillation_weight=0.0, advantage=0.0)
+    return [tuple(sample.model_copy(update={"route": route}) for sample in group) for group in groups]
+
+
+def test_a_batch_without_a_gradient_is_not_computed_but_makes_the_same_update(make_trainer, monkeypatch):
+    # Adam's momentum, weight decay, schedule and EMA move the weights, bit for bit as if all were computed.
+    results = []
+    for computes_all in (False, True):
+        trainer, groups = make_trainer("optimizer.weight_decay=0.1")
+        step(trainer, groups)
+        start = snapshot(trainer.parameters)
+        with monkeypatch.context() as patch:
+            if computes_all:
+                patch.setattr(Route, "teaches", True)
+            (batch,) = trainer.pack(flat(groups))
+            assert (len(batch.micro_batches) > 0) == computes_all
+            report = step(trainer, flat(groups))
+        assert report.applied == [True] and report.grad_norms == [0.0]
+        assert not all(map(torch.equal, start, trainer.parameters))
+        results.append((snapshot(trainer.parameters), snapshot(teacher_parameters(trainer)), report))
+    (policy, teacher, report), (all_policy, all_teacher, all_report) = results
+    assert all(map(torch.equal, policy, all_policy)) and all(map(torch.equal, teacher, all_teacher))
+    # One of eight samples is scored: its log-probabilities are compared with the engine's.
+    samples = [sample for group in groups for sample in group]
+    assert report.sums.trained == 0 and all_report.sums.trained == sum(s.policy_tokens for s in samples)
+    assert report.sums.tokens == sum(sample.policy_tokens for sample in samples[::8])
+    assert 0 < report.gap_max <= all_report.gap_max
+
+
 def test_ema_teacher_follows_by_its_rate(make_trainer):
     # After a step it is 5 % of the way from the initial weights to the policy.
     trainer, groups = make_trainer("teacher.kind=ema")
