@@ -1,6 +1,6 @@
 """Measure the checks of a million questions before a run starts, against an earlier version.
 
-    python tools/bench/bench_preflight.py [--questions 1000000] [--model DIR] [--json] [--output FILE]
+    python tools/bench/bench_preflight.py [--questions 1000000] [--baseline REF] [--json] [--output FILE]
 
 Generated question files of the shapes that the prepare tools write: mathematics (gsm8k) and multiple choice
 (chemistry), each with `--questions` training questions and a thousandth as many test questions. A row is
@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from _baseline import baseline_tree, run_json
 from _report import QUICKSTART, ROOT, Row, cpu_name, make_parser, publish
 
 SYSTEM = (
@@ -29,26 +29,29 @@ KINDS = ("gsm8k", "chemistry")
 
 # Prints {"seconds", "cpu_seconds", "bytes"}; imports and the model folder are not counted.
 MEASURE = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
 sys.path.insert(1, BENCH)
 from _memory import peak_resident_bytes, reset_peak
-from megatron_srpo.checkpoint.inputs import inputs_of
-from megatron_srpo.config.load import load_config
-from megatron_srpo.model.hf_folder import HFFolder
+try:
+    from megatron_srpo.config.load import load_config
+except ImportError:  # 551ecf2
+    from megatron_srpo.config_file import load_config
 from megatron_srpo.preflight import preflight
-from megatron_srpo.rollout.source import evaluation_remarks, evaluation_tasks, training_tasks
+from megatron_srpo.rollout import source
 config = load_config(Path(sys.argv[1]), sys.argv[2:])
 warm = ["task.path=null", "task.name=addition", "evaluation.every=0", "task.verifier=null"]
 preflight(load_config(Path(sys.argv[1]), [*sys.argv[2:], *warm]))
 reset_peak()
 before, start, used = peak_resident_bytes(), time.perf_counter(), time.process_time()
 folder = preflight(config)
-trained, evaluated = training_tasks(config), evaluation_tasks(config)
-lines = evaluation_remarks(config.evaluation, evaluated, trained)
-inputs_of(config, folder)
+trained, evaluated = source.training_tasks(config), source.evaluation_tasks(config)
+if hasattr(source, "evaluation_remarks"):  # later than 551ecf2
+    from megatron_srpo.checkpoint.inputs import inputs_of
+    source.evaluation_remarks(config.evaluation, evaluated, trained)
+    inputs_of(config, folder)
 seconds, used = time.perf_counter() - start, time.process_time() - used
-found = {"seconds": seconds, "cpu_seconds": used, "bytes": peak_resident_bytes() - before, "lines": lines}
+found = {"seconds": seconds, "cpu_seconds": used, "bytes": peak_resident_bytes() - before}
 print(json.dumps(found))
 """
 
@@ -69,32 +72,27 @@ def write_questions(file: Path, kind: str, count: int, seed: int) -> None:
             out.write(json.dumps(row) + "\n")
 
 
-def measure(kind: str, folder: Path, model: Path, tree: Path) -> Row:
-    """Return the row of a kind of question with the code in `tree`; its data are in `folder`."""
-    overrides = [f"model.hf_path={model}", f"logging.dir={folder / 'run'}", f"task.path={folder}"]
-    overrides += [f"task.name={kind}", "evaluation.prompts=null", "rollout.max_prompt_tokens=2048"]
+def measure(kind: str, questions: int, model: Path, tree: Path) -> Row:
+    """Return the row of a kind of question with the code in `tree`."""
     program = MEASURE.replace("BENCH", repr(str(Path(__file__).parent)))
-    command = [sys.executable, "-c", program, str(QUICKSTART / "config.yaml"), *overrides]
-    done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
-    if done.returncode:
-        raise ChildProcessError(f"{kind}: {done.stderr[-2000:]}")
-    found = json.loads(done.stdout)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        write_questions(folder / "train.jsonl", kind, questions, 1)
+        write_questions(folder / "test.jsonl", kind, max(1, questions // 1000), 2)
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        overrides = [f"model.hf_path={model}", f"logging.dir={folder / 'run'}", f"task.path={folder}"]
+        overrides += [f"task.name={kind}", "evaluation.prompts=null", "rollout.max_prompt_tokens=2048"]
+        command = [sys.executable, "-c", program, str(QUICKSTART / "config.yaml"), *overrides]
+        found = run_json(command, tree)
     row = {"name": kind, "seconds": found["seconds"], "cpu_seconds": found["cpu_seconds"]}
-    size = sum(file.stat().st_size for file in folder.glob("*.jsonl"))
-    return {
-        **row,
-        "extra_bytes": found["bytes"],
-        "file_bytes": size,
-        "progress_lines": done.stderr.count("checking "),
-    }
+    return {**row, "extra_bytes": found["bytes"], "file_bytes": size, "questions": questions}
 
 
 def format_row(row: Row) -> str:
     """Return a row as a line of the table."""
     seconds = f"{row['seconds']:7.1f} s ({row['cpu_seconds']:.1f} s of CPU)"
-    return (
-        f"{row['name']:>16}  {seconds}  {row['extra_bytes'] / 1e6:6.0f} MB  of {row['file_bytes'] / 1e6:.0f}"
-    )
+    what = f"{row['questions']:>9,} questions, {row['file_bytes'] / 1e6:4.0f} MB"
+    return f"{row['name']:>20}  {what}  {seconds}  {row['extra_bytes'] / 1e6:6.0f} MB of memory"
 
 
 def main() -> None:
@@ -102,16 +100,17 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--questions", type=int, default=1_000_000)
     parser.add_argument("--model", type=Path, default=QUICKSTART / "start")
-    parser.add_argument("--tree", type=Path, default=ROOT, help="source tree that is measured (%(default)s)")
+    parser.add_argument(
+        "--baseline", metavar="REF", help="also measure this commit, on a 20th of the questions"
+    )
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     options = parser.parse_args()
-    rows = []
-    for kind in options.kinds:
-        with tempfile.TemporaryDirectory() as place:
-            folder = Path(place)
-            write_questions(folder / "train.jsonl", kind, options.questions, 1)
-            write_questions(folder / "test.jsonl", kind, max(1, options.questions // 1000), 2)
-            rows.append(measure(kind, folder, options.model, options.tree))
+    rows = [measure(kind, options.questions, options.model, ROOT) for kind in options.kinds]
+    if options.baseline:
+        with baseline_tree(options.baseline) as tree:
+            few = max(1, options.questions // 20)
+            for row in [measure(kind, few, options.model, tree) for kind in options.kinds]:
+                rows.append({**row, "name": f"{row['name']}, {options.baseline}"})
     publish(options, cpu_name(), {"questions": options.questions}, rows, format_row)
 
 
