@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+import numpy as np
+
 from megatron_srpo.checkpoint.run_folder import check_run_folder
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.schema import Config
@@ -15,6 +17,11 @@ from megatron_srpo.observe.trackers import check_trackers
 from megatron_srpo.rollout.collect import encode_prompt
 from megatron_srpo.rollout.engines import check_engine
 from megatron_srpo.tasks import Task, evaluation_tasks, question_count, training_tasks
+from megatron_srpo.tasks.question_index import progress_of
+from megatron_srpo.tasks.questions import QuestionFile
+
+_TOKENIZED = 1000  # questions of a file; of a larger one, those that may be too long, and as many others
+_JOINTS = 16  # tokens that may be more where the chat template meets a question than in the two apart
 
 
 @naming_key("model.hf_path")
@@ -52,9 +59,9 @@ def preflight(config: Config, trains: bool = True) -> HFFolder:
         for step in range(1, config.train.steps + 1):
             if not step_file(config.rollout.replay, step).is_file():
                 missing = step_file(config.rollout.replay, step)
-                raise ConfigError(
-                    f"rollout.replay: {missing} is missing, but train.steps is {config.train.steps}"
-                )
+                why = f"is missing, but train.steps is {config.train.steps}"
+                hint = "its run may have removed it (logging.rollouts_limit_gib)"
+                raise ConfigError(f"rollout.replay: {missing} {why}; {hint}")
     return folder
 
 
@@ -83,6 +90,9 @@ def check_evaluation(config: Config, folder: HFFolder, tasks: Mapping[str, Task]
 
 
 def _check_prompts(config: Config, folder: HFFolder, task: Task, split: str, count: int) -> None:
+    if isinstance(task, QuestionFile):  # its ids are unique
+        _check_questions(config, folder, task, split, count)
+        return
     seen: dict[str, int] = {}
     for number in range(count):
         prompt = encode_prompt(task.prompt(split, number), folder, config.rollout)
@@ -91,3 +101,42 @@ def _check_prompts(config: Config, folder: HFFolder, task: Task, split: str, cou
             raise ConfigError(
                 f"task {task.name}: its {which} have the same id, {prompt.id!r}; each needs its own"
             )
+
+
+def _check_questions(config: Config, folder: HFFolder, task: QuestionFile, split: str, count: int) -> None:
+    """Raise ConfigError on the first rank if a question of a file is too long.
+
+    Of a large file, only the questions are tokenized whose bytes and the chat template's tokens may be too
+    many, and some others, to confirm that this is so.
+    """
+    if rank_from_environment() > 0:
+        return
+    limits = _token_limits(config, folder, task, split, count)
+    is_long = limits > config.rollout.max_prompt_tokens
+    if count > _TOKENIZED:
+        fitting = np.flatnonzero(~is_long)
+        longest = fitting[np.argsort(-limits[fitting], kind="stable")[: _TOKENIZED // 2]]
+        for number in (*longest, *fitting[:: len(fitting) // _TOKENIZED * 2 + 1]):
+            prompt = encode_prompt(task.prompt(split, int(number)), folder, config.rollout)
+            if len(prompt.ids) > limits[number]:
+                is_long[:] = True  # the chat template repeats the question, or the tokenizer rewrites it
+                break
+    else:
+        is_long[:] = True
+    numbers = np.flatnonzero(is_long)
+    with progress_of(f"tokenizing {split} questions of {task.name}", int(limits[numbers].sum())) as advance:
+        for number in numbers.tolist():
+            encode_prompt(task.prompt(split, number), folder, config.rollout)
+            advance(int(limits[number]))
+
+
+def _token_limits(config: Config, folder: HFFolder, task: QuestionFile, split: str, count: int) -> np.ndarray:
+    """Return a limit of each question's tokens: its bytes, and what the template adds to as many messages."""
+    limits = task.most_tokens(split)[:count].astype(np.int64)
+    messages = task.message_counts(split)[:count]
+    for length, number in zip(*np.unique(messages, return_index=True), strict=True):
+        prompt = task.prompt(split, int(number))
+        empty = [{**message, "content": "x"} for message in prompt.messages]
+        added = len(folder.encode(empty, config.rollout.enable_thinking))
+        limits[messages == length] += added + _JOINTS
+    return limits

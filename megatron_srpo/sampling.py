@@ -14,7 +14,8 @@ from megatron_srpo.distributed.heartbeat import PROGRESS
 from megatron_srpo.distributed.layout import Layout, process_group
 from megatron_srpo.evaluation.run import stored_weights
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.observe.metrics import MetricsFile, rollout_metrics
+from megatron_srpo.observe.metrics import rollout_metrics
+from megatron_srpo.observe.metrics_file import MetricsFile
 from megatron_srpo.observe.session import run_session
 from megatron_srpo.observe.stopwatch import Stopwatch
 from megatron_srpo.observe.terminal import Terminal
@@ -68,7 +69,7 @@ def _sample_steps(config: Config, folder: HFFolder, layout: Layout, terminal: Te
             with watch("rollout"):
                 groups = route(rollouts.collect(step), step, config, folder)
                 outlines = share_outlines(groups, layout)
-                write_samples(groups, directory / "rollouts", step, layout)
+                write_samples(groups, outlines, directory / "rollouts", step, layout)
             row = {"step": step, **rollout_metrics(outlines), **rollouts.metrics, **watch.read()}
             metrics.write(row)
             terminal.say(

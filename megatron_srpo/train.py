@@ -72,7 +72,7 @@ class Training:
         self.rollouts = open_rollouts(config, folder, layout, terminal.say, self.watch)
         self.evaluator = create_evaluator(config, self.rollouts, terminal.say)
         self.reporter = Reporter(config, layout, terminal)
-        self.dump = StepDump(config.logging, layout, config.rollout.temperature, folder.tokenizer.decode)
+        self.dump = StepDump(config, layout, folder.tokenizer.decode, terminal.say)
         self.profiler = StepProfiler(self.directory / "profile", config.logging, layout)
 
     def run(self) -> None:
@@ -86,6 +86,7 @@ class Training:
             finally:
                 self.rollouts.close()
                 self.reporter.close_trackers()
+            self.reporter.start_report()
             self.terminal.phase("export")
             save_hf(self.trainer.export(), self.folder, self.directory / "hf", write=self.layout.rank == 0)
             self.checkpoints.finish()
@@ -119,7 +120,7 @@ class Training:
             groups = route(rollouts.collect(step), step, self.config, self.folder)
             outlines = share_outlines(groups, self.layout)
             rollouts.release_memory()
-            self.dump.samples(step, groups)
+            self.dump.samples(step, groups, outlines)
         with trainer.onloaded():
             with watch("teacher"):
                 batches = trainer.prepare(groups, outlines)

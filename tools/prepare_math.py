@@ -24,7 +24,7 @@ from _prepare import print_report, write_questions
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.tasks.extract import last_boxed
 from megatron_srpo.tasks.mathematics import check_gold, verify
-from megatron_srpo.tasks.questions import read_objects
+from megatron_srpo.tasks.question_lines import read_objects
 
 QUESTION_FIELDS = ("question", "problem", "prompt")
 ANSWER_FIELDS = ("final_answer", "answer", "expected_answer", "solution")

@@ -21,7 +21,7 @@ import numpy as np
 from _prepare import print_report, write_questions
 
 from megatron_srpo.config.base import ConfigError
-from megatron_srpo.tasks.questions import read_objects
+from megatron_srpo.tasks.question_lines import read_objects
 
 # Word for word the SDPO paper's, its blank first line included, for questions with two options too.
 SYSTEM = """

@@ -245,6 +245,12 @@ class LoggingSection(Section):
 
     dir: Path = Field(description="the run folder")
     rollouts: bool = Field(default=True, description="dump every sample, one file per step (replayable)")
+    rollouts_limit_gib: float | None = Field(
+        default=100,
+        gt=0,
+        description="size of RUN/rollouts above which steps are removed, oldest first, down to 3/4 of it;"
+        " kept are step 1, the newest 10 and every 2nd step, or every 4th, 8th, …; null: keep all",
+    )
     tensorboard: bool = Field(default=False, description="event files in RUN/tensorboard")
     wandb_project: str | None = Field(default=None, description="Weights & Biases project; null: off")
     wandb_exp_name: str | None = Field(

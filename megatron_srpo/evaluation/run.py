@@ -28,8 +28,9 @@ from megatron_srpo.preflight import check_evaluation
 from megatron_srpo.rollout.collect import Collector
 from megatron_srpo.rollout.engine import Sampling
 from megatron_srpo.rollout.engines import check_engine, create_engine
-from megatron_srpo.tasks import Task, evaluation_remarks, evaluation_tasks, question_count
+from megatron_srpo.tasks import Task, evaluation_tasks, question_count
 from megatron_srpo.tasks.pool import Pool
+from megatron_srpo.tasks.remarks import evaluation_remarks
 from megatron_srpo.weights.transfer import Repeatable
 
 CHUNK_SEQUENCES = 1024  # responses that all ranks sample before the first one writes them

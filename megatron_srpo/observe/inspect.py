@@ -1,6 +1,7 @@
 """Show a sample in the terminal: prompt, verdict, route, what its teacher saw, and its tokens."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from megatron_srpo.config.base import ConfigError
+from megatron_srpo.data.records import SampleKey
 from megatron_srpo.data.rollout_file import policy_tokens
 from megatron_srpo.data.visible import visible as visible
 from megatron_srpo.observe.run_folder import RunFolder
@@ -17,38 +19,47 @@ from megatron_srpo.observe.tokens import NUMBERS, read_tokens
 def inspect(path: Path, step: int, number: int | None, console: Console) -> None:
     """Show sample `number` (from 0) of a step, or list all if it is None. Raises ConfigError."""
     run = RunFolder.read(path)
-    rows, values = run.samples(step), read_tokens(path, step)
     if number is None:
-        _list(rows, values, console)
-    elif not 0 <= number < len(rows):
-        raise ConfigError(f"--sample {number}: step {step} has the samples 0 to {len(rows) - 1}")
+        _list(run.samples(step), {key for key, _ in read_tokens(path, step)}, console)
     else:
-        row = rows[number]
-        _facts(row, step, number, console)
-        messages = [f"{message['role']}: {message['content']}" for message in row["prompt"]["messages"]]
-        _section("prompt", "\n".join(messages), console)
-        found = values.get((row["prompt"]["id"], row["index"]))
-        if found is None:
-            _section("response", row["text"], console)
-        else:
-            _tokens(found, console)
-        if (sibling := _sibling(row, rows)) is not None:
-            title = f"sibling shown to its teacher (sample {rows.index(sibling)})"
-            _section(title, sibling["text"], console)
-        if row["verdict"]["feedback"]:
-            _section("feedback", row["verdict"]["feedback"], console)
-        if row["route"]["teacher_ids"]:
-            _section("complete prompt of the teacher", _decoded(run, row["route"]["teacher_ids"]), console)
+        _show(run, step, number, console)
     for problem in run.problems:
         console.print(Text(visible(problem), style="yellow"))
 
 
-def _list(rows: list[dict], values: dict, console: Console) -> None:
+def _show(run: RunFolder, step: int, number: int, console: Console) -> None:
+    """Show sample `number` of a step; of the others, only the texts are kept in memory."""
+    row: dict[str, Any] | None = None
+    places: dict[SampleKey, tuple[int, str]] = {}
+    for place, other in enumerate(run.samples(step)):
+        places[other["prompt"]["id"], other["index"]] = place, other["text"]
+        row = other if place == number else row
+    if row is None:
+        raise ConfigError(f"--sample {number}: step {step} has the samples 0 to {len(places) - 1}")
+    _facts(row, step, number, console)
+    messages = [f"{message['role']}: {message['content']}" for message in row["prompt"]["messages"]]
+    _section("prompt", "\n".join(messages), console)
+    key = row["prompt"]["id"], row["index"]
+    found = next((values for of_sample, values in read_tokens(run.path, step) if of_sample == key), None)
+    if found is None:
+        _section("response", row["text"], console)
+    else:
+        _tokens(found, console)
+    sibling = places.get((row["prompt"]["id"], row["route"]["sibling"]))
+    if sibling is not None:
+        _section(f"sibling shown to its teacher (sample {sibling[0]})", sibling[1], console)
+    if row["verdict"]["feedback"]:
+        _section("feedback", row["verdict"]["feedback"], console)
+    if row["route"]["teacher_ids"]:
+        _section("complete prompt of the teacher", _decoded(run, row["route"]["teacher_ids"]), console)
+
+
+def _list(rows: Iterable[dict], with_values: set[SampleKey], console: Console) -> None:
     header = "sample  verdict  route  advantage  tokens  finish  values  response"
     console.print(Text(header, style="dim"), soft_wrap=True)
     for number, row in enumerate(rows):
         route, length = row["route"], policy_tokens(row)
-        values_of = "tokens" if (row["prompt"]["id"], row["index"]) in values else ""
+        values_of = "tokens" if (row["prompt"]["id"], row["index"]) in with_values else ""
         line = f"{number:>6}  {_verdict(row):<7}  {route['branch']:<5}  {route['advantage']:>+9.3f}"
         line += f"  {length:>6}  {row['finish_reason']:<6}  {values_of:<6}"
         start = visible(row["text"][:60].replace("\n", " "))
@@ -109,11 +120,6 @@ def _share(logprob: float | None) -> str:
 
 def _quoted(token: str) -> str:
     return visible(token).replace("\n", "↵").replace(" ", "␣").replace("\t", "⇥")
-
-
-def _sibling(row: dict, rows: list[dict]) -> dict | None:
-    wanted = (row["prompt"]["id"], row["route"]["sibling"])
-    return next((other for other in rows if (other["prompt"]["id"], other["index"]) == wanted), None)
 
 
 def _decoded(run: RunFolder, ids: list[int]) -> str:

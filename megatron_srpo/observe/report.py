@@ -11,14 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from megatron_srpo.data.rollout_file import policy_tokens
 from megatron_srpo.distributed.files import write_text
 from megatron_srpo.observe.alarms import REMEMBERED, Limits, alarms
+from megatron_srpo.observe.report_samples import select_samples, short, spread
 from megatron_srpo.observe.run_folder import RunFolder
 from megatron_srpo.observe.tokens import read_tokens, tokens_file
 
-SAMPLES = 5_000  # of all runs together; a phone opens them in two seconds
-TEXT_CHARACTERS = 20_000  # of one response or message; longer ones are cut in the middle
+# Limits of a page, for all runs together. It stays below 20 MB, and a phone opens it in two seconds.
+SAMPLES = 5_000
+SAMPLE_BYTES = 14_000_000  # with their prompts and token values
+CURVE_VALUES = 600_000  # 4 MB; of longer runs every second, third, … step is shown
+_TOKEN_FILE_BYTES = 1 << 29  # read for the quantiles of entropy weights: of as many steps as that allows
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _PAGE = Path(__file__).with_name("page")
 
@@ -41,8 +44,12 @@ def report_data(paths: Sequence[Path], samples: int) -> dict[str, Any]:
     data: dict[str, Any] = {"made": f"{datetime.datetime.now():%Y-%m-%d %H:%M}", "runs": [], "prompts": []}
     data |= {"samples": [], "notes": []}
     for number, (run, name) in enumerate(zip(runs, names, strict=True)):
-        data["runs"].append(_run_data(run, name))
-        _add_samples(data, run, number, name, samples // len(runs))
+        data["runs"].append(_run_data(run, name, CURVE_VALUES // len(runs)))
+        shown = select_samples(run, samples // len(runs), SAMPLE_BYTES // len(runs), len(data["prompts"]))
+        for _, of_step in sorted(shown.steps.items()):
+            data["samples"] += [{"run": number, **sample} for sample in of_step]
+        data["prompts"] += shown.prompts
+        data["notes"] += [f"{name}: {note}" for note in (*_curve_notes(data["runs"][-1]), *shown.notes)]
         data["notes"] += run.problems
     data["labels"] = list(dict.fromkeys(one["label"] for run in data["runs"] for one in run["evaluations"]))
     return data
@@ -65,7 +72,8 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return ["".join(of_name[len(shared) :]) for of_name in words]
 
 
-def _run_data(run: RunFolder, name: str) -> dict[str, Any]:
+def _run_data(run: RunFolder, name: str, size: int) -> dict[str, Any]:
+    """Collect the curves of a run, with at most about `size` numbers."""
     config = run.config
     keys: dict[str, Any] = {"step": None}
     for row in run.steps:
@@ -73,16 +81,38 @@ def _run_data(run: RunFolder, name: str) -> dict[str, Any]:
     batch = f"{config.rollout.prompts_per_step} × {config.rollout.samples_per_prompt} samples a step"
     evaluate = {row["step"]: row.get("seconds_evaluate") or 0.0 for row in run.evaluations}
     seconds = np.cumsum([(row.get("seconds") or 0.0) + evaluate.get(row["step"], 0.0) for row in run.steps])
+    tokens = np.cumsum([row.get("tokens") or 0 for row in run.steps], dtype=int)
+    weights = _weight_quantiles(run)
+    every = math.ceil(max(1, len(keys) * len(run.steps) / size))
+    needed = {*evaluate, *weights["steps"]}  # points of curves whose place in time is that of their step
+    last = len(run.steps) - 1
+    shown = [
+        place
+        for place, row in enumerate(run.steps)
+        if place % every == 0 or place == last or row["step"] in needed
+    ]
     return {
         "name": name,
         "what": f"{config.algorithm.name}, lr {config.lr:g}, {batch}, {config.model.hf_path.name}",
-        "columns": {key: [_short(row.get(key)) for row in run.steps] for key in keys},
-        "hours": [_short(value / 3600) for value in seconds.tolist()],
-        "tokens": np.cumsum([row.get("tokens") or 0 for row in run.steps], dtype=int).tolist(),
+        "steps": len(run.steps),
+        "every": every,
+        "columns": {key: [short(run.steps[place].get(key)) for place in shown] for key in keys},
+        "hours": [short(value / 3600) for value in seconds[shown].tolist()],
+        "tokens": tokens[shown].tolist(),
         "evaluations": _evaluations(run.evaluations),
-        "weights": _weight_quantiles(run),
+        "weights": weights,
         "alarms": alarm_history(run),
     }
+
+
+def _curve_notes(curves: dict[str, Any]) -> list[str]:
+    """Name the steps that are left out of a run's curves."""
+    notes = []
+    if curves["every"] > 1:
+        notes.append(f"its curves show one in {curves['every']} of its {curves['steps']} steps.")
+    if left_out := curves["weights"]["left_out"]:
+        notes.append(f"its curve of entropy weights leaves out {left_out} steps with token values.")
+    return notes
 
 
 def _evaluations(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -91,26 +121,33 @@ def _evaluations(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for key in dict.fromkeys(key for row in rows for key in row if "/avg@" in key or "/pass@" in key):
         found = [row for row in rows if row.get(key) is not None]
         curve: dict[str, Any] = {"label": key.removeprefix("eval/"), "steps": [row["step"] for row in found]}
-        curve["values"] = [_short(row[key]) for row in found]
+        curve["values"] = [short(row[key]) for row in found]
         label = key.rpartition("/")[0]
         if "/avg@" in key and all(f"{label}/avg_low" in row for row in found):
-            curve |= {end: [_short(row[f"{label}/avg_{end}"]) for row in found] for end in ("low", "high")}
+            curve |= {end: [short(row[f"{label}/avg_{end}"]) for row in found] for end in ("low", "high")}
         curves.append(curve)
     return sorted(curves, key=lambda curve: "/pass@" in curve["label"])
 
 
 def _weight_quantiles(run: RunFolder) -> dict[str, Any]:
     """Compute quantiles of the dumped tokens' entropy weights, by step."""
-    steps, quantiles = [], []
-    for step in run.sampled_steps:
+    quantiles: dict[int, list[float]] = {}
+    read = left_out = 0
+    for step in spread([step for step in run.sampled_steps if tokens_file(run.path, step).is_file()]):
+        size = tokens_file(run.path, step).stat().st_size
+        if read and read + size > _TOKEN_FILE_BYTES:
+            left_out += 1
+            continue
+        read += size
         weights: list[float] = []
-        for row in read_tokens(run.path, step).values():
+        for _, row in read_tokens(run.path, step):
             weights += [weight for weight in row.get("weight", ()) if weight is not None]
         if weights:
-            steps.append(step)
-            quantiles.append(np.quantile(weights, _QUANTILES).tolist())
-    columns = zip(*quantiles, strict=True)
-    return {"steps": steps, "q": [[_short(value) for value in column] for column in columns]}
+            quantiles[step] = np.quantile(weights, _QUANTILES).tolist()
+    steps = sorted(quantiles)
+    columns = zip(*(quantiles[step] for step in steps), strict=True)
+    q = [[short(value) for value in column] for column in columns]
+    return {"steps": steps, "q": q, "left_out": left_out}
 
 
 def alarm_history(run: RunFolder) -> list[dict[str, str]]:
@@ -130,67 +167,3 @@ def alarm_history(run: RunFolder) -> list[dict[str, str]]:
         first, last = span.pop("first"), span.pop("last")
         span["steps"] = f"step {first}" if first == last else f"steps {first} to {last}"
     return ranges
-
-
-def _add_samples(data: dict[str, Any], run: RunFolder, number: int, name: str, limit: int) -> None:
-    """Add complete steps, evenly spread, those with token values first, up to `limit` samples."""
-    steps, prompts, taken = run.sampled_steps, {}, 0
-    with_tokens = [step for step in steps if tokens_file(run.path, step).is_file()]
-    order = _spread(with_tokens) + _spread([step for step in steps if step not in set(with_tokens)])
-    chosen: list[tuple[int, list[dict[str, Any]]]] = []
-    for step in order:
-        rows = run.samples(step)
-        if taken + len(rows) > limit and chosen:
-            break
-        chosen.append((step, rows[:limit]))
-        taken += len(rows[:limit])
-    for step, rows in sorted(chosen, key=lambda pair: pair[0]):
-        values = read_tokens(run.path, step)
-        for place, row in enumerate(rows):
-            sample = _sample(row, place, values, data["prompts"], prompts)
-            data["samples"].append({"run": number, "step": step, **sample})
-    if len(chosen) < len(steps):
-        shown = f"this page has the samples of {len(chosen)} of {len(steps)} steps"
-        data["notes"].append(f"{name}: {shown}; rollouts/ has all of them.")
-
-
-def _spread(steps: list[int]) -> list[int]:
-    """Order the steps so that any first few are spread over all: last, first, halves, quarters and so on."""
-    if not steps:
-        return []
-    places, stride = [len(steps) - 1, 0], len(steps)
-    while stride > 1:
-        stride = (stride + 1) // 2
-        places += range(0, len(steps), stride)
-    return [steps[place] for place in dict.fromkeys(places)]
-
-
-def _sample(row: dict, place: int, values: dict, prompts: list[dict], numbers: dict[str, int]) -> dict:
-    prompt, verdict, route = row["prompt"], row["verdict"], row["route"]
-    if prompt["id"] not in numbers:
-        numbers[prompt["id"]] = len(prompts)
-        messages = [[message["role"], _cut(message["content"])] for message in prompt["messages"]]
-        prompts.append({"id": prompt["id"], "messages": messages, "answer": _cut(prompt["answer"])})
-    sample: dict[str, Any] = {"number": place, "prompt": numbers[prompt["id"]], "index": row["index"]}
-    sample |= {"text": _cut(row["text"]), "tokens": policy_tokens(row), "finish": row["finish_reason"]}
-    sample |= {"reward": _short(verdict["reward"]), "correct": verdict["correct"]}
-    sample |= {"format": verdict["format_ok"], "failure": verdict["verifier_failed"]}
-    sample["feedback"] = verdict["feedback"] and _cut(verdict["feedback"])
-    sample |= {"branch": route["branch"], "advantage": _short(route["advantage"])}
-    sample |= {"sibling": route["sibling"], "noTeacher": route["no_teacher"]}
-    if (found := values.get((prompt["id"], row["index"]))) is not None:
-        hidden = ("step", "prompt_id", "index")
-        sample["values"] = {key: value for key, value in found.items() if key not in hidden}
-    return sample
-
-
-def _cut(text: str) -> str:
-    if len(text) <= TEXT_CHARACTERS:
-        return text
-    half = TEXT_CHARACTERS // 2
-    return f"{text[:half]}\n[… {len(text) - 2 * half} characters left out …]\n{text[-half:]}"
-
-
-def _short(value: float | None) -> float | None:
-    """Round to five significant digits; None if the number is not finite."""
-    return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")

@@ -11,8 +11,9 @@ from megatron_srpo.data.update_report import UpdateReport
 from megatron_srpo.distributed.files import SavedFile
 from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.observe.alarms import REMEMBERED, Alarm, Limits, alarms, too_many_unjudged
-from megatron_srpo.observe.metrics import MetricsFile, rollout_metrics, update_metrics, version_metrics
-from megatron_srpo.observe.report import write_report
+from megatron_srpo.observe.metrics import rollout_metrics, update_metrics, version_metrics
+from megatron_srpo.observe.metrics_file import MetricsFile
+from megatron_srpo.observe.report_process import ReportProcess
 from megatron_srpo.observe.terminal import Terminal
 from megatron_srpo.observe.trackers import Trackers, start_trackers
 
@@ -35,6 +36,7 @@ class Reporter:
         self._metrics = MetricsFile(file)
         self._trackers = Trackers([], terminal.say)
         self.skipped_in_a_row = 0
+        self._report: ReportProcess | None = None
         self._has_shown_failure = False  # of a verifier
 
     def resume(
@@ -93,8 +95,18 @@ class Reporter:
         self._terminal.evaluation(row)
         return row
 
+    def start_report(self) -> None:
+        """Start to write report.html, in another process; a failure is only reported, by `summary`."""
+        if self._is_first:
+            try:
+                self._report = ReportProcess(self._config.logging.dir)
+            except OSError as error:
+                self._terminal.say(f"report.html could not be written: {error}", "bold red")
+
     def summary(self) -> None:
-        """Print the scores and the contents of the run folder, and write report.html."""
+        """Wait for report.html, and print the scores and the contents of the run folder."""
+        problem = self._report.wait() if self._report is not None else None
+        self._report = None
         if evaluations := self.evaluations:
             for key in (key for key in evaluations[-1] if "/avg@" in key):  # of every task, and their mean
                 # a resumed run may have evaluated others before
@@ -105,19 +117,18 @@ class Reporter:
         directory = self._config.logging.dir
         contents = "report.html, metrics.jsonl, rollouts/; the trained model is in hf/"
         self._terminal.say(f"run folder: {directory}  ({contents})")
-        if self._is_first:
-            try:
-                write_report([directory], directory / "report.html")
-            except (OSError, ValueError) as error:  # the run itself is complete
-                self._terminal.say(f"report.html could not be written: {error}", "bold red")
+        if problem is not None:  # the run itself is complete
+            self._terminal.say(f"report.html could not be written: {problem}", "bold red")
 
     def close_trackers(self) -> None:
         """Close the trackers; a failure is only reported."""
         self._trackers.close()
 
     def close(self) -> None:
-        """Close metrics.jsonl."""
+        """Close metrics.jsonl, and end the report's process after an error."""
         self._metrics.close()
+        if self._report is not None:
+            self._report.stop()
 
     def _write(self, row: dict[str, Any]) -> None:
         self._metrics.write(row)

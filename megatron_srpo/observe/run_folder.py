@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from pydantic import ValidationError
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.schema import Config
 from megatron_srpo.data.records import Sample
-from megatron_srpo.data.rollout_file import step_file
-from megatron_srpo.distributed.files import JsonLines, read_jsonl
-from megatron_srpo.observe.metrics import read_rows
+from megatron_srpo.data.rollout_file import read_step, step_file
+from megatron_srpo.distributed.files import JsonLines
+from megatron_srpo.observe.metrics_file import read_rows
 
 _STEP = re.compile(r"step_(\d{6,})\.jsonl")
 
@@ -55,28 +56,35 @@ class RunFolder:
         found = (_STEP.fullmatch(file.name) for file in folder.iterdir()) if folder.name == "rollouts" else ()
         return sorted(int(match[1]) for match in found if match)
 
-    def samples(self, step: int) -> list[dict[str, Any]]:
-        """Read the rows of a step's samples; raise ConfigError if there are none."""
+    def samples(self, step: int) -> Iterator[dict[str, Any]]:
+        """Return the rows of a step's samples, read one at a time; raise ConfigError if there are none."""
         file = step_file(self.path, step)
         if not file.is_file():
             steps = self.sampled_steps
             held = f"{steps[0]} … {steps[-1]}" if steps else "none (logging.rollouts: false)"
             raise ConfigError(f"{self.path}: has no samples of step {step}; steps with samples: {held}")
-        found, rows = self._kept(read_jsonl(file)), []
-        for row, number in zip(found.rows, found.numbers, strict=True):
-            row.pop("step", None)
+        return self._valid_samples(file)
+
+    def _valid_samples(self, file: Path) -> Iterator[dict[str, Any]]:
+        for line in read_step(file):
+            place = f"{file}:{line.number}"
             try:
-                sample = Sample.model_validate(row)
+                if line.problem is not None:
+                    self.problems.append(f"{place}: is damaged ({line.problem}) and left out")
+                    continue
+                sample = Sample.model_validate(line.row)
                 if sample.verdict is None or sample.route is None:
                     raise ValueError("verdict or route is missing")
-                rows.append(sample.model_dump(mode="json"))
             except ValidationError as error:
                 problem = error.errors()[0]
-                place = f"{file}:{number}: {'.'.join(map(str, problem['loc']))}"
-                self.problems.append(f"{place}: {problem['msg']}; is not a valid sample and left out")
+                field = ".".join(map(str, problem["loc"]))
+                self.problems.append(
+                    f"{place}: {field}: {problem['msg']}; is not a valid sample and left out"
+                )
             except ValueError as error:
-                self.problems.append(f"{file}:{number}: {error}; is not a valid sample and left out")
-        return rows
+                self.problems.append(f"{place}: {error}; is not a valid sample and left out")
+            else:
+                yield sample.model_dump(mode="json")
 
     def _kept(self, found: JsonLines) -> JsonLines:
         self.problems += [f"{problem} and left out" for problem in found.problems]

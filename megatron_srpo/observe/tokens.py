@@ -1,21 +1,21 @@
 """rollouts/step_NNNNNN.tokens.jsonl: values of the loss for each token of a few samples, as text."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import chain, zip_longest
 from pathlib import Path
+from types import NoneType
 from typing import Any
-
-from pydantic import BaseModel, ValidationError
 
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.data.outline import Outline, OutlineGroup
 from megatron_srpo.data.records import SampleKey
 from megatron_srpo.data.rollout_file import step_file
-from megatron_srpo.distributed.files import read_jsonl, write_text
+from megatron_srpo.distributed.files import write_text
 
 NUMBERS = ("logprob", "teacher_logprob", "entropy", "teacher_entropy", "divergence", "weight")
+_TOPS = ("top", "teacher_top")
 
 
 def choose(groups: Sequence[OutlineGroup], count: int) -> list[SampleKey]:
@@ -58,52 +58,61 @@ def write_tokens(rows: Rows, decode: Decode, folder: Path, step: int) -> None:
     for row in rows:
         tokens = {"tokens": [text(token) for token in row["tokens"]]}
         tops: dict[str, Any] = {}
-        for key in ("top", "teacher_top"):
+        for key in _TOPS:
             if key in row:
                 tops[key] = [[[text(token), logprob] for token, logprob in place] for place in row[key]]
         lines.append(json.dumps({"step": step, **row, **tokens, **tops}, ensure_ascii=False) + "\n")
     write_text(tokens_file(folder, step), "".join(lines))
 
 
-def read_tokens(folder: Path, step: int) -> dict[SampleKey, dict[str, Any]]:
-    """Read the rows of a step, by sample, {} if none were written; raise ConfigError if a line is damaged."""
+def read_tokens(folder: Path, step: int) -> Iterator[tuple[SampleKey, dict[str, Any]]]:
+    """Yield the rows of a step with their samples, one at a time; none if no values were written.
+
+    Raises:
+        ConfigError: A line is damaged.
+    """
     file = tokens_file(folder, step)
-    found = read_jsonl(file)
-    try:
-        if found.problems:
-            raise ValueError(found.problems[0])
-        for row, number in zip(found.rows, found.numbers, strict=True):
-            _check_row(row, f"{file}:{number}")
-        return {(row["prompt_id"], row["index"]): row for row in found.rows}
-    except ValueError as error:
-        raise ConfigError(f"{file}: {error}; remove the file, which nothing else needs") from None
+    for number, line in enumerate(file.open("rb") if file.is_file() else (), 1):
+        try:
+            row = json.loads(line, parse_constant=lambda name: None)
+            if problem := _row_problem(row):
+                raise ValueError(problem)
+        except (ValueError, RecursionError) as error:
+            where = f"{file}:{number}: is damaged ({error})"
+            raise ConfigError(f"{where}; remove the file, which nothing else needs") from None
+        yield (row["prompt_id"], row["index"]), row
 
 
-class _Row(BaseModel, strict=True, extra="allow"):
-    """The types of a line; every list has an entry for each token."""
+def _row_problem(row: Any) -> str | None:
+    """Return which value of a row is not of its type, or None."""
+    if not isinstance(row, dict):
+        return "not a JSON object"
+    kinds = {"prompt_id": str, "index": int, "tokens": list}
+    for key, kind in kinds.items():
+        if type(row.get(key)) is not kind:
+            return f"{key}: expected a value of type {kind.__name__}"
+    if not _are(row["tokens"], str):
+        return "tokens: expected texts"
+    for key in (*_TOPS, *NUMBERS):
+        column = row.get(key, row["tokens"])
+        if type(column) is not list or len(column) != len(row["tokens"]):
+            return f"{key}: expected an entry for each token"
+        if key in row and not (_are_pairs(column) if key in _TOPS else _are(column, float, int, NoneType)):
+            return f"{key}: an entry has a wrong type"
+    return None
 
-    prompt_id: str
-    index: int
-    tokens: list[str]
-    __pydantic_extra__: dict[str, int | list[float | None] | list[list[list[str | float | None]]]]
+
+def _are_pairs(column: list) -> bool:
+    """Return True if every entry is a list of [text, number or None]."""
+    if not _are(column, list):
+        return False
+    pairs = [*chain.from_iterable(column)]
+    if not _are(pairs, list) or set(map(len, pairs)) - {2}:
+        return False
+    return _are([text for text, _ in pairs], str) and _are(
+        [number for _, number in pairs], float, int, NoneType
+    )
 
 
-def _check_row(row: dict[str, Any], where: str) -> None:
-    """Raise ValueError if a value is not of its type."""
-    try:
-        _Row.model_validate(row)
-    except ValidationError as error:
-        place = ".".join(map(str, error.errors()[0]["loc"][:1]))
-        raise ValueError(f"{where}: is damaged ({place}: {error.errors()[0]['msg']})") from None
-    for key in ("top", "teacher_top", *NUMBERS):
-        value = row.get(key, row["tokens"])
-        fits = isinstance(value, list) and len(value) == len(row["tokens"])
-        if fits and key in ("top", "teacher_top") and key in row:
-            pairs = [pair for place in value if isinstance(place, list) for pair in place]
-            fits = all(isinstance(place, list) for place in value) and all(
-                len(pair) == 2 and isinstance(pair[0], str) and not isinstance(pair[1], str) for pair in pairs
-            )
-        elif fits and key in row:
-            fits = not any(isinstance(one, list) for one in value)
-        if not fits:
-            raise ValueError(f"{where}: is damaged ({key}: expected an entry for each token)")
+def _are(values: list, *kinds: type) -> bool:
+    return set(map(type, values)) <= {*kinds}

@@ -13,7 +13,7 @@ from typing import TypeVar
 from megatron_srpo.data.outline import OutlineGroup, outline
 from megatron_srpo.data.outline_bytes import decode_outlines, encode_outlines
 from megatron_srpo.data.records import Group, Sample
-from megatron_srpo.data.rollout_file import encode_sample, write_step
+from megatron_srpo.data.rollout_file import EncodedSample, encode_sample, write_step
 from megatron_srpo.data.token_bytes import decode_tokens, encode_tokens, message_bytes
 from megatron_srpo.distributed.layout import Layout
 
@@ -83,9 +83,19 @@ def deliver(
     return samples
 
 
-def write_samples(groups: Sequence[Group], folder: Path, step: int, layout: Layout) -> None:
-    """Write all ranks' samples of `step` to `folder` on rank 0, encoded by their own ranks. A collective."""
-    encoded = [b"".join(encode_sample(sample, step) for sample in group) for group in groups]
-    shares = layout.gather_on_first(encoded)
-    if layout.rank == 0:
-        write_step(in_prompt_order(shares), folder, step)
+def write_samples(
+    groups: Sequence[Group], outlines: Sequence[OutlineGroup], folder: Path, step: int, layout: Layout
+) -> None:
+    """Write all ranks' samples of `step` to `folder` on rank 0, encoded by their own ranks. A collective.
+
+    groups: This rank's; outlines: all ranks', in prompt order.
+    """
+    encoded = [part for sample in chain.from_iterable(groups) for part in encode_sample(sample)]
+    shares = [iter(share) for share in layout.gather_on_first(encoded)]
+    if layout.rank > 0:
+        return
+    samples: list[EncodedSample] = []
+    for place, group in enumerate(outlines):
+        share = shares[place % layout.world_size]
+        samples += [EncodedSample(next(share), next(share)) for _ in group]
+    write_step(folder, step, samples)

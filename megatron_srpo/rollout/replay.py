@@ -1,7 +1,6 @@
 """Read dumped rollouts as groups to train on."""
 
 import itertools
-import json
 import math
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from pydantic import ValidationError
 
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.data.records import Group, Sample
-from megatron_srpo.data.rollout_file import step_file
+from megatron_srpo.data.rollout_file import read_step, step_file
 from megatron_srpo.model.hf_folder import HFFolder
 
 
@@ -19,29 +18,30 @@ def replay(folder: Path, step: int, samples_per_prompt: int, model: HFFolder) ->
     if not file.is_file():
         raise ConfigError(f"rollout.replay: {file} is missing; steps are replayed from 1 to train.steps")
     samples = []
-    for number, line in enumerate(file.read_bytes().removesuffix(b"\n").split(b"\n"), 1):
+    for line in read_step(file):
+        where = f"{file}:{line.number}"
         try:
-            row = json.loads(line.decode("utf-8"))
-            if not isinstance(row, dict):
-                raise ValueError("expected a JSON object")
-            row.pop("step", None)
-            sample = Sample.model_validate(row)
+            if line.problem is not None:
+                raise ValueError(line.problem)
+            sample = Sample.model_validate(line.row)
             if not all(math.isfinite(logprob) for logprob in sample.logprobs):
                 raise ValueError("logprobs: not all are finite numbers")
             if sample.verdict is None:
                 raise ValueError("verdict: is missing; a replayed sample must have been verified")
         except ValidationError as error:
             problem = error.errors()[0]
-            where = ".".join(str(part) for part in problem["loc"])
+            field = ".".join(str(part) for part in problem["loc"])
             text = problem["msg"].removeprefix("Value error, ")
-            raise ConfigError(f"{file}:{number}: {where}: {text}") from None
+            raise ConfigError(f"{where}: {field}: {text}") from None
         except ValueError as error:
-            raise ConfigError(f"{file}:{number}: {error}") from None
+            raise ConfigError(f"{where}: {error}") from None
         ids = (*sample.prompt.ids, *sample.response_ids)
         if not sample.prompt.ids or min(ids) < 0 or max(ids) >= model.architecture.vocab_size:
             problem = "prompt.ids are missing or an id is outside the model's vocabulary"
-            raise ConfigError(f"{file}:{number}: {problem}")
+            raise ConfigError(f"{where}: {problem}")
         samples.append(sample.model_copy(update={"route": None}))
+    if not samples:
+        raise ConfigError(f"{file}: is empty; expected a sample on each line")
     groups = [tuple(group) for _, group in itertools.groupby(samples, key=lambda sample: sample.prompt.id)]
     for group in groups:
         indices = [sample.index for sample in group]

@@ -24,9 +24,10 @@ from megatron_srpo.rollout.collect import Collector
 from megatron_srpo.rollout.engines import create_engine
 from megatron_srpo.rollout.ledger import Ledger, carried_groups
 from megatron_srpo.rollout.replay import replay
-from megatron_srpo.tasks import Task, evaluation_remarks, evaluation_tasks, training_tasks
+from megatron_srpo.tasks import Task, evaluation_tasks, training_tasks
 from megatron_srpo.tasks.mixture import Mixture
 from megatron_srpo.tasks.pool import Pool
+from megatron_srpo.tasks.remarks import evaluation_remarks
 
 
 class Rollouts(Protocol):

@@ -1,7 +1,6 @@
 """Tasks: sources of prompts, and the verifiers that judge responses. One file each, found by `catalog`."""
 
 import importlib.util
-from collections.abc import Mapping
 from typing import Protocol
 
 from megatron_srpo.config.base import ConfigError
@@ -127,33 +126,6 @@ def _no_questions(source: TaskSource, task: Task, split: str) -> str:
 def question_count(task: Task, split: str, settings: EvaluationSection) -> int:
     """Return the number of questions evaluated in `split`: evaluation.prompts, or all if there are fewer."""
     return min(count for count in (task.size(split), settings.prompts) if count is not None)
-
-
-def evaluation_remarks(
-    settings: EvaluationSection, evaluated: Mapping[str, Task], trained: Mapping[str, Task]
-) -> list[str]:
-    """Return a line for each split of which only a part is evaluated, or that holds training questions."""
-    learnt: dict[str, str] = {}  # text of a question → id of its prompt
-    for task in trained.values():
-        prompts = [task.prompt("train", number) for number in range(task.size("train") or 0)]
-        learnt |= {_words(prompt): prompt.id for prompt in prompts}
-    lines = []
-    for task, split in [(task, split) for task in evaluated.values() for split in settings.splits]:
-        size, count = task.size(split), question_count(task, split, settings)
-        if size is not None and count < size:
-            which = f"only the first {count} of {size} {split} questions of {task.name}"
-            lines.append(f"{which} are evaluated (evaluation.prompts; null: all)")
-        asked = [task.prompt(split, number) for number in range(count if learnt else 0)]
-        shared = [prompt for prompt in asked if _words(prompt) in learnt]
-        if shared:
-            first = f"{shared[0].id} is {learnt[_words(shared[0])]}"
-            which = f"{len(shared)} of {count} {split} questions of {task.name}"
-            lines.append(f"{which} are also trained on, word for word (the first: {first})")
-    return lines
-
-
-def _words(prompt: Prompt) -> str:
-    return " ".join(prompt.messages[-1]["content"].split())
 
 
 def _refuse_unused_keys(source: TaskSource) -> None:

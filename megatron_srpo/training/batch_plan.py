@@ -130,7 +130,8 @@ def loss_scales(outlines: Sequence[Outline], aggregation: str) -> tuple[float, .
     if aggregation == "seq_mean":
         routed = sum(length > 0 for length in lengths)
         return tuple(1.0 / (routed * length) if length else 0.0 for length in lengths)
-    return tuple(1.0 / sum(lengths) if length else 0.0 for length in lengths)
+    total = sum(lengths)
+    return tuple(1.0 / total if length else 0.0 for length in lengths)
 
 
 def plan_batch(

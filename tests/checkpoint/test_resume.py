@@ -109,8 +109,8 @@ def interrupt_in_step(monkeypatch, step, number=signal.SIGTERM):
     """Send this process a signal while the samples of `step` are being written."""
     real = driver.write_samples
 
-    def write_samples(groups, folder, at, layout):
-        real(groups, folder, at, layout)
+    def write_samples(groups, outlines, folder, at, layout):
+        real(groups, outlines, folder, at, layout)
         if at == step:
             os.kill(os.getpid(), number)
 

@@ -19,7 +19,7 @@ from megatron_srpo.config.load import load_config, save_config
 from megatron_srpo.data.rollout_file import dump
 from megatron_srpo.distributed.files import SavedFile, describe, write_text
 from megatron_srpo.model.hf_folder import HFFolder
-from megatron_srpo.observe.metrics import MetricsFile
+from megatron_srpo.observe.metrics_file import MetricsFile
 
 ROOT = Path(__file__).parents[2]
 

@@ -39,7 +39,7 @@ def shown(run, step, number):
 
 def test_inspect_shows_a_sample_token_by_token(run):
     rows = sample_rows(step_file(run, 1))
-    values = read_tokens(run, 1)
+    values = dict(read_tokens(run, 1))
     number = next(
         n
         for n, row in enumerate(rows)

@@ -61,7 +61,7 @@ def run(job: dict) -> None:
         expected = {number: trained(samples[number]) for number in wanted[layout.data_parallel_rank]}
         assert {number: trained(sample) for number, sample in found.items()} == expected
         folder = Path(job["folder"])
-        write_samples(mine, folder / "together", 1, layout)
+        write_samples(mine, outlines, folder / "together", 1, layout)
         parts = layout.gather_on_first([bytes([layout.rank])] * layout.rank)
         if layout.rank == 0:
             assert parts == [[bytes([rank])] * rank for rank in range(layout.world_size)]

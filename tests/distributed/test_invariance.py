@@ -319,7 +319,7 @@ def test_token_values_are_the_references_on_every_layout(world, runs, run):
     folder, _ = world[2]["turns" if run.endswith("turns") else "mixed"]
     model = Reference(folder.path, lr=1e-3, warmup=2, beta=1.0)
     samples = sample_rows(runs[run].folder / "rollouts" / "step_000001.jsonl")
-    found = read_tokens(runs[run].folder, 1)
+    found = dict(read_tokens(runs[run].folder, 1))
     assert len(found) == 8 and set(found) <= {(sample["prompt"]["id"], sample["index"]) for sample in samples}
     taught = {}
     for sample in samples:

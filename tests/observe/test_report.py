@@ -19,6 +19,7 @@ from megatron_srpo.config.load import load_config, save_config
 from megatron_srpo.data.outline import outline
 from megatron_srpo.data.records import Route, Verdict
 from megatron_srpo.data.rollout_file import dump, step_file
+from megatron_srpo.observe import report_samples
 from megatron_srpo.observe.inspect import inspect
 from megatron_srpo.observe.report import report_data, write_report
 from megatron_srpo.observe.tokens import choose, tokens_file, write_tokens
@@ -334,6 +335,20 @@ def test_runs_with_little_to_show(folders, tmp_path):
     console = Console(file=io.StringIO(), width=200)
     inspect(bad, 1, number, console)
     assert "divergence –" in console.file.getvalue()
+
+
+@needs_chromium
+def test_token_values_that_are_left_out_are_marked(folders, tmp_path, monkeypatch):
+    # Of three tokens, the first and the last are shown; the first sample shown has the values of a teacher.
+    monkeypatch.setattr(report_samples, "TOKENS", 2)
+    write_report([folders[0]], tmp_path / "report.html")
+    probe = "const found = { problems, tokens: document.querySelectorAll('#sample .token').length,"
+    probe += " text: document.getElementById('sample').textContent };"
+    probe += "document.body.append(Object.assign(document.createElement('pre'), { id: 'probe',"
+    probe += " textContent: btoa(unescape(encodeURIComponent(JSON.stringify(found)))) }));"
+    found = browse((tmp_path / "report.html").read_text(), tmp_path, 1280, probe)
+    assert found["problems"] == [] and found["tokens"] == 2
+    assert "[… 1 tokens left out …]" in found["text"]
 
 
 def test_a_killed_run_is_read_to_its_last_complete_line(folders):

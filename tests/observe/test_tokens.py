@@ -45,10 +45,10 @@ def test_ids_become_text_and_a_damaged_file_is_named(tmp_path):
     row = {"prompt_id": "a", "index": 1, "logprob": [-1.0, -2.0], "top": [[[8, -0.1]], [[3, -0.2]]]}
     row["tokens"] = [8, 9]
     write_tokens([row], lambda ids: f"<{ids[0]}>", tmp_path, 4)
-    (found,) = read_tokens(tmp_path, 4).values()
+    ((key, found),) = read_tokens(tmp_path, 4)
     assert found == {**row, "step": 4, "tokens": ["<8>", "<9>"], "top": [[["<8>", -0.1]], [["<3>", -0.2]]]}
-    assert read_tokens(tmp_path, 5) == {}
+    assert key == ("a", 1) and list(read_tokens(tmp_path, 5)) == []
     with tokens_file(tmp_path, 4).open("a") as out:
         out.write('{"step": 4')
     with pytest.raises(ConfigError, match=r"step_000004.tokens.jsonl:2: is damaged"):
-        read_tokens(tmp_path, 4)
+        list(read_tokens(tmp_path, 4))

@@ -136,28 +136,25 @@ def test_context_parallel_traffic_is_what_a_step_sends(start):
 
 
 def test_exchanged_bytes(start):
-    # All samples as JSON lines, with ids of six digits and four letters a token, to 10 %; the tokens that the
+    # The lines and arrays of all samples, with four letters a token, to 10 %; the tokens that the
     # first rank trains.
     samples = [sample for group in replay(start[1], 1, 4, start[0]) for sample in group]
     route = Route(branch="grpo", policy_weight=1, distillation_weight=0, advantage=1)
 
-    def made(times: int) -> list[Sample]:
-        """Return all samples with their responses repeated."""
+    def made(length: int) -> list[Sample]:
+        """Return all samples with responses of `length` tokens: long ones, which are dumped in binary."""
         changed = []
         for sample in samples:
-            segment = Segment(
-                ids=tuple(100_000 + token for token in sample.response_ids) * times,
-                logprobs=sample.logprobs * times,
-                versions=sample.segments[0].versions,
-            )
-            text = "four" * len(sample.response_ids) * times
+            ids, logprobs = (100_000,) * length, (-1.5,) * length
+            segment = Segment(ids=ids, logprobs=logprobs, versions=sample.segments[0].versions)
+            text = "four" * length
             update = {"segments": (segment,), "text": text, "route": route}
             changed.append(sample.model_copy(update=update))
         return changed
 
-    few, many = made(1), made(50)
+    few, many = made(2000), made(4000)
     tokens = [sum(len(sample.response_ids) for sample in step) // len(step) for step in (few, many)]
-    lines = [sum(len(encode_sample(sample, 1)) for sample in step) for step in (few, many)]
+    lines = [sum(len(part) for sample in step for part in encode_sample(sample)) for step in (few, many)]
     messages = [message_bytes(outline(tuple(step))) for step in (few, many)]
     outlines = [len(encode_outlines([outline(tuple(step))])) for step in (few, many)]
     for dumps in (True, False):

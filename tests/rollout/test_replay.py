@@ -220,3 +220,22 @@ def test_samples_out_of_order(tmp_path, model):
     first, second, *rest = file.read_text().split("\n")
     file.write_text("\n".join([second, first, *rest]))
     assert "group of p0 has samples [1, 0]" in refusal(tmp_path, model)
+
+
+def test_long_samples_are_replayed_from_their_binary_file(tmp_path, model):
+    ids = [number % 270 for number in range(3000)]
+    logprobs = [-0.001 * number for number in range(3000)]  # no float32 numbers
+    group = tuple(
+        make_sample(index, bool(index), prompt_ids=ids[:5], response_ids=ids, logprobs=logprobs)
+        for index in range(2)
+    )
+    dump([group, make_group((1, 0), "q")], tmp_path, 1)
+    assert replay(tmp_path, 1, 2, model) == [group, make_group((1, 0), "q")]
+    binary = tmp_path / "step_000001.bin"
+    content = bytearray(binary.read_bytes())
+    content[-1] ^= 1
+    binary.write_bytes(content)
+    message = refusal(tmp_path, model)
+    assert message.startswith(f"{step_file(tmp_path, 1)}:2: step_000001.bin") and "CRC-32" in message
+    binary.unlink()
+    assert f"{step_file(tmp_path, 1)}:1: step_000001.bin" in refusal(tmp_path, model)

@@ -17,7 +17,7 @@ from megatron_srpo.config.task_section import TaskSource
 from megatron_srpo.tasks import create_task
 from megatron_srpo.tasks.extract import last_answer_block, last_boxed
 from megatron_srpo.tasks.mathematics import check_gold, final_answer, verify
-from megatron_srpo.tasks.questions import read_questions
+from megatron_srpo.tasks.question_index import read_questions
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,7 +10,7 @@ from tables import each_row
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.task_section import TaskSource
 from megatron_srpo.tasks import create_task
-from megatron_srpo.tasks.questions import read_questions
+from megatron_srpo.tasks.question_index import read_questions
 
 GOOD = b'{"question": "1 + 1?", "answer": "2"}\n'
 

@@ -14,7 +14,7 @@ from real_data import real_data
 from tables import each_row
 
 from megatron_srpo.config.base import ConfigError
-from megatron_srpo.tasks.questions import read_questions
+from megatron_srpo.tasks.question_index import read_questions
 from megatron_srpo.tasks.sciknoweval import verify, verify_strict
 
 ROOT = Path(__file__).parents[2]

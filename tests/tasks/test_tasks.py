@@ -14,13 +14,13 @@ from megatron_srpo.config.schema import Config
 from megatron_srpo.config.task_section import TaskSection, TaskSource
 from megatron_srpo.tasks import (
     create_task,
-    evaluation_remarks,
     evaluation_tasks,
     question_count,
     training_tasks,
 )
 from megatron_srpo.tasks.mixture import Mixture
 from megatron_srpo.tasks.pool import Job, Pool
+from megatron_srpo.tasks.remarks import evaluation_remarks
 
 ROOT = Path(__file__).parents[2]
 OWN = ROOT / "examples/own_task/backwards.py"
@@ -207,7 +207,7 @@ def test_what_is_trained_on_is_not_evaluated(folder, shares, monkeypatch):
     (trained,), (evaluated,) = training_tasks(config).values(), evaluation_tasks(config).values()
     learnt = {question.id for question in trained.splits["train"]}
     for split in ("test", "validation"):
-        assert evaluated.splits[split] == trained.splits[split]
+        assert [*evaluated.splits[split]] == [*trained.splits[split]]
         assert not learnt & {question.id for question in evaluated.splits[split]}
     asked = config_of(
         task=file, evaluation={"tasks": [file | {"test_share": 1.0}]}

@@ -68,7 +68,7 @@ function drawRuns() {
   byId("runs").replaceChildren(...data.runs.map((run, number) => {
     const last = (key) => (run.columns[key] || []).at(-1);
     const best = run.evaluations.length ? run.evaluations[0] : null;
-    const figures = [["pass rate", figure(last("pass_rate"))], ["steps", String(run.columns.step.length)], ["time", duration(run.hours.at(-1) ?? 0)]];
+    const figures = [["pass rate", figure(last("pass_rate"))], ["steps", String(run.steps)], ["time", duration(run.hours.at(-1) ?? 0)]];
     if (best) figures.unshift([best.label, figure(best.values.at(-1))]);
     return make("div", { class: "card run", color: color(number) },
       make("div", { class: "name" }, run.name), make("div", { class: "quiet" }, run.what),

@@ -13,7 +13,6 @@ const FILTERS = {
 const COLORS = ["divergence", "entropy weight", "advantage", "teacher − policy"];
 let filter = "all", shown = [], listed = 0, current = null, coloring = COLORS[0];
 
-const mean = (values) => values.reduce((sum, value) => sum + value, 0) / (values.length || 1);
 const verdict = (sample) => sample.failure ? ["bad", "?"] : sample.correct ? ["good", "✓"] : ["bad", "✗"];
 
 function select() {
@@ -104,6 +103,7 @@ function legend() {
 }
 
 function token(sample, text, place) {
+  if (place === sample.gap) return make("span", { class: "quiet" }, `\n${text}\n`);
   const [name, strength] = shade(sample, place);
   const node = make("span", { class: "token" }, visible(text));
   if (strength > 0.01) node.style.background = `rgba(var(--${name}), ${(0.8 * strength).toFixed(3)})`;
@@ -132,7 +132,7 @@ function tokenTip(values, place) {
 function begin() {
   for (const run of data.runs) run.place = Object.fromEntries(run.columns.step.map((step, place) => [step, place]));
   for (const prompt of data.prompts) prompt.search = prompt.messages.map(([, text]) => text).join("\n").toLowerCase();
-  for (const sample of data.samples) sample.divergence = sample.values && sample.values.divergence ? mean(sample.values.divergence) : -1;
+  for (const sample of data.samples) sample.divergence ??= -1;
   drawRuns();
   choices(byId("axis"), ["step", "hours", "tokens"], axis, (name) => { axis = name; drawCharts(); });
   byId("smooth").addEventListener("change", (event) => { smooth = event.target.checked; drawCharts(); });
