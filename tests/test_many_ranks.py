@@ -167,3 +167,27 @@ def test_export_talks_within_a_replica(start):
                     pass
         counts.append(collectives.seen)
     assert counts[0] == counts[1] and counts[0]
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "context_parallel_size": 2},
+        {"expert_model_parallel_size": 4, "pipeline_model_parallel_size": 2},
+        {
+            "tensor_model_parallel_size": 2,
+            "sequence_parallel": True,
+            "expert_model_parallel_size": 4,
+            "expert_tensor_parallel_size": 1,
+        },
+    ],
+)
+def test_replicas_are_those_of_megatron(parallel):
+    replicas: dict[int, list[int]] = {}
+    for rank in range(16):
+        with simulated(rank, 16, ParallelSection(**parallel)) as layout:
+            replicas.setdefault(layout.data_parallel_rank, []).append(rank)
+    assert [layout.data_rank_of(rank) for ranks in replicas.values() for rank in ranks] == [
+        data_rank for data_rank, ranks in replicas.items() for _ in ranks
+    ]
+    assert all(layout.replica_ranks(data_rank) == ranks for data_rank, ranks in replicas.items())

@@ -99,7 +99,7 @@ class BatchBuilder:
     def state_before(self, step: int) -> tuple[int, list[PartialGroup]]:
         """Return the first prompt not started before `step` and the groups left over, for a checkpoint.
 
-        The first rank has all of these groups, other ranks only those that they sample in `step`.
+        The first rank has all of these groups, other ranks may have only those that they sample in `step`.
         """
         state = self._before_last_step if step == self._last_step else (self.next_prompt, self._carried)
         next_prompt, carried = state

@@ -14,21 +14,40 @@ from worker import each_job
 
 @contextmanager
 def damage(layout):
-    """Flip one bit of the first message that rank 1 receives."""
+    """Flip one bit of the first message that rank 1 receives, in any collective that carries bytes."""
+    import torch
     import torch.distributed as dist
 
-    real = dist.all_to_all_single
+    real = dist.all_to_all_single, dist.all_reduce
 
-    def flip(received, *rest, **options):
-        real(received, *rest, **options)
-        if layout.rank == 1:
+    def exchange(received, *rest, **options):
+        real[0](received, *rest, **options)
+        flip(received)
+
+    def reduce(received, *rest, **options):
+        real[1](received, *rest, **options)
+        flip(received)
+
+    def flip(received):
+        if layout.rank == 1 and received.dtype == torch.uint8:
             received[5] ^= 1
 
-    dist.all_to_all_single = flip
+    dist.all_to_all_single, dist.all_reduce = exchange, reduce
     try:
         yield
     finally:
-        dist.all_to_all_single = real
+        dist.all_to_all_single, dist.all_reduce = real
+
+
+def refused(call):
+    """Return what DamagedMessage says if `call` raises it, else None."""
+    from megatron_srpo.distributed.messages import DamagedMessage
+
+    try:
+        call()
+    except DamagedMessage as error:
+        return str(error)
+    return None
 
 
 def run(job: dict) -> None:
@@ -37,7 +56,6 @@ def run(job: dict) -> None:
     from megatron_srpo.data.outline import outline
     from megatron_srpo.data.rollout_file import dump, step_file
     from megatron_srpo.distributed.layout import process_group
-    from megatron_srpo.distributed.messages import DamagedMessage
     from megatron_srpo.rollout.exchange import deliver, share_outlines, write_samples
 
     with process_group(ParallelSection(**job["parallel"]), 1) as layout:
@@ -72,13 +90,13 @@ def run(job: dict) -> None:
         (folder / f"rank_{layout.rank}.json").write_text(json.dumps(sorted(found)))
         if layout.world_size == layout.data_parallel_size and groups:
             with damage(layout):
-                try:
-                    deliver(mine, outlines, everything, layout)
-                    problem = None
-                except DamagedMessage as error:
-                    problem = str(error)
-            assert (problem is not None) == (layout.rank == 1), problem
-            assert problem is None or "from rank 0 arrived damaged (CRC-32)" in problem
+                found = [
+                    refused(lambda: share_outlines(mine, layout)),
+                    refused(lambda: deliver(mine, outlines, everything, layout)),
+                ]
+            for problem in found:
+                assert (problem is not None) == (layout.rank == 1), problem
+                assert problem is None or "from rank 0 arrived damaged (CRC-32)" in problem
 
 
 if __name__ == "__main__":
