@@ -2,9 +2,14 @@
 
 from pydantic import BaseModel, ConfigDict
 
+from megatron_srpo.data.visible import without_logins
+
 
 class ConfigError(ValueError):
     """The configuration cannot be run; the message names place, key, the expected value and what to do."""
+
+    def __init__(self, message: str):
+        super().__init__(without_logins(message))
 
 
 class Section(BaseModel):

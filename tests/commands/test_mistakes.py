@@ -82,6 +82,7 @@ FOREIGN = (
     "pydantic",
     "Errno",
     "object at 0x",
+    "s3cr",  # passwords in URLs
 )
 
 
@@ -125,6 +126,11 @@ COMMAND_LINES = [
     ),
     ("train good.yaml --train.steps 5", "expected a key of the configuration as train.steps=…"),
     ("train good.yaml --machine h100", "unknown argument '--machine'"),
+    ("train good.yaml --url=http://me:s3cret@host", "unknown argument '--url=http://…@host'"),
+    (
+        "report http://me:s3cret@host/run",
+        "http:/…@host/run: is not a run folder: it has no metrics.jsonl; expected",
+    ),
     ("plan good.yaml --gpu-memmory 3", "unknown argument '--gpu-memmory'; did you mean --gpu-memory?"),
     ("plan good.yaml --gpus eight", "--gpus: expected an integer, not 'eight'"),
     ("plan good.yaml --gpus 0", "--gpus: 0; expected 1 or more"),
@@ -204,6 +210,13 @@ OVERRIDES = [
     ("logging.stop_on=[colapse]", "logging.stop_on.0: expected collapse, dead_groups"),
     ("logging.profile_steps=[3]", "logging.profile_steps.1: is required"),
     ("megatron.num_layer=3", "megatron.num_layer"),
+    ("rollout.base_url=http://me:s3cret@host/v1", "=http://…@host/v1': rollout.base_url: unknown key"),
+    ("rollout.urls=[http://me:s3cret@host]", "rollout.urls: needs rollout.engine"),
+    ("train.steps=http://me:s3cr/et@host", "train.steps: expected an integer, not 'http://…@host'"),
+    (
+        "megatron={proxy: [http://s3cret@host]}",
+        "megatron.proxy: expected a URL without user and password, which config.yaml would keep",
+    ),
     ("parallel.tensor_model_parallel_size=3", "3 does not divide the model's"),
     ("parallel.expert_model_parallel_size=2", "parallel.expert_model_parallel_size"),
     ("rollout.replay=nowhere", "rollout.replay: "),
