@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from megatron_srpo.data.validation import refuse_booleans
 from megatron_srpo.vocab_parallel.divergences import names
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ class Algorithm(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    _numbers = model_validator(mode="before")(classmethod(refuse_booleans))
     registered: ClassVar[dict[str, type[Algorithm]]] = {}  # subclasses with a Literal `name`
     uses_teacher: ClassVar[bool] = True
     expected_distilled_share: ClassVar[float] = 1.0  # share of the response tokens, for `srpo plan`

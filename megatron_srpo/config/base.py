@@ -1,7 +1,8 @@
 """Base classes of all sections of the configuration."""
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
+from megatron_srpo.data.validation import refuse_booleans
 from megatron_srpo.data.visible import without_logins
 
 
@@ -16,3 +17,5 @@ class Section(BaseModel):
     """A section of the configuration: immutable, without unknown keys, NaN or infinity."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    _numbers = model_validator(mode="before")(classmethod(refuse_booleans))

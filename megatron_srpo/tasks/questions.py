@@ -71,6 +71,15 @@ def read_questions(
     return questions
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; raise ValueError for a key that is given twice, of which json keeps the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    return found
+
+
 def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number from 1, JSON object) of every line that is not blank; raise ConfigError."""
     seen = False
@@ -87,7 +96,8 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8").rstrip(), parse_float=_Written)
+                text = line.decode("utf-8").rstrip()
+                row = json.loads(text, parse_float=_Written, object_pairs_hook=_object)
                 # Neither tokenizers nor the run's files accept half a surrogate pair.
                 if rb"\ud" in line.lower():
                     json.dumps(row, ensure_ascii=False).encode()
