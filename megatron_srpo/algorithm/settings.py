@@ -22,7 +22,6 @@ class Algorithm(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-    _numbers = model_validator(mode="before")(classmethod(refuse_booleans))
     registered: ClassVar[dict[str, type[Algorithm]]] = {}  # subclasses with a Literal `name`
     uses_teacher: ClassVar[bool] = True
     expected_distilled_share: ClassVar[float] = 1.0  # share of the response tokens, for `srpo plan`
@@ -78,6 +77,11 @@ class Algorithm(BaseModel):
             if name in cls.registered:
                 raise TypeError(f"algorithm {name!r} is both {cls.registered[name]} and {cls}")
             cls.registered[name] = cls
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_booleans(cls, given: Any) -> Any:
+        return refuse_booleans(cls, given)
 
     @model_validator(mode="after")
     def _sampled_support_needs_reverse_kl(self):

@@ -1,5 +1,7 @@
 """Base classes of all sections of the configuration."""
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from megatron_srpo.data.validation import refuse_booleans
@@ -18,4 +20,7 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    _numbers = model_validator(mode="before")(classmethod(refuse_booleans))
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_booleans(cls, given: Any) -> Any:
+        return refuse_booleans(cls, given)
