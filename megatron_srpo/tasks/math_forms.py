@@ -113,7 +113,7 @@ def bare(answer: str) -> str:
         lambda match: rf"\frac{{{_SYMBOLS[match[0]][0]}}}{{{_SYMBOLS[match[0]][2]}}}", answer
     )
     answer = _POWER.sub(lambda match: f"^{{{''.join(map(_DIGITS.__getitem__, match[0]))}}}", answer)
-    answer = _ROOT.sub(lambda match: rf"\sqrt{{{match[1] or match[2] or match[3]}}}", answer)
+    answer = _ROOT.sub(lambda match: rf"\sqrt{{{match[1] or match[2] or match[3] or ''}}}", answer)
     answer = "".join(_SYMBOLS.get(character, character) for character in answer)
     answer = _SIZES.sub("", _SPACING.sub(" ", answer))
     for pattern, replacement in _SYNONYMS:

@@ -71,15 +71,6 @@ def read_questions(
     return questions
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object; raise ValueError for a key that is given twice, of which json keeps the last."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is given twice")
-    return found
-
-
 def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number from 1, JSON object) of every line that is not blank; raise ConfigError."""
     seen = False
@@ -118,6 +109,15 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, row
     if not seen:
         raise ConfigError(f"task.path: {path}: is empty; expected one question a line (JSONL)")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; raise ValueError for a key that is given twice, of which json keeps the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    return found
 
 
 def _question(row: dict[str, Any], number: int, where: str, phrase: Callable[[str], str]) -> Question:
