@@ -231,3 +231,12 @@ def test_cited_sections_of_the_method_exist():
 def test_configuration_page_is_current():
     # If this fails: python tools/generate_configuration.py
     assert generate_configuration.PAGE.read_text(encoding="utf-8") == generate_configuration.page()
+
+
+def test_differences_from_the_code_of_sdpo_are_said():
+    # The examples called it "SDPO as in its code".
+    pages = [*PAGES, *(ROOT / "examples").rglob("*.md")]
+    assert not [page for page in pages if "as in its code" in page.read_text(encoding="utf-8")]
+    text = " ".join((ROOT / "docs/algorithms.md").read_text(encoding="utf-8").split())
+    for difference in ("4/6 of ours", "learning rate 0", "to norms and biases", "first correct sibling"):
+        assert difference in text

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from megatron_srpo.data.validation import refuse_booleans
 from megatron_srpo.vocab_parallel.divergences import names
 
 if TYPE_CHECKING:
@@ -76,6 +77,11 @@ class Algorithm(BaseModel):
             if name in cls.registered:
                 raise TypeError(f"algorithm {name!r} is both {cls.registered[name]} and {cls}")
             cls.registered[name] = cls
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_booleans(cls, given: Any) -> Any:
+        return refuse_booleans(cls, given)
 
     @model_validator(mode="after")
     def _sampled_support_needs_reverse_kl(self):

@@ -15,7 +15,7 @@ from typing_extensions import override
 from megatron_srpo.config.explain import keys_named
 from megatron_srpo.config.load import load_config
 from megatron_srpo.config.schema import Config
-from megatron_srpo.data.visible import visible
+from megatron_srpo.data.visible import visible, without_logins
 
 
 def is_first_rank() -> bool:
@@ -51,7 +51,8 @@ class Parser(argparse.ArgumentParser):
             message = f"{match[1]}: expected {kind}, not {match[3]}"
         elif match := re.match(r"the following arguments are required: (.*)", message):
             message = f"expected {match[1].replace(', ', ' and ')}, which is missing"
-        print(f"{self.prog}: error: {message}; see {self.prog} --help", file=sys.stderr)
+        sentence = f"{self.prog}: error: {message}; see {self.prog} --help"
+        print(visible(without_logins(sentence)), file=sys.stderr)
         raise SystemExit(2)
 
     def _refuse(self, text: str, arguments: argparse.Namespace) -> None:

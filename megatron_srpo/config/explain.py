@@ -58,7 +58,7 @@ def explain(problem: ErrorDetails, places: dict[str, str], default_place: str) -
         message = f"unknown algorithm {given!r}; {_nearest(given, list(METHODS))}"
     else:
         message = _message(problem, location)
-    place = next((places[nearest] for nearest in _and_above(key) if nearest in places), default_place)
+    place = next((places[nearest] for nearest in and_above(key) if nearest in places), default_place)
     return f"{place}: {key}: {message}" if key else f"{place}: {message}"
 
 
@@ -150,7 +150,7 @@ def _dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield key
 
 
-def _and_above(key: str) -> list[str]:
+def and_above(key: str) -> list[str]:
     """Return a dotted key and its sections, innermost first."""
     return [key, *(key[:end] for end in range(len(key) - 1, 0, -1) if key[end] == ".")]
 

@@ -8,7 +8,7 @@ import yaml
 from pydantic import ValidationError
 
 from megatron_srpo.config.base import ConfigError
-from megatron_srpo.config.explain import explain, shortened
+from megatron_srpo.config.explain import and_above, explain, shortened
 from megatron_srpo.config.schema import Config
 from megatron_srpo.data.atomic import write_text
 
@@ -71,9 +71,25 @@ def validate_tree(tree: dict[str, Any], places: dict[str, str], overrides: list[
     if isinstance(algorithm := tree.get("algorithm"), dict):
         algorithm.setdefault("name", Config.model_fields["algorithm"].default.name)
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("\n".join(explain(one, places, origin) for one in error.errors())) from None
+    _refuse_logins(tree, "", places)
+    return config
+
+
+def _refuse_logins(node: Any, key: str, places: dict[str, str]) -> None:
+    """Raise ConfigError for a URL with a user or a password, which config.yaml would keep."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            _refuse_logins(value, f"{key}.{name}" if key else str(name), places)
+    elif isinstance(node, list):
+        for value in node:
+            _refuse_logins(value, key, places)
+    elif isinstance(node, str) and re.search(r"://[^/\s]*@", node):
+        place = next((places[known] for known in and_above(key) if known in places), "")
+        expected = "expected a URL without user and password, which config.yaml would keep"
+        raise ConfigError(f"{place}: {key}: {expected}; set them in the environment, not {node!r}")
 
 
 def _parse(override: str) -> tuple[str, Any]:

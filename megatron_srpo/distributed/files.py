@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import BaseModel
 
 from megatron_srpo.data.atomic import write_text as write_text
+from megatron_srpo.data.visible import without_logins
 
 if TYPE_CHECKING:  # imports torch, which most readers of files do not need
     from megatron_srpo.distributed.processes import Processes
@@ -24,6 +25,9 @@ _WRITE_BACK_BYTES = 32 * 2**20
 
 class FileError(ValueError):
     """A file cannot be read or written; the message names it (and the tensor) and what to do."""
+
+    def __init__(self, message: str):
+        super().__init__(without_logins(message))
 
 
 class DurableFile:

@@ -101,6 +101,8 @@ def _difference(stored: Any, tokenizer: Any, text: str) -> str | None:
     own, other = stored.decode(ids, skip_special_tokens=False), tokenizer.decode(ids)
     if own != other:
         return f"is decoded as {own!r} by tokenizer.json, as {other!r} by transformers' AutoTokenizer"
+    if text.split() != own.split() and "".join(text.split()) == "".join(own.split()):
+        return f"is decoded as {own!r}, with other white space"
     return None
 
 

@@ -11,7 +11,7 @@ from megatron_srpo.model.architecture import Architecture
 from megatron_srpo.plan.machine import Machine, Workload, planned_dtype
 from megatron_srpo.plan.memory import Parameters, replicas, stage_parameters, state_bytes, total_parameters
 
-LINE_BYTES = (8, 12)  # per prompt token and per response token of long samples in rollouts/: ids, log-prob, text
+LINE_BYTES = (8, 12)  # per prompt and per response token of a long sample in rollouts/: ids, log-prob, text
 TOKEN_BYTES = (4, 12)  # the same in the exchange between ranks: ids, log-prob
 OUTLINE_BYTES = 100  # of a sample
 # To send and read a token; to read and plan an outline. On one core of a busy x86 machine, 2026-11-29

@@ -46,11 +46,16 @@ _SYMBOLS = {
     **dict(zip("½⅓⅔¼¾⅕⅙⅛", ("1/2", "1/3", "2/3", "1/4", "3/4", "1/5", "1/6", "1/8"), strict=True)),
     "∞": r"\infty ", "π": r"\pi ", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "−": "-", "–": "-",
     "÷": "/", "°": r"^\circ ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ",
-    "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ", "²": "^2", "³": "^3", "θ": r"\theta ",
+    "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ", "θ": r"\theta ", "α": r"\alpha ",
+    "β": r"\beta ", "γ": r"\gamma ", "λ": r"\lambda ", "ω": r"\omega ", "φ": r"\phi ",
+    "∠": r"\angle ", "△": r"\triangle ",
     "\u00a0": " ", "\u202f": " ", "\u2009": " ", "ℝ": r"\mathbb{R}", "′": "'", "“": '"', "”": '"',
     "µ": "u", "μ": r"\mu ", "Ω": r"\Omega ",
 }  # fmt: skip
 _FRACTIONS = re.compile("[½⅓⅔¼¾⅕⅙⅛]")
+_DIGITS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+", strict=True))
+_POWER = re.compile(f"[{''.join(_DIGITS)}]+")
+_ROOT = re.compile(r"√\s*(?:(\d+|[a-zA-Z])|\(([^()]*)\)|\{([^{}]*)\})")
 _DISPLAY = re.compile(r"\\\[(.*)\\\]|\\\((.*)\\\)|\$\$(.*)\$\$|\$(.*)(?<!\\)\$", re.DOTALL)
 _FULL_STOP = re.compile(r"(?<![.\\])(?<!\\right)\.$")
 _SPACING = re.compile(
@@ -107,6 +112,8 @@ def bare(answer: str) -> str:
     answer = _FRACTIONS.sub(
         lambda match: rf"\frac{{{_SYMBOLS[match[0]][0]}}}{{{_SYMBOLS[match[0]][2]}}}", answer
     )
+    answer = _POWER.sub(lambda match: f"^{{{''.join(map(_DIGITS.__getitem__, match[0]))}}}", answer)
+    answer = _ROOT.sub(lambda match: rf"\sqrt{{{match[1] or match[2] or match[3] or ''}}}", answer)
     answer = "".join(_SYMBOLS.get(character, character) for character in answer)
     answer = _SIZES.sub("", _SPACING.sub(" ", answer))
     for pattern, replacement in _SYNONYMS:

@@ -44,7 +44,16 @@ class _Written(float):
     text: str
 
 
-_DECODER = json.JSONDecoder(parse_float=_Written)
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; raise ValueError for a key that is given twice, of which json keeps the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    return found
+
+
+_DECODER = json.JSONDecoder(parse_float=_Written, object_pairs_hook=_object)
 
 
 def open_file(path: Path) -> BinaryIO:

@@ -49,6 +49,7 @@ FILES = {
     "array.jsonl": json.dumps([{"question": "q", "answer": "a"}]) + "\n",
     "no_answer.jsonl": QUESTION + '{"question": "2 + 2?"}\n',
     "no_question.jsonl": QUESTION + '{"text": "2 + 2?", "answer": "4"}\n',
+    "key_twice.jsonl": QUESTION + '{"question": "q", "answer": "1", "answer": "2"}\n',
     "same_id.jsonl": '{"id": 7, "question": "q", "answer": "1"}\n' * 2,
     "latin.jsonl": QUESTION.encode() + '{"question": "größer?", "answer": "1"}\n'.encode("latin-1"),
     "roles.jsonl": '{"messages": [{"role": "assistant", "content": "x"}], "answer": "1"}\n',
@@ -82,6 +83,7 @@ FOREIGN = (
     "pydantic",
     "Errno",
     "object at 0x",
+    "s3cr",  # passwords in URLs
 )
 
 
@@ -125,6 +127,11 @@ COMMAND_LINES = [
     ),
     ("train good.yaml --train.steps 5", "expected a key of the configuration as train.steps=…"),
     ("train good.yaml --machine h100", "unknown argument '--machine'"),
+    ("train good.yaml --url=http://me:s3cret@host", "unknown argument '--url=http://…@host'"),
+    (
+        "report http://me:s3cret@host/run",
+        "http:/…@host/run: is not a run folder: it has no metrics.jsonl; expected",
+    ),
     ("plan good.yaml --gpu-memmory 3", "unknown argument '--gpu-memmory'; did you mean --gpu-memory?"),
     ("plan good.yaml --gpus eight", "--gpus: expected an integer, not 'eight'"),
     ("plan good.yaml --gpus 0", "--gpus: 0; expected 1 or more"),
@@ -174,6 +181,9 @@ OVERRIDES = [
     ("train.steps=many", "train.steps: expected an integer, not 'many'"),
     ("train.steps=1.5", "train.steps: expected an integer, not 1.5"),
     ("train.steps=0", "train.steps: expected more than 0, not 0"),
+    ("train.steps=true", "train.steps: expected a number, not True"),
+    ("algorithm.entropy_beta=true", "algorithm.entropy_beta: expected a number, not True"),
+    ("rollout.logprob_gap_stop=no", "rollout.logprob_gap_stop: expected a number, not False"),
     ("train.steps=", "train.steps: expected an integer, not None"),
     ("train.steps=[1", "the value is not YAML"),
     ("train.seed=-1", "train.seed: expected 0 or more, not -1"),
@@ -204,6 +214,13 @@ OVERRIDES = [
     ("logging.stop_on=[colapse]", "logging.stop_on.0: expected collapse, dead_groups"),
     ("logging.profile_steps=[3]", "logging.profile_steps.1: is required"),
     ("megatron.num_layer=3", "megatron.num_layer"),
+    ("rollout.base_url=http://me:s3cret@host/v1", "=http://…@host/v1': rollout.base_url: unknown key"),
+    ("rollout.urls=[http://me:s3cret@host]", "rollout.urls: needs rollout.engine"),
+    ("train.steps=http://me:s3cr/et@host", "train.steps: expected an integer, not 'http://…@host'"),
+    (
+        "megatron={proxy: [http://s3cret@host]}",
+        "megatron.proxy: expected a URL without user and password, which config.yaml would keep",
+    ),
     ("parallel.tensor_model_parallel_size=3", "3 does not divide the model's"),
     ("parallel.expert_model_parallel_size=2", "parallel.expert_model_parallel_size"),
     ("rollout.replay=nowhere", "rollout.replay: "),
@@ -251,6 +268,10 @@ QUESTION_FILES = [
     ("array.jsonl task.verifier=math", "array.jsonl:1: is a JSON list; expected an object"),
     ("no_answer.jsonl task.verifier=math", "no_answer.jsonl:2: answer: is missing"),
     ("no_question.jsonl task.verifier=math", "no_question.jsonl:2: question: is missing or empty"),
+    (
+        "key_twice.jsonl task.verifier=math",
+        "key_twice.jsonl:2: is not JSON ('answer' is given twice); expected",
+    ),
     ("same_id.jsonl task.verifier=math", "same_id.jsonl:2: id: '7' is also in line 1"),
     ("latin.jsonl task.verifier=math", "latin.jsonl:2: byte 17 is not UTF-8"),
     ("roles.jsonl task.verifier=math", "roles.jsonl:1: messages: expected system messages"),

@@ -1,8 +1,11 @@
-"""Run a training whose second rank sleeps forever in its second step; started by torchrun.
+"""Run a training in whose second step a rank hangs; started by torchrun.
 
-Arguments: configuration file, overrides.
+Arguments: "sleep" (the second rank sleeps forever) or "stop" (the first rank stops itself by SIGSTOP),
+configuration file, overrides.
 """
 
+import os
+import signal
 import sys
 import threading
 import time
@@ -33,15 +36,18 @@ if __name__ == "__main__":
             PROGRESS.beat()
             time.sleep(0.1)
 
+    how, file, *overrides = sys.argv[1:]
     score = Trainer.score_teacher
 
     def score_teacher(self, batches):
         """Score as before, except on one rank in one step."""
         layout: Layout = self.layout
-        if layout.rank == 1 and PROGRESS.step == 2:
+        if PROGRESS.step == 2 and how == "sleep" and layout.rank == 1:
             fall_asleep()
+        if PROGRESS.step == 2 and how == "stop" and layout.rank == 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
         return score(self, batches)
 
     Trainer.score_teacher = score_teacher
     threading.Thread(target=beat_until_step_2, daemon=True).start()
-    train(load_config(Path(sys.argv[1]), sys.argv[2:]))
+    train(load_config(Path(file), overrides))

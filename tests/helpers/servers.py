@@ -121,16 +121,28 @@ class Servers:
         return Sampling(temperature, 1.0, max_tokens, self.folder.stop_ids if stops else ())
 
     @torch.no_grad()
-    def gap(self, requests: list[Request], completions: list[Completion], temperature: float = 1.0) -> float:
-        """Return the largest difference between a completion's log-probabilities and the model's own."""
+    def gap(
+        self,
+        requests: list[Request],
+        completions: list[Completion],
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+    ) -> float:
+        """Return the largest difference between a completion's log-probabilities and the model's own.
+
+        top_p: The model's are those of the smallest set of tokens whose mass exceeds it.
+        """
         largest = 0.0
         for request, completion in zip(requests, completions, strict=True):
             logits = self.model(torch.tensor([[*request.prompt_ids, *completion.ids]])).logits[
                 0, len(request.prompt_ids) - 1 : -1
             ]
-            expected = (
-                (logits / temperature).log_softmax(-1).gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
-            )
+            logprobs = (logits / temperature).log_softmax(-1)
+            if top_p < 1:
+                ordered = logprobs.exp().sort(-1, descending=True).values
+                mass = ordered.masked_fill(ordered.cumsum(-1) - ordered > top_p, 0).sum(-1, keepdim=True)
+                logprobs = logprobs - mass.log()
+            expected = logprobs.gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
             largest = max(largest, float((expected - torch.tensor(completion.logprobs)).abs().max()))
         return largest
 

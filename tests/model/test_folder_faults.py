@@ -200,6 +200,15 @@ def test_a_decoder_that_drops_spaces(pristine):
     assert "is decoded as" in refusal(lambda: check_tokens(folder.path, tokenizer))
 
 
+def test_a_decoder_of_tokenizer_json_that_drops_spaces(tied):
+    tokenizer = json.loads((tied / "tokenizer.json").read_text())
+    dropping = {"type": "Replace", "pattern": {"String": "Ġ"}, "content": ""}
+    tokenizer["decoder"] = {"type": "Sequence", "decoders": [dropping, tokenizer["decoder"]]}
+    (tied / "tokenizer.json").write_text(json.dumps(tokenizer))
+    message = refusal(HFFolder(tied).validate)
+    assert "Compute347+58612=?" in message and "with other white space" in message
+
+
 def test_decoding_keeps_spaces_before_punctuation(tied):
     edit_json(tied / "tokenizer_config.json", clean_up_tokenization_spaces=True)
     tokenizer = HFFolder(tied).tokenizer

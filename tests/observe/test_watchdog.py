@@ -147,9 +147,8 @@ def test_a_first_rank_whose_process_is_stopped_is_named(ends, tmp_path, capfd):
     assert "rank 0 on host, process 1: step 2; did not respond" in said
 
 
-def test_a_rank_that_sleeps_forever(tmp_path):
-    # Two processes print phase, step, last collective and stacks; the launch fails instead of hanging.
-    run = tmp_path / "run"
+def launch_hanging(run, how):
+    """Run two ranks, one of which hangs in the second step (tests/distributed/sleeper.py), to the end."""
     overrides = [
         "rollout.prompts_per_step=4",
         "rollout.samples_per_prompt=4",
@@ -158,14 +157,31 @@ def test_a_rank_that_sleeps_forever(tmp_path):
     ]
     overrides += ["checkpoint.save_interval=0", "logging.watchdog_minutes=0.1", f"logging.dir={run}"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, "tests/distributed/sleeper.py", "examples/quickstart/config.yaml", *overrides],
+    return subprocess.run(
+        [*command, "tests/distributed/sleeper.py", how, "examples/quickstart/config.yaml", *overrides],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
     )
+
+
+def test_a_first_rank_that_is_stopped(tmp_path):
+    # SIGSTOP also stops its watchdog: the second rank ends the run and names the first one.
+    done = launch_hanging(tmp_path / "run", "stop")
+    assert done.returncode != 0
+    said = done.stderr[done.stderr.index("stopped: ") :].splitlines()
+    assert "rank 0 did not respond for 0.1 minutes" in said[0]
+    assert said[1].startswith("rank 0 on ") and "step 2, phase" in said[1]
+    assert said[1].endswith("did not respond: is its process stopped or lost?")
+    assert said[2].startswith("rank 1 on ") and "did not respond" not in said[2]
+
+
+def test_a_rank_that_sleeps_forever(tmp_path):
+    # Two processes print phase, step, last collective and stacks; the launch fails instead of hanging.
+    run = tmp_path / "run"
+    done = launch_hanging(run, "sleep")
     assert done.returncode != 0
     first, second = ((run / "watchdog" / f"rank_0000{number}.txt").read_text() for number in range(2))
     assert "step 2, phase" in first and "waiting in all_" in first and "among 2 ranks" in first

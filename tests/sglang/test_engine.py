@@ -5,6 +5,8 @@ Log-probabilities, updates of all kinds, partial rollouts.
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from servers import sample
 
@@ -40,6 +42,20 @@ def test_logprobs_are_hugging_faces(servers, temperature):
         for completion in completions
     )
     assert len({tuple(completion.ids) for completion in completions}) > 12
+
+
+@pytest.mark.parametrize("top_p", [0.7, 0.95])
+def test_logprobs_under_top_p_are_of_the_distribution_sampled_from(servers, monkeypatch, top_p):
+    # A request with top_p 1 among them has those of the complete softmax.
+    monkeypatch.setattr(servers.engine.generation.api, "renormalises", True)
+    servers.publish(seed=None)
+    requests, sampling = servers.requests(24), servers.sampling()._replace(top_p=top_p)
+    completions = sample(servers.engine, requests, sampling)
+    assert servers.gap(requests, completions, top_p=top_p) < 1e-4
+    assert servers.gap(requests, completions) > 0.5 * -math.log(top_p)
+    assert len({tuple(completion.ids) for completion in completions}) > 12
+    completions = sample(servers.engine, requests, servers.sampling())
+    assert servers.gap(requests, completions) < 1e-4
 
 
 @pytest.mark.parametrize("way", ["disk", "tensor", "distributed"])

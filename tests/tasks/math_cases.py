@@ -244,7 +244,13 @@ MIXED: list[MathCase] = [
     ("1, 2, 3", r"1,2 \text{ and } 3", R), ("red, blue", "blue, red", W), ("8.0 x 10^5", "800000", R),
     ("2:3", "2/3", W), (r"4\pi r^2", r"4 \pi R^2", W), (r"A=\pi r^2", r"\pi r^2", R),
     (r"\pi r^2", r"A=\pi r^2", R), ("V = 5", "5", R), (r"\text{Area}=5", "5", R), ("5", "Area = 5", R),
-    ("5", r"\text{the area is } 5", W),
+    ("5", r"\text{the area is } 5", W), (r"\sqrt{2}", "√2", R), (r"2\sqrt{x+1}", "2√(x+1)", R),
+    (r"\sqrt{2}", "√3", W), ("1", "√()", W), (r"\sqrt{21}", "√21", R), (r"2\sqrt{1}", "√21", W),
+    ("1e-5", "10⁻⁵", R),
+    (r"x^{12}", "x¹²", R), (r"x^{12}", "x¹", W), (r"16\text{ cm}^2", "16 cm²", R),
+    ("1.6e-19", "1.6×10⁻¹⁹", R),
+    ("1.6e-19", "1.6×10⁻¹⁸", W), (r"\alpha", "α", R), (r"\alpha", "β", W), (r"\angle ABC", "∠ABC", R),
+    (r"\angle ABC", "∠BAC", W), (r"2\lambda", "2λ", R),
 ]  # fmt: skip
 
 CASES = list(dict.fromkeys([*GSM8K, *CONTEST, *MATH, *MINERVA, *OLYMPIAD, *MIXED]))

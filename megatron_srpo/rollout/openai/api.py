@@ -43,7 +43,7 @@ class OpenAICompletions:
         }
         return Call("/v1/completions", body)
 
-    def parse(self, reply: Any, limit: int, versions: Sequence[str]) -> Completion:
+    def parse(self, call: Call, reply: Any, limit: int, versions: Sequence[str]) -> Completion:
         """Check and convert a reply, as made with the newest of `versions`. Raises InvalidReply."""
         try:
             model, choice = reply["model"], reply["choices"][0]

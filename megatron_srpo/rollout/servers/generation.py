@@ -30,10 +30,11 @@ class _AttemptFailed(Exception):
 
 
 class Call(NamedTuple):
-    """A POST request to a server."""
+    """A POST request to a server; more_bytes: of the reply per token, beyond the usual."""
 
     path: str
     body: dict[str, Any]
+    more_bytes: int = 0
 
 
 class CompletionsAPI(Protocol):
@@ -46,7 +47,7 @@ class CompletionsAPI(Protocol):
         """Return the request for at most `limit` tokens that follow `ids`."""
         ...
 
-    def parse(self, reply: Any, limit: int, versions: Sequence[str]) -> Completion:
+    def parse(self, call: Call, reply: Any, limit: int, versions: Sequence[str]) -> Completion:
         """Return the completion in a JSON reply. Raises InvalidReply. versions: accepted, newest last."""
         ...
 
@@ -252,12 +253,13 @@ class _Batch:
         call = self.generation.api.call(request_id, ids, limit, self.sampling, f"{request.seed}/{len(done)}")
         self._running[request_id] = target, http
         try:
-            reply = await self._post(http, target, call, _TOKEN_BYTES * (limit + len(ids)))
+            size = (_TOKEN_BYTES + call.more_bytes) * (limit + len(ids))
+            reply = await self._post(http, target, call, size)
         finally:
             del self._running[request_id]
         self._check_status(target, call, reply, len(ids))
         try:
-            completion = self.generation.api.parse(reply.json(), limit, versions)
+            completion = self.generation.api.parse(call, reply.json(), limit, versions)
         except MALFORMED as error:
             self.generation.quarantine(target, f"{call.path}: {error}", is_invalid=True)
             raise _AttemptFailed(target.quarantined) from None

@@ -9,16 +9,25 @@ from megatron_srpo.rollout.engine import Completion, Sampling
 from megatron_srpo.rollout.servers.generation import Call
 from megatron_srpo.rollout.servers.replies import MALFORMED, InvalidReply, check_tokens
 
+# With top_p, at most so many tokens may be sampled: the server lists them in its reply, for each position.
+NUCLEUS = 1024
+_ID_BYTES = 8  # of a token id in JSON
+
 
 @dataclass(eq=False)
 class SGLangAPI:
-    """`CompletionsAPI` of SGLang. is_seeded: the servers use sampling_seed."""
+    """`CompletionsAPI` of SGLang.
+
+    is_seeded: the servers use sampling_seed. renormalises: log-probabilities under top_p are those of the
+    distribution sampled from.
+    """
 
     health_path = "/health"
     version_path = "/model_info"
 
     vocab_size: int
     is_seeded: bool
+    renormalises: bool = False
 
     def call(self, request_id: str, ids: list[int], limit: int, sampling: Sampling, seed: str) -> Call:
         """Build the request; seeded servers get 31 bits of the hash of `seed`."""
@@ -35,11 +44,15 @@ class SGLangAPI:
             digest = hashlib.sha256(seed.encode()).digest()
             parameters["sampling_seed"] = int.from_bytes(digest[:4], "little") >> 1
         body = {"rid": request_id, "input_ids": ids, "return_logprob": True, "sampling_params": parameters}
-        return Call("/generate", body)
+        if not (self.renormalises and sampling.top_p < 1 and sampling.temperature > 0):
+            return Call("/generate", body)
+        parameters["top_k"] = min(NUCLEUS, self.vocab_size)
+        return Call("/generate", body | {"return_sampling_mask": True}, parameters["top_k"] * _ID_BYTES)
 
-    def parse(self, reply: Any, limit: int, versions: Sequence[str]) -> Completion:
+    def parse(self, call: Call, reply: Any, limit: int, versions: Sequence[str]) -> Completion:
         """Check and convert a reply (see function `parse`). Raises InvalidReply."""
-        return parse(reply, limit, self.vocab_size, versions)
+        key = "output_token_sampling_logprobs" if "return_sampling_mask" in call.body else None
+        return parse(reply, limit, self.vocab_size, versions, key)
 
     def abort_call(self, request_id: str) -> Call | None:
         """Build the call that aborts this request."""
@@ -50,14 +63,21 @@ class SGLangAPI:
         return str(info["weight_version"]) == version
 
 
-def parse(reply: Any, limit: int, vocab_size: int, versions: Sequence[str]) -> Completion:
-    """Return the completion in a JSON reply (see `CompletionsAPI.parse`). Raises InvalidReply."""
+def parse(
+    reply: Any, limit: int, vocab_size: int, versions: Sequence[str], key: str | None = None
+) -> Completion:
+    """Return the completion in a JSON reply (see `CompletionsAPI.parse`). Raises InvalidReply.
+
+    key: That of the log-probabilities in meta_info, if they are not those of the complete softmax.
+    """
     try:
         meta, ids = reply["meta_info"], list(reply["output_ids"])
         reason = meta["finish_reason"]["type"]
         # a request aborted before its first token has neither ids nor log-probabilities
         rows = meta.get("output_token_logprobs") or [] if reason == "abort" else meta["output_token_logprobs"]
         logprobs = [float(row[0]) for row in rows]
+        if key is not None and ids:
+            logprobs = [float(value) for value in meta[key]]
         named = [row[1] for row in rows]
         single = {"version": meta.get("weight_version"), "start": 0, "end": len(ids)}
         spans = meta.get("weight_versions") or [single]

@@ -2,15 +2,17 @@
 
 import contextlib
 import re
+import uuid
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.rollout_section import RolloutSection
 from megatron_srpo.model.hf_folder import HFFolder
+from megatron_srpo.rollout.engine import Sampling
 from megatron_srpo.rollout.servers.http import ServerFailed
 from megatron_srpo.rollout.servers.replies import InvalidReply
-from megatron_srpo.rollout.sglang.api import parse
+from megatron_srpo.rollout.sglang.api import NUCLEUS, SGLangAPI
 from megatron_srpo.rollout.sglang.server import SGLangServer
 from megatron_srpo.rollout.sglang.settings import SGLangSettings
 
@@ -35,11 +37,12 @@ def inspect(server: SGLangServer, settings: RolloutSection, folder: HFFolder) ->
             with contextlib.suppress(ServerFailed):  # usually there is none to end
                 server.post("/end_weight_update", {})
         server.post("/continue_generation", {})
-    parameters = {"max_new_tokens": 1}
-    body = {"input_ids": [folder.stop_ids[0]], "sampling_params": parameters, "return_logprob": True}
+    api = SGLangAPI(folder.architecture.vocab_size, found.is_seeded, renormalises=settings.top_p < 1)
+    sampling = Sampling(settings.temperature, settings.top_p, 1, ())
+    call = api.call(uuid.uuid4().hex, [folder.stop_ids[0]], 1, sampling, "inspect")
     try:
-        reply = server.post("/generate", body, timeout=settings.section(SGLangSettings).request_timeout)
-        parse(reply, 1, folder.architecture.vocab_size, [server.version()])
+        reply = server.post(call.path, call.body, timeout=settings.section(SGLangSettings).request_timeout)
+        api.parse(call, reply, 1, [server.version()])
     except InvalidReply as problem:
         raise ConfigError(f"rollout.engine: {server.url} returns no usable tokens: {problem}") from None
     return found
@@ -68,6 +71,12 @@ def check(
         needed = f"with rollout.max_prompt_tokens a sequence has up to {longest} tokens"
         found = f"{url} takes {limit} (--context-length, --max-total-tokens)"
         raise ConfigError(f"rollout.max_response_tokens: {needed}; {found}")
+    if settings.top_p < 1 and server_info.get("sampling_mask_max_tokens", 0) < 2 * NUCLEUS:
+        needed = f"0.5.23 with --sampling-mask-max-tokens {2 * NUCLEUS} or more"  # twice: tokens may tie
+        problem = f"{url} (SGLang {version}) does not return the log-probabilities of what it samples from"
+        raise ConfigError(
+            f"rollout.top_p: {settings.top_p:g} biases training: {problem}; set 1, or use {needed}"
+        )
     if settings.colocated and not server_info.get("enable_memory_saver"):
         raise ConfigError(f"rollout.colocated: {url} was started without --enable-memory-saver")
     for key in ("dp_size", "pp_size"):

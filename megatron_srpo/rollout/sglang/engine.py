@@ -84,7 +84,7 @@ class SGLangEngine:
             self.close()
             raise
         self.generation = Generation(
-            SGLangAPI(vocab_size, is_seeded),
+            SGLangAPI(vocab_size, is_seeded, renormalises=settings.top_p < 1),
             self.urls,
             self.sglang,
             vocab_size=vocab_size,

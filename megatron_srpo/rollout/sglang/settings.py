@@ -19,6 +19,7 @@ class SGLangSettings(ServerSettings):
 
     name = "sglang"
     summary = "SGLang servers"
+    renormalises = True
     starts_servers = True
 
     python: str = Field(

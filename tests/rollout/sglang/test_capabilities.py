@@ -52,6 +52,7 @@ def test_what_a_server_can_do():
     assert look({"enable_deterministic_inference": True}).is_seeded
     assert not any(look({"version": version}).needs_session for version in ("0.5.19", "0.5.20.post1"))
     assert all(look({"version": version}).needs_session for version in ("0.5.21", "0.6.0rc1"))
+    assert look({"sampling_mask_max_tokens": 4096}, overrides=["rollout.top_p=0.7"])
 
 
 @pytest.mark.parametrize(
@@ -69,6 +70,18 @@ def test_what_a_server_can_do():
             {},
             ["rollout.colocated=true"],
             "rollout.colocated: http://a:1 was started without --enable-memory-saver",
+        ),
+        (
+            {},
+            {},
+            ["rollout.top_p=0.7"],
+            "rollout.top_p: 0.7 biases training: http://a:1 (SGLang 0.5.23) does not return the log-prob",
+        ),
+        (
+            {"sampling_mask_max_tokens": 1024},
+            {},
+            ["rollout.top_p=0.7"],
+            "set 1, or use 0.5.23 with --sampling-mask-max-tokens 2048 or more",
         ),
         (
             {"dp_size": 2},

@@ -7,9 +7,9 @@ import copy
 import pytest
 from tables import each_row
 
-from megatron_srpo.rollout.engine import Completion
+from megatron_srpo.rollout.engine import Completion, Sampling
 from megatron_srpo.rollout.servers.replies import InvalidReply, joined
-from megatron_srpo.rollout.sglang.api import parse
+from megatron_srpo.rollout.sglang.api import SGLangAPI, parse
 
 REPLY = {
     "text": "abc",
@@ -115,3 +115,21 @@ def test_a_continued_attempt_has_the_tokens_of_both():
     )
     assert joined(None, second) == second and joined(Completion([], [], [], "abort"), second) == second
     assert joined(first, Completion([], [], [], "abort")) == first
+
+
+def test_with_top_p_the_logprobs_are_those_of_the_nucleus():
+    # SGLang's output_token_logprobs are of the complete softmax whatever top_p is.
+    api = SGLangAPI(30, is_seeded=False, renormalises=True)
+    call = api.call("a", [1, 2], 5, Sampling(1.0, 0.7, 5, (2,)), "seed")
+    assert call.body["return_sampling_mask"] and call.body["sampling_params"]["top_k"] == 30
+    reply = copy.deepcopy(REPLY)
+    with pytest.raises(InvalidReply, match="KeyError: 'output_token_sampling_logprobs'"):
+        api.parse(call, reply, 5, ("4", "5"))
+    reply[META]["output_token_sampling_logprobs"] = [-0.25, 0.0, 0.0]
+    assert api.parse(call, reply, 5, ("4", "5")).logprobs == [-0.25, 0.0, 0.0]
+    reply[META]["output_token_sampling_logprobs"] = [-0.25, 0.0]
+    with pytest.raises(InvalidReply, match="3 output ids, but 2 log-probabilities"):
+        api.parse(call, reply, 5, ("4", "5"))
+    complete = api.call("a", [1, 2], 5, Sampling(1.0, 1.0, 5, (2,)), "seed")
+    assert "return_sampling_mask" not in complete.body and complete.body["sampling_params"]["top_k"] == -1
+    assert api.parse(complete, reply, 5, ("4", "5")).logprobs == [-0.5, -0.25, 0.0]
