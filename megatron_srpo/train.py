@@ -7,6 +7,7 @@ from megatron_srpo.config.load import save_config
 from megatron_srpo.config.schema import Config
 from megatron_srpo.distributed.heartbeat import PROGRESS
 from megatron_srpo.distributed.layout import Layout, process_group
+from megatron_srpo.distributed.startup import resume_collection
 from megatron_srpo.distributed.stop import StopRequest
 from megatron_srpo.evaluation.evaluator import create_evaluator
 from megatron_srpo.model.hf_folder import HFFolder
@@ -77,6 +78,7 @@ class Training:
     def run(self) -> None:
         """Train all remaining steps, then export the policy as a Hugging Face folder."""
         stopped: TrainingStopped | None = None
+        resume_collection()
         try:
             try:
                 self._loop()

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 from typing_extensions import override
 
 from megatron_srpo.distributed.context_parallel import gathered_positions
@@ -93,6 +92,8 @@ class PackedAttention(MegatronModule):
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         mask, (length, keys) = None, (query.shape[2], key.shape[2])
         if length < keys and query.is_cuda:
+            from torch.nn.attention.bias import causal_lower_right  # imports torch._dynamo
+
             mask = causal_lower_right(length, keys)  # the flash kernel needs no mask in memory
         elif length < keys:
             mask = torch.ones(length, keys, dtype=torch.bool).tril(keys - length)
