@@ -9,12 +9,14 @@ its own; rows take turns, `--rounds` times, because a busy machine changes from 
 the best step of all rounds, `median` the median. Each step has a row, and so have its two parts: `sampling`
 (of TRL `_generate`) and `training`, the rest. `ratio` is to TRL's trainer of the same algorithm (ours srpo:
 to its SDPO). Our steps also publish weights and write metrics. TRL (`pip install trl`) is named under
-`skipped` where it cannot be imported. With --prompt-tokens, a text before the sum makes prompts longer.
+`skipped` where it cannot be imported. With --prompt-tokens, a text before the sum makes prompts longer, and
+half of the responses are accepted (`_long_addition.py`).
 """
 
 from __future__ import annotations
 
 import argparse
+import bisect
 import importlib.metadata
 import json
 import os
@@ -29,6 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from _baseline import baseline_tree, tree_environment
+from _long_addition import LongAddition
 from _report import QUICKSTART, ROOT, Row, cpu_name, make_parser, publish
 
 ROWS = {"ours grpo": "grpo", "TRL grpo": "grpo", "ours sdpo": "sdpo", "TRL sdpo": "sdpo", "ours srpo": "srpo"}
@@ -37,7 +40,6 @@ WARM_UP = 2  # steps that are not counted
 
 START = QUICKSTART / "start"
 MAX_TOKENS = 64  # of a response
-POSITIONS = 512  # of the model
 PREAMBLE = "Add the two numbers and write their sum in an answer block. "
 
 
@@ -48,30 +50,20 @@ class Step(NamedTuple):
     training: float
 
 
-def addition_rows(count: int, prompt_tokens: int) -> list[dict[str, Any]]:
-    """Return sums as {"messages", "answer"}, with a text before each so that prompts have `prompt_tokens`."""
+def preamble_of(prompt_tokens: int) -> str:
+    """Return the text before a sum with which prompts have at most `prompt_tokens` tokens."""
     from transformers import AutoTokenizer
 
-    from megatron_srpo.tasks.addition import Addition
+    tokenizer = AutoTokenizer.from_pretrained(START)
 
-    tokenizer, task = AutoTokenizer.from_pretrained(START), Addition(1)
-
-    def length(text: str) -> int:
-        message = {"role": "user", "content": text}
+    def length(preamble: str) -> int:
+        message = LongAddition("long_addition", 1, preamble).prompt("train", 0).messages[-1]
         return len(tokenizer.apply_chat_template([message], add_generation_prompt=True)["input_ids"])
 
-    text = task.prompt("train", 0).messages[-1]["content"]
-    preamble = PREAMBLE * (prompt_tokens // 8)
-    low, high = 0, len(preamble)
-    while low < high:  # the longest preamble that fits
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if length(preamble[:middle] + text) <= prompt_tokens else (low, middle - 1)
-    rows = []
-    for number in range(count):
-        prompt = task.prompt("train", number)
-        content = preamble[:low] + prompt.messages[-1]["content"]
-        rows.append({"messages": [{"role": "user", "content": content}], "answer": prompt.answer})
-    return rows
+    text = PREAMBLE * (prompt_tokens // 8)
+    return text[
+        : bisect.bisect_right(range(len(text)), prompt_tokens, key=lambda end: length(text[:end])) - 1
+    ]
 
 
 def ours(algorithm: str, steps: int, prompt_tokens: int, tree: Path) -> list[Step]:
@@ -87,17 +79,12 @@ def ours(algorithm: str, steps: int, prompt_tokens: int, tree: Path) -> list[Ste
         ]
         if prompt_tokens:
             settings += [
-                f"task.path={folder}/long_addition",
+                f"task.path={Path(__file__).with_name('_long_addition.py')}",
                 "task.name=long_addition",
-                "task.verifier=exact",
-                f"rollout.max_prompt_tokens={POSITIONS - MAX_TOKENS}",
-                f"teacher.max_prompt_tokens={POSITIONS - MAX_TOKENS}",
+                f"task.options={json.dumps({'preamble': preamble_of(prompt_tokens)})}",
+                f"rollout.max_prompt_tokens={prompt_tokens}",
+                "teacher.max_prompt_tokens=1024",
             ]
-            lines = [json.dumps(row) for row in addition_rows(16 * steps, prompt_tokens)]
-            questions = Path(folder) / "long_addition"
-            questions.mkdir()
-            for split in ("train", "test"):
-                (questions / f"{split}.jsonl").write_text("\n".join(lines))
         command = [sys.executable, "-m", "megatron_srpo", "train", "examples/quickstart/config.yaml"]
         done = subprocess.run(
             [*command, *settings], cwd=tree, env=tree_environment(tree), capture_output=True, text=True
@@ -113,7 +100,7 @@ def theirs(algorithm: str, steps: int, prompt_tokens: int) -> list[Step]:
     import datasets
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-    from megatron_srpo.tasks.addition import verify
+    from megatron_srpo.tasks.addition import Addition, verify
 
     if algorithm == "grpo":
         from trl import GRPOConfig as Settings
@@ -135,8 +122,12 @@ def theirs(algorithm: str, steps: int, prompt_tokens: int) -> list[Step]:
 
     starts: list[float] = []
     sampling: list[float] = []
-    questions = addition_rows(16 * steps, prompt_tokens)
-    rows = [{"prompt": row["messages"], "answer": row["answer"]} for row in questions]
+    task: Any = Addition(1)
+    if prompt_tokens:
+        task = LongAddition("long_addition", 1, preamble_of(prompt_tokens))
+    prompts = [task.prompt("train", number) for number in range(16 * steps)]
+    rows = [{"prompt": list(prompt.messages), "answer": prompt.answer} for prompt in prompts]
+    judge = LongAddition.verify if prompt_tokens else verify
     if algorithm == "sdpo":
         rows = [row | {"privileged_context": None} for row in rows]
     with tempfile.TemporaryDirectory() as folder:
@@ -160,7 +151,7 @@ def theirs(algorithm: str, steps: int, prompt_tokens: int) -> list[Step]:
             model=AutoModelForCausalLM.from_pretrained(START),
             processing_class=AutoTokenizer.from_pretrained(START),
             reward_funcs=lambda completions, answer, **_: [
-                verify(gold, completion[0]["content"]).reward
+                judge(gold, completion[0]["content"]).reward
                 for gold, completion in zip(answer, completions, strict=True)
             ],
             args=settings,
