@@ -261,7 +261,7 @@ def parse_options() -> argparse.Namespace:
         "--silent-share",
         type=float,
         default=0.0,
-        help="of the groups, those without any advantage or teacher",
+        help="of the groups, those with nothing to learn",
     )
     add("--peak-tflops", type=float, default=989.0 if has_cuda else 0.0, help="for mfu; 0: none")
     add("--threads", type=int, default=torch.get_num_threads())
