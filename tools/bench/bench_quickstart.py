@@ -95,12 +95,23 @@ def ours(algorithm: str, steps: int, prompt_tokens: int, tree: Path) -> list[Ste
         return [Step(row["seconds_rollout"], row["seconds"] - row["seconds_rollout"]) for row in rows]
 
 
+def prompt_rows(count: int, prompt_tokens: int) -> list[dict[str, Any]]:
+    """Return the task's prompts as rows of TRL's data set."""
+    from megatron_srpo.tasks.addition import Addition
+
+    task: Any = Addition(1)
+    if prompt_tokens:
+        task = LongAddition("long_addition", 1, preamble_of(prompt_tokens))
+    prompts = [task.prompt("train", number) for number in range(count)]
+    return [{"prompt": list(prompt.messages), "answer": prompt.answer} for prompt in prompts]
+
+
 def theirs(algorithm: str, steps: int, prompt_tokens: int) -> list[Step]:
     """Return the seconds of each step, between the trainer's callbacks."""
     import datasets
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-    from megatron_srpo.tasks.addition import Addition, verify
+    from megatron_srpo.tasks.addition import verify
 
     if algorithm == "grpo":
         from trl import GRPOConfig as Settings
@@ -122,12 +133,8 @@ def theirs(algorithm: str, steps: int, prompt_tokens: int) -> list[Step]:
 
     starts: list[float] = []
     sampling: list[float] = []
-    task: Any = Addition(1)
-    if prompt_tokens:
-        task = LongAddition("long_addition", 1, preamble_of(prompt_tokens))
-    prompts = [task.prompt("train", number) for number in range(16 * steps)]
-    rows = [{"prompt": list(prompt.messages), "answer": prompt.answer} for prompt in prompts]
     judge = LongAddition.verify if prompt_tokens else verify
+    rows = prompt_rows(16 * steps, prompt_tokens)
     if algorithm == "sdpo":
         rows = [row | {"privileged_context": None} for row in rows]
     with tempfile.TemporaryDirectory() as folder:
