@@ -41,6 +41,20 @@ WARM_UP = 2  # steps that are not counted
 START = QUICKSTART / "start"
 MAX_TOKENS = 64  # of a response
 PREAMBLE = "Add the two numbers and write their sum in an answer block. "
+TRL_SETTINGS = dict(
+    per_device_train_batch_size=128,
+    num_generations=8,
+    max_completion_length=MAX_TOKENS,
+    learning_rate=1e-4,
+    temperature=1.0,
+    use_cpu=True,
+    bf16=False,
+    gradient_checkpointing=False,
+    report_to="none",
+    logging_strategy="no",
+    save_strategy="no",
+    disable_tqdm=True,
+)
 
 
 class Step(NamedTuple):
@@ -140,19 +154,8 @@ def theirs(algorithm: str, steps: int, prompt_tokens: int) -> list[Step]:
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(
             output_dir=folder,
-            per_device_train_batch_size=128,
-            num_generations=8,
-            max_completion_length=MAX_TOKENS,
             max_steps=steps + 1,
-            learning_rate=1e-4,
-            temperature=1.0,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
-            logging_strategy="no",
-            save_strategy="no",
-            disable_tqdm=True,
+            **TRL_SETTINGS,
         )
         trainer = Timed(
             model=AutoModelForCausalLM.from_pretrained(START),
