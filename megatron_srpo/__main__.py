@@ -16,6 +16,7 @@ from megatron_srpo.commands.common import Parser, is_first_rank
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.data.visible import visible
 from megatron_srpo.distributed.files import FileError
+from megatron_srpo.distributed.startup import defer_collection
 
 COMMANDS = ("train", "sample", "eval", "plan", "compare", "report", "inspect", "config")
 
@@ -28,6 +29,7 @@ def main() -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a pipe's encoding may be ASCII: · becomes ?
             stream.reconfigure(errors="replace")
+    defer_collection()
     parser = command_line()
     if "_ARGCOMPLETE" in os.environ:  # set by the shell function that argcomplete registers
         importlib.import_module("argcomplete").autocomplete(parser)
@@ -78,6 +80,9 @@ def quieten_libraries() -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # As SGLang's servers set it: NCCL hangs or fails where two sides of a group differ.
     os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
+    # OpenMP's threads sleep after 50 µs without work. The default, some 10 ms of spinning, takes the cores
+    # from other processes, and from their own when there are more threads than free cores.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.basicConfig(level=logging.ERROR, format="%(name)s: %(message)s")

@@ -9,10 +9,12 @@ from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.schema import Config
 from megatron_srpo.data.rollout_file import step_file
 from megatron_srpo.distributed.device import model_dtype, uses_transformer_engine
-from megatron_srpo.distributed.layout import Layout, data_parallel_size
+from megatron_srpo.distributed.group_sizes import data_parallel_size
+from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.distributed.processes import rank_from_environment, world_size_from_environment
 from megatron_srpo.model.hf_folder import HFFolder, naming_key
-from megatron_srpo.model.settings import check_layout, transformer_config
+from megatron_srpo.model.layout import check_layout
+from megatron_srpo.model.settings import transformer_config
 from megatron_srpo.observe.trackers import check_trackers
 from megatron_srpo.rollout.collect import encode_prompt
 from megatron_srpo.rollout.engines import check_engine

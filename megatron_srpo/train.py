@@ -7,6 +7,7 @@ from megatron_srpo.config.load import save_config
 from megatron_srpo.config.schema import Config
 from megatron_srpo.distributed.heartbeat import PROGRESS
 from megatron_srpo.distributed.layout import Layout, process_group
+from megatron_srpo.distributed.startup import resume_collection
 from megatron_srpo.distributed.stop import StopRequest
 from megatron_srpo.evaluation.evaluator import create_evaluator
 from megatron_srpo.model.hf_folder import HFFolder
@@ -64,10 +65,8 @@ class Training:
         self.checkpoints = RunCheckpoints(config, folder, layout, terminal, self.watch)
         if layout.rank == 0:
             save_config(config, self.directory / "config.yaml")
-        for line in describe_setup(config, folder, layout):
-            terminal.say(line)
         self.trainer = Trainer(TrainerSettings.of(config), folder, layout, self.checkpoints.is_resumed)
-        for line in (self.trainer.describe_loss(), self.trainer.describe_packing()):
+        for line in [*describe_setup(config, folder, layout), *self.trainer.describe()]:
             terminal.say(line)
         self.rollouts = open_rollouts(config, folder, layout, terminal.say, self.watch)
         self.evaluator = create_evaluator(config, self.rollouts, terminal.say)
@@ -78,6 +77,7 @@ class Training:
     def run(self) -> None:
         """Train all remaining steps, then export the policy as a Hugging Face folder."""
         stopped: TrainingStopped | None = None
+        resume_collection()
         try:
             try:
                 self._loop()

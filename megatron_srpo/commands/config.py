@@ -170,7 +170,7 @@ def check(path: Path, overrides: list[str], processes: int | None) -> str:
     experts = parallel.expert_tensor_size * parallel.expert_model_parallel_size
     experts *= parallel.pipeline_model_parallel_size
     if processes is not None:
-        from megatron_srpo.distributed.layout import data_parallel_size
+        from megatron_srpo.distributed.group_sizes import data_parallel_size
 
         data_parallel_size(parallel, processes, "--processes")
     processes = processes or math.lcm(parallel.replica_size, experts)

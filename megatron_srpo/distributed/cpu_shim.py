@@ -8,6 +8,7 @@ megatron-core uses `torch.cuda.*` and `device="cuda"` in some thirty places. An 
 import contextlib
 import functools
 import importlib.abc
+import inspect
 import sys
 import types
 from typing import Any
@@ -142,7 +143,9 @@ class _Finder(importlib.abc.MetaPathFinder):
         if vars(module).get("torch") is torch:
             module.torch = self.torch
         name = module.__name__.removeprefix("megatron.core.")
-        if name == "tensor_parallel.random":
+        if name == "jit":
+            module.disable_jit_fuser()
+        elif name == "tensor_parallel.random":
             module._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
             module._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
         elif name == "tensor_parallel.mappings":
@@ -222,6 +225,12 @@ class FusedAdam(torch.optim.Optimizer):
             raise ValueError("the CPU's FusedAdam is AdamW only: decoupled_weight_decay must be true")
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=True)
         super().__init__(params, defaults)
+
+    # Without torch's decorator, which imports torch._dynamo (1 s) to exclude them from compiled code.
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
 
     @override
     @torch.no_grad()

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.schema import ParallelSection
+from megatron_srpo.distributed.group_sizes import data_parallel_size
 from megatron_srpo.distributed.megatron import parallel_state, tensor_parallel
 from megatron_srpo.distributed.messages import exchange_bytes, gather_bytes, gather_on_first
 from megatron_srpo.distributed.processes import under_torchrun, world_size_from_environment
@@ -113,35 +113,6 @@ def replica_group(parameter: torch.nn.Parameter) -> dist.ProcessGroup:
     if getattr(parameter, "allreduce", True):  # Megatron's mark
         return parallel_state.get_data_parallel_group(with_context_parallel=True)
     return parallel_state.get_expert_data_parallel_group()
-
-
-def data_parallel_size(
-    parallel: ParallelSection,
-    world_size: int,
-    given_by: str = "torchrun --nproc-per-node × --nnodes",
-) -> int:
-    """Return how many groups of ranks train different samples.
-
-    Args:
-        parallel: The layout.
-        world_size: The number of processes.
-        given_by: What sets it, for the message.
-
-    Raises:
-        ConfigError: If the layout does not divide `world_size`.
-    """
-    replica, stages = parallel.replica_size, parallel.pipeline_model_parallel_size
-    problem = f"does not divide the {world_size} processes ({given_by})"
-    if world_size % replica:
-        context = " × context_parallel_size" if parallel.context_parallel_size > 1 else ""
-        product = f"tensor_model_parallel_size × pipeline_model_parallel_size{context} = {replica}"
-        raise ConfigError(f"parallel: {product} {problem}; expected a multiple of it")
-    experts = parallel.expert_tensor_size * parallel.expert_model_parallel_size * stages
-    if world_size % experts:
-        names = "expert_tensor_parallel_size × expert_model_parallel_size × pipeline_model_parallel_size"
-        shared = "experts are distributed over data- and context-parallel ranks"
-        raise ConfigError(f"parallel: {names} = {experts} {problem}; {shared}")
-    return world_size // replica
 
 
 def initialize(parallel: ParallelSection, seed: int) -> Layout:

@@ -27,8 +27,9 @@ from megatron_srpo.distributed.megatron import (
 )
 from megatron_srpo.model.architecture import Architecture
 from megatron_srpo.model.layers import PackedAttention, PackedRow, RMSNorm
+from megatron_srpo.model.layout import padded_vocab_size
 from megatron_srpo.model.packed_row import Documents
-from megatron_srpo.model.settings import padded_vocab_size, transformer_config
+from megatron_srpo.model.settings import transformer_config
 from megatron_srpo.vocab_parallel.shard import VocabShard
 
 

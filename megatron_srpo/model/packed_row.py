@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from megatron_srpo.distributed.context_parallel import ContextParallel
 
@@ -214,6 +213,8 @@ def _mask(
     if uniform and prefix + keys == queries:
         return None
     if uniform and device.type != "cpu":
+        from torch.nn.attention.bias import causal_lower_right  # imports torch._dynamo
+
         return causal_lower_right(queries, prefix + keys)
     offset = torch.zeros(size, count, dtype=torch.long)
     for number, bundle in enumerate(batch):

@@ -10,7 +10,7 @@ from rich.table import Table
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.load import load_config, validate_tree
 from megatron_srpo.config.schema import Config
-from megatron_srpo.distributed.layout import data_parallel_size
+from megatron_srpo.distributed.group_sizes import data_parallel_size
 from megatron_srpo.model.architecture import Architecture
 from megatron_srpo.model.hf_folder import naming_key
 from megatron_srpo.plan.layouts import Plan, Scaled, layouts, plan_for, scale, where_it_stops

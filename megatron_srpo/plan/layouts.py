@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.schema import Config, ParallelSection
-from megatron_srpo.distributed.layout import data_parallel_size
+from megatron_srpo.distributed.group_sizes import data_parallel_size
 from megatron_srpo.model.architecture import Architecture
-from megatron_srpo.model.settings import check_layout
+from megatron_srpo.model.layout import check_layout
 from megatron_srpo.plan.machine import Machine, Workload, planned_dtype
 from megatron_srpo.plan.memory import Batch, memory, total_parameters
 from megatron_srpo.plan.step import Servers, cache_bytes, step_seconds, total

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.schema import Config
-from megatron_srpo.distributed.layout import data_parallel_size
+from megatron_srpo.distributed.group_sizes import data_parallel_size
 from megatron_srpo.model.architecture import Architecture
-from megatron_srpo.model.settings import padded_vocab_size
+from megatron_srpo.model.layout import padded_vocab_size
 from megatron_srpo.plan.machine import Machine, Workload, planned_dtype
 from megatron_srpo.vocab_parallel.fused import MEMORY
 

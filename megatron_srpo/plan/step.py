@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 from megatron_srpo.config.schema import Config
-from megatron_srpo.distributed.layout import data_parallel_size
+from megatron_srpo.distributed.group_sizes import data_parallel_size
 from megatron_srpo.model.architecture import Architecture
 from megatron_srpo.plan.machine import Machine, Workload, planned_dtype
 from megatron_srpo.plan.memory import Parameters, replicas, stage_parameters, state_bytes, total_parameters

@@ -98,11 +98,11 @@ class Trainer:
         for chunk in self.chunks:
             vars(chunk).clear()
 
-    def describe_packing(self) -> str:
-        """Describe, for the log, whether a prompt is computed once for several responses."""
-        if self.rules.shares_prompts:
-            return "prompts: computed once for all responses of a micro-batch that have the same"
-        return "prompts: computed for each response (Transformer Engine's attention cannot share them)"
+    def describe(self) -> list[str]:
+        """Describe, for the log, the loss, and whether a prompt is computed once for several responses."""
+        shared = "prompts: computed once for all responses of a micro-batch that have the same"
+        repeated = "prompts: computed for each response (Transformer Engine's attention cannot share them)"
+        return [self.describe_loss(), shared if self.rules.shares_prompts else repeated]
 
     def describe_loss(self) -> str:
         """Describe, for the log, how the loss computes its pass over the vocabulary."""

@@ -7,9 +7,10 @@ from tables import each_row
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.config.load import load_config
 from megatron_srpo.config.schema import ModelSection, ParallelSection
-from megatron_srpo.distributed.layout import data_parallel_size
+from megatron_srpo.distributed.group_sizes import data_parallel_size
 from megatron_srpo.model.families import architecture_of
-from megatron_srpo.model.settings import check_layout, padded_vocab_size, transformer_config
+from megatron_srpo.model.layout import check_layout, padded_vocab_size
+from megatron_srpo.model.settings import transformer_config
 
 DENSE = architecture_of(
     dict(model_type="qwen3", vocab_size=270, hidden_size=64, intermediate_size=96, num_hidden_layers=4)

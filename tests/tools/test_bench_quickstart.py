@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -29,6 +31,8 @@ def test_bench(tmp_path):
         "--rows",
         "ours srpo",
         "TRL grpo",
+        "--prompt-tokens",
+        "100",
         "--json",
     ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
@@ -36,5 +40,12 @@ def test_bench(tmp_path):
     report = json.loads(done.stdout)
     assert set(report) == {"device", "date", "shape", "rows", "skipped"}
     assert report["skipped"] == {"TRL grpo": "ImportError: no TRL in this test"}
-    (row,) = report["rows"]
-    assert row["name"] == "ours srpo" and row["median"] >= row["seconds"] > 0 and row["ratio"] is None
+    step, *parts = report["rows"]
+    assert [row["name"] for row in report["rows"]] == [
+        "ours srpo",
+        "ours srpo, sampling",
+        "ours srpo, training",
+    ]
+    assert step["median"] >= step["seconds"] > 0 and step["ratio"] is None
+    assert step["seconds"] == pytest.approx(sum(part["seconds"] for part in parts))
+    assert report["shape"]["prompt_tokens"] == 100

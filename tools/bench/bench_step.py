@@ -3,13 +3,14 @@
 All use the same batch and random weights.
 
     python tools/bench/bench_step.py --shape 1.7b --prompts 32 --samples 8 --response-tokens 1000
-        [--routed-share 0.25] [--json] [section.key=value …]
+        [--routed-share 0.25] [--silent-share 0.5] [--baseline REF] [--json] [section.key=value …]
 
 Each row runs in a process of its own. Its `seconds` are the best of `--rounds` steps after two others:
 `seconds_pack`, `seconds_teacher`, `seconds_update`. `ratio` is to the first row; `tokens_per_second` counts
 all tokens trained on; `mfu` is of the FLOP that `plan.step.step_flops` counts, on the stated peak;
 `extra_bytes` is the peak above a process that has its imports, `batch` the fullest micro-batch as
-`plan.memory.Batch`. All rows make one optimizer step. Arguments section.key=value override the configuration.
+`plan.memory.Batch`. All rows make one optimizer step. With --baseline each row is followed by that commit's,
+by its own bench_step.py. Arguments section.key=value override the configuration.
 """
 
 from __future__ import annotations
@@ -20,16 +21,19 @@ import gc
 import json
 import multiprocessing
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from _baseline import baseline_tree, find_script, run_json
 from _memory import peak_resident_bytes, return_freed_above
 from _models import SIZES, qwen3_config
 from _report import Row, add_ratios, device_name, make_parser, publish
+from _silent import silence
 
 from megatron_srpo.__main__ import quieten_libraries
 from megatron_srpo.config.load import load_config
@@ -61,6 +65,7 @@ class Shape:
     prompt_tokens: int
     response_tokens: int
     routed_share: float
+    silent_share: float
 
 
 def make_config(folder: Path, model: dict, algorithm: str, shape: Shape, overrides: list[str]) -> Config:
@@ -117,7 +122,7 @@ def make_groups(shape: Shape, algorithm: str, vocab_size: int) -> list[Group]:
                 )
             )
         groups.append(tuple(group))
-    return groups
+    return silence(groups, shape.silent_share)
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -193,6 +198,31 @@ def measure(model: dict, algorithm: str, shape: Shape, options: argparse.Namespa
     }
 
 
+def measure_baseline(tree: Path, algorithm: str, options: argparse.Namespace) -> Row:
+    """Return the row of another commit's bench_step.py with the same options."""
+    settings = {
+        "--shape": options.shape,
+        "--algorithms": algorithm,
+        "--repeats": options.rounds,
+        "--peak-tflops": options.peak_tflops,
+        "--threads": options.threads,
+        "--prompts": options.prompts,
+        "--samples": options.samples,
+        "--prompt-tokens": options.prompt_tokens,
+        "--response-tokens": options.response_tokens,
+        "--routed-share": options.routed_share,
+        "--layers": options.layers,
+        "--width": options.width,
+    }
+    script = find_script(tree, "bench_step.py")
+    command = [sys.executable, str(Path(__file__).with_name("_silent.py")), str(script), options.silent_share]
+    for name, value in settings.items():
+        if value is not None:
+            command += [name, value]
+    report = run_json([str(part) for part in [*command, "--json", *options.overrides]], tree)
+    return report["rows"][0] | {"name": f"{algorithm} at {options.baseline}"}
+
+
 def is_distilled(sample: Sample) -> bool:
     """Return whether the sample's route has a distillation term."""
     assert sample.route is not None
@@ -212,7 +242,7 @@ def in_own_process(work: Callable, *arguments):
 def parse_options() -> argparse.Namespace:
     """Return the command line's options."""
     has_cuda = torch.cuda.is_available()
-    parser = make_parser(__doc__, rounds=2)
+    parser = make_parser(__doc__, rounds=2, baseline=True)
     add = parser.add_argument
     add("--shape", choices=["tiny", *SIZES], default="0.6b")
     add("--layers", type=int, help="instead of the shape's own")
@@ -227,6 +257,12 @@ def parse_options() -> argparse.Namespace:
     add("--prompt-tokens", type=int, default=128)
     add("--response-tokens", type=int, default=256)
     add("--routed-share", type=float, default=0.25, help="of SRPO's samples, those that are distilled")
+    add(
+        "--silent-share",
+        type=float,
+        default=0.0,
+        help="of the groups, those with nothing to learn",
+    )
     add("--peak-tflops", type=float, default=989.0 if has_cuda else 0.0, help="for mfu; 0: none")
     add("--threads", type=int, default=torch.get_num_threads())
     add("overrides", nargs="*", metavar="section.key=value")
@@ -254,7 +290,7 @@ def format_row(row: Row) -> str:
     mfu = f"  mfu {row['mfu']:.1%}" if row["mfu"] else ""
     memory = f"+{row['extra_bytes'] / 2**20:.0f} MiB"
     return (
-        f"{row['name']:>12}  {row['seconds']:8.3f} s  {row['ratio']:5.2f}  {'  '.join(phases)}{mfu}  {memory}"
+        f"{row['name']:>16}  {row['seconds']:8.3f} s  {row['ratio']:5.2f}  {'  '.join(phases)}{mfu}  {memory}"
     )
 
 
@@ -267,12 +303,13 @@ def main() -> None:
 
     torch.set_num_threads(options.threads)
     model = make_model(options)
-    shape = Shape(
-        options.prompts, options.samples, options.prompt_tokens, options.response_tokens, options.routed_share
-    )
+    shape = Shape(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Shape)})
     rows = []
-    for algorithm in options.algorithms:
-        rows.append(in_own_process(measure, model, algorithm, shape, options))
+    with baseline_tree(options.baseline) if options.baseline else nullcontext() as tree:
+        for algorithm in options.algorithms:
+            rows.append(in_own_process(measure, model, algorithm, shape, options))
+            if tree is not None:
+                rows.append(measure_baseline(tree, algorithm, options))
     add_ratios(rows)
     reported = {
         "model": {"name": options.shape, **model},

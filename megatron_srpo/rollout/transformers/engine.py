@@ -15,6 +15,7 @@ from megatron_srpo.config.schema import Config
 from megatron_srpo.distributed.device import model_dtype
 from megatron_srpo.distributed.heartbeat import beat
 from megatron_srpo.distributed.layout import Layout
+from megatron_srpo.distributed.startup import without_compiler
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.engine import (
     EMPTY,
@@ -40,11 +41,12 @@ class TransformersEngine:
     """Batched sampling with a KV cache. Holds a full copy of the model in `dtype` on `device`."""
 
     def __init__(self, folder: HFFolder, device: torch.device, dtype: torch.dtype, batch_size: int):
-        from transformers.models.auto.configuration_auto import AutoConfig
-        from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+        with without_compiler():
+            from transformers.models.auto.configuration_auto import AutoConfig
+            from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-        config = AutoConfig.from_pretrained(folder.path, local_files_only=True)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+            config = AutoConfig.from_pretrained(folder.path, local_files_only=True)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
         self.model = model.to(device).eval()
         self.architecture = folder.architecture
         self.device = device
