@@ -19,12 +19,15 @@ QUICKSTART = ROOT / "examples" / "quickstart"
 Row = dict[str, Any]
 
 
-def make_parser(description: str | None, rounds: int | None = None) -> argparse.ArgumentParser:
+def make_parser(
+    description: str | None, rounds: int | None = None, baseline: bool = False
+) -> argparse.ArgumentParser:
     """Return a parser with --json and --output; with --rounds too where a default is given.
 
     Args:
         description: The benchmark's docstring; its first paragraph is shown by --help.
         rounds: Default number of measurements of each row.
+        baseline: Add --baseline, for a benchmark that measures another commit too (`_baseline.py`).
     """
     summary = (description or "").split("\n\n")[0]
     parser = argparse.ArgumentParser(description=summary)
@@ -36,6 +39,8 @@ def make_parser(description: str | None, rounds: int | None = None) -> argparse.
         parser.add_argument(
             "--rounds", "--repeats", type=int, default=rounds, help="measurements of each row (%(default)s)"
         )
+    if baseline:
+        parser.add_argument("--baseline", metavar="REF", help="measure this commit too, in the same run")
     return parser
 
 
