@@ -75,9 +75,7 @@ def _from_all(weights: Tensor, masses: Tensor, uniforms: Tensor) -> Tensor:
     return block * _BLOCK + (inside <= rest).sum(-1, keepdim=True).clamp(max=_BLOCK - 1)
 
 
-def _from_nucleus(
-    weights: Tensor, total: Tensor, uniforms: Tensor, top_p: float
-) -> tuple[Tensor, Tensor]:
+def _from_nucleus(weights: Tensor, total: Tensor, uniforms: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     """Return tokens [n, 1] of the smallest set whose mass reaches top_p, and the set's mass [n, 1]."""
     needed = top_p * total
     count = min(_NUCLEUS, weights.shape[1])
