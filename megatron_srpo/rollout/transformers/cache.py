@@ -4,9 +4,9 @@ Rows that continue the same context form a group. The context's keys and values 
 and its rows attend to them in one matrix product; those of the response are stored for each row (cf. Juravsky
 et al., arXiv 2402.05099). Both parts are exact: their softmaxes are merged by their normalisers.
 
-Memory in bytes, with 2 · layers · key-value heads · head dimension · element size for a token: (groups in the
-batch × longest context, in steps of 64 tokens) + (rows × longest response so far, in steps of 128). Nothing is
-concatenated while decoding, and rows that finish free their place for waiting ones.
+Memory in tokens, each with 2 · layers · key-value heads · head dimension · element size bytes: groups in the
+batch × longest context (in steps of 64), and rows × longest response so far (in steps of 128). When that
+grows, one layer at a time is copied. Rows that finish leave their place to waiting ones.
 """
 
 from __future__ import annotations
@@ -173,17 +173,23 @@ class Decoding:
         self.group, self.member = torch.tensor(cells, device=cache.device).unbind(1)  # [n]
         self.row = torch.zeros(len(size), self.size, dtype=torch.long, device=cache.device)  # by cell
         self.row[self.group, self.member] = torch.arange(len(groups), device=cache.device)
-        lengths = torch.tensor(cache.lengths, device=cache.device)
-        self.prefix_bias = _bias(lengths, max(cache.lengths))
+        self.context = max(cache.lengths)
+        self.prefix_bias = _bias(cache.lengths, cache.device)
         self.longest = 0
-        self.all_rows = torch.arange(len(groups), device=cache.device)
 
     def step(self, ages: Sequence[int]) -> Decoding:
-        """Prepare the pass for the rows' next tokens, which come after `ages` response tokens. [n]"""
-        self.age = torch.tensor(ages, device=self.cache.device)
+        """Prepare the pass for the rows' next tokens, which come after `ages` response tokens."""
+        device = self.cache.device
         self.tokens = max(ages) + 1
-        self.longest = max(self.cache.lengths) + self.tokens
-        self.response_bias = _bias(self.age + 1, self.tokens)
+        self.longest = self.context + self.tokens
+        self.response_bias = _bias([age + 1 for age in ages], device)
+        self.place: tuple[Any, ...] = (slice(len(ages)), slice(None), ages[0])
+        if self.response_bias is not None:
+            self.place = (
+                torch.arange(len(ages), device=device),
+                slice(None),
+                torch.tensor(ages, device=device),
+            )
         return self
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
@@ -191,14 +197,14 @@ class Decoding:
         cache, (rows, heads, d), kv_heads = self.cache, query.shape, key.shape[1]
         groups, shared = len(cache.lengths), heads // kv_heads
         responses = cache.responses[layer].reserve(cache.rows, self.tokens, key)
-        responses[0, self.all_rows, :, self.age] = key
-        responses[1, self.all_rows, :, self.age] = value
+        responses[0][self.place] = key
+        responses[1][self.place] = value
         queries = query.reshape(rows, kv_heads, shared, d)
         keys, values = responses[:, :rows, :, : self.tokens]
         own = _Attended(queries, keys, values, self.response_bias, scaling)
         content = cache.prefixes[layer].content
         assert content is not None
-        keys, values = content[:, :groups, :, : self.prefix_bias.shape[-1]]
+        keys, values = content[:, :groups, :, : self.context]
         grid = queries[self.row].transpose(1, 2)  # [groups, kv heads, size, shared, d]
         grid = grid.reshape(groups, kv_heads, self.size * shared, d)
         prefix = _Attended(grid, keys, values, self.prefix_bias, scaling)
@@ -219,8 +225,10 @@ class _Attended:
         normaliser: Logarithm of the softmax's denominator. [B, kv heads, m, 1]
     """
 
-    def __init__(self, queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: float):
-        scores = _scores(queries, keys).mul_(scaling).add_(bias)
+    def __init__(self, queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scaling: float):
+        scores = _scores(queries, keys).mul_(scaling)
+        if bias is not None:
+            scores.add_(bias)
         highest = scores.amax(-1, keepdim=True)
         scores.sub_(highest).exp_()
         total = scores.sum(-1, keepdim=True)
@@ -237,8 +245,11 @@ def _scores(queries: Tensor, keys: Tensor) -> Tensor:
     return queries.float() @ keys.float()
 
 
-def _bias(lengths: Tensor, longest: int) -> Tensor:
-    """Return 0 at places below each length, else -inf. [n, 1, 1, longest], float32."""
-    places = torch.arange(longest, device=lengths.device)
-    bias = torch.zeros(len(lengths), longest, device=lengths.device)
-    return bias.masked_fill_(places >= lengths[:, None], float("-inf"))[:, None, None]
+def _bias(lengths: Sequence[int], device: torch.device) -> Tensor | None:
+    """Return 0 at places below each length, else -inf, [n, 1, 1, longest]; None if all lengths are equal."""
+    if min(lengths) == max(lengths):
+        return None
+    places = torch.arange(max(lengths), device=device)
+    is_beyond = places >= torch.tensor(lengths, device=device)[:, None]
+    bias = torch.zeros(is_beyond.shape, device=device).masked_fill_(is_beyond, float("-inf"))
+    return bias[:, None, None]

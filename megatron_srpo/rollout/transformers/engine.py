@@ -5,15 +5,15 @@ It shares no code with the trainer's model: their log-probabilities are compared
 Requests are sampled in waves. A wave is a fixed set of requests, sampled by continuous batching (wave.py) and
 delivered together at its end. The bits of a sample depend on the rows that are computed with it: matrix
 products are rounded differently for other shapes, and experts process the tokens of all rows together. The
-schedule within a wave depends on nothing outside it, and a resumed run forms the remaining waves again, so its
-samples have the same bits as an uninterrupted run's. Fixed slots whose bits do not depend on their neighbours
-would need constant shapes: every pass with all rows and the longest cache.
+schedule within a wave depends on nothing outside it, and a resumed run forms the remaining waves again, so
+its samples have the same bits as an uninterrupted run's. Fixed slots whose bits do not depend on their
+neighbours would need constant shapes: every pass with all rows and the longest cache.
 
 A wave has WAVE_BATCHES times as many requests as rows are computed at once. With more, fewer rows are idle at
 the end of a wave. With fewer, samples are delivered earlier: a stopped run loses at most one wave,
-over-sampling stops between waves, and `eval` shows its progress after each. In a simulation (1,024 answers, 64
-rows, a mean of a quarter of the longest answer), 1, 2, 4 and 16 need 1, 0.60, 0.45 and 0.31 as many passes. On
-a CPU, where a pass with fewer rows takes less time, they need 1, 0.88, 0.83 and 0.78 of the time.
+over-sampling stops between waves, and `eval` shows its progress after each. In a simulation of 1,024 answers
+in 64 rows, a quarter of the longest answer long on average, 1, 2, 4 and 16 need 1, 0.60, 0.45 and 0.31 as
+many passes. On a CPU, where passes with fewer rows are faster, they need 1, 0.88, 0.83 and 0.78 of the time.
 """
 
 import itertools
@@ -77,7 +77,7 @@ class TransformersEngine:
         self.version = version
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, stop: Event) -> CompletionStream:
-        """Yield waves of contexts of similar length; `stop` is read between them. Raises EngineFailed for NaN."""
+        """Yield waves of similar contexts; `stop` is read between them. Raises EngineFailed for NaN."""
         for numbers in _waves(requests, WAVE_BATCHES * self.batch_size):
             wave = [requests[number] for number in numbers]
             if stop.is_set():
