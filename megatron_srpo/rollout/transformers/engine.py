@@ -23,6 +23,7 @@ from threading import Event
 import torch
 from torch import Tensor
 
+from megatron_srpo.config.rollout_section import WAVE_BATCHES
 from megatron_srpo.config.schema import Config
 from megatron_srpo.distributed.device import model_dtype
 from megatron_srpo.distributed.layout import Layout
@@ -30,8 +31,6 @@ from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.engine import CompletionStream, Engine, Request, Sampling
 from megatron_srpo.rollout.transformers.cache import register_attention
 from megatron_srpo.rollout.transformers.wave import Wave, context_of
-
-WAVE_BATCHES = 2  # requests of a wave, in units of rollout.batch_size
 
 
 def check(config: Config, trains: bool) -> None:
