@@ -1,6 +1,6 @@
 """Measure tokens a second of the embedded engine, of an earlier one and of transformers' generate.
 
-    python tools/bench/bench_engine.py [--prompts 4] [--answers 16] [--prompt-tokens 400] [--tokens 32]
+    python tools/bench/bench_engine.py [--prompts 4] [--answers 16] [--prompt-tokens 400] [--tokens 16]
         [--batch-size 256] [--shape smollm2-135m] [--rounds 3] [--baseline REF] [--json] [--output FILE]
 
 Each of --prompts random prompts is answered --answers times at temperature 1, by a model with random weights,
@@ -8,8 +8,9 @@ on one thread. All answers of a row are computed at once if --batch-size allows;
 them, padded on the left. `fixed` answers have --tokens tokens. `varied` ones end earlier at one of many stop
 ids: half of them, on average, after a third of --tokens. generate returns no log-probabilities.
 
-Each row runs in a process of its own; rows take turns. `seconds` is for --tokens tokens of every answer, at
-the best speed of all rounds, and `ratio` is to the baseline or else to generate. `extra_bytes` is the growth
+Each row runs in a process of its own; rows take turns. Times are the thread's CPU seconds, which other
+processes change less. `seconds` is for --tokens tokens of every answer, at the best speed of all rounds, and
+`ratio` is to the baseline or else to generate. `extra_bytes` is the growth
 of the peak of resident memory while sampling.
 """
 
@@ -142,9 +143,9 @@ def measure(options: argparse.Namespace) -> Row:
     found: Row = {}
     for kind, ids in stops.items():
         reset_peak()
-        before, start = peak_resident_bytes(), time.perf_counter()
+        before, start = peak_resident_bytes(), time.process_time()
         lengths = sample(prompts, options.tokens, ids)
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         tokens = sum(lengths)
         if kind == "fixed" and tokens != options.tokens * len(prompts):
             raise SystemExit(f"{tokens} tokens were sampled, not {options.tokens} for each of {len(prompts)}")
@@ -200,7 +201,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--answers", type=int, default=16, help="to each prompt")
     parser.add_argument("--prompt-tokens", type=int, default=400)
-    parser.add_argument("--tokens", type=int, default=32, help="of an answer, at most")
+    parser.add_argument("--tokens", type=int, default=16, help="of an answer, at most")
     parser.add_argument("--batch-size", type=int, default=256, help="rollout.batch_size")
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
     parser.add_argument("--row", choices=("engine", "generate"), help=argparse.SUPPRESS)

@@ -23,7 +23,7 @@ _PREFIX_STEP, _RESPONSE_STEP = 64, 128  # tokens by which the stores grow
 
 
 class AttentionPass(Protocol):
-    """What the attention of one forward pass reads and writes."""
+    """The keys and values that the attention of one forward pass stores and reads."""
 
     longest: int  # tokens of the longest sequence
 
