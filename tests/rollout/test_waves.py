@@ -22,6 +22,7 @@ from megatron_srpo.model.families import families
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.engine import Request, Sampling
 from megatron_srpo.rollout.transformers import engine as engines
+from megatron_srpo.rollout.transformers import linear
 from megatron_srpo.rollout.transformers import wave as waves
 from megatron_srpo.rollout.transformers.engine import TransformersEngine
 from megatron_srpo.rollout.transformers.sampling import uniforms
@@ -101,6 +102,40 @@ def test_tokens_and_logprobs_are_those_of_full_forward_passes(family, batch_size
                 near_ties.append((request.seed, place))
                 assert (masses[place] / masses[place, -1] - uniform).abs().min() < TOLERANCE
     assert len(near_ties) <= 1, near_ties
+
+
+def test_onednn_multiplies_with_the_newest_weights(family, monkeypatch):
+    # All linear layers of the model, also those that are too small to gain by it.
+    monkeypatch.setattr(linear, "_WORTH", 0)
+    model, make = family
+    engine, requests = make(5), requests_of()
+    other = make_model(model.config.model_type, tied=False, layers=2, seed=6).eval()
+    stored = {
+        name: tensor
+        for parameter in other.named_parameters()
+        for name, tensor in engine.architecture.stored_tensors(*parameter)
+    }
+    for expected, version in ((model, "7"), (other, "8")):
+        for request, completion in zip(requests, sample(engine, requests), strict=True):
+            assert_exact(expected, request, completion, 0.9)
+            assert completion.versions[0][0] == version
+        layers = [one for one in engine.model.modules() if isinstance(one, linear.OneDNNLinear)]
+        assert len(layers) >= 9 and all(layer.copies is not None for layer in layers)
+        engine.update_weights(stored.items(), "8")
+
+
+@pytest.mark.parametrize("rows", [1, 30, 400])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_linear_layer_is_exact_below_and_above_the_size_that_gains(rows, has_bias):
+    generator = torch.Generator().manual_seed(0)
+    layer = torch.nn.Linear(384, 256, bias=has_bias)
+    inputs = torch.randn(2, rows, 384, generator=generator)
+    with torch.no_grad():
+        ours = linear.OneDNNLinear(layer)
+        found = ours(inputs)
+        expected = layer.double()(inputs.double()).float()
+    assert (ours.copies is not None) == (2 * rows * 384 * 256 >= 2**22)
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize("batch_size", [5, 64])

@@ -30,6 +30,7 @@ from megatron_srpo.distributed.layout import Layout
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.rollout.engine import CompletionStream, Engine, Request, Sampling
 from megatron_srpo.rollout.transformers.cache import register_attention
+from megatron_srpo.rollout.transformers.linear import discard_copies, is_usable, use_onednn
 from megatron_srpo.rollout.transformers.wave import Wave, context_of
 
 
@@ -54,6 +55,8 @@ class TransformersEngine:
             config, dtype=dtype, attn_implementation=register_attention()
         )
         self.model = model.to(device).eval()
+        if is_usable(device, dtype):
+            use_onednn(self.model)
         self.architecture = folder.architecture
         self.device = device
         self.batch_size = batch_size
@@ -62,6 +65,7 @@ class TransformersEngine:
     @torch.no_grad()
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
         """Copy the stream into the model. Raises ValueError for an unknown, misshapen or missing tensor."""
+        discard_copies(self.model)
         own: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
             own.update(self.architecture.stored_tensors(name, parameter))
