@@ -11,7 +11,7 @@ ids: half of them, on average, after a third of --tokens. generate returns no lo
 Each row runs in a process of its own; rows take turns. Times are the thread's CPU seconds, which other
 processes change less. `seconds` is for --tokens tokens of every answer, at the best speed of all rounds, and
 `ratio` is to the baseline or else to generate. `extra_bytes` is the growth
-of the peak of resident memory while sampling.
+of the peak of resident memory over that with the model alone.
 """
 
 from __future__ import annotations
@@ -139,11 +139,13 @@ def measure(options: argparse.Namespace) -> Row:
         tuple(dice.choices(range(vocabulary), k=options.prompt_tokens)) for _ in range(options.prompts)
     ]
     prompts = [prompt for prompt in distinct for _ in range(options.answers)]
+    reset_peak()
+    before = peak_resident_bytes()
     sample(prompts[:2], 2, stops["fixed"])
     found: Row = {}
     for kind, ids in stops.items():
         reset_peak()
-        before, start = peak_resident_bytes(), time.process_time()
+        start = time.process_time()
         lengths = sample(prompts, options.tokens, ids)
         seconds = time.process_time() - start
         tokens = sum(lengths)

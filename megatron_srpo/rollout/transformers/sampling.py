@@ -43,8 +43,7 @@ def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Chosen:
             temperature 1.
     """
     rows, vocabulary = logits.shape
-    best = logits.argmax(-1, keepdim=True)
-    highest = logits.gather(1, best)
+    highest = logits.amax(-1, keepdim=True)
     scale = 1 / (sampling.temperature or 1.0)
     blocks = -(-vocabulary // _BLOCK)
     weights = logits.new_empty(rows, blocks * _BLOCK)
@@ -53,7 +52,7 @@ def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Chosen:
     masses = weights.view(rows, blocks, _BLOCK).sum(-1).double().cumsum(-1)
     total = masses[:, -1:]
     if sampling.temperature == 0:
-        place, kept = best, total
+        place, kept = logits.argmax(-1, keepdim=True), total
     elif sampling.top_p < 1:
         place, kept = _from_nucleus(weights, total, uniforms[:, None], sampling.top_p)
     else:
