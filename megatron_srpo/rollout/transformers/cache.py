@@ -58,8 +58,8 @@ def _attention(
     if sliding_window is not None and attention_pass.longest > sliding_window:
         raise ValueError(f"{attention_pass.longest} tokens exceed the sliding window of {sliding_window}")
     layer: Any = module.layer_idx
-    packed = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    return attention_pass.attend(layer, *packed, scaling)[None], None
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    return attention_pass.attend(layer, query, key, value, scaling)[None], None
 
 
 class _Store:

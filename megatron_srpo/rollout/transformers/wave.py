@@ -97,15 +97,16 @@ class Wave:
         return list(groups.values())
 
     def _admit(self, waiting: list[_Group], free: int) -> None:
-        """Let up to `free` requests enter, and sample their first tokens; remove groups without a rest."""
+        """Let up to `free` requests enter, and sample their first tokens; remove groups that have finished."""
         entering: list[_Row] = []
         new: list[_Group] = []
         while waiting and len(entering) < free:
             group = waiting[0]
             if group.logits is None:
                 new.append(group)
-            taken, group.waiting = _split(group.waiting, free - len(entering))
-            entering += [self._row(number, group) for number in taken]
+            places = free - len(entering)
+            entering += [self._row(number, group) for number in group.waiting[:places]]
+            group.waiting = group.waiting[places:]
             if not group.waiting:
                 waiting.pop(0)
         for part in _packed(new):
@@ -196,10 +197,6 @@ class Wave:
         if not all(is_needed):
             moves = _fill_gaps(self.groups, is_needed)
             self.cache.move_groups(moves, len(self.groups))
-
-
-def _split(numbers: list[int], count: int) -> tuple[list[int], list[int]]:
-    return numbers[:count], numbers[count:]
 
 
 def _logits_of(group: _Group) -> Tensor:
