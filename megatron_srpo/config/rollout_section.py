@@ -10,6 +10,7 @@ from pydantic import Field, create_model, model_validator
 from megatron_srpo.config.base import Section
 from megatron_srpo.config.engines import ENGINE_SECTIONS, ENGINES, EngineSettings
 
+WAVE_BATCHES = 2  # requests that the embedded engine samples together, in units of rollout.batch_size
 _Engine = TypeVar("_Engine", bound=EngineSettings)
 if TYPE_CHECKING:
     _EngineName = str

@@ -5,6 +5,7 @@ import math
 from typing import NamedTuple
 
 from megatron_srpo.config.base import ConfigError
+from megatron_srpo.config.rollout_section import WAVE_BATCHES
 from megatron_srpo.config.schema import Config, ParallelSection
 from megatron_srpo.distributed.group_sizes import data_parallel_size
 from megatron_srpo.model.architecture import Architecture
@@ -75,8 +76,8 @@ def _cache(
 ) -> tuple[float | None, float]:
     """Return (bytes for keys and values, bytes needed); (None, 0) if no engine runs on training GPUs.
 
-    The embedded engine pads to the longest sequence. While SGLang samples, all but the trainer's weights is
-    offloaded to the host.
+    The embedded engine holds each prompt of a wave once, and pads prompts and responses to the longest. While
+    SGLang samples, all but the trainer's weights is offloaded to the host.
     """
     rollout, servers, size = config.rollout, Servers.of(config, gpus), planned_dtype(config, machine).itemsize
     if rollout.replay is not None or not servers.colocated:
@@ -89,7 +90,9 @@ def _cache(
     if not rollout.engine_settings.in_process:
         return room, MINIMUM_CACHE * machine.memory
     own = math.ceil(rollout.prompts_per_step / gpus) * rollout.samples_per_prompt
-    tokens = min(rollout.batch_size, own) * (rollout.max_prompt_tokens + rollout.max_response_tokens)
+    rows, requests = min(rollout.batch_size, own), min(WAVE_BATCHES * rollout.batch_size, own)
+    prompts = math.ceil(requests / rollout.samples_per_prompt)
+    tokens = prompts * rollout.max_prompt_tokens + rows * rollout.max_response_tokens
     return room, tokens * cache_bytes(architecture, size)
 
 

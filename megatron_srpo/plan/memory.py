@@ -140,7 +140,7 @@ def state_bytes(
     (`grad_reduce_in_fp32`); Adam's two moments 8·P, and 4·P for the fp32 masters of bf16 weights, both
     divided by D with the distributed optimizer (Rajbhandari et al., arXiv 1910.02054, P_os); b·P for the copy
     with which a teacher scores, and 4·P/D for an EMA's fp32 share. The embedded engine holds the complete
-    model, b bytes per parameter, on every rank.
+    model, b bytes per parameter, on every rank; on a CPU in fp32, up to twice (`OneDNNLinear`).
     """
     size, parallel = planned_dtype(config, machine).itemsize, config.parallel
     own = stage_parameters(architecture, config, stage)
@@ -152,7 +152,8 @@ def state_bytes(
         if config.teacher.kind == "ema":
             parts["EMA"] = 4 * share
     if config.rollout.engine_settings.in_process and config.rollout.replay is None:
-        parts["embedded engine"] = total_parameters(architecture) * size
+        copies = 2 if size == 4 and not machine.is_gpu else 1
+        parts["embedded engine"] = copies * total_parameters(architecture) * size
     return parts
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from megatron_srpo.config.rollout_section import WAVE_BATCHES
 from megatron_srpo.config.schema import Config
 from megatron_srpo.distributed.group_sizes import data_parallel_size
 from megatron_srpo.model.architecture import Architecture
@@ -302,8 +303,10 @@ def sampling_seconds(
     flops = 2 * active_parameters(architecture) * sequences * workload.document
     seconds += flops / (servers.gpus_each * machine.peak * machine.mfu)
     if rollout.engine_settings.in_process:
-        rounds = math.ceil(sequences / rollout.batch_size)
-        seconds = max(seconds, rounds * longest * architecture.num_hidden_layers * EMBEDDED_SECONDS)
+        batches = math.ceil(sequences / rollout.batch_size)
+        waves = math.ceil(batches / WAVE_BATCHES)
+        passes = batches * mean + waves * (longest - mean)  # only a wave's last responses have free rows
+        seconds = max(seconds, passes * architecture.num_hidden_layers * EMBEDDED_SECONDS)
     return seconds
 
 

@@ -123,7 +123,7 @@ class Collector:
 
         A sample's randomness depends on (seed, prompt id, index) alone. The consumer sets `stop` when it has
         enough groups: the others are aborted, and left in `pending.incomplete()`. `persist` stores finished
-        samples before they are verified, one engine batch per call. watch: None in a background thread.
+        samples before they are verified, one delivery per call. watch: None in a background thread.
         """
         yield from self.verify(pending.recovered, watch)
         if stop.is_set():
@@ -138,7 +138,7 @@ class Collector:
     def _generate(
         self, pending: PendingGroups, sampling: Sampling, seed: str, stop: Event
     ) -> Iterator[list[Sample]]:
-        """Yield the samples of each engine batch; aborted ones only if they have tokens."""
+        """Yield the samples of each delivery; aborted ones only if they have tokens."""
         missing = list(pending.missing())
         requests = []
         for prompt, index, aborted in missing:

@@ -67,7 +67,8 @@ class Engine(Protocol):
     def generate(self, requests: Sequence[Request], sampling: Sampling, stop: Event) -> CompletionStream:
         """Yield the completion of every request once, in any order, while others are in flight.
 
-        Completions of one engine batch are yielded together: a resumed run re-batches the rest identically.
+        Completions that depend on each other's rows are yielded together: a resumed run samples the rest
+        with the same bits.
         Once the consumer sets `stop`, requests in flight are aborted, and the rest is yielded as it is
         (finish_reason "abort"). A consumer that does not need the rest may close the iterator instead.
 

@@ -167,13 +167,12 @@ def test_the_clock_saves_and_leaves(command, tmp_path):
     assert status == 75 and f"{reason}: checkpoint saved at step 1/4" in said
 
 
-@pytest.mark.parametrize(("is_truncated", "left"), [(False, 2), (True, 5)])
+@pytest.mark.parametrize(("is_truncated", "left"), [(False, 4), (True, 8)])
 def test_samples_of_an_unfinished_step_are_reused(
     command, uninterrupted, tmp_path, monkeypatch, is_truncated, left
 ):
-    # Killed when two of step 3's three batches are done: finished samples, also those of a partial group, are
-    # not sampled again. A batch that was not written completely is: with fewer rows it would be rounded
-    # differently.
+    # Killed when one of step 3's two waves is done: its samples are not sampled again. A wave that was not
+    # written completely is: with fewer rows it would be rounded differently.
     run, real = tmp_path / "run", LiveRollouts.collect
 
     class Killed(BaseException):
@@ -181,16 +180,14 @@ def test_samples_of_an_unfinished_step_are_reused(
 
     def collect(self, step):
         if step == 3:
-            ledger, persisted = self.builder.ledger, []
+            ledger = self.builder.ledger
             persist = ledger.persist
 
-            def die_after_two(at, number, samples):
+            def persist_and_die(at, number, samples):
                 persist(at, number, samples)
-                persisted.append(samples)
-                if len(persisted) == 2:
-                    raise Killed
+                raise Killed
 
-            monkeypatch.setattr(ledger, "persist", die_after_two)
+            monkeypatch.setattr(ledger, "persist", persist_and_die)
         return real(self, step)
 
     monkeypatch.setattr(LiveRollouts, "collect", collect)
@@ -199,7 +196,7 @@ def test_samples_of_an_unfinished_step_are_reused(
     monkeypatch.undo()
     file = run / "ledger" / "step_000003.rank_00000.jsonl"
     text = file.read_text()
-    assert [len(json.loads(line)["samples"]) for line in text.splitlines()] == [3, 3]
+    assert [len(json.loads(line)["samples"]) for line in text.splitlines()] == [4]
     file.write_text(
         text[:-20] if is_truncated else text + '{"round": 1, "samples": [{"prompt"'
     )  # as a kill in the middle of a write does

@@ -134,9 +134,9 @@ def test_an_interrupted_command_resumes(evaluation, tmp_path, monkeypatch):
 
 def test_answers_are_kept_as_they_arrive_and_progress_is_shown(evaluation, tmp_path, monkeypatch):
     # Row: eval prints nothing until it ends and saves nothing until a batch of 256 is done. Killed in the
-    # middle of the only chunk, after two of the engine's three batches: the rest alone is sampled later.
+    # middle of the only chunk, after two of the engine's three waves: the rest alone is sampled later.
     monkeypatch.setattr(run, "PROGRESS_SECONDS", 0.0)
-    small = ["evaluation.greedy=false", "evaluation.prompts=6", "rollout.batch_size=8"]
+    small = ["evaluation.greedy=false", "evaluation.prompts=6", "rollout.batch_size=4"]
     status, _, error = evaluation(tmp_path / "uninterrupted", *small)
     assert status == 0
     assert [line for line in error.splitlines() if "of 24" in line] == [

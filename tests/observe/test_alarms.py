@@ -188,18 +188,15 @@ def test_limits_are_the_configurations():
 
 def perturb(monkeypatch):
     """Make the engine report other log-probabilities than it sampled with."""
-    complete = TransformersEngine._completion
+    generate = TransformersEngine.generate
 
-    def wrong(self, request, tokens, logprobs, sampling):
-        return complete(
-            self,
-            request,
-            tokens,
-            [value - 0.2 * (place % 2) for place, value in enumerate(logprobs)],
-            sampling,
-        )
+    def wrong(*arguments):
+        for completions in generate(*arguments):
+            for completion in completions.values():
+                completion.logprobs[1::2] = [value - 0.2 for value in completion.logprobs[1::2]]
+            yield completions
 
-    monkeypatch.setattr(TransformersEngine, "_completion", wrong)
+    monkeypatch.setattr(TransformersEngine, "generate", wrong)
 
 
 def praise(monkeypatch):

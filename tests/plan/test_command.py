@@ -187,7 +187,7 @@ def test_sampling_may_need_more_memory_than_training(command):
     _, out, _ = command(
         "rollout.prompts_per_step=8", "--machine", "h200", "--gpus", "1", "--gpu-memory", "500"
     )
-    tokens = 64 * (2048 + 8192)  # 8 × 8 samples of the greatest length
+    tokens = 8 * 2048 + 64 * 8192  # 8 prompts, held once, and 8 × 8 samples of the greatest length
     cache = 2 * 36 * 8 * 128 * 2 * tokens / 1e9  # keys and values of 36 layers, 8 heads of 128, in bf16
     states = 8_190_735_360 * (2 + 4 + 12 + 2 + 4 + 2) / 1e9 + 5  # and the engine's copy, and the reserve
     found = re.search(r"it needs up to ([\d.]+) GB; then a rank holds ([\d.]+) GB", out).groups()
