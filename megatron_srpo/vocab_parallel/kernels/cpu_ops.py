@@ -9,6 +9,7 @@ exp is computed by exp2, which torch vectorises: with the multiplication it take
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,16 +100,17 @@ class CpuTileOps:
     def gradient(self, terms: GradTerms, maximum: Tensor, total: Tensor) -> Iterator[ColumnBlock]:
         """Write the gradient into the student's tile, and yield it by blocks."""
         vectors = (maximum[0], total[0], terms.p_scale, terms.pf_scale, terms.plogp_scale)
-        vectors = [None if vector is None else vector[:, None] for vector in vectors]
+        columns_of: list[Any] = [None if vector is None else vector[:, None] for vector in vectors]
         for columns in self._blocks():
             block = self.tiles[0][:, columns]
-            for rows, scratch in self._parts(len(block), columns):
-                of_rows = [None if vector is None else vector[rows] for vector in vectors]
+            for rows, (x, y, _) in self._parts(len(block), columns):
+                parts = (None if vector is None else vector[rows] for vector in columns_of)
+                own_maximum, own_total, p_scale, pf_scale, plogp_scale = parts
                 if self.distilled:
                     p = self.tiles[1][rows, columns]
-                    _distilled_gradient(block[rows], p, scratch[0], *of_rows[2:])
+                    _distilled_gradient(block[rows], p, x, p_scale, pf_scale, plogp_scale)
                 else:
-                    _gradient(block[rows], scratch[0], scratch[1], *of_rows)
+                    _gradient(block[rows], x, y, own_maximum, own_total, p_scale, plogp_scale)
             add_at(block, columns, terms.target_columns[:, None], terms.target_grad[:, None])
             yield columns, block
 
@@ -141,7 +143,6 @@ def _gradient(
     maximum: Tensor,
     total: Tensor,
     p_scale: Tensor,
-    pf_scale: None,
     plogp_scale: Tensor | None,
 ) -> None:
     """Write the gradient (see `GradTerms`) to `z`, which holds the logits; `x` and `p` are scratch memory."""
