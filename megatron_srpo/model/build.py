@@ -76,7 +76,9 @@ class PolicyModel(GPTModel):
         if self.uses_local_layers:
             group = parallel_state.get_context_parallel_group()
             context = ContextParallel(group.rank(), group.size())
-            return PackedRow.of(documents, context, positions, self.rotary_pos_emb, self.config.params_dtype)
+            rotary = self.rotary_pos_emb
+            assert isinstance(rotary, RotaryEmbedding)
+            return PackedRow.of(documents, context, positions, rotary, self.config.params_dtype)
         if any(prefix >= 0 for prefix in documents.prefixes):
             raise ValueError("a document continues another one: Transformer Engine's layers cannot share it")
         bounds = torch.tensor(documents.bounds, dtype=torch.int32, device=positions.device)

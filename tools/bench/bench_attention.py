@@ -81,7 +81,7 @@ def theirs(shape: dict[str, Any]) -> tuple[Any, int]:
     attention = PackedAttention(settings, 1, None, None)
     angles = RotaryEmbedding(DIM, rotary_percent=1.0, use_cpu_initialization=True).get_emb(max(lengths))
     row = SimpleNamespace(cu_seqlens_q=bounds)
-    group = parallel_state.get_context_parallel_group()
+    group: Any = parallel_state.get_context_parallel_group()
 
     def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         query, key = (

@@ -9,8 +9,6 @@ exp is computed by exp2, which torch vectorises: with the multiplication it take
 
 import math
 from collections.abc import Iterator
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -99,18 +97,18 @@ class CpuTileOps:
 
     def gradient(self, terms: GradTerms, maximum: Tensor, total: Tensor) -> Iterator[ColumnBlock]:
         """Write the gradient into the student's tile, and yield it by blocks."""
-        vectors = (maximum[0], total[0], terms.p_scale, terms.pf_scale, terms.plogp_scale)
-        columns_of: list[Any] = [None if vector is None else vector[:, None] for vector in vectors]
         for columns in self._blocks():
             block = self.tiles[0][:, columns]
             for rows, (x, y, _) in self._parts(len(block), columns):
-                parts = (None if vector is None else vector[rows] for vector in columns_of)
-                own_maximum, own_total, p_scale, pf_scale, plogp_scale = parts
+                p_scale = terms.p_scale[rows, None]
+                pf_scale = None if terms.pf_scale is None else terms.pf_scale[rows, None]
+                plogp_scale = None if terms.plogp_scale is None else terms.plogp_scale[rows, None]
                 if self.distilled:
                     p = self.tiles[1][rows, columns]
                     _distilled_gradient(block[rows], p, x, p_scale, pf_scale, plogp_scale)
                 else:
-                    _gradient(block[rows], x, y, own_maximum, own_total, p_scale, plogp_scale)
+                    own = maximum[0, rows, None], total[0, rows, None]
+                    _gradient(block[rows], x, y, *own, p_scale, plogp_scale)
             add_at(block, columns, terms.target_columns[:, None], terms.target_grad[:, None])
             yield columns, block
 
