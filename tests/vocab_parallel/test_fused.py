@@ -105,8 +105,9 @@ def test_any_shape(
     case = FusedCase(tokens, distilled, vocab_size, padded, seed=seed, scale=scale)
     found = case.fused(divergence, temperature, tile_tokens=tile_tokens, kernel=kernel)
     expected = case.exact(divergence, temperature)
+    rounding = max(1e-11, 1e-14 * abs(float(expected[0][0])))  # losses of up to 10^4, gradients of 10^-12
     for ours, theirs in zip((*found[0], *found[1]), (*expected[0], *expected[1]), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=rounding)
 
 
 @pytest.mark.parametrize("divergence", [*FULL[:4], *SORTS[1:]], ids=str)

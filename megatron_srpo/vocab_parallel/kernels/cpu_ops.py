@@ -9,6 +9,7 @@ exp is computed by exp2, which torch vectorises: with the multiplication it take
 
 import math
 from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
