@@ -39,9 +39,8 @@ def proxy(url: str, spoil):
                 status, content = response.status, response.read()
         except urllib.error.HTTPError as error:
             status, content = error.code, error.read()
-        if request.path == "/generate" and b'"max_new_tokens": 1}' not in body.replace(
-            b'":1}', b'": 1}'
-        ):  # not the request at the start
+        # not the request at the start, for one token
+        if request.path == "/generate" and json.loads(body)["sampling_params"]["max_new_tokens"] > 1:
             status, content = spoil(status, content)
         return status, content
 

@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import argparse
 import functools
-import gc
 import importlib
 import math
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,7 +28,8 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from _memory import peak_resident_bytes, reset_peak, return_freed_above, trim_heap, trim_heap_above
+from _baseline import baseline_tree, find_script, run_json
+from _device_memory import read_peak, start_peak
 from _report import Row, add_ratios, device_name, make_parser, publish
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
@@ -336,28 +337,6 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
-def start_peak(device: torch.device) -> int:
-    """Forget the peak so far, and return the bytes in use; freed tensors no longer hide what is allocated."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_allocated()
-    return_freed_above(2**20)
-    trim_heap()
-    reset_peak()
-    return peak_resident_bytes()
-
-
-def read_peak(device: torch.device) -> int:
-    """Return the most bytes in use since `start_peak`; timings are the usual ones from here on."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return_freed_above(32 * 2**20)  # the largest that glibc comes to by itself
-    trim_heap_above(64 * 2**20)
-    return peak_resident_bytes()
-
-
 def measure(name: str, x: Inputs, chunk: int | None, rounds: int, expected: Result | None = None) -> Row:
     """Return one row, of the worst rank.
 
@@ -457,6 +436,8 @@ def run(rank: int, options: argparse.Namespace, rendezvous: str | None = None) -
         dist.init_process_group(backend, init_method=method, rank=rank, world_size=options.tensor_parallel)
     rows, skipped = (sweep(options, device), {}) if options.sweep_tokens else measure_all(options, device)
     if rank == 0:
+        if options.baseline:
+            rows += baseline_rows(options)
         names = ("tokens", "hidden", "vocab", "tensor_parallel", "chunk", "dtype", "threads")
         shape = {name: getattr(options, name) for name in names}
         if options.sweep_tokens:
@@ -470,7 +451,7 @@ def run(rank: int, options: argparse.Namespace, rendezvous: str | None = None) -
 def parse_options() -> argparse.Namespace:
     """Return the command line's options."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser = make_parser(__doc__, rounds=2)
+    parser = make_parser(__doc__, rounds=2, baseline=True)
     add = parser.add_argument
     add("--tokens", type=int, default=512)
     add("--hidden", type=int, default=1024)
@@ -484,6 +465,19 @@ def parse_options() -> argparse.Namespace:
     add("--sweep-tokens", type=int, nargs="+", metavar="T", help="instead of the rows: `ours` once at each T")
     add("--no-error", action="store_true", help="skip the float64 reference")
     return parser.parse_args()
+
+
+def baseline_rows(options: argparse.Namespace) -> list[Row]:
+    """Measure the path into main_grad at another commit by its own script; ratios are to its own products."""
+    with baseline_tree(options.baseline) as tree:
+        script = find_script(tree, "bench_vocab_loss.py")
+        names = ("ours, into main_grad", "ours")
+        name = next(name for name in names if f'"{name}"' in script.read_text())
+        sizes = [f"--{key}={getattr(options, key)}" for key in ("tokens", "hidden", "vocab", "threads")]
+        repeats = f"--repeats={options.rounds}"
+        command = [sys.executable, str(script), "--json", "--no-error", *sizes, repeats, "--methods", name]
+        rows = run_json(command, tree)["rows"]
+    return [{**row, "name": f"{row['name']} at {options.baseline}"} for row in rows]
 
 
 def main() -> None:
