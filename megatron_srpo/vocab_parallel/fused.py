@@ -174,7 +174,8 @@ class TiledPass:
         }
         widest = check_consistent(error, inputs.shard, settings, self.like.device)
         tile_tokens = inputs.tile_tokens or _tile_tokens(inputs.memory, widest, self.like)
-        tile_tokens = max(1, min(tile_tokens, self.tokens))
+        kinds = (self.distilled, self.tokens - self.distilled)
+        tile_tokens = max(1, *(_even_size(tokens, tile_tokens) for tokens in kinds))
         self.tile_tokens, shape = tile_tokens, (tile_tokens, inputs.shard.width)
         count = 2 if self.distilled else 1
         self.buffers = [_empty_tile(shape, self.dtype, self.like.device) for _ in range(count)]
@@ -193,8 +194,7 @@ class TiledPass:
         """Cut tokens into tiles of (nearly) equal size instead of full tiles and a small remainder."""
         if last <= first:
             return
-        count = -(-(last - first) // self.tile_tokens)
-        size = -(-(last - first) // count)
+        size = _even_size(last - first, self.tile_tokens)
         for start in range(first, last, size):
             rows = slice(start, min(start + size, last))
             yield rows if self.kept is None else self.kept[rows]
@@ -277,6 +277,11 @@ def _validate_weight_grad(student: Teacher, weight_grad: Tensor | None) -> None:
     if weight_grad.shape != shape or weight_grad.dtype != dtype or weight_grad.device != device:
         found = f"weight_grad {list(weight_grad.shape)} ({weight_grad.dtype}, {weight_grad.device})"
         raise ValueError(f"{found}: expected {list(shape)} ({dtype}, {device})")
+
+
+def _even_size(tokens: int, largest: int) -> int:
+    """Return the size of tiles if `tokens` are cut into the fewest tiles of at most `largest`."""
+    return -(-tokens // max(1, -(-tokens // largest)))
 
 
 def _tile_tokens(memory: int | None, width: int, like: Tensor) -> int:

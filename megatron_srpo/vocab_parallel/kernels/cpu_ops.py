@@ -27,7 +27,7 @@ from megatron_srpo.vocab_parallel.kernels.base import (
 
 _BLOCK_COLUMNS = 8192  # columns of a tile processed together, for products of full speed
 _LOG2_E = math.log2(math.e)
-_PART_ELEMENTS = 1 << 17  # elements processed together, enough to hide torch's overhead of a call
+_PART_ELEMENTS = 1 << 16  # elements processed together, enough to hide torch's overhead of a call
 
 
 class CpuTileOps:
