@@ -3,14 +3,16 @@
 All use the same batch and random weights.
 
     python tools/bench/bench_step.py --shape 1.7b --prompts 32 --samples 8 --response-tokens 1000
-        [--routed-share 0.25] [--silent-share 0.5] [--baseline REF] [--json] [section.key=value …]
+        [--routed-share 0.25] [--silent-share 0.5] [--demonstrations 1] [--baseline REF] [--json]
+        [section.key=value …]
 
 Each row runs in a process of its own. Its `seconds` are the best of `--rounds` steps after two others:
 `seconds_pack`, `seconds_teacher`, `seconds_update`. `ratio` is to the first row; `tokens_per_second` counts
 all tokens trained on; `mfu` is of the FLOP that `plan.step.step_flops` counts, on the stated peak;
 `extra_bytes` is the peak above a process that has its imports, `batch` the fullest micro-batch as
 `plan.memory.Batch`. All rows make one optimizer step. With --baseline each row is followed by that commit's,
-by its own bench_step.py. Arguments section.key=value override the configuration.
+by its own bench_step.py, where every distilled sample sees a demonstration of its own, of the same length.
+Arguments section.key=value override the configuration.
 """
 
 from __future__ import annotations
@@ -66,6 +68,7 @@ class Shape:
     response_tokens: int
     routed_share: float
     silent_share: float
+    demonstrations: int = 1  # that a group's distilled samples see
 
 
 def make_config(folder: Path, model: dict, algorithm: str, shape: Shape, overrides: list[str]) -> Config:
@@ -92,11 +95,15 @@ def make_groups(shape: Shape, algorithm: str, vocab_size: int) -> list[Group]:
     draw = lambda length: tuple(rng.choices(range(vocab_size), k=length))  # noqa: E731
     for number in range(shape.prompts):
         prompt = Prompt(id=str(number), task="random", messages=(), answer="", ids=draw(shape.prompt_tokens))
+        teachers = [
+            prompt.ids + draw(shape.response_tokens + 40)
+            for _ in range(min(shape.demonstrations, shape.samples))
+        ]
         group = []
         for index in range(shape.samples):
             half = shape.response_tokens // 2
             response = draw(max(1, rng.randint(half, shape.response_tokens + half)))
-            teacher_ids = prompt.ids + draw(shape.response_tokens + 40)
+            teacher_ids = teachers[index % len(teachers)]
             is_distilled = number * shape.samples + index < share * shape.prompts * shape.samples
             route = Route(
                 branch="sdpo" if is_distilled else "grpo",
@@ -263,6 +270,7 @@ def parse_options() -> argparse.Namespace:
         default=0.0,
         help="of the groups, those with nothing to learn",
     )
+    add("--demonstrations", type=int, default=1, help="different ones that a group's distilled samples see")
     add("--peak-tflops", type=float, default=989.0 if has_cuda else 0.0, help="for mfu; 0: none")
     add("--threads", type=int, default=torch.get_num_threads())
     add("overrides", nargs="*", metavar="section.key=value")
