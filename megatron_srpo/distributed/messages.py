@@ -101,7 +101,7 @@ def _tensor(message: bytes) -> Tensor:
 
 
 def _split(received: Tensor, sizes: list[int]) -> list[memoryview]:
-    data = memoryview(received.cpu().numpy())
+    data = received.cpu().numpy().data
     bounds = itertools.accumulate(sizes, initial=0)
     return [data[start:end] for start, end in itertools.pairwise(bounds)]
 
