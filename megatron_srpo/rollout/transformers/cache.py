@@ -76,10 +76,11 @@ class _Store:
             tokens = -(-tokens // self.step) * self.step
             if old is not None:
                 places, tokens = max(places, old.shape[1]), max(tokens, old.shape[3])
-            self.content = like.new_zeros(2, places, like.shape[1], tokens, like.shape[2])
+            new = like.new_zeros(2, places, like.shape[1], tokens, like.shape[2])
             if old is not None:
-                self.content[:, : old.shape[1], :, : old.shape[3]] = old
-            return self.content
+                new[:, : old.shape[1], :, : old.shape[3]] = old
+            self.content = new
+            return new
         return old
 
     def move(self, sources: Tensor, targets: Tensor, tokens: int) -> None:
@@ -162,7 +163,7 @@ class Decoding:
     """
 
     def __init__(self, cache: SharedPrefixCache, groups: Sequence[int]):
-        """Arrange rows; `groups` has each row's group, and every group has a row or is left out."""
+        """Arrange the rows; `groups` has each row's group. Groups whose requests all wait have no row."""
         size = [0] * len(cache.lengths)
         cells = []
         for group in groups:

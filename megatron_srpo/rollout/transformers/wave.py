@@ -97,7 +97,7 @@ class Wave:
         return list(groups.values())
 
     def _admit(self, waiting: list[_Group], free: int) -> None:
-        """Let up to `free` requests enter and sample their first tokens; remove finished groups."""
+        """Let up to `free` requests enter, and sample their first tokens; remove finished groups."""
         entering: list[_Row] = []
         new: list[_Group] = []
         while waiting and len(entering) < free:
