@@ -54,6 +54,11 @@ class StepDump:
             return
         if rows:
             write_tokens(rows, self.decode, self.folder, step)
-        if removed := self.retention.added(step):
+        try:
+            removed = self.retention.added(step)
+        except OSError as error:  # somebody else removes files, too: the next step tries again
+            self.say(f"step {step}: rollouts/ could not be made smaller: {error}")
+            return
+        if removed:
             which = ", ".join(map(str, removed[:3])) + (f", … {removed[-1]}" if len(removed) > 3 else "")
             self.say(f"step {step}: rollouts/ exceeds logging.rollouts_limit_gib; removed steps: {which}")
