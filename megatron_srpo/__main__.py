@@ -16,7 +16,7 @@ from megatron_srpo.commands.common import Parser, is_first_rank
 from megatron_srpo.config.base import ConfigError
 from megatron_srpo.data.visible import visible
 from megatron_srpo.distributed.files import FileError
-from megatron_srpo.distributed.startup import defer_collection
+from megatron_srpo.distributed.startup import deferred_collection
 
 COMMANDS = ("train", "sample", "eval", "plan", "compare", "report", "inspect", "config")
 
@@ -29,7 +29,11 @@ def main() -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a pipe's encoding may be ASCII: · becomes ?
             stream.reconfigure(errors="replace")
-    defer_collection()
+    with deferred_collection():
+        return _run()
+
+
+def _run() -> int:
     parser = command_line()
     if "_ARGCOMPLETE" in os.environ:  # set by the shell function that argcomplete registers
         importlib.import_module("argcomplete").autocomplete(parser)

@@ -12,6 +12,7 @@ from megatron_srpo.config.load import save_config
 from megatron_srpo.config.schema import Config, ResumeSection
 from megatron_srpo.distributed.heartbeat import PROGRESS
 from megatron_srpo.distributed.layout import Layout, process_group
+from megatron_srpo.distributed.startup import resume_collection
 from megatron_srpo.evaluation.run import stored_weights
 from megatron_srpo.model.hf_folder import HFFolder
 from megatron_srpo.observe.metrics import rollout_metrics
@@ -64,6 +65,7 @@ def _sample_steps(config: Config, folder: HFFolder, layout: Layout, terminal: Te
     try:
         rollouts.resume(0, 0, None)
         rollouts.publish(stored_weights(config, folder), 0)
+        resume_collection()
         for step in range(1, config.train.steps + 1):
             PROGRESS.step = step
             with watch("rollout"):

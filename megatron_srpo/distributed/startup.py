@@ -15,9 +15,15 @@ _COMPILER = "torch._dynamo"
 _default_thresholds = gc.get_threshold()
 
 
-def defer_collection() -> None:
-    """Collect garbage rarely until `resume_collection`: imported modules, 10^6 objects, are none."""
+@contextmanager
+def deferred_collection() -> Iterator[None]:
+    """Collect garbage rarely in the block or until `resume_collection`: 10^6 objects of modules are none."""
+    before = gc.get_threshold()
     gc.set_threshold(1_000_000)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def resume_collection() -> None:

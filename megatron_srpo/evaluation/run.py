@@ -20,6 +20,7 @@ from megatron_srpo.config.schema import Config, ParallelSection
 from megatron_srpo.data.records import Sample
 from megatron_srpo.distributed.layout import Layout, process_group
 from megatron_srpo.distributed.processes import rank_from_environment
+from megatron_srpo.distributed.startup import resume_collection
 from megatron_srpo.evaluation.answers import Answers, answer_files, check_answered, check_files, open_folder
 from megatron_srpo.evaluation.evaluate import ask, label_of, parts
 from megatron_srpo.evaluation.scoreboard import Outcome, result_of, write_result
@@ -71,6 +72,7 @@ def run_evaluation(config: Config) -> Path:
             engine.update_weights(Repeatable(lambda: stored_weights(config, folder)), "0")
             verifiers = Pool({name: task.verifier for name, task in tasks.items()}, config.task)
             collector = Collector(verifiers, engine, folder, layout, config.rollout)
+            resume_collection()
             outcomes = _sample_all(config, collector, tasks)
             if layout.rank == 0:
                 name = str(config.evaluation.checkpoint or config.model.hf_path)

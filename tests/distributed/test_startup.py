@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from megatron_srpo.distributed.startup import defer_collection, resume_collection, without_packages
+from megatron_srpo.distributed.startup import deferred_collection, resume_collection, without_packages
 
 WITHOUT_COMPILER = """
 import sys
@@ -56,10 +56,9 @@ def test_packages_are_hidden_in_the_block_only():
 
 def test_collection_resumes():
     before = gc.get_threshold()
-    defer_collection()
-    try:
-        assert gc.get_threshold()[0] > before[0]
-    finally:
+    with deferred_collection():
+        assert gc.get_threshold()[0] > 10 * before[0]
         resume_collection()
-    assert gc.get_threshold() == before and gc.get_freeze_count() > 0
+        assert gc.get_threshold() == before and gc.get_freeze_count() > 0
+    assert gc.get_threshold() == before
     gc.unfreeze()
