@@ -101,7 +101,7 @@ class Trainer:
     def describe(self) -> list[str]:
         """Describe, for the log, the loss, and whether a prompt is computed once for several responses."""
         shared = "prompts: responses in a micro-batch share the computation of a common prompt"
-        repeated = "prompts: computed again for each response; Transformer Engine's attention cannot share them"
+        repeated = "prompts: computed for each response; Transformer Engine cannot share them"
         return [self.describe_loss(), shared if self.rules.shares_prompts else repeated]
 
     def describe_loss(self) -> str:
